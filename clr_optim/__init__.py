@@ -1,0 +1,11 @@
+"""Cyclical learning rates inside the optimizer's step.
+
+``CyclicalOptimizer(torch.optim.Adam(model.parameters(), lr=1e-3), policy="exp_range")`` is the one
+line to change; :mod:`clr_optim.schedule` has every policy.
+"""
+
+from clr_optim._version import __version__
+from clr_optim.optimizer import CyclicalOptimizer, CyclicalScheduler
+from clr_optim.schedule import Phase, Schedule
+
+__all__ = ["CyclicalOptimizer", "CyclicalScheduler", "Phase", "Schedule", "__version__"]

@@ -1,0 +1,73 @@
+"""The wrapped optimizer's own step, for every optimizer and every setting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["ClippedGradients", "has_own_step", "raw_step"]
+
+# All functions that torch's profiling wrapper has made share this code object.
+_PROFILED = Optimizer.profile_hook_step(lambda: None).__code__
+
+
+def has_own_step(optimizer: Optimizer) -> bool:
+    """Whether somebody replaced ``step`` on the object; a torch scheduler's mark does not count."""
+    step = optimizer.__dict__.get("step")
+    return step is not None and not hasattr(step, "_wrapped_by_lr_sched")
+
+
+def raw_step(optimizer: Optimizer) -> Callable[..., Any]:
+    """``optimizer.step`` beneath torch's profiling wrapper.
+
+    That wrapper also runs the step hooks. The wrapping optimizer has been through one already, and
+    a second would run every global hook twice.
+    """
+    if has_own_step(optimizer):
+        return optimizer.step
+    function: Any = type(optimizer).step
+    if getattr(function, "__code__", None) is _PROFILED:
+        function = function.__wrapped__
+    bound: Callable[..., Any] = function.__get__(optimizer, type(optimizer))
+    return bound
+
+
+class ClippedGradients:
+    """Clips the gradients for the length of a step and puts the user's own back afterwards.
+
+    Args:
+        max_norm: of the norm over all gradients together, as in
+            :func:`torch.nn.utils.clip_grad_norm_`.
+    """
+
+    def __init__(self, max_norm: float) -> None:
+        self._max_norm = max_norm
+        self._originals: list[tuple[Tensor, Tensor]] = []
+
+    def clip(self, params: Iterable[Tensor], grad_scale: Tensor | None = None) -> Tensor:
+        """Swap in clipped copies; returns the norm before clipping, a 0-dim tensor.
+
+        Args:
+            params: those of all groups.
+            grad_scale: an AMP scale that the gradients still carry, divided out first.
+        """
+        self.restore()
+        for param in dict.fromkeys(params):
+            grad = param.grad
+            if grad is not None:
+                self._originals.append((param, grad))
+                own = grad.detach().clone()
+                if grad_scale is not None:
+                    own.mul_(grad_scale.to(own.device).reciprocal())
+                param.grad = own
+        return torch.nn.utils.clip_grad_norm_([p for p, _ in self._originals], self._max_norm)
+
+    def restore(self) -> None:
+        """Put the user's gradients back, if copies are in their place."""
+        for param, grad in self._originals:
+            param.grad = grad
+        self._originals.clear()

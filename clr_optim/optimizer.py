@@ -1,0 +1,976 @@
+"""CyclicalOptimizer: any torch optimizer, its learning rate cycled by the step itself."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar, cast, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
+
+from clr_optim import backends
+from clr_optim.backends.torch import ClippedGradients, has_own_step, raw_step
+from clr_optim.rules import STATE_SLOTS
+from clr_optim.schedule import (
+    SCALE_MODES,
+    ScaleFn,
+    Schedule,
+    check_bool,
+    check_bounds,
+    check_choice,
+    check_int,
+    check_number,
+    exp_range,
+    exp_range_bounds,
+    triangular,
+    triangular2,
+)
+
+__all__ = ["CyclicalOptimizer", "CyclicalScheduler"]
+
+OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
+
+POLICIES = ("triangular", "triangular2", "exp_range", "exp_range_bounds")
+
+# What we remember sits in the groups under these keys: groups are all that sharded optimizers and
+# checkpointers carry across. Not torch's own `max_lr`: OneCycleLR writes that.
+_STEP, _BASE, _MAX, _SCHEDULE = "clr_step", "clr_base_lr", "clr_max_lr", "clr_schedule"
+_BASE_MOMENTUM, _MAX_MOMENTUM = "clr_base_momentum", "clr_max_momentum"
+
+# Written into groups by schedulers and by us: they say nothing about the optimizer's class.
+_NOT_HYPER_PARAMETERS = frozenset(
+    {"params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
+)
+
+# The paper's guideline for the lower bound: a third or a quarter of the upper one.
+_BASE_FRACTION = 4.0
+
+_Number = float | Sequence[float]
+
+
+class _Mirror:
+    """What was last written into the groups, to tell other code's writes from ours.
+
+    An object of its own, so that a framework that copies ``__dict__`` shares it.
+    """
+
+    def __init__(self) -> None:
+        self.groups: list[dict[str, Any]] | None = None
+        self.position = 0
+        self.bounds: list[tuple[float, float]] = []
+        #: per group: the object in ``group["lr"]`` and the value it was given
+        self.rates: list[tuple[object, float]] = []
+        self.warned = False
+
+
+def _per_group(name: str, value: object, groups: int, **limits: Any) -> list[float]:
+    """A number, or one per group, as a list of floats."""
+    if isinstance(value, (list, tuple)):
+        if len(value) != groups:
+            raise ValueError(
+                f"{name} has {len(value)} values and the optimizer {groups} parameter groups: "
+                f"give one number, or one per group; got {value!r}"
+            )
+        return [check_number(f"{name}[{i}]", v, **limits) for i, v in enumerate(value)]
+    return [check_number(name, value, **limits)] * groups
+
+
+def _is_zero(grad: Tensor) -> bool:
+    if grad.layout is not torch.strided:
+        grad = grad.coalesce().values() if grad.layout is torch.sparse_coo else grad.to_dense()
+    nonzero: Any = grad.any()
+    # A DTensor's answer must be the same on every rank, or their positions would part.
+    if hasattr(nonzero, "full_tensor"):
+        nonzero = nonzero.full_tensor()
+    return not bool(nonzero)
+
+
+class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
+    r"""Wraps a torch optimizer and cycles its learning rate, with nothing else to step or save.
+
+    .. math::
+        \mathrm{lr}(t) = \mathrm{base} + a(t)\,(\mathrm{max} - \mathrm{base})\,w(x(t))
+
+    for the ``t``-th ``step()``, counted from 0: see :mod:`clr_optim.schedule`. Between steps
+    ``param_groups[i]["lr"]`` holds the rate that the next step will use, as it does with a torch
+    scheduler stepped after every optimizer step. ``param_groups``, ``state`` and ``defaults`` are
+    the wrapped optimizer's own; the position sits in the groups, and so in every checkpoint.
+
+    A step without any gradient advances the cycle; one that did not happen (an exception in the
+    closure or a pre-hook, an overflow under AMP) does not. Other code that writes ``lr`` is
+    overruled, with one warning: use :meth:`set_bounds` and :meth:`set_iteration`.
+
+    Args:
+        optimizer: any :class:`torch.optim.Optimizer` instance.
+        policy: ``"triangular"``, ``"triangular2"``, ``"exp_range"``, ``"exp_range_bounds"`` or a
+            :class:`~clr_optim.schedule.Schedule` (which brings its own step sizes, gamma, window
+            and scale function).
+        base_lr: lower bound, a number or one per group; ``None`` is ``max_lr / 4``, the paper's
+            guideline.
+        max_lr: upper bound, a number or one per group; ``None`` is the group's own ``lr``: the
+            rate chosen for the optimizer becomes the top of the cycle.
+        step_size_up: steps of the rising half of a cycle; the paper advises 2 to 10 epochs.
+        step_size_down: steps of the falling half; ``None`` is ``step_size_up``. Not both 0.
+        gamma: decay per step of the ``exp_range`` policies, in (0, 1].
+        window: ``"triangle"``, ``"welch"`` or ``"hann"``.
+        scale_fn, scale_mode: as in :class:`torch.optim.lr_scheduler.CyclicLR`; with ``scale_fn``
+            the policy's own decay is not used.
+        cycle_momentum: cycle ``momentum``, or ``betas[0]``, against the rate.
+        base_momentum, max_momentum: its bounds, a number or one per group, in [0, 1].
+        max_grad_norm: clip by the global norm as :func:`torch.nn.utils.clip_grad_norm_` before
+            each step would; gradients in memory stay as they were. See :attr:`grad_norm`.
+        backend: ``"auto"`` or ``"torch"`` (the wrapped optimizer's own step).
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what would be right, before
+            anything has changed.
+
+    Source: L. N. Smith, *Cyclical Learning Rates for Training Neural Networks*, arXiv 1506.01186.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> opt = CyclicalOptimizer(torch.optim.Adam(model.parameters(), lr=1e-3),
+        ...                         policy="exp_range", step_size_up=100)
+        >>> opt.get_last_lr()
+        [0.00025]
+        >>> loss = model(torch.ones(1, 2)).sum()
+        >>> loss.backward()
+        >>> opt.step()
+        >>> opt.iteration
+        1
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerT,
+        policy: str | Schedule = "triangular",
+        *,
+        base_lr: _Number | None = None,
+        max_lr: _Number | None = None,
+        step_size_up: int = 2000,
+        step_size_down: int | None = None,
+        gamma: float = 0.99994,
+        window: str = "triangle",
+        scale_fn: ScaleFn | None = None,
+        scale_mode: str = "cycle",
+        cycle_momentum: bool = False,
+        base_momentum: _Number = 0.8,
+        max_momentum: _Number = 0.9,
+        max_grad_norm: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        if isinstance(optimizer, CyclicalOptimizer):
+            raise ValueError(
+                "optimizer is already a CyclicalOptimizer: wrap its .optimizer, or change its "
+                "course with set_bounds and set_iteration"
+            )
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer must be an instance of torch.optim.Optimizer, got {optimizer!r} "
+                f"of type {type(optimizer).__name__}"
+            )
+        schedule = _make_schedule(
+            policy,
+            step_size_up=step_size_up,
+            step_size_down=step_size_down,
+            gamma=gamma,
+            window=window,
+            scale_fn=scale_fn,
+            scale_mode=scale_mode,
+        )
+        groups = optimizer.param_groups
+        for i, group in enumerate(groups):
+            if "lr" not in group:
+                raise ValueError(
+                    f"optimizer: parameter group {i} of {type(optimizer).__name__} has no 'lr', "
+                    "so there is no rate to cycle"
+                )
+        if schedule.has_bounds and not (base_lr is None and max_lr is None):
+            raise ValueError(
+                f"base_lr={base_lr!r} and max_lr={max_lr!r} have no effect: every phase of the "
+                f"schedule {schedule.name!r} has bounds of its own; leave them out"
+            )
+        # A checkpoint may have been loaded before the optimizer was wrapped.
+        position, resumed = _read_position(groups, "optimizer")
+        bounds = [
+            _initial_bounds(group, f" in parameter group {i}", base, top)
+            for i, (group, base, top) in enumerate(
+                zip(
+                    groups,
+                    _optional_per_group("base_lr", base_lr, len(groups)),
+                    _optional_per_group("max_lr", max_lr, len(groups)),
+                    strict=True,
+                )
+            )
+        ]
+        check_bool("cycle_momentum", cycle_momentum)
+        low = _per_group("base_momentum", base_momentum, len(groups), maximum=1.0)
+        high = _per_group("max_momentum", max_momentum, len(groups), maximum=1.0)
+        for i, (b, m) in enumerate(zip(low, high, strict=True)):
+            if b > m:
+                raise ValueError(
+                    f"base_momentum={b!r} is above max_momentum={m!r} for parameter group {i}: "
+                    "base_momentum is the lower end of the cycle"
+                )
+        if cycle_momentum:
+            for i, group in enumerate(groups):
+                if "betas" not in group and "momentum" not in group:
+                    raise ValueError(
+                        f"cycle_momentum=True needs a 'momentum' or 'betas' to cycle, and "
+                        f"parameter group {i} of {type(optimizer).__name__} has neither: "
+                        "leave it False"
+                    )
+        if max_grad_norm is not None and max_grad_norm != float("inf"):
+            check_number("max_grad_norm", max_grad_norm, open_minimum=True)
+        chosen = backends.resolve(backend)
+        saved = groups[0].get(_SCHEDULE) if resumed and groups else None
+
+        # Nothing has changed up to here, and nothing raises from here on.
+        self._set_up(optimizer, schedule, cycle_momentum, max_grad_norm, backend, chosen)
+        for group, (base, top), b, m in zip(groups, bounds, low, high, strict=True):
+            group[_BASE], group[_MAX] = base, top
+            if cycle_momentum:
+                group[_BASE_MOMENTUM], group[_MAX_MOMENTUM] = b, m
+        self._go_to(position)
+        if saved is not None:
+            self._warn_other_policy(saved, "the wrapped optimizer")
+
+    def _set_up(
+        self,
+        optimizer: OptimizerT,
+        schedule: Schedule,
+        cycle_momentum: bool,
+        max_grad_norm: float | None,
+        backend: str,
+        chosen: tuple[str, str],
+    ) -> None:
+        # Optimizer.__init__ would make groups of its own; the hooks are all we need of it.
+        self._inner = optimizer
+        self._schedule = schedule
+        self._schedule_json = schedule.to_json()
+        self._cycle_momentum = cycle_momentum
+        self._max_grad_norm = max_grad_norm
+        self._backend = backend
+        self._chosen = chosen
+        self._mirror = _Mirror()
+        self._grad_norm: Tensor | None = None
+        self._scheduler: CyclicalScheduler | None = None
+        self._cycle_end_hooks: OrderedDict[int, Callable[[Any], None]] = OrderedDict()
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+        self._optimizer_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_state_dict_post_hooks = OrderedDict()
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        self._patch_step_function()
+
+    # ---- what belongs to the wrapped optimizer
+
+    @property
+    def optimizer(self) -> OptimizerT:
+        """The wrapped optimizer."""
+        return self._inner
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's parameter groups, the very list."""
+        return self._inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self._inner.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The wrapped optimizer's state, the very object."""
+        return self._inner.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self._inner.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The wrapped optimizer's defaults, the very object."""
+        return self._inner.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self._inner.defaults = value
+
+    def __getattr__(self, name: str) -> Any:
+        # Only for what is not found here: train(), eval(), _step_supports_amp_scaling, ...
+        # While unpickling there is nothing wrapped yet.
+        inner = self.__dict__.get("_inner")
+        if inner is None or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(inner, name)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as the wrapped optimizer does."""
+        self._inner.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group in mid-training; it joins the cycle where the others are.
+
+        Args:
+            param_group: as in torch. ``"max_lr"`` and ``"base_lr"`` in it are its bounds; without
+                them the top is its own ``lr`` and the bottom a quarter of that.
+
+        Raises:
+            TypeError, ValueError: for what torch refuses, and for bounds that are none.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {param_group!r}")
+        position = self._settle()
+        given = {k: param_group[k] for k in ("base_lr", "max_lr") if k in param_group}
+        probe = {"lr": self.defaults.get("lr"), **param_group}
+        bounds = _initial_bounds(
+            probe,
+            " in param_group",
+            _maybe_number("param_group['base_lr']", given.get("base_lr")),
+            _maybe_number("param_group['max_lr']", given.get("max_lr")),
+        )
+        self._inner.add_param_group({k: v for k, v in param_group.items() if k not in given})
+        group = self.param_groups[-1]
+        group[_BASE], group[_MAX] = bounds
+        if self._cycle_momentum:
+            for key in (_BASE_MOMENTUM, _MAX_MOMENTUM):
+                group.setdefault(key, self.param_groups[0][key])
+        self._go_to(position)
+
+    def __repr__(self) -> str:
+        inner = "\n".join(
+            line
+            for line in repr(self._inner).splitlines()
+            if not line.strip().startswith(f"{_SCHEDULE}:")
+        )
+        return (
+            f"{type(self).__name__} ({self._schedule.name}, iteration {self.iteration}, "
+            f"backend {self._chosen[0]})\n{inner}"
+        )
+
+    # ---- the position in the cycle
+
+    @property
+    def schedule(self) -> Schedule:
+        """The policy, as a schedule."""
+        return self._schedule
+
+    @property
+    def iteration(self) -> int:
+        """Steps taken: the step that the next ``step()`` will be, counted from 0."""
+        seen = self._mirror.position
+        for group in self.param_groups:
+            step = group.get(_STEP, seen)
+            if step != seen:  # written from outside, as a sharded optimizer's restore does
+                return _as_position(step, f"param_groups: {_STEP}")
+        return seen
+
+    @property
+    def cycle(self) -> float:
+        """Cycles done: 2.5 is half-way through the third."""
+        return self._schedule.cycle(self.iteration)
+
+    @property
+    def steps_to_cycle_end(self) -> int | None:
+        """Steps until the cycle is complete; ``None`` where there is no cycle."""
+        return self._schedule.steps_to_cycle_end(self.iteration)
+
+    def lr_at(self, step: int) -> list[float]:
+        """The rates, one per group, that the ``step``-th step uses, counted from 0."""
+        return self._schedule.rates(check_int("step", step, minimum=0), self._bounds())
+
+    def get_last_lr(self) -> list[float]:
+        """The rates, one per group, that the next step will use, as torch's schedulers name it."""
+        return self.lr_at(self.iteration)
+
+    def set_iteration(self, iteration: int) -> None:
+        """Go to this step of the schedule, an integer >= 0. Fires no cycle-end hook."""
+        iteration = check_int("iteration", iteration, minimum=0)
+        self._settle()
+        self._go_to(iteration)
+
+    def set_bounds(self, *, base_lr: _Number | None = None, max_lr: _Number | None = None) -> None:
+        """Change the bounds, from the next step on.
+
+        Args:
+            base_lr, max_lr: a number or one per group; ``None`` leaves what there is.
+
+        Raises:
+            TypeError, ValueError: for bounds that are none, and where every phase of the schedule
+                has bounds of its own.
+        """
+        if base_lr is None and max_lr is None:
+            raise ValueError("base_lr=None and max_lr=None: give at least one of the bounds")
+        if self._schedule.has_bounds:
+            raise ValueError(
+                f"base_lr={base_lr!r}, max_lr={max_lr!r}: every phase of the schedule "
+                f"{self._schedule.name!r} has bounds of its own, which these would not change"
+            )
+        position = self._settle()
+        groups = self.param_groups
+        bounds = []
+        for i, ((old_base, old_max), new_base, new_max) in enumerate(
+            zip(
+                self._bounds(),
+                _optional_per_group("base_lr", base_lr, len(groups)),
+                _optional_per_group("max_lr", max_lr, len(groups)),
+                strict=True,
+            )
+        ):
+            base = old_base if new_base is None else new_base
+            top = old_max if new_max is None else new_max
+            check_bounds(base, top, f" in parameter group {i}")
+            bounds.append((base, top))
+        for group, (base, top) in zip(groups, bounds, strict=True):
+            group[_BASE], group[_MAX] = base, top
+        self._go_to(position)
+
+    def register_cycle_end_hook(self, hook: Callable[[Any], None]) -> RemovableHandle:
+        """Call ``hook(optimizer)`` after each step that completes a cycle.
+
+        The rate is then at its lowest: the moment for a snapshot, for averaging weights, or for
+        stopping. The hook runs before step post-hooks; like those it is not copied or pickled.
+
+        Returns:
+            A handle with ``remove()``.
+        """
+        if not callable(hook):
+            raise TypeError(f"hook must be a callable of one optimizer, got {hook!r}")
+        handle = RemovableHandle(self._cycle_end_hooks)
+        self._cycle_end_hooks[handle.id] = hook
+        return handle
+
+    @property
+    def scheduler(self) -> CyclicalScheduler:
+        """A view for frameworks that insist on a scheduler: its ``step()`` changes nothing."""
+        if self._scheduler is None:
+            self._scheduler = CyclicalScheduler(self)
+        return self._scheduler
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Global gradient norm before clipping, of the last step with ``max_grad_norm``.
+
+        A 0-dim tensor; ``None`` before the first such step.
+        """
+        return self._grad_norm
+
+    def explain(self) -> str:
+        """Which backend serves which parameters, and why, in words."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        name, reason = self._chosen
+        return (
+            f"{name}: {len(params)} parameter tensors, {sum(p.numel() for p in params):,} values, "
+            f"{type(self._inner).__name__}: {reason}"
+        )
+
+    # ---- a step
+
+    @overload
+    def step(self, closure: None = None, *args: Any, **kwargs: Any) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float], *args: Any, **kwargs: Any) -> float: ...
+    # Not traced by torch.compile: a graph break here, and nothing to recompile as the rate moves.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def step(
+        self, closure: Callable[[], float] | None = None, *args: Any, **kwargs: Any
+    ) -> float | None:
+        """One step of the wrapped optimizer, at the policy's rate; then the cycle advances.
+
+        Args:
+            closure: reevaluates the model and returns the loss, as in torch.
+            *args, **kwargs: for a wrapped ``step`` that takes more than a closure.
+
+        Returns:
+            What the wrapped ``step`` returns: the closure's loss.
+        """
+        inner = self._inner
+        # An own step runs the wrapped optimizer's hooks by itself.
+        hooked = not has_own_step(inner)
+        call: tuple[Any, ...] = (
+            inner,
+            *(() if closure is None and not args else (closure,)),
+            *args,
+        )
+        if hooked:
+            for pre_hook in inner._optimizer_step_pre_hooks.values():
+                changed = cast("Any", pre_hook)(inner, call, kwargs)
+                if changed is not None:
+                    if not isinstance(changed, tuple) or len(changed) != 2:
+                        raise RuntimeError(
+                            "a step pre-hook must return None or (args, kwargs), got "
+                            f"{changed!r} from {pre_hook!r}"
+                        )
+                    call, kwargs = changed
+        closure = call[1] if len(call) > 1 else kwargs.pop("closure", None)
+
+        position = self._settle()
+        at_zero = self._is_zero_rate_step()
+        if not at_zero:
+            self._assert_rates(stacklevel=5)  # past torch's two wrappers: the caller of step()
+        loss, happened = self._wrapped_step(closure, at_zero, *call[2:], **kwargs)
+        if happened and not at_zero:
+            self._go_to(position + 1)
+            if self._schedule.is_cycle_end(position + 1):
+                for hook in list(self._cycle_end_hooks.values()):
+                    hook(self)
+        if hooked:
+            for post_hook in inner._optimizer_step_post_hooks.values():
+                cast("Any", post_hook)(inner, call, kwargs)
+        return loss
+
+    def _wrapped_step(
+        self, closure: Callable[[], float] | None, at_zero: bool, *args: Any, **kwargs: Any
+    ) -> tuple[float | None, bool]:
+        """``(loss, whether the step happened)``."""
+        inner: Any = self._inner
+        # GradScaler's fused path hands these to the object it knows, which is this one.
+        grad_scale = self.__dict__.get("grad_scale")
+        found_inf = self.__dict__.get("found_inf")
+        clipped = None if self._max_grad_norm is None else ClippedGradients(self._max_grad_norm)
+
+        def clip() -> None:
+            if clipped is not None:
+                params = (p for group in self.param_groups for p in group["params"])
+                self._grad_norm = clipped.clip(params, grad_scale)
+
+        def reevaluate() -> float:
+            assert closure is not None
+            if clipped is not None:
+                clipped.restore()
+            loss = closure()
+            if not at_zero:
+                self._assert_rates(stacklevel=3)  # whatever the closure wrote
+            clip()
+            return loss
+
+        inner._opt_called = True  # a scheduler built on it before it was wrapped looks at this
+        if found_inf is not None:
+            inner.grad_scale = grad_scale if clipped is None else None
+            inner.found_inf = found_inf
+        try:
+            if closure is None:
+                clip()
+                loss = raw_step(inner)(*((None, *args) if args else ()), **kwargs)
+            else:
+                loss = raw_step(inner)(reevaluate, *args, **kwargs)
+        finally:
+            if clipped is not None:
+                clipped.restore()
+            if found_inf is not None:
+                del inner.grad_scale, inner.found_inf
+        # The wrapped step keeps its own count on the device; only the host can keep ours here.
+        return loss, found_inf is None or not bool(found_inf)
+
+    def _is_zero_rate_step(self) -> bool:
+        """Whether this is a checkpointer's step at rate 0, made only to create state.
+
+        ``torch.distributed.checkpoint`` writes 0 into every group, gives every parameter a zero
+        gradient and steps. Told from a 0.0 of the policy's own by its being another object, and
+        from a warm-up scheduler's by the gradients.
+        """
+        rates, groups = self._mirror.rates, self.param_groups
+        for group, (held, value) in zip(groups, rates, strict=True):
+            lr = group["lr"]
+            if not self._is_foreign(lr, held, value) or float(lr) != 0.0:
+                return False
+        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        return bool(grads) and all(_is_zero(grad) for grad in grads)
+
+    @staticmethod
+    def _is_foreign(lr: object, held: object, value: float) -> bool:
+        if lr is not held:
+            return True
+        # A tensor on a GPU is not looked into: that would wait for the device.
+        return isinstance(lr, Tensor) and lr.device.type == "cpu" and lr.item() != value
+
+    def _assert_rates(self, stacklevel: int) -> None:
+        """Overrule whatever other code wrote into ``lr``, and say so once."""
+        foreign = [
+            i
+            for i, (group, (held, value)) in enumerate(
+                zip(self.param_groups, self._mirror.rates, strict=True)
+            )
+            if self._is_foreign(group["lr"], held, value) and float(group["lr"]) != value
+        ]
+        if foreign and not self._mirror.warned:
+            self._mirror.warned = True
+            written = {i: float(self.param_groups[i]["lr"]) for i in foreign}
+            warnings.warn(
+                "lr was written from outside in parameter group "
+                + ", ".join(f"{i} ({lr:g})" for i, lr in written.items())
+                + f"; the policy {self._schedule.name!r} decides instead, here and from now on. "
+                "Remove the other scheduler, or change course with set_bounds or set_iteration.",
+                UserWarning,
+                stacklevel=stacklevel,
+            )
+        if foreign or self._cycle_momentum:
+            self._write_rates(self.iteration)
+
+    # ---- keeping the groups in line
+
+    def _bounds(self) -> list[tuple[float, float]]:
+        """(base_lr, max_lr) per group, the groups being the truth."""
+        known = self._mirror.bounds
+        return [
+            (group[_BASE], group[_MAX])
+            if _BASE in group and _MAX in group
+            else (known[i] if i < len(known) else _initial_bounds(group, f" in group {i}"))
+            for i, group in enumerate(self.param_groups)
+        ]
+
+    def _settle(self) -> int:
+        """Take in what others did to the groups; returns the position.
+
+        A position written from outside is honoured, groups that lack our keys get them.
+        """
+        mirror, groups = self._mirror, self.param_groups
+        position = self.iteration
+        if mirror.groups is not groups and not any(_STEP in group for group in groups):
+            position = 0  # a checkpoint without a position was loaded beneath us
+        if (
+            mirror.groups is groups
+            and len(mirror.rates) == len(groups)
+            and position == mirror.position
+            and all(
+                _STEP in group and (group.get(_BASE), group.get(_MAX)) == bounds
+                for group, bounds in zip(groups, mirror.bounds, strict=True)
+            )
+        ):
+            return position
+        for group, (base, top) in zip(groups, self._bounds(), strict=True):
+            group[_BASE], group[_MAX] = base, top
+            if self._cycle_momentum:
+                for key in (_BASE_MOMENTUM, _MAX_MOMENTUM):
+                    group.setdefault(key, groups[0][key])
+        self._go_to(position)
+        return position
+
+    def _go_to(self, position: int) -> None:
+        """Write the position, the policy and the rates of this step into the groups."""
+        mirror, groups = self._mirror, self.param_groups
+        mirror.groups, mirror.position = groups, position
+        for group in groups:
+            group[_STEP] = position
+            group[_SCHEDULE] = self._schedule_json
+        mirror.bounds = self._bounds()
+        self._write_rates(position)
+
+    def _write_rates(self, position: int) -> None:
+        rates = self._schedule.rates(position, self._bounds())
+        held: list[tuple[object, float]] = []
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            lr = group["lr"]
+            if isinstance(lr, Tensor):
+                lr.fill_(rate)
+                held.append((lr, lr.item() if lr.device.type == "cpu" else rate))
+            else:
+                group["lr"] = rate
+                held.append((rate, rate))
+        self._mirror.rates = held
+        if self._cycle_momentum:
+            ends = [(group[_BASE_MOMENTUM], group[_MAX_MOMENTUM]) for group in self.param_groups]
+            for group, momentum in zip(
+                self.param_groups, self._schedule.momenta(position, ends), strict=True
+            ):
+                if "betas" not in group:
+                    group["momentum"] = momentum
+                elif isinstance(group["betas"][0], Tensor):
+                    group["betas"][0].fill_(momentum)
+                else:
+                    group["betas"] = (momentum, *group["betas"][1:])
+
+    # ---- checkpoints and copies
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state dict; the position is in its ``param_groups``.
+
+        Loads under ``torch.load(weights_only=True)``, and into the plain optimizer too.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        self._settle()
+        self._assert_rates(stacklevel=3)
+        state_dict: dict[str, Any] = self._inner.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            result = post_hook(self, state_dict)
+            if result is not None:
+                state_dict = result
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this class, or of the plain wrapped optimizer.
+
+        With our keys in its groups, position and bounds are the checkpoint's. Without them the
+        bounds stay, and the position is 0: :meth:`set_iteration` moves it. The policy is always
+        this object's; a checkpoint written under another one warns.
+
+        Raises:
+            TypeError, ValueError: for what is no checkpoint, or one of another optimizer class or
+                other groups; the optimizer is then as it was.
+        """
+        state_dict = dict(_check_mapping("state_dict", state_dict))
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = pre_hook(self, state_dict)
+            if result is not None:
+                state_dict = result
+        self._check_checkpoint(state_dict)
+        saved_groups = state_dict["param_groups"]
+        position, resumed = _read_position(saved_groups, "state_dict['param_groups']")
+        saved = saved_groups[0].get(_SCHEDULE) if resumed else None
+
+        ours = [
+            {k: group[k] for k in (_BASE, _MAX, _BASE_MOMENTUM, _MAX_MOMENTUM) if k in group}
+            for group in self.param_groups
+        ]
+        self._inner.load_state_dict(state_dict)
+        for group, kept in zip(self.param_groups, ours, strict=True):
+            for key, value in kept.items():
+                group.setdefault(key, value)
+        self._go_to(position)
+        if saved is not None:
+            self._warn_other_policy(saved, "state_dict")
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _check_checkpoint(self, state_dict: Mapping[str, Any]) -> None:
+        missing = [k for k in ("state", "param_groups") if k not in state_dict]
+        if missing:
+            raise ValueError(
+                f"state_dict lacks {missing} (it has {sorted(map(str, state_dict))}): give what "
+                "an optimizer's state_dict() returned"
+            )
+        saved_groups, groups = state_dict["param_groups"], self.param_groups
+        if not isinstance(saved_groups, (list, tuple)) or not all(
+            isinstance(group, Mapping) for group in saved_groups
+        ):
+            raise ValueError(
+                f"state_dict['param_groups'] must be a list of dictionaries, got {saved_groups!r}"
+            )
+        for i, group in enumerate(saved_groups):
+            where = f"state_dict['param_groups'][{i}]"
+            if _BASE in group or _MAX in group:
+                base = check_number(f"{where}[{_BASE!r}]", group.get(_BASE))
+                check_bounds(
+                    base, check_number(f"{where}[{_MAX!r}]", group.get(_MAX)), f" in {where}"
+                )
+        if type(self._inner).load_state_dict is not Optimizer.load_state_dict:
+            return  # its own layout, its own checks
+        sizes = [len(group["params"]) for group in groups]
+        saved_sizes = [len(group.get("params", ())) for group in saved_groups]
+        if sizes != saved_sizes:
+            raise ValueError(
+                f"state_dict has groups of {saved_sizes} parameters, the optimizer of {sizes}: "
+                "build the optimizer with the groups that it had when it was saved"
+            )
+        reason = _other_class(self._inner, state_dict)
+        if reason:
+            raise ValueError(
+                f"state_dict is of another optimizer class than {type(self._inner).__name__}: "
+                f"{reason}; load it into an optimizer of the class that wrote it"
+            )
+
+    def _warn_other_policy(self, saved: object, source: str) -> None:
+        if saved == self._schedule_json:
+            return
+        try:
+            name = json.loads(cast("str", saved))["name"]
+        except (TypeError, ValueError, KeyError):
+            name = "unknown"
+        warnings.warn(
+            f"{source} was written under the policy {name!r} with {saved}; this optimizer's own, "
+            f"{self._schedule.name!r} with {self._schedule_json}, decides from here on, from step "
+            f"{self._mirror.position}. To go on with the old one, construct with "
+            "policy=Schedule.from_json(...) of it; to begin anew, set_iteration(0).",
+            UserWarning,
+            stacklevel=3,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As in torch, hooks are not copied.
+        return {
+            "optimizer": self._inner,
+            "schedule": self._schedule,
+            "cycle_momentum": self._cycle_momentum,
+            "max_grad_norm": self._max_grad_norm,
+            "backend": self._backend,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "optimizer" not in state:  # torch's own partial form
+            self._inner.__setstate__(state)
+            self._settle()
+            return
+        self._set_up(
+            state["optimizer"],
+            state["schedule"],
+            state["cycle_momentum"],
+            state["max_grad_norm"],
+            state["backend"],
+            backends.resolve(state["backend"]),
+        )
+        self._go_to(_read_position(self.param_groups, "param_groups")[0])
+
+
+class CyclicalScheduler(LRScheduler):
+    """A scheduler that only looks on, for frameworks that want one and for their LR logging.
+
+    ``step()`` changes nothing: the optimizer's own step advances the cycle. There is nothing to
+    save, since the position is in the optimizer's checkpoint.
+    """
+
+    def __init__(self, optimizer: CyclicalOptimizer[Any]) -> None:
+        # LRScheduler.__init__ would write rates and patch step().
+        self.optimizer = optimizer
+        self.base_lrs = list(optimizer.lr_at(0))
+        self._step_count = 1
+
+    @property
+    def last_epoch(self) -> int:
+        """The optimizer's iteration."""
+        return cast("CyclicalOptimizer[Any]", self.optimizer).iteration
+
+    @last_epoch.setter
+    def last_epoch(self, value: int) -> None:
+        pass  # frameworks set it while they restore; the optimizer knows better
+
+    @property
+    def _last_lr(self) -> list[float | Tensor]:  # type: ignore[override]
+        return self.get_last_lr()
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        """The rates that the next step will use."""
+        return list(cast("CyclicalOptimizer[Any]", self.optimizer).get_last_lr())
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The same as :meth:`get_last_lr`."""
+        return self.get_last_lr()
+
+    def step(self, epoch: int | None = None) -> None:
+        """Change nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the position is in the optimizer's state dict."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Change nothing."""
+
+
+def _make_schedule(policy: object, **options: Any) -> Schedule:
+    if isinstance(policy, Schedule):
+        parameters = inspect.signature(CyclicalOptimizer).parameters
+        for name in options:
+            if options[name] != parameters[name].default:
+                raise ValueError(
+                    f"{name}={options[name]!r} has no effect with policy={policy.name!r}, a "
+                    f"Schedule: give {name} to the schedule's constructor"
+                )
+        return policy
+    if not isinstance(policy, str) or policy not in POLICIES:
+        raise ValueError(
+            f"policy must be one of {', '.join(map(repr, POLICIES))} or a Schedule "
+            f"(see clr_optim.schedule: fixed, one_cycle, sequence, ...), got {policy!r}"
+        )
+    gamma, scale_fn = options.pop("gamma"), options.pop("scale_fn")
+    scale_mode = check_choice("scale_mode", options.pop("scale_mode"), SCALE_MODES)
+    check_number("gamma", gamma, open_minimum=True, maximum=1.0)
+    if scale_fn is not None:
+        schedule = triangular(**options, scale_fn=scale_fn, scale_mode=scale_mode)
+        return Schedule(policy, schedule.phases)
+    if policy == "triangular":
+        return triangular(**options)
+    if policy == "triangular2":
+        return triangular2(**options)
+    return (exp_range if policy == "exp_range" else exp_range_bounds)(**options, gamma=gamma)
+
+
+def _maybe_number(name: str, value: object) -> float | None:
+    return None if value is None else check_number(name, value)
+
+
+def _optional_per_group(name: str, value: object, groups: int) -> list[float | None]:
+    return [None] * groups if value is None else list(_per_group(name, value, groups))
+
+
+def _initial_bounds(
+    group: Mapping[str, Any], where: str, base_lr: float | None = None, max_lr: float | None = None
+) -> tuple[float, float]:
+    """A group's bounds: the given ones, else those it remembers, else from its own ``lr``."""
+    if max_lr is None:
+        # A mid-cycle rate that we mirrored is not the rate the user chose.
+        remembered = group.get(_MAX, group["lr"])
+        if isinstance(remembered, Tensor):
+            remembered = remembered.item()
+        max_lr = check_number(f"lr{where}", remembered)
+    if base_lr is None:
+        remembered = group.get(_BASE)
+        base_lr = max_lr / _BASE_FRACTION if remembered is None else float(remembered)
+        if remembered is not None and base_lr > max_lr:
+            base_lr = max_lr / _BASE_FRACTION
+    check_bounds(base_lr, max_lr, where)
+    return base_lr, max_lr
+
+
+def _as_position(step: object, name: str) -> int:
+    if isinstance(step, Tensor):
+        step = step.item()
+    return check_int(name, step, minimum=0)
+
+
+def _read_position(groups: Sequence[Mapping[str, Any]], name: str) -> tuple[int, bool]:
+    """``(position, whether any group holds one)``; they must agree."""
+    steps = {
+        i: _as_position(group[_STEP], f"{name}[{i}][{_STEP!r}]")
+        for i, group in enumerate(groups)
+        if _STEP in group
+    }
+    if len(set(steps.values())) > 1:
+        raise ValueError(
+            f"{name} disagree on {_STEP}: {steps} by group; all groups share one position, "
+            "so set them all to it"
+        )
+    return (next(iter(steps.values())), True) if steps else (0, False)
+
+
+def _check_mapping(name: str, value: object) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"{name} must be a dictionary from an optimizer's state_dict(), got {value!r}"
+        )
+    return value
+
+
+def _hyper_parameters(optimizer: type[Optimizer]) -> frozenset[str]:
+    return frozenset(inspect.signature(optimizer.__init__).parameters) - {"self", "params"}
+
+
+def _other_class(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> str | None:
+    """Why a checkpoint cannot be of this optimizer's class, or None.
+
+    torch loads an SGD's checkpoint into an Adam without a word and fails at the next step. Keys
+    that only one side has do not prove much by themselves, since they come with torch's versions.
+    """
+    slots = STATE_SLOTS.get(type(optimizer))
+    if slots is not None:
+        for values in state_dict["state"].values():
+            strange = sorted(set(values) - slots) if isinstance(values, Mapping) else []
+            if strange:
+                return f"it has the state {strange}, and that class keeps only {sorted(slots)}"
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        names = {k for k in saved if not k.startswith("clr_")} - _NOT_HYPER_PARAMETERS
+        unknown = names - set(group) - set(optimizer.defaults)
+        absent = set(optimizer.defaults) - names
+        others = set().union(*map(_hyper_parameters, STATE_SLOTS)) if slots is not None else names
+        if unknown & others and (absent or slots is not None):
+            return f"its groups have {sorted(unknown)} and lack {sorted(absent)}"
+    return None

@@ -1,0 +1,1013 @@
+"""Learning rate and momentum as pure functions of the integer step.
+
+Every policy is a sequence of phases, and one formula serves them all::
+
+    lr(t) = b(t)·lower + a(t)·(upper − lower)·w(x(t))
+
+``lower`` and ``upper`` are the group's ``base_lr`` and ``max_lr`` unless the phase says otherwise,
+``w`` is the window, ``x(t)`` in [0, 1] the position in the cycle (rising for ``step_size_up``
+steps, falling for ``step_size_down``), ``a`` and ``b`` the decay of amplitude and lower bound::
+
+    a(t) = cycle_gamma^cycle · gamma^t          b(t) = base_gamma^t
+
+Steps are exact integers: the position is an integer modulo, never a sum, so that step 10**12 is as
+right as step 10. Powers are taken as 2^(t·log2(gamma)) in float64, which overflows for no cycle.
+
+Source: L. N. Smith, *Cyclical Learning Rates for Training Neural Networks*, arXiv 1506.01186; the
+argument names are those of :class:`torch.optim.lr_scheduler.CyclicLR`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import pickle
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "WINDOWS",
+    "Phase",
+    "Schedule",
+    "decay",
+    "exp",
+    "exp_range",
+    "exp_range_bounds",
+    "fixed",
+    "one_cycle",
+    "ramp",
+    "sequence",
+    "triangular",
+    "triangular2",
+    "warm_restarts",
+]
+
+#: Version of the dictionary that :meth:`Schedule.to_dict` writes.
+FORMAT_VERSION = 1
+
+#: The windows a user may choose; ``"constant"`` (w = 1, no cycle) is for phases without one.
+WINDOWS = ("triangle", "welch", "hann")
+
+SCALE_MODES = ("cycle", "iterations")
+
+# Periods of warm restarts are unrolled: this many phases reach past any step an int64 can count.
+_MAX_PHASES = 62
+
+ScaleFn = Callable[[float], float]
+
+
+def check_int(name: str, value: object, *, minimum: int) -> int:
+    """``value`` as an int of at least ``minimum``; whole floats pass, as they do in CyclicLR."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        number = int(value)
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+        as_float = float(value)
+        if not as_float.is_integer():  # NaN and infinities included
+            raise ValueError(f"{name} must be a whole number of steps, got {value!r}")
+        number = int(as_float)
+    else:
+        raise TypeError(f"{name} must be an integer >= {minimum}, got {value!r}")
+    if number < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
+    return number
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    minimum: float = 0.0,
+    maximum: float = math.inf,
+    open_minimum: bool = False,
+) -> float:
+    """``value`` as a finite float within the bounds."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    number = float(value)
+    below = number <= minimum if open_minimum else number < minimum
+    if not math.isfinite(number) or below or number > maximum:
+        low = f"> {minimum:g}" if open_minimum else f">= {minimum:g}"
+        high = f" and <= {maximum:g}" if maximum < math.inf else ""
+        raise ValueError(f"{name} must be a finite number {low}{high}, got {value!r}")
+    return number
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
+    """``value`` if it is one of ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def check_bool(name: str, value: object) -> bool:
+    """``value`` if it is True or False; a number or a string is more likely a slip."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_bounds(base_lr: float, max_lr: float, where: str = "") -> None:
+    """Raise unless ``base_lr <= max_lr``."""
+    if base_lr > max_lr:
+        raise ValueError(
+            f"base_lr={base_lr!r} is above max_lr={max_lr!r}{where}: "
+            "base_lr is the lower end of the cycle; swap the two or lower base_lr"
+        )
+
+
+def _power(gamma: float, exponent: int) -> float:
+    """gamma^exponent in float64, 0.0 or inf where that is all float64 has."""
+    if gamma == 1.0 or exponent == 0:
+        return 1.0
+    try:
+        power = exponent * math.log2(gamma)
+    except OverflowError:  # an exponent beyond float64 itself
+        power = -math.inf if gamma < 1.0 else math.inf
+    return 2.0**power if power < 1024.0 else math.inf
+
+
+def _window(kind: str, x: float) -> float:
+    if kind == "triangle":
+        return x
+    if kind == "welch":
+        return x * (2.0 - x)
+    if kind == "hann":
+        # Half a period of 1 − cos, written so that it does not cancel near x = 0.
+        return math.sin(0.5 * math.pi * x) ** 2
+    return 1.0
+
+
+def _check_ends(name: str, value: object) -> tuple[float, float]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(
+            f"{name} must be a pair (multiple of base_lr, multiple of max_lr), got {value!r}"
+        )
+    return (check_number(f"{name}[0]", value[0]), check_number(f"{name}[1]", value[1]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of a schedule with one window, one cycle length and one decay.
+
+    Steps inside a phase count from its own start, and so do its cycles.
+
+    Args:
+        step_size_up: steps of the rising half of a cycle, an integer >= 0.
+        step_size_down: steps of the falling half; ``None`` is ``step_size_up``. Not both may be 0,
+            except with ``window="constant"``, which has no cycle.
+        window: ``"triangle"``, ``"welch"`` (parabolic), ``"hann"`` (sinusoidal) or ``"constant"``.
+        steps: how many steps the phase lasts; ``None``, in the last phase only, is without end.
+        gamma: factor of the amplitude per step.
+        cycle_gamma: factor of the amplitude per cycle.
+        base_gamma: factor of the lower bound per step.
+        base_lr, max_lr: bounds of the phase's own, instead of each group's.
+        lower, upper: the phase's ends as multiples ``(of base_lr, of max_lr)``, summed;
+            ``(1, 0)`` and ``(0, 1)`` are the bounds themselves.
+        cycle_momentum: whether momentum moves in this phase, where it is cycled at all;
+            otherwise it stays at its maximum.
+        scale_fn, scale_mode: as in :class:`torch.optim.lr_scheduler.CyclicLR`: the amplitude is
+            multiplied by ``scale_fn(cycle)``, cycles counted from 1, or by
+            ``scale_fn(step)`` for ``scale_mode="iterations"``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what would be right.
+    """
+
+    step_size_up: int = 0
+    step_size_down: int | None = None
+    window: str = "triangle"
+    steps: int | None = None
+    gamma: float = 1.0
+    cycle_gamma: float = 1.0
+    base_gamma: float = 1.0
+    base_lr: float | None = None
+    max_lr: float | None = None
+    lower: tuple[float, float] = (1.0, 0.0)
+    upper: tuple[float, float] = (0.0, 1.0)
+    cycle_momentum: bool = True
+    scale_fn: ScaleFn | None = None
+    scale_mode: str = "cycle"
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        put("step_size_up", check_int("step_size_up", self.step_size_up, minimum=0))
+        down = self.step_size_up if self.step_size_down is None else self.step_size_down
+        put("step_size_down", check_int("step_size_down", down, minimum=0))
+        check_choice("window", self.window, (*WINDOWS, "constant"))
+        if (self.period == 0) != (self.window == "constant"):
+            raise ValueError(
+                f"step_size_up={self.step_size_up} and step_size_down={self.step_size_down} do not "
+                f"go with window={self.window!r}: a cycle needs at least one step up or down, "
+                "and window='constant' has no cycle"
+            )
+        if self.steps is not None:
+            put("steps", check_int("steps", self.steps, minimum=1))
+        for name in ("gamma", "cycle_gamma", "base_gamma"):
+            put(name, check_number(name, getattr(self, name), open_minimum=True))
+        if (self.base_lr is None) != (self.max_lr is None):
+            raise ValueError(
+                f"base_lr={self.base_lr!r} and max_lr={self.max_lr!r}: a phase has both bounds of "
+                "its own or neither"
+            )
+        if self.base_lr is not None and self.max_lr is not None:
+            put("base_lr", check_number("base_lr", self.base_lr))
+            put("max_lr", check_number("max_lr", self.max_lr))
+            check_bounds(self.base_lr, self.max_lr)
+        put("lower", _check_ends("lower", self.lower))
+        put("upper", _check_ends("upper", self.upper))
+        check_bool("cycle_momentum", self.cycle_momentum)
+        if self.scale_fn is not None and not callable(self.scale_fn):
+            raise TypeError(f"scale_fn must be a callable of one number, got {self.scale_fn!r}")
+        check_choice("scale_mode", self.scale_mode, SCALE_MODES)
+        if self.scale_fn is not None and self.window == "constant":
+            raise ValueError(
+                f"scale_fn={self.scale_fn!r} scales the amplitude of a cycle, "
+                "and a phase with window='constant' has none"
+            )
+
+    @property
+    def period(self) -> int:
+        """Steps of one cycle; 0 where there is none."""
+        down = self.step_size_up if self.step_size_down is None else self.step_size_down
+        return self.step_size_up + down
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether the phase has bounds of its own."""
+        return self.base_lr is not None
+
+    def position(self, step: int) -> float:
+        """x in [0, 1]: 0 at the ends of a cycle, 1 at its top."""
+        if self.period == 0:
+            return 1.0
+        offset = step % self.period
+        if offset < self.step_size_up:
+            return offset / self.step_size_up
+        return (self.period - offset) / (self.period - self.step_size_up)
+
+    def amplitude(self, step: int) -> float:
+        """a(step): what is left of the amplitude."""
+        if self.scale_fn is not None:
+            cycle = step // self.period + 1
+            return float(self.scale_fn(cycle if self.scale_mode == "cycle" else step))
+        scale = _power(self.gamma, step)
+        if self.cycle_gamma != 1.0:
+            scale *= _power(self.cycle_gamma, step // self.period if self.period else 0)
+        return scale
+
+    def ends(self, base_lr: float, max_lr: float) -> tuple[float, float]:
+        """The lower and the upper end for a group with these bounds."""
+        if self.base_lr is not None and self.max_lr is not None:
+            base_lr, max_lr = self.base_lr, self.max_lr
+        (lower_base, lower_max), (upper_base, upper_max) = self.lower, self.upper
+        return (
+            lower_base * base_lr + lower_max * max_lr,
+            upper_base * base_lr + upper_max * max_lr,
+        )
+
+    def shape(self, step: int) -> tuple[float, float, float]:
+        """``(b, w, a)`` at ``step``: all of the formula that does not depend on the bounds."""
+        return (
+            _power(self.base_gamma, step),
+            _window(self.window, self.position(step)),
+            self.amplitude(step),
+        )
+
+
+@overload
+def _each(function: Callable[[int], float], step: int) -> float: ...
+@overload
+def _each(
+    function: Callable[[int], float], step: npt.NDArray[Any] | Sequence[int]
+) -> npt.NDArray[np.float64]: ...
+def _each(
+    function: Callable[[int], float], step: int | npt.NDArray[Any] | Sequence[int]
+) -> float | npt.NDArray[np.float64]:
+    """``function`` at one step or at each of an array's, so that both give the same bits."""
+    if isinstance(step, numbers.Real) or np.ndim(step) == 0:
+        return function(
+            check_int("step", step if not hasattr(step, "item") else step.item(), minimum=0)
+        )
+    steps = np.asarray(step)
+    if steps.dtype.kind not in "iuO":
+        raise TypeError(
+            f"step must be an integer or an array of integers, got an array of {steps.dtype}"
+        )
+    values = [function(check_int("step", s, minimum=0)) for s in steps.ravel().tolist()]
+    return np.array(values, dtype=np.float64).reshape(steps.shape)
+
+
+class Schedule:
+    """A sequence of phases: a pure function of the integer step.
+
+    Built by the constructors of this module; ``Schedule(name, phases)`` is there for curves that
+    none of them draws. After the last phase's ``steps`` that phase goes on.
+
+    Schedules are immutable, compare by value, print readably and round-trip through a plain
+    dictionary (:meth:`to_dict`, :meth:`from_dict`).
+
+    Args:
+        name: what the schedule is called in messages.
+        phases: at least one; all but the last have ``steps``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what would be right.
+
+    Example:
+        >>> schedule = triangular(step_size_up=2)
+        >>> schedule(1, base_lr=0.0, max_lr=1.0)
+        0.5
+        >>> schedule([0, 1, 2, 3, 4], base_lr=0.0, max_lr=1.0).tolist()
+        [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+
+    __slots__ = ("_cycles", "_starts", "name", "phases")
+
+    name: str
+    phases: tuple[Phase, ...]
+    _starts: list[int]
+    _cycles: list[int]
+
+    def __init__(self, name: str, phases: Sequence[Phase]) -> None:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"name must be a non-empty string, got {name!r}")
+        if isinstance(phases, (str, bytes)) or not isinstance(phases, Sequence):
+            raise TypeError(f"phases must be a sequence of Phase, got {phases!r}")
+        if not phases:
+            raise ValueError("phases is empty: a schedule needs at least one Phase")
+        starts, cycles = [0], [0]
+        for i, phase in enumerate(phases):
+            if not isinstance(phase, Phase):
+                raise TypeError(f"phases[{i}] must be a Phase, got {phase!r}")
+            if i + 1 < len(phases):
+                if phase.steps is None:
+                    raise ValueError(
+                        f"phases[{i}] has steps=None, so that phases[{i + 1}] would never begin: "
+                        "give steps to all phases but the last"
+                    )
+                starts.append(starts[-1] + phase.steps)
+                # A cycle cut off by the end of its phase still counts: the next begins a new one.
+                begun = -(-phase.steps // phase.period) if phase.period else 0
+                cycles.append(cycles[-1] + begun)
+        for slot, value in (
+            ("name", name),
+            ("phases", tuple(phases)),
+            ("_starts", starts),
+            ("_cycles", cycles),
+        ):
+            object.__setattr__(self, slot, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a Schedule is immutable: cannot set {name!r}; build another one")
+
+    def __reduce__(self) -> tuple[type[Schedule], tuple[str, tuple[Phase, ...]]]:
+        for phase in self.phases:
+            if phase.scale_fn is not None:
+                try:
+                    pickle.dumps(phase.scale_fn)
+                except Exception as error:
+                    raise pickle.PicklingError(
+                        f"scale_fn={describe_callable(phase.scale_fn)} cannot be pickled: define "
+                        "it with `def` at the top of a module, or as an instance of a class there"
+                    ) from error
+        return (Schedule, (self.name, self.phases))
+
+    # Nothing in a schedule changes, so a copy may be the thing itself, a lambda in it included.
+    def __copy__(self) -> Schedule:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Schedule:
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Schedule):
+            return NotImplemented
+        return (self.name, self.phases) == (other.name, other.phases)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.phases))
+
+    def __repr__(self) -> str:
+        phases = ", ".join(
+            "Phase("
+            + ", ".join(
+                f"{f.name}={getattr(phase, f.name)!r}"
+                for f in fields(Phase)
+                if getattr(phase, f.name) != f.default
+            )
+            + ")"
+            for phase in self.phases
+        )
+        return f"Schedule({self.name!r}, [{phases}])"
+
+    @property
+    def steps(self) -> int | None:
+        """Length of the whole schedule in steps; ``None`` where it is without end."""
+        last = self.phases[-1].steps
+        return None if last is None else self._starts[-1] + last
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether every phase has bounds of its own, so that none is taken from the groups."""
+        return all(phase.has_bounds for phase in self.phases)
+
+    @property
+    def scale_fn(self) -> ScaleFn | None:
+        """The first ``scale_fn`` among the phases."""
+        return next((p.scale_fn for p in self.phases if p.scale_fn is not None), None)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """``(index of the phase, step inside it)``."""
+        index = bisect_right(self._starts, step) - 1
+        return index, step - self._starts[index]
+
+    @overload
+    def __call__(self, step: int, base_lr: float = ..., max_lr: float = ...) -> float: ...
+    @overload
+    def __call__(
+        self, step: npt.NDArray[Any] | Sequence[int], base_lr: float = ..., max_lr: float = ...
+    ) -> npt.NDArray[np.float64]: ...
+    def __call__(
+        self,
+        step: int | npt.NDArray[Any] | Sequence[int],
+        base_lr: float = 0.0,
+        max_lr: float = 1.0,
+    ) -> float | npt.NDArray[np.float64]:
+        """The learning rate at ``step``.
+
+        Args:
+            step: an integer >= 0 (0 is the first step), or an array of them.
+            base_lr, max_lr: a group's bounds; with the defaults the curve runs from 0 to 1. Phases
+                with bounds of their own do not look at them.
+
+        Returns:
+            A float, or for an array one of float64 and the same shape.
+        """
+
+        def at(step: int) -> float:
+            return self.rates(step, [(base_lr, max_lr)])[0]
+
+        return _each(at, step)
+
+    def rates(self, step: int, bounds: Sequence[tuple[float, float]]) -> list[float]:
+        """The learning rates at ``step`` for several ``(base_lr, max_lr)``."""
+        index, local = self.locate(step)
+        phase = self.phases[index]
+        b, w, a = phase.shape(local)
+        rates = []
+        for base_lr, max_lr in bounds:
+            lower, upper = phase.ends(base_lr, max_lr)
+            rates.append(b * lower + (upper - lower) * w * a)
+        return rates
+
+    @overload
+    def momentum(
+        self, step: int, base_momentum: float = ..., max_momentum: float = ...
+    ) -> float: ...
+    @overload
+    def momentum(
+        self,
+        step: npt.NDArray[Any] | Sequence[int],
+        base_momentum: float = ...,
+        max_momentum: float = ...,
+    ) -> npt.NDArray[np.float64]: ...
+    def momentum(
+        self,
+        step: int | npt.NDArray[Any] | Sequence[int],
+        base_momentum: float = 0.8,
+        max_momentum: float = 0.9,
+    ) -> float | npt.NDArray[np.float64]:
+        """The momentum at ``step``: it cycles against the rate, highest where the rate is lowest.
+
+        ``max_momentum − a(t)·(max_momentum − base_momentum)·w(x(t))``; arguments as in
+        :meth:`__call__`.
+        """
+
+        def at(step: int) -> float:
+            return self.momenta(step, [(base_momentum, max_momentum)])[0]
+
+        return _each(at, step)
+
+    def momenta(self, step: int, bounds: Sequence[tuple[float, float]]) -> list[float]:
+        """The momenta at ``step`` for several ``(base_momentum, max_momentum)``."""
+        index, local = self.locate(step)
+        phase = self.phases[index]
+        if not phase.cycle_momentum:
+            return [high for _, high in bounds]
+        _, w, a = phase.shape(local)
+        return [high - (high - low) * w * a for low, high in bounds]
+
+    def cycle(self, step: int) -> float:
+        """Cycles done at ``step``: 2.5 is half-way through the third. 0.0 where there are none.
+
+        In a sequence the cycles of all phases count on; one cut off by the end of its phase counts
+        as done there.
+        """
+        step = check_int("step", step, minimum=0)
+        index, local = self.locate(step)
+        phase = self.phases[index]
+        if phase.period == 0:
+            return float(self._cycles[index])
+        whole, rest = divmod(local, phase.period)
+        return self._cycles[index] + whole + rest / phase.period
+
+    def is_cycle_end(self, step: int) -> bool:
+        """Whether the step before ``step`` completed a cycle."""
+        step = check_int("step", step, minimum=0)
+        if step == 0:
+            return False
+        # Asked of the step just done, so that a cycle that ends with its phase belongs to it.
+        index, local = self.locate(step - 1)
+        period = self.phases[index].period
+        return period > 0 and (local + 1) % period == 0
+
+    def steps_to_cycle_end(self, step: int) -> int | None:
+        """Steps from ``step`` until a cycle is complete, a whole cycle at a cycle's end.
+
+        A cycle cut off by the end of its phase is never complete: the count then runs to the end
+        of the first one that is. ``None`` where no cycle will be.
+        """
+        step = check_int("step", step, minimum=0)
+        index, local = self.locate(step)
+        start = step - local
+        for i in range(index, len(self.phases)):
+            phase = self.phases[i]
+            last = i + 1 == len(self.phases)
+            if phase.period:
+                end = (local // phase.period + 1) * phase.period
+                # Past its `steps` the last phase goes on, and so do its cycles.
+                if last or end <= (phase.steps or 0):
+                    return start + end - step
+            start += phase.steps or 0
+            local = 0
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary of strings, numbers, lists and None, for :meth:`from_dict`.
+
+        A ``scale_fn`` cannot be stored: its name stands in its place.
+        """
+        phases = []
+        for phase in self.phases:
+            row: dict[str, Any] = {}
+            for f in fields(Phase):
+                value = getattr(phase, f.name)
+                if value != f.default:
+                    row[f.name] = list(value) if isinstance(value, tuple) else value
+            if phase.scale_fn is not None:
+                row["scale_fn"] = describe_callable(phase.scale_fn)
+            phases.append(row)
+        return {"format": FORMAT_VERSION, "name": self.name, "phases": phases}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, scale_fn: ScaleFn | None = None) -> Schedule:
+        """The schedule that :meth:`to_dict` described.
+
+        Args:
+            data: the dictionary.
+            scale_fn: the callable, where the schedule had one.
+
+        Raises:
+            TypeError: if ``data`` is no dictionary.
+            ValueError: if it is not one of ours, was written by a newer version, or names a
+                ``scale_fn`` and none is given.
+        """
+        if not isinstance(data, Mapping):
+            raise TypeError(f"data must be a dictionary from Schedule.to_dict, got {data!r}")
+        if data.get("format") != FORMAT_VERSION:
+            raise ValueError(
+                f"data has format={data.get('format')!r}, and this version reads "
+                f"{FORMAT_VERSION}: take a dictionary from Schedule.to_dict of this version, or "
+                "update clr_optim"
+            )
+        rows = data.get("phases")
+        if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+            raise ValueError(f"data['phases'] must be a list of dictionaries, got {rows!r}")
+        known = {f.name for f in fields(Phase)}
+        phases = []
+        for i, row in enumerate(rows):
+            unknown = sorted(set(row) - known)
+            if unknown:
+                raise ValueError(
+                    f"data['phases'][{i}] has unknown keys {unknown}; known: {sorted(known)}"
+                )
+            values: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in row.items()
+            }
+            if "scale_fn" in values:
+                if scale_fn is None:
+                    raise ValueError(
+                        f"data['phases'][{i}] had scale_fn={values['scale_fn']!r}, and code is not "
+                        "stored: pass it as from_dict(data, scale_fn=...)"
+                    )
+                values["scale_fn"] = scale_fn
+            phases.append(Phase(**values))
+        return cls(data.get("name", ""), phases)
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as one line of JSON, the same for equal schedules."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str, *, scale_fn: ScaleFn | None = None) -> Schedule:
+        """The schedule that :meth:`to_json` wrote; errors as in :meth:`from_dict`."""
+        try:
+            data = json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"text is no JSON of a schedule: {text!r}") from error
+        return cls.from_dict(data, scale_fn=scale_fn)
+
+
+def describe_callable(function: Callable[..., Any]) -> str:
+    """``module.name`` of a callable, for messages and checkpoints."""
+    name = getattr(function, "__qualname__", None) or type(function).__qualname__
+    return f"{getattr(function, '__module__', None) or type(function).__module__}.{name}"
+
+
+def _cyclic(
+    name: str,
+    step_size_up: int,
+    step_size_down: int | None,
+    window: str,
+    base_lr: float | None,
+    max_lr: float | None,
+    **options: Any,
+) -> Schedule:
+    check_choice("window", window, WINDOWS)
+    phase = Phase(
+        step_size_up=step_size_up,
+        step_size_down=step_size_down,
+        window=window,
+        base_lr=base_lr,
+        max_lr=max_lr,
+        **options,
+    )
+    return Schedule(name, [phase])
+
+
+def _check_gamma(gamma: object) -> float:
+    return check_number("gamma", gamma, open_minimum=True, maximum=1.0)
+
+
+def triangular(
+    step_size_up: int = 2000,
+    step_size_down: int | None = None,
+    *,
+    window: str = "triangle",
+    base_lr: float | None = None,
+    max_lr: float | None = None,
+    scale_fn: ScaleFn | None = None,
+    scale_mode: str = "cycle",
+) -> Schedule:
+    """The rate rises from ``base_lr`` to ``max_lr`` and falls back, for ever.
+
+    Args:
+        step_size_up: steps of the rising half, an integer >= 0.
+        step_size_down: steps of the falling half, ``step_size_up`` if ``None``; not both 0.
+        window: ``"triangle"``, ``"welch"`` (parabolic) or ``"hann"`` (sinusoidal).
+        base_lr, max_lr: absolute bounds, both or neither; neither takes each group's own.
+        scale_fn, scale_mode: as in :class:`torch.optim.lr_scheduler.CyclicLR`: multiplies the
+            amplitude by ``scale_fn(cycle)`` (counted from 1) or ``scale_fn(step)``
+            (``scale_mode="iterations"``).
+
+    Source: arXiv 1506.01186, section 3.1.
+
+    Example:
+        >>> triangular(2)([0, 1, 2, 3, 4, 5], base_lr=1.0, max_lr=3.0).tolist()
+        [1.0, 2.0, 3.0, 2.0, 1.0, 2.0]
+    """
+    return _cyclic(
+        "triangular", step_size_up, step_size_down, window, base_lr, max_lr,
+        scale_fn=scale_fn, scale_mode=scale_mode,
+    )  # fmt: skip
+
+
+def triangular2(
+    step_size_up: int = 2000,
+    step_size_down: int | None = None,
+    *,
+    window: str = "triangle",
+    base_lr: float | None = None,
+    max_lr: float | None = None,
+) -> Schedule:
+    """As :func:`triangular`, the amplitude halved after each cycle (right at any cycle).
+
+    Source: arXiv 1506.01186, section 3.2.
+
+    Example:
+        >>> triangular2(1)([1, 3, 5], base_lr=0.0, max_lr=1.0).tolist()
+        [1.0, 0.5, 0.25]
+    """
+    return _cyclic(
+        "triangular2", step_size_up, step_size_down, window, base_lr, max_lr, cycle_gamma=0.5
+    )
+
+
+def exp_range(
+    step_size_up: int = 2000,
+    step_size_down: int | None = None,
+    *,
+    gamma: float = 0.99994,
+    window: str = "triangle",
+    base_lr: float | None = None,
+    max_lr: float | None = None,
+) -> Schedule:
+    """As :func:`triangular`, the amplitude multiplied by gamma^step: max falls towards base.
+
+    This is the reading of :class:`torch.optim.lr_scheduler.CyclicLR`. The paper's words, that each
+    boundary declines, are :func:`exp_range_bounds`.
+
+    Args:
+        gamma: factor per step, in (0, 1]; the paper's is 0.99994.
+
+    Example:
+        >>> exp_range(1, gamma=0.5)([1, 3], base_lr=0.0, max_lr=1.0).tolist()
+        [0.5, 0.125]
+    """
+    return _cyclic(
+        "exp_range", step_size_up, step_size_down, window, base_lr, max_lr,
+        gamma=_check_gamma(gamma),
+    )  # fmt: skip
+
+
+def exp_range_bounds(
+    step_size_up: int = 2000,
+    step_size_down: int | None = None,
+    *,
+    gamma: float = 0.99994,
+    window: str = "triangle",
+    base_lr: float | None = None,
+    max_lr: float | None = None,
+) -> Schedule:
+    """As :func:`triangular`, both boundaries multiplied by gamma^step.
+
+    What the paper says ("each boundary value declines by an exponential factor of gamma^iteration")
+    and what its figures show; :func:`exp_range` is torch's reading.
+
+    Example:
+        >>> exp_range_bounds(1, gamma=0.5)([0, 1, 2, 3], base_lr=1.0, max_lr=2.0).tolist()
+        [1.0, 1.0, 0.25, 0.25]
+    """
+    gamma = _check_gamma(gamma)
+    return _cyclic(
+        "exp_range_bounds", step_size_up, step_size_down, window, base_lr, max_lr,
+        gamma=gamma, base_gamma=gamma,
+    )  # fmt: skip
+
+
+_TOP = (0.0, 1.0)
+_BOTTOM = (1.0, 0.0)
+
+
+def _hold(at: tuple[float, float] = _TOP, **options: Any) -> Phase:
+    return Phase(window="constant", lower=at, upper=at, cycle_momentum=False, **options)
+
+
+def _own(lr: float | None) -> dict[str, Any]:
+    return {"base_lr": lr, "max_lr": lr}
+
+
+def fixed(lr: float | None = None) -> Schedule:
+    """A constant rate: ``lr``, or where that is ``None`` each group's ``max_lr``.
+
+    (A group's ``max_lr`` is the rate the user gave it, unless told otherwise.)
+
+    Example:
+        >>> fixed()([0, 10**12], base_lr=0.1, max_lr=0.4).tolist()
+        [0.4, 0.4]
+    """
+    return Schedule("fixed", [_hold(**_own(lr))])
+
+
+def decay(steps: int, *, base_lr: float | None = None, max_lr: float | None = None) -> Schedule:
+    """The rate falls in a straight line from ``max_lr`` to ``base_lr``, and stays there.
+
+    The paper's ``decay``, which shows that falling alone does not do what cycling does
+    (its Table 1: from 0.007 to 0.001 over 4,000 iterations).
+
+    Args:
+        steps: length of the fall, an integer >= 1; ``lr(steps)`` is ``base_lr``.
+        base_lr, max_lr: absolute bounds, both or neither; neither takes each group's own.
+
+    Example:
+        >>> decay(2)([0, 1, 2, 3], base_lr=1.0, max_lr=2.0).tolist()
+        [2.0, 1.5, 1.0, 1.0]
+    """
+    steps = check_int("steps", steps, minimum=1)
+    fall = Phase(step_size_up=0, step_size_down=steps, steps=steps, base_lr=base_lr, max_lr=max_lr)
+    return Schedule("decay", [fall, _hold(_BOTTOM, base_lr=base_lr, max_lr=max_lr)])
+
+
+def exp(lr: float | None = None, *, gamma: float = 0.99994) -> Schedule:
+    """The rate falls as ``lr``·gamma^step, from each group's ``max_lr`` where ``lr`` is ``None``.
+
+    Args:
+        gamma: factor per step, in (0, 1].
+
+    Example:
+        >>> exp(gamma=0.5)([0, 1, 2], max_lr=2.0).tolist()
+        [2.0, 1.0, 0.5]
+    """
+    return Schedule("exp", [_hold(base_gamma=_check_gamma(gamma), **_own(lr))])
+
+
+def one_cycle(
+    total_steps: int,
+    *,
+    pct_start: float = 0.45,
+    final_div_factor: float = 1e4,
+    window: str = "triangle",
+    base_lr: float | None = None,
+    max_lr: float | None = None,
+) -> Schedule:
+    """One cycle, then annealing far below it.
+
+    The rate rises from ``base_lr`` to ``max_lr`` for ``pct_start`` of the steps, falls back for as
+    many, and in those left falls on to ``base_lr / final_div_factor``, which the last step,
+    ``total_steps − 1``, uses (and any after it). Momentum mirrors the cycle and stays at its
+    maximum during the annealing.
+
+    Args:
+        total_steps: length of the training in steps, an integer >= 3.
+        pct_start: the rising part of it, in (0, 0.5].
+        final_div_factor: ``base_lr`` divided by the last rate, >= 1.
+        window, base_lr, max_lr: as in :func:`triangular`.
+
+    Source: L. N. Smith, N. Topin, *Super-Convergence*, arXiv 1708.07120.
+
+    Example:
+        >>> one_cycle(6, pct_start=0.34, final_div_factor=10)(
+        ...     [0, 1, 2, 3, 4, 5], base_lr=1.0, max_lr=3.0).tolist()
+        [1.0, 2.0, 3.0, 2.0, 1.0, 0.1]
+    """
+    total_steps = check_int("total_steps", total_steps, minimum=3)
+    pct_start = check_number("pct_start", pct_start, open_minimum=True, maximum=0.5)
+    final_div_factor = check_number("final_div_factor", final_div_factor, minimum=1.0)
+    check_choice("window", window, WINDOWS)
+    half = min(max(1, round(pct_start * total_steps)), (total_steps - 1) // 2)
+    left = total_steps - 1 - 2 * half
+    bounds: dict[str, Any] = {"base_lr": base_lr, "max_lr": max_lr}
+    end = (1.0 / final_div_factor, 0.0)
+    phases = [Phase(step_size_up=half, window=window, steps=2 * half, **bounds)]
+    if left:
+        phases.append(
+            Phase(
+                step_size_up=0,
+                step_size_down=left,
+                window=window,
+                steps=left,
+                lower=end,
+                upper=_BOTTOM,
+                cycle_momentum=False,
+                **bounds,
+            )
+        )
+    phases.append(_hold(end, **bounds))
+    return Schedule("one_cycle", phases)
+
+
+def warm_restarts(
+    period: int,
+    *,
+    period_multiplier: int = 1,
+    base_lr: float | None = None,
+    max_lr: float | None = None,
+) -> Schedule:
+    """The rate falls from ``max_lr`` to ``base_lr`` along half a cosine, then starts again.
+
+    Args:
+        period: steps of the first fall, an integer >= 1.
+        period_multiplier: each fall is this many times as long as the one before, an integer >= 1.
+            (At most 62 are unrolled, which reaches past 2**62 steps; the last one then repeats.)
+        base_lr, max_lr: absolute bounds, both or neither; neither takes each group's own.
+
+    Source: I. Loshchilov, F. Hutter, *SGDR*, arXiv 1608.03983; as
+    :class:`torch.optim.lr_scheduler.CosineAnnealingWarmRestarts` with ``T_0``, ``T_mult``.
+
+    Example:
+        >>> warm_restarts(2)([0, 1, 2, 3]).round(12).tolist()
+        [1.0, 0.5, 1.0, 0.5]
+    """
+    period = check_int("period", period, minimum=1)
+    multiplier = check_int("period_multiplier", period_multiplier, minimum=1)
+    lengths = [period]
+    while multiplier > 1 and len(lengths) < _MAX_PHASES and sum(lengths) < 2**62:
+        lengths.append(lengths[-1] * multiplier)
+    phases = [
+        Phase(
+            step_size_up=0,
+            step_size_down=length,
+            window="hann",
+            steps=None if i + 1 == len(lengths) else length,
+            base_lr=base_lr,
+            max_lr=max_lr,
+        )
+        for i, length in enumerate(lengths)
+    ]
+    return Schedule("warm_restarts", phases)
+
+
+def ramp(
+    num_steps: int,
+    start_lr: float | None = None,
+    end_lr: float | None = None,
+    *,
+    mode: str = "linear",
+) -> Schedule:
+    """The LR range test's ramp: the rate rises once, from step 0 to step ``num_steps − 1``.
+
+    Args:
+        num_steps: an integer >= 2; the last of them, and any after it, uses the upper end.
+        start_lr, end_lr: the ends, both or (``mode="linear"`` only) neither; neither takes each
+            group's ``base_lr`` and ``max_lr``.
+        mode: ``"linear"``, as in the paper, or ``"exponential"`` for searches over decades
+            (``start_lr`` must then be above 0).
+
+    Source: arXiv 1506.01186, section 3.3.
+
+    Example:
+        >>> ramp(3, 0.0, 1.0)([0, 1, 2, 3]).tolist()
+        [0.0, 0.5, 1.0, 1.0]
+    """
+    num_steps = check_int("num_steps", num_steps, minimum=2)
+    check_choice("mode", mode, ("linear", "exponential"))
+    if (start_lr is None) != (end_lr is None):
+        raise ValueError(
+            f"start_lr={start_lr!r} and end_lr={end_lr!r}: give both ends of the ramp, or neither"
+        )
+    if start_lr is not None and end_lr is not None:
+        start_lr = check_number("start_lr", start_lr, open_minimum=mode == "exponential")
+        end_lr = check_number("end_lr", end_lr)
+        if end_lr <= start_lr:
+            raise ValueError(f"end_lr={end_lr!r} must be above start_lr={start_lr!r}")
+    last = num_steps - 1
+    bounds: dict[str, Any] = {"base_lr": start_lr, "max_lr": end_lr}
+    if mode == "linear":
+        rise = Phase(step_size_up=last, step_size_down=0, steps=last, **bounds)
+    else:
+        if start_lr is None or end_lr is None:
+            raise ValueError(
+                "start_lr=None and end_lr=None: an exponential ramp needs both ends as numbers"
+            )
+        rise = _hold(_BOTTOM, steps=last, base_gamma=(end_lr / start_lr) ** (1.0 / last), **bounds)
+    return Schedule("ramp", [rise, _hold(_TOP, **bounds)])
+
+
+def sequence(parts: Sequence[tuple[Schedule, int | None]]) -> Schedule:
+    """Schedules one after the other, each for so many steps.
+
+    Each part counts its steps and cycles from its own start, as in the paper's code. The last may
+    have ``None`` for its steps; it goes on in any case.
+
+    Args:
+        parts: ``[(schedule, steps), …]``, at least one, ``steps`` integers >= 1.
+
+    Raises:
+        TypeError, ValueError: naming the part and what would be right.
+
+    Example:
+        The paper's Table 2:
+
+        >>> table2 = sequence([
+        ...     (triangular2(2000, base_lr=0.001, max_lr=0.005), 16_000),
+        ...     (triangular2(1000, base_lr=0.0001, max_lr=0.0005), 6_000),
+        ...     (triangular2(500, base_lr=0.00001, max_lr=0.00005), 3_000),
+        ... ])
+        >>> table2([2_000, 17_000, 22_500]).tolist()
+        [0.005, 0.0005, 5e-05]
+    """
+    if isinstance(parts, (str, bytes)) or not isinstance(parts, Sequence):
+        raise TypeError(f"parts must be a list of (schedule, steps) pairs, got {parts!r}")
+    if not parts:
+        raise ValueError("parts is empty: give at least one (schedule, steps) pair")
+    phases: list[Phase] = []
+    for i, part in enumerate(parts):
+        if not isinstance(part, (tuple, list)) or len(part) != 2:
+            raise TypeError(f"parts[{i}] must be a pair (schedule, steps), got {part!r}")
+        schedule, steps = part
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"parts[{i}][0] must be a Schedule, got {schedule!r}")
+        last = i + 1 == len(parts)
+        if steps is None and not last:
+            raise ValueError(
+                f"parts[{i}] has steps=None, so that parts[{i + 1}] would never begin: "
+                "give steps to all parts but the last"
+            )
+        left = None if steps is None else check_int(f"parts[{i}][1]", steps, minimum=1)
+        for j, phase in enumerate(schedule.phases):
+            if left == 0:
+                break
+            length = phase.steps if j + 1 < len(schedule.phases) else None
+            if left is not None:
+                length = left if length is None else min(length, left)
+                left -= length
+            phases.append(replace(phase, steps=length))
+    return Schedule("sequence", phases)
