@@ -297,7 +297,7 @@ def _each(
             check_int("step", step if not hasattr(step, "item") else step.item(), minimum=0)
         )
     steps = np.asarray(step)
-    if steps.dtype.kind not in "iuO":
+    if steps.size and steps.dtype.kind not in "iuO":
         raise TypeError(
             f"step must be an integer or an array of integers, got an array of {steps.dtype}"
         )

@@ -1,0 +1,437 @@
+"""Schedules against formulas written independently, in exact fractions where they apply."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import warnings
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clr_optim.schedule import (
+    Phase,
+    Schedule,
+    decay,
+    exp,
+    exp_range,
+    exp_range_bounds,
+    fixed,
+    one_cycle,
+    ramp,
+    sequence,
+    triangular,
+    triangular2,
+    warm_restarts,
+)
+
+BASE, MAX = 0.001, 0.006
+PROBES = [0, 1, 2, 999, 1999, 2000, 2001, 3999, 4000, 4001, 123_456, 10**9 + 7, 10**12, 10**12 + 1]
+
+
+def paper_triangle(step: int, step_size: int) -> Fraction:
+    """The paper's own code, in exact arithmetic: max(0, 1 − x)."""
+    cycle = math.floor(1 + Fraction(step, 2 * step_size))
+    x = abs(Fraction(step, step_size) - 2 * cycle + 1)
+    return max(Fraction(0), 1 - x)
+
+
+def close(value: float, exact: Fraction | float, relative: float = 1e-15) -> bool:
+    return abs(Fraction(value) - Fraction(exact)) <= Fraction(relative) * abs(Fraction(exact))
+
+
+def bounds() -> tuple[Fraction, Fraction]:
+    return Fraction(BASE), Fraction(MAX)
+
+
+@pytest.mark.parametrize("step_size", [1, 7, 1000, 2000])
+@pytest.mark.parametrize("step", PROBES)
+def test_triangular_is_the_papers_code(step, step_size):
+    base, top = bounds()
+    exact = base + (top - base) * paper_triangle(step, step_size)
+    assert close(triangular(step_size)(step, BASE, MAX), exact, 4e-16)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2000, 3999, 4000, 6000, 4000 * 52 + 2000])
+def test_triangular2_halves_the_amplitude_each_cycle(step):
+    base, top = bounds()
+    cycle = step // 4000
+    exact = base + (top - base) * paper_triangle(step, 2000) / 2**cycle
+    assert close(triangular2(2000)(step, BASE, MAX), exact, 4e-16)
+
+
+def test_triangular2_is_right_where_torch_overflows():
+    schedule = triangular2(step_size_up=1)
+    for cycle in (1025, 1074, 1080, 5000, 10**15):
+        step = 2 * cycle + 1  # the top of a cycle counted from 0
+        exact = Fraction(1, 2**cycle) if cycle < 2000 else Fraction(0)
+        got = schedule(step)
+        assert got == float(exact)
+        assert schedule(step, BASE, MAX) == BASE if cycle >= 1080 else True
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    reference = torch.optim.lr_scheduler.CyclicLR(
+        optimizer, BASE, MAX, step_size_up=1, mode="triangular2", cycle_momentum=False
+    )
+    with pytest.raises(OverflowError):
+        reference.scale_fn(1026)
+
+
+@pytest.mark.parametrize("step", [0, 1, 1999, 2000, 30_000, 100_000])
+def test_exp_range_in_both_readings(step):
+    base, top = bounds()
+    with_gamma = Fraction(0.99994) ** step
+    triangle = paper_triangle(step, 2000)
+    torchs = base + (top - base) * triangle * with_gamma
+    assert close(exp_range(2000)(step, BASE, MAX), torchs, 1e-14)
+    papers = (base + (top - base) * triangle) * with_gamma
+    assert close(exp_range_bounds(2000)(step, BASE, MAX), papers, 1e-14)
+
+
+def test_exp_range_at_a_trillion_is_its_limit():
+    assert exp_range(2000)(10**12 + 2000, BASE, MAX) == BASE
+    assert exp_range_bounds(2000)(10**12 + 2000, BASE, MAX) == 0.0
+    slow = 1 - 2**-42  # decays to e^-0.227 by then: float64 pow is the reference
+    step = 10**12 + 2000
+    assert close(exp_range(2000, gamma=slow)(step), math.exp(step * math.log1p(-(2**-42))), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("window", "formula"),
+    [
+        ("triangle", lambda x: x),
+        # Welch's parabola over the whole cycle, whose middle is the top
+        ("welch", lambda x: 1 - (1 - x) ** 2),
+        ("hann", lambda x: (1 - math.cos(math.pi * x)) / 2),
+    ],
+)
+@pytest.mark.parametrize(("up", "down"), [(4, 4), (3, 5), (0, 6), (6, 0), (1, 9)])
+def test_windows_and_unequal_halves(window, formula, up, down):
+    schedule = triangular(up, down, window=window)
+    for step in range(3 * (up + down)):
+        offset = step % (up + down)
+        x = offset / up if offset < up else (up + down - offset) / down
+        assert schedule(step) == pytest.approx(formula(x), abs=1e-15)
+
+
+def test_halves_of_zero_are_sawteeth():
+    assert triangular(4, 0)([0, 1, 2, 3, 4]).tolist() == [0.0, 0.25, 0.5, 0.75, 0.0]
+    assert triangular(0, 4)([0, 1, 2, 3, 4]).tolist() == [1.0, 0.75, 0.5, 0.25, 1.0]
+
+
+def test_fixed_decay_and_exp():
+    assert fixed()([0, 10**12], BASE, MAX).tolist() == [MAX, MAX]
+    assert fixed(0.03)(5) == 0.03
+    # the paper's Table 1: 0.007 to 0.001 over 4000 iterations, then constant
+    table = decay(4000, base_lr=0.001, max_lr=0.007)
+    for step in (0, 1, 1000, 3999):
+        exact = Fraction(0.007) + (Fraction(0.001) - Fraction(0.007)) * Fraction(step, 4000)
+        assert close(table(step), exact, 1e-15)
+    assert table([4000, 4001, 10**12]).tolist() == [0.001] * 3
+    for step in (0, 1, 70_000):
+        assert close(exp(0.006)(step), Fraction(0.006) * Fraction(0.99994) ** step, 1e-14)
+    assert exp(gamma=0.5)(3, BASE, MAX) == MAX / 8
+
+
+def test_table_2_of_the_paper():
+    rows = [  # base_lr, max_lr, step size, start, end
+        (0.001, 0.005, 2000, 0, 16_000),
+        (0.0001, 0.0005, 1000, 16_000, 22_000),
+        (0.00001, 0.00005, 500, 22_000, 25_000),
+    ]
+    table2 = sequence([(triangular2(s, base_lr=b, max_lr=m), e - a) for b, m, s, a, e in rows])
+    assert table2.steps == 25_000
+    assert table2.has_bounds
+    for base, top, step_size, start, end in rows:
+        for step in {start, start + 1, start + step_size, (start + end) // 2 + 17, end - 1}:
+            local = step - start  # cycles count from the start of the row
+            exact = Fraction(base) + (Fraction(top) - Fraction(base)) * paper_triangle(
+                local, step_size
+            ) / 2 ** (local // (2 * step_size))
+            assert close(table2(step), exact, 1e-15)
+    assert table2.cycle(15_999) == pytest.approx(4 - 1 / 4000)
+    assert table2.cycle(16_000) == 4.0
+    assert table2.cycle(17_000) == 4.5
+    assert table2.is_cycle_end(16_000)
+    assert table2.steps_to_cycle_end(15_999) == 1
+    assert table2.steps_to_cycle_end(16_000) == 2000
+
+
+def test_one_cycle():
+    schedule = one_cycle(100, pct_start=0.4, final_div_factor=100)
+    base, top = 0.01, 0.1
+    assert schedule(0, base, top) == base
+    assert schedule(40, base, top) == top
+    assert schedule(80, base, top) == base
+    assert schedule(99, base, top) == pytest.approx(base / 100, rel=1e-14)
+    assert schedule(200, base, top) == schedule(99, base, top)
+    rates = schedule(np.arange(100), base, top)
+    assert (np.diff(rates[:41]) > 0).all()
+    assert (np.diff(rates[40:]) < 0).all()
+    momenta = schedule.momentum(np.arange(100), 0.85, 0.95)
+    assert momenta[0] == momenta[80] == momenta[99] == 0.95
+    assert momenta[40] == pytest.approx(0.85)
+    assert (np.diff(momenta[:41]) < 0).all()
+    assert schedule.is_cycle_end(80)
+    # odd lengths and the extremes of pct_start still reach the end on the last step
+    for total in range(3, 30):
+        for pct in (1e-6, 0.3, 0.45, 0.5):
+            s = one_cycle(total, pct_start=pct, final_div_factor=10)
+            assert s(total - 1, 1.0, 2.0) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("multiplier", [1, 2, 3])
+def test_warm_restarts_are_torchs(multiplier):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=MAX)
+    reference = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+        optimizer, 5, T_mult=multiplier, eta_min=BASE
+    )
+    schedule = warm_restarts(5, period_multiplier=multiplier)
+    for step in range(400):
+        assert schedule(step, BASE, MAX) == pytest.approx(reference.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        reference.step()
+
+
+def test_warm_restarts_unroll_to_at_most_62_phases():
+    for multiplier in (2, 3, 10, 1000):
+        schedule = warm_restarts(1, period_multiplier=multiplier)
+        assert len(schedule.phases) <= 62
+        assert schedule.phases[-1].steps is None
+    schedule = warm_restarts(1, period_multiplier=2)
+    for n in (1, 5, 39, 61):
+        assert schedule(2**n - 1) == 1.0  # the n-th restart
+    assert 0.0 <= schedule(10**30) <= 1.0
+
+
+def test_ramps():
+    linear = ramp(11, 0.0, 0.02)
+    for step in range(11):
+        assert close(linear(step), Fraction(0.02) * Fraction(step, 10), 4e-16)
+    assert linear([10, 11, 10**12]).tolist() == [0.02] * 3
+    assert linear.steps_to_cycle_end(0) == 10
+    wide = ramp(5, 1e-6, 1e-2, mode="exponential")
+    assert wide([0, 1, 2, 3, 4]).tolist() == pytest.approx(
+        [1e-6, 1e-5, 1e-4, 1e-3, 1e-2], rel=1e-13
+    )
+    assert wide(4) == 1e-2
+    assert ramp(3)([0, 1, 2], BASE, MAX).tolist() == [BASE, pytest.approx((BASE + MAX) / 2), MAX]
+
+
+def test_sequence_flattens_nests_and_cuts():
+    inner = sequence([(triangular(2), 6), (fixed(), None)])
+    outer = sequence([(inner, 8), (triangular(1), 3), (exp(gamma=0.5), None)])
+    flat = [triangular(2)(s) for s in range(6)] + [1.0, 1.0] + [0.0, 1.0, 0.0] + [1.0, 0.5, 0.25]
+    assert [outer(s) for s in range(14)] == flat
+    # 6 steps hold one and a half cycles of 4: the cut one counts, and is never complete
+    assert [outer.cycle(s) for s in range(13)] == [
+        0,
+        0.25,
+        0.5,
+        0.75,
+        1,
+        1.25,
+        2,
+        2,
+        2,
+        2.5,
+        3,
+        4,
+        4,
+    ]
+    assert [s for s in range(20) if outer.is_cycle_end(s)] == [4, 10]
+    assert [outer.steps_to_cycle_end(s) for s in (0, 3, 4, 7, 9, 10, 13)] == [
+        4, 1, 6, 3, 1, None, None,
+    ]  # fmt: skip
+    assert sequence([(triangular(2), 3)])(7) == triangular(2)(7)  # the last goes on
+
+
+def test_momentum_cycles_against_the_rate():
+    schedule = triangular2(4)
+    steps = np.arange(40)
+    rate = schedule(steps)
+    assert np.allclose(schedule.momentum(steps, 0.8, 0.9), 0.9 - 0.1 * rate, rtol=1e-15)
+    assert schedule.momentum(0, 0.8, 0.9) == 0.9
+    assert schedule.momentum(4, 0.8, 0.9) == pytest.approx(0.8)
+    assert fixed().momentum(3, 0.8, 0.9) == 0.9
+
+
+def test_scale_fn_in_both_modes():
+    by_cycle = triangular(2, scale_fn=lambda cycle: 1 / cycle)
+    assert by_cycle([2, 6, 10]).tolist() == [1.0, 1 / 2, 1 / 3]
+    by_step = triangular(2, scale_fn=lambda step: 0.5**step, scale_mode="iterations")
+    assert by_step([2, 6]).tolist() == [0.25, 0.5**6]
+
+
+ALL = [
+    triangular(3, 5),
+    triangular2(3, window="welch"),
+    exp_range(4, gamma=0.9),
+    exp_range_bounds(4, gamma=0.9, base_lr=0.1, max_lr=0.2),
+    fixed(),
+    fixed(0.1),
+    decay(7),
+    exp(gamma=0.9),
+    one_cycle(20, window="hann"),
+    warm_restarts(3, period_multiplier=2),
+    ramp(5),
+    ramp(5, 1e-5, 1.0, mode="exponential"),
+    sequence([(triangular2(2), 8), (fixed(), 3), (decay(4), None)]),
+]
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=lambda s: s.name)
+def test_a_number_in_a_number_out_an_array_in_an_array_out(schedule):
+    steps = np.arange(60).reshape(6, 10)
+    out = schedule(steps, BASE, MAX)
+    assert out.dtype == np.float64
+    assert out.shape == steps.shape
+    singles = [schedule(int(s), BASE, MAX) for s in steps.ravel()]
+    assert all(type(x) is float for x in singles)
+    assert out.ravel().tolist() == singles
+    assert schedule(np.int64(3), BASE, MAX) == singles[3]
+    assert schedule(range(60), BASE, MAX).tolist() == singles
+    assert schedule([], BASE, MAX).shape == (0,)
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=lambda s: s.name)
+def test_round_trips_compare_and_print(schedule):
+    assert Schedule.from_dict(schedule.to_dict()) == schedule
+    assert Schedule.from_json(schedule.to_json()) == schedule
+    assert pickle.loads(pickle.dumps(schedule)) == schedule
+    assert copy.deepcopy(schedule) == schedule
+    assert eval(repr(schedule)) == schedule
+    assert hash(Schedule.from_dict(schedule.to_dict())) == hash(schedule)
+    assert [s for s in ALL if s == schedule] == [schedule]
+    assert schedule != "schedule"
+    with pytest.raises(AttributeError, match="immutable"):
+        schedule.name = "other"
+
+
+def test_a_scale_fn_is_named_not_stored():
+    schedule = triangular(2, scale_fn=math.sqrt)
+    data = schedule.to_dict()
+    assert data["phases"][0]["scale_fn"] == "math.sqrt"
+    with pytest.raises(ValueError, match=r"scale_fn='math.sqrt'.*from_dict\(data, scale_fn="):
+        Schedule.from_dict(data)
+    assert Schedule.from_dict(data, scale_fn=math.sqrt) == schedule
+    assert pickle.loads(pickle.dumps(schedule)) == schedule
+    with pytest.raises(pickle.PicklingError, match=r"scale_fn=.*lambda.*cannot be pickled"):
+        pickle.dumps(triangular(2, scale_fn=lambda x: x))
+
+
+steps = st.integers(0, 2**62)
+sizes = st.integers(0, 10_000)
+
+
+@given(step=steps, up=sizes, down=sizes, window=st.sampled_from(["triangle", "welch", "hann"]))
+def test_a_cycle_stays_within_its_bounds_and_repeats(step, up, down, window):
+    if up + down == 0:
+        return
+    schedule = triangular(up, down, window=window)
+    rate = schedule(step, BASE, MAX)
+    assert BASE <= rate <= MAX * (1 + 1e-15)
+    assert schedule(step + up + down, BASE, MAX) == rate
+    assert schedule(step - step % (up + down) + up, BASE, MAX) == pytest.approx(
+        MAX if down else BASE
+    )
+
+
+@given(step=steps, up=st.integers(1, 500), parts=st.lists(st.integers(1, 2000), max_size=5))
+def test_steps_to_cycle_end_leads_to_the_next_end(step, up, parts):
+    step %= 20_000
+    schedule = sequence(
+        [*((triangular(up + i), n) for i, n in enumerate(parts)), (triangular(up), None)]
+    )
+    ahead = schedule.steps_to_cycle_end(step)
+    assert ahead is not None
+    assert ahead > 0
+    assert schedule.is_cycle_end(step + ahead)
+    assert not any(schedule.is_cycle_end(s) for s in range(step + 1, step + ahead))
+    assert schedule(step + ahead - 1) >= 0
+
+
+@given(step=st.integers(0, 10**6), gamma=st.floats(0.9, 1.0))
+def test_exp_range_bounds_is_triangular_times_the_decay(step, gamma):
+    schedule = exp_range_bounds(100, gamma=gamma)(step, BASE, MAX)
+    expected = triangular(100)(step, BASE, MAX) * gamma**step
+    assert schedule == pytest.approx(expected, rel=1e-9, abs=1e-300)
+
+
+def cyclic_lr_rates(steps, cycle_momentum, **options):
+    optimizer = torch.optim.SGD(
+        [{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)]}], lr=1.0, momentum=0.5
+    )
+    scheduler = torch.optim.lr_scheduler.CyclicLR(
+        optimizer, [0.001, 0.2], [0.006, 0.9], cycle_momentum=cycle_momentum, **options
+    )
+    optimizer._opt_called = True
+    rates = np.empty((steps, 2))
+    momenta = np.empty((steps, 2))
+    for k in range(steps):
+        for i, group in enumerate(optimizer.param_groups):
+            rates[k, i], momenta[k, i] = group["lr"], group["momentum"]
+        scheduler.step()
+    return rates, momenta
+
+
+SCALE_FNS = {
+    "cycle": {"scale_fn": lambda c: 0.5 * (1 + math.sin(c * math.pi / 2.0)), "scale_mode": "cycle"},
+    "iterations": {"scale_fn": lambda x: 0.99999**x, "scale_mode": "iterations"},
+}
+
+
+HALVES = [(2000, None), (700, 300), (1000, 3000), (20, None), (3, 8)]
+
+
+@pytest.mark.parametrize(
+    ("up", "down", "cycle_momentum"),
+    [(up, down, True) for up, down in HALVES] + [(2000, None, False)],
+)
+@pytest.mark.parametrize(
+    "policy", ["triangular", "triangular2", "exp_range", "scale-cycle", "scale-iterations"]
+)
+def test_agrees_with_cyclic_lr_over_100_000_steps(policy, up, down, cycle_momentum):
+    # CyclicLR drifts from its own closed form by this much.
+    tolerance = 1e-12 if up + (down or up) >= 1000 else 1e-10
+    steps = 100_000
+    mine = {
+        "triangular": lambda: triangular(up, down),
+        "triangular2": lambda: triangular2(up, down),
+        "exp_range": lambda: exp_range(up, down),
+    }
+    if policy in mine:
+        options = {"mode": policy, "gamma": 0.99994}
+        schedule = mine[policy]()
+    else:
+        options = SCALE_FNS[policy.removeprefix("scale-")]
+        schedule = triangular(up, down, **options)
+    if policy == "triangular2":
+        steps = min(steps, 1000 * (up + (down or up)))  # where CyclicLR overflows
+    rates, momenta = cyclic_lr_rates(
+        steps, cycle_momentum, step_size_up=up, step_size_down=down, **options
+    )
+    ours = np.array([schedule.rates(k, [(0.001, 0.006), (0.2, 0.9)]) for k in range(steps)])
+    assert np.abs(ours / rates - 1).max() <= tolerance
+    if cycle_momentum:
+        ours = np.array([schedule.momenta(k, [(0.8, 0.9)] * 2) for k in range(steps)])
+        assert np.abs(ours / momenta - 1).max() <= tolerance
+
+
+def test_evaluating_raises_no_warning_at_any_size():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for schedule in ALL:
+            for step in (0, 2**31, 2**53 + 1, 2**63, 10**40, 10**400):
+                assert schedule(step, BASE, MAX) >= 0
+
+
+def test_a_phase_of_ones_own():
+    rise = Phase(step_size_up=4, step_size_down=0, steps=4, lower=(0.1, 0.0))
+    rest = Phase(window="constant", lower=(0.0, 1.0), upper=(0.0, 1.0))
+    schedule = Schedule("warm-up", [rise, rest])
+    assert schedule([0, 2, 4, 100], 0.1, 1.0).tolist() == pytest.approx([0.01, 0.505, 1.0, 1.0])
