@@ -772,6 +772,7 @@ def _hold(at: tuple[float, float] = _TOP, **options: Any) -> Phase:
 
 
 def _own(lr: float | None) -> dict[str, Any]:
+    lr = None if lr is None else check_number("lr", lr)
     return {"base_lr": lr, "max_lr": lr}
 
 

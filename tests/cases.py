@@ -77,7 +77,7 @@ CASES = [
     Case("asgd", _optim.ASGD, {}),
     Case("rprop", _optim.Rprop, {}),
     Case("adafactor", _optim.Adafactor, {}),
-    Case("muon", _optim.Muon, {}, only_2d=True, dtypes=(torch.float32,)),
+    Case("muon", _optim.Muon, {"ns_steps": 2}, only_2d=True, dtypes=(torch.float32,)),
     Case("lbfgs", _optim.LBFGS, {"max_iter": 4, "history_size": 3}, lr=0.1, closure=True),
     Case("sparse-adam", _optim.SparseAdam, {}, sparse=True),
     Case("sign-descent", SignDescent, {}),
@@ -120,7 +120,9 @@ class Problem:
         if self.sparse:
             for p in self.params:
                 rows = torch.tensor([step % p.shape[0], 0])
-                p.grad = torch.sparse_coo_tensor(rows[None], p.grad[rows], p.shape).coalesce()
+                p.grad = torch.sparse_coo_tensor(
+                    rows[None], p.grad[rows], p.shape, check_invariants=True
+                ).coalesce()
         return loss
 
     def step(self, optimizer: torch.optim.Optimizer, step: int, closure: bool = False) -> Any:
@@ -152,8 +154,9 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
     """Bit for bit, NaN counting as equal to NaN."""
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == b.dtype
-        assert torch.equal(a.isnan(), b.isnan())
-        assert torch.equal(a.nan_to_num(), b.nan_to_num()), (a, b)
+        a, b = a.detach(), b.detach()
+        same = (a == b) | (a.isnan() & b.isnan())
+        assert same.all(), (a, b)
 
 
 def feed(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:

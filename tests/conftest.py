@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+# The tests' tensors are tiny: more threads only cost time, and the more so beside other work.
+torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():

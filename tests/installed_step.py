@@ -1,0 +1,31 @@
+"""Run by `make package` with only the wheel installed: the README's line takes steps."""
+
+import importlib.metadata
+import pathlib
+import sys
+
+import torch
+
+import clr_optim
+from clr_optim import CyclicalOptimizer
+
+assert "site-packages" in clr_optim.__file__, clr_optim.__file__
+assert importlib.metadata.version("clr-optim") == clr_optim.__version__
+for name in ("clr_optim.kernels", "clr_optim.bench", "clr_optim.backends.torch", "clr_optim.cli"):
+    __import__(name)
+root = pathlib.Path(clr_optim.__file__).parent
+assert (root / "py.typed").exists()
+assert (root / "demo" / "digits.npz").exists()
+for name in ("kernels", "bench"):  # they must not take these names in site-packages
+    assert not (root.parent / name).exists(), name
+
+model = torch.nn.Linear(3, 1)
+opt = CyclicalOptimizer(torch.optim.Adam(model.parameters(), lr=1e-3), policy="exp_range")
+before = model.weight.detach().clone()
+for _ in range(3):
+    opt.zero_grad()
+    model(torch.randn(8, 3)).square().mean().backward()
+    opt.step()
+assert opt.iteration == 3
+assert not torch.equal(before, model.weight)
+print(f"clr_optim {clr_optim.__version__} from its wheel: 3 steps, Python {sys.version.split()[0]}")

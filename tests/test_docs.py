@@ -1,0 +1,59 @@
+"""What the documentation says is run: docstring examples, and the README's code in its order."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import clr_optim
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["clr_optim", "clr_optim.schedule", "clr_optim.optimizer"])
+def test_docstring_examples(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+    assert result.attempted > 0 or name == "clr_optim"
+
+
+def test_the_readmes_code_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert len(blocks) == 5
+    model = torch.nn.Linear(20, 2)
+    space = {"torch": torch, "CyclicalOptimizer": clr_optim.CyclicalOptimizer, "model": model}
+    for block in blocks:
+        exec(block, space)
+    assert space["opt"].cycle == 5.0
+    assert space["averaged"].n_averaged == 2
+    assert space["table2"](17_000) == 0.0005
+
+
+def test_the_readmes_pictures_and_links_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_everything_exported_is_documented():
+    for module in (clr_optim, importlib.import_module("clr_optim.schedule")):
+        for name in module.__all__:
+            thing = getattr(module, name)
+            if callable(thing):
+                assert thing.__doc__, name
+                members = vars(thing) if isinstance(thing, type) else {}
+                for member, value in members.items():
+                    if not member.startswith("_") and callable(value):
+                        assert value.__doc__, f"{name}.{member}"
+
+
+def test_versions_agree():
+    assert f"version: {clr_optim.__version__}" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {clr_optim.__version__}" in (ROOT / "CHANGELOG.md").read_text()

@@ -1,0 +1,66 @@
+"""The contract on a GPU; `make gpu-check` runs these."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import BY_NAME, CASES, Problem, assert_same, feed
+
+from clr_optim import CyclicalOptimizer
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_bit_identical_to_plain_torch_fed_our_rates(case):
+    mine, torchs = Problem(case, device="cuda"), Problem(case, device="cuda")
+    opt = CyclicalOptimizer(case.make(mine.params), "triangular2", step_size_up=9, max_lr=case.lr)
+    reference = case.make(torchs.params)
+    for k in range(50):
+        feed(reference, opt.lr_at(k))
+        mine.step(opt, k, case.closure)
+        torchs.step(reference, k, case.closure)
+    assert_same(mine.values(), torchs.values())
+
+
+def test_a_tensor_lr_on_the_device_is_filled():
+    case = BY_NAME["adam"]
+    problem = Problem(case, device="cuda")
+    lr = torch.tensor(0.5, device="cuda")
+    inner = torch.optim.Adam(problem.params, lr=lr, capturable=True)
+    opt = CyclicalOptimizer(inner, base_lr=0.1, step_size_up=2)
+    for k in range(6):
+        assert opt.param_groups[0]["lr"] is lr
+        assert lr.item() == pytest.approx(opt.lr_at(k)[0], rel=1e-6)
+        problem.step(opt, k)
+
+
+@pytest.mark.parametrize("name", ["adam", "adam-fused"])
+def test_an_amp_overflow_moves_nothing(name):
+    case = BY_NAME[name]
+    problem = Problem(case, device="cuda")
+    opt = CyclicalOptimizer(case.make(problem.params), step_size_up=2, max_grad_norm=1.0)
+    scaler = torch.amp.GradScaler("cuda", init_scale=4.0)
+    for k in range(5):
+        opt.zero_grad()
+        scaler.scale(problem.loss(k)).backward()
+        if k == 2:
+            problem.params[0].grad[0, 0] = float("inf")
+        before, position = problem.values(), opt.iteration
+        scaler.step(opt)
+        scaler.update()
+        assert opt.iteration == position + (k != 2)
+        if k == 2:
+            assert_same(problem.values(), before)
+
+
+def test_a_checkpoint_moves_from_the_cpu():
+    case = BY_NAME["adam"]
+    there, here = Problem(case), Problem(case, device="cuda")
+    opt = CyclicalOptimizer(case.make(there.params), step_size_up=2)
+    there.run(opt, range(5))
+    moved = CyclicalOptimizer(case.make(here.params), step_size_up=2)
+    moved.load_state_dict(opt.state_dict())
+    assert moved.iteration == 5
+    here.run(moved, range(5, 8))
+    assert moved.state[here.params[0]]["exp_avg"].device.type == "cuda"
