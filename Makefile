@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test format lint types check package pictures gpu-check clean
+.PHONY: demo test format lint types check package pictures gpu-check clean FORCE
 
 demo: $(VENV)/.demo
 	$(BIN)/clr-optim demo $(ARGS)
@@ -30,8 +30,13 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-types: $(VENV)/.test
-	$(BIN)/mypy
+# As an installation lays the packages out: mypy does not read the mapping in pyproject.toml.
+build/tree: FORCE
+	rm -rf build/tree && mkdir -p build/tree
+	cp -r clr_optim build/tree/ && cp -r kernels bench build/tree/clr_optim/
+
+types: $(VENV)/.test build/tree
+	cd build/tree && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p clr_optim
 
 check: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
@@ -50,9 +55,7 @@ pictures: $(VENV)/.demo
 
 # On a machine with a GPU: with its own python3, torch and pytest; nothing is installed,
 # the packages are only laid out as an installation would.
-gpu-check:
-	rm -rf build/tree && mkdir -p build/tree
-	cp -r clr_optim build/tree/ && cp -r kernels bench build/tree/clr_optim/
+gpu-check: build/tree
 	PYTHONPATH=build/tree $(PYTHON) -m pytest -m gpu $(ARGS)
 
 clean:

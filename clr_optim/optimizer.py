@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast, overload
 
 import torch
@@ -16,7 +17,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
 from clr_optim import backends
-from clr_optim.backends.torch import ClippedGradients, has_own_step, raw_step
+from clr_optim.backends.native import BuildError, NativeBackend, rule_for
+from clr_optim.backends.torch import (
+    ClippedGradients,
+    hidden_gradients,
+    is_profiled,
+    raw_step,
+)
+from clr_optim.plan import classify
 from clr_optim.rules import STATE_SLOTS
 from clr_optim.schedule import (
     SCALE_MODES,
@@ -49,25 +57,35 @@ _NOT_HYPER_PARAMETERS = frozenset(
     {"params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
 )
 
+# Settings that torch has added to its classes over the years: a checkpoint may be older.
+_NEWER_DEFAULTS = frozenset(
+    {"maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
+)
+
 # The paper's guideline for the lower bound: a third or a quarter of the upper one.
 _BASE_FRACTION = 4.0
 
 _Number = float | Sequence[float]
 
 
-class _Mirror:
-    """What was last written into the groups, to tell other code's writes from ours.
+class _Shared:
+    """What changes from step to step beside the groups.
 
-    An object of its own, so that a framework that copies ``__dict__`` shares it.
+    An object of its own, so that a framework that copies ``__dict__`` (Lightning does) shares it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, chosen: tuple[str, str]) -> None:
+        # What was last written into the groups, to tell other code's writes from ours; per group
+        # the object in `lr` and the value it was given.
         self.groups: list[dict[str, Any]] | None = None
         self.position = 0
         self.bounds: list[tuple[float, float]] = []
-        #: per group: the object in ``group["lr"]`` and the value it was given
         self.rates: list[tuple[object, float]] = []
         self.warned = False
+        self.grad_norm: Tensor | None = None
+        #: the backend that serves, and why
+        self.chosen = chosen
+        self.native: NativeBackend | None = None
 
 
 def _per_group(name: str, value: object, groups: int, **limits: Any) -> list[float]:
@@ -96,7 +114,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
     r"""Wraps a torch optimizer and cycles its learning rate, with nothing else to step or save.
 
     .. math::
-        \mathrm{lr}(t) = \mathrm{base} + a(t)\,(\mathrm{max} - \mathrm{base})\,w(x(t))
+        \mathrm{lr}(t) = b(t)\,\mathrm{base} + a(t)\,(\mathrm{max} - \mathrm{base})\,w(x(t))
 
     for the ``t``-th ``step()``, counted from 0: see :mod:`clr_optim.schedule`. Between steps
     ``param_groups[i]["lr"]`` holds the rate that the next step will use, as it does with a torch
@@ -126,7 +144,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         base_momentum, max_momentum: its bounds, a number or one per group, in [0, 1].
         max_grad_norm: clip by the global norm as :func:`torch.nn.utils.clip_grad_norm_` before
             each step would; gradients in memory stay as they were. See :attr:`grad_norm`.
-        backend: ``"auto"`` or ``"torch"`` (the wrapped optimizer's own step).
+        backend: ``"native"`` (C++ kernels, tensors on the CPU), ``"torch"`` (the wrapped
+            optimizer's own step, for everything) or ``"auto"``: the kernels wherever they serve.
+            See :meth:`explain`.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right, before
@@ -192,6 +212,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                     f"optimizer: parameter group {i} of {type(optimizer).__name__} has no 'lr', "
                     "so there is no rate to cycle"
                 )
+            _check_tensor_lr(group["lr"], f"optimizer: lr of parameter group {i}")
         if schedule.has_bounds and not (base_lr is None and max_lr is None):
             raise ValueError(
                 f"base_lr={base_lr!r} and max_lr={max_lr!r} have no effect: every phase of the "
@@ -227,12 +248,19 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                         f"parameter group {i} of {type(optimizer).__name__} has neither: "
                         "leave it False"
                     )
-        if max_grad_norm is not None and max_grad_norm != float("inf"):
-            check_number("max_grad_norm", max_grad_norm, open_minimum=True)
-        chosen = backends.resolve(backend)
+                if "betas" in group and high[i] >= 1.0:
+                    raise ValueError(
+                        f"max_momentum={high[i]!r} must be below 1 for parameter group {i}, "
+                        "where it cycles betas[0]"
+                    )
+        if max_grad_norm is not None:
+            check_number("max_grad_norm", max_grad_norm, open_minimum=True, finite=False)
+        schedule.rates(position, bounds)  # a scale_fn may raise
+        chosen = backends.resolve(backend, optimizer)
         saved = groups[0].get(_SCHEDULE) if resumed and groups else None
 
         # Nothing has changed up to here, and nothing raises from here on.
+        _separate_defaults(optimizer)
         self._set_up(optimizer, schedule, cycle_momentum, max_grad_norm, backend, chosen)
         for group, (base, top), b, m in zip(groups, bounds, low, high, strict=True):
             group[_BASE], group[_MAX] = base, top
@@ -258,10 +286,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         self._cycle_momentum = cycle_momentum
         self._max_grad_norm = max_grad_norm
         self._backend = backend
-        self._chosen = chosen
-        self._mirror = _Mirror()
-        self._grad_norm: Tensor | None = None
-        self._scheduler: CyclicalScheduler | None = None
+        self._shared = _Shared(chosen)
+        self._scheduler: weakref.ref[CyclicalScheduler] | None = None
         self._cycle_end_hooks: OrderedDict[int, Callable[[Any], None]] = OrderedDict()
         self._optimizer_step_pre_hooks = OrderedDict()
         self._optimizer_step_post_hooks = OrderedDict()
@@ -330,15 +356,24 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {param_group!r}")
         position = self._settle()
-        given = {k: param_group[k] for k in ("base_lr", "max_lr") if k in param_group}
+        given: dict[str, Any] = {
+            k: param_group[k] for k in ("base_lr", "max_lr") if k in param_group
+        }
         probe = {"lr": self.defaults.get("lr"), **param_group}
+        _check_tensor_lr(probe["lr"], "lr in param_group")
         bounds = _initial_bounds(
             probe,
             " in param_group",
             _maybe_number("param_group['base_lr']", given.get("base_lr")),
             _maybe_number("param_group['max_lr']", given.get("max_lr")),
         )
-        self._inner.add_param_group({k: v for k, v in param_group.items() if k not in given})
+        for key in given:
+            del param_group[key]
+        try:
+            self._inner.add_param_group(param_group)
+        except BaseException:
+            param_group.update(given)
+            raise
         group = self.param_groups[-1]
         group[_BASE], group[_MAX] = bounds
         if self._cycle_momentum:
@@ -354,7 +389,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         )
         return (
             f"{type(self).__name__} ({self._schedule.name}, iteration {self.iteration}, "
-            f"backend {self._chosen[0]})\n{inner}"
+            f"backend {self._shared.chosen[0]})\n{inner}"
         )
 
     # ---- the position in the cycle
@@ -367,12 +402,17 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
     @property
     def iteration(self) -> int:
         """Steps taken: the step that the next ``step()`` will be, counted from 0."""
-        seen = self._mirror.position
-        for group in self.param_groups:
-            step = group.get(_STEP, seen)
-            if step != seen:  # written from outside, as a sharded optimizer's restore does
-                return _as_position(step, f"param_groups: {_STEP}")
-        return seen
+        shared, groups = self._shared, self.param_groups
+        seen = shared.position
+        here = False
+        for group in groups:
+            step = group.get(_STEP)
+            if step is not None:
+                here = True
+                if step != seen:  # written from outside, as a sharded optimizer's restore does
+                    return _as_position(step, f"param_groups: {_STEP}")
+        # A checkpoint without a position, loaded beneath us, starts at 0.
+        return seen if here or shared.groups is groups else 0
 
     @property
     def cycle(self) -> float:
@@ -437,8 +477,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
     def register_cycle_end_hook(self, hook: Callable[[Any], None]) -> RemovableHandle:
         """Call ``hook(optimizer)`` after each step that completes a cycle.
 
-        The rate is then at its lowest: the moment for a snapshot, for averaging weights, or for
-        stopping. The hook runs before step post-hooks; like those it is not copied or pickled.
+        The moment for a snapshot, for averaging weights, or for stopping: where a cycle falls at
+        its end, the rate has come to its lowest. The hook runs before step post-hooks; like those
+        it is not copied or pickled.
 
         Returns:
             A handle with ``remove()``.
@@ -452,9 +493,12 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
     @property
     def scheduler(self) -> CyclicalScheduler:
         """A view for frameworks that insist on a scheduler: its ``step()`` changes nothing."""
-        if self._scheduler is None:
-            self._scheduler = CyclicalScheduler(self)
-        return self._scheduler
+        # Held weakly: a cycle of references would keep the parameters alive until the next gc.
+        scheduler = None if self._scheduler is None else self._scheduler()
+        if scheduler is None:
+            scheduler = CyclicalScheduler(self)
+            self._scheduler = weakref.ref(scheduler)
+        return scheduler
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -462,15 +506,23 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
 
         A 0-dim tensor; ``None`` before the first such step.
         """
-        return self._grad_norm
+        return self._shared.grad_norm
 
     def explain(self) -> str:
         """Which backend serves which parameters, and why, in words."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        name, reason = self._chosen
-        return (
+        name, reason = self._shared.chosen
+        rule = rule_for(self._inner)
+        if name == "native" and not isinstance(rule, str):
+            served = {
+                ("native", reason) if why is None else ("torch", why): params
+                for why, params in classify(self._inner, rule).items()
+            }
+        else:
+            served = {(name, reason): [p for g in self.param_groups for p in g["params"]]}
+        return "\n".join(
             f"{name}: {len(params)} parameter tensors, {sum(p.numel() for p in params):,} values, "
-            f"{type(self._inner).__name__}: {reason}"
+            f"{type(self._inner).__name__}: {why}"
+            for (name, why), params in served.items()
         )
 
     # ---- a step
@@ -494,62 +546,77 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             What the wrapped ``step`` returns: the closure's loss.
         """
         inner = self._inner
-        # An own step runs the wrapped optimizer's hooks by itself.
-        hooked = not has_own_step(inner)
-        call: tuple[Any, ...] = (
-            inner,
-            *(() if closure is None and not args else (closure,)),
-            *args,
-        )
-        if hooked:
-            for pre_hook in inner._optimizer_step_pre_hooks.values():
-                changed = cast("Any", pre_hook)(inner, call, kwargs)
-                if changed is not None:
-                    if not isinstance(changed, tuple) or len(changed) != 2:
-                        raise RuntimeError(
-                            "a step pre-hook must return None or (args, kwargs), got "
-                            f"{changed!r} from {pre_hook!r}"
-                        )
-                    call, kwargs = changed
-        closure = call[1] if len(call) > 1 else kwargs.pop("closure", None)
+        # Any other outermost layer runs the wrapped optimizer's hooks by itself.
+        hooked = is_profiled(inner)
+        call: tuple[Any, ...] = (inner, closure, *args) if closure is not None or args else (inner,)
+        for pre_hook in _hooks(inner, "_optimizer_step_pre_hooks") if hooked else ():
+            changed = pre_hook(inner, call, kwargs)
+            if changed is not None:
+                if not isinstance(changed, tuple) or len(changed) != 2:
+                    raise RuntimeError(
+                        "a step pre-hook must return None or (args, kwargs), got "
+                        f"{changed!r} from {pre_hook!r}"
+                    )
+                call, kwargs = changed
+        if len(call) > 1:
+            closure, args = call[1], call[2:]
 
-        position = self._settle()
-        at_zero = self._is_zero_rate_step()
+        # A checkpointer's step has no closure; before anything below writes a rate.
+        at_zero = closure is None and self._is_zero_rate_step()
         if not at_zero:
+            position = self._settle()
             self._assert_rates(stacklevel=5)  # past torch's two wrappers: the caller of step()
-        loss, happened = self._wrapped_step(closure, at_zero, *call[2:], **kwargs)
+            if self._schedule.scale_fn is not None:
+                # It may raise, which must happen before the step and not in the middle of it.
+                self._schedule.rates(position + 1, self._shared.bounds)
+        loss, happened = self._wrapped_step(closure, at_zero, *args, **kwargs)
         if happened and not at_zero:
             self._go_to(position + 1)
-            if self._schedule.is_cycle_end(position + 1):
+            if self._cycle_end_hooks and self._schedule.is_cycle_end(position + 1):
                 for hook in list(self._cycle_end_hooks.values()):
                     hook(self)
-        if hooked:
-            for post_hook in inner._optimizer_step_post_hooks.values():
-                cast("Any", post_hook)(inner, call, kwargs)
+        for post_hook in _hooks(inner, "_optimizer_step_post_hooks") if hooked else ():
+            post_hook(inner, call, kwargs)
         return loss
 
     def _wrapped_step(
         self, closure: Callable[[], float] | None, at_zero: bool, *args: Any, **kwargs: Any
     ) -> tuple[float | None, bool]:
         """``(loss, whether the step happened)``."""
-        inner: Any = self._inner
         # GradScaler's fused path hands these to the object it knows, which is this one.
-        grad_scale = self.__dict__.get("grad_scale")
         found_inf = self.__dict__.get("found_inf")
+        if found_inf is None and not args and not kwargs:
+            native = self._native_backend()
+            if native is not None:
+                return self._native_step(native, closure, at_zero), True
+        grad_scale = self.__dict__.get("grad_scale")
+        loss = self._torch_step(closure, grad_scale, found_inf, *args, **kwargs)
+        # The wrapped step keeps its own count on the device; only the host can keep ours here.
+        return loss, found_inf is None or not bool(found_inf)
+
+    def _torch_step(
+        self,
+        closure: Callable[[], float] | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> float | None:
+        """The wrapped optimizer's own step."""
+        inner: Any = self._inner
         clipped = None if self._max_grad_norm is None else ClippedGradients(self._max_grad_norm)
 
         def clip() -> None:
             if clipped is not None:
-                params = (p for group in self.param_groups for p in group["params"])
-                self._grad_norm = clipped.clip(params, grad_scale)
+                self._shared.grad_norm = clipped.clip(self._params(), grad_scale)
 
         def reevaluate() -> float:
             assert closure is not None
             if clipped is not None:
                 clipped.restore()
             loss = closure()
-            if not at_zero:
-                self._assert_rates(stacklevel=3)  # whatever the closure wrote
+            self._settle()  # whatever the closure wrote
+            self._assert_rates(stacklevel=3)
             clip()
             return loss
 
@@ -557,19 +624,85 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         if found_inf is not None:
             inner.grad_scale = grad_scale if clipped is None else None
             inner.found_inf = found_inf
+        loss: float | None
         try:
+            step = raw_step(inner)
             if closure is None:
                 clip()
-                loss = raw_step(inner)(*((None, *args) if args else ()), **kwargs)
+                loss = step(*((None, *args) if args else ()), **kwargs)
+            elif args:
+                loss = step(reevaluate, *args, **kwargs)
+            elif _takes_closure_by_name(step):
+                loss = step(closure=reevaluate, **kwargs)
             else:
-                loss = raw_step(inner)(reevaluate, *args, **kwargs)
+                loss = step(reevaluate, **kwargs)
         finally:
             if clipped is not None:
                 clipped.restore()
             if found_inf is not None:
                 del inner.grad_scale, inner.found_inf
-        # The wrapped step keeps its own count on the device; only the host can keep ours here.
-        return loss, found_inf is None or not bool(found_inf)
+        return loss
+
+    def _native_backend(self) -> NativeBackend | None:
+        """The native backend, compiled at first use; None where the wrapped step serves."""
+        if self._shared.native is None and self._shared.chosen[0] == "native":
+            rule = rule_for(self._inner)
+            if isinstance(rule, str) or not any(p.device.type == "cpu" for p in self._params()):
+                return None
+            try:
+                self._shared.native = NativeBackend(self._inner, rule)
+            except BuildError as error:
+                self._shared.chosen = ("torch", f"the native kernels cannot be compiled: {error}")
+                _warn_no_kernels(error)
+        return self._shared.native
+
+    def _native_step(
+        self, native: NativeBackend, closure: Callable[[], float] | None, at_zero: bool
+    ) -> float | None:
+        """One call per bucket; what the kernels do not serve goes through the wrapped step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            self._settle()
+            self._assert_rates(stacklevel=3)
+        self._inner._opt_called = True  # type: ignore[attr-defined]
+        plan = native.plan
+        plan.refresh()
+        rest = [(p, why) for p, why in plan.rest if p.grad is not None]
+        if rest and self._backend == "native":
+            raise RuntimeError(
+                f"backend='native' cannot serve {len(rest)} of the parameters: {rest[0][1]}; "
+                "use backend='auto', which leaves them to the wrapped optimizer's own step"
+            )
+        rates = [0.0] * len(self.param_groups) if at_zero else [v for _, v in self._shared.rates]
+        clipped = None
+        scale = 1.0
+        try:
+            if self._max_grad_norm is not None:
+                if rest:  # one norm over both: copies, which both then work on
+                    clipped = ClippedGradients(self._max_grad_norm)
+                    self._shared.grad_norm = clipped.clip(self._params())
+                    plan.refresh()
+                else:
+                    norm = native.grad_norm()
+                    wide = all(bucket.dtype == torch.float64 for bucket in plan.buckets)
+                    self._shared.grad_norm = torch.tensor(
+                        norm, dtype=torch.float64 if wide else torch.float32
+                    )
+                    scale = self._max_grad_norm / (norm + 1e-6)
+                    scale = 1.0 if scale > 1.0 else scale  # NaN stays NaN, as in clip_grad_norm_
+            if rest:
+                with hidden_gradients(p for bucket in plan.buckets for p in bucket.params):
+                    raw_step(self._inner)()
+            native.step(rates, scale)
+        finally:
+            if clipped is not None:
+                clipped.restore()
+        return loss
+
+    def _params(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
 
     def _is_zero_rate_step(self) -> bool:
         """Whether this is a checkpointer's step at rate 0, made only to create state.
@@ -578,13 +711,19 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         gradient and steps. Told from a 0.0 of the policy's own by its being another object, and
         from a warm-up scheduler's by the gradients.
         """
-        rates, groups = self._mirror.rates, self.param_groups
-        for group, (held, value) in zip(groups, rates, strict=True):
+        rates, groups = self._shared.rates, self.param_groups
+        for i, group in enumerate(groups):
             lr = group["lr"]
-            if not self._is_foreign(lr, held, value) or float(lr) != 0.0:
+            # A group added beneath us has nothing of ours in it yet.
+            if i < len(rates) and not self._is_foreign(lr, *rates[i]):
                 return False
-        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        return bool(grads) and all(_is_zero(grad) for grad in grads)
+            if float(lr) != 0.0:
+                return False
+        params = list(self._params())
+        grads = [p.grad for p in params if p.grad is not None]
+        if not grads:
+            return not any(p.requires_grad for p in params)
+        return all(_is_zero(grad) for grad in grads)
 
     @staticmethod
     def _is_foreign(lr: object, held: object, value: float) -> bool:
@@ -595,16 +734,20 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
 
     def _assert_rates(self, stacklevel: int) -> None:
         """Overrule whatever other code wrote into ``lr``, and say so once."""
+        shared = self._shared
         foreign = [
             i
             for i, (group, (held, value)) in enumerate(
-                zip(self.param_groups, self._mirror.rates, strict=True)
+                zip(self.param_groups, shared.rates, strict=True)
             )
-            if self._is_foreign(group["lr"], held, value) and float(group["lr"]) != value
+            if self._is_foreign(group["lr"], held, value)
         ]
-        if foreign and not self._mirror.warned:
-            self._mirror.warned = True
-            written = {i: float(self.param_groups[i]["lr"]) for i in foreign}
+        if not foreign and not self._cycle_momentum:
+            return
+        written = {i: float(self.param_groups[i]["lr"]) for i in foreign}
+        written = {i: lr for i, lr in written.items() if lr != shared.rates[i][1]}
+        if written and not shared.warned:
+            shared.warned = True
             warnings.warn(
                 "lr was written from outside in parameter group "
                 + ", ".join(f"{i} ({lr:g})" for i, lr in written.items())
@@ -613,19 +756,20 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 UserWarning,
                 stacklevel=stacklevel,
             )
-        if foreign or self._cycle_momentum:
-            self._write_rates(self.iteration)
+        self._go_to(shared.position)
 
     # ---- keeping the groups in line
 
     def _bounds(self) -> list[tuple[float, float]]:
         """(base_lr, max_lr) per group, the groups being the truth."""
-        known = self._mirror.bounds
+        shared, groups = self._shared, self.param_groups
+        # After a load beneath us, groups without our keys keep the bounds they had.
+        known = shared.bounds if shared.groups is not groups else []
         return [
             (group[_BASE], group[_MAX])
             if _BASE in group and _MAX in group
             else (known[i] if i < len(known) else _initial_bounds(group, f" in group {i}"))
-            for i, group in enumerate(self.param_groups)
+            for i, group in enumerate(groups)
         ]
 
     def _settle(self) -> int:
@@ -633,17 +777,15 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
 
         A position written from outside is honoured, groups that lack our keys get them.
         """
-        mirror, groups = self._mirror, self.param_groups
+        shared, groups = self._shared, self.param_groups
         position = self.iteration
-        if mirror.groups is not groups and not any(_STEP in group for group in groups):
-            position = 0  # a checkpoint without a position was loaded beneath us
         if (
-            mirror.groups is groups
-            and len(mirror.rates) == len(groups)
-            and position == mirror.position
+            shared.groups is groups
+            and len(shared.rates) == len(groups)
+            and position == shared.position
             and all(
                 _STEP in group and (group.get(_BASE), group.get(_MAX)) == bounds
-                for group, bounds in zip(groups, mirror.bounds, strict=True)
+                for group, bounds in zip(groups, shared.bounds, strict=True)
             )
         ):
             return position
@@ -657,37 +799,42 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
 
     def _go_to(self, position: int) -> None:
         """Write the position, the policy and the rates of this step into the groups."""
-        mirror, groups = self._mirror, self.param_groups
-        mirror.groups, mirror.position = groups, position
-        for group in groups:
+        shared, groups = self._shared, self.param_groups
+        bounds = self._bounds()
+        rates = self._schedule.rates(position, bounds)
+        momenta: list[float] = []
+        if self._cycle_momentum:
+            ends = [(group[_BASE_MOMENTUM], group[_MAX_MOMENTUM]) for group in groups]
+            momenta = self._schedule.momenta(position, ends)
+        before = shared.rates if shared.groups is groups else []
+        held: list[tuple[object, float]] = []
+        for i, (group, rate) in enumerate(zip(groups, rates, strict=True)):
             group[_STEP] = position
             group[_SCHEDULE] = self._schedule_json
-        mirror.bounds = self._bounds()
-        self._write_rates(position)
-
-    def _write_rates(self, position: int) -> None:
-        rates = self._schedule.rates(position, self._bounds())
-        held: list[tuple[object, float]] = []
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            lr = group["lr"]
-            if isinstance(lr, Tensor):
-                lr.fill_(rate)
-                held.append((lr, lr.item() if lr.device.type == "cpu" else rate))
-            else:
+            # What the group held stays what it is: a tensor is filled, never replaced, and one
+            # that somebody else put in a float's place is not ours to fill.
+            lr = before[i][0] if i < len(before) else group["lr"]
+            if not isinstance(lr, Tensor):
                 group["lr"] = rate
                 held.append((rate, rate))
-        self._mirror.rates = held
-        if self._cycle_momentum:
-            ends = [(group[_BASE_MOMENTUM], group[_MAX_MOMENTUM]) for group in self.param_groups]
-            for group, momentum in zip(
-                self.param_groups, self._schedule.momenta(position, ends), strict=True
-            ):
-                if "betas" not in group:
-                    group["momentum"] = momentum
-                elif isinstance(group["betas"][0], Tensor):
-                    group["betas"][0].fill_(momentum)
-                else:
-                    group["betas"] = (momentum, *group["betas"][1:])
+                continue
+            if any(lr is other for other, _ in held):  # torch's default, shared by groups
+                lr = lr.detach().clone()
+            _fill(lr, rate)
+            group["lr"] = lr
+            held.append((lr, lr.item() if lr.device.type == "cpu" else rate))
+        for i, momentum in enumerate(momenta):
+            group = groups[i]
+            if "betas" not in group:
+                group["momentum"] = momentum
+            elif isinstance(group["betas"][0], Tensor):
+                if any(group["betas"][0] is other["betas"][0] for other in groups[:i]):
+                    group["betas"] = (group["betas"][0].clone(), *group["betas"][1:])
+                _fill(group["betas"][0], momentum)
+            else:
+                group["betas"] = (momentum, *group["betas"][1:])
+        shared.groups, shared.position = groups, position
+        shared.bounds, shared.rates = bounds, held
 
     # ---- checkpoints and copies
 
@@ -756,8 +903,21 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             raise ValueError(
                 f"state_dict['param_groups'] must be a list of dictionaries, got {saved_groups!r}"
             )
+        _check_mapping("state_dict['state']", state_dict["state"])
         for i, group in enumerate(saved_groups):
             where = f"state_dict['param_groups'][{i}]"
+            if "lr" not in group or not isinstance(group.get("params"), (list, tuple)):
+                raise ValueError(
+                    f"{where} needs 'lr' and a list of 'params', and has {sorted(map(str, group))}"
+                )
+            _check_tensor_lr(group["lr"], f"{where}['lr']")
+            if self._cycle_momentum and "betas" not in group and "momentum" not in group:
+                raise ValueError(
+                    f"{where} has neither 'betas' nor 'momentum', which are cycled here"
+                )
+            for key in (_BASE_MOMENTUM, _MAX_MOMENTUM):
+                if key in group:
+                    check_number(f"{where}[{key!r}]", group[key], maximum=1.0)
             if _BASE in group or _MAX in group:
                 base = check_number(f"{where}[{_BASE!r}]", group.get(_BASE))
                 check_bounds(
@@ -766,7 +926,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         if type(self._inner).load_state_dict is not Optimizer.load_state_dict:
             return  # its own layout, its own checks
         sizes = [len(group["params"]) for group in groups]
-        saved_sizes = [len(group.get("params", ())) for group in saved_groups]
+        saved_sizes = [len(group["params"]) for group in saved_groups]
         if sizes != saved_sizes:
             raise ValueError(
                 f"state_dict has groups of {saved_sizes} parameters, the optimizer of {sizes}: "
@@ -789,13 +949,14 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         warnings.warn(
             f"{source} was written under the policy {name!r} with {saved}; this optimizer's own, "
             f"{self._schedule.name!r} with {self._schedule_json}, decides from here on, from step "
-            f"{self._mirror.position}. To go on with the old one, construct with "
+            f"{self._shared.position}. To go on with the old one, construct with "
             "policy=Schedule.from_json(...) of it; to begin anew, set_iteration(0).",
             UserWarning,
             stacklevel=3,
         )
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         # As in torch, hooks are not copied.
         return {
             "optimizer": self._inner,
@@ -816,7 +977,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             state["cycle_momentum"],
             state["max_grad_norm"],
             state["backend"],
-            backends.resolve(state["backend"]),
+            backends.resolve(state["backend"], state["optimizer"]),
         )
         self._go_to(_read_position(self.param_groups, "param_groups")[0])
 
@@ -831,8 +992,12 @@ class CyclicalScheduler(LRScheduler):
     def __init__(self, optimizer: CyclicalOptimizer[Any]) -> None:
         # LRScheduler.__init__ would write rates and patch step().
         self.optimizer = optimizer
-        self.base_lrs = list(optimizer.lr_at(0))
-        self._step_count = 1
+        self._step_count = 1  # frameworks add to it
+
+    @property
+    def base_lrs(self) -> list[float | Tensor]:  # type: ignore[override]
+        """The rates of step 0."""
+        return list(cast("CyclicalOptimizer[Any]", self.optimizer).lr_at(0))
 
     @property
     def last_epoch(self) -> int:
@@ -866,11 +1031,28 @@ class CyclicalScheduler(LRScheduler):
         """Change nothing."""
 
 
+_warned_no_kernels = False
+
+
+def _warn_no_kernels(error: BuildError) -> None:
+    """Say once per process that steps are slower than they could be."""
+    global _warned_no_kernels
+    if not _warned_no_kernels:
+        _warned_no_kernels = True
+        warnings.warn(
+            f"the native kernels cannot be compiled, so each wrapped optimizer's own step runs, "
+            f"more slowly and otherwise the same: {error}",
+            RuntimeWarning,
+            stacklevel=7,
+        )
+
+
 def _make_schedule(policy: object, **options: Any) -> Schedule:
     if isinstance(policy, Schedule):
         parameters = inspect.signature(CyclicalOptimizer).parameters
         for name in options:
-            if options[name] != parameters[name].default:
+            value, default = options[name], parameters[name].default
+            if value is not default and not (type(value) is type(default) and value == default):
                 raise ValueError(
                     f"{name}={options[name]!r} has no effect with policy={policy.name!r}, a "
                     f"Schedule: give {name} to the schedule's constructor"
@@ -907,18 +1089,59 @@ def _initial_bounds(
 ) -> tuple[float, float]:
     """A group's bounds: the given ones, else those it remembers, else from its own ``lr``."""
     if max_lr is None:
-        # A mid-cycle rate that we mirrored is not the rate the user chose.
-        remembered = group.get(_MAX, group["lr"])
+        # A mid-cycle rate that we wrote is not the rate the user chose.
+        name = _MAX if _MAX in group else "lr"
+        remembered = group[name]
         if isinstance(remembered, Tensor):
             remembered = remembered.item()
-        max_lr = check_number(f"lr{where}", remembered)
+        max_lr = check_number(f"{name}{where}", remembered)
     if base_lr is None:
-        remembered = group.get(_BASE)
-        base_lr = max_lr / _BASE_FRACTION if remembered is None else float(remembered)
-        if remembered is not None and base_lr > max_lr:
-            base_lr = max_lr / _BASE_FRACTION
+        base_lr = max_lr / _BASE_FRACTION
+        # A remembered one that a new max_lr has left above itself is of no more use.
+        if _BASE in group and check_number(f"{_BASE}{where}", group[_BASE]) <= max_lr:
+            base_lr = float(group[_BASE])
     check_bounds(base_lr, max_lr, where)
     return base_lr, max_lr
+
+
+def _check_tensor_lr(lr: object, name: str) -> None:
+    if isinstance(lr, Tensor) and (not lr.is_floating_point() or lr.numel() != 1):
+        raise ValueError(
+            f"{name} must be a number or a floating point tensor of one element, got {lr!r}"
+        )
+
+
+@torch.no_grad()
+def _fill(tensor: Tensor, value: float) -> None:
+    tensor.fill_(value)
+
+
+def _separate_defaults(optimizer: Optimizer) -> None:
+    """Unshare tensors that torch puts both into the defaults and into groups.
+
+    A group's are filled at every step; a group added later is to begin with the user's value.
+    """
+    defaults = optimizer.defaults
+    if isinstance(defaults.get("lr"), Tensor):
+        defaults["lr"] = defaults["lr"].detach().clone()
+    if any(isinstance(beta, Tensor) for beta in defaults.get("betas", ())):
+        defaults["betas"] = tuple(
+            beta.detach().clone() if isinstance(beta, Tensor) else beta
+            for beta in defaults["betas"]
+        )
+
+
+def _hooks(optimizer: Optimizer, name: str) -> list[Callable[..., Any]]:
+    # Some optimizers never call Optimizer.__init__, and have none.
+    return list(getattr(optimizer, name, {}).values())
+
+
+def _takes_closure_by_name(step: Callable[..., Any]) -> bool:
+    try:
+        parameter = inspect.signature(step).parameters.get("closure")
+    except (TypeError, ValueError):
+        return False
+    return parameter is not None and parameter.kind is not parameter.POSITIONAL_ONLY
 
 
 def _as_position(step: object, name: str) -> int:
@@ -950,27 +1173,24 @@ def _check_mapping(name: str, value: object) -> Mapping[str, Any]:
     return value
 
 
-def _hyper_parameters(optimizer: type[Optimizer]) -> frozenset[str]:
-    return frozenset(inspect.signature(optimizer.__init__).parameters) - {"self", "params"}
-
-
 def _other_class(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> str | None:
     """Why a checkpoint cannot be of this optimizer's class, or None.
 
-    torch loads an SGD's checkpoint into an Adam without a word and fails at the next step. Keys
-    that only one side has do not prove much by themselves, since they come with torch's versions.
+    torch loads an SGD's checkpoint into an Adam without a word and fails at the next step. But keys
+    come and go with torch's versions, and users add their own: what counts is state that another
+    class keeps, and settings both of which the other side has not heard.
     """
     slots = STATE_SLOTS.get(type(optimizer))
     if slots is not None:
+        others = frozenset().union(*STATE_SLOTS.values()) - slots
         for values in state_dict["state"].values():
-            strange = sorted(set(values) - slots) if isinstance(values, Mapping) else []
+            strange = sorted(others & set(values)) if isinstance(values, Mapping) else []
             if strange:
-                return f"it has the state {strange}, and that class keeps only {sorted(slots)}"
+                return f"it has the state {strange}, and that class keeps {sorted(slots)}"
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         names = {k for k in saved if not k.startswith("clr_")} - _NOT_HYPER_PARAMETERS
         unknown = names - set(group) - set(optimizer.defaults)
         absent = set(optimizer.defaults) - names
-        others = set().union(*map(_hyper_parameters, STATE_SLOTS)) if slots is not None else names
-        if unknown & others and (absent or slots is not None):
+        if unknown and absent - _NEWER_DEFAULTS:
             return f"its groups have {sorted(unknown)} and lack {sorted(absent)}"
     return None

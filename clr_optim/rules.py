@@ -1,20 +1,179 @@
-"""What each torch optimizer keeps as state."""
+"""What each torch optimizer keeps as state, and what a fused kernel needs to know of it.
+
+Declared once each and read by every backend. A new update rule costs one entry here, one function
+per kernel language, and one row in the tests' table.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+from torch import Tensor
 
-__all__ = ["STATE_SLOTS"]
+__all__ = ["KERNELS", "RULES", "STATE_SLOTS", "Slot", "UpdateRule"]
 
-_ADAM = frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"})
+Group = Mapping[str, Any]
 
-#: Names that ``optimizer.state[p]`` may hold, by exact class.
+#: Kernels by name; the index is what native code knows them by (`pick` in multi_tensor.cpp).
+KERNELS = (
+    "sgd",
+    "sgd_momentum",
+    "adam",
+    "adam_amsgrad",
+    "adagrad",
+    "adadelta",
+    "rmsprop",
+    "rmsprop_momentum",
+    "rmsprop_centered",
+    "rmsprop_momentum_centered",
+)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A state tensor of a parameter's shape, under torch's name.
+
+    Args:
+        name: the key in ``optimizer.state[p]``.
+        fill: what it starts as; ``None`` for a buffer that starts as the first gradient, and that
+            may be missing or ``None`` until then.
+    """
+
+    name: str
+    fill: Callable[[Mapping[str, Any]], float] | None = lambda defaults: 0.0
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """One optimizer class and how it updates.
+
+    Args:
+        optimizer: the exact class; a subclass may override ``step`` and is not ours to replace.
+        kernel: the kernel for a group's flags.
+        slots: the state that this kernel reads and writes, in its order.
+        has_step: whether ``state[p]["step"]`` counts the parameter's steps.
+        scalars: the kernel's own scalars, after learning rate, weight decay and sign.
+        state_order: all names in the order in which torch creates them.
+    """
+
+    optimizer: type[torch.optim.Optimizer]
+    kernel: Callable[[Group], str]
+    slots: Callable[[Group], tuple[Slot, ...]]
+    has_step: bool
+    scalars: Callable[[Group], tuple[float, ...]]
+    state_order: tuple[str, ...]
+
+    def not_fused(self, group: Group) -> str | None:
+        """Why this group's settings are left to torch, or None."""
+        for flag in ("differentiable", "capturable"):
+            if group.get(flag):
+                return f"{flag}=True"
+        for name, value in group.items():
+            values = value if isinstance(value, (tuple, list)) and name != "params" else (value,)
+            if name not in ("params", "lr") and any(isinstance(v, Tensor) for v in values):
+                return f"{name} is a tensor"
+        return None
+
+    def row(self, group: Group) -> tuple[float, ...]:
+        """All scalars of a group, in the kernels' order; the learning rate is left to the step."""
+        sign = -1.0 if group["maximize"] else 1.0
+        return (0.0, float(group["weight_decay"]), sign, *self.scalars(group))
+
+
+def _sgd_kernel(group: Group) -> str:
+    return "sgd_momentum" if group["momentum"] != 0 else "sgd"
+
+
+def _sgd_slots(group: Group) -> tuple[Slot, ...]:
+    return (Slot("momentum_buffer", None),) if group["momentum"] != 0 else ()
+
+
+def _adam_slots(group: Group) -> tuple[Slot, ...]:
+    slots = (Slot("exp_avg"), Slot("exp_avg_sq"))
+    return (*slots, Slot("max_exp_avg_sq")) if group["amsgrad"] else slots
+
+
+def _adam(optimizer: type[torch.optim.Optimizer], decoupled: bool) -> UpdateRule:
+    def scalars(group: Group) -> tuple[float, ...]:
+        beta1, beta2 = group["betas"]
+        # torch before 2.12 tells AdamW by its class alone.
+        is_decoupled = group.get("decoupled_weight_decay", decoupled)
+        return (beta1, beta2, group["eps"], float(is_decoupled))
+
+    return UpdateRule(
+        optimizer,
+        kernel=lambda group: "adam_amsgrad" if group["amsgrad"] else "adam",
+        slots=_adam_slots,
+        has_step=True,
+        scalars=scalars,
+        state_order=("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    )
+
+
+def _rmsprop_kernel(group: Group) -> str:
+    momentum = "_momentum" if group["momentum"] > 0 else ""
+    return f"rmsprop{momentum}{'_centered' if group['centered'] else ''}"
+
+
+def _rmsprop_slots(group: Group) -> tuple[Slot, ...]:
+    slots = [Slot("square_avg")]
+    if group["momentum"] > 0:
+        slots.append(Slot("momentum_buffer"))
+    if group["centered"]:
+        slots.append(Slot("grad_avg"))
+    return tuple(slots)
+
+
+#: The fused rules, by exact class.
+RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
+    rule.optimizer: rule
+    for rule in (
+        UpdateRule(
+            torch.optim.SGD,
+            kernel=_sgd_kernel,
+            slots=_sgd_slots,
+            has_step=False,
+            scalars=lambda g: (g["momentum"], g["dampening"], float(g["nesterov"])),
+            state_order=("momentum_buffer",),
+        ),
+        _adam(torch.optim.Adam, decoupled=False),
+        _adam(torch.optim.AdamW, decoupled=True),
+        UpdateRule(
+            torch.optim.Adagrad,
+            kernel=lambda group: "adagrad",
+            slots=lambda group: (
+                Slot("sum", lambda defaults: float(defaults["initial_accumulator_value"])),
+            ),
+            has_step=True,
+            scalars=lambda g: (g["lr_decay"], g["eps"]),
+            state_order=("step", "sum"),
+        ),
+        UpdateRule(
+            torch.optim.Adadelta,
+            kernel=lambda group: "adadelta",
+            slots=lambda group: (Slot("square_avg"), Slot("acc_delta")),
+            has_step=True,
+            scalars=lambda g: (g["rho"], g["eps"]),
+            state_order=("step", "square_avg", "acc_delta"),
+        ),
+        UpdateRule(
+            torch.optim.RMSprop,
+            kernel=_rmsprop_kernel,
+            slots=_rmsprop_slots,
+            has_step=True,
+            scalars=lambda g: (g["alpha"], g["eps"], g["momentum"]),
+            state_order=("step", "square_avg", "momentum_buffer", "grad_avg"),
+        ),
+    )
+}
+
+#: Names that ``optimizer.state[p]`` may hold, by exact class: the fused rules' and the others'.
 STATE_SLOTS: dict[type[torch.optim.Optimizer], frozenset[str]] = {
-    torch.optim.Adadelta: frozenset({"step", "square_avg", "acc_delta"}),
+    **{cls: frozenset(rule.state_order) for cls, rule in RULES.items()},
     torch.optim.Adafactor: frozenset({"step", "row_var", "col_var", "variance"}),
-    torch.optim.Adagrad: frozenset({"step", "sum"}),
-    torch.optim.Adam: _ADAM,
-    torch.optim.AdamW: _ADAM,
     torch.optim.Adamax: frozenset({"step", "exp_avg", "exp_inf"}),
     torch.optim.ASGD: frozenset({"step", "eta", "mu", "ax"}),
     torch.optim.LBFGS: frozenset(
@@ -26,8 +185,6 @@ STATE_SLOTS: dict[type[torch.optim.Optimizer], frozenset[str]] = {
     torch.optim.Muon: frozenset({"momentum_buffer"}),
     torch.optim.NAdam: frozenset({"step", "mu_product", "exp_avg", "exp_avg_sq"}),
     torch.optim.RAdam: frozenset({"step", "exp_avg", "exp_avg_sq"}),
-    torch.optim.RMSprop: frozenset({"step", "square_avg", "momentum_buffer", "grad_avg"}),
     torch.optim.Rprop: frozenset({"step", "prev", "step_size"}),
-    torch.optim.SGD: frozenset({"momentum_buffer"}),
     torch.optim.SparseAdam: frozenset({"step", "exp_avg", "exp_avg_sq"}),
 }  # fmt: skip

@@ -85,16 +85,21 @@ def check_number(
     minimum: float = 0.0,
     maximum: float = math.inf,
     open_minimum: bool = False,
+    finite: bool = True,
 ) -> float:
-    """``value`` as a finite float within the bounds."""
+    """``value`` as a float within the bounds, finite unless told otherwise."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     number = float(value)
     below = number <= minimum if open_minimum else number < minimum
-    if not math.isfinite(number) or below or number > maximum:
-        low = f"> {minimum:g}" if open_minimum else f">= {minimum:g}"
-        high = f" and <= {maximum:g}" if maximum < math.inf else ""
-        raise ValueError(f"{name} must be a finite number {low}{high}, got {value!r}")
+    if math.isnan(number) or (finite and math.isinf(number)) or below or number > maximum:
+        limits = []
+        if minimum > -math.inf:
+            limits.append(f"> {minimum:g}" if open_minimum else f">= {minimum:g}")
+        if maximum < math.inf:
+            limits.append(f"<= {maximum:g}")
+        kind = "a finite number" if finite else "a number"
+        raise ValueError(f"{name} must be {' '.join([kind, ' and '.join(limits)])}, got {value!r}")
     return number
 
 
@@ -165,7 +170,8 @@ class Phase:
         steps: how many steps the phase lasts; ``None``, in the last phase only, is without end.
         gamma: factor of the amplitude per step.
         cycle_gamma: factor of the amplitude per cycle.
-        base_gamma: factor of the lower bound per step.
+        base_gamma: factor of the lower bound per step; above 1 only where ``steps`` is given.
+            The other two are in (0, 1].
         base_lr, max_lr: bounds of the phase's own, instead of each group's.
         lower, upper: the phase's ends as multiples ``(of base_lr, of max_lr)``, summed;
             ``(1, 0)`` and ``(0, 1)`` are the bounds themselves.
@@ -211,7 +217,10 @@ class Phase:
         if self.steps is not None:
             put("steps", check_int("steps", self.steps, minimum=1))
         for name in ("gamma", "cycle_gamma", "base_gamma"):
-            put(name, check_number(name, getattr(self, name), open_minimum=True))
+            # The lower bound of a phase that ends may rise; without end it would overflow.
+            rises = name == "base_gamma" and self.steps is not None
+            top = math.inf if rises else 1.0
+            put(name, check_number(name, getattr(self, name), open_minimum=True, maximum=top))
         if (self.base_lr is None) != (self.max_lr is None):
             raise ValueError(
                 f"base_lr={self.base_lr!r} and max_lr={self.max_lr!r}: a phase has both bounds of "
@@ -256,8 +265,9 @@ class Phase:
     def amplitude(self, step: int) -> float:
         """a(step): what is left of the amplitude."""
         if self.scale_fn is not None:
-            cycle = step // self.period + 1
-            return float(self.scale_fn(cycle if self.scale_mode == "cycle" else step))
+            x = step // self.period + 1 if self.scale_mode == "cycle" else step
+            # Whatever comes back goes into the weights: None or NaN must not.
+            return check_number(f"scale_fn({x})", self.scale_fn(x), minimum=-math.inf)
         scale = _power(self.gamma, step)
         if self.cycle_gamma != 1.0:
             scale *= _power(self.cycle_gamma, step // self.period if self.period else 0)
@@ -451,9 +461,11 @@ class Schedule:
         Returns:
             A float, or for an array one of float64 and the same shape.
         """
+        base, top = check_number("base_lr", base_lr), check_number("max_lr", max_lr)
+        check_bounds(base, top)
 
         def at(step: int) -> float:
-            return self.rates(step, [(base_lr, max_lr)])[0]
+            return self.rates(step, [(base, top)])[0]
 
         return _each(at, step)
 
@@ -930,7 +942,7 @@ def ramp(
         start_lr, end_lr: the ends, both or (``mode="linear"`` only) neither; neither takes each
             group's ``base_lr`` and ``max_lr``.
         mode: ``"linear"``, as in the paper, or ``"exponential"`` for searches over decades
-            (``start_lr`` must then be above 0).
+            (``start_lr`` must then be above 0; momentum, if cycled, then stays at its maximum).
 
     Source: arXiv 1506.01186, section 3.3.
 
@@ -959,7 +971,8 @@ def ramp(
                 "start_lr=None and end_lr=None: an exponential ramp needs both ends as numbers"
             )
         rise = _hold(_BOTTOM, steps=last, base_gamma=(end_lr / start_lr) ** (1.0 / last), **bounds)
-    return Schedule("ramp", [rise, _hold(_TOP, **bounds)])
+    top = replace(_hold(_TOP, **bounds), cycle_momentum=mode == "linear")
+    return Schedule("ramp", [rise, top])
 
 
 def sequence(parts: Sequence[tuple[Schedule, int | None]]) -> Schedule:
@@ -1003,6 +1016,9 @@ def sequence(parts: Sequence[tuple[Schedule, int | None]]) -> Schedule:
                 "give steps to all parts but the last"
             )
         left = None if steps is None else check_int(f"parts[{i}][1]", steps, minimum=1)
+        if last and len(schedule.phases) > 1:
+            phases += schedule.phases  # cut off nowhere: it goes on
+            break
         for j, phase in enumerate(schedule.phases):
             if left == 0:
                 break

@@ -69,7 +69,7 @@ CONSTRUCTOR = {
     "max_grad_norm a string": ({"max_grad_norm": "1"}, TypeError, "max_grad_norm must be a number"),
     "backend unknown": ({"backend": "cuda"}, ValueError, "backend='cuda' must be one of 'auto'"),
     "backend that cannot serve": (
-        {"backend": "triton"}, ValueError, "backend='triton' cannot serve: .*use backend='auto'",
+        {"backend": "triton"}, ValueError, "backend='triton' cannot serve Adam: .*use backend='auto'",
     ),
     "step size beside a Schedule": (
         {"policy": fixed(), "step_size_up": 5}, ValueError, "step_size_up=5 has no effect with policy='fixed'",

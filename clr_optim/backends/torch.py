@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["ClippedGradients", "has_own_step", "raw_step"]
+__all__ = ["ClippedGradients", "has_own_step", "hidden_gradients", "is_profiled", "raw_step"]
 
 # All functions that torch's profiling wrapper has made share this code object.
 _PROFILED = Optimizer.profile_hook_step(lambda: None).__code__
 
 
 def has_own_step(optimizer: Optimizer) -> bool:
-    """Whether somebody replaced ``step`` on the object; a torch scheduler's mark does not count."""
+    """Whether somebody replaced ``step`` on the object.
+
+    A torch scheduler does so too, to see that it is called; what it wraps then decides.
+    """
     step = optimizer.__dict__.get("step")
-    return step is not None and not hasattr(step, "_wrapped_by_lr_sched")
+    if hasattr(step, "_wrapped_by_lr_sched"):
+        return getattr(step, "__wrapped__", None) is not type(optimizer).step
+    return step is not None
+
+
+def is_profiled(optimizer: Optimizer) -> bool:
+    """Whether the outermost layer of ``step`` is torch's wrapper, which runs the step hooks."""
+    function = getattr(type(optimizer).step, "__code__", None)
+    return function is _PROFILED and not has_own_step(optimizer)
 
 
 def raw_step(optimizer: Optimizer) -> Callable[..., Any]:
-    """``optimizer.step`` beneath torch's profiling wrapper.
+    """``optimizer.step`` beneath torch's profiling wrapper, if that is its outermost layer.
 
-    That wrapper also runs the step hooks. The wrapping optimizer has been through one already, and
+    The wrapper also runs the step hooks. The wrapping optimizer has been through one already, and
     a second would run every global hook twice.
     """
     if has_own_step(optimizer):
         return optimizer.step
     function: Any = type(optimizer).step
-    if getattr(function, "__code__", None) is _PROFILED:
+    if is_profiled(optimizer):
         function = function.__wrapped__
     bound: Callable[..., Any] = function.__get__(optimizer, type(optimizer))
     return bound
@@ -71,3 +83,16 @@ class ClippedGradients:
         for param, grad in self._originals:
             param.grad = grad
         self._originals.clear()
+
+
+@contextmanager
+def hidden_gradients(params: Iterable[Tensor]) -> Iterator[None]:
+    """Hide these parameters from the wrapped step: it passes over those without a gradient."""
+    hidden = [(p, p.grad) for p in params if p.grad is not None]
+    try:
+        for param, _ in hidden:
+            param.grad = None
+        yield
+    finally:
+        for param, grad in hidden:
+            param.grad = grad

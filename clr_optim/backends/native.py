@@ -1,0 +1,116 @@
+"""The C++ kernels on CPU tensors: one call updates every tensor of a bucket."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from clr_optim.backends.torch import has_own_step
+from clr_optim.kernels.native import build
+from clr_optim.kernels.native.build import BuildError
+from clr_optim.plan import ACTIVE, Plan
+from clr_optim.rules import RULES, UpdateRule
+
+__all__ = ["BuildError", "NativeBackend", "library", "rule_for"]
+
+
+def rule_for(optimizer: Optimizer) -> UpdateRule | str:
+    """The rule of a fused kernel for this optimizer, or why there is none."""
+    rule = RULES.get(type(optimizer))
+    if rule is None:
+        return f"no fused kernel for {type(optimizer).__name__}"
+    if has_own_step(optimizer):
+        return "its step was replaced"
+    return rule
+
+
+class _Library:
+    """The compiled functions, twice: called without the GIL, and with it to look at objects."""
+
+    def __init__(self) -> None:
+        released = build.load()
+        held = ctypes.PyDLL(released._name)
+        i64, f64, pointer, obj = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.py_object
+        self.step = released.clr_step
+        self.step.argtypes = [i64, i64, pointer, i64, pointer, i64, f64, i64, i64]
+        self.sum_of_squares = released.clr_sum_of_squares
+        self.sum_of_squares.argtypes = [i64, pointer, i64, i64]
+        self.sum_of_squares.restype = f64
+        held.clr_can_scan.argtypes = [obj]
+        held.clr_scan.argtypes = [pointer, pointer, i64]
+        held.clr_same.argtypes = [obj, obj]
+        held.clr_idle.argtypes = [obj, obj, obj]
+        self.held = held
+        capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+        if capsule is None or not held.clr_can_scan(capsule):
+            raise BuildError(
+                f"torch {torch.__version__} does not offer DLPack's C exchange API in version 1"
+            )
+
+
+_library: _Library | None = None
+
+
+def library() -> _Library:
+    """The kernels, compiled if need be; raises :class:`BuildError`."""
+    global _library
+    if _library is None:
+        _library = _Library()
+    return _library
+
+
+class NativeBackend:
+    """Steps one optimizer with the native kernels.
+
+    Args:
+        optimizer: the wrapped one.
+        rule: its update rule.
+
+    Raises:
+        BuildError: if the kernels cannot be compiled here.
+    """
+
+    def __init__(self, optimizer: Optimizer, rule: UpdateRule) -> None:
+        self._lib = library()
+        self.plan = Plan(optimizer, rule, self._lib.held)
+
+    def grad_norm(self) -> float:
+        """The global norm of the gradients of all buckets; the plan must be fresh."""
+        threads = torch.get_num_threads()
+        total = 0.0
+        for b in self.plan.buckets:
+            total += self._lib.sum_of_squares(b.dtype_index, b.address, len(b.params), threads)
+        return math.sqrt(total)
+
+    def step(self, rates: Sequence[float], grad_scale: float = 1.0) -> None:
+        """Update all tensors of the plan, which must be fresh.
+
+        Args:
+            rates: the learning rate of each group.
+            grad_scale: multiplies the gradients on their way in; memory keeps them as they are.
+        """
+        scalars = self.plan.scalars
+        scalars[:, 0] = rates
+        address, width = scalars.ctypes.data, scalars.shape[1]
+        threads = torch.get_num_threads()
+        updated: list[Tensor] = []
+        for b in self.plan.buckets:
+            failed = self._lib.step(
+                b.kernel_index, b.dtype_index, b.address, len(b.params),
+                address, width, grad_scale, b.wide_counter, threads,
+            )  # fmt: skip
+            if failed:
+                raise RuntimeError(f"no native kernel {b.kernel!r} for {b.dtype}: rebuild it")
+            active = b.table[:, ACTIVE]
+            if active.all():
+                updated += b.params
+            else:
+                updated += [p for p, a in zip(b.params, active.tolist(), strict=True) if a]
+        # As after any in-place update: a backward through an older graph must raise.
+        torch.autograd.graph.increment_version(updated)
+        self.plan.commit()

@@ -1,0 +1,203 @@
+"""The demo: the same small network trained at a fixed rate and under three cyclic policies.
+
+:func:`run_demo` does all of it; the training loop itself is in :mod:`clr_optim.demo.train`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from clr_optim.demo.train import (
+    OPTIMIZERS,
+    POLICIES,
+    Digits,
+    Plan,
+    Run,
+    build_network,
+    build_optimizer,
+    load_digits,
+    split_digits,
+    train,
+)
+
+__all__ = ["Results", "load_digits", "run_demo", "table", "verdict"]
+
+#: The runs of each (optimizer, policy), one per seed.
+Results = dict[tuple[str, str], list[Run]]
+
+
+def run_demo(
+    *, seed: int = 0, seeds: int | None = None, out: str | Path = "demo-out", quick: bool = False
+) -> Results:
+    """Train, and print a table, one sentence per optimizer and the paths of two pictures.
+
+    Args:
+        seed: the first seed.
+        seeds: how many, counted up from ``seed``; ``None`` is 5, or 1 with ``quick``.
+        out: folder for the pictures; made if it is not there.
+        quick: train for two cycles of half the length instead of four.
+
+    Returns:
+        Every run's measurements.
+
+    Raises:
+        ImportError: without the packages of ``clr-optim[demo]``.
+        OSError: if ``out`` cannot be made or written.
+    """
+    # What could go wrong goes wrong here, before a minute of training and not after it.
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("the demo needs tqdm: pip install clr-optim[demo]") from error
+    from clr_optim import plotting
+
+    plotting.require_matplotlib()
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"no permission to write into {folder}")
+    if seeds is None:
+        seeds = 1 if quick else 5
+    plan = Plan(cycles=2, epochs_per_step_size=2) if quick else Plan()
+    data = split_digits()
+    print(_introduction(data, plan, seed, seeds, quick), flush=True)
+
+    results: Results = {}
+    threads = torch.get_num_threads()
+    # Tensors of this size gain nothing from threads, and lose much where cores are busy.
+    torch.set_num_threads(1)
+    try:
+        # Seeds outermost, so that a slow moment of the machine falls on all rows' times alike.
+        jobs = [(n, p, s) for s in range(seed, seed + seeds) for n in OPTIMIZERS for p in POLICIES]
+        with tqdm(total=len(jobs) * plan.iterations, unit="it", leave=False, disable=None) as bar:
+            for name, policy, this_seed in jobs:
+                bar.set_description(f"{name} {policy}, seed {this_seed}")
+                run = train(name, policy, this_seed, data, plan, on_iteration=bar.update)
+                results.setdefault((name, policy), []).append(run)
+    finally:
+        torch.set_num_threads(threads)
+
+    print(table(results, plan))
+    print()
+    for name in OPTIMIZERS:
+        print(verdict(name, {policy: _finals(results[name, policy]) for policy in POLICIES}))
+    if seeds == 1:
+        print("One seed: which policy came out ahead is that seed's luck.")
+    print()
+    for path in _draw(results, plan, folder):
+        print(path)
+    return results
+
+
+def _introduction(
+    data: tuple[Digits, Digits], plan: Plan, seed: int, seeds: int, quick: bool
+) -> str:
+    training, test = data
+    model = build_network()
+    which = f"seed {seed}" if seeds == 1 else f"seeds {seed} to {seed + seeds - 1}"
+    rates = []
+    for name in OPTIMIZERS:
+        bottom = build_optimizer(name, "triangular", model, plan).param_groups[0]["lr"]
+        top = build_optimizer(name, "fixed", model, plan).param_groups[0]["lr"]
+        rates.append(f"{name} {bottom:g} to {top:g}")
+    lines = [
+        f"{len(training.labels):,} images of digits to train on, {len(test.labels)} to test with; "
+        f"a network of {sum(p.numel() for p in model.parameters()):,} parameters; {which}.",
+        f"Step size {plan.step_size} iterations ({plan.epochs_per_step_size} epochs); "
+        f"{plan.cycles} cycles, {plan.iterations} iterations.",
+        f"Learning rate: {', '.join(rates)}; fixed stays at the top.",
+        f"exp_range: gamma = {plan.gamma:.5f}, which leaves {plan.left_at_end:g} of the amplitude "
+        "at the end.",
+    ]
+    if quick:
+        lines.insert(0, "Quick: fewer and shorter cycles, and one seed unless told otherwise.")
+    return "\n".join(lines) + "\n"
+
+
+def _finals(runs: list[Run]) -> npt.NDArray[np.float64]:
+    return np.array([run.accuracies[-1] for run in runs])
+
+
+def table(results: Results, plan: Plan) -> str:
+    """Test accuracy at the end of each cycle and the time of a step, a row per run.
+
+    Accuracies are means over seeds; at the end of the last cycle, which is the end of the run,
+    the standard deviation over seeds (of a sample: n − 1) stands beside it. The fixed rate has no
+    cycles: its accuracies are of the same iterations.
+    """
+    cycles = [f"cycle {i}" for i in range(1, plan.cycles)]
+    rows = [["optimizer", "policy", *cycles, f"cycle {plan.cycles}, final", "step() µs"]]
+    for (name, policy), runs in results.items():
+        accuracies = np.array([run.accuracies for run in runs])
+        ends = accuracies[:, plan.evaluations_per_cycle - 1 :: plan.evaluations_per_cycle]
+        *means, final = ends.mean(axis=0)
+        spread = f" ± {_finals(runs).std(ddof=1):.2f}" if len(runs) > 1 else ""
+        step = np.median([run.step_seconds for run in runs]) * 1e6
+        rows.append(
+            [name, policy, *(f"{m:.2f}" for m in means), f"{final:.2f}{spread}", f"{step:.0f}"]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    seeds = len(next(iter(results.values())))
+    over = f", mean over {seeds} seeds (± standard deviation)" if seeds > 1 else ""
+    return "\n".join([f"Test accuracy in %{over}:", "", *lines])
+
+
+def verdict(name: str, finals: Mapping[str, npt.NDArray[np.float64]]) -> str:
+    """One sentence on an optimizer: which policy was best, and which lost against the fixed rate.
+
+    Args:
+        name: of the optimizer.
+        finals: final accuracies in percent, shape (seeds,), by policy; ``"fixed"`` among them. The
+            i-th of each policy began from the same weights and saw the same batches.
+    """
+    means = {policy: float(values.mean()) for policy, values in finals.items()}
+    cyclic = max((policy for policy in means if policy != "fixed"), key=means.__getitem__)
+    best, other = sorted(["fixed", cyclic], key=means.__getitem__, reverse=True)
+    losers = [policy for policy in means if means[policy] < means["fixed"]]
+    lost = f"; {' and '.join(losers)} lost against the fixed rate" if losers else ""
+    if means[best] == means[other]:
+        return f"{name}: {cyclic} and the fixed rate came out level, {means[best]:.2f} %{lost}."
+    label = {"fixed": "the fixed rate", cyclic: cyclic}
+    sentence = (
+        f"{name}: {label[best]} was best, {means[best]:.2f} % against {means[other]:.2f} % for "
+        f"{label[other]}"
+    )
+    difference = finals[best] - finals[other]
+    if len(difference) > 1:
+        sentence += f" (ahead on {(difference > 0).sum()} of {len(difference)} seeds"
+        if difference.mean() < difference.std(ddof=1):
+            sentence += "; the difference is smaller than its spread over seeds"
+        sentence += ")"
+    return sentence + ("; every cyclic policy lost against it" if best == "fixed" else lost) + "."
+
+
+def _draw(results: Results, plan: Plan, folder: Path) -> list[Path]:
+    from clr_optim import plotting
+
+    rates = {n: {p: results[n, p][0].rates for p in POLICIES} for n in OPTIMIZERS}
+    accuracies = {
+        n: {p: np.mean([run.accuracies for run in results[n, p]], axis=0) for p in POLICIES}
+        for n in OPTIMIZERS
+    }
+    period, seeds = 2 * plan.step_size, len(next(iter(results.values())))
+    return [
+        plotting.save(plotting.plot_demo_rates(rates, period), folder / "learning-rate.png"),
+        plotting.save(
+            plotting.plot_demo_accuracies(accuracies, plan.evaluate_every, period, seeds),
+            folder / "accuracy.png",
+        ),
+    ]

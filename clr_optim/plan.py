@@ -1,0 +1,403 @@
+"""Plans: which tensors one kernel call updates, kept from step to step while nothing changes.
+
+What torch does at every step (collect, group, check, allocate) is done once per plan. Each step
+asks only whether anything it was built from is still the same, down to the pointers; if not, the
+plan is built anew. A pointer that is not known to be right is never used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from clr_optim.rules import KERNELS, Slot, UpdateRule
+
+__all__ = ["ACTIVE", "DTYPES", "Bucket", "Plan", "classify"]
+
+#: Storage dtypes in the order by which native code knows them.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Columns of a bucket's table, in step with Row in multi_tensor.cpp.
+_PARAM, _GRAD, _STATE, _COUNTER, _NUMEL, _GROUP, _FIRST, ACTIVE, _COLUMNS = (
+    0,
+    1,
+    2,
+    5,
+    6,
+    7,
+    8,
+    9,
+    10,
+)
+
+
+# Keys of a group that change at every step.
+_MOVING = frozenset({"params", "lr", "clr_step"})
+
+# DLPack's code and bits of DTYPES.
+_DLPACK = {
+    torch.float32: (2, 32),
+    torch.float64: (2, 64),
+    torch.bfloat16: (4, 16),
+    torch.float16: (2, 16),
+}
+
+
+class _Scan(ctypes.Structure):
+    """In step with Scan in scan.h."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.py_object)
+            for name in ("params", "dicts", "keys", "tensors", "grad", "none", "capsule")
+        ),
+        ("layout", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("slots", "code", "bits", "counter_bits")),
+    ]
+
+
+@dataclass
+class Row:
+    """A parameter of a bucket while the plan is built."""
+
+    param: Tensor
+    group: int
+    slots: list[Tensor]
+    counter: Tensor | None
+    pending: dict[str, Tensor]  #: state that torch would create in this step
+    first: bool  #: its first slot holds nothing yet
+
+
+@dataclass
+class Bucket:
+    """Tensors that one kernel call updates: same kernel, dtype and counters."""
+
+    kernel: str
+    dtype: torch.dtype
+    wide_counter: bool  #: ``state["step"]`` is float64
+    slots: tuple[Slot, ...]
+    rows: list[Row] = field(default_factory=list)
+    table: np.ndarray[Any, np.dtype[np.int64]] = field(init=False)
+    address: int = field(init=False)  #: of the table
+    params: list[Tensor] = field(init=False)
+    layout: np.ndarray[Any, np.dtype[np.int64]] = field(init=False)
+    scan: _Scan = field(init=False)
+    scan_address: int = field(init=False)
+
+    def finish(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        """Write the table that kernels read, and what :meth:`Plan.is_current` compares."""
+        self.params = [row.param for row in self.rows]
+        table = np.zeros((len(self.rows), _COLUMNS), dtype=np.int64)
+        for line, row in zip(table, self.rows, strict=True):
+            grad = row.param.grad
+            line[_PARAM] = row.param.data_ptr()
+            line[_GRAD] = 0 if grad is None else grad.data_ptr()
+            for k, tensor in enumerate(row.slots):
+                line[_STATE + k] = tensor.data_ptr()
+            line[_COUNTER] = 0 if row.counter is None else row.counter.data_ptr()
+            line[_NUMEL] = row.param.numel()
+            line[_GROUP] = row.group
+            line[_FIRST] = row.first
+            line[ACTIVE] = grad is not None
+        self.table = table
+        counters = ["step"] if self.rows and self.rows[0].counter is not None else []
+        keys = [slot.name for slot in self.slots] + counters
+        tensors = []
+        for row in self.rows:
+            tensors += row.slots if row.counter is None else [*row.slots, row.counter]
+        self.layout = np.array(
+            [n for p in self.params for n in (p.dim(), *p.shape, *p.stride())], dtype=np.int64
+        )
+        code, bits = _DLPACK[self.dtype]
+        self.scan = _Scan(
+            params=self.params,
+            dicts=[state[p] for p in self.params] if keys else [],
+            keys=keys,
+            tensors=tensors,
+            grad="grad",
+            none=None,
+            capsule=Tensor.__dlpack_c_exchange_api__,
+            layout=self.layout.ctypes.data,
+            slots=len(self.slots),
+            code=code,
+            bits=bits,
+            counter_bits=64 if self.wide_counter else 32,
+        )
+        self.address = table.ctypes.data
+        self.scan_address = ctypes.addressof(self.scan)
+
+    @property
+    def kernel_index(self) -> int:
+        """The kernel's number in native code."""
+        return KERNELS.index(self.kernel)
+
+    @property
+    def dtype_index(self) -> int:
+        """The dtype's number in native code."""
+        return DTYPES.index(self.dtype)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor fills its memory without gaps or overlaps, in whatever order."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(
+        (s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1
+    ):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _same_layout(tensor: Tensor, param: Tensor) -> bool:
+    if tensor.shape != param.shape:
+        return False
+    if param.is_contiguous():
+        return tensor.is_contiguous()
+    return tensor.stride() == param.stride()
+
+
+def _is_plain(tensor: object, param: Tensor) -> bool:
+    """Whether a kernel may walk this tensor beside its parameter."""
+    return (
+        isinstance(tensor, Tensor)
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.layout is torch.strided
+        and tensor.device == param.device
+        and tensor.dtype == param.dtype
+        and not tensor.is_neg()
+        and _same_layout(tensor, param)
+    )
+
+
+def _why_not(param: Tensor) -> str | None:
+    """Why a kernel cannot serve this parameter with the gradient it has, or None."""
+    if type(param) not in (Tensor, torch.nn.Parameter):
+        return f"tensors of type {type(param).__name__}"
+    if param.device.type != "cpu":
+        return f"tensors on {param.device.type}"
+    if param.layout is not torch.strided or param.dtype not in DTYPES:
+        return f"{str(param.dtype).removeprefix('torch.')} {param.layout} tensors"
+    if not _is_dense(param):
+        return "parameters whose memory has gaps or overlaps"
+    if param.grad is None or _is_plain(param.grad, param):
+        return None
+    if param.grad.layout is not torch.strided:
+        return "sparse gradients"
+    return "gradients of another layout, dtype or type than their parameter"
+
+
+def classify(optimizer: Optimizer, rule: UpdateRule) -> dict[str | None, list[Tensor]]:
+    """Parameters by the reason why no kernel serves them; those that one does under None."""
+    reasons: dict[str | None, list[Tensor]] = {}
+    for group in optimizer.param_groups:
+        why = rule.not_fused(group)
+        for param in group["params"]:
+            reasons.setdefault(why or _why_not(param), []).append(param)
+    return reasons
+
+
+class Plan:
+    """The buckets of one optimizer, on the CPU.
+
+    Args:
+        optimizer: the wrapped one, of the class of ``rule``.
+        rule: its update rule.
+        lib: the compiled kernels, loaded so that the GIL is kept during a call.
+    """
+
+    def __init__(self, optimizer: Optimizer, rule: UpdateRule, lib: ctypes.PyDLL) -> None:
+        self._optimizer = optimizer
+        self._rule = rule
+        self._lib = lib
+        self.buckets: list[Bucket] = []
+        #: parameters with a gradient that torch's own step must serve, and why
+        self.rest: list[tuple[Tensor, str]] = []
+        self._idle: list[Tensor] = []
+        self._groups: list[dict[str, Any]] | None = None
+        self._members: list[list[Tensor]] = []
+        self._settings: list[list[Any]] = []
+        self._flags: list[tuple[Any, ...]] = []
+        #: a row of the kernel's scalars per group, the learning rate to be filled in
+        self.scalars = np.zeros((0, 0))
+        self._pending = False
+        self._state: Any = None
+        self._dicts: list[Any] = []
+
+    def refresh(self) -> None:
+        """Bring the plan up to date: at least the gradients' pointers, at most all of it."""
+        if not self.is_current():
+            self._build()
+
+    def is_current(self) -> bool:
+        """Whether all that the plan was built from is as it was.
+
+        Takes in the gradients' pointers on the way, which move at every ``zero_grad``.
+        """
+        optimizer, lib = self._optimizer, self._lib
+        groups = optimizer.param_groups
+        if groups is not self._groups or len(groups) != len(self._members):
+            return False
+        for i, group in enumerate(groups):
+            if not lib.clr_same(group["params"], self._members[i]):
+                return False
+            settings = self._settings_of(group)
+            if not lib.clr_same(settings, self._settings[i]):
+                if self._flags_of(group) != self._flags[i]:
+                    return False
+                self._settings[i] = settings
+                self.scalars[i] = self._rule.row(group)
+        state = optimizer.state
+        return bool(
+            state is self._state
+            and lib.clr_same(list(state.values()), self._dicts)
+            and lib.clr_idle(self._idle, "grad", None)
+            and all(lib.clr_scan(b.scan_address, b.address, len(b.params)) for b in self.buckets)
+        )
+
+    def commit(self) -> None:
+        """Hand over the state that the step just taken has created, under torch's names."""
+        if not self._pending:
+            return
+        state = self._optimizer.state
+        for bucket in self.buckets:
+            for row in bucket.rows:
+                if row.pending:
+                    state[row.param].update(row.pending)
+                    row.pending, row.first = {}, False
+        self._pending = False
+        self._index()
+
+    @staticmethod
+    def _settings_of(group: dict[str, Any]) -> list[Any]:
+        """All of a group but what changes at every step anyway."""
+        return [v for k, v in group.items() if k not in _MOVING]
+
+    def _flags_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What of a group's settings decides buckets; all else is data."""
+        return (self._rule.not_fused(group), self._rule.kernel(group))
+
+    def _build(self) -> None:
+        optimizer, rule = self._optimizer, self._rule
+        self._groups = None  # not current, should anything below raise
+        self.rest, self._idle = [], []
+        buckets: dict[tuple[Any, ...], Bucket] = {}
+        for number, group in enumerate(optimizer.param_groups):
+            reason = rule.not_fused(group)
+            slots = rule.slots(group) if reason is None else ()
+            for param in group["params"]:
+                why = reason or _why_not(param)
+                row = None if why else self._row(param, number, slots)
+                if isinstance(row, str):
+                    why, row = row, None
+                if row is not None:
+                    wide = row.counter is not None and row.counter.dtype == torch.float64
+                    key = (rule.kernel(group), param.dtype, wide)
+                    buckets.setdefault(key, Bucket(*key, slots)).rows.append(row)
+                elif param.grad is not None:
+                    self.rest.append((param, why or ""))
+                else:
+                    self._idle.append(param)
+        self._leave_shared_memory(buckets.values())
+        self.buckets = [bucket for bucket in buckets.values() if bucket.rows]
+        self._members = [list(group["params"]) for group in optimizer.param_groups]
+        self._settings = [self._settings_of(group) for group in optimizer.param_groups]
+        self._flags = [self._flags_of(group) for group in optimizer.param_groups]
+        self._pending = any(row.pending for b in self.buckets for row in b.rows)
+        rows = [rule.row(g) if rule.not_fused(g) is None else () for g in optimizer.param_groups]
+        width = max(map(len, rows))
+        self.scalars = np.array([row or (0.0,) * width for row in rows], dtype=np.float64)
+        self._index()
+        self._groups = optimizer.param_groups
+
+    def _row(self, param: Tensor, group: int, slots: tuple[Slot, ...]) -> Row | str | None:
+        """The parameter's row; why it has none; or None while it has neither gradient nor state."""
+        rule, optimizer = self._rule, self._optimizer
+        # Not optimizer.state[param]: that would create an entry earlier than torch does.
+        state = optimizer.state.get(param, {})
+        tensors: list[Tensor] = []
+        pending: dict[str, Tensor] = {}
+        counter = None
+        fresh = len(state) == 0
+        if fresh and param.grad is None and (slots or rule.has_step):
+            return None
+        if rule.has_step:
+            if fresh:
+                # As torch's _get_scalar_dtype: float64 only where that is the default dtype.
+                wide = torch.get_default_dtype() == torch.float64
+                wide = wide and not optimizer.param_groups[group].get("fused")
+                counter = torch.zeros((), dtype=torch.float64 if wide else torch.float32)
+                pending["step"] = counter
+            else:
+                counter = state.get("step")
+                if (
+                    type(counter) is not Tensor
+                    or counter.device.type != "cpu"
+                    or counter.numel() != 1
+                    or counter.dtype not in (torch.float32, torch.float64)
+                ):
+                    return "a step counter that is no float tensor on the CPU"
+        first = False
+        for slot in slots:
+            tensor = state.get(slot.name)
+            if tensor is None and (fresh or slot.fill is None):
+                if param.grad is None:
+                    return None
+                if slot.fill is None:
+                    tensor, first = torch.empty_like(param, requires_grad=False), True
+                else:
+                    tensor = torch.full_like(
+                        param, slot.fill(optimizer.defaults), requires_grad=False
+                    )
+                pending[slot.name] = tensor
+            elif not _is_plain(tensor, param):
+                return f"state[{slot.name!r}] of another layout, dtype or type than its parameter"
+            tensors.append(tensor)
+        ordered = {name: pending[name] for name in rule.state_order if name in pending}
+        return Row(param, group, tensors, counter, ordered, first)
+
+    def _leave_shared_memory(self, buckets: Iterable[Bucket]) -> None:
+        """Leave to torch what shares memory: it goes one by one, a kernel all at once."""
+        spans: list[tuple[int, int, int, Row]] = []
+        for bucket in buckets:
+            for row in bucket.rows:
+                tensors = row.slots if row.counter is None else [*row.slots, row.counter]
+                for tensor in (row.param, *tensors):
+                    if tensor.numel():
+                        begin = tensor.data_ptr()
+                        spans.append((begin, begin + tensor.nbytes, id(row), row))
+        spans.sort(key=lambda span: span[:2])
+        shared: dict[int, Row] = {}
+        reach, owner = -math.inf, None
+        for begin, end, key, row in spans:
+            if begin < reach and owner is not None:
+                shared[key] = row
+                shared[id(owner)] = owner
+            if end > reach:
+                reach, owner = end, row
+        if not shared:
+            return
+        for bucket in buckets:
+            bucket.rows = [row for row in bucket.rows if id(row) not in shared]
+        for row in shared.values():
+            if row.param.grad is not None:
+                self.rest.append((row.param, "tensors that share memory"))
+            else:
+                self._idle.append(row.param)
+
+    def _index(self) -> None:
+        state = self._optimizer.state
+        for bucket in self.buckets:
+            bucket.finish({row.param: state.get(row.param, {}) for row in bucket.rows})
+        self._state = state
+        self._dicts = list(state.values())

@@ -1,0 +1,348 @@
+// One call updates every tensor of a bucket: the driver around the rules of rules.h.
+//
+// No header of torch or Python is needed, so that compiling takes seconds and works anywhere.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "rules.h"
+#include "scan.h"
+
+namespace {
+
+// A tensor of the bucket. In step with ROW in plan.py: ten 64-bit integers.
+struct Row {
+    void* param;
+    const void* grad;
+    void* state[3];
+    void* step;      // torch's own counter of this parameter, or null
+    int64_t numel;
+    int64_t group;   // whose scalars
+    int64_t first;   // its state holds nothing yet
+    int64_t active;  // it has a gradient this time
+};
+static_assert(sizeof(Row) == 10 * sizeof(int64_t), "Row must match plan.py");
+
+struct Bfloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+inline float load(float x) { return x; }
+inline double load(double x) { return x; }
+inline void store(float& to, float x) { to = x; }
+inline void store(double& to, double x) { to = x; }
+
+inline float load(Bfloat16 x) {
+    const uint32_t wide = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+}
+// To nearest, ties to even; NaN stays NaN.
+inline void store(Bfloat16& to, float x) {
+    uint32_t wide;
+    std::memcpy(&wide, &x, 4);
+    const uint32_t rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
+    to.bits = uint16_t(x != x ? 0x7fc0u : rounded);
+}
+
+// float16 by integer arithmetic: compilers disagree on the type's name, and these vectorise.
+inline float load(Float16 x) {
+    const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
+    const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
+    // Put where float32 keeps exponent and fraction, a float16 is 2^112 too small; the product is
+    // exact, subnormals included. Inf and NaN keep an exponent of all ones.
+    float value;
+    std::memcpy(&value, &magnitude, 4);
+    value *= 0x1p112f;
+    uint32_t wide;
+    std::memcpy(&wide, &value, 4);
+    wide = (magnitude >= (0x7c00u << 13) ? (magnitude | 0x7f800000u) : wide) | sign;
+    std::memcpy(&value, &wide, 4);
+    return value;
+}
+inline void store(Float16& to, float x) {
+    uint32_t wide;
+    std::memcpy(&wide, &x, 4);
+    const uint32_t sign = (wide >> 16) & 0x8000u;
+    wide &= 0x7fffffffu;
+    // Normal results: rebias and round to nearest, ties to even; a carry may reach infinity.
+    const uint32_t normal = (wide + 0xc8000fffu + ((wide >> 13) & 1u)) >> 13;
+    // Subnormal ones: adding 1/2 lines the last bit of a float16 up with that of a float32, and the
+    // addition itself rounds.
+    float magnitude;
+    std::memcpy(&magnitude, &wide, 4);
+    magnitude += 0.5f;
+    uint32_t small;
+    std::memcpy(&small, &magnitude, 4);
+    small -= 0x3f000000u;
+    uint32_t bits = wide < 0x38800000u ? small : normal;
+    bits = wide >= 0x47800000u ? 0x7c00u : bits;
+    bits = wide > 0x7f800000u ? 0x7e00u : bits;
+    to.bits = uint16_t(bits | sign);
+}
+
+template <class T> struct Arithmetic { using type = float; };
+template <> struct Arithmetic<double> { using type = double; };
+
+template <class T, class Rule>
+void update(const Rule& rule, const Row& row, int64_t begin, int64_t end) {
+    using A = typename Arithmetic<T>::type;
+    constexpr int slots = Rule::slots;
+    T* __restrict p = static_cast<T*>(row.param);
+    const T* __restrict g = static_cast<const T*>(row.grad);
+    T* __restrict s0 = static_cast<T*>(row.state[0]);
+    T* __restrict s1 = static_cast<T*>(row.state[1]);
+    T* __restrict s2 = static_cast<T*>(row.state[2]);
+    const Rule r = rule;  // a copy that no store can reach, so that its fields stay in registers
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) {
+        A state[3] = {A(0), A(0), A(0)};
+        A param = load(p[i]);
+        if (slots > 0) state[0] = load(s0[i]);
+        if (slots > 1) state[1] = load(s1[i]);
+        if (slots > 2) state[2] = load(s2[i]);
+        r(param, load(g[i]), state);
+        store(p[i], param);
+        if (slots > 0) store(s0[i], state[0]);
+        if (slots > 1) store(s1[i], state[1]);
+        if (slots > 2) store(s2[i], state[2]);
+    }
+}
+
+// Below this many elements a second thread costs more than it saves.
+constexpr int64_t SERIAL = 1 << 13;
+// Pieces are a multiple of this, so that two threads never write one cache line.
+constexpr int64_t ALIGN = 64;
+// Pieces per thread: enough to even out a thread that the system took away for a while.
+constexpr int64_t PIECES = 8;
+
+// Runs body(row, begin, end) over all active rows, cut into pieces of equal size whatever the sizes
+// of the tensors, so that a thousand small ones and a single huge one are both balanced.
+template <class Body>
+void for_pieces(const Row* rows, int64_t count, int threads, const Body& body) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < count; ++i) total += rows[i].active ? rows[i].numel : 0;
+    if (total <= SERIAL || threads <= 1) {
+        for (int64_t i = 0; i < count; ++i)
+            if (rows[i].active) body(i, int64_t(0), rows[i].numel);
+        return;
+    }
+    std::vector<int64_t> ends(static_cast<size_t>(count));
+    int64_t sum = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        // Rounded up, so that a cut through the sum is a cut at a line of some tensor.
+        sum += rows[i].active ? (rows[i].numel + ALIGN - 1) / ALIGN * ALIGN : 0;
+        ends[size_t(i)] = sum;
+    }
+    int64_t piece = (sum + threads * PIECES - 1) / (threads * PIECES);
+    piece = std::max<int64_t>((piece + ALIGN - 1) / ALIGN * ALIGN, SERIAL / 2);
+    const int64_t pieces = (sum + piece - 1) / piece;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t k = 0; k < pieces; ++k) {
+        int64_t at = k * piece;
+        const int64_t stop = std::min(sum, at + piece);
+        int64_t i = std::upper_bound(ends.begin(), ends.end(), at) - ends.begin();
+        while (at < stop) {
+            const int64_t start = i ? ends[size_t(i - 1)] : 0;
+            if (rows[i].active) {
+                const int64_t end = std::min(rows[i].numel, stop - start);
+                if (at - start < end) body(i, at - start, end);
+            }
+            at = ends[size_t(i++)];
+        }
+    }
+}
+
+double counted(const Row& row, bool wide) {
+    if (!row.step) return 0;
+    return wide ? (*static_cast<double*>(row.step) += 1)
+                : double(*static_cast<float*>(row.step) += 1);
+}
+
+template <class T, class Rule>
+void step(Row* rows, int64_t count, const double* scalars, int64_t width, double grad_scale,
+          bool wide_step, int threads) {
+    // One rule object per tensor; parameters mostly share group and step, and two powers are dear.
+    std::vector<int64_t> which(static_cast<size_t>(count));
+    std::vector<Rule> rules;
+    int64_t group = -1, first = -1;
+    double step = -1;
+    for (int64_t i = 0; i < count; ++i) {
+        if (!rows[i].active) continue;
+        const double now = counted(rows[i], wide_step);
+        if (rows[i].group != group || now != step || rows[i].first != first) {
+            group = rows[i].group, step = now, first = rows[i].first;
+            rules.emplace_back(scalars + group * width, grad_scale, step, first != 0);
+        }
+        which[size_t(i)] = int64_t(rules.size()) - 1;
+    }
+    for_pieces(rows, count, threads, [&](int64_t i, int64_t begin, int64_t end) {
+        update<T>(rules[size_t(which[size_t(i)])], rows[i], begin, end);
+    });
+}
+
+using Step = void (*)(Row*, int64_t, const double*, int64_t, double, bool, int);
+
+// In step with KERNELS in rules.py.
+template <class T> Step pick(int64_t kernel) {
+    using A = typename Arithmetic<T>::type;
+    switch (kernel) {
+        case 0: return step<T, clr::Sgd<A, false>>;
+        case 1: return step<T, clr::Sgd<A, true>>;
+        case 2: return step<T, clr::Adam<A, false>>;
+        case 3: return step<T, clr::Adam<A, true>>;
+        case 4: return step<T, clr::Adagrad<A>>;
+        case 5: return step<T, clr::Adadelta<A>>;
+        case 6: return step<T, clr::RmsProp<A, false, false>>;
+        case 7: return step<T, clr::RmsProp<A, true, false>>;
+        case 8: return step<T, clr::RmsProp<A, false, true>>;
+        case 9: return step<T, clr::RmsProp<A, true, true>>;
+        default: return nullptr;
+    }
+}
+
+// Sums run over blocks of this many elements, each in LANES partial sums, always in one order: the
+// result does not depend on the number of threads, or clipped runs would not resume bit for bit.
+constexpr int64_t BLOCK = 1 << 14;
+constexpr int LANES = 16;
+
+template <class T> double squares(const Row& row, int64_t begin, int64_t end) {
+    const T* g = static_cast<const T*>(row.grad);
+    double lanes[LANES] = {};
+    int64_t i = begin;
+    for (; i + LANES <= end; i += LANES)
+        for (int j = 0; j < LANES; ++j) {
+            const double x = load(g[i + j]);
+            lanes[j] += x * x;
+        }
+    for (int j = 0; i < end; ++i, ++j) {
+        const double x = load(g[i]);
+        lanes[j] += x * x;
+    }
+    double sum = 0;
+    for (const double lane : lanes) sum += lane;
+    return sum;
+}
+
+template <class T> double sum_of_squares(const Row* rows, int64_t count, int threads) {
+    struct Block { int64_t row, begin; };
+    std::vector<Block> blocks;
+    for (int64_t i = 0; i < count; ++i)
+        if (rows[i].active)
+            for (int64_t begin = 0; begin < rows[i].numel; begin += BLOCK)
+                blocks.push_back({i, begin});
+    std::vector<double> sums(blocks.size());
+    const int64_t many = int64_t(blocks.size());
+    threads = many > 4 ? threads : 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t k = 0; k < many; ++k) {
+        const Row& row = rows[blocks[size_t(k)].row];
+        const int64_t begin = blocks[size_t(k)].begin;
+        sums[size_t(k)] = squares<T>(row, begin, std::min(row.numel, begin + BLOCK));
+    }
+    double sum = 0;
+    for (const double s : sums) sum += s;
+    return sum;
+}
+
+enum Dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+
+}  // namespace
+
+extern "C" {
+
+// Raised whenever a signature or a layout changes; build.py refuses any other.
+int clr_abi_version() { return 1; }
+
+// Updates all active rows and their counters. Returns 0, or 1 for a kernel or dtype it has not.
+int clr_step(int64_t kernel, int64_t dtype, Row* rows, int64_t count, const double* scalars,
+             int64_t width, double grad_scale, int64_t wide_step, int64_t threads) {
+    Step step = dtype == FLOAT32    ? pick<float>(kernel)
+                : dtype == FLOAT64  ? pick<double>(kernel)
+                : dtype == BFLOAT16 ? pick<Bfloat16>(kernel)
+                : dtype == FLOAT16  ? pick<Float16>(kernel)
+                                    : nullptr;
+    if (!step) return 1;
+    step(rows, count, scalars, width, grad_scale, wide_step != 0, int(threads));
+    return 0;
+}
+
+// The sum of squares of all active rows' gradients, in double and in a fixed order.
+double clr_sum_of_squares(int64_t dtype, const Row* rows, int64_t count, int64_t threads) {
+    switch (dtype) {
+        case FLOAT32: return sum_of_squares<float>(rows, count, int(threads));
+        case FLOAT64: return sum_of_squares<double>(rows, count, int(threads));
+        case BFLOAT16: return sum_of_squares<Bfloat16>(rows, count, int(threads));
+        default: return sum_of_squares<Float16>(rows, count, int(threads));
+    }
+}
+
+// 1 if torch's exchange API is one we can read. Needs the GIL.
+int clr_can_scan(PyObject* capsule) {
+    const bool can = clr::exchange_api(capsule) != nullptr;
+    PyErr_Clear();
+    return can;
+}
+
+// 1 if all rows are as they were, gradient pointers and `active` brought up to date; else 0, and the
+// rows must not be used. Needs the GIL; an exception on the way (a sparse gradient has no strides)
+// means that something changed.
+int clr_scan(const clr::Scan* scan, Row* rows, int64_t count) {
+    const clr::ExchangeApi* api = clr::exchange_api(scan->capsule);
+    const int64_t* layout = scan->layout;
+    bool same = api != nullptr;
+    for (int64_t i = 0; i < count && same; ++i) {
+        same = clr::same_row(*scan, *api, rows[i], i, layout);
+        layout += 1 + 2 * *layout;
+    }
+    if (!same) PyErr_Clear();
+    return same;
+}
+
+// 1 if the two lists hold the same objects. Needs the GIL.
+int clr_same(PyObject* a, PyObject* b) {
+    const ptrdiff_t count = PyList_Size(a);
+    if (count != PyList_Size(b)) return 0;
+    for (ptrdiff_t i = 0; i < count; ++i)
+        if (PyList_GetItem(a, i) != PyList_GetItem(b, i)) return 0;
+    return 1;
+}
+
+// 1 if every tensor of the list has the gradient None. Needs the GIL.
+int clr_idle(PyObject* params, PyObject* grad_name, PyObject* none) {
+    const ptrdiff_t count = PyList_Size(params);
+    for (ptrdiff_t i = 0; i < count; ++i) {
+        PyObject* grad = PyObject_GetAttr(PyList_GetItem(params, i), grad_name);
+        if (!grad) {
+            PyErr_Clear();
+            return 0;
+        }
+        const bool idle = grad == none;
+        Py_DecRef(grad);
+        if (!idle) return 0;
+    }
+    return 1;
+}
+
+// Rounds count floats to 16 bits and back, for the tests.
+void clr_round(int64_t dtype, const float* from, float* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        if (dtype == BFLOAT16) {
+            Bfloat16 x;
+            store(x, from[i]);
+            to[i] = load(x);
+        } else {
+            Float16 x;
+            store(x, from[i]);
+            to[i] = load(x);
+        }
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,175 @@
+// The update rules, one function object each: what happens to one element.
+//
+// A rule is built once per tensor and step from its group's scalars (double, as Python has them) and
+// applied to every element in A, the arithmetic type: float for float, bfloat16 and float16 storage,
+// double for double. The order of operations is that of torch's for-loop step, fused multiply-adds
+// included where torch's vectorised operator has one, so that float32 differs by an ulp at most and
+// NaN and Inf appear where torch's do.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+namespace clr {
+
+// a·b + c as torch's vec::fmadd: one rounding where the processor has the instruction. A library
+// call where it has not would cost hundreds of cycles.
+inline float fmadd(float a, float b, float c) {
+#ifdef __FP_FAST_FMAF
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+inline double fmadd(double a, double b, double c) {
+#ifdef __FP_FAST_FMA
+    return __builtin_fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+inline float root(float x) { return __builtin_sqrtf(x); }
+inline double root(double x) { return __builtin_sqrt(x); }
+
+// torch.lerp picks the end nearer to the result, to be exact at both.
+template <class A> struct Lerp {
+    A coefficient;
+    bool from_start;
+    explicit Lerp(double weight)
+        : coefficient(A(weight)), from_start(std::abs(A(weight)) < A(0.5)) {
+        if (!from_start) coefficient -= A(1);
+    }
+    A operator()(A start, A end) const {
+        return fmadd(coefficient, end - start, from_start ? start : end);
+    }
+};
+
+// The scalars that all groups begin with; a rule's own follow. In step with rules.py.
+enum Common { LR, WEIGHT_DECAY, SIGN, OWN };
+
+// What all rules do to a gradient first: scale (clipping), negate (maximize), decay by the weights.
+// Without weight decay nothing is added: 0·p would turn an infinite p into NaN.
+template <class A> struct Gradient {
+    A scale, weight_decay;
+    bool decays;
+    Gradient(const double* s, double grad_scale)
+        : scale(A(A(grad_scale) * A(s[SIGN]))), weight_decay(A(s[WEIGHT_DECAY])),
+          decays(s[WEIGHT_DECAY] != 0) {}
+    A operator()(A g, A p) const {
+        g *= scale;
+        return decays ? fmadd(weight_decay, p, g) : g;
+    }
+};
+
+template <class A, bool MOMENTUM> struct Sgd {
+    static constexpr int slots = MOMENTUM ? 1 : 0;
+    Gradient<A> gradient;
+    A lr, momentum, keep;
+    bool nesterov, first;
+    Sgd(const double* s, double grad_scale, double, bool first)
+        : gradient(s, grad_scale), lr(A(-s[LR])), momentum(A(s[OWN])), keep(A(1 - s[OWN + 1])),
+          nesterov(s[OWN + 2] != 0), first(first) {}
+    void operator()(A& p, A g, A* state) const {
+        g = gradient(g, p);
+        if (MOMENTUM) {
+            // The first gradient goes in whole, without dampening; the buffer then holds nothing yet.
+            const A buffer = first ? g : fmadd(g, keep, state[0] * momentum);
+            state[0] = buffer;
+            g = nesterov ? fmadd(buffer, momentum, g) : buffer;
+        }
+        p = fmadd(lr, g, p);
+    }
+};
+
+template <class A, bool AMSGRAD> struct Adam {
+    static constexpr int slots = AMSGRAD ? 3 : 2;
+    Gradient<A> gradient;
+    Lerp<A> lerp;
+    A shrink, beta2, rest2, correction2, eps, step_size;
+    Adam(const double* s, double grad_scale, double step, bool)
+        : gradient(s, grad_scale), lerp(1 - s[OWN]), shrink(1), beta2(A(s[OWN + 1])),
+          rest2(A(1 - s[OWN + 1])), correction2(A(std::sqrt(1 - std::pow(s[OWN + 1], step)))),
+          eps(A(s[OWN + 2])), step_size(A(-(s[LR] / (1 - std::pow(s[OWN], step))))) {
+        if (s[OWN + 3] != 0) {  // decoupled: the weights shrink, the gradient stays
+            gradient.decays = false;
+            shrink = A(1 - s[LR] * s[WEIGHT_DECAY]);
+        }
+    }
+    void operator()(A& p, A g, A* state) const {
+        g = gradient(g, p);
+        p *= shrink;
+        const A m = lerp(state[0], g);
+        const A v = state[1] * beta2 + rest2 * g * g;
+        state[0] = m;
+        state[1] = v;
+        A second = v;
+        if (AMSGRAD) {  // NaN wins, as in torch.maximum
+            second = state[2] > v || state[2] != state[2] ? state[2] : v;
+            state[2] = second;
+        }
+        p += step_size * m / (root(second) / correction2 + eps);
+    }
+};
+
+template <class A> struct Adagrad {
+    static constexpr int slots = 1;
+    Gradient<A> gradient;
+    A rate, eps;
+    Adagrad(const double* s, double grad_scale, double step, bool)
+        : gradient(s, grad_scale), rate(A(-(s[LR] / (1 + (step - 1) * s[OWN])))),
+          eps(A(s[OWN + 1])) {}
+    void operator()(A& p, A g, A* state) const {
+        g = gradient(g, p);
+        const A sum = state[0] + g * g;
+        state[0] = sum;
+        p += rate * g / (root(sum) + eps);
+    }
+};
+
+template <class A> struct Adadelta {
+    static constexpr int slots = 2;
+    Gradient<A> gradient;
+    A lr, rho, rest, eps;
+    Adadelta(const double* s, double grad_scale, double, bool)
+        : gradient(s, grad_scale), lr(A(-s[LR])), rho(A(s[OWN])), rest(A(1 - s[OWN])),
+          eps(A(s[OWN + 1])) {}
+    void operator()(A& p, A g, A* state) const {
+        g = gradient(g, p);
+        const A square = state[0] * rho + rest * g * g;
+        const A delta = root(state[1] + eps) / root(square + eps) * g;
+        state[0] = square;
+        state[1] = state[1] * rho + rest * delta * delta;
+        p = fmadd(lr, delta, p);
+    }
+};
+
+template <class A, bool MOMENTUM, bool CENTERED> struct RmsProp {
+    static constexpr int slots = 1 + MOMENTUM + CENTERED;
+    Gradient<A> gradient;
+    Lerp<A> lerp;
+    A lr, alpha, rest, eps, momentum;
+    RmsProp(const double* s, double grad_scale, double, bool)
+        : gradient(s, grad_scale), lerp(1 - s[OWN]), lr(A(-s[LR])), alpha(A(s[OWN])),
+          rest(A(1 - s[OWN])), eps(A(s[OWN + 1])), momentum(A(s[OWN + 2])) {}
+    void operator()(A& p, A g, A* state) const {
+        g = gradient(g, p);
+        const A square = state[0] * alpha + rest * g * g;
+        state[0] = square;
+        A spread = square;
+        if (CENTERED) {
+            A& mean = state[1 + MOMENTUM];
+            mean = lerp(mean, g);
+            spread -= mean * mean;
+        }
+        spread = root(spread) + eps;
+        if (MOMENTUM) {
+            const A buffer = state[1] * momentum + g / spread;
+            state[1] = buffer;
+            p = fmadd(lr, buffer, p);
+        } else {
+            p += lr * g / spread;
+        }
+    }
+};
+
+}  // namespace clr

@@ -1,0 +1,477 @@
+"""The compilation and its cache, held to their promises with a source of four functions."""
+
+import ctypes
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from clr_optim.kernels.native import build
+
+COMPILER = shutil.which("c++") or shutil.which("g++")
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="no native kernels on Windows"),
+    pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
+]
+
+SOURCE = """
+#include "team.h"
+extern "C" int clr_abi_version() { return ABI; }
+extern "C" int team(int threads) {
+  int size = 0;
+#pragma omp parallel num_threads(threads)
+#pragma omp master
+  size = omp_get_num_threads();
+  return size;
+}
+"""
+HEADER = 'extern "C" int omp_get_num_threads();\n#define ABI 1\n'
+
+# A process that loads the library without the seconds that importing torch takes: argv[1] is
+# build.py, argv[2] the source, argv[3] stands in for torch, the library whose OpenMP is shared.
+WORKER = """
+import ctypes, importlib.util, os, sys, time
+spec = importlib.util.spec_from_file_location("build", sys.argv[1])
+build = importlib.util.module_from_spec(spec)
+sys.modules["build"] = build
+spec.loader.exec_module(build)
+source, torch_library = build.Path(sys.argv[2]), sys.argv[3]
+build._torch_library = lambda: torch_library
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def runtimes():
+    with open("/proc/self/maps") as maps:
+        return {line.split()[-1] for line in maps if "omp" in line and ".so" in line}
+"""
+
+
+def compiled(*arguments):
+    subprocess.run([COMPILER, "-shared", "-fPIC", *map(str, arguments)], check=True)
+
+
+@pytest.fixture(scope="module")
+def openmp_host(tmp_path_factory):
+    """A library that is linked against the compiler's own OpenMP, as torch is against its."""
+    folder = tmp_path_factory.mktemp("host")
+    (folder / "team.h").write_text(HEADER)
+    (folder / "host.cpp").write_text(SOURCE)
+    compiled("-fopenmp", folder / "host.cpp", "-o", folder / "host.so")
+    return folder / "host.so"
+
+
+@pytest.fixture
+def source(tmp_path):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/team.h").write_text(HEADER)
+    path = tmp_path / "src/kernels.cpp"
+    path.write_text(SOURCE)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache and temporary folder of this test's own, and nothing remembered."""
+    monkeypatch.setattr(build, "_results", {})
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("CLR_OPTIM_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    yield tmp_path / "cache"
+    assert not list((tmp_path / "tmp").iterdir()), "something was left behind"
+
+
+@pytest.fixture
+def no_compiler(tmp_path, monkeypatch):
+    return lambda: monkeypatch.setenv("PATH", str(tmp_path / "src"))
+
+
+def script(path, text):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def forget():
+    build._results.clear()
+
+
+def entries(cache):
+    found = list(cache.iterdir())
+    assert all(path.suffix == ".so" for path in found), found
+    return found
+
+
+def start(code, source, host, **options):
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER + textwrap.dedent(code), build.__file__, source, host],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def output(process):
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, text
+    return text.split()
+
+
+def test_load_compiles_once_and_keeps_one_private_entry(source, cache):
+    before = os.umask(0)
+    try:
+        library = build.load(source)
+    finally:
+        os.umask(before)
+    assert library.team(2) == 2
+    assert build.load(source) is library
+    (entry,) = entries(cache)
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    assert stat.S_IMODE(entry.stat().st_mode) == 0o600
+    assert build.compile_ahead(source) == entry
+
+
+def test_warm_load_starts_no_process(source, monkeypatch):
+    entry = build.compile_ahead(source)
+    changed = entry.stat().st_mtime_ns
+
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"started {args}")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr(os, "system", refuse)
+    assert build.load(source).team(1) == 1
+    assert entry.stat().st_mtime_ns == changed
+
+
+@pytest.mark.parametrize("locks", ["locks", "no locks"])
+def test_eight_processes_at_once(source, cache, tmp_path, openmp_host, locks):
+    code = """
+        if not {locks}:  # as on some network file systems
+            import fcntl
+            def flock(*args): raise OSError("no locks")
+            fcntl.flock = flock
+        print("ready", flush=True)
+        while not os.path.exists({go!r}):
+            time.sleep(0.001)
+        made = []
+        make = build._make
+        build._make = lambda *args: made.append(args) or make(*args)
+        print(build.load(source).clr_abi_version(), len(made))
+    """.format(locks=locks == "locks", go=str(tmp_path / "go"))
+    processes = [start(code, source, openmp_host) for _ in range(8)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    (tmp_path / "go").touch()
+    versions, made = zip(*[output(process) for process in processes], strict=True)
+    assert versions == ("1",) * 8
+    if locks == "locks":
+        assert sum(map(int, made)) == 1
+    (entry,) = entries(cache)
+    assert build.compile_ahead(source) == entry
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "altered", "renamed", "a link"])
+def test_damaged_entry_is_rebuilt(source, cache, tmp_path, damage):
+    entry = build.compile_ahead(source)
+    data = entry.read_bytes()
+    entry.unlink()  # a new file each time: this process has mapped the old one
+    if damage == "a link":
+        (tmp_path / "elsewhere").write_bytes(data)
+        entry.symlink_to(tmp_path / "elsewhere")
+    elif damage == "renamed":
+        entry.with_name(entry.name.replace(entry.stem.split("-")[2], "0" * 32)).write_bytes(data)
+    else:
+        middle = len(data) // 2
+        altered = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        bad = {"truncated": data[:middle], "empty": b"", "altered": altered}[damage]
+        entry.write_bytes(bad)
+    assert build.load(source).team(1) == 1
+    (rebuilt,) = entries(cache)
+    assert not rebuilt.is_symlink()
+    assert build._digest(rebuilt.read_bytes()) == rebuilt.stem.split("-")[2]
+
+
+def test_a_change_of_source_header_or_compiler_compiles_anew(source, cache, tmp_path, monkeypatch):
+    compiler = script(tmp_path / "bin/my-c++", f'exec {COMPILER} "$@"')
+    monkeypatch.setenv("CXX", str(compiler))
+    changes = [
+        lambda: None,
+        lambda: source.write_text(SOURCE + "\n"),
+        lambda: source.with_name("team.h").write_text(HEADER + "\n"),
+        lambda: os.utime(compiler, ns=(0, 0)),
+        lambda: monkeypatch.setenv("CXX", f"{compiler} -g0"),
+    ]
+    for count, change in enumerate(changes, start=1):
+        change()
+        build.compile_ahead(source)
+        assert len(entries(cache)) == count
+
+
+def test_entry_of_another_cpu_is_not_used(source, cache, monkeypatch, no_compiler):
+    entry = build.compile_ahead(source)
+    path = os.environ["PATH"]
+    no_compiler()
+    other = build._cpu() + "\nmodel: another"
+    monkeypatch.setattr(build, "_cpu", lambda: other)
+    with pytest.raises(build.BuildError, match=r"no C\+\+ compiler"):
+        build.compile_ahead(source)
+    monkeypatch.setenv("PATH", path)
+    assert build.compile_ahead(source) != entry
+    assert len(entries(cache)) == 2
+
+
+def test_compiled_ahead_serves_without_a_compiler(source, monkeypatch, no_compiler):
+    entry = build.compile_ahead(source)
+    no_compiler()
+    assert build.compile_ahead(source) == entry
+    monkeypatch.setenv("CXX", "g++-of-the-build-stage")
+    assert build.load(source).team(1) == 1
+    assert build.describe(source)["entry"] == str(entry)
+
+
+def test_no_compiler_says_what_to_install(source, monkeypatch, no_compiler):
+    no_compiler()
+    with pytest.raises(build.BuildError, match=r"no c\+\+, g\+\+ or clang\+\+.*apt-get install"):
+        build.load(source)
+    assert build.describe(source)["compiler"] == "none found"
+    forget()
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    with pytest.raises(build.BuildError, match="CXX=/no/such/compiler is not there"):
+        build.load(source)
+
+
+def test_failing_compiler_is_named_and_not_tried_again(source, cache, tmp_path, monkeypatch):
+    tried = tmp_path / "tried"
+    compiler = script(tmp_path / "bin/bad", f"echo x >> {tried}; echo cannot compute >&2; exit 3")
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(build.BuildError) as first:
+        build.load(source)
+    for part in (f"CXX={compiler}", "exited with 3", "cannot compute", "Install g++", str(source)):
+        assert part in str(first.value)
+    count = len(tried.read_text())
+    with pytest.raises(build.BuildError) as second:
+        build.load(source)
+    assert str(second.value) == str(first.value)
+    assert len(tried.read_text()) == count
+    assert not entries(cache)
+
+
+def test_cxx_is_false(source, monkeypatch):
+    monkeypatch.setenv("CXX", shutil.which("false"))
+    with pytest.raises(build.BuildError, match=r"(?s)CXX=\S*false: .*Install g\+\+"):
+        build.load(source)
+
+
+def test_a_compiler_that_fails_leaves_the_job_to_the_next(source, tmp_path, monkeypatch):
+    script(tmp_path / "bin/c++", "exit 1")
+    script(tmp_path / "bin/g++", f'exec {COMPILER} "$@"')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    entry = build.compile_ahead(source)
+    script(tmp_path / "bin/g++", "exit 1")
+    os.utime(tmp_path / "bin/g++", ns=(0, 0))
+    with pytest.raises(build.BuildError):
+        build.compile_ahead(source)
+    assert entry.exists()
+
+
+def test_optional_flags_may_be_refused(source, tmp_path, monkeypatch):
+    real = build._flags()
+    monkeypatch.setattr(build, "_flags", lambda: (real[0], ["-mno-such-flag"]))
+    assert build.load(source).team(1) == 1
+
+
+def test_wrong_abi_is_refused(source, cache):
+    source.with_name("team.h").write_text(HEADER.replace("ABI 1", "ABI 2"))
+    with pytest.raises(build.BuildError, match="ABI 2, not 1"):
+        build.load(source)
+    assert not entries(cache)
+
+
+def test_missing_source_is_an_incomplete_installation(tmp_path):
+    with pytest.raises(build.BuildError, match="not complete"):
+        build.load(tmp_path / "none.cpp")
+
+
+@pytest.mark.parametrize("which", ["entry", "directory"])
+@pytest.mark.parametrize("how", ["group", "others", "owner"])
+def test_what_others_can_write_is_not_loaded(source, cache, monkeypatch, no_compiler, which, how):
+    if how == "owner" and os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    entry = build.compile_ahead(source)
+    path, target = os.environ["PATH"], entry if which == "entry" else cache
+    if how == "owner":
+        os.chown(target, 65534, -1)
+    else:
+        target.chmod(target.stat().st_mode | {"group": 0o020, "others": 0o002}[how])
+    no_compiler()  # so that nothing but the entry could be loaded
+    with pytest.raises(build.BuildError) as error:
+        build.load(source)
+    monkeypatch.setenv("PATH", path)
+    forget()
+    assert build.load(source).team(1) == 1
+    if which == "entry":
+        (entry,) = entries(cache)
+        assert stat.S_IMODE(entry.stat().st_mode) == 0o600
+        assert entry.stat().st_uid == os.geteuid()
+    else:
+        reason = "belongs to another user" if how == "owner" else "chmod go-w"
+        assert reason in str(error.value)
+        assert reason in build.describe(source)["problem"]
+        with pytest.raises(build.BuildError, match=reason):
+            build.compile_ahead(source)
+
+
+def test_cache_that_cannot_be_made(source, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CLR_OPTIM_CACHE_DIR", str(tmp_path / "file/cache"))
+    assert build.load(source).team(2) == 2
+    with pytest.raises(build.BuildError, match=r"not kept: .*Not a directory"):
+        build.compile_ahead(source)
+
+
+@pytest.mark.parametrize("filled", [True, False], ids=["filled", "empty"])
+def test_read_only_cache(source, openmp_host, monkeypatch, filled):
+    """Root writes where permissions forbid it, so root's process becomes another user first."""
+    # Not below tmp_path, which pytest closes to other users.
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "tmp").mkdir()
+        (folder / "tmp").chmod(0o1777)
+        shutil.copytree(source.parent, folder / "src")
+        shutil.copy(openmp_host, folder / "host.so")
+        cache = folder / "cache"
+        cache.mkdir()
+        monkeypatch.setenv("CLR_OPTIM_CACHE_DIR", str(cache))
+        if filled:
+            build.compile_ahead(folder / "src/kernels.cpp").chmod(0o444)
+        cache.chmod(0o555)
+        code = """
+            import fcntl  # later the installation may be out of reach
+            if os.geteuid() == 0:
+                os.setgroups([]), os.setgid(65534), os.setuid(65534)
+            started = []
+            run = build.subprocess.run
+            build.subprocess.run = lambda *a, **k: started.append(a) or run(*a, **k)
+            print(build.load(source).team(2), len(started) > 0)
+        """
+        monkeypatch.setenv("TMPDIR", str(folder / "tmp"))
+        process = start(code, folder / "src/kernels.cpp", folder / "host.so", cwd="/")
+        assert output(process) == ["2", str(not filled)]
+        cache.chmod(0o755)
+        assert len(entries(cache)) == filled
+        assert not list((folder / "tmp").iterdir())
+
+
+def test_left_over_compilations_go_when_they_are_old(source, cache):
+    cache.mkdir(mode=0o700)
+    old, new = cache / ".build-old", cache / ".build-new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "kernels0.o").touch()
+    os.utime(old, (time.time() - 2 * build._STALE_S,) * 2)
+    build.compile_ahead(source)
+    assert not old.exists()
+    assert new.exists()
+
+
+@pytest.mark.parametrize(
+    ("own", "xdg", "expected"),
+    [
+        ("/a/b", "/x", "/a/b"),
+        ("~/b", "/x", "/home/me/b"),
+        ("", "/x", "/x/clr_optim"),
+        ("", "relative", "/home/me/.cache/clr_optim"),
+        ("", "", "/home/me/.cache/clr_optim"),
+    ],
+)
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has its own default")
+def test_place_of_the_cache(monkeypatch, own, xdg, expected):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("CLR_OPTIM_CACHE_DIR", own)
+    monkeypatch.setenv("XDG_CACHE_HOME", xdg)
+    assert build.describe(Path("/none.cpp"))["cache"] == expected
+
+
+def test_describe(source, cache):
+    before = build.describe(source)
+    assert before["cached"] == "no"
+    assert not cache.exists()
+    entry = build.compile_ahead(source)
+    facts = build.describe(source)
+    assert facts["cached"] == "yes"
+    assert facts["entry"] == str(entry)
+    assert facts["compiler"] in (COMPILER, f"CXX={COMPILER}")
+    assert facts["version"]
+    assert "-ffast-math" not in facts["flags"]
+    assert facts["problem"] == ""
+    assert Path(facts["openmp"]).is_file()
+    assert facts["target"]
+    assert facts["target"] != "native"
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+
+
+@linux
+@pytest.mark.parametrize("order", [1, -1], ids=["library first", "torch first"])
+def test_one_pool_shared_with_torch(source, order):
+    """Threads are counted; and torch's own file is the only runtime mapped."""
+    code = f"""
+        import torch
+        library = build.load(source)
+        maps = runtimes()
+        torch.set_num_threads(4)
+        first, second = [lambda: library.team(4), lambda: torch.ones(1 << 20)][::{order}]
+        base = threads()
+        first()
+        assert threads() == base + 3
+        second(), first()
+        print(threads() - base, len(maps), build.describe(source)["openmp"] in maps)
+    """
+    import torch
+
+    assert output(start(code, source, torch._C.__file__)) == ["3", "1", "True"]
+
+
+@linux
+def test_one_pool_where_the_runtime_has_a_hashed_name(source, tmp_path):
+    """As in CUDA wheels; with a library in torch's place that is linked against such a copy."""
+    real = Path(build._share_openmp())
+    if "gomp" not in real.name:
+        pytest.skip(f"torch uses {real.name}")
+    name = "libgomp-" + "a" * (len(real.name) - 11) + ".so"  # as long: no table has to move
+    copy = tmp_path / name
+    copy.write_bytes(real.read_bytes().replace(f"{real.name}\0".encode(), f"{name}\0".encode()))
+    host = tmp_path / "torch.so"
+    flags = [f"-Wl,-rpath,{tmp_path}", "-o", host]
+    compiled("-fopenmp", "-c", source, "-o", tmp_path / "host.o")
+    compiled(tmp_path / "host.o", copy, *flags)
+    code = """
+        host = ctypes.CDLL(torch_library)
+        base = threads()
+        host.team(4)
+        library = build.load(source)
+        assert library.team(4) == 4
+        print(threads() - base, *runtimes())
+    """
+    assert output(start(code, source, host)) == ["3", str(copy)]
+    # What this prevents: a library linked in the usual way brings a second runtime and pool.
+    compiled("-fopenmp", source, "-o", tmp_path / "usual.so")
+    usual = code.replace("build.load(source)", f"ctypes.CDLL({str(tmp_path / 'usual.so')!r})")
+    assert output(start(usual, source, host))[0] == "6"
+
+
+def test_calls_release_the_gil(source):
+    assert isinstance(build.load(source), ctypes.CDLL)
+    assert not isinstance(build.load(source), ctypes.PyDLL)
