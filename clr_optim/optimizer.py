@@ -7,7 +7,7 @@ import json
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast, overload
 
 import torch
@@ -283,6 +283,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         self._inner = optimizer
         self._schedule = schedule
         self._schedule_json = schedule.to_json()
+        self._has_scale_fn = schedule.scale_fn is not None
         self._cycle_momentum = cycle_momentum
         self._max_grad_norm = max_grad_norm
         self._backend = backend
@@ -549,34 +550,38 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         # Any other outermost layer runs the wrapped optimizer's hooks by itself.
         hooked = is_profiled(inner)
         call: tuple[Any, ...] = (inner, closure, *args) if closure is not None or args else (inner,)
-        for pre_hook in _hooks(inner, "_optimizer_step_pre_hooks") if hooked else ():
-            changed = pre_hook(inner, call, kwargs)
-            if changed is not None:
-                if not isinstance(changed, tuple) or len(changed) != 2:
-                    raise RuntimeError(
-                        "a step pre-hook must return None or (args, kwargs), got "
-                        f"{changed!r} from {pre_hook!r}"
-                    )
-                call, kwargs = changed
-        if len(call) > 1:
-            closure, args = call[1], call[2:]
+        # Some optimizers never call Optimizer.__init__, and have no hooks.
+        pre_hooks = getattr(inner, "_optimizer_step_pre_hooks", None) if hooked else None
+        if pre_hooks:
+            call, kwargs = _run_pre_hooks(pre_hooks.values(), inner, call, kwargs)
+            if len(call) > 1:
+                closure, args = call[1], call[2:]
 
-        # A checkpointer's step has no closure; before anything below writes a rate.
-        at_zero = closure is None and self._is_zero_rate_step()
-        if not at_zero:
-            position = self._settle()
-            self._assert_rates(stacklevel=5)  # past torch's two wrappers: the caller of step()
-            if self._schedule.scale_fn is not None:
-                # It may raise, which must happen before the step and not in the middle of it.
-                self._schedule.rates(position + 1, self._shared.bounds)
+        at_zero = False
+        untouched = closure is None and self._is_untouched()
+        if not untouched:
+            # A checkpointer's step has no closure. Asked before anything below writes a rate.
+            at_zero = closure is None and self._is_zero_rate_step()
+            if not at_zero:
+                self._settle()
+                self._assert_rates(stacklevel=5)  # past torch's two wrappers: the caller of step()
+        position = self._shared.position
+        if self._has_scale_fn:
+            # It may raise, which must happen before the step and not in the middle of it.
+            self._schedule.rates(position + 1, self._shared.bounds)
         loss, happened = self._wrapped_step(closure, at_zero, *args, **kwargs)
         if happened and not at_zero:
-            self._go_to(position + 1)
+            if untouched:
+                self._advance()
+            else:
+                self._go_to(position + 1)
             if self._cycle_end_hooks and self._schedule.is_cycle_end(position + 1):
                 for hook in list(self._cycle_end_hooks.values()):
                     hook(self)
-        for post_hook in _hooks(inner, "_optimizer_step_post_hooks") if hooked else ():
-            post_hook(inner, call, kwargs)
+        post_hooks = getattr(inner, "_optimizer_step_post_hooks", None) if hooked else None
+        if post_hooks:
+            for post_hook in post_hooks.values():
+                post_hook(inner, call, kwargs)
         return loss
 
     def _wrapped_step(
@@ -669,13 +674,13 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         self._inner._opt_called = True  # type: ignore[attr-defined]
         plan = native.plan
         plan.refresh()
-        rest = [(p, why) for p, why in plan.rest if p.grad is not None]
+        rest = plan.rest and [(p, why) for p, why in plan.rest if p.grad is not None]
         if rest and self._backend == "native":
             raise RuntimeError(
                 f"backend='native' cannot serve {len(rest)} of the parameters: {rest[0][1]}; "
                 "use backend='auto', which leaves them to the wrapped optimizer's own step"
             )
-        rates = [0.0] * len(self.param_groups) if at_zero else [v for _, v in self._shared.rates]
+        rates = [0.0 if at_zero else value for _, value in self._shared.rates]
         clipped = None
         scale = 1.0
         try:
@@ -760,6 +765,23 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
 
     # ---- keeping the groups in line
 
+    def _is_untouched(self) -> bool:
+        """Whether the groups are certainly as we left them: the step's way past all else."""
+        shared, groups = self._shared, self._inner.param_groups
+        if shared.groups is not groups or len(shared.rates) != len(groups) or self._cycle_momentum:
+            return False
+        position = shared.position
+        for group, (held, _), (base, top) in zip(groups, shared.rates, shared.bounds, strict=True):
+            if (
+                group["lr"] is not held
+                or type(held) is not float
+                or group.get(_STEP) != position
+                or group.get(_BASE) is not base
+                or group.get(_MAX) is not top
+            ):
+                return False
+        return True
+
     def _bounds(self) -> list[tuple[float, float]]:
         """(base_lr, max_lr) per group, the groups being the truth."""
         shared, groups = self._shared, self.param_groups
@@ -796,6 +818,17 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                     group.setdefault(key, groups[0][key])
         self._go_to(position)
         return position
+
+    def _advance(self) -> None:
+        """:meth:`_go_to` the next step, for groups that are as we left them, rates as floats."""
+        shared = self._shared
+        position = shared.position + 1
+        rates = self._schedule.rates(position, shared.bounds)
+        for group, rate in zip(self._inner.param_groups, rates, strict=True):
+            group["lr"] = rate
+            group[_STEP] = position
+        shared.position = position
+        shared.rates = [(rate, rate) for rate in rates]
 
     def _go_to(self, position: int) -> None:
         """Write the position, the policy and the rates of this step into the groups."""
@@ -1131,9 +1164,23 @@ def _separate_defaults(optimizer: Optimizer) -> None:
         )
 
 
-def _hooks(optimizer: Optimizer, name: str) -> list[Callable[..., Any]]:
-    # Some optimizers never call Optimizer.__init__, and have none.
-    return list(getattr(optimizer, name, {}).values())
+def _run_pre_hooks(
+    hooks: Iterable[Callable[..., Any]],
+    optimizer: Optimizer,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Run the wrapped optimizer's pre-hooks as torch does: each may replace the arguments."""
+    for hook in hooks:
+        changed = hook(optimizer, args, kwargs)
+        if changed is not None:
+            if not isinstance(changed, tuple) or len(changed) != 2:
+                raise RuntimeError(
+                    f"a step pre-hook must return None or (args, kwargs), got {changed!r} from "
+                    f"{hook!r}"
+                )
+            args, kwargs = changed
+    return args, kwargs
 
 
 def _takes_closure_by_name(step: Callable[..., Any]) -> bool:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from clr_optim.rules import KERNELS, Slot, UpdateRule
 
-__all__ = ["ACTIVE", "DTYPES", "Bucket", "Plan", "classify"]
+__all__ = ["DTYPES", "Bucket", "Plan", "classify"]
 
 #: Storage dtypes in the order by which native code knows them.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -64,6 +64,22 @@ class _Scan(ctypes.Structure):
     ]
 
 
+class _View(ctypes.Structure):
+    """In step with View in scan.h."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.py_object)
+            for name in (
+                "groups", "members", "keys", "settings", "state", "dicts", "idle",
+                "params", "grad", "none",
+            )
+        ),
+        ("buckets", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+    ]  # fmt: skip
+
+
 @dataclass
 class Row:
     """A parameter of a bucket while the plan is built."""
@@ -87,6 +103,8 @@ class Bucket:
     rows: list[Row] = field(default_factory=list)
     table: np.ndarray[Any, np.dtype[np.int64]] = field(init=False)
     address: int = field(init=False)  #: of the table
+    active: int = field(init=False)  #: how many rows had a gradient when the plan was made
+    indices: tuple[int, int] = field(init=False)  #: native code's numbers of kernel and dtype
     params: list[Tensor] = field(init=False)
     layout: np.ndarray[Any, np.dtype[np.int64]] = field(init=False)
     scan: _Scan = field(init=False)
@@ -108,6 +126,8 @@ class Bucket:
             line[_FIRST] = row.first
             line[ACTIVE] = grad is not None
         self.table = table
+        self.active = int(table[:, ACTIVE].sum())
+        self.indices = KERNELS.index(self.kernel), DTYPES.index(self.dtype)
         counters = ["step"] if self.rows and self.rows[0].counter is not None else []
         keys = [slot.name for slot in self.slots] + counters
         tensors = []
@@ -133,16 +153,6 @@ class Bucket:
         )
         self.address = table.ctypes.data
         self.scan_address = ctypes.addressof(self.scan)
-
-    @property
-    def kernel_index(self) -> int:
-        """The kernel's number in native code."""
-        return KERNELS.index(self.kernel)
-
-    @property
-    def dtype_index(self) -> int:
-        """The dtype's number in native code."""
-        return DTYPES.index(self.dtype)
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -230,9 +240,13 @@ class Plan:
         self._flags: list[tuple[Any, ...]] = []
         #: a row of the kernel's scalars per group, the learning rate to be filled in
         self.scalars = np.zeros((0, 0))
+        self.scalars_address = 0
         self._pending = False
         self._state: Any = None
-        self._dicts: list[Any] = []
+        #: in step with Bucket in scan.h, a row each
+        self.table = np.zeros((0, 7), dtype=np.int64)
+        self._view = _View()
+        self.view_address = 0
 
     def refresh(self) -> None:
         """Bring the plan up to date: at least the gradients' pointers, at most all of it."""
@@ -244,26 +258,37 @@ class Plan:
 
         Takes in the gradients' pointers on the way, which move at every ``zero_grad``.
         """
-        optimizer, lib = self._optimizer, self._lib
-        groups = optimizer.param_groups
-        if groups is not self._groups or len(groups) != len(self._members):
+        optimizer = self._optimizer
+        if optimizer.param_groups is not self._groups or optimizer.state is not self._state:
+            return False
+        if len(optimizer.param_groups) != len(self._members):
+            return False
+        answer = self._lib.clr_current(self.view_address)
+        if answer == 1 and self._take_settings():
+            answer = self._lib.clr_current(self.view_address)
+        return bool(answer == 0)
+
+    def _take_settings(self) -> bool:
+        """Take in changed settings of the groups; whether the buckets stay as they are."""
+        groups = self._optimizer.param_groups
+        if [self._flags_of(group) for group in groups] != self._flags:
             return False
         for i, group in enumerate(groups):
-            if not lib.clr_same(group["params"], self._members[i]):
-                return False
-            settings = self._settings_of(group)
-            if not lib.clr_same(settings, self._settings[i]):
-                if self._flags_of(group) != self._flags[i]:
-                    return False
-                self._settings[i] = settings
+            if self._flags[i][0] is None:
                 self.scalars[i] = self._rule.row(group)
-        state = optimizer.state
-        return bool(
-            state is self._state
-            and lib.clr_same(list(state.values()), self._dicts)
-            and lib.clr_idle(self._idle, "grad", None)
-            and all(lib.clr_scan(b.scan_address, b.address, len(b.params)) for b in self.buckets)
-        )
+        self._settings[:] = [self._settings_of(group) for group in groups]
+        return True
+
+    def active_params(self) -> list[Tensor]:
+        """All parameters of the buckets that have a gradient."""
+        params: list[Tensor] = []
+        for bucket, active in zip(self.buckets, self.table[:, 3].tolist(), strict=True):
+            if active == len(bucket.params):
+                params += bucket.params
+            elif active:
+                flags = bucket.table[:, ACTIVE].tolist()
+                params += [p for p, has in zip(bucket.params, flags, strict=True) if has]
+        return params
 
     def commit(self) -> None:
         """Hand over the state that the step just taken has created, under torch's names."""
@@ -281,7 +306,7 @@ class Plan:
     @staticmethod
     def _settings_of(group: dict[str, Any]) -> list[Any]:
         """All of a group but what changes at every step anyway."""
-        return [v for k, v in group.items() if k not in _MOVING]
+        return [value for key, value in group.items() if key not in _MOVING]
 
     def _flags_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What of a group's settings decides buckets; all else is data."""
@@ -317,6 +342,7 @@ class Plan:
         rows = [rule.row(g) if rule.not_fused(g) is None else () for g in optimizer.param_groups]
         width = max(map(len, rows))
         self.scalars = np.array([row or (0.0,) * width for row in rows], dtype=np.float64)
+        self.scalars_address = self.scalars.ctypes.data
         self._index()
         self._groups = optimizer.param_groups
 
@@ -396,8 +422,27 @@ class Plan:
                 self._idle.append(row.param)
 
     def _index(self) -> None:
-        state = self._optimizer.state
-        for bucket in self.buckets:
+        state, groups = self._optimizer.state, self._optimizer.param_groups
+        self.table = np.zeros((len(self.buckets), 7), dtype=np.int64)
+        for line, bucket in zip(self.table, self.buckets, strict=True):
             bucket.finish({row.param: state.get(row.param, {}) for row in bucket.rows})
+            line[:] = (
+                bucket.scan_address, bucket.address, len(bucket.rows), bucket.active,
+                *bucket.indices, bucket.wide_counter,
+            )  # fmt: skip
         self._state = state
-        self._dicts = list(state.values())
+        self._view = _View(
+            groups=groups,
+            members=self._members,
+            keys=[[key for key in group if key not in _MOVING] for group in groups],
+            settings=self._settings,
+            state=state,
+            dicts=list(state.values()),
+            idle=self._idle,
+            params="params",
+            grad="grad",
+            none=None,
+            buckets=self.table.ctypes.data,
+            count=len(self.buckets),
+        )
+        self.view_address = ctypes.addressof(self._view)

@@ -19,6 +19,7 @@ argument names are those of :class:`torch.optim.lr_scheduler.CyclicLR`.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import numbers
@@ -242,7 +243,7 @@ class Phase:
                 "and a phase with window='constant' has none"
             )
 
-    @property
+    @functools.cached_property
     def period(self) -> int:
         """Steps of one cycle; 0 where there is none."""
         down = self.step_size_up if self.step_size_down is None else self.step_size_down
@@ -255,12 +256,11 @@ class Phase:
 
     def position(self, step: int) -> float:
         """x in [0, 1]: 0 at the ends of a cycle, 1 at its top."""
-        if self.period == 0:
+        period = self.period
+        if period == 0:
             return 1.0
-        offset = step % self.period
-        if offset < self.step_size_up:
-            return offset / self.step_size_up
-        return (self.period - offset) / (self.period - self.step_size_up)
+        offset, up = step % period, self.step_size_up
+        return offset / up if offset < up else (period - offset) / (period - up)
 
     def amplitude(self, step: int) -> float:
         """a(step): what is left of the amplitude."""

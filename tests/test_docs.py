@@ -26,7 +26,7 @@ def test_docstring_examples(name):
 def test_the_readmes_code_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     model = torch.nn.Linear(20, 2)
     space = {"torch": torch, "CyclicalOptimizer": clr_optim.CyclicalOptimizer, "model": model}
     for block in blocks:

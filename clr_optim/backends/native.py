@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from clr_optim.backends.torch import has_own_step
 from clr_optim.kernels.native import build
 from clr_optim.kernels.native.build import BuildError
-from clr_optim.plan import ACTIVE, Plan
+from clr_optim.plan import Plan
 from clr_optim.rules import RULES, UpdateRule
 
 __all__ = ["BuildError", "NativeBackend", "library", "rule_for"]
@@ -37,14 +37,12 @@ class _Library:
         held = ctypes.PyDLL(released._name)
         i64, f64, pointer, obj = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.py_object
         self.step = released.clr_step
-        self.step.argtypes = [i64, i64, pointer, i64, pointer, i64, f64, i64, i64]
+        self.step.argtypes = [pointer, pointer, i64, f64, i64]
         self.sum_of_squares = released.clr_sum_of_squares
-        self.sum_of_squares.argtypes = [i64, pointer, i64, i64]
+        self.sum_of_squares.argtypes = [pointer, i64]
         self.sum_of_squares.restype = f64
         held.clr_can_scan.argtypes = [obj]
-        held.clr_scan.argtypes = [pointer, pointer, i64]
-        held.clr_same.argtypes = [obj, obj]
-        held.clr_idle.argtypes = [obj, obj, obj]
+        held.clr_current.argtypes = [pointer]
         self.held = held
         capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
         if capsule is None or not held.clr_can_scan(capsule):
@@ -81,11 +79,8 @@ class NativeBackend:
 
     def grad_norm(self) -> float:
         """The global norm of the gradients of all buckets; the plan must be fresh."""
-        threads = torch.get_num_threads()
-        total = 0.0
-        for b in self.plan.buckets:
-            total += self._lib.sum_of_squares(b.dtype_index, b.address, len(b.params), threads)
-        return math.sqrt(total)
+        squares = self._lib.sum_of_squares(self.plan.view_address, torch.get_num_threads())
+        return math.sqrt(squares)
 
     def step(self, rates: Sequence[float], grad_scale: float = 1.0) -> None:
         """Update all tensors of the plan, which must be fresh.
@@ -94,23 +89,18 @@ class NativeBackend:
             rates: the learning rate of each group.
             grad_scale: multiplies the gradients on their way in; memory keeps them as they are.
         """
-        scalars = self.plan.scalars
-        scalars[:, 0] = rates
-        address, width = scalars.ctypes.data, scalars.shape[1]
-        threads = torch.get_num_threads()
-        updated: list[Tensor] = []
-        for b in self.plan.buckets:
-            failed = self._lib.step(
-                b.kernel_index, b.dtype_index, b.address, len(b.params),
-                address, width, grad_scale, b.wide_counter, threads,
-            )  # fmt: skip
-            if failed:
-                raise RuntimeError(f"no native kernel {b.kernel!r} for {b.dtype}: rebuild it")
-            active = b.table[:, ACTIVE]
-            if active.all():
-                updated += b.params
-            else:
-                updated += [p for p, a in zip(b.params, active.tolist(), strict=True) if a]
+        plan = self.plan
+        for i, rate in enumerate(rates):
+            plan.scalars[i, 0] = rate
+        failed = self._lib.step(
+            plan.view_address,
+            plan.scalars_address,
+            plan.scalars.shape[1],
+            grad_scale,
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise RuntimeError("the compiled kernels do not match this version: rebuild them")
         # As after any in-place update: a backward through an older graph must raise.
-        torch.autograd.graph.increment_version(updated)
-        self.plan.commit()
+        torch.autograd.graph.increment_version(plan.active_params())
+        plan.commit()

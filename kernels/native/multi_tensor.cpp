@@ -7,27 +7,12 @@
 #include <cstring>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "rules.h"
 #include "scan.h"
 
 namespace {
 
-// A tensor of the bucket. In step with ROW in plan.py: ten 64-bit integers.
-struct Row {
-    void* param;
-    const void* grad;
-    void* state[3];
-    void* step;      // torch's own counter of this parameter, or null
-    int64_t numel;
-    int64_t group;   // whose scalars
-    int64_t first;   // its state holds nothing yet
-    int64_t active;  // it has a gradient this time
-};
-static_assert(sizeof(Row) == 10 * sizeof(int64_t), "Row must match plan.py");
+using clr::Row;
 
 struct Bfloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
@@ -260,27 +245,40 @@ extern "C" {
 // Raised whenever a signature or a layout changes; build.py refuses any other.
 int clr_abi_version() { return 1; }
 
-// Updates all active rows and their counters. Returns 0, or 1 for a kernel or dtype it has not.
-int clr_step(int64_t kernel, int64_t dtype, Row* rows, int64_t count, const double* scalars,
-             int64_t width, double grad_scale, int64_t wide_step, int64_t threads) {
-    Step step = dtype == FLOAT32    ? pick<float>(kernel)
-                : dtype == FLOAT64  ? pick<double>(kernel)
-                : dtype == BFLOAT16 ? pick<Bfloat16>(kernel)
-                : dtype == FLOAT16  ? pick<Float16>(kernel)
-                                    : nullptr;
-    if (!step) return 1;
-    step(rows, count, scalars, width, grad_scale, wide_step != 0, int(threads));
+// Updates all active rows of all buckets, and their counters. Returns 0, or 1 before anything has
+// changed if a kernel or dtype is unknown.
+int clr_step(const clr::View* view, const double* scalars, int64_t width, double grad_scale,
+             int64_t threads) {
+    const auto kernel = [](const clr::Bucket& b) {
+        return b.dtype == FLOAT32    ? pick<float>(b.kernel)
+               : b.dtype == FLOAT64  ? pick<double>(b.kernel)
+               : b.dtype == BFLOAT16 ? pick<Bfloat16>(b.kernel)
+               : b.dtype == FLOAT16  ? pick<Float16>(b.kernel)
+                                     : nullptr;
+    };
+    for (int64_t i = 0; i < view->count; ++i)
+        if (!kernel(view->buckets[i])) return 1;
+    for (int64_t i = 0; i < view->count; ++i) {
+        const clr::Bucket& b = view->buckets[i];
+        if (b.active)
+            kernel(b)(b.rows, b.count, scalars, width, grad_scale, b.wide_counter != 0,
+                      int(threads));
+    }
     return 0;
 }
 
 // The sum of squares of all active rows' gradients, in double and in a fixed order.
-double clr_sum_of_squares(int64_t dtype, const Row* rows, int64_t count, int64_t threads) {
-    switch (dtype) {
-        case FLOAT32: return sum_of_squares<float>(rows, count, int(threads));
-        case FLOAT64: return sum_of_squares<double>(rows, count, int(threads));
-        case BFLOAT16: return sum_of_squares<Bfloat16>(rows, count, int(threads));
-        default: return sum_of_squares<Float16>(rows, count, int(threads));
+double clr_sum_of_squares(const clr::View* view, int64_t threads) {
+    double sum = 0;
+    for (int64_t i = 0; i < view->count; ++i) {
+        const clr::Bucket& b = view->buckets[i];
+        const auto over = b.dtype == FLOAT32    ? sum_of_squares<float>
+                          : b.dtype == FLOAT64  ? sum_of_squares<double>
+                          : b.dtype == BFLOAT16 ? sum_of_squares<Bfloat16>
+                                                : sum_of_squares<Float16>;
+        sum += over(b.rows, b.count, int(threads));
     }
+    return sum;
 }
 
 // 1 if torch's exchange API is one we can read. Needs the GIL.
@@ -290,44 +288,30 @@ int clr_can_scan(PyObject* capsule) {
     return can;
 }
 
-// 1 if all rows are as they were, gradient pointers and `active` brought up to date; else 0, and the
-// rows must not be used. Needs the GIL; an exception on the way (a sparse gradient has no strides)
-// means that something changed.
-int clr_scan(const clr::Scan* scan, Row* rows, int64_t count) {
-    const clr::ExchangeApi* api = clr::exchange_api(scan->capsule);
-    const int64_t* layout = scan->layout;
-    bool same = api != nullptr;
-    for (int64_t i = 0; i < count && same; ++i) {
-        same = clr::same_row(*scan, *api, rows[i], i, layout);
-        layout += 1 + 2 * *layout;
+// 0 if all that the plan was built from is as it was: gradient pointers and `active` are then up to
+// date; 1 if only settings of groups changed; -1 if anything else did, and no row may be used. Needs
+// the GIL. An exception on the way (a sparse gradient has no strides) means that something changed.
+int clr_current(const clr::View* view) {
+    bool same = clr::same_groups(*view);
+    if (same && !clr::same_settings(*view)) {
+        PyErr_Clear();
+        return 1;
+    }
+    same = same && clr::same_state(*view) && clr::still_idle(*view);
+    for (int64_t b = 0; b < view->count && same; ++b) {
+        clr::Bucket& bucket = view->buckets[b];
+        const clr::ExchangeApi* api = clr::exchange_api(bucket.scan->capsule);
+        const int64_t* layout = bucket.scan->layout;
+        bucket.active = 0;
+        same = api != nullptr;
+        for (int64_t i = 0; i < bucket.count && same; ++i) {
+            same = clr::same_row(*bucket.scan, *api, bucket.rows[i], i, layout);
+            bucket.active += bucket.rows[i].active;
+            layout += 1 + 2 * *layout;
+        }
     }
     if (!same) PyErr_Clear();
-    return same;
-}
-
-// 1 if the two lists hold the same objects. Needs the GIL.
-int clr_same(PyObject* a, PyObject* b) {
-    const ptrdiff_t count = PyList_Size(a);
-    if (count != PyList_Size(b)) return 0;
-    for (ptrdiff_t i = 0; i < count; ++i)
-        if (PyList_GetItem(a, i) != PyList_GetItem(b, i)) return 0;
-    return 1;
-}
-
-// 1 if every tensor of the list has the gradient None. Needs the GIL.
-int clr_idle(PyObject* params, PyObject* grad_name, PyObject* none) {
-    const ptrdiff_t count = PyList_Size(params);
-    for (ptrdiff_t i = 0; i < count; ++i) {
-        PyObject* grad = PyObject_GetAttr(PyList_GetItem(params, i), grad_name);
-        if (!grad) {
-            PyErr_Clear();
-            return 0;
-        }
-        const bool idle = grad == none;
-        Py_DecRef(grad);
-        if (!idle) return 0;
-    }
-    return 1;
+    return same ? 0 : -1;
 }
 
 // Rounds count floats to 16 bits and back, for the tests.

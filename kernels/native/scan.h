@@ -16,13 +16,15 @@ PyObject* PyObject_GetAttr(PyObject*, PyObject*);
 PyObject* PyList_GetItem(PyObject*, ptrdiff_t);  // borrowed
 ptrdiff_t PyList_Size(PyObject*);
 PyObject* PyDict_GetItemWithError(PyObject*, PyObject*);  // borrowed
+int PyDict_Next(PyObject*, ptrdiff_t*, PyObject**, PyObject**);  // borrowed
 void* PyCapsule_GetPointer(PyObject*, const char*);
-PyObject* PyErr_Occurred();
 void PyErr_Clear();
 void Py_DecRef(PyObject*);
 }
 
 namespace clr {
+
+struct Bucket;
 
 // As in dlpack.h, version 1.
 struct DLTensor {
@@ -67,6 +69,19 @@ struct Scan {
     int64_t counter_bits;   // the step counters are floats of so many bits
 };
 
+// A tensor of a bucket. In step with ROW in plan.py: ten 64-bit integers.
+struct Row {
+    void* param;
+    const void* grad;
+    void* state[3];
+    void* step;      // torch's own counter of this parameter, or null
+    int64_t numel;
+    int64_t group;   // whose scalars
+    int64_t first;   // its state holds nothing yet
+    int64_t active;  // it has a gradient this time
+};
+static_assert(sizeof(Row) == 10 * sizeof(int64_t), "Row must match plan.py");
+
 inline bool is_dtype(const DLTensor& t, int64_t code, int64_t bits) {
     return t.code == code && t.bits == bits && t.lanes == 1 && t.device_type == ON_CPU;
 }
@@ -82,9 +97,84 @@ inline bool has_layout(const DLTensor& t, const int64_t* layout) {
     return true;
 }
 
+// What a whole plan was built from. In step with _View in plan.py.
+struct View {
+    PyObject* groups;    // list of the groups' dictionaries
+    PyObject* members;   // list of lists: what was in their "params"
+    PyObject* keys;      // list of lists: the names of their settings
+    PyObject* settings;  // list of lists: the settings
+    PyObject* state;     // optimizer.state
+    PyObject* dicts;     // list of its values
+    PyObject* idle;      // list of tensors that had no gradient and nothing to update
+    PyObject *params, *grad, *none;  // the names "params" and "grad", and None
+    Bucket* buckets;
+    int64_t count;
+};
+
+struct Bucket {
+    const Scan* scan;
+    Row* rows;
+    int64_t count;
+    int64_t active;  // rows with a gradient: written by clr_current
+    int64_t kernel, dtype;  // by their numbers
+    int64_t wide_counter;
+};
+
+inline bool same_items(PyObject* a, PyObject* b) {
+    const ptrdiff_t count = PyList_Size(a);
+    if (count < 0 || count != PyList_Size(b)) return false;
+    for (ptrdiff_t i = 0; i < count; ++i)
+        if (PyList_GetItem(a, i) != PyList_GetItem(b, i)) return false;
+    return true;
+}
+
+inline bool same_groups(const View& view) {
+    const ptrdiff_t groups = PyList_Size(view.groups);
+    for (ptrdiff_t i = 0; i < groups; ++i) {
+        PyObject* params = PyDict_GetItemWithError(PyList_GetItem(view.groups, i), view.params);
+        if (!params || !same_items(params, PyList_GetItem(view.members, i))) return false;
+    }
+    return true;
+}
+
+inline bool same_settings(const View& view) {
+    const ptrdiff_t groups = PyList_Size(view.groups);
+    for (ptrdiff_t i = 0; i < groups; ++i) {
+        PyObject* group = PyList_GetItem(view.groups, i);
+        PyObject* keys = PyList_GetItem(view.keys, i);
+        PyObject* settings = PyList_GetItem(view.settings, i);
+        const ptrdiff_t count = PyList_Size(keys);
+        for (ptrdiff_t k = 0; k < count; ++k)
+            if (PyDict_GetItemWithError(group, PyList_GetItem(keys, k)) !=
+                PyList_GetItem(settings, k))
+                return false;
+    }
+    return true;
+}
+
+// The very dictionaries, in their order: one that was replaced, added or taken away shows.
+inline bool same_state(const View& view) {
+    ptrdiff_t at = 0, i = 0;
+    const ptrdiff_t count = PyList_Size(view.dicts);
+    PyObject *key = nullptr, *value = nullptr;
+    while (PyDict_Next(view.state, &at, &key, &value))
+        if (i >= count || value != PyList_GetItem(view.dicts, i++)) return false;
+    return i == count;
+}
+
+inline bool still_idle(const View& view) {
+    const ptrdiff_t count = PyList_Size(view.idle);
+    for (ptrdiff_t i = 0; i < count; ++i) {
+        PyObject* grad = PyObject_GetAttr(PyList_GetItem(view.idle, i), view.grad);
+        if (!grad) return false;
+        Py_DecRef(grad);
+        if (grad != view.none) return false;
+    }
+    return true;
+}
+
 // Whether row i still describes its tensors; takes in the gradient's pointer, which may move.
-template <class Row>
-bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff_t i,
+inline bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff_t i,
               const int64_t* layout) {
     DLTensor t;
     PyObject* param = PyList_GetItem(scan.params, i);
