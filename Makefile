@@ -37,6 +37,8 @@ build/tree: FORCE
 
 types: $(VENV)/.test build/tree
 	cd build/tree && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p clr_optim
+	cp tests/typed_use.py build/tree/
+	cd build/tree && ../../$(BIN)/mypy --config-file ../../pyproject.toml typed_use.py
 
 check: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)

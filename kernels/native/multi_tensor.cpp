@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "rules.h"
@@ -14,89 +15,107 @@ namespace {
 
 using clr::Row;
 
-struct Bfloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
+// A storage format: what lies in memory, what arithmetic is done in, and the way between the two.
+template <class T> struct Plain {
+    using Raw = T;
+    using A = T;
+    static A load(Raw x) { return x; }
+    static Raw store(A x) { return x; }
+};
+using Float32 = Plain<float>;
+using Float64 = Plain<double>;
 
-inline float load(float x) { return x; }
-inline double load(double x) { return x; }
-inline void store(float& to, float x) { to = x; }
-inline void store(double& to, double x) { to = x; }
+struct Bfloat16 {
+    using Raw = uint16_t;
+    using A = float;
+    static A load(Raw bits) {
+        const uint32_t wide = uint32_t(bits) << 16;
+        float value;
+        std::memcpy(&value, &wide, 4);
+        return value;
+    }
+    // To nearest, ties to even; NaN stays NaN.
+    static Raw store(A x) {
+        uint32_t wide;
+        std::memcpy(&wide, &x, 4);
+        const uint32_t rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
+        return Raw(x != x ? 0x7fc0u : rounded);
+    }
+};
 
-inline float load(Bfloat16 x) {
-    const uint32_t wide = uint32_t(x.bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    return value;
-}
-// To nearest, ties to even; NaN stays NaN.
-inline void store(Bfloat16& to, float x) {
-    uint32_t wide;
-    std::memcpy(&wide, &x, 4);
-    const uint32_t rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
-    to.bits = uint16_t(x != x ? 0x7fc0u : rounded);
-}
+// By integer arithmetic: compilers disagree on the type's name, and this vectorises.
+struct Float16 {
+    using Raw = uint16_t;
+    using A = float;
+    static A load(Raw bits) {
+        const uint32_t sign = uint32_t(bits & 0x8000u) << 16;
+        const uint32_t magnitude = uint32_t(bits & 0x7fffu) << 13;
+        // Put where float32 keeps exponent and fraction, a float16 is 2^112 too small; the product
+        // is exact, subnormals included. Inf and NaN keep an exponent of all ones.
+        float value;
+        std::memcpy(&value, &magnitude, 4);
+        value *= 0x1p112f;
+        uint32_t wide;
+        std::memcpy(&wide, &value, 4);
+        wide = (magnitude >= (0x7c00u << 13) ? (magnitude | 0x7f800000u) : wide) | sign;
+        std::memcpy(&value, &wide, 4);
+        return value;
+    }
+    static Raw store(A x) {
+        uint32_t wide;
+        std::memcpy(&wide, &x, 4);
+        const uint32_t sign = (wide >> 16) & 0x8000u;
+        wide &= 0x7fffffffu;
+        // Normal results: rebias and round to nearest, ties to even; a carry may reach infinity.
+        const uint32_t normal = (wide + 0xc8000fffu + ((wide >> 13) & 1u)) >> 13;
+        // Subnormal ones: adding 1/2 lines the last bit of a float16 up with that of a float32, and
+        // the addition itself rounds.
+        float magnitude;
+        std::memcpy(&magnitude, &wide, 4);
+        magnitude += 0.5f;
+        uint32_t small;
+        std::memcpy(&small, &magnitude, 4);
+        small -= 0x3f000000u;
+        uint32_t bits = wide < 0x38800000u ? small : normal;
+        bits = wide >= 0x47800000u ? 0x7c00u : bits;
+        bits = wide > 0x7f800000u ? 0x7e00u : bits;
+        return Raw(bits | sign);
+    }
+};
 
-// float16 by integer arithmetic: compilers disagree on the type's name, and these vectorise.
-inline float load(Float16 x) {
-    const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
-    const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
-    // Put where float32 keeps exponent and fraction, a float16 is 2^112 too small; the product is
-    // exact, subnormals included. Inf and NaN keep an exponent of all ones.
-    float value;
-    std::memcpy(&value, &magnitude, 4);
-    value *= 0x1p112f;
-    uint32_t wide;
-    std::memcpy(&wide, &value, 4);
-    wide = (magnitude >= (0x7c00u << 13) ? (magnitude | 0x7f800000u) : wide) | sign;
-    std::memcpy(&value, &wide, 4);
-    return value;
-}
-inline void store(Float16& to, float x) {
-    uint32_t wide;
-    std::memcpy(&wide, &x, 4);
-    const uint32_t sign = (wide >> 16) & 0x8000u;
-    wide &= 0x7fffffffu;
-    // Normal results: rebias and round to nearest, ties to even; a carry may reach infinity.
-    const uint32_t normal = (wide + 0xc8000fffu + ((wide >> 13) & 1u)) >> 13;
-    // Subnormal ones: adding 1/2 lines the last bit of a float16 up with that of a float32, and the
-    // addition itself rounds.
-    float magnitude;
-    std::memcpy(&magnitude, &wide, 4);
-    magnitude += 0.5f;
-    uint32_t small;
-    std::memcpy(&small, &magnitude, 4);
-    small -= 0x3f000000u;
-    uint32_t bits = wide < 0x38800000u ? small : normal;
-    bits = wide >= 0x47800000u ? 0x7c00u : bits;
-    bits = wide > 0x7f800000u ? 0x7e00u : bits;
-    to.bits = uint16_t(bits | sign);
-}
+// A rule object of any class. Only what stands in update() is compiled once per rule and format.
+struct alignas(8) AnyRule { unsigned char bytes[112]; };
 
-template <class T> struct Arithmetic { using type = float; };
-template <> struct Arithmetic<double> { using type = double; };
+template <class Rule>
+void build(AnyRule& to, const double* scalars, double grad_scale, double step, bool first) {
+    static_assert(sizeof(Rule) <= sizeof(AnyRule) && std::is_trivially_copyable<Rule>::value, "");
+    const Rule rule(scalars, grad_scale, step, first);
+    std::memcpy(&to, &rule, sizeof rule);
+}
 
 template <class T, class Rule>
-void update(const Rule& rule, const Row& row, int64_t begin, int64_t end) {
-    using A = typename Arithmetic<T>::type;
+void update(const AnyRule& rule, const Row& row, int64_t begin, int64_t end) {
+    using A = typename T::A;
+    using Raw = typename T::Raw;
     constexpr int slots = Rule::slots;
-    T* __restrict p = static_cast<T*>(row.param);
-    const T* __restrict g = static_cast<const T*>(row.grad);
-    T* __restrict s0 = static_cast<T*>(row.state[0]);
-    T* __restrict s1 = static_cast<T*>(row.state[1]);
-    T* __restrict s2 = static_cast<T*>(row.state[2]);
-    const Rule r = rule;  // a copy that no store can reach, so that its fields stay in registers
+    Raw* __restrict p = static_cast<Raw*>(row.param);
+    const Raw* __restrict g = static_cast<const Raw*>(row.grad);
+    Raw* __restrict s0 = static_cast<Raw*>(row.state[0]);
+    Raw* __restrict s1 = static_cast<Raw*>(row.state[1]);
+    Raw* __restrict s2 = static_cast<Raw*>(row.state[2]);
+    // A copy that no store can reach, so that its fields stay in registers.
+    const Rule r = *reinterpret_cast<const Rule*>(&rule);
 #pragma omp simd
     for (int64_t i = begin; i < end; ++i) {
-        A state[3] = {A(0), A(0), A(0)};
-        A param = load(p[i]);
-        if (slots > 0) state[0] = load(s0[i]);
-        if (slots > 1) state[1] = load(s1[i]);
-        if (slots > 2) state[2] = load(s2[i]);
-        r(param, load(g[i]), state);
-        store(p[i], param);
-        if (slots > 0) store(s0[i], state[0]);
-        if (slots > 1) store(s1[i], state[1]);
-        if (slots > 2) store(s2[i], state[2]);
+        A param = T::load(p[i]), first = 0, second = 0, third = 0;
+        if (slots > 0) first = T::load(s0[i]);
+        if (slots > 1) second = T::load(s1[i]);
+        if (slots > 2) third = T::load(s2[i]);
+        r(param, T::load(g[i]), first, second, third);
+        p[i] = T::store(param);
+        if (slots > 0) s0[i] = T::store(first);
+        if (slots > 1) s1[i] = T::store(second);
+        if (slots > 2) s2[i] = T::store(third);
     }
 }
 
@@ -150,46 +169,52 @@ double counted(const Row& row, bool wide) {
                 : double(*static_cast<float*>(row.step) += 1);
 }
 
-template <class T, class Rule>
-void step(Row* rows, int64_t count, const double* scalars, int64_t width, double grad_scale,
-          bool wide_step, int threads) {
+struct Kernel {
+    void (*build)(AnyRule&, const double* scalars, double grad_scale, double step, bool first);
+    void (*update)(const AnyRule&, const Row&, int64_t begin, int64_t end);
+};
+
+// In step with KERNELS in rules.py.
+template <class T> Kernel pick(int64_t kernel) {
+    using namespace clr;
+    using A = typename T::A;
+#define RULE(...) {build<__VA_ARGS__>, update<T, __VA_ARGS__>}
+    switch (kernel) {
+        case 0: return RULE(Sgd<A, false>);
+        case 1: return RULE(Sgd<A, true>);
+        case 2: return RULE(Adam<A, false>);
+        case 3: return RULE(Adam<A, true>);
+        case 4: return RULE(Adagrad<A>);
+        case 5: return RULE(Adadelta<A>);
+        case 6: return RULE(RmsProp<A, false, false>);
+        case 7: return RULE(RmsProp<A, true, false>);
+        case 8: return RULE(RmsProp<A, false, true>);
+        case 9: return RULE(RmsProp<A, true, true>);
+        default: return {nullptr, nullptr};
+    }
+#undef RULE
+}
+
+void step(const Kernel& kernel, Row* rows, int64_t count, const double* scalars, int64_t width,
+          double grad_scale, bool wide_counter, int threads) {
     // One rule object per tensor; parameters mostly share group and step, and two powers are dear.
     std::vector<int64_t> which(static_cast<size_t>(count));
-    std::vector<Rule> rules;
+    std::vector<AnyRule> rules;
     int64_t group = -1, first = -1;
     double step = -1;
     for (int64_t i = 0; i < count; ++i) {
         if (!rows[i].active) continue;
-        const double now = counted(rows[i], wide_step);
+        const double now = counted(rows[i], wide_counter);
         if (rows[i].group != group || now != step || rows[i].first != first) {
             group = rows[i].group, step = now, first = rows[i].first;
-            rules.emplace_back(scalars + group * width, grad_scale, step, first != 0);
+            rules.emplace_back();
+            kernel.build(rules.back(), scalars + group * width, grad_scale, step, first != 0);
         }
         which[size_t(i)] = int64_t(rules.size()) - 1;
     }
     for_pieces(rows, count, threads, [&](int64_t i, int64_t begin, int64_t end) {
-        update<T>(rules[size_t(which[size_t(i)])], rows[i], begin, end);
+        kernel.update(rules[size_t(which[size_t(i)])], rows[i], begin, end);
     });
-}
-
-using Step = void (*)(Row*, int64_t, const double*, int64_t, double, bool, int);
-
-// In step with KERNELS in rules.py.
-template <class T> Step pick(int64_t kernel) {
-    using A = typename Arithmetic<T>::type;
-    switch (kernel) {
-        case 0: return step<T, clr::Sgd<A, false>>;
-        case 1: return step<T, clr::Sgd<A, true>>;
-        case 2: return step<T, clr::Adam<A, false>>;
-        case 3: return step<T, clr::Adam<A, true>>;
-        case 4: return step<T, clr::Adagrad<A>>;
-        case 5: return step<T, clr::Adadelta<A>>;
-        case 6: return step<T, clr::RmsProp<A, false, false>>;
-        case 7: return step<T, clr::RmsProp<A, true, false>>;
-        case 8: return step<T, clr::RmsProp<A, false, true>>;
-        case 9: return step<T, clr::RmsProp<A, true, true>>;
-        default: return nullptr;
-    }
 }
 
 // Sums run over blocks of this many elements, each in LANES partial sums, always in one order: the
@@ -198,16 +223,16 @@ constexpr int64_t BLOCK = 1 << 14;
 constexpr int LANES = 16;
 
 template <class T> double squares(const Row& row, int64_t begin, int64_t end) {
-    const T* g = static_cast<const T*>(row.grad);
+    const auto* g = static_cast<const typename T::Raw*>(row.grad);
     double lanes[LANES] = {};
     int64_t i = begin;
     for (; i + LANES <= end; i += LANES)
         for (int j = 0; j < LANES; ++j) {
-            const double x = load(g[i + j]);
+            const double x = T::load(g[i + j]);
             lanes[j] += x * x;
         }
     for (int j = 0; i < end; ++i, ++j) {
-        const double x = load(g[i]);
+        const double x = T::load(g[i]);
         lanes[j] += x * x;
     }
     double sum = 0;
@@ -250,19 +275,19 @@ int clr_abi_version() { return 1; }
 int clr_step(const clr::View* view, const double* scalars, int64_t width, double grad_scale,
              int64_t threads) {
     const auto kernel = [](const clr::Bucket& b) {
-        return b.dtype == FLOAT32    ? pick<float>(b.kernel)
-               : b.dtype == FLOAT64  ? pick<double>(b.kernel)
+        return b.dtype == FLOAT32    ? pick<Float32>(b.kernel)
+               : b.dtype == FLOAT64  ? pick<Float64>(b.kernel)
                : b.dtype == BFLOAT16 ? pick<Bfloat16>(b.kernel)
                : b.dtype == FLOAT16  ? pick<Float16>(b.kernel)
-                                     : nullptr;
+                                     : Kernel{nullptr, nullptr};
     };
     for (int64_t i = 0; i < view->count; ++i)
-        if (!kernel(view->buckets[i])) return 1;
+        if (!kernel(view->buckets[i]).update) return 1;
     for (int64_t i = 0; i < view->count; ++i) {
         const clr::Bucket& b = view->buckets[i];
         if (b.active)
-            kernel(b)(b.rows, b.count, scalars, width, grad_scale, b.wide_counter != 0,
-                      int(threads));
+            step(kernel(b), b.rows, b.count, scalars, width, grad_scale, b.wide_counter != 0,
+                 int(threads));
     }
     return 0;
 }
@@ -272,8 +297,8 @@ double clr_sum_of_squares(const clr::View* view, int64_t threads) {
     double sum = 0;
     for (int64_t i = 0; i < view->count; ++i) {
         const clr::Bucket& b = view->buckets[i];
-        const auto over = b.dtype == FLOAT32    ? sum_of_squares<float>
-                          : b.dtype == FLOAT64  ? sum_of_squares<double>
+        const auto over = b.dtype == FLOAT32    ? sum_of_squares<Float32>
+                          : b.dtype == FLOAT64  ? sum_of_squares<Float64>
                           : b.dtype == BFLOAT16 ? sum_of_squares<Bfloat16>
                                                 : sum_of_squares<Float16>;
         sum += over(b.rows, b.count, int(threads));
@@ -316,17 +341,9 @@ int clr_current(const clr::View* view) {
 
 // Rounds count floats to 16 bits and back, for the tests.
 void clr_round(int64_t dtype, const float* from, float* to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-        if (dtype == BFLOAT16) {
-            Bfloat16 x;
-            store(x, from[i]);
-            to[i] = load(x);
-        } else {
-            Float16 x;
-            store(x, from[i]);
-            to[i] = load(x);
-        }
-    }
+    for (int64_t i = 0; i < count; ++i)
+        to[i] = dtype == BFLOAT16 ? Bfloat16::load(Bfloat16::store(from[i]))
+                                  : Float16::load(Float16::store(from[i]));
 }
 
 }  // extern "C"

@@ -1,5 +1,8 @@
 // The update rules, one function object each: what happens to one element.
 //
+// State comes as up to three references, named as the slots of rules.py are ordered; scalars, since
+// a local array would keep the loop around the rule from being vectorised.
+//
 // A rule is built once per tensor and step from its group's scalars (double, as Python has them) and
 // applied to every element in A, the arithmetic type: float for float, bfloat16 and float16 storage,
 // double for double. The order of operations is that of torch's for-loop step, fused multiply-adds
@@ -9,6 +12,8 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 namespace clr {
 
@@ -31,16 +36,31 @@ inline double fmadd(double a, double b, double c) {
 inline float root(float x) { return __builtin_sqrtf(x); }
 inline double root(double x) { return __builtin_sqrt(x); }
 
+// on ? a : b for a condition that holds for the whole loop. A select by bits: compilers refuse to
+// vectorise a loop around a ?: on such a condition once the loop is too large to be copied for both.
+template <class A> struct Switch {
+    using Bits = std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>;
+    Bits mask;
+    explicit Switch(bool on) : mask(on ? ~Bits(0) : Bits(0)) {}
+    A operator()(A a, A b) const {
+        Bits x, y;
+        std::memcpy(&x, &a, sizeof a);
+        std::memcpy(&y, &b, sizeof b);
+        x = (x & mask) | (y & ~mask);
+        std::memcpy(&a, &x, sizeof a);
+        return a;
+    }
+};
+
 // torch.lerp picks the end nearer to the result, to be exact at both.
 template <class A> struct Lerp {
     A coefficient;
-    bool from_start;
+    Switch<A> from_start;
     explicit Lerp(double weight)
-        : coefficient(A(weight)), from_start(std::abs(A(weight)) < A(0.5)) {
-        if (!from_start) coefficient -= A(1);
-    }
+        : coefficient(std::abs(A(weight)) < A(0.5) ? A(weight) : A(weight) - A(1)),
+          from_start(std::abs(A(weight)) < A(0.5)) {}
     A operator()(A start, A end) const {
-        return fmadd(coefficient, end - start, from_start ? start : end);
+        return fmadd(coefficient, end - start, from_start(start, end));
     }
 };
 
@@ -51,13 +71,13 @@ enum Common { LR, WEIGHT_DECAY, SIGN, OWN };
 // Without weight decay nothing is added: 0·p would turn an infinite p into NaN.
 template <class A> struct Gradient {
     A scale, weight_decay;
-    bool decays;
+    Switch<A> decays;
     Gradient(const double* s, double grad_scale)
         : scale(A(A(grad_scale) * A(s[SIGN]))), weight_decay(A(s[WEIGHT_DECAY])),
           decays(s[WEIGHT_DECAY] != 0) {}
     A operator()(A g, A p) const {
         g *= scale;
-        return decays ? fmadd(weight_decay, p, g) : g;
+        return decays(fmadd(weight_decay, p, g), g);
     }
 };
 
@@ -65,17 +85,18 @@ template <class A, bool MOMENTUM> struct Sgd {
     static constexpr int slots = MOMENTUM ? 1 : 0;
     Gradient<A> gradient;
     A lr, momentum, keep;
-    bool nesterov, first;
+    Switch<A> nesterov, first;
     Sgd(const double* s, double grad_scale, double, bool first)
         : gradient(s, grad_scale), lr(A(-s[LR])), momentum(A(s[OWN])), keep(A(1 - s[OWN + 1])),
           nesterov(s[OWN + 2] != 0), first(first) {}
-    void operator()(A& p, A g, A* state) const {
+    void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
+                    [[maybe_unused]] A& s2) const {
         g = gradient(g, p);
         if (MOMENTUM) {
             // The first gradient goes in whole, without dampening; the buffer then holds nothing yet.
-            const A buffer = first ? g : fmadd(g, keep, state[0] * momentum);
-            state[0] = buffer;
-            g = nesterov ? fmadd(buffer, momentum, g) : buffer;
+            const A buffer = first(g, fmadd(g, keep, s0 * momentum));
+            s0 = buffer;
+            g = nesterov(fmadd(buffer, momentum, g), buffer);
         }
         p = fmadd(lr, g, p);
     }
@@ -91,21 +112,22 @@ template <class A, bool AMSGRAD> struct Adam {
           rest2(A(1 - s[OWN + 1])), correction2(A(std::sqrt(1 - std::pow(s[OWN + 1], step)))),
           eps(A(s[OWN + 2])), step_size(A(-(s[LR] / (1 - std::pow(s[OWN], step))))) {
         if (s[OWN + 3] != 0) {  // decoupled: the weights shrink, the gradient stays
-            gradient.decays = false;
+            gradient.decays = Switch<A>(false);
             shrink = A(1 - s[LR] * s[WEIGHT_DECAY]);
         }
     }
-    void operator()(A& p, A g, A* state) const {
+    void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
+                    [[maybe_unused]] A& s2) const {
         g = gradient(g, p);
         p *= shrink;
-        const A m = lerp(state[0], g);
-        const A v = state[1] * beta2 + rest2 * g * g;
-        state[0] = m;
-        state[1] = v;
+        const A m = lerp(s0, g);
+        const A v = s1 * beta2 + rest2 * g * g;
+        s0 = m;
+        s1 = v;
         A second = v;
         if (AMSGRAD) {  // NaN wins, as in torch.maximum
-            second = state[2] > v || state[2] != state[2] ? state[2] : v;
-            state[2] = second;
+            second = s2 > v || s2 != s2 ? s2 : v;
+            s2 = second;
         }
         p += step_size * m / (root(second) / correction2 + eps);
     }
@@ -118,10 +140,11 @@ template <class A> struct Adagrad {
     Adagrad(const double* s, double grad_scale, double step, bool)
         : gradient(s, grad_scale), rate(A(-(s[LR] / (1 + (step - 1) * s[OWN])))),
           eps(A(s[OWN + 1])) {}
-    void operator()(A& p, A g, A* state) const {
+    void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
+                    [[maybe_unused]] A& s2) const {
         g = gradient(g, p);
-        const A sum = state[0] + g * g;
-        state[0] = sum;
+        const A sum = s0 + g * g;
+        s0 = sum;
         p += rate * g / (root(sum) + eps);
     }
 };
@@ -133,12 +156,13 @@ template <class A> struct Adadelta {
     Adadelta(const double* s, double grad_scale, double, bool)
         : gradient(s, grad_scale), lr(A(-s[LR])), rho(A(s[OWN])), rest(A(1 - s[OWN])),
           eps(A(s[OWN + 1])) {}
-    void operator()(A& p, A g, A* state) const {
+    void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
+                    [[maybe_unused]] A& s2) const {
         g = gradient(g, p);
-        const A square = state[0] * rho + rest * g * g;
-        const A delta = root(state[1] + eps) / root(square + eps) * g;
-        state[0] = square;
-        state[1] = state[1] * rho + rest * delta * delta;
+        const A square = s0 * rho + rest * g * g;
+        const A delta = root(s1 + eps) / root(square + eps) * g;
+        s0 = square;
+        s1 = s1 * rho + rest * delta * delta;
         p = fmadd(lr, delta, p);
     }
 };
@@ -151,20 +175,21 @@ template <class A, bool MOMENTUM, bool CENTERED> struct RmsProp {
     RmsProp(const double* s, double grad_scale, double, bool)
         : gradient(s, grad_scale), lerp(1 - s[OWN]), lr(A(-s[LR])), alpha(A(s[OWN])),
           rest(A(1 - s[OWN])), eps(A(s[OWN + 1])), momentum(A(s[OWN + 2])) {}
-    void operator()(A& p, A g, A* state) const {
+    void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
+                    [[maybe_unused]] A& s2) const {
         g = gradient(g, p);
-        const A square = state[0] * alpha + rest * g * g;
-        state[0] = square;
+        const A square = s0 * alpha + rest * g * g;
+        s0 = square;
         A spread = square;
         if (CENTERED) {
-            A& mean = state[1 + MOMENTUM];
+            A& mean = MOMENTUM ? s2 : s1;
             mean = lerp(mean, g);
             spread -= mean * mean;
         }
         spread = root(spread) + eps;
         if (MOMENTUM) {
-            const A buffer = state[1] * momentum + g / spread;
-            state[1] = buffer;
+            const A buffer = s1 * momentum + g / spread;
+            s1 = buffer;
             p = fmadd(lr, buffer, p);
         } else {
             p += lr * g / spread;

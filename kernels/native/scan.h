@@ -201,7 +201,9 @@ inline bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff
     bool same = true;
     row.active = grad != scan.none;
     if (row.active) {
-        same = !api.view(grad, &t) && is_dtype(t, scan.code, scan.bits) && has_layout(t, layout);
+        // No data: a tensor that stands for zeros, or a subclass that wraps others.
+        same = !api.view(grad, &t) && is_dtype(t, scan.code, scan.bits) && has_layout(t, layout) &&
+               (t.data || !row.numel);
         row.grad = t.data;
     }
     Py_DecRef(grad);

@@ -1,0 +1,97 @@
+"""Which backend serves, what happens without a compiler, and who says so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from clr_optim import CyclicalOptimizer, backends
+
+
+def adam(**options):
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    return torch.optim.Adam([p], lr=0.1, **options)
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch):
+    monkeypatch.delenv("CLR_OPTIM_BACKEND", raising=False)
+
+
+def test_auto_picks_by_class_and_says_why():
+    assert backends.resolve("auto", adam())[0] == "native"
+    name, why = backends.resolve("auto", torch.optim.NAdam([torch.ones(1)]))
+    assert (name, why) == ("torch", "no fused kernel for NAdam")
+
+    class Mine(torch.optim.Adam):
+        pass
+
+    assert backends.resolve("auto", Mine([torch.ones(1)]))[0] == "torch"
+    patched = adam()
+    patched.step = lambda closure=None: None
+    assert backends.resolve("auto", patched) == ("torch", "its step was replaced")
+
+
+def test_a_backend_by_name_serves_or_raises():
+    assert CyclicalOptimizer(adam(), backend="torch").explain().startswith("torch: 1 parameter")
+    assert CyclicalOptimizer(adam(), backend="native").explain().startswith("native: 1 parameter")
+    with pytest.raises(ValueError, match="backend='native' cannot serve NAdam: no fused kernel"):
+        CyclicalOptimizer(torch.optim.NAdam([torch.ones(1)]), backend="native")
+
+
+def test_explain_names_what_is_left_to_torch():
+    groups = [
+        {"params": [torch.nn.Parameter(torch.ones(3))]},
+        {"params": [torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))]},
+        {"params": [torch.nn.Parameter(torch.ones(3))], "differentiable": True},
+    ]
+    lines = CyclicalOptimizer(torch.optim.SGD(groups, lr=0.1)).explain().splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("native: 1 parameter tensors, 3 values, SGD")
+    assert "torch: 1 parameter" in lines[1]
+    assert "complex64" in lines[1]
+    assert "differentiable=True" in lines[2]
+
+
+WITHOUT_COMPILER = """
+import warnings, torch
+from clr_optim import CyclicalOptimizer
+
+def make(**options):
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    return p, CyclicalOptimizer(torch.optim.SGD([p], lr=0.1), **options)
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        p, opt = make()
+        opt.step()
+        opt.step()
+assert torch.allclose(p, torch.full((3,), 1 - 0.025 - 0.0250375)), p
+assert [w.category for w in caught] == [RuntimeWarning], caught
+assert caught[0].filename == "<string>", caught[0].filename
+print(caught[0].message)
+assert opt.explain().startswith("torch: ") and "cannot be compiled" in opt.explain()
+try:
+    make(backend="native")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_without_a_compiler_torchs_step_serves_with_one_warning(tmp_path):
+    env = {**os.environ, "CXX": "/bin/false", "CLR_OPTIM_CACHE_DIR": str(tmp_path)}
+    out = subprocess.run(
+        [sys.executable, "-c", WITHOUT_COMPILER], env=env, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert out.returncode == 0, out.stderr
+    assert "so each wrapped optimizer's own step runs" in out.stdout
+    assert "/bin/false" in out.stdout
+    assert "backend='native' cannot serve SGD" in out.stdout
