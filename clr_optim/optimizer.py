@@ -565,17 +565,20 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             if not at_zero:
                 self._settle()
                 self._assert_rates(stacklevel=5)  # past torch's two wrappers: the caller of step()
-        position = self._shared.position
         if self._has_scale_fn:
             # It may raise, which must happen before the step and not in the middle of it.
-            self._schedule.rates(position + 1, self._shared.bounds)
-        loss, happened = self._wrapped_step(closure, at_zero, *args, **kwargs)
+            self._schedule.rates(self._shared.position + 1, self._shared.bounds)
+        native = self._native_backend() if hooked and not args and not kwargs else None
+        if native is not None:
+            loss, happened = self._native_step(native, closure, at_zero), True
+        else:
+            loss, happened = self._torch_step(closure, *args, **kwargs)
         if happened and not at_zero:
             if untouched:
                 self._advance()
             else:
-                self._go_to(position + 1)
-            if self._cycle_end_hooks and self._schedule.is_cycle_end(position + 1):
+                self._go_to(self._shared.position + 1)
+            if self._cycle_end_hooks and self._schedule.is_cycle_end(self._shared.position):
                 for hook in list(self._cycle_end_hooks.values()):
                     hook(self)
         post_hooks = getattr(inner, "_optimizer_step_post_hooks", None) if hooked else None
@@ -584,30 +587,13 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 post_hook(inner, call, kwargs)
         return loss
 
-    def _wrapped_step(
-        self, closure: Callable[[], float] | None, at_zero: bool, *args: Any, **kwargs: Any
-    ) -> tuple[float | None, bool]:
-        """``(loss, whether the step happened)``."""
-        # GradScaler's fused path hands these to the object it knows, which is this one.
-        found_inf = self.__dict__.get("found_inf")
-        if found_inf is None and not args and not kwargs:
-            native = self._native_backend()
-            if native is not None:
-                return self._native_step(native, closure, at_zero), True
-        grad_scale = self.__dict__.get("grad_scale")
-        loss = self._torch_step(closure, grad_scale, found_inf, *args, **kwargs)
-        # The wrapped step keeps its own count on the device; only the host can keep ours here.
-        return loss, found_inf is None or not bool(found_inf)
-
     def _torch_step(
-        self,
-        closure: Callable[[], float] | None,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> float | None:
-        """The wrapped optimizer's own step."""
+        self, closure: Callable[[], float] | None, *args: Any, **kwargs: Any
+    ) -> tuple[float | None, bool]:
+        """The wrapped optimizer's own step: ``(loss, whether the step happened)``."""
+        # GradScaler's fused path hands these to the object it knows, which is this one.
+        grad_scale: Tensor | None = self.__dict__.get("grad_scale")
+        found_inf: Tensor | None = self.__dict__.get("found_inf")
         inner: Any = self._inner
         clipped = None if self._max_grad_norm is None else ClippedGradients(self._max_grad_norm)
 
@@ -646,10 +632,13 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 clipped.restore()
             if found_inf is not None:
                 del inner.grad_scale, inner.found_inf
-        return loss
+        # The wrapped step keeps its own count on the device; only the host can keep ours here.
+        return loss, found_inf is None or not bool(found_inf)
 
     def _native_backend(self) -> NativeBackend | None:
         """The native backend, compiled at first use; None where the wrapped step serves."""
+        if "found_inf" in self.__dict__:  # a GradScaler's fused step
+            return None
         if self._shared.native is None and self._shared.chosen[0] == "native":
             rule = rule_for(self._inner)
             if isinstance(rule, str) or not any(p.device.type == "cpu" for p in self._params()):
@@ -1076,7 +1065,7 @@ def _warn_no_kernels(error: BuildError) -> None:
             f"the native kernels cannot be compiled, so each wrapped optimizer's own step runs, "
             f"more slowly and otherwise the same: {error}",
             RuntimeWarning,
-            stacklevel=7,
+            stacklevel=6,
         )
 
 
