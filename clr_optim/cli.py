@@ -1,15 +1,21 @@
-"""The command ``clr-optim``: the demo, pictures of schedules, and what this installation can do."""
+"""The command ``clr-optim``: demo, pictures, benchmark, and what this installation can do."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from clr_optim import schedule
+from torch.optim import Optimizer
+
+from clr_optim import backends, schedule
 from clr_optim._version import __version__
+from clr_optim.backends.native import BuildError, library
+from clr_optim.bench import throughput
+from clr_optim.kernels.native import build as native_build
 
 __all__ = ["main"]
 
@@ -40,12 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        args.run(args)
-    except (_ArgumentError, ImportError, OSError) as error:
+        code: int | None = args.run(args)
+    except (_ArgumentError, argparse.ArgumentError, ImportError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT, as shells have it
-    return 0
+    return code or 0
 
 
 class _ArgumentError(Exception):
@@ -93,6 +99,22 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--window", choices=schedule.WINDOWS, help="shape of a cycle (triangle)")
     plot.add_argument("--out", metavar="PATH", help="folder (docs), or file (NAME.png)")
     plot.set_defaults(run=_plot)
+
+    bench = commands.add_parser(
+        "bench",
+        help="time steps against torch's own and the memory's bandwidth",
+        description=throughput.DESCRIPTION,
+    )
+    throughput.add_arguments(bench)
+    bench.set_defaults(run=_bench)
+
+    build = commands.add_parser(
+        "build",
+        help="compile the kernels ahead of the first step",
+        description="Compiles the C++ kernels for this CPU into the cache, where the first step "
+        "of a process finds them, and prints the file and the compiler.",
+    )
+    build.set_defaults(run=_build)
 
     info = commands.add_parser(
         "info",
@@ -156,6 +178,22 @@ def _flags(names: Iterable[str]) -> str:
     return ", ".join(sorted(f"--{name.replace('_', '-')}" for name in names))
 
 
+def _bench(args: argparse.Namespace) -> None:
+    throughput.run(args)
+
+
+def _build(args: argparse.Namespace) -> int:
+    try:
+        entry = native_build.compile_ahead()
+    except BuildError as error:
+        print(f"clr-optim: error: {error}", file=sys.stderr)
+        return 1
+    described = native_build.describe()
+    print(entry)
+    print(f"{described['compiler']}: {described['version']}")
+    return 0
+
+
 def _info(args: argparse.Namespace) -> None:
     import platform
     from importlib import metadata
@@ -163,7 +201,6 @@ def _info(args: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
-    from clr_optim import backends
     from clr_optim.rules import STATE_SLOTS
 
     try:
@@ -179,15 +216,50 @@ def _info(args: argparse.Namespace) -> None:
         ("numpy", np.__version__),
         ("CPU threads", str(torch.get_num_threads())),
         ("GPU", ", ".join(gpus) or "none"),
+        *_kernels(),
     ]
     for cls in STATE_SLOTS:
         make: Callable[..., torch.optim.Optimizer] = cls
-        optimizer = make([torch.zeros(2, 2, requires_grad=True)])  # Muon takes only matrices
-        try:
-            backend, reason = backends.resolve("auto", optimizer)
-        except ValueError as error:  # CLR_OPTIM_BACKEND may ask for what cannot be
-            backend, reason = "none", str(error)
-        rows.append((cls.__name__, f"{backend}: {reason}"))
+        rows.append((cls.__name__, _served(make([torch.zeros(2, 2, requires_grad=True)]))))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
+
+
+def _kernels() -> list[tuple[str, str]]:
+    """How the C++ kernels are compiled here, or why they are not."""
+    import torch
+
+    described = native_build.describe()
+    try:
+        library()
+        state = f"ready, {described['openmp']} for threads"
+    except BuildError as error:
+        state = f"none: {_line(error)}"
+    bits = {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability(), 128)
+    if bits == 512 and "512" not in described["flags"]:
+        bits = 256  # what compilers prefer unless told otherwise
+    return [
+        ("kernels", state),
+        ("compiler", " ".join(filter(None, (described["compiler"], described["version"])))),
+        ("flags", described["flags"]),
+        ("vectors", f"{bits} bits, {described['target'] or 'native'}"),
+        ("cache", " ".join(filter(None, (described["cache"], described["problem"])))),
+    ]
+
+
+def _served(optimizer: Optimizer) -> str:
+    """The backend of an optimizer, and why, as its first step would find out."""
+    try:
+        backend, reason = backends.resolve("auto", optimizer)
+        if backend == "native":
+            library()
+    except ValueError as error:  # CLR_OPTIM_BACKEND may ask for what cannot be
+        return f"none: {_line(error)}"
+    except BuildError:
+        return "torch: the kernels cannot be compiled, see above"
+    return f"{backend}: {reason}"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -665,6 +665,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         plan.refresh()
         rest = plan.rest and [(p, why) for p, why in plan.rest if p.grad is not None]
         if rest and self._backend == "native":
+            plan.forget()  # whatever the reason is, it may be gone by the next step
             raise RuntimeError(
                 f"backend='native' cannot serve {len(rest)} of the parameters: {rest[0][1]}; "
                 "use backend='auto', which leaves them to the wrapped optimizer's own step"

@@ -57,7 +57,18 @@ class _Scan(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.py_object)
-            for name in ("params", "dicts", "keys", "tensors", "grad", "none", "capsule")
+            for name in (
+                "params",
+                "dicts",
+                "keys",
+                "tensors",
+                "grad",
+                "none",
+                "capsule",
+                "tensor",
+                "is_neg",
+                "no",
+            )
         ),
         ("layout", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("slots", "code", "bits", "counter_bits")),
@@ -145,6 +156,9 @@ class Bucket:
             grad="grad",
             none=None,
             capsule=Tensor.__dlpack_c_exchange_api__,
+            tensor=Tensor,
+            is_neg="is_neg",
+            no=False,
             layout=self.layout.ctypes.data,
             slots=len(self.slots),
             code=code,
@@ -186,6 +200,7 @@ def _is_plain(tensor: object, param: Tensor) -> bool:
         and tensor.device == param.device
         and tensor.dtype == param.dtype
         and not tensor.is_neg()
+        and not tensor._is_zerotensor()
         and _same_layout(tensor, param)
     )
 
@@ -233,10 +248,13 @@ class Plan:
         self.buckets: list[Bucket] = []
         #: parameters with a gradient that torch's own step must serve, and why
         self.rest: list[tuple[Tensor, str]] = []
+        #: those of them whose own gradient or layout is the reason
+        self._odd: list[tuple[Tensor, str]] = []
         self._idle: list[Tensor] = []
         self._groups: list[dict[str, Any]] | None = None
         self._members: list[list[Tensor]] = []
         self._settings: list[list[Any]] = []
+        self._lists: list[tuple[list[Any], list[Any]]] = []
         self._flags: list[tuple[Any, ...]] = []
         #: a row of the kernel's scalars per group, the learning rate to be filled in
         self.scalars = np.zeros((0, 0))
@@ -250,8 +268,16 @@ class Plan:
 
     def refresh(self) -> None:
         """Bring the plan up to date: at least the gradients' pointers, at most all of it."""
-        if not self.is_current():
+        if self._rest_changed() or not self.is_current():
             self._build()
+
+    def forget(self) -> None:
+        """Have the next :meth:`refresh` build the plan anew."""
+        self._groups = None
+
+    def _rest_changed(self) -> bool:
+        """Whether a gradient that no kernel could take has become another."""
+        return any(p.grad is not None and _why_not(p) != why for p, why in self._odd)
 
     def is_current(self) -> bool:
         """Whether all that the plan was built from is as it was.
@@ -262,6 +288,9 @@ class Plan:
         if optimizer.param_groups is not self._groups or optimizer.state is not self._state:
             return False
         if len(optimizer.param_groups) != len(self._members):
+            return False
+        # A list (of betas, say) may change within itself, which no comparison of objects shows.
+        if any(now != then for now, then in self._lists) and not self._take_settings():
             return False
         answer = self._lib.clr_current(self.view_address)
         if answer == 1 and self._take_settings():
@@ -277,7 +306,11 @@ class Plan:
             if self._flags[i][0] is None:
                 self.scalars[i] = self._rule.row(group)
         self._settings[:] = [self._settings_of(group) for group in groups]
+        self._lists = self._copy_lists()
         return True
+
+    def _copy_lists(self) -> list[tuple[list[Any], list[Any]]]:
+        return [(v, list(v)) for row in self._settings for v in row if isinstance(v, list)]
 
     def active_params(self) -> list[Tensor]:
         """All parameters of the buckets that have a gradient."""
@@ -315,13 +348,14 @@ class Plan:
     def _build(self) -> None:
         optimizer, rule = self._optimizer, self._rule
         self._groups = None  # not current, should anything below raise
-        self.rest, self._idle = [], []
+        self.rest, self._odd, self._idle = [], [], []
         buckets: dict[tuple[Any, ...], Bucket] = {}
         for number, group in enumerate(optimizer.param_groups):
             reason = rule.not_fused(group)
             slots = rule.slots(group) if reason is None else ()
             for param in group["params"]:
-                why = reason or _why_not(param)
+                own = None if reason else _why_not(param)
+                why = reason or own
                 row = None if why else self._row(param, number, slots)
                 if isinstance(row, str):
                     why, row = row, None
@@ -331,16 +365,19 @@ class Plan:
                     buckets.setdefault(key, Bucket(*key, slots)).rows.append(row)
                 elif param.grad is not None:
                     self.rest.append((param, why or ""))
+                    if own:
+                        self._odd.append((param, own))
                 else:
                     self._idle.append(param)
         self._leave_shared_memory(buckets.values())
         self.buckets = [bucket for bucket in buckets.values() if bucket.rows]
         self._members = [list(group["params"]) for group in optimizer.param_groups]
         self._settings = [self._settings_of(group) for group in optimizer.param_groups]
+        self._lists = self._copy_lists()
         self._flags = [self._flags_of(group) for group in optimizer.param_groups]
         self._pending = any(row.pending for b in self.buckets for row in b.rows)
         rows = [rule.row(g) if rule.not_fused(g) is None else () for g in optimizer.param_groups]
-        width = max(map(len, rows))
+        width = max(1, *map(len, rows))  # the learning rate has its place even if none is fused
         self.scalars = np.array([row or (0.0,) * width for row in rows], dtype=np.float64)
         self.scalars_address = self.scalars.ctypes.data
         self._index()
@@ -394,23 +431,30 @@ class Plan:
 
     def _leave_shared_memory(self, buckets: Iterable[Bucket]) -> None:
         """Leave to torch what shares memory: it goes one by one, a kernel all at once."""
-        spans: list[tuple[int, int, int, Row]] = []
+        spans: list[tuple[int, int, int, Row | None]] = []
+        for param, _ in self.rest:
+            if param.layout is torch.strided and param.device.type == "cpu" and param.numel():
+                reach = 1 + sum(
+                    (n - 1) * s for n, s in zip(param.shape, param.stride(), strict=True)
+                )
+                begin = param.data_ptr()
+                spans.append((begin, begin + reach * param.element_size(), 0, None))
         for bucket in buckets:
             for row in bucket.rows:
                 tensors = row.slots if row.counter is None else [*row.slots, row.counter]
                 for tensor in (row.param, *tensors):
                     if tensor.numel():
                         begin = tensor.data_ptr()
-                        spans.append((begin, begin + tensor.nbytes, id(row), row))
+                        spans.append((begin, begin + tensor.nbytes, 1, row))
         spans.sort(key=lambda span: span[:2])
         shared: dict[int, Row] = {}
-        reach, owner = -math.inf, None
-        for begin, end, key, row in spans:
-            if begin < reach and owner is not None:
-                shared[key] = row
-                shared[id(owner)] = owner
-            if end > reach:
-                reach, owner = end, row
+        last: float = -math.inf
+        owner: Row | None = None
+        for begin, end, _, this in spans:
+            if begin < last:
+                shared.update({id(row): row for row in (this, owner) if row is not None})
+            if end > last:
+                last, owner = end, this
         if not shared:
             return
         for bucket in buckets:

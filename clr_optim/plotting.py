@@ -1,4 +1,4 @@
-"""Every picture of the project: schedules, the README's policies, the demo's results.
+"""Every picture of the project: schedules, policies, the demo's results, the benchmark's.
 
 Pictures are :class:`matplotlib.figure.Figure` objects of their own: nothing here touches pyplot,
 its settings or its windows, so that it works without a display and beside a user's own plots.
@@ -35,10 +35,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "check_picture",
     "plot_demo_accuracies",
     "plot_demo_rates",
     "plot_policies",
     "plot_schedule",
+    "plot_throughput",
     "require_matplotlib",
     "save",
 ]
@@ -58,6 +60,9 @@ _POLICY_STYLES: dict[str, dict[str, Any]] = {
 # The bounds, step size and decay of the paper's CIFAR-10 runs.
 _BASE_LR, _MAX_LR, _STEP_SIZE, _GAMMA = 0.001, 0.006, 2000, 0.99994
 
+# What the benchmark compares, beside torch's default.
+_VARIANTS = {"foreach": "#B5B5B5", "fused": _GREY, "compile": _GREEN, "ours": _BLUE}
+
 # Every step is computed: of a choice of steps, cycles could all be missed. This many take seconds.
 _MOST_STEPS = 1_000_000
 
@@ -68,6 +73,24 @@ def require_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install clr-optim[plot]") from error
+
+
+def check_picture(path: str | Path) -> None:
+    """Raise the error that :func:`save` would, before there is anything to draw.
+
+    Raises:
+        ImportError: without matplotlib.
+        OSError: naming the path, if its folder is not there or its suffix is no picture's.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix and path.suffix[1:] not in known:
+        raise OSError(f"{path}: a picture's name must end in one of {', '.join(sorted(known))}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no such folder")
 
 
 def save(figure: Figure, path: str | Path) -> Path:
@@ -232,6 +255,71 @@ def plot_demo_accuracies(
         _label(axes, optimizer, "test accuracy in %" + over)
         _mark_cycles(axes, period, length)
     _shared_legend(figure, panels)
+    return figure
+
+
+def plot_throughput(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """The benchmark's speed-ups over torch's default step, a panel per workload and dtype.
+
+    Args:
+        rows: as in the benchmark's JSON; each has ``"rule"``, ``"workload"``, ``"dtype"`` and
+            ``"times"``, the medians by variant.
+    """
+    panels: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        panels.setdefault(f"{row['workload']}, {row['dtype']}", []).append(row)
+    # The default itself is the line at 1.
+    variants = [n for n in _VARIANTS if any(n in row["times"] for row in rows)]
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    require_matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    figure = Figure(figsize=(6.4 * columns, 0.5 + 2.5 * lines), dpi=100, layout="constrained")
+    all_axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    width = 0.8 / len(variants)
+    for axes, (title, members) in zip(all_axes, panels.items(), strict=False):
+        speeds: list[float] = []
+        for i, variant in enumerate(variants):
+            for x, row in enumerate(members):
+                if variant not in row["times"]:
+                    continue
+                times = row["times"]
+                speed = times["default"]["median_s"] / times[variant]["median_s"]
+                speeds.append(speed)
+                place = x + (i - (len(variants) - 1) / 2) * width
+                # On a logarithmic axis bars begin at 1: upwards is faster, downwards slower.
+                axes.bar(place, speed - 1, width, bottom=1, color=_VARIANTS[variant])
+                if variant == "ours":
+                    axes.annotate(
+                        f"{speed:.3g}×" if speed < 100 else f"{speed:.0f}×",
+                        (place, max(speed, 1)),
+                        xytext=(0, 2),
+                        textcoords="offset points",
+                        ha="center",
+                        fontsize=8,
+                    )
+        axes.set_yscale("log")
+        axes.set_ylim(min(*speeds, 0.8) / 1.15, max(*speeds, 2) * 1.5)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+        axes.axhline(1, color=_GREY, linewidth=0.8)
+        axes.set_xticks(range(len(members)), [row["rule"].replace("_", "\n") for row in members])
+        axes.set_title(title, fontsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="x", length=0, labelsize=9)
+    for axes in all_axes[len(panels) :]:
+        axes.set_visible(False)
+    figure.legend(
+        handles=[Patch(color=_VARIANTS[variant], label=variant) for variant in variants],
+        title="speed-up over torch's default step",
+        loc="outside upper center",
+        ncols=len(variants),
+        frameon=False,
+    )
     return figure
 
 

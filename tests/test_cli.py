@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from clr_optim.kernels.native import build as native_build
+from clr_optim.kernels.native.build import BuildError
 from PIL import Image
 
 import clr_optim
@@ -27,7 +29,7 @@ def test_without_arguments_prints_help(capsys):
     assert main([]) == 0
     out = capsys.readouterr().out
     assert out.startswith("usage: clr-optim")
-    for command in ("demo", "plot", "info"):
+    for command in ("demo", "plot", "bench", "build", "info"):
         assert command in out
 
 
@@ -55,6 +57,8 @@ def test_info_names_versions_and_every_optimizer(capsys, monkeypatch):
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert rows["clr_optim"] == clr_optim.__version__
     assert {"python", "torch", "triton", "numpy", "CPU", "GPU"} <= set(rows)
+    assert {"kernels", "compiler", "flags", "vectors", "cache"} <= set(rows)
+    assert rows["vectors"].split()[:2] in ([bits, "bits,"] for bits in ("128", "256", "512"))
     for cls in STATE_SLOTS:
         assert rows[cls.__name__].startswith("torch: ")
         assert "CLR_OPTIM_BACKEND" in rows[cls.__name__]
@@ -65,6 +69,40 @@ def test_info_survives_a_backend_that_is_none(capsys, monkeypatch):
     assert main(["info"]) == 0
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert rows["Adam"].startswith("none: CLR_OPTIM_BACKEND='abacus'")
+
+
+def test_info_shows_why_there_are_no_kernels(capsys, monkeypatch):
+    def failed():
+        raise BuildError("no C++ compiler:\n  install one")
+
+    monkeypatch.setattr(cli, "library", failed)
+    monkeypatch.delenv("CLR_OPTIM_BACKEND", raising=False)
+    assert main(["info"]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert rows["kernels"] == "none: no C++ compiler: install one"
+    assert rows["Adam"] == "torch: the kernels cannot be compiled, see above"
+    assert rows["LBFGS"] == "torch: no fused kernel for LBFGS"
+
+
+def test_build_prints_the_entry_and_the_compiler(capsys, monkeypatch, tmp_path):
+    entry = tmp_path / "kernels.so"
+    monkeypatch.setattr(native_build, "compile_ahead", lambda: entry)
+    assert main(["build"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == str(entry)
+    described = native_build.describe()
+    assert second == f"{described['compiler']}: {described['version']}"
+
+
+def test_build_that_fails_says_why_and_exits_with_1(capsys, monkeypatch):
+    def failed():
+        raise BuildError("no C++ compiler")
+
+    monkeypatch.setattr(native_build, "compile_ahead", failed)
+    assert main(["build"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == "clr-optim: error: no C++ compiler\n"
 
 
 def test_plot_draws_the_policies_into_docs(tmp_path, capsys, monkeypatch):

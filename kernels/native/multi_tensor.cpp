@@ -119,8 +119,10 @@ void update(const AnyRule& rule, const Row& row, int64_t begin, int64_t end) {
     }
 }
 
-// Below this many elements a second thread costs more than it saves.
-constexpr int64_t SERIAL = 1 << 13;
+// Up to this many elements a second thread costs more than it saves; torch's own grain.
+constexpr int64_t SERIAL = 1 << 15;
+// No piece is smaller, but the last.
+constexpr int64_t GRAIN = 1 << 12;
 // Pieces are a multiple of this, so that two threads never write one cache line.
 constexpr int64_t ALIGN = 64;
 // Pieces per thread: enough to even out a thread that the system took away for a while.
@@ -145,7 +147,7 @@ void for_pieces(const Row* rows, int64_t count, int threads, const Body& body) {
         ends[size_t(i)] = sum;
     }
     int64_t piece = (sum + threads * PIECES - 1) / (threads * PIECES);
-    piece = std::max<int64_t>((piece + ALIGN - 1) / ALIGN * ALIGN, SERIAL / 2);
+    piece = std::max<int64_t>((piece + ALIGN - 1) / ALIGN * ALIGN, GRAIN);
     const int64_t pieces = (sum + piece - 1) / piece;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t k = 0; k < pieces; ++k) {

@@ -13,6 +13,8 @@
 extern "C" {
 typedef struct _object PyObject;
 PyObject* PyObject_GetAttr(PyObject*, PyObject*);
+PyObject* PyObject_CallMethodObjArgs(PyObject*, PyObject*, ...);
+PyObject* PyObject_Type(PyObject*);
 PyObject* PyList_GetItem(PyObject*, ptrdiff_t);  // borrowed
 ptrdiff_t PyList_Size(PyObject*);
 PyObject* PyDict_GetItemWithError(PyObject*, PyObject*);  // borrowed
@@ -63,6 +65,8 @@ struct Scan {
     PyObject* grad;         // the attribute's name
     PyObject* none;
     PyObject* capsule;      // of the exchange API
+    PyObject* tensor;       // the class torch.Tensor
+    PyObject *is_neg, *no;  // the name "is_neg", and False
     const int64_t* layout;  // a row each: ndim, sizes, strides
     int64_t slots;          // keys that are state slots
     int64_t code, bits;     // DLPack's names for the dtype of parameters, gradients and slots
@@ -173,6 +177,19 @@ inline bool still_idle(const View& view) {
     return true;
 }
 
+// A subclass may give its memory another meaning. So does the bit of a lazy negation, which DLPack
+// does not tell: a gradient comes by it as an imaginary part, whose strides only fit one element.
+inline bool is_plain(const Scan& scan, PyObject* grad, int64_t numel) {
+    PyObject* type = PyObject_Type(grad);
+    Py_DecRef(type);
+    if (type != scan.tensor) return false;
+    if (numel != 1) return true;
+    PyObject* negated = PyObject_CallMethodObjArgs(grad, scan.is_neg, nullptr);
+    if (!negated) return false;
+    Py_DecRef(negated);
+    return negated == scan.no;
+}
+
 // Whether row i still describes its tensors; takes in the gradient's pointer, which may move.
 inline bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff_t i,
               const int64_t* layout) {
@@ -203,7 +220,7 @@ inline bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff
     if (row.active) {
         // No data: a tensor that stands for zeros, or a subclass that wraps others.
         same = !api.view(grad, &t) && is_dtype(t, scan.code, scan.bits) && has_layout(t, layout) &&
-               (t.data || !row.numel);
+               (t.data || !row.numel) && is_plain(scan, grad, row.numel);
         row.grad = t.data;
     }
     Py_DecRef(grad);

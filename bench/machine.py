@@ -1,0 +1,124 @@
+"""The machine that was measured: what it is, and how fast its memory can go."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from clr_optim.kernels.native import build
+
+from clr_optim import CyclicalOptimizer
+from clr_optim._version import __version__
+
+__all__ = ["Limit", "describe_machine", "last_level_cache"]
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+
+
+def describe_machine() -> dict[str, object]:
+    """CPU, memory, versions and compiler; no host name and no path."""
+    compiler = build.describe()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "cpu": _cpu(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "ram_gib": _ram_gib(),
+        "caches": _caches(),
+        "governor": _read(_GOVERNOR) or "unknown",
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "clr_optim": __version__,
+        "compiler": compiler["version"] or "none found",
+        "flags": compiler["flags"],
+        "target": compiler["target"],
+    }
+
+
+def last_level_cache() -> int:
+    """Bytes; 64 MiB where the system does not tell."""
+    unit = {"K": 2**10, "M": 2**20}
+    sizes = [int(s[:-1]) * unit[s[-1]] for s in _caches().values() if s[-1:] in unit]
+    return max(sizes, default=64 * 2**20)
+
+
+class Limit:
+    """Memory bandwidth in GB/s, the best of all measurements, by what was done.
+
+    Counted in bytes that move, which for a store to memory not yet in the cache includes reading
+    it first (write-allocate): ``copy`` a = b, 12 bytes per float; ``triad`` a = b + s·c, 16;
+    ``in_place`` a = a + s, 8; ``sgd`` our own kernel's p = p − s·g, 12, if it is compiled. Should
+    a machine save the reading for whole lines, copy and triad come out too high, and the shares
+    of the limit too low, never the other way round.
+
+    Args:
+        floats: the length of the arrays, far above the caches.
+    """
+
+    def __init__(self, floats: int = 2**26) -> None:
+        self._floats = floats
+        self.best: dict[str, float] = {}
+
+    def measure(self, repeats: int = 7) -> None:
+        """Measure all of them in turn; better figures replace earlier ones."""
+        a, b, c = (torch.full((self._floats,), value) for value in (1.0, 0.5, 0.25))
+        param = torch.nn.Parameter(a)
+        param.grad = b
+        own = CyclicalOptimizer(torch.optim.SGD([param], lr=1e-3))
+        operations: dict[str, tuple[int, Callable[[], object]]] = {
+            "copy": (12, lambda: a.copy_(b)),
+            "triad": (16, lambda: torch.add(b, c, alpha=0.5, out=a)),
+            "in_place": (8, lambda: a.add_(0.5)),
+        }
+        own.step()
+        if own.explain().startswith("native"):
+            operations["sgd"] = (12, own.step)
+        for _ in range(repeats):
+            for name, (size, operation) in operations.items():
+                begin = perf_counter()
+                operation()
+                rate = size * self._floats / (perf_counter() - begin) / 1e9
+                self.best[name] = max(rate, self.best.get(name, 0.0))
+
+    @property
+    def gbps(self) -> float:
+        """The limit: the fastest of all."""
+        return max(self.best.values())
+
+
+def _read(path: Path) -> str:
+    with suppress(OSError):
+        return path.read_text().strip()
+    return ""
+
+
+def _cpu() -> str:
+    for line in _read(Path("/proc/cpuinfo")).splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _ram_gib() -> float | None:
+    with suppress(AttributeError, ValueError, OSError):
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    return None
+
+
+def _caches() -> dict[str, str]:
+    """Size by level, as ``{"L1d": "32K", ...}``; empty where the system does not tell."""
+    caches = {}
+    for index in sorted(_CACHES.glob("index*")):
+        kind = {"Data": "d", "Instruction": "i"}.get(_read(index / "type"), "")
+        caches[f"L{_read(index / 'level')}{kind}"] = _read(index / "size")
+    return caches

@@ -1,0 +1,481 @@
+"""Throughput of a step: ours against torch's own, and against what the memory can deliver.
+
+All variants of a cell (rule, workload, dtype) work in one process on the same parameters and
+gradients, each with state of its own, and take turns step by step, so that a slow moment of the
+machine falls on all alike. Each of torch's is timed together with its ``CyclicLR.step()``; ours
+has nothing else to step. Before each step, untimed, the gradients move to other memory, as
+``zero_grad(set_to_none=True)`` makes them move.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import inspect
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import cycle, groupby
+from os import environ
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from clr_optim.bench.machine import Limit, describe_machine, last_level_cache
+from clr_optim.bench.report import table
+from clr_optim.bench.workloads import DTYPES, RULES, WORKLOADS, Rule, Shape
+from torch import Tensor
+from torch.optim.lr_scheduler import CyclicLR
+
+from clr_optim import CyclicalOptimizer, plotting
+from clr_optim import rules as fused_rules
+
+__all__ = ["DESCRIPTION", "add_arguments", "main", "run"]
+
+Row = dict[str, Any]
+Step = Callable[[], object]
+
+DESCRIPTION = (
+    "Times the step of each rule over the shapes of well-known models, ours against torch's "
+    "default, foreach and fused ones, each of those with its CyclicLR. Prints medians, ratios and "
+    "the share of the memory's bandwidth; everything takes about half an hour."
+)
+
+_LR, _STEP_SIZE = 1e-3, 2000
+_LEAST_ROUNDS, _MOST_ROUNDS = 5, 300
+_QUICK = ("mlp", "1000x256", "resnet50")
+#: A step that moves less than so many times the last cache may find some of it there.
+_CACHES_FULL = 4
+
+
+class Tensors:
+    """Parameters, and gradients that move.
+
+    Args:
+        shapes: of the parameters.
+        dtype: of parameters and gradients.
+        backward: have gradients made by a backward pass, as in training: new tensors, of which no
+            step has yet had a Python object, in memory that is new as well. Otherwise two sets
+            are made once and take turns, which spares the machine but is easier on every step.
+    """
+
+    def __init__(
+        self, shapes: Sequence[Shape], dtype: torch.dtype, *, backward: bool = False
+    ) -> None:
+        noise = torch.randn(2**16, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+        def filled(shape: Shape, scale: float) -> Tensor:
+            size = math.prod(shape)
+            return (noise.repeat(-(-size // len(noise)))[:size] * scale).reshape(shape).clone()
+
+        self.params = [filled(shape, 1.0).requires_grad_() for shape in shapes]
+        self._sets = cycle([[filled(shape, scale) for shape in shapes] for scale in (0.01, 0.02)])
+        self._backward = backward
+
+    def move_gradients(self) -> None:
+        """Give every parameter another gradient, in other memory than the last."""
+        grads = next(self._sets)
+        if not self._backward:
+            for param, grad in zip(self.params, grads, strict=True):
+                param.grad = grad
+            return
+        held = [param.grad for param in self.params]  # or the memory could be the same again
+        for param in self.params:
+            param.grad = None
+        torch.autograd.backward(self.params, grads)
+        del held
+
+
+def ours(rule: Rule, params: list[Tensor]) -> CyclicalOptimizer[Any]:
+    """What the benchmark is about, cycling between the bounds that torch's are given."""
+    inner = rule.optimizer(params, lr=_LR, **rule.settings)
+    return CyclicalOptimizer(inner, "triangular", step_size_up=_STEP_SIZE)
+
+
+def torch_steps(rule: Rule, params: list[Tensor], compiled: bool = False) -> dict[str, Step]:
+    """Torch's own ways to take the step, each with its scheduler."""
+    flags: dict[str, dict[str, Any]] = {"default": {}, "foreach": {"foreach": True}}
+    known = inspect.signature(rule.optimizer).parameters
+    if "fused" in known:
+        flags["fused"] = {"fused": True}
+    if compiled:
+        # A rate that is a number would be compiled in anew at each change; and for a tensor torch
+        # asks for capturable, where there is such a flag.
+        flags["compile"] = {"foreach": True, "lr": torch.tensor(_LR)}
+        if "capturable" in known:
+            flags["compile"]["capturable"] = True
+
+    def step(name: str) -> Step:
+        optimizer = rule.optimizer(params, **{"lr": _LR, **rule.settings, **flags[name]})
+        scheduler = CyclicLR(optimizer, _LR / 4, _LR, step_size_up=_STEP_SIZE, cycle_momentum=False)
+        update = torch.compile(optimizer.step) if name == "compile" else optimizer.step
+
+        def both() -> None:
+            update()
+            scheduler.step()
+
+        return both
+
+    return {name: step(name) for name in flags}
+
+
+def interleave(steps: Mapping[str, Step], prepare: Step, seconds: float) -> dict[str, list[float]]:
+    """Time the steps one by one in turn, in another order each round, each after ``prepare``."""
+    names = list(steps)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for name in names * 2:  # the first creates state
+        prepare()
+        steps[name]()
+    gc.disable()
+    try:
+        end = perf_counter() + seconds
+        for number in range(_MOST_ROUNDS):
+            if number >= _LEAST_ROUNDS and perf_counter() > end:
+                break
+            first = number % len(names)
+            order = names[first:] + names[:first]
+            for name in order if number // len(names) % 2 else order[::-1]:
+                prepare()
+                begin = perf_counter()
+                steps[name]()
+                times[name].append(perf_counter() - begin)
+    finally:
+        gc.enable()
+    return times
+
+
+def bytes_per_element(rule: Rule, dtype: torch.dtype) -> int:
+    """What a step must move: parameter and state read and written, gradient read."""
+    group = rule.optimizer([torch.zeros(1)], **rule.settings).param_groups[0]
+    slots = len(fused_rules.RULES[rule.optimizer].slots(group))
+    return (3 + 2 * slots) * dtype.itemsize
+
+
+def measure_cell(
+    rule: str, workload: str, dtype: str, tensors: Tensors, seconds: float, compiled: bool
+) -> Row:
+    """One row of the results, all but the share of the limit."""
+    own = ours(RULES[rule], tensors.params)
+    steps: dict[str, Step] = {**torch_steps(RULES[rule], tensors.params, compiled)}
+    steps["ours"] = own.step
+    if compiled:
+        torch.compiler.reset()  # what other cells compiled counts against a limit
+        tensors.move_gradients()
+        try:
+            steps["compile"]()
+        except Exception as error:  # many kinds; the other variants are still worth measuring
+            del steps["compile"]
+            print(f"torch.compile of {rule}/{workload}/{dtype}: {error}", file=sys.stderr)
+    times = interleave(steps, tensors.move_gradients, seconds)
+    median = {name: float(np.median(values)) for name, values in times.items()}
+    size = sum(param.numel() for param in tensors.params)
+    return {
+        "rule": rule,
+        "workload": workload,
+        "dtype": dtype,
+        "tensors": len(tensors.params),
+        "params": size,
+        "bytes": size * bytes_per_element(RULES[rule], DTYPES[dtype]),
+        "backend": own.explain().partition(":")[0],
+        "rounds": len(times["ours"]),
+        "times": {
+            name: {
+                "median_s": median[name],
+                "p10_s": float(np.percentile(values, 10)),
+                "p90_s": float(np.percentile(values, 90)),
+            }
+            for name, values in times.items()
+        },
+        "ratio_vs_best_torch": min(median[n] for n in median if n != "ours") / median["ours"],
+        "ratio_vs_default_torch": median["default"] / median["ours"],
+    }
+
+
+def fraction_of_limit(row: Row, gbps: float) -> float | None:
+    """Share of the memory's bandwidth, where the caches cannot have helped."""
+    if row["bytes"] < _CACHES_FULL * last_level_cache():
+        return None
+    return float(row["bytes"] / row["times"]["ours"]["median_s"] / (gbps * 1e9))
+
+
+# ---- beside the cells
+
+
+class _Noop(torch.optim.Optimizer):
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        super().__init__(params, {"lr": _LR})
+
+    def step(self, closure: Any = None) -> Any:
+        """Nothing: what is left is the profiling wrapper and the hooks of torch's base class."""
+
+
+def measure_overhead(seconds: float, *, backward: bool = False) -> dict[str, float]:
+    """Of Adam: of a step at all, beside one that does nothing, and of each further tensor."""
+    median: dict[str, float] = {}
+    for count, size in ((1, 1), (100, 16), (1000, 16)):
+        # Each by itself: a thousand tensors would leave cold caches to the step of one.
+        tensors = Tensors([(size,)] * count, torch.float32, backward=backward)
+        steps: dict[str, Step] = {str(count): ours(RULES["adam"], tensors.params).step}
+        if count == 1:
+            steps["noop"] = _Noop(tensors.params).step
+        for name, times in interleave(steps, tensors.move_gradients, seconds).items():
+            median[name] = float(np.median(times))
+    return {
+        "noop_s": median["noop"],
+        "one_tensor_s": median["1"],
+        "per_tensor_s": (median["1000"] - median["100"]) / 900,
+    }
+
+
+def measure_first_step() -> dict[str, Any]:
+    """Seconds of an Adam's first step over the MLP, each in a process of its own.
+
+    ``compiled_s`` with an empty cache, so with the compilation; ``cached_s`` with what that left
+    behind; ``torch_s`` by the wrapped optimizer's own step.
+    """
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for name, backend in (("compiled_s", "auto"), ("cached_s", "auto"), ("torch_s", "torch")):
+            settings = {"CLR_OPTIM_CACHE_DIR": cache, "CLR_OPTIM_BACKEND": backend}
+            taken = _in_process("probe_first_step", environment=settings)
+            if "skipped" in taken:
+                return taken
+            if taken["backend"] != ("torch" if backend == "torch" else "native"):
+                return {"skipped": "the native kernels do not serve here"}
+            result[name] = taken["seconds"]
+    return result
+
+
+def probe_first_step() -> dict[str, Any]:
+    """The first step of this process."""
+    tensors = Tensors(WORKLOADS["mlp"], torch.float32)
+    tensors.move_gradients()
+    optimizer = ours(RULES["adam"], tensors.params)
+    begin = perf_counter()
+    optimizer.step()
+    seconds = perf_counter() - begin
+    return {"seconds": seconds, "backend": optimizer.explain().partition(":")[0]}
+
+
+def measure_memory(workload: str) -> dict[str, Any]:
+    """Bytes that an Adam step takes beyond parameters, gradients and state, at its peak.
+
+    Of the third step, in a process of its own: the growth of the resident memory's high-water
+    mark, which Linux resets on demand. Accurate to about a megabyte.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        return {"skipped": "needs /proc/self/clear_refs, which is Linux's"}
+    return _in_process("probe_memory", workload)
+
+
+def probe_memory(workload: str) -> dict[str, Any]:
+    """The measurement, which would count whatever else a process holds and frees."""
+    tensors = Tensors(WORKLOADS[workload], torch.float32)
+    adam = RULES["adam"]
+    steps: dict[str, Step] = {**torch_steps(adam, tensors.params)}
+    steps["ours"] = ours(adam, tensors.params).step
+    result: dict[str, Any] = {"workload": workload, "rule": "adam", "dtype": "float32"}
+    for name in list(steps):
+        step = steps.pop(name)  # and its state goes when the next one comes
+        for _ in range(2):
+            tensors.move_gradients()
+            step()
+        tensors.move_gradients()
+        gc.collect()
+        with suppress(AttributeError):  # freed memory that glibc kept would hide what is taken
+            ctypes.CDLL(None).malloc_trim(0)
+        before = _resident("VmRSS")
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError as error:
+            return {"skipped": f"/proc/self/clear_refs cannot be written ({error.strerror})"}
+        step()
+        result[f"{name}_bytes"] = max(0, _resident("VmHWM") - before)
+    return result
+
+
+def _resident(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def _in_process(
+    function: str, *arguments: object, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What a function of this module returns in a new Python with as many threads."""
+    code = (
+        f"import json, torch; torch.set_num_threads({torch.get_num_threads()})\n"
+        f"from clr_optim.bench import throughput\n"
+        f"print(json.dumps(throughput.{function}(*{arguments!r})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        print(done.stderr[-2000:], file=sys.stderr)
+        return {"skipped": f"{function} exited with {done.returncode}"}
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+# ---- the command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the benchmark."""
+    add = parser.add_argument
+    add("--quick", action="store_true", help=f"under a minute: float32, {', '.join(_QUICK)}")
+    add("--rules", type=_names(RULES), metavar="A,B", help=", ".join(RULES))
+    add("--workloads", type=_names(WORKLOADS), metavar="A,B", help=", ".join(WORKLOADS))
+    add(
+        "--dtypes",
+        type=_names(DTYPES),
+        metavar="A,B",
+        help=f"float32,bfloat16 unless told otherwise; of {', '.join(DTYPES)}",
+    )
+    add("--filter", default="", metavar="TEXT", help="only cells whose rule/workload/dtype has it")
+    add("--seconds-per-cell", type=_seconds, metavar="S", help="5, or 0.3 with --quick")
+    add("--cells-only", action="store_true", help="no overhead, first step and peak memory")
+    add("--compile", action="store_true", help="torch.compile too, which takes minutes")
+    add(
+        "--gradients",
+        choices=("sets", "backward"),
+        default="sets",
+        help="two sets in turn, or new ones from a backward pass before each step, as in training",
+    )
+    add("--threads", type=_threads, metavar="N", help=f"({torch.get_num_threads()})")
+    add("--device", type=_device, default="cpu", help="cpu; cuda is to come")
+    add("--json", metavar="FILE", help="write the results")
+    add("--plot", metavar="FILE", help="draw them")
+
+
+def _names(known: Collection[str]) -> Callable[[str], list[str]]:
+    def convert(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"no {name!r}; there are {', '.join(known)}")
+        return [name for name in known if name in names]
+
+    return convert
+
+
+def _seconds(text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number of seconds >= 0, got {text!r}")
+
+
+def _threads(text: str) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= 4096):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 4096, got {text!r}")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    if text == "cpu":
+        return text
+    if text.startswith("cuda"):
+        raise argparse.ArgumentTypeError("cuda: not yet, only steps on the CPU are measured")
+    raise argparse.ArgumentTypeError(f"must be cpu, got {text!r}")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the options ask for, print it, and return what ``--json`` writes.
+
+    Raises:
+        argparse.ArgumentError: the options leave nothing to measure.
+        ImportError, OSError: a file cannot be written, noticed before anything is measured.
+    """
+    cells = [
+        (workload, dtype, rule)
+        for workload in args.workloads or (_QUICK if args.quick else WORKLOADS)
+        for dtype in args.dtypes or (["float32"] if args.quick else ["float32", "bfloat16"])
+        for rule in args.rules or RULES
+        if args.filter in f"{rule}/{workload}/{dtype}"
+    ]
+    if not cells:
+        raise argparse.ArgumentError(None, f"--filter {args.filter}: no cell has it in its name")
+    if args.json:
+        Path(args.json).open("a").close()
+    if args.plot:
+        plotting.check_picture(args.plot)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads or threads)
+    try:
+        results = _measure(cells, args)
+    finally:
+        torch.set_num_threads(threads)
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    print(table(results))
+    if args.plot:
+        plotting.save(plotting.plot_throughput(results["rows"]), args.plot)
+    return results
+
+
+def _measure(cells: Sequence[tuple[str, str, str]], args: argparse.Namespace) -> dict[str, Any]:
+    seconds = args.seconds_per_cell
+    if seconds is None:
+        seconds = 0.3 if args.quick else 5.0
+    backward = args.gradients == "backward"
+    limit = Limit()
+    limit.measure()
+    rows = []
+    for (workload, dtype), members in groupby(_progress(cells), key=lambda cell: cell[:2]):
+        tensors = Tensors(WORKLOADS[workload], DTYPES[dtype], backward=backward)
+        for *_, rule in members:
+            rows.append(measure_cell(rule, workload, dtype, tensors, seconds, args.compile))
+            gc.collect()  # optimizers and schedulers hold each other, and gigabytes of state
+        del tensors
+    limit.measure()  # the machine may have been busy the first time
+    for row in rows:
+        row["fraction_of_limit"] = fraction_of_limit(row, limit.gbps)
+    results = {
+        "machine": describe_machine(),
+        "gradients": args.gradients,
+        "limit_gbps": limit.gbps,
+        "limit": limit.best,
+        "rows": rows,
+    }
+    if not args.cells_only:
+        results["overhead"] = measure_overhead(seconds, backward=backward)
+        results["first_step"] = measure_first_step()
+        results["memory"] = measure_memory("resnet50" if args.quick else "gpt2")
+    return results
+
+
+def _progress(cells: Sequence[tuple[str, str, str]]) -> Iterable[tuple[str, str, str]]:
+    """The cells, with a bar on a terminal if tqdm is there."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return cells
+    bar: Iterable[tuple[str, str, str]] = tqdm(cells, unit="cell", leave=False, disable=None)
+    return bar
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark by itself, as ``python -m clr_optim.bench``; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m clr_optim.bench", description=DESCRIPTION)
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except (argparse.ArgumentError, ImportError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        return 130
+    return 0

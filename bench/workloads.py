@@ -1,0 +1,94 @@
+"""What the benchmark steps over: the shapes of the parameters of well-known models, and rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+__all__ = ["DTYPES", "RULES", "WORKLOADS", "Rule"]
+
+Shape = tuple[int, ...]
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An optimizer class and the settings that choose its rule; the rest is torch's default."""
+
+    optimizer: Any  # a subclass of torch.optim.Optimizer, whose constructors differ
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+RULES = {
+    "sgd": Rule(torch.optim.SGD),
+    "sgd_momentum": Rule(torch.optim.SGD, {"momentum": 0.9}),
+    "adam": Rule(torch.optim.Adam),
+    "adamw": Rule(torch.optim.AdamW),
+    "adagrad": Rule(torch.optim.Adagrad),
+    "adadelta": Rule(torch.optim.Adadelta),
+    "rmsprop": Rule(torch.optim.RMSprop),
+    "rmsprop_full": Rule(torch.optim.RMSprop, {"momentum": 0.9, "centered": True}),
+}
+
+
+def _resnet50() -> list[Shape]:
+    """161 tensors, 25,557,032 values, as torchvision's."""
+    shapes: list[Shape] = []
+
+    def convolution(inputs: int, outputs: int, size: int) -> None:
+        shapes.extend([(outputs, inputs, size, size), (outputs,), (outputs,)])  # and its norm
+
+    convolution(3, 64, 7)
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            convolution(inputs, width, 1)
+            convolution(width, width, 3)
+            convolution(width, 4 * width, 1)
+            if block == 0:
+                convolution(inputs, 4 * width, 1)
+            inputs = 4 * width
+    return [*shapes, (1000, inputs), (1000,)]
+
+
+def _transformer(layers: int, width: int, transposed: bool) -> list[Shape]:
+    """Blocks of two norms, attention and a four times wider network, and the norm at the end."""
+    shapes: list[Shape] = []
+    for _ in range(layers):
+        for sizes in (
+            [(width,), (width, 3 * width), (width, width)],
+            [(width,), (width, 4 * width), (4 * width, width)],
+        ):
+            for size in sizes:
+                weight = size[::-1] if transposed else size
+                shapes.extend([weight, (size[-1],)])
+    return [*shapes, (width,), (width,)]
+
+
+def _gpt2() -> list[Shape]:
+    """148 tensors, 124,439,808 values: GPT-2 small, the output tied to the embedding."""
+    return [(50257, 768), (1024, 768), *_transformer(12, 768, transposed=False)]
+
+
+def _vit_b() -> list[Shape]:
+    """152 tensors, 86,567,656 values: ViT-B/16, as torchvision's."""
+    ends = [(1, 1, 768), (1, 197, 768), (768, 3, 16, 16), (768,), (1000, 768), (1000,)]
+    return [*ends, *_transformer(12, 768, transposed=True)]
+
+
+WORKLOADS: dict[str, list[Shape]] = {
+    "mlp": [(128, 64), (128,), (128, 128), (128,), (10, 128), (10,)],
+    "1000x256": [(256,)] * 1000,
+    "resnet50": _resnet50(),
+    "gpt2": _gpt2(),
+    "vit_b": _vit_b(),
+    "one_33m": [(2**25,)],
+}

@@ -1,0 +1,274 @@
+"""What the native backend's tests share: its rules with all flags, and twins to compare.
+
+The twin of every wrapped optimizer is torch's own for-loop step (``foreach=False``), fed the rates
+and momenta that ours uses.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clr_optim import CyclicalOptimizer
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+_optim = torch.optim
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fused rule with settings of the optimizer and of its wrapper."""
+
+    name: str
+    cls: type[torch.optim.Optimizer]
+    options: dict[str, Any] = field(default_factory=dict)
+    lr: float = 0.01
+    wrap: dict[str, Any] = field(default_factory=dict)
+
+    def make(self, params: Any, **more: Any) -> torch.optim.Optimizer:
+        return self.cls(params, **{"lr": self.lr, "foreach": False, **self.options, **more})
+
+    def ours(self, params: Any, **more: Any) -> CyclicalOptimizer[Any]:
+        return wrapped(self.make(params), **{**self.wrap, **more})
+
+
+def wrapped(optimizer: torch.optim.Optimizer, **options: Any) -> CyclicalOptimizer[Any]:
+    return CyclicalOptimizer(optimizer, **{"backend": "auto", "step_size_up": 7, **options})
+
+
+def _crossed(name: str, cls: type[torch.optim.Optimizer], *flags: Any, lr: float = 0.01):
+    """A case for each combination of flags; a flag is ``(label, options)`` or nothing."""
+    for chosen in itertools.product(*[[None, flag] for flag in flags]):
+        labels = [flag[0] for flag in chosen if flag]
+        options = {k: v for flag in chosen if flag for k, v in flag[1].items()}
+        yield Case("-".join([name, *labels]), cls, options, lr)
+
+
+def _cases() -> Iterator[Case]:
+    wd, maximize = ("wd", {"weight_decay": 0.1}), ("max", {"maximize": True})
+    momentum = ("mom", {"momentum": 0.9})
+    yield from _crossed("sgd", _optim.SGD, wd, maximize)
+    for label, options in (
+        ("mom", {}),
+        ("damp", {"dampening": 0.3}),
+        ("nest", {"nesterov": True}),
+    ):
+        for case in _crossed(f"sgd-{label}", _optim.SGD, wd, maximize):
+            yield Case(case.name, case.cls, {"momentum": 0.9, **options, **case.options})
+    amsgrad = ("ams", {"amsgrad": True})
+    yield from _crossed("adam", _optim.Adam, amsgrad, wd, maximize)
+    yield from _crossed("adamw", _optim.AdamW, amsgrad, ("wd0", {"weight_decay": 0.0}), maximize)
+    yield Case("adam-decoupled", _optim.Adam, {"decoupled_weight_decay": True, "weight_decay": 0.1})
+    yield Case("adam-betas-eps", _optim.Adam, {"betas": (0.4, 0.9), "eps": 1e-3})
+    yield from _crossed(
+        "adagrad", _optim.Adagrad, ("decay", {"lr_decay": 0.01}),
+        ("init", {"initial_accumulator_value": 0.5}), wd, maximize,
+    )  # fmt: skip
+    yield from _crossed("adadelta", _optim.Adadelta, wd, maximize, lr=0.5)
+    yield Case("adadelta-rho-eps", _optim.Adadelta, {"rho": 0.7, "eps": 1e-3}, 0.5)
+    yield from _crossed(
+        "rmsprop", _optim.RMSprop, momentum, ("cent", {"centered": True}), wd, maximize, lr=0.005
+    )
+    yield Case("rmsprop-alpha-eps", _optim.RMSprop, {"alpha": 0.3, "eps": 1e-3}, 0.005)
+    cycled = {"cycle_momentum": True, "base_momentum": 0.4, "max_momentum": 0.95}
+    for name, cls, options in (
+        ("sgd-mom", _optim.SGD, {"momentum": 0.9}),
+        ("sgd-nest", _optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        ("adam", _optim.Adam, {}),
+        ("adamw-ams", _optim.AdamW, {"amsgrad": True}),
+        ("rmsprop-mom", _optim.RMSprop, {"momentum": 0.9}),
+    ):
+        yield Case(f"{name}-cycled", cls, options, 0.005, cycled)
+
+
+CASES = list(_cases())
+BY_NAME = {case.name: case for case in CASES}
+#: One case for each kernel.
+KERNELS = [
+    BY_NAME[name]
+    for name in (
+        "sgd-wd", "sgd-nest-wd", "adam-wd", "adamw-ams", "adagrad-decay", "adadelta",
+        "rmsprop", "rmsprop-mom", "rmsprop-cent", "rmsprop-mom-cent",
+    )
+]  # fmt: skip
+
+
+def feed(theirs: torch.optim.Optimizer, ours: CyclicalOptimizer[Any]) -> None:
+    """Give the twin the rates, and cycled momenta, of our next step."""
+    for twin, group, lr in zip(
+        theirs.param_groups, ours.param_groups, ours.get_last_lr(), strict=True
+    ):
+        twin["lr"] = lr
+        if "clr_base_momentum" in group:
+            key = "betas" if "betas" in group else "momentum"
+            twin[key] = group[key]
+
+
+def drawn(shapes: Sequence[Any], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    """Normal tensors, the same for any dtype but for rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+
+
+def like(values: Tensor, param: Tensor) -> Tensor:
+    """The values in the parameter's dtype and memory layout."""
+    return torch.empty_like(param, requires_grad=False).copy_(values)
+
+
+def parameters(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Any]:
+    """Parameters of their own memory, in the layout of the tensors."""
+    return [
+        torch.nn.Parameter(torch.empty_like(t, dtype=dtype or t.dtype).copy_(t)) for t in tensors
+    ]
+
+
+def members(optimizer: torch.optim.Optimizer) -> list[Any]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def held(optimizer: torch.optim.Optimizer) -> list[list[tuple[str, Any]]]:
+    """The state of each parameter, in order; nothing for those without."""
+    return [
+        list(optimizer.state[p].items()) if p in optimizer.state else [] for p in members(optimizer)
+    ]
+
+
+def tensors_of(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Tensor]:
+    """Parameters and state by position and name."""
+    found = {(i, ""): p.detach() for i, p in enumerate(members(optimizer))}
+    for i, state in enumerate(held(optimizer)):
+        found.update({(i, name): t for name, t in state if isinstance(t, Tensor)})
+    return found
+
+
+def dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
+def assert_close(ours: Tensor, theirs: Tensor, tolerance: float, what: object = "") -> None:
+    """Relative to the tensor's largest value; NaN and Inf in the same places."""
+    assert ours.shape == theirs.shape, what
+    assert ours.dtype == theirs.dtype, what
+    a, b = dense(ours.detach()).double(), dense(theirs.detach()).double()
+    assert_pattern(a, b, what)
+    finite = b.isfinite()
+    if finite.any():
+        error = (a - b)[finite].abs().max().item()
+        assert error <= tolerance * max(b[finite].abs().max().item(), 1e-300), (what, error, a, b)
+
+
+def assert_pattern(ours: Tensor, theirs: Tensor, what: object = "") -> None:
+    """NaN, Inf and -Inf in the same places."""
+    assert torch.equal(ours.isnan(), theirs.isnan()), (what, ours, theirs)
+    assert torch.equal(ours.isposinf(), theirs.isposinf()), (what, ours, theirs)
+    assert torch.equal(ours.isneginf(), theirs.isneginf()), (what, ours, theirs)
+
+
+def assert_alike(
+    ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, tolerance: float = 1e-12
+) -> None:
+    """Parameters and state: names in order, dtypes, layouts, values."""
+    for i, (p, q) in enumerate(zip(members(ours), members(theirs), strict=True)):
+        assert_close(p, q, tolerance, i)
+    for i, (mine, other) in enumerate(zip(held(ours), held(theirs), strict=True)):
+        assert [name for name, _ in mine] == [name for name, _ in other], i
+        for (name, a), (_, b) in zip(mine, other, strict=True):
+            if not isinstance(b, Tensor):
+                assert a == b, (i, name)
+                continue
+            assert a.requires_grad == b.requires_grad, (i, name)
+            if b.layout is torch.strided and b.numel():
+                assert a.layout is b.layout, (i, name)
+                assert strides(a) == strides(b), (i, name)
+            assert_close(a, b, tolerance, (i, name))
+
+
+def strides(tensor: Tensor) -> list[int]:
+    """Those that matter: any stride will do for a size of 1."""
+    return [s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1]
+
+
+def assert_identical(one: torch.optim.Optimizer, two: torch.optim.Optimizer) -> None:
+    """Parameters and state bit for bit."""
+    first, second = tensors_of(one), tensors_of(two)
+    assert list(first) == list(second)
+    for key, a in first.items():
+        b = second[key]
+        assert torch.equal(a.isnan(), b.isnan()), key
+        assert torch.equal(a.nan_to_num(), b.nan_to_num()), key
+
+
+def failure(
+    change: Callable[[torch.optim.Optimizer], object], optimizer: torch.optim.Optimizer
+) -> Exception | None:
+    """What the change raises."""
+    try:
+        change(optimizer)
+    except Exception as error:
+        return error
+    return None
+
+
+class Twins:
+    """Our optimizer and torch's own, on equal parameters.
+
+    Args:
+        make: makes equal optimizers with parameters of their own at each call.
+        wrap: options of the wrapper.
+    """
+
+    def __init__(self, make: Callable[[], torch.optim.Optimizer], **wrap: Any) -> None:
+        self.theirs = make()
+        self.ours = wrapped(make(), **wrap)
+        self.generator = torch.Generator().manual_seed(99)
+
+    def both(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+        return self.ours, self.theirs
+
+    def each(self, change: Callable[[torch.optim.Optimizer], object]) -> None:
+        """Do the same to both; what torch raises, ours must raise too."""
+        error = failure(change, self.theirs)
+        ours = failure(change, self.ours)
+        if type(ours) is not type(error):
+            raise AssertionError(f"torch raises {error!r}, ours {ours!r}") from ours
+
+    def draw(self) -> None:
+        """New gradients for every parameter, the same for both, in the parameter's layout."""
+        for p, q in zip(members(self.ours), members(self.theirs), strict=True):
+            values = torch.randn(p.shape, generator=self.generator, dtype=torch.float64)
+            p.grad, q.grad = like(values, p), like(values, q)
+
+    def step(self, tolerance: float = 1e-12) -> None:
+        """One step of both, with the gradients that there are; then they must be alike."""
+        feed(self.theirs, self.ours)
+        self.each(lambda optimizer: optimizer.step())
+        assert_alike(self.ours, self.theirs, tolerance)
+
+    def run(self, steps: int, tolerance: float = 1e-12) -> None:
+        for _ in range(steps):
+            self.draw()
+            self.step(tolerance)
+
+
+def twins(case: Case, shapes: Sequence[Any] = ((5, 3), (7,), ()), **wrap: Any) -> Twins:
+    """Twins of a case in float64."""
+    return Twins(
+        lambda: case.make(parameters(drawn(shapes, torch.float64))), **{**case.wrap, **wrap}
+    )
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
