@@ -11,10 +11,10 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from clr_optim.kernels.native import build
 
-from clr_optim import CyclicalOptimizer
 from clr_optim._version import __version__
+from clr_optim.bench.workloads import wrapped
+from clr_optim.kernels.native import build
 
 __all__ = ["Limit", "describe_machine", "last_level_cache"]
 
@@ -73,7 +73,7 @@ class Limit:
         a, b, c = (torch.full((self._floats,), value) for value in (1.0, 0.5, 0.25))
         param = torch.nn.Parameter(a)
         param.grad = b
-        own = CyclicalOptimizer(torch.optim.SGD([param], lr=1e-3))
+        own = wrapped(torch.optim.SGD([param], lr=1e-3))
         operations: dict[str, tuple[int, Callable[[], object]]] = {
             "copy": (12, lambda: a.copy_(b)),
             "triad": (16, lambda: torch.add(b, c, alpha=0.5, out=a)),

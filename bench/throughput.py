@@ -28,14 +28,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from clr_optim.bench.machine import Limit, describe_machine, last_level_cache
-from clr_optim.bench.report import table
-from clr_optim.bench.workloads import DTYPES, RULES, WORKLOADS, Rule, Shape
 from torch import Tensor
 from torch.optim.lr_scheduler import CyclicLR
 
 from clr_optim import CyclicalOptimizer, plotting
 from clr_optim import rules as fused_rules
+from clr_optim.bench.machine import Limit, describe_machine, last_level_cache
+from clr_optim.bench.report import table
+from clr_optim.bench.workloads import DTYPES, RULES, WORKLOADS, Rule, Shape, wrapped
 
 __all__ = ["DESCRIPTION", "add_arguments", "main", "run"]
 
@@ -96,7 +96,7 @@ class Tensors:
 def ours(rule: Rule, params: list[Tensor]) -> CyclicalOptimizer[Any]:
     """What the benchmark is about, cycling between the bounds that torch's are given."""
     inner = rule.optimizer(params, lr=_LR, **rule.settings)
-    return CyclicalOptimizer(inner, "triangular", step_size_up=_STEP_SIZE)
+    return wrapped(inner, policy="triangular", step_size_up=_STEP_SIZE)
 
 
 def torch_steps(rule: Rule, params: list[Tensor], compiled: bool = False) -> dict[str, Step]:
@@ -242,12 +242,16 @@ def measure_first_step() -> dict[str, Any]:
     """
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as cache:
-        for name, backend in (("compiled_s", "auto"), ("cached_s", "auto"), ("torch_s", "torch")):
+        for name, backend in (
+            ("compiled_s", "native"),
+            ("cached_s", "native"),
+            ("torch_s", "torch"),
+        ):
             settings = {"CLR_OPTIM_CACHE_DIR": cache, "CLR_OPTIM_BACKEND": backend}
             taken = _in_process("probe_first_step", environment=settings)
             if "skipped" in taken:
                 return taken
-            if taken["backend"] != ("torch" if backend == "torch" else "native"):
+            if taken["backend"] != backend:
                 return {"skipped": "the native kernels do not serve here"}
             result[name] = taken["seconds"]
     return result

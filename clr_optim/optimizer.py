@@ -144,9 +144,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         base_momentum, max_momentum: its bounds, a number or one per group, in [0, 1].
         max_grad_norm: clip by the global norm as :func:`torch.nn.utils.clip_grad_norm_` before
             each step would; gradients in memory stay as they were. See :attr:`grad_norm`.
-        backend: ``"native"`` (C++ kernels, tensors on the CPU), ``"torch"`` (the wrapped
-            optimizer's own step, for everything) or ``"auto"``: the kernels wherever they serve.
-            See :meth:`explain`.
+        backend: ``"torch"`` (the wrapped optimizer's own step, for everything), ``"native"`` (C++
+            kernels for CPU tensors, equal to torch's for-loop step up to rounding) or ``"auto"``,
+            for now ``"torch"``. See :meth:`explain`.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right, before

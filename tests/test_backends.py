@@ -23,8 +23,19 @@ def _no_environment(monkeypatch):
     monkeypatch.delenv("CLR_OPTIM_BACKEND", raising=False)
 
 
-def test_auto_picks_by_class_and_says_why():
-    assert backends.resolve("auto", adam())[0] == "native"
+def test_auto_is_torch_and_says_what_there_is():
+    assert backends.resolve("auto", adam()) == ("torch", "backend='native' has a kernel for it")
+    name, why = backends.resolve("auto", torch.optim.NAdam([torch.ones(1)]))
+    assert (name, why) == ("torch", "no fused kernel for NAdam")
+
+
+def test_the_environment_wishes_for_what_serves(monkeypatch):
+    monkeypatch.setenv("CLR_OPTIM_BACKEND", "native")
+    assert backends.resolve("auto", adam()) == (
+        "native",
+        "asked for by CLR_OPTIM_BACKEND='native'",
+    )
+    assert backends.resolve("torch", adam())[0] == "torch"  # by name, it is as said
     name, why = backends.resolve("auto", torch.optim.NAdam([torch.ones(1)]))
     assert (name, why) == ("torch", "no fused kernel for NAdam")
 
@@ -50,7 +61,8 @@ def test_explain_names_what_is_left_to_torch():
         {"params": [torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))]},
         {"params": [torch.nn.Parameter(torch.ones(3))], "differentiable": True},
     ]
-    lines = CyclicalOptimizer(torch.optim.SGD(groups, lr=0.1)).explain().splitlines()
+    inner = torch.optim.SGD(groups, lr=0.1)
+    lines = CyclicalOptimizer(inner, backend="native").explain().splitlines()
     assert len(lines) == 3
     assert lines[0].startswith("native: 1 parameter tensors, 3 values, SGD")
     assert "torch: 1 parameter" in lines[1]
@@ -87,6 +99,7 @@ except ValueError as error:
 
 def test_without_a_compiler_torchs_step_serves_with_one_warning(tmp_path):
     env = {**os.environ, "CXX": "/bin/false", "CLR_OPTIM_CACHE_DIR": str(tmp_path)}
+    env["CLR_OPTIM_BACKEND"] = "native"
     out = subprocess.run(
         [sys.executable, "-c", WITHOUT_COMPILER], env=env, capture_output=True, text=True,
         check=False,

@@ -10,11 +10,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from clr_optim.bench import machine, report, throughput
-from clr_optim.bench.workloads import DTYPES, RULES, WORKLOADS
 from PIL import Image
 
 from clr_optim import cli, plotting
+from clr_optim.bench import machine, report, throughput
+from clr_optim.bench.workloads import DTYPES, RULES, WORKLOADS
 
 BYTES = {
     "sgd": 12,
@@ -303,14 +303,13 @@ def test_first_step_is_measured_in_new_processes(monkeypatch):
     def in_process(function, *, environment):
         assert function == "probe_first_step"
         seen.append((environment["CLR_OPTIM_CACHE_DIR"], environment["CLR_OPTIM_BACKEND"]))
-        backend = "torch" if environment["CLR_OPTIM_BACKEND"] == "torch" else "native"
-        return {"seconds": float(len(seen)), "backend": backend}
+        return {"seconds": float(len(seen)), "backend": environment["CLR_OPTIM_BACKEND"]}
 
     monkeypatch.setattr(throughput, "_in_process", in_process)
     expected = {"compiled_s": 1.0, "cached_s": 2.0, "torch_s": 3.0}
     assert throughput.measure_first_step() == expected
     assert len({cache for cache, _ in seen}) == 1
-    assert [backend for _, backend in seen] == ["auto", "auto", "torch"]
+    assert [backend for _, backend in seen] == ["native", "native", "torch"]
     no_kernels = {"seconds": 1.0, "backend": "torch"}
     monkeypatch.setattr(throughput, "_in_process", lambda *args, **kwargs: no_kernels)
     assert "do not serve" in throughput.measure_first_step()["skipped"]

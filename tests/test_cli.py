@@ -6,13 +6,13 @@ import subprocess
 import sys
 
 import pytest
-from clr_optim.kernels.native import build as native_build
-from clr_optim.kernels.native.build import BuildError
 from PIL import Image
 
 import clr_optim
 from clr_optim import cli, plotting, schedule
 from clr_optim.cli import main
+from clr_optim.kernels.native import build as native_build
+from clr_optim.kernels.native.build import BuildError
 from clr_optim.rules import STATE_SLOTS
 
 

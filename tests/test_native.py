@@ -21,7 +21,6 @@ import warnings
 
 import pytest
 import torch
-from clr_optim.kernels.native import build
 from native_helpers import (
     BY_NAME,
     CASES,
@@ -47,6 +46,7 @@ from native_helpers import (
 )
 
 from clr_optim import CyclicalOptimizer
+from clr_optim.kernels.native import build
 from clr_optim.plan import DTYPES as NATIVE_DTYPES
 
 FEW = 4
@@ -61,7 +61,7 @@ def _compiled():
 
 @pytest.fixture(autouse=True)
 def _backend(monkeypatch):
-    monkeypatch.delenv("CLR_OPTIM_BACKEND", raising=False)
+    monkeypatch.setenv("CLR_OPTIM_BACKEND", "native")  # what "auto" means here
 
 
 def name_of(value):

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from clr_optim.kernels.native import build
 
 COMPILER = shutil.which("c++") or shutil.which("g++")

@@ -21,7 +21,7 @@ from clr_optim import CyclicalOptimizer, Schedule
 from clr_optim.schedule import sequence, triangular, triangular2
 
 
-@pytest.fixture(autouse=True, params=["torch", "auto"])
+@pytest.fixture(autouse=True, params=["torch", "native"])
 def backend(request, monkeypatch):
     """Everything here holds on every backend."""
     monkeypatch.setenv("CLR_OPTIM_BACKEND", request.param)
@@ -208,7 +208,6 @@ def test_steps_with_more_than_a_closure_and_patched_steps():
 def test_repr_shows_policy_position_and_the_wrapped_optimizer(backend):
     opt = wrap(BY_NAME["adam"], Problem(BY_NAME["adam"]))
     text = repr(opt)
-    backend = {"torch": "torch", "auto": "native"}[backend]
     assert text.startswith(
         f"CyclicalOptimizer (triangular2, iteration 0, backend {backend})\nAdam ("
     )

@@ -22,7 +22,7 @@ from clr_optim.schedule import (
 )
 
 
-@pytest.fixture(autouse=True, params=["torch", "auto"])
+@pytest.fixture(autouse=True, params=["torch", "native"])
 def _backend(request, monkeypatch):
     """Everything here holds on every backend."""
     monkeypatch.setenv("CLR_OPTIM_BACKEND", request.param)

@@ -20,7 +20,7 @@ from clr_optim import CyclicalOptimizer, Phase
 from clr_optim.schedule import decay, fixed, one_cycle, ramp, sequence, triangular
 
 
-@pytest.fixture(autouse=True, params=["torch", "auto"])
+@pytest.fixture(autouse=True, params=["torch", "native"])
 def _backend(request, monkeypatch):
     monkeypatch.setenv("CLR_OPTIM_BACKEND", request.param)
 
