@@ -179,7 +179,7 @@ def _flags(names: Iterable[str]) -> str:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    throughput.run(args)
+    throughput.run(args)  # returns its results, which are no exit status
 
 
 def _build(args: argparse.Namespace) -> int:

@@ -375,11 +375,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         except BaseException:
             param_group.update(given)
             raise
-        group = self.param_groups[-1]
-        group[_BASE], group[_MAX] = bounds
-        if self._cycle_momentum:
-            for key in (_BASE_MOMENTUM, _MAX_MOMENTUM):
-                group.setdefault(key, self.param_groups[0][key])
+        self._set_group_bounds(self.param_groups[-1], bounds)
         self._go_to(position)
 
     def __repr__(self) -> str:
@@ -519,7 +515,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 for why, params in classify(self._inner, rule).items()
             }
         else:
-            served = {(name, reason): [p for g in self.param_groups for p in g["params"]]}
+            served = {(name, reason): list(self._params())}
         return "\n".join(
             f"{name}: {len(params)} parameter tensors, {sum(p.numel() for p in params):,} values, "
             f"{type(self._inner).__name__}: {why}"
@@ -563,8 +559,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             # A checkpointer's step has no closure. Asked before anything below writes a rate.
             at_zero = closure is None and self._is_zero_rate_step()
             if not at_zero:
-                self._settle()
-                self._assert_rates(stacklevel=5)  # past torch's two wrappers: the caller of step()
+                self._overrule(stacklevel=5)  # past torch's two wrappers: the caller of step()
         if self._has_scale_fn:
             # It may raise, which must happen before the step and not in the middle of it.
             self._schedule.rates(self._shared.position + 1, self._shared.bounds)
@@ -606,8 +601,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             if clipped is not None:
                 clipped.restore()
             loss = closure()
-            self._settle()  # whatever the closure wrote
-            self._assert_rates(stacklevel=3)
+            self._overrule(stacklevel=3)
             clip()
             return loss
 
@@ -658,8 +652,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            self._settle()
-            self._assert_rates(stacklevel=3)
+            self._overrule(stacklevel=3)
         self._inner._opt_called = True  # type: ignore[attr-defined]
         plan = native.plan
         plan.refresh()
@@ -727,8 +720,11 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         # A tensor on a GPU is not looked into: that would wait for the device.
         return isinstance(lr, Tensor) and lr.device.type == "cpu" and lr.item() != value
 
-    def _assert_rates(self, stacklevel: int) -> None:
-        """Overrule whatever other code wrote into ``lr``, and say so once."""
+    def _overrule(self, stacklevel: int) -> None:
+        """Take in what others may write into the groups; whatever they wrote into ``lr`` is
+        overruled, with one warning.
+        """
+        self._settle()
         shared = self._shared
         foreign = [
             i
@@ -801,13 +797,17 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             )
         ):
             return position
-        for group, (base, top) in zip(groups, self._bounds(), strict=True):
-            group[_BASE], group[_MAX] = base, top
-            if self._cycle_momentum:
-                for key in (_BASE_MOMENTUM, _MAX_MOMENTUM):
-                    group.setdefault(key, groups[0][key])
+        for group, bounds in zip(groups, self._bounds(), strict=True):
+            self._set_group_bounds(group, bounds)
         self._go_to(position)
         return position
+
+    def _set_group_bounds(self, group: dict[str, Any], bounds: tuple[float, float]) -> None:
+        """Write a group's bounds; those of momentum, where it has none, are the first group's."""
+        group[_BASE], group[_MAX] = bounds
+        if self._cycle_momentum:
+            for key in (_BASE_MOMENTUM, _MAX_MOMENTUM):
+                group.setdefault(key, self.param_groups[0][key])
 
     def _advance(self) -> None:
         """:meth:`_go_to` the next step, for groups that are as we left them, rates as floats."""
@@ -868,8 +868,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        self._settle()
-        self._assert_rates(stacklevel=3)
+        self._overrule(stacklevel=3)
         state_dict: dict[str, Any] = self._inner.state_dict()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)

@@ -25,19 +25,16 @@ __all__ = ["DTYPES", "Bucket", "Plan", "classify"]
 #: Storage dtypes in the order by which native code knows them.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# Columns of a bucket's table, in step with Row in multi_tensor.cpp.
-_PARAM, _GRAD, _STATE, _COUNTER, _NUMEL, _GROUP, _FIRST, ACTIVE, _COLUMNS = (
-    0,
-    1,
-    2,
-    5,
-    6,
-    7,
-    8,
-    9,
-    10,
-)
 
+def _int64s(*names: str) -> np.dtype[np.void]:
+    return np.dtype([(name, np.int64) for name in names])
+
+
+# In step with Row and Bucket in scan.h.
+_ROW = _int64s(
+    "param", "grad", "state0", "state1", "state2", "counter", "numel", "group", "first", "active"
+)
+_BUCKET = _int64s("scan", "rows", "count", "active", "kernel", "dtype", "wide_counter")
 
 # Keys of a group that change at every step.
 _MOVING = frozenset({"params", "lr", "clr_step"})
@@ -102,6 +99,11 @@ class Row:
     pending: dict[str, Tensor]  #: state that torch would create in this step
     first: bool  #: its first slot holds nothing yet
 
+    @property
+    def held(self) -> list[Tensor]:
+        """Its slots, and its step counter if it has one."""
+        return self.slots if self.counter is None else [*self.slots, self.counter]
+
 
 @dataclass
 class Bucket:
@@ -112,38 +114,17 @@ class Bucket:
     wide_counter: bool  #: ``state["step"]`` is float64
     slots: tuple[Slot, ...]
     rows: list[Row] = field(default_factory=list)
-    table: np.ndarray[Any, np.dtype[np.int64]] = field(init=False)
-    address: int = field(init=False)  #: of the table
-    active: int = field(init=False)  #: how many rows had a gradient when the plan was made
-    indices: tuple[int, int] = field(init=False)  #: native code's numbers of kernel and dtype
+    table: np.ndarray[Any, np.dtype[np.void]] = field(init=False)  #: a row per tensor
     params: list[Tensor] = field(init=False)
     layout: np.ndarray[Any, np.dtype[np.int64]] = field(init=False)
     scan: _Scan = field(init=False)
-    scan_address: int = field(init=False)
 
     def finish(self, state: dict[Tensor, dict[str, Any]]) -> None:
         """Write the table that kernels read, and what :meth:`Plan.is_current` compares."""
         self.params = [row.param for row in self.rows]
-        table = np.zeros((len(self.rows), _COLUMNS), dtype=np.int64)
-        for line, row in zip(table, self.rows, strict=True):
-            grad = row.param.grad
-            line[_PARAM] = row.param.data_ptr()
-            line[_GRAD] = 0 if grad is None else grad.data_ptr()
-            for k, tensor in enumerate(row.slots):
-                line[_STATE + k] = tensor.data_ptr()
-            line[_COUNTER] = 0 if row.counter is None else row.counter.data_ptr()
-            line[_NUMEL] = row.param.numel()
-            line[_GROUP] = row.group
-            line[_FIRST] = row.first
-            line[ACTIVE] = grad is not None
-        self.table = table
-        self.active = int(table[:, ACTIVE].sum())
-        self.indices = KERNELS.index(self.kernel), DTYPES.index(self.dtype)
+        self.table = np.array([self._line(row) for row in self.rows], dtype=_ROW)
         counters = ["step"] if self.rows and self.rows[0].counter is not None else []
         keys = [slot.name for slot in self.slots] + counters
-        tensors = []
-        for row in self.rows:
-            tensors += row.slots if row.counter is None else [*row.slots, row.counter]
         self.layout = np.array(
             [n for p in self.params for n in (p.dim(), *p.shape, *p.stride())], dtype=np.int64
         )
@@ -152,7 +133,7 @@ class Bucket:
             params=self.params,
             dicts=[state[p] for p in self.params] if keys else [],
             keys=keys,
-            tensors=tensors,
+            tensors=[tensor for row in self.rows for tensor in row.held],
             grad="grad",
             none=None,
             capsule=Tensor.__dlpack_c_exchange_api__,
@@ -165,8 +146,35 @@ class Bucket:
             bits=bits,
             counter_bits=64 if self.wide_counter else 32,
         )
-        self.address = table.ctypes.data
-        self.scan_address = ctypes.addressof(self.scan)
+
+    @staticmethod
+    def _line(row: Row) -> tuple[int, ...]:
+        """A line of the table."""
+        grad = row.param.grad
+        slots = [tensor.data_ptr() for tensor in row.slots]
+        return (
+            row.param.data_ptr(),
+            0 if grad is None else grad.data_ptr(),
+            *slots,
+            *[0] * (3 - len(slots)),
+            0 if row.counter is None else row.counter.data_ptr(),
+            row.param.numel(),
+            row.group,
+            row.first,
+            grad is not None,
+        )
+
+    def header(self) -> tuple[int, ...]:
+        """The bucket's line in the plan's table."""
+        return (
+            ctypes.addressof(self.scan),
+            self.table.ctypes.data,
+            len(self.rows),
+            int(self.table["active"].sum()),
+            KERNELS.index(self.kernel),
+            DTYPES.index(self.dtype),
+            self.wide_counter,
+        )
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -255,14 +263,14 @@ class Plan:
         self._members: list[list[Tensor]] = []
         self._settings: list[list[Any]] = []
         self._lists: list[tuple[list[Any], list[Any]]] = []
-        self._flags: list[tuple[Any, ...]] = []
+        self._flags: list[tuple[str | None, str]] = []
         #: a row of the kernel's scalars per group, the learning rate to be filled in
         self.scalars = np.zeros((0, 0))
         self.scalars_address = 0
         self._pending = False
         self._state: Any = None
-        #: in step with Bucket in scan.h, a row each
-        self.table = np.zeros((0, 7), dtype=np.int64)
+        #: a line per bucket
+        self.table = np.zeros(0, dtype=_BUCKET)
         self._view = _View()
         self.view_address = 0
 
@@ -315,11 +323,11 @@ class Plan:
     def active_params(self) -> list[Tensor]:
         """All parameters of the buckets that have a gradient."""
         params: list[Tensor] = []
-        for bucket, active in zip(self.buckets, self.table[:, 3].tolist(), strict=True):
+        for bucket, active in zip(self.buckets, self.table["active"].tolist(), strict=True):
             if active == len(bucket.params):
                 params += bucket.params
             elif active:
-                flags = bucket.table[:, ACTIVE].tolist()
+                flags = bucket.table["active"].tolist()
                 params += [p for p, has in zip(bucket.params, flags, strict=True) if has]
         return params
 
@@ -341,7 +349,7 @@ class Plan:
         """All of a group but what changes at every step anyway."""
         return [value for key, value in group.items() if key not in _MOVING]
 
-    def _flags_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
+    def _flags_of(self, group: dict[str, Any]) -> tuple[str | None, str]:
         """What of a group's settings decides buckets; all else is data."""
         return (self._rule.not_fused(group), self._rule.kernel(group))
 
@@ -349,9 +357,10 @@ class Plan:
         optimizer, rule = self._optimizer, self._rule
         self._groups = None  # not current, should anything below raise
         self.rest, self._odd, self._idle = [], [], []
+        groups = optimizer.param_groups
+        self._flags = [self._flags_of(group) for group in groups]
         buckets: dict[tuple[Any, ...], Bucket] = {}
-        for number, group in enumerate(optimizer.param_groups):
-            reason = rule.not_fused(group)
+        for number, (group, (reason, kernel)) in enumerate(zip(groups, self._flags, strict=True)):
             slots = rule.slots(group) if reason is None else ()
             for param in group["params"]:
                 own = None if reason else _why_not(param)
@@ -361,7 +370,7 @@ class Plan:
                     why, row = row, None
                 if row is not None:
                     wide = row.counter is not None and row.counter.dtype == torch.float64
-                    key = (rule.kernel(group), param.dtype, wide)
+                    key = (kernel, param.dtype, wide)
                     buckets.setdefault(key, Bucket(*key, slots)).rows.append(row)
                 elif param.grad is not None:
                     self.rest.append((param, why or ""))
@@ -371,17 +380,19 @@ class Plan:
                     self._idle.append(param)
         self._leave_shared_memory(buckets.values())
         self.buckets = [bucket for bucket in buckets.values() if bucket.rows]
-        self._members = [list(group["params"]) for group in optimizer.param_groups]
-        self._settings = [self._settings_of(group) for group in optimizer.param_groups]
+        self._members = [list(group["params"]) for group in groups]
+        self._settings = [self._settings_of(group) for group in groups]
         self._lists = self._copy_lists()
-        self._flags = [self._flags_of(group) for group in optimizer.param_groups]
         self._pending = any(row.pending for b in self.buckets for row in b.rows)
-        rows = [rule.row(g) if rule.not_fused(g) is None else () for g in optimizer.param_groups]
+        rows = [
+            rule.row(group) if reason is None else ()
+            for group, (reason, _) in zip(groups, self._flags, strict=True)
+        ]
         width = max(1, *map(len, rows))  # the learning rate has its place even if none is fused
         self.scalars = np.array([row or (0.0,) * width for row in rows], dtype=np.float64)
         self.scalars_address = self.scalars.ctypes.data
         self._index()
-        self._groups = optimizer.param_groups
+        self._groups = groups
 
     def _row(self, param: Tensor, group: int, slots: tuple[Slot, ...]) -> Row | str | None:
         """The parameter's row; why it has none; or None while it has neither gradient nor state."""
@@ -431,26 +442,25 @@ class Plan:
 
     def _leave_shared_memory(self, buckets: Iterable[Bucket]) -> None:
         """Leave to torch what shares memory: it goes one by one, a kernel all at once."""
-        spans: list[tuple[int, int, int, Row | None]] = []
+        spans: list[tuple[int, int, Row | None]] = []
         for param, _ in self.rest:
             if param.layout is torch.strided and param.device.type == "cpu" and param.numel():
                 reach = 1 + sum(
                     (n - 1) * s for n, s in zip(param.shape, param.stride(), strict=True)
                 )
                 begin = param.data_ptr()
-                spans.append((begin, begin + reach * param.element_size(), 0, None))
+                spans.append((begin, begin + reach * param.element_size(), None))
         for bucket in buckets:
             for row in bucket.rows:
-                tensors = row.slots if row.counter is None else [*row.slots, row.counter]
-                for tensor in (row.param, *tensors):
+                for tensor in (row.param, *row.held):
                     if tensor.numel():
                         begin = tensor.data_ptr()
-                        spans.append((begin, begin + tensor.nbytes, 1, row))
+                        spans.append((begin, begin + tensor.nbytes, row))
         spans.sort(key=lambda span: span[:2])
         shared: dict[int, Row] = {}
         last: float = -math.inf
         owner: Row | None = None
-        for begin, end, _, this in spans:
+        for begin, end, this in spans:
             if begin < last:
                 shared.update({id(row): row for row in (this, owner) if row is not None})
             if end > last:
@@ -467,13 +477,9 @@ class Plan:
 
     def _index(self) -> None:
         state, groups = self._optimizer.state, self._optimizer.param_groups
-        self.table = np.zeros((len(self.buckets), 7), dtype=np.int64)
-        for line, bucket in zip(self.table, self.buckets, strict=True):
+        for bucket in self.buckets:
             bucket.finish({row.param: state.get(row.param, {}) for row in bucket.rows})
-            line[:] = (
-                bucket.scan_address, bucket.address, len(bucket.rows), bucket.active,
-                *bucket.indices, bucket.wide_counter,
-            )  # fmt: skip
+        self.table = np.array([bucket.header() for bucket in self.buckets], dtype=_BUCKET)
         self._state = state
         self._view = _View(
             groups=groups,

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clr_optim import CyclicalOptimizer
+
 
 class SignDescent(torch.optim.Optimizer):
     """An optimizer that no library has: the sign of a running mean of gradients."""
@@ -163,3 +165,17 @@ def feed(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
     """Write the rates into a plain torch optimizer, as a user without this library would."""
     for group, lr in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = lr
+
+
+def assert_equals_torch_fed_our_rates(
+    case: Case, dtype: torch.dtype, device: str = "cpu", steps: int = 200
+) -> None:
+    """A run of ours and one of the plain torch optimizer fed `lr_at(k)`: bit for bit the same."""
+    mine, torchs = Problem(case, dtype, device), Problem(case, dtype, device)
+    opt = CyclicalOptimizer(case.make(mine.params), "triangular2", step_size_up=9, max_lr=case.lr)
+    reference = case.make(torchs.params)
+    for k in range(steps):
+        feed(reference, opt.lr_at(k))
+        mine.step(opt, k, case.closure)
+        torchs.step(reference, k, case.closure)
+    assert_same(mine.values(), torchs.values())

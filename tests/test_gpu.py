@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BY_NAME, CASES, Problem, assert_same, feed
+from cases import BY_NAME, CASES, Problem, assert_equals_torch_fed_our_rates, assert_same
 
 from clr_optim import CyclicalOptimizer
 
@@ -13,14 +13,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_bit_identical_to_plain_torch_fed_our_rates(case):
-    mine, torchs = Problem(case, device="cuda"), Problem(case, device="cuda")
-    opt = CyclicalOptimizer(case.make(mine.params), "triangular2", step_size_up=9, max_lr=case.lr)
-    reference = case.make(torchs.params)
-    for k in range(50):
-        feed(reference, opt.lr_at(k))
-        mine.step(opt, k, case.closure)
-        torchs.step(reference, k, case.closure)
-    assert_same(mine.values(), torchs.values())
+    assert_equals_torch_fed_our_rates(case, torch.float32, "cuda", steps=50)
 
 
 def test_a_tensor_lr_on_the_device_is_filled():

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from cases import BY_NAME, CASES, Problem, assert_same, feed
+from cases import BY_NAME, CASES, Problem, assert_equals_torch_fed_our_rates, assert_same, feed
 
 from clr_optim import CyclicalOptimizer
 
@@ -93,14 +93,7 @@ def test_bit_identical_to_plain_torch_fed_our_rates(case, dtype):
     if dtype == torch.bfloat16 and case.name in ("rprop", "lbfgs"):
         # Neither does anything sensible in 16 bits, with or without us; their float32 is tested.
         dtype = torch.float64
-    mine, torchs = Problem(case, dtype), Problem(case, dtype)
-    opt = CyclicalOptimizer(case.make(mine.params), "triangular2", step_size_up=9, max_lr=case.lr)
-    reference = case.make(torchs.params)
-    for k in range(200):
-        feed(reference, opt.lr_at(k))
-        mine.step(opt, k, case.closure)
-        torchs.step(reference, k, case.closure)
-    assert_same(mine.values(), torchs.values())
+    assert_equals_torch_fed_our_rates(case, dtype)
 
 
 @ids([c for c in CASES if c.name not in ("sparse-adam",)])

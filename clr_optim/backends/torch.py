@@ -39,12 +39,10 @@ def raw_step(optimizer: Optimizer) -> Callable[..., Any]:
     The wrapper also runs the step hooks. The wrapping optimizer has been through one already, and
     a second would run every global hook twice.
     """
-    if has_own_step(optimizer):
+    if not is_profiled(optimizer):
         return optimizer.step
-    function: Any = type(optimizer).step
-    if is_profiled(optimizer):
-        function = function.__wrapped__
-    bound: Callable[..., Any] = function.__get__(optimizer, type(optimizer))
+    profiled: Any = type(optimizer).step
+    bound: Callable[..., Any] = profiled.__wrapped__.__get__(optimizer, type(optimizer))
     return bound
 
 

@@ -73,7 +73,7 @@ struct Scan {
     int64_t counter_bits;   // the step counters are floats of so many bits
 };
 
-// A tensor of a bucket. In step with ROW in plan.py: ten 64-bit integers.
+// A tensor of a bucket. In step with _ROW in plan.py: ten 64-bit integers.
 struct Row {
     void* param;
     const void* grad;
@@ -115,6 +115,7 @@ struct View {
     int64_t count;
 };
 
+// In step with _BUCKET in plan.py: seven 64-bit integers.
 struct Bucket {
     const Scan* scan;
     Row* rows;
