@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
@@ -13,7 +14,6 @@ from time import perf_counter
 import torch
 
 from clr_optim._version import __version__
-from clr_optim.bench.workloads import wrapped
 from clr_optim.kernels.native import build
 
 __all__ = ["Limit", "describe_machine", "last_level_cache"]
@@ -52,47 +52,40 @@ def last_level_cache() -> int:
 
 
 class Limit:
-    """Memory bandwidth in GB/s, the best of all measurements, by what was done.
+    """What the memory can deliver, in GB/s of bytes that move.
 
-    Counted in bytes that move, which for a store to memory not yet in the cache includes reading
-    it first (write-allocate): ``copy`` a = b, 12 bytes per float; ``triad`` a = b + s·c, 16;
-    ``in_place`` a = a + s, 8; ``sgd`` our own kernel's p = p − s·g, 12, if it is compiled. Should
-    a machine save the reading for whole lines, copy and triad come out too high, and the shares
-    of the limit too low, never the other way round.
+    A store to memory not yet in the cache reads it first (write-allocate), which counts: ``copy``
+    a = b, 12 bytes per float; ``triad`` a = b + s·c, 16; ``in_place`` a = a + s, 8. Should a
+    machine save the reading for whole lines, copy and triad come out too high, and the shares of
+    the limit too low, never the other way round.
 
     Args:
         floats: the length of the arrays, far above the caches.
     """
 
     def __init__(self, floats: int = 2**26) -> None:
-        self._floats = floats
-        self.best: dict[str, float] = {}
-
-    def measure(self, repeats: int = 7) -> None:
-        """Measure all of them in turn; better figures replace earlier ones."""
-        a, b, c = (torch.full((self._floats,), value) for value in (1.0, 0.5, 0.25))
-        param = torch.nn.Parameter(a)
-        param.grad = b
-        own = wrapped(torch.optim.SGD([param], lr=1e-3))
-        operations: dict[str, tuple[int, Callable[[], object]]] = {
-            "copy": (12, lambda: a.copy_(b)),
-            "triad": (16, lambda: torch.add(b, c, alpha=0.5, out=a)),
-            "in_place": (8, lambda: a.add_(0.5)),
+        a, b, c = (torch.full((floats,), value) for value in (1.0, 0.5, 0.25))
+        self._bytes = {"copy": 12 * floats, "triad": 16 * floats, "in_place": 8 * floats}
+        #: what to time, by name
+        self.operations: dict[str, Callable[[], object]] = {
+            "copy": lambda: a.copy_(b),
+            "triad": lambda: torch.add(b, c, alpha=0.5, out=a),
+            "in_place": lambda: a.add_(0.5),
         }
-        own.step()
-        if own.explain().startswith("native"):
-            operations["sgd"] = (12, own.step)
+
+    def gbps(self, seconds: Mapping[str, float]) -> dict[str, float]:
+        """The bandwidth by operation, for what each took."""
+        return {name: self._bytes[name] / seconds[name] / 1e9 for name in self.operations}
+
+    def best(self, repeats: int = 7) -> dict[str, float]:
+        """The bandwidth by operation, of the fastest of some runs in turn."""
+        fastest = dict.fromkeys(self.operations, math.inf)
         for _ in range(repeats):
-            for name, (size, operation) in operations.items():
+            for name, operation in self.operations.items():
                 begin = perf_counter()
                 operation()
-                rate = size * self._floats / (perf_counter() - begin) / 1e9
-                self.best[name] = max(rate, self.best.get(name, 0.0))
-
-    @property
-    def gbps(self) -> float:
-        """The limit: the fastest of all."""
-        return max(self.best.values())
+                fastest[name] = min(fastest[name], perf_counter() - begin)
+        return self.gbps(fastest)
 
 
 def _read(path: Path) -> str:

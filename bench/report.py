@@ -34,6 +34,8 @@ def table(results: Mapping[str, Any]) -> str:
         rate = row["bytes"] / spread["median_s"] / 1e9
         share = row["fraction_of_limit"]
         remark = "SLOWER than torch" if row["ratio_vs_best_torch"] < 1 else ""
+        if row["wrong"]:
+            remark += f" ({', '.join(row['wrong'])}: WRONG results, not counted)"
         if row["backend"] != "native":
             remark += f" [{row['backend']} backend]"
         lines.append(
@@ -83,7 +85,10 @@ def _summary(results: Mapping[str, Any]) -> list[str]:
     lines += [f"  {_name(row)}: {row['ratio_vs_best_torch']:.2f}×" for row in lost]
     lines.append("")
     limit = ", ".join(f"{name} {value:.1f}" for name, value in results["limit"].items())
-    lines.append(f"Memory: {results['limit_gbps']:.1f} GB/s (the fastest of {limit})")
+    lines.append(
+        f"Memory: {results['limit_gbps']:.1f} GB/s at best (the fastest of {limit}); shares"
+    )
+    lines.append("are of what it delivered in the same rounds")
     for title, key in (
         ("Overhead, Adam", "overhead"),
         ("First step, Adam", "first_step"),

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from clr_optim import CyclicalOptimizer
-
-__all__ = ["DTYPES", "RULES", "WORKLOADS", "Rule", "wrapped"]
-
-OptimizerT = TypeVar("OptimizerT", bound=torch.optim.Optimizer)
+__all__ = ["DTYPES", "RULES", "WORKLOADS", "Rule"]
 
 Shape = tuple[int, ...]
 
@@ -97,12 +92,3 @@ WORKLOADS: dict[str, list[Shape]] = {
     "vit_b": _vit_b(),
     "one_33m": [(2**25,)],
 }
-
-
-def wrapped(optimizer: OptimizerT, **options: Any) -> CyclicalOptimizer[OptimizerT]:
-    """The optimizer cycling on the fused kernels, or by its own step where there are none."""
-    try:
-        wish = os.environ.get("CLR_OPTIM_BACKEND", "native")
-        return CyclicalOptimizer(optimizer, backend=wish, **options)
-    except ValueError:  # no compiler, say: every row of the results names the backend it had
-        return CyclicalOptimizer(optimizer, backend="torch", **options)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
+import sys
 import warnings
 import weakref
 from collections import OrderedDict
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
 from clr_optim import backends
@@ -145,8 +148,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         max_grad_norm: clip by the global norm as :func:`torch.nn.utils.clip_grad_norm_` before
             each step would; gradients in memory stay as they were. See :attr:`grad_norm`.
         backend: ``"torch"`` (the wrapped optimizer's own step, for everything), ``"native"`` (C++
-            kernels for CPU tensors, equal to torch's for-loop step up to rounding) or ``"auto"``,
-            for now ``"torch"``. See :meth:`explain`.
+            kernels for CPU tensors, equal to torch's for-loop step up to rounding) or ``"auto"``:
+            kernels where there are some, and for the rest the optimizer's own step. See
+            :meth:`explain`.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right, before
@@ -524,24 +528,10 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
 
     # ---- a step
 
-    @overload
-    def step(self, closure: None = None, *args: Any, **kwargs: Any) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float], *args: Any, **kwargs: Any) -> float: ...
-    # Not traced by torch.compile: a graph break here, and nothing to recompile as the rate moves.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def step(
+    def _step(
         self, closure: Callable[[], float] | None = None, *args: Any, **kwargs: Any
     ) -> float | None:
-        """One step of the wrapped optimizer, at the policy's rate; then the cycle advances.
-
-        Args:
-            closure: reevaluates the model and returns the loss, as in torch.
-            *args, **kwargs: for a wrapped ``step`` that takes more than a closure.
-
-        Returns:
-            What the wrapped ``step`` returns: the closure's loss.
-        """
+        """:meth:`step` beneath this object's own hooks."""
         inner = self._inner
         # Any other outermost layer runs the wrapped optimizer's hooks by itself.
         hooked = is_profiled(inner)
@@ -559,7 +549,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             # A checkpointer's step has no closure. Asked before anything below writes a rate.
             at_zero = closure is None and self._is_zero_rate_step()
             if not at_zero:
-                self._overrule(stacklevel=5)  # past torch's two wrappers: the caller of step()
+                self._overrule()
         if self._has_scale_fn:
             # It may raise, which must happen before the step and not in the middle of it.
             self._schedule.rates(self._shared.position + 1, self._shared.bounds)
@@ -582,6 +572,39 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 post_hook(inner, call, kwargs)
         return loss
 
+    # With torch's hooks and its range for profilers: dearer than the whole step of a small model.
+    _observed_step = Optimizer.profile_hook_step(_step)
+
+    @overload
+    def step(self, closure: None = None, *args: Any, **kwargs: Any) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float], *args: Any, **kwargs: Any) -> float: ...
+    # Not traced by torch.compile: a graph break here, and nothing to recompile as the rate moves.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @functools.wraps(_step, assigned=())
+    def step(self, *args: Any, **kwargs: Any) -> float | None:
+        """One step of the wrapped optimizer, at the policy's rate; then the cycle advances.
+
+        Args:
+            closure: reevaluates the model and returns the loss, as in torch.
+            *args, **kwargs: for a wrapped ``step`` that takes more than a closure.
+
+        Returns:
+            What the wrapped ``step`` returns: the closure's loss.
+        """
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        ):
+            return self._observed_step(*args, **kwargs)
+        return self._step(*args, **kwargs)
+
+    # Else torch puts its wrapper around this one.
+    step.hooked = True  # type: ignore[attr-defined]
+
     def _torch_step(
         self, closure: Callable[[], float] | None, *args: Any, **kwargs: Any
     ) -> tuple[float | None, bool]:
@@ -601,7 +624,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             if clipped is not None:
                 clipped.restore()
             loss = closure()
-            self._overrule(stacklevel=3)
+            self._overrule()
             clip()
             return loss
 
@@ -652,7 +675,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            self._overrule(stacklevel=3)
+            self._overrule()
         self._inner._opt_called = True  # type: ignore[attr-defined]
         plan = native.plan
         plan.refresh()
@@ -720,7 +743,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         # A tensor on a GPU is not looked into: that would wait for the device.
         return isinstance(lr, Tensor) and lr.device.type == "cpu" and lr.item() != value
 
-    def _overrule(self, stacklevel: int) -> None:
+    def _overrule(self) -> None:
         """Take in what others may write into the groups; whatever they wrote into ``lr`` is
         overruled, with one warning.
         """
@@ -745,7 +768,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 + f"; the policy {self._schedule.name!r} decides instead, here and from now on. "
                 "Remove the other scheduler, or change course with set_bounds or set_iteration.",
                 UserWarning,
-                stacklevel=stacklevel,
+                stacklevel=_callers_level(),
             )
         self._go_to(shared.position)
 
@@ -868,7 +891,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        self._overrule(stacklevel=3)
+        self._overrule()
         state_dict: dict[str, Any] = self._inner.state_dict()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
@@ -974,7 +997,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             f"{self._shared.position}. To go on with the old one, construct with "
             "policy=Schedule.from_json(...) of it; to begin anew, set_iteration(0).",
             UserWarning,
-            stacklevel=3,
+            stacklevel=_callers_level(),
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -1053,6 +1076,14 @@ class CyclicalScheduler(LRScheduler):
         """Change nothing."""
 
 
+def _callers_level() -> int:
+    """The ``stacklevel`` by which a warning names the caller's line, not one of ours or torch's."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("clr_optim", "torch.")):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 _warned_no_kernels = False
 
 
@@ -1065,7 +1096,7 @@ def _warn_no_kernels(error: BuildError) -> None:
             f"the native kernels cannot be compiled, so each wrapped optimizer's own step runs, "
             f"more slowly and otherwise the same: {error}",
             RuntimeWarning,
-            stacklevel=6,
+            stacklevel=_callers_level(),
         )
 
 

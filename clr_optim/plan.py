@@ -36,6 +36,9 @@ _ROW = _int64s(
 )
 _BUCKET = _int64s("scan", "rows", "count", "active", "kernel", "dtype", "wide_counter")
 
+# Answers of clr_current.
+_ALL_ACTIVE, _SETTINGS_CHANGED, _SOME_IDLE = 0, 1, 2
+
 # Keys of a group that change at every step.
 _MOVING = frozenset({"params", "lr", "clr_step"})
 
@@ -46,6 +49,27 @@ _DLPACK = {
     torch.bfloat16: (4, 16),
     torch.float16: (2, 16),
 }
+
+
+def _find_words() -> tuple[int, int]:
+    """Which word of a tensor's object points to its implementation, and of that to its storage.
+
+    Both 0 if one is not found: a scan then looks at every tensor without looking ahead.
+    """
+    tensor = torch.empty(1)
+    try:
+        impl, storage = tensor._cdata, tensor.untyped_storage()._cdata
+        words = ctypes.c_void_p * 4  # no object of theirs is smaller
+        found = (
+            words.from_address(id(tensor))[:].index(impl),
+            words.from_address(impl)[:].index(storage),
+        )
+    except (AttributeError, ValueError):
+        return 0, 0
+    return found
+
+
+_WORDS = _find_words()
 
 
 class _Scan(ctypes.Structure):
@@ -68,7 +92,10 @@ class _Scan(ctypes.Structure):
             )
         ),
         ("layout", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("slots", "code", "bits", "counter_bits")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("slots", "code", "bits", "counter_bits", "impl", "storage")
+        ),
     ]
 
 
@@ -145,6 +172,8 @@ class Bucket:
             code=code,
             bits=bits,
             counter_bits=64 if self.wide_counter else 32,
+            impl=_WORDS[0],
+            storage=_WORDS[1],
         )
 
     @staticmethod
@@ -269,6 +298,9 @@ class Plan:
         self.scalars_address = 0
         self._pending = False
         self._state: Any = None
+        self._params: list[Tensor] = []
+        #: whether a parameter of the buckets lacks a gradient
+        self.partial = False
         #: a line per bucket
         self.table = np.zeros(0, dtype=_BUCKET)
         self._view = _View()
@@ -276,7 +308,7 @@ class Plan:
 
     def refresh(self) -> None:
         """Bring the plan up to date: at least the gradients' pointers, at most all of it."""
-        if self._rest_changed() or not self.is_current():
+        if (self._odd and self._rest_changed()) or not self.is_current():
             self._build()
 
     def forget(self) -> None:
@@ -293,17 +325,20 @@ class Plan:
         Takes in the gradients' pointers on the way, which move at every ``zero_grad``.
         """
         optimizer = self._optimizer
-        if optimizer.param_groups is not self._groups or optimizer.state is not self._state:
+        groups = optimizer.param_groups
+        if groups is not self._groups or optimizer.state is not self._state:
             return False
-        if len(optimizer.param_groups) != len(self._members):
+        if len(groups) != len(self._members):
             return False
         # A list (of betas, say) may change within itself, which no comparison of objects shows.
-        if any(now != then for now, then in self._lists) and not self._take_settings():
+        changed = self._lists and any(now != then for now, then in self._lists)
+        if changed and not self._take_settings():
             return False
         answer = self._lib.clr_current(self.view_address)
-        if answer == 1 and self._take_settings():
+        if answer == _SETTINGS_CHANGED and self._take_settings():
             answer = self._lib.clr_current(self.view_address)
-        return bool(answer == 0)
+        self.partial = answer == _SOME_IDLE
+        return answer in (_ALL_ACTIVE, _SOME_IDLE)
 
     def _take_settings(self) -> bool:
         """Take in changed settings of the groups; whether the buckets stay as they are."""
@@ -322,14 +357,14 @@ class Plan:
 
     def active_params(self) -> list[Tensor]:
         """All parameters of the buckets that have a gradient."""
-        params: list[Tensor] = []
-        for bucket, active in zip(self.buckets, self.table["active"].tolist(), strict=True):
-            if active == len(bucket.params):
-                params += bucket.params
-            elif active:
-                flags = bucket.table["active"].tolist()
-                params += [p for p, has in zip(bucket.params, flags, strict=True) if has]
-        return params
+        if not self.partial:
+            return self._params
+        return [
+            param
+            for bucket in self.buckets
+            for param, active in zip(bucket.params, bucket.table["active"].tolist(), strict=True)
+            if active
+        ]
 
     def commit(self) -> None:
         """Hand over the state that the step just taken has created, under torch's names."""
@@ -402,6 +437,8 @@ class Plan:
         tensors: list[Tensor] = []
         pending: dict[str, Tensor] = {}
         counter = None
+        if not isinstance(state, dict):
+            return "state that is no dictionary"
         fresh = len(state) == 0
         if fresh and param.grad is None and (slots or rule.has_step):
             return None
@@ -423,7 +460,7 @@ class Plan:
                     return "a step counter that is no float tensor on the CPU"
         first = False
         for slot in slots:
-            tensor = state.get(slot.name)
+            tensor: Any = state.get(slot.name)
             if tensor is None and (fresh or slot.fill is None):
                 if param.grad is None:
                     return None
@@ -480,6 +517,8 @@ class Plan:
         for bucket in self.buckets:
             bucket.finish({row.param: state.get(row.param, {}) for row in bucket.rows})
         self.table = np.array([bucket.header() for bucket in self.buckets], dtype=_BUCKET)
+        self._params = [param for bucket in self.buckets for param in bucket.params]
+        self.partial = int(self.table["active"].sum()) < len(self._params)
         self._state = state
         self._view = _View(
             groups=groups,

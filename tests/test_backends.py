@@ -23,10 +23,20 @@ def _no_environment(monkeypatch):
     monkeypatch.delenv("CLR_OPTIM_BACKEND", raising=False)
 
 
-def test_auto_is_torch_and_says_what_there_is():
-    assert backends.resolve("auto", adam()) == ("torch", "backend='native' has a kernel for it")
+def test_auto_takes_a_kernel_where_there_is_one():
+    assert backends.resolve("auto", adam()) == ("native", "it has a fused kernel")
+    assert CyclicalOptimizer(adam()).explain().startswith("native: 1 parameter tensors, 3 values")
     name, why = backends.resolve("auto", torch.optim.NAdam([torch.ones(1)]))
     assert (name, why) == ("torch", "no fused kernel for NAdam")
+
+
+def test_auto_steps_as_the_kernel_it_names():
+    steps = []
+    for backend in ("auto", "native"):
+        inner = adam()
+        CyclicalOptimizer(inner, backend=backend).step()
+        steps.append(inner.param_groups[0]["params"][0])
+    assert torch.equal(*steps)
 
 
 def test_the_environment_wishes_for_what_serves(monkeypatch):
@@ -99,7 +109,6 @@ except ValueError as error:
 
 def test_without_a_compiler_torchs_step_serves_with_one_warning(tmp_path):
     env = {**os.environ, "CXX": "/bin/false", "CLR_OPTIM_CACHE_DIR": str(tmp_path)}
-    env["CLR_OPTIM_BACKEND"] = "native"
     out = subprocess.run(
         [sys.executable, "-c", WITHOUT_COMPILER], env=env, capture_output=True, text=True,
         check=False,

@@ -32,7 +32,7 @@ extern "C" int team(int threads) {
   return size;
 }
 """
-HEADER = 'extern "C" int omp_get_num_threads();\n#define ABI 1\n'
+HEADER = f'extern "C" int omp_get_num_threads();\n#define ABI {build.ABI_VERSION}\n'
 
 # A process that loads the library without the seconds that importing torch takes: argv[1] is
 # build.py, argv[2] the source, argv[3] stands in for torch, the library whose OpenMP is shared.
@@ -174,7 +174,7 @@ def test_eight_processes_at_once(source, cache, tmp_path, openmp_host, locks):
         assert process.stdout.readline() == "ready\n"
     (tmp_path / "go").touch()
     versions, made = zip(*[output(process) for process in processes], strict=True)
-    assert versions == ("1",) * 8
+    assert versions == (str(build.ABI_VERSION),) * 8
     if locks == "locks":
         assert sum(map(int, made)) == 1
     (entry,) = entries(cache)
@@ -292,8 +292,10 @@ def test_optional_flags_may_be_refused(source, tmp_path, monkeypatch):
 
 
 def test_wrong_abi_is_refused(source, cache):
-    source.with_name("team.h").write_text(HEADER.replace("ABI 1", "ABI 2"))
-    with pytest.raises(build.BuildError, match="ABI 2, not 1"):
+    source.with_name("team.h").write_text(HEADER.replace("#define ABI ", "#define ABI 9"))
+    with pytest.raises(
+        build.BuildError, match=f"ABI 9{build.ABI_VERSION}, not {build.ABI_VERSION}"
+    ):
         build.load(source)
     assert not entries(cache)
 

@@ -34,9 +34,8 @@ def resolve(backend: object, optimizer: Optimizer) -> tuple[str, str]:
         return "torch", f"asked for by {source}"
     rule = rule_for(optimizer)
     if asked == "auto":
-        # Bit for bit what the script did before. The kernels differ by rounding, and become the
-        # choice of "auto" once they are measured to be no slower in any case.
-        return "torch", rule if isinstance(rule, str) else "backend='native' has a kernel for it"
+        # Compiled at the first step only, and not at all for parameters that are not on the CPU.
+        return ("torch", rule) if isinstance(rule, str) else ("native", "it has a fused kernel")
     refusal = f"{source} cannot serve {type(optimizer).__name__}: "
     if asked == "triton":
         raise ValueError(f"{refusal}this version has no Triton kernels yet; use backend='auto'")

@@ -22,9 +22,11 @@ def has_own_step(optimizer: Optimizer) -> bool:
     A torch scheduler does so too, to see that it is called; what it wraps then decides.
     """
     step = optimizer.__dict__.get("step")
+    if step is None:
+        return False
     if hasattr(step, "_wrapped_by_lr_sched"):
         return getattr(step, "__wrapped__", None) is not type(optimizer).step
-    return step is not None
+    return True
 
 
 def is_profiled(optimizer: Optimizer) -> bool:

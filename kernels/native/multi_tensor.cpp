@@ -8,6 +8,10 @@
 #include <type_traits>
 #include <vector>
 
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
 #include "rules.h"
 #include "scan.h"
 
@@ -16,30 +20,50 @@ namespace {
 using clr::Row;
 
 // A storage format: what lies in memory, what arithmetic is done in, and the way between the two.
+// Kernels read and write memory in units of one or more values.
 template <class T> struct Plain {
     using Raw = T;
     using A = T;
+    using Unit = T;
+    static constexpr int width = 1;
     static A load(Raw x) { return x; }
     static Raw store(A x) { return x; }
+    static A first(Unit unit) { return unit; }
+    static A second(Unit) { return 0; }
+    static Unit pack(A first, A) { return first; }
 };
 using Float32 = Plain<float>;
 using Float64 = Plain<double>;
 
+// Two 16-bit values a time are a float's width: vectors then need no narrower or wider lanes, which
+// to fill and empty would take longer than most rules do. Which of the two comes first in memory
+// is all the same, since both are treated alike.
 struct Bfloat16 {
     using Raw = uint16_t;
     using A = float;
-    static A load(Raw bits) {
-        const uint32_t wide = uint32_t(bits) << 16;
+    // Of any parity, and really an array of Raw.
+    using Unit __attribute__((may_alias, aligned(2))) = uint32_t;
+    static constexpr int width = 2;
+    static A load(Raw bits) { return first(bits); }
+    static Raw store(A x) { return Raw(rounded(x) >> 16); }
+    static A first(uint32_t unit) { return from_bits(unit << 16); }
+    static A second(uint32_t unit) { return from_bits(unit & 0xffff0000u); }
+    static uint32_t pack(A first, A second) {
+        return rounded(first) >> 16 | (rounded(second) & 0xffff0000u);
+    }
+
+private:
+    static float from_bits(uint32_t bits) {
         float value;
-        std::memcpy(&value, &wide, 4);
+        std::memcpy(&value, &bits, 4);
         return value;
     }
-    // To nearest, ties to even; NaN stays NaN.
-    static Raw store(A x) {
+    // To nearest, ties to even; NaN stays NaN. In the upper half; the lower holds anything.
+    static uint32_t rounded(float x) {
         uint32_t wide;
         std::memcpy(&wide, &x, 4);
-        const uint32_t rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
-        return Raw(x != x ? 0x7fc0u : rounded);
+        const uint32_t bits = wide + 0x7fffu + ((wide >> 16) & 1u);
+        return x != x ? 0x7fc00000u : bits;
     }
 };
 
@@ -81,6 +105,27 @@ struct Float16 {
         bits = wide > 0x7f800000u ? 0x7e00u : bits;
         return Raw(bits | sign);
     }
+    // Many at a time, by the processor's own instruction where it has one.
+    __attribute__((noinline)) static void load(const Raw* from, float* to, int64_t count) {
+        int64_t i = 0;
+#ifdef __F16C__
+        for (; i + 8 <= count; i += 8) {
+            const auto bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+            _mm256_storeu_ps(to + i, _mm256_cvtph_ps(bits));
+        }
+#endif
+        for (; i < count; ++i) to[i] = load(from[i]);
+    }
+    __attribute__((noinline)) static void store(const float* from, Raw* to, int64_t count) {
+        int64_t i = 0;
+#ifdef __F16C__
+        for (; i + 8 <= count; i += 8) {
+            const auto bits = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), bits);
+        }
+#endif
+        for (; i < count; ++i) to[i] = store(from[i]);
+    }
 };
 
 // A rule object of any class. Only what stands in update() is compiled once per rule and format.
@@ -93,36 +138,79 @@ void build(AnyRule& to, const double* scalars, double grad_scale, double step, b
     std::memcpy(&to, &rule, sizeof rule);
 }
 
-template <class T, class Rule>
-void update(const AnyRule& rule, const Row& row, int64_t begin, int64_t end) {
-    using A = typename T::A;
-    using Raw = typename T::Raw;
-    constexpr int slots = Rule::slots;
-    Raw* __restrict p = static_cast<Raw*>(row.param);
-    const Raw* __restrict g = static_cast<const Raw*>(row.grad);
-    Raw* __restrict s0 = static_cast<Raw*>(row.state[0]);
-    Raw* __restrict s1 = static_cast<Raw*>(row.state[1]);
-    Raw* __restrict s2 = static_cast<Raw*>(row.state[2]);
-    // A copy that no store can reach, so that its fields stay in registers.
-    const Rule r = *reinterpret_cast<const Rule*>(&rule);
+// Updates values [begin, end) of a tensor.
+template <class T, class Rule> struct Update {
+    static void run(const AnyRule& rule, const Row& row, int64_t begin, int64_t end) {
+        using A = typename T::A;
+        using Raw = typename T::Raw;
+        using Unit = typename T::Unit;
+        constexpr int width = T::width, slots = Rule::slots;
+        Raw* const p = static_cast<Raw*>(row.param) + begin;
+        const Raw* const g = static_cast<const Raw*>(row.grad) + begin;
+        Raw* s[3] = {};
+        for (int k = 0; k < slots; ++k) s[k] = static_cast<Raw*>(row.state[k]) + begin;
+        Unit* __restrict pu = reinterpret_cast<Unit*>(p);
+        const Unit* __restrict gu = reinterpret_cast<const Unit*>(g);
+        Unit* __restrict u0 = reinterpret_cast<Unit*>(s[0]);
+        Unit* __restrict u1 = reinterpret_cast<Unit*>(s[1]);
+        Unit* __restrict u2 = reinterpret_cast<Unit*>(s[2]);
+        // A copy that no store can reach, so that its fields stay in registers.
+        const Rule r = *reinterpret_cast<const Rule*>(&rule);
+        const int64_t units = (end - begin) / width;
 #pragma omp simd
-    for (int64_t i = begin; i < end; ++i) {
-        A param = T::load(p[i]), first = 0, second = 0, third = 0;
-        if (slots > 0) first = T::load(s0[i]);
-        if (slots > 1) second = T::load(s1[i]);
-        if (slots > 2) third = T::load(s2[i]);
-        r(param, T::load(g[i]), first, second, third);
-        p[i] = T::store(param);
-        if (slots > 0) s0[i] = T::store(first);
-        if (slots > 1) s1[i] = T::store(second);
-        if (slots > 2) s2[i] = T::store(third);
+        for (int64_t i = 0; i < units; ++i) {
+            const Unit pi = pu[i], gi = gu[i];
+            const Unit i0 = slots > 0 ? u0[i] : Unit(), i1 = slots > 1 ? u1[i] : Unit(),
+                       i2 = slots > 2 ? u2[i] : Unit();
+            A pa = T::first(pi), a0 = T::first(i0), a1 = T::first(i1), a2 = T::first(i2);
+            A pb = T::second(pi), b0 = T::second(i0), b1 = T::second(i1), b2 = T::second(i2);
+            r(pa, T::first(gi), a0, a1, a2);
+            if (width > 1) r(pb, T::second(gi), b0, b1, b2);
+            pu[i] = T::pack(pa, pb);
+            if (slots > 0) u0[i] = T::pack(a0, b0);
+            if (slots > 1) u1[i] = T::pack(a1, b1);
+            if (slots > 2) u2[i] = T::pack(a2, b2);
+        }
+        if (width > 1 && units * width < end - begin) {
+            const int64_t i = units * width;
+            A param = T::load(p[i]), held[3] = {};
+            for (int k = 0; k < slots; ++k) held[k] = T::load(s[k][i]);
+            r(param, T::load(g[i]), held[0], held[1], held[2]);
+            p[i] = T::store(param);
+            for (int k = 0; k < slots; ++k) s[k][i] = T::store(held[k]);
+        }
     }
-}
+};
 
-// Up to this many elements a second thread costs more than it saves; torch's own grain.
-constexpr int64_t SERIAL = 1 << 15;
-// No piece is smaller, but the last.
+// Block by block through buffers in the nearest cache: converting a float16 within the loop would
+// keep compilers from using the instruction for it.
+template <class Rule> struct Update<Float16, Rule> {
+    static void run(const AnyRule& rule, const Row& row, int64_t begin, int64_t end) {
+        using Raw = Float16::Raw;
+        constexpr int64_t block = 512;
+        constexpr int slots = Rule::slots;
+        float p[block], g[block], s[3][block];
+        Row wide = row;
+        wide.param = p, wide.grad = g;
+        for (int k = 0; k < slots; ++k) wide.state[k] = s[k];
+        for (int64_t at = begin; at < end; at += block) {
+            const int64_t count = std::min(block, end - at);
+            Float16::load(static_cast<const Raw*>(row.param) + at, p, count);
+            Float16::load(static_cast<const Raw*>(row.grad) + at, g, count);
+            for (int k = 0; k < slots; ++k)
+                Float16::load(static_cast<const Raw*>(row.state[k]) + at, s[k], count);
+            Update<Float32, Rule>::run(rule, wide, 0, count);
+            Float16::store(p, static_cast<Raw*>(row.param) + at, count);
+            for (int k = 0; k < slots; ++k)
+                Float16::store(s[k], static_cast<Raw*>(row.state[k]) + at, count);
+        }
+    }
+};
+
+// No piece is smaller, but the last; with less than one for each thread, one does it all.
 constexpr int64_t GRAIN = 1 << 12;
+// So many elements are worth any number of threads; torch's own grain.
+constexpr int64_t PARALLEL = 1 << 15;
 // Pieces are a multiple of this, so that two threads never write one cache line.
 constexpr int64_t ALIGN = 64;
 // Pieces per thread: enough to even out a thread that the system took away for a while.
@@ -134,7 +222,7 @@ template <class Body>
 void for_pieces(const Row* rows, int64_t count, int threads, const Body& body) {
     int64_t total = 0;
     for (int64_t i = 0; i < count; ++i) total += rows[i].active ? rows[i].numel : 0;
-    if (total <= SERIAL || threads <= 1) {
+    if (threads <= 1 || total < std::min(threads * GRAIN, PARALLEL)) {
         for (int64_t i = 0; i < count; ++i)
             if (rows[i].active) body(i, int64_t(0), rows[i].numel);
         return;
@@ -180,7 +268,7 @@ struct Kernel {
 template <class T> Kernel pick(int64_t kernel) {
     using namespace clr;
     using A = typename T::A;
-#define RULE(...) {build<__VA_ARGS__>, update<T, __VA_ARGS__>}
+#define RULE(...) {build<__VA_ARGS__>, Update<T, __VA_ARGS__>::run}
     switch (kernel) {
         case 0: return RULE(Sgd<A, false>);
         case 1: return RULE(Sgd<A, true>);
@@ -270,7 +358,7 @@ enum Dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 extern "C" {
 
 // Raised whenever a signature or a layout changes; build.py refuses any other.
-int clr_abi_version() { return 1; }
+int clr_abi_version() { return 2; }
 
 // Updates all active rows of all buckets, and their counters. Returns 0, or 1 before anything has
 // changed if a kernel or dtype is unknown.
@@ -316,8 +404,8 @@ int clr_can_scan(PyObject* capsule) {
 }
 
 // 0 if all that the plan was built from is as it was: gradient pointers and `active` are then up to
-// date; 1 if only settings of groups changed; -1 if anything else did, and no row may be used. Needs
-// the GIL. An exception on the way (a sparse gradient has no strides) means that something changed.
+// date; 2 if so, but some rows have no gradient; 1 if settings of groups changed; -1 if anything else
+// did, and no row may be used. Needs the GIL. An exception on the way (a sparse gradient has no strides) means that something changed.
 int clr_current(const clr::View* view) {
     bool same = clr::same_groups(*view);
     if (same && !clr::same_settings(*view)) {
@@ -325,20 +413,14 @@ int clr_current(const clr::View* view) {
         return 1;
     }
     same = same && clr::same_state(*view) && clr::still_idle(*view);
+    bool all = true;
     for (int64_t b = 0; b < view->count && same; ++b) {
         clr::Bucket& bucket = view->buckets[b];
-        const clr::ExchangeApi* api = clr::exchange_api(bucket.scan->capsule);
-        const int64_t* layout = bucket.scan->layout;
-        bucket.active = 0;
-        same = api != nullptr;
-        for (int64_t i = 0; i < bucket.count && same; ++i) {
-            same = clr::same_row(*bucket.scan, *api, bucket.rows[i], i, layout);
-            bucket.active += bucket.rows[i].active;
-            layout += 1 + 2 * *layout;
-        }
+        same = clr::same_rows(bucket);
+        all = all && bucket.active == bucket.count;
     }
     if (!same) PyErr_Clear();
-    return same ? 0 : -1;
+    return !same ? -1 : all ? 0 : 2;
 }
 
 // Rounds count floats to 16 bits and back, for the tests.

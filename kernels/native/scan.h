@@ -71,6 +71,9 @@ struct Scan {
     int64_t slots;          // keys that are state slots
     int64_t code, bits;     // DLPack's names for the dtype of parameters, gradients and slots
     int64_t counter_bits;   // the step counters are floats of so many bits
+    // Which word of a tensor's object points to its implementation, and which word of that to its
+    // storage: as found in this torch, or both 0 if they are not where they were looked for.
+    int64_t impl, storage;
 };
 
 // A tensor of a bucket. In step with _ROW in plan.py: ten 64-bit integers.
@@ -191,9 +194,83 @@ inline bool is_plain(const Scan& scan, PyObject* grad, int64_t numel) {
     return negated == scan.no;
 }
 
+// A thousand small tensors' objects have mostly left the caches by the time of a step, and to look
+// at one is to wait for the memory three times: for the object, for its implementation, for its
+// storage. So rows ahead are asked for early, a stage at a time. To the caches these are hints:
+// nothing read here decides anything.
+class Ahead {
+public:
+    Ahead(const Scan& scan, const Row* rows, ptrdiff_t count)
+        : scan_(scan), rows_(rows), count_(count), keys_(PyList_Size(scan.keys)) {
+        for (ptrdiff_t i = -3 * STAGE; i < 0; ++i) look(i);
+    }
+    Ahead(const Ahead&) = delete;
+    ~Ahead() {
+        for (PyObject* grad : grads_)
+            if (grad) Py_DecRef(grad);
+    }
+
+    // Row i's gradient, a new reference; null after an exception. To be asked for in order.
+    PyObject* next_grad(ptrdiff_t i) {
+        PyObject* grad = grads_[i % RING];
+        grads_[i % RING] = nullptr;
+        look(i);
+        return grad;
+    }
+
+private:
+    static constexpr ptrdiff_t STAGE = 4, RING = 2 * STAGE, LINE = 64;
+
+    static void fetch(const void* at, ptrdiff_t lines) {
+        for (ptrdiff_t i = 0; i < lines; ++i)
+            __builtin_prefetch(static_cast<const char*>(at) + i * LINE);
+    }
+    static const void* word(const void* of, int64_t index) {
+        return static_cast<const void* const*>(of)[index];
+    }
+    void fetch_impl(PyObject* tensor) const { fetch(word(tensor, scan_.impl), 4); }
+    void fetch_storage(PyObject* tensor) const {
+        fetch(word(word(tensor, scan_.impl), scan_.storage), 2);
+    }
+
+    void look(ptrdiff_t i) {
+        const ptrdiff_t near = i + STAGE, middle = near + STAGE, far = middle + STAGE;
+        if (scan_.impl && far < count_) {
+            fetch(PyList_GetItem(scan_.params, far), 1);
+            if (keys_) fetch(PyList_GetItem(scan_.dicts, far), 1);
+            for (ptrdiff_t k = 0; k < keys_; ++k) fetch(held(far, k), 1);
+        }
+        if (middle >= 0 && middle < count_) {
+            PyObject* param = PyList_GetItem(scan_.params, middle);
+            if (scan_.impl) {
+                fetch_impl(param);
+                if (keys_) fetch(word(PyList_GetItem(scan_.dicts, middle), 4), 3);  // its table
+                for (ptrdiff_t k = 0; k < keys_; ++k) fetch_impl(held(middle, k));
+                fetch(rows_[middle].step, 1);
+            }
+            PyObject* grad = grads_[middle % RING] = PyObject_GetAttr(param, scan_.grad);
+            if (scan_.impl && grad && grad != scan_.none) fetch_impl(grad);
+        }
+        if (scan_.impl && near >= 0 && near < count_) {
+            fetch_storage(PyList_GetItem(scan_.params, near));
+            for (ptrdiff_t k = 0; k < keys_; ++k) fetch_storage(held(near, k));
+            PyObject* grad = grads_[near % RING];
+            if (grad && grad != scan_.none) fetch_storage(grad);
+        }
+    }
+    PyObject* held(ptrdiff_t i, ptrdiff_t k) const {
+        return PyList_GetItem(scan_.tensors, i * keys_ + k);
+    }
+
+    const Scan& scan_;
+    const Row* rows_;
+    ptrdiff_t count_, keys_;
+    PyObject* grads_[RING] = {};
+};
+
 // Whether row i still describes its tensors; takes in the gradient's pointer, which may move.
 inline bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff_t i,
-              const int64_t* layout) {
+                     const int64_t* layout, PyObject* grad) {
     DLTensor t;
     PyObject* param = PyList_GetItem(scan.params, i);
     if (api.view(param, &t) || t.data != row.param || !is_dtype(t, scan.code, scan.bits) ||
@@ -214,8 +291,6 @@ inline bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff
         if (!same) return false;
     }
 
-    PyObject* grad = PyObject_GetAttr(param, scan.grad);
-    if (!grad) return false;
     bool same = true;
     row.active = grad != scan.none;
     if (row.active) {
@@ -224,8 +299,27 @@ inline bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff
                (t.data || !row.numel) && is_plain(scan, grad, row.numel);
         row.grad = t.data;
     }
-    Py_DecRef(grad);
     return same;
+}
+
+// Whether all rows of a bucket still describe their tensors.
+inline bool same_rows(Bucket& bucket) {
+    const Scan& scan = *bucket.scan;
+    const ExchangeApi* api = exchange_api(scan.capsule);
+    if (!api) return false;
+    Ahead ahead(scan, bucket.rows, bucket.count);
+    const int64_t* layout = scan.layout;
+    bucket.active = 0;
+    for (ptrdiff_t i = 0; i < bucket.count; ++i) {
+        PyObject* grad = ahead.next_grad(i);
+        if (!grad) return false;
+        const bool same = same_row(scan, *api, bucket.rows[i], i, layout, grad);
+        Py_DecRef(grad);
+        if (!same) return false;
+        bucket.active += bucket.rows[i].active;
+        layout += 1 + 2 * *layout;
+    }
+    return true;
 }
 
 }  // namespace clr
