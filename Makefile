@@ -4,12 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test format lint types check package pictures gpu-check clean FORCE
+.PHONY: demo test format lint types check interpreted package pictures gpu-check clean FORCE
 
 demo: $(VENV)/.demo
 	$(BIN)/clr-optim demo $(ARGS)
 
-test: lint types check package
+test: lint types check interpreted package
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,10 @@ types: $(VENV)/.test build/tree
 check: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
 
+# The Triton kernels on the CPU; a process of its own, since Triton decides when it is imported.
+interpreted: $(VENV)/.test
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py $(ARGS)
+
 # Wheel and sdist, and a step taken with the wheel alone in an environment that has nothing else.
 package: $(VENV)/.test
 	rm -rf build dist
@@ -58,7 +62,7 @@ pictures: $(VENV)/.demo
 # On a machine with a GPU: with its own python3, torch and pytest; nothing is installed,
 # the packages are only laid out as an installation would.
 gpu-check: build/tree
-	PYTHONPATH=build/tree $(PYTHON) -m pytest -m gpu $(ARGS)
+	PYTHONPATH=build/tree $(PYTHON) -m pytest tests/test_gpu.py tests/test_triton.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -20,11 +20,13 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.utils.hooks import RemovableHandle
 
 from clr_optim import backends
+from clr_optim.backends.base import Course, FusedBackend
 from clr_optim.backends.native import BuildError, NativeBackend, rule_for
 from clr_optim.backends.torch import (
     ClippedGradients,
     hidden_gradients,
     is_profiled,
+    is_wrapped_by_torch,
     raw_step,
 )
 from clr_optim.plan import classify
@@ -88,7 +90,7 @@ class _Shared:
         self.grad_norm: Tensor | None = None
         #: the backend that serves, and why
         self.chosen = chosen
-        self.native: NativeBackend | None = None
+        self.fused: FusedBackend | None = None
 
 
 def _per_group(name: str, value: object, groups: int, **limits: Any) -> list[float]:
@@ -148,9 +150,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         max_grad_norm: clip by the global norm as :func:`torch.nn.utils.clip_grad_norm_` before
             each step would; gradients in memory stay as they were. See :attr:`grad_norm`.
         backend: ``"torch"`` (the wrapped optimizer's own step, for everything), ``"native"`` (C++
-            kernels for CPU tensors, equal to torch's for-loop step up to rounding) or ``"auto"``:
-            kernels where there are some, and for the rest the optimizer's own step. See
-            :meth:`explain`.
+            kernels for CPU tensors) and ``"triton"`` (kernels for GPU tensors), both equal to
+            torch's for-loop step up to rounding, or ``"auto"``: ``"native"`` where it has a kernel,
+            and for the rest the optimizer's own step. See :meth:`explain`.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right, before
@@ -513,10 +515,11 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         """Which backend serves which parameters, and why, in words."""
         name, reason = self._shared.chosen
         rule = rule_for(self._inner)
-        if name == "native" and not isinstance(rule, str):
+        if name != "torch" and not isinstance(rule, str):
+            device = backends.plan_device(name, self._inner)
             served = {
-                ("native", reason) if why is None else ("torch", why): params
-                for why, params in classify(self._inner, rule).items()
+                (name, reason) if why is None else ("torch", why): params
+                for why, params in classify(self._inner, rule, device).items()
             }
         else:
             served = {(name, reason): list(self._params())}
@@ -539,9 +542,11 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         # Some optimizers never call Optimizer.__init__, and have no hooks.
         pre_hooks = getattr(inner, "_optimizer_step_pre_hooks", None) if hooked else None
         if pre_hooks:
-            call, kwargs = _run_pre_hooks(pre_hooks.values(), inner, call, kwargs)
-            if len(call) > 1:
-                closure, args = call[1], call[2:]
+            call, given = _run_pre_hooks(pre_hooks.values(), inner, call, kwargs)
+            closure, args = (call[1], call[2:]) if len(call) > 1 else (given.get("closure"), ())
+            kwargs = {key: value for key, value in given.items() if key != "closure"}
+        else:
+            given = kwargs
 
         at_zero = False
         untouched = closure is None and self._is_untouched()
@@ -553,9 +558,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         if self._has_scale_fn:
             # It may raise, which must happen before the step and not in the middle of it.
             self._schedule.rates(self._shared.position + 1, self._shared.bounds)
-        native = self._native_backend() if hooked and not args and not kwargs else None
-        if native is not None:
-            loss, happened = self._native_step(native, closure, at_zero), True
+        fused = self._fused_backend() if hooked and not args and not kwargs else None
+        if fused is not None:
+            loss, happened = self._fused_step(fused, closure, at_zero), True
         else:
             loss, happened = self._torch_step(closure, *args, **kwargs)
         if happened and not at_zero:
@@ -569,7 +574,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         post_hooks = getattr(inner, "_optimizer_step_post_hooks", None) if hooked else None
         if post_hooks:
             for post_hook in post_hooks.values():
-                post_hook(inner, call, kwargs)
+                post_hook(inner, call, given)
         return loss
 
     # With torch's hooks and its range for profilers: dearer than the whole step of a small model.
@@ -592,13 +597,15 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         Returns:
             What the wrapped ``step`` returns: the closure's loss.
         """
-        if (
+        observed = (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-        ):
+            or torch.autograd.profiler._is_profiler_enabled
+        )
+        # Around a subclass's own step torch has put its wrapper, which has seen to them.
+        if observed and not is_wrapped_by_torch(type(self)):
             return self._observed_step(*args, **kwargs)
         return self._step(*args, **kwargs)
 
@@ -652,23 +659,42 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         # The wrapped step keeps its own count on the device; only the host can keep ours here.
         return loss, found_inf is None or not bool(found_inf)
 
-    def _native_backend(self) -> NativeBackend | None:
-        """The native backend, compiled at first use; None where the wrapped step serves."""
+    def _fused_backend(self) -> FusedBackend | None:
+        """The fused backend, compiled at first use; None where the wrapped step serves."""
         if "found_inf" in self.__dict__:  # a GradScaler's fused step
             return None
-        if self._shared.native is None and self._shared.chosen[0] == "native":
+        shared = self._shared
+        name = shared.chosen[0]
+        if shared.fused is None and name != "torch":
             rule = rule_for(self._inner)
-            if isinstance(rule, str) or not any(p.device.type == "cpu" for p in self._params()):
+            if isinstance(rule, str):
+                return None
+            devices = backends.devices(name)
+            if not any(p.device.type in devices for p in self._params()):
                 return None
             try:
-                self._shared.native = NativeBackend(self._inner, rule)
-            except BuildError as error:
-                self._shared.chosen = ("torch", f"the native kernels cannot be compiled: {error}")
-                _warn_no_kernels(error)
-        return self._shared.native
+                if name == "triton":
+                    from clr_optim.backends.triton import TritonBackend
 
-    def _native_step(
-        self, native: NativeBackend, closure: Callable[[], float] | None, at_zero: bool
+                    shared.fused = TritonBackend(self._inner, rule, self._schedule)
+                else:
+                    shared.fused = NativeBackend(self._inner, rule)
+            except BuildError as error:
+                shared.chosen = ("torch", f"the native kernels cannot be compiled: {error}")
+                _warn_no_kernels(error)
+        return shared.fused
+
+    def _course(self, at_zero: bool) -> Course:
+        shared = self._shared
+        momenta = None
+        if self._cycle_momentum:
+            groups = self._inner.param_groups
+            momenta = [(group[_BASE_MOMENTUM], group[_MAX_MOMENTUM]) for group in groups]
+        rates = [0.0 if at_zero else value for _, value in shared.rates]
+        return Course(shared.position, rates, shared.bounds, momenta, not at_zero)
+
+    def _fused_step(
+        self, fused: FusedBackend, closure: Callable[[], float] | None, at_zero: bool
     ) -> float | None:
         """One call per bucket; what the kernels do not serve goes through the wrapped step."""
         loss = None
@@ -677,18 +703,18 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 loss = closure()
             self._overrule()
         self._inner._opt_called = True  # type: ignore[attr-defined]
-        plan = native.plan
+        plan = fused.plan
         plan.refresh()
         rest = plan.rest and [(p, why) for p, why in plan.rest if p.grad is not None]
-        if rest and self._backend == "native":
+        if rest and self._backend in ("native", "triton"):
             plan.forget()  # whatever the reason is, it may be gone by the next step
             raise RuntimeError(
-                f"backend='native' cannot serve {len(rest)} of the parameters: {rest[0][1]}; "
-                "use backend='auto', which leaves them to the wrapped optimizer's own step"
+                f"backend={self._backend!r} cannot serve {len(rest)} of the parameters: "
+                f"{rest[0][1]}; use backend='auto', which leaves them to the wrapped optimizer's "
+                "own step"
             )
-        rates = [0.0 if at_zero else value for _, value in self._shared.rates]
         clipped = None
-        scale = 1.0
+        scale: float | Tensor = 1.0
         try:
             if self._max_grad_norm is not None:
                 if rest:  # one norm over both: copies, which both then work on
@@ -696,17 +722,11 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                     self._shared.grad_norm = clipped.clip(self._params())
                     plan.refresh()
                 else:
-                    norm = native.grad_norm()
-                    wide = all(bucket.dtype == torch.float64 for bucket in plan.buckets)
-                    self._shared.grad_norm = torch.tensor(
-                        norm, dtype=torch.float64 if wide else torch.float32
-                    )
-                    scale = self._max_grad_norm / (norm + 1e-6)
-                    scale = 1.0 if scale > 1.0 else scale  # NaN stays NaN, as in clip_grad_norm_
+                    self._shared.grad_norm, scale = fused.clip(self._max_grad_norm)
             if rest:
                 with hidden_gradients(p for bucket in plan.buckets for p in bucket.params):
                     raw_step(self._inner)()
-            native.step(rates, scale)
+            fused.step(self._course(at_zero), scale)
         finally:
             if clipped is not None:
                 clipped.restore()
@@ -893,6 +913,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             pre_hook(self)
         self._overrule()
         state_dict: dict[str, Any] = self._inner.state_dict()
+        if self._shared.chosen[0] == "triton":
+            state_dict["state"] = _with_counters_where_torch_has_them(state_dict)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
             if result is not None:
@@ -1079,7 +1101,8 @@ class CyclicalScheduler(LRScheduler):
 def _callers_level() -> int:
     """The ``stacklevel`` by which a warning names the caller's line, not one of ours or torch's."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("clr_optim", "torch.")):
+    ours = ("clr_optim.", "torch.")
+    while frame.f_back and f"{frame.f_globals.get('__name__')}.".startswith(ours):
         level, frame = level + 1, frame.f_back
     return level
 
@@ -1127,6 +1150,37 @@ def _make_schedule(policy: object, **options: Any) -> Schedule:
     if policy == "triangular2":
         return triangular2(**options)
     return (exp_range if policy == "exp_range" else exp_range_bounds)(**options, gamma=gamma)
+
+
+def _with_counters_where_torch_has_them(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
+    """The state of a state dict, step counters on the CPU unless the group's flags say otherwise.
+
+    Kernels count on the device; all that leave it do so in one copy.
+    """
+    stays = {
+        index
+        for group in state_dict["param_groups"]
+        for index in group["params"]
+        if group.get("capturable") or group.get("fused")
+    }
+    state: dict[Any, Any] = dict(state_dict["state"])
+    leaving = {
+        index: values["step"]
+        for index, values in state.items()
+        if index not in stays
+        and isinstance(values.get("step"), Tensor)
+        and values["step"].device.type != "cpu"
+    }
+    if leaving:
+        by_kind: dict[Any, list[Any]] = {}
+        for index, counter in leaving.items():
+            kind = (counter.device, counter.dtype, counter.shape)
+            by_kind.setdefault(kind, []).append(index)
+        for indices in by_kind.values():
+            there = torch.stack([leaving[index] for index in indices]).cpu()
+            for index, counter in zip(indices, there, strict=True):
+                state[index] = {**state[index], "step": counter.clone()}
+    return state
 
 
 def _maybe_number(name: str, value: object) -> float | None:

@@ -94,7 +94,16 @@ class _Scan(ctypes.Structure):
         ("layout", ctypes.c_void_p),
         *(
             (name, ctypes.c_int64)
-            for name in ("slots", "code", "bits", "counter_bits", "impl", "storage")
+            for name in (
+                "slots",
+                "code",
+                "bits",
+                "counter_bits",
+                "device_type",
+                "device_id",
+                "impl",
+                "storage",
+            )
         ),
     ]
 
@@ -115,7 +124,7 @@ class _View(ctypes.Structure):
     ]  # fmt: skip
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """A parameter of a bucket while the plan is built."""
 
@@ -132,13 +141,15 @@ class Row:
         return self.slots if self.counter is None else [*self.slots, self.counter]
 
 
-@dataclass
+@dataclass(eq=False)
 class Bucket:
-    """Tensors that one kernel call updates: same kernel, dtype and counters."""
+    """Tensors that one kernel call updates: same kernel, dtype, counters and device."""
 
     kernel: str
     dtype: torch.dtype
     wide_counter: bool  #: ``state["step"]`` is float64
+    device: torch.device
+    aligned: bool  #: all tensors began at a multiple of 16 bytes when the plan was built
     slots: tuple[Slot, ...]
     rows: list[Row] = field(default_factory=list)
     table: np.ndarray[Any, np.dtype[np.void]] = field(init=False)  #: a row per tensor
@@ -156,6 +167,7 @@ class Bucket:
             [n for p in self.params for n in (p.dim(), *p.shape, *p.stride())], dtype=np.int64
         )
         code, bits = _DLPACK[self.dtype]
+        device_type, device_id = self.params[0].__dlpack_device__()
         self.scan = _Scan(
             params=self.params,
             dicts=[state[p] for p in self.params] if keys else [],
@@ -172,9 +184,17 @@ class Bucket:
             code=code,
             bits=bits,
             counter_bits=64 if self.wide_counter else 32,
+            device_type=int(device_type),
+            device_id=int(device_id),
             impl=_WORDS[0],
             storage=_WORDS[1],
         )
+
+    @property
+    def counter_dtype(self) -> torch.dtype | None:
+        """The dtype of ``state["step"]``, or None if the rule counts no steps."""
+        counter = self.rows[0].counter
+        return None if counter is None else counter.dtype
 
     @staticmethod
     def _line(row: Row) -> tuple[int, ...]:
@@ -242,11 +262,16 @@ def _is_plain(tensor: object, param: Tensor) -> bool:
     )
 
 
-def _why_not(param: Tensor) -> str | None:
+def _is_aligned(row: Row) -> bool:
+    tensors = [row.param, *row.slots, *([] if row.param.grad is None else [row.param.grad])]
+    return not any(tensor.data_ptr() % 16 for tensor in tensors)
+
+
+def _why_not(param: Tensor, device: str) -> str | None:
     """Why a kernel cannot serve this parameter with the gradient it has, or None."""
     if type(param) not in (Tensor, torch.nn.Parameter):
         return f"tensors of type {type(param).__name__}"
-    if param.device.type != "cpu":
+    if param.device.type != device:
         return f"tensors on {param.device.type}"
     if param.layout is not torch.strided or param.dtype not in DTYPES:
         return f"{str(param.dtype).removeprefix('torch.')} {param.layout} tensors"
@@ -259,29 +284,33 @@ def _why_not(param: Tensor) -> str | None:
     return "gradients of another layout, dtype or type than their parameter"
 
 
-def classify(optimizer: Optimizer, rule: UpdateRule) -> dict[str | None, list[Tensor]]:
+def classify(optimizer: Optimizer, rule: UpdateRule, device: str) -> dict[str | None, list[Tensor]]:
     """Parameters by the reason why no kernel serves them; those that one does under None."""
     reasons: dict[str | None, list[Tensor]] = {}
     for group in optimizer.param_groups:
         why = rule.not_fused(group)
         for param in group["params"]:
-            reasons.setdefault(why or _why_not(param), []).append(param)
+            reasons.setdefault(why or _why_not(param, device), []).append(param)
     return reasons
 
 
 class Plan:
-    """The buckets of one optimizer, on the CPU.
+    """The buckets of one optimizer.
 
     Args:
         optimizer: the wrapped one, of the class of ``rule``.
         rule: its update rule.
         lib: the compiled kernels, loaded so that the GIL is kept during a call.
+        device: the type of the devices whose tensors are planned for; others are left to torch.
     """
 
-    def __init__(self, optimizer: Optimizer, rule: UpdateRule, lib: ctypes.PyDLL) -> None:
+    def __init__(
+        self, optimizer: Optimizer, rule: UpdateRule, lib: ctypes.PyDLL, device: str
+    ) -> None:
         self._optimizer = optimizer
         self._rule = rule
         self._lib = lib
+        self._device = device
         self.buckets: list[Bucket] = []
         #: parameters with a gradient that torch's own step must serve, and why
         self.rest: list[tuple[Tensor, str]] = []
@@ -317,7 +346,7 @@ class Plan:
 
     def _rest_changed(self) -> bool:
         """Whether a gradient that no kernel could take has become another."""
-        return any(p.grad is not None and _why_not(p) != why for p, why in self._odd)
+        return any(p.grad is not None and _why_not(p, self._device) != why for p, why in self._odd)
 
     def is_current(self) -> bool:
         """Whether all that the plan was built from is as it was.
@@ -398,14 +427,16 @@ class Plan:
         for number, (group, (reason, kernel)) in enumerate(zip(groups, self._flags, strict=True)):
             slots = rule.slots(group) if reason is None else ()
             for param in group["params"]:
-                own = None if reason else _why_not(param)
+                own = None if reason else _why_not(param, self._device)
                 why = reason or own
                 row = None if why else self._row(param, number, slots)
                 if isinstance(row, str):
                     why, row = row, None
                 if row is not None:
                     wide = row.counter is not None and row.counter.dtype == torch.float64
-                    key = (kernel, param.dtype, wide)
+                    # On a CPU alignment is no matter.
+                    aligned = self._device == "cpu" or _is_aligned(row)
+                    key = (kernel, param.dtype, wide, param.device, aligned)
                     buckets.setdefault(key, Bucket(*key, slots)).rows.append(row)
                 elif param.grad is not None:
                     self.rest.append((param, why or ""))
@@ -447,17 +478,22 @@ class Plan:
                 # As torch's _get_scalar_dtype: float64 only where that is the default dtype.
                 wide = torch.get_default_dtype() == torch.float64
                 wide = wide and not optimizer.param_groups[group].get("fused")
-                counter = torch.zeros((), dtype=torch.float64 if wide else torch.float32)
+                counter = torch.zeros(
+                    (), dtype=torch.float64 if wide else torch.float32, device=param.device
+                )
                 pending["step"] = counter
             else:
                 counter = state.get("step")
                 if (
                     type(counter) is not Tensor
-                    or counter.device.type != "cpu"
+                    or counter.device.type not in ("cpu", self._device)
                     or counter.numel() != 1
                     or counter.dtype not in (torch.float32, torch.float64)
                 ):
                     return "a step counter that is no float tensor on the CPU"
+                if counter.device != param.device:
+                    # Where the kernel counts; a state dict has it where torch would.
+                    counter = state["step"] = counter.to(param.device)
         first = False
         for slot in slots:
             tensor: Any = state.get(slot.name)
@@ -481,7 +517,8 @@ class Plan:
         """Leave to torch what shares memory: it goes one by one, a kernel all at once."""
         spans: list[tuple[int, int, Row | None]] = []
         for param, _ in self.rest:
-            if param.layout is torch.strided and param.device.type == "cpu" and param.numel():
+            where = param.device.type
+            if param.layout is torch.strided and where == self._device and param.numel():
                 reach = 1 + sum(
                     (n - 1) * s for n, s in zip(param.shape, param.stride(), strict=True)
                 )

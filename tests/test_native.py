@@ -17,7 +17,10 @@ import ctypes
 import io
 import math
 import pickle
+import sys
 import warnings
+from collections import OrderedDict, UserDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,7 +48,7 @@ from native_helpers import (
     wrapped,
 )
 
-from clr_optim import CyclicalOptimizer
+from clr_optim import CyclicalOptimizer, plan
 from clr_optim.kernels.native import build
 from clr_optim.plan import DTYPES as NATIVE_DTYPES
 
@@ -300,6 +303,44 @@ def test_pieces(name, dtype, sizes):
     contract.compare()
 
 
+class Island:
+    """Memory in which a tensor starts where no vector does, between values to be left alone."""
+
+    def __init__(self):
+        self.shores = []
+
+    def __call__(self, tensor):
+        memory = torch.full((tensor.numel() + 2,), 77.0, dtype=tensor.dtype)
+        self.shores.append(memory)
+        return memory[1:-1].copy_(tensor.flatten()).view(tensor.shape)
+
+    def assert_untouched(self):
+        assert all(memory[0] == memory[-1] == 77 for memory in self.shores)
+
+
+@dtypes
+@kernels
+def test_odd_lengths_at_odd_addresses(case, dtype):
+    # Around a pair, a vector, and float16's block of 512.
+    sizes = [(n,) for n in (1, 2, 3, 4, 5, 7, 9, 15, 17, 33, 511, 512, 513, 1023, 1025)]
+    island = Island()
+    contract = Contract(case, dtype, drawn(sizes, torch.float64))
+    for p in members(contract.ours):
+        p.data = island(p.data)
+    contract._take()
+    for k in range(4):
+        grads = drawn(sizes, dtype, seed=k + 1)
+        # Beside their parameters at odd addresses, and then not.
+        contract.step([island(g) for g in grads] if k % 2 else grads)
+        if k == 1:
+            for state in contract.ours.state.values():
+                state.update({key: island(t) for key, t in state.items() if key != "step"})
+            contract._take()
+    contract.compare()
+    island.assert_untouched()
+    assert all(t.data_ptr() % 16 for t in contract.mine)
+
+
 @dtypes
 @kernels
 def test_nan_and_inf(case, dtype):
@@ -343,6 +384,167 @@ def test_threads_give_the_same_bits(case, dtype):
         runs.append((opt, norms))
     assert_identical(runs[0][0], runs[1][0])
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+@dtypes
+def test_where_threads_begin(dtype, count):
+    # The least that several threads share, and one value less; small tensors and one alone.
+    least = min(count << 12, 1 << 15)
+    for sizes in ([least - 1], [least], [least + 1], [97] * (least // 97 + 1)):
+        runs = []
+        for n in (1, count):
+            with threads(n):
+                opt = BY_NAME["adam-wd"].ours(parameters(drawn([(s,) for s in sizes], dtype)))
+                for p, g in zip(members(opt), drawn([(s,) for s in sizes], dtype, 1), strict=True):
+                    p.grad = g
+                opt.step()
+            runs.append(opt)
+        assert_identical(*runs)
+
+
+# ---- the scan looks ahead
+
+
+def test_the_words_are_found_in_this_torch():
+    impl, storage = plan._find_words()
+    assert (impl, storage) == plan._WORDS != (0, 0)
+    # A parameter with a gradient is laid out as the plain tensor that they were found in.
+    p = torch.nn.Parameter(torch.ones(3).t())
+    p.grad = torch.ones(3)
+    for tensor in (p, p.grad):
+        words = ctypes.c_void_p * 4
+        assert words.from_address(id(tensor))[impl] == tensor._cdata
+        found = words.from_address(tensor._cdata)[storage]
+        assert found == tensor.untyped_storage()._cdata
+
+
+def test_without_the_words_it_does_not_look_ahead(monkeypatch):
+    for storage in (SimpleNamespace(), SimpleNamespace(_cdata=8)):
+        monkeypatch.setattr(torch.Tensor, "untyped_storage", lambda self, s=storage: s)
+        assert plan._find_words() == (0, 0)
+
+
+words = pytest.mark.parametrize("blind", [False, True], ids=["ahead", "blind"])
+# Fewer rows than are looked at ahead (gradients 8, objects 12), just as many, and more.
+rows = pytest.mark.parametrize("count", [1, 2, 4, 7, 8, 9, 11, 12, 13, 16, 17, 40])
+
+
+def many(name, count, **wrap):
+    return twins(BY_NAME[name], [(3, 2)] * count, **wrap)
+
+
+@words
+@rows
+@pytest.mark.parametrize("name", ["sgd", "adamw-ams"])
+def test_looking_ahead(name, count, blind, monkeypatch):
+    if blind:
+        monkeypatch.setattr(plan, "_WORDS", (0, 0))
+    pair = many(name, count)
+    pair.run(2)
+    for k in range(5):
+        pair.draw()
+        if k % 2:
+            drop(pair, lambda i, k=k: (i + k) % 3 == 0)
+        versions = [p._version for p in members(pair.ours)]
+        given = [p.grad is not None for p in members(pair.ours)]
+        pair.step()
+        moved = [p._version > v for p, v in zip(members(pair.ours), versions, strict=True)]
+        assert moved == given
+
+
+def counts(tensors):
+    return [sys.getrefcount(t) for t in tensors]
+
+
+def _strided(pair, i):
+    for opt in pair.both():
+        p = members(opt)[i]
+        p.grad = p.grad.t().contiguous().t()
+
+
+def _sparse(pair, i):
+    for opt in pair.both():
+        p = members(opt)[i]
+        p.grad = sparse(p.grad, 1)
+
+
+def _subclass(pair, i):
+    for opt in pair.both():
+        p = members(opt)[i]
+        p.grad = Odd.subclass(p, p.grad)
+
+
+def _moved(pair, i):
+    for opt in pair.both():
+        p = members(opt)[i]
+        p.data = p.data.clone()
+
+
+def _replaced_state(pair, i):
+    for opt in pair.both():
+        state = opt.state.get(members(opt)[i], {})
+        state.update({k: t.clone() for k, t in state.items()})
+
+
+def _no_gradient(pair, i):
+    for opt in pair.both():
+        members(opt)[i].grad = None
+
+
+CUTS = {f.__name__.strip("_"): f for f in (
+    _strided, _sparse, _subclass, _moved, _replaced_state, _no_gradient,
+)}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@words
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("count", [5, 8, 30])
+def test_a_scan_cut_short_keeps_no_gradient(cut, count, blind, monkeypatch):
+    if blind:
+        monkeypatch.setattr(plan, "_WORDS", (0, 0))
+    pair = many("sgd-mom" if cut != "sparse" else "sgd", count)
+    pair.run(2)
+    for i in (0, 1, count // 2, count - 1):
+        pair.draw()
+        CUTS[cut](pair, i)
+        grads = [p.grad for p in members(pair.ours) if p.grad is not None]
+        before = counts(grads)
+        pair.step()
+        assert counts(grads) == before
+        pair.draw()
+        pair.step()
+
+
+@pytest.mark.parametrize("at", [0, 3, 8, 19])
+def test_an_exception_in_a_scan_keeps_no_gradient_and_is_forgotten(at):
+    pair = many("sgd-mom", 20)
+    pair.run(2)
+    pair.draw()
+    chosen = members(pair.ours)[at]
+    raised = []
+
+    class Fails(torch.overrides.TorchFunctionMode):
+        """The first look at the gradient raises, which is the scan's; the plan is built anew."""
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            name = getattr(func, "__name__", "")
+            if name == "__get__" and args[0] is chosen and not raised:
+                raised.append(func)
+                raise ZeroDivisionError
+            return func(*args, **(kwargs or {}))
+
+    grads = [p.grad for p in members(pair.ours)]
+    before = counts(grads)
+    feed(pair.theirs, pair.ours)
+    with Fails():
+        pair.ours.step()
+    assert raised
+    pair.theirs.step()
+    assert_alike(*pair.both())
+    assert counts(grads) == before
+    pair.run(2)
 
 
 # ---- gradients that come and go
@@ -772,6 +974,42 @@ def test_rounding_any_float(dtype):
         assert_rounds(dtype, normal * scale)
 
 
+@pytest.mark.parametrize("rate", [0.3, 1.7, 3e-4])
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+def test_a_step_rounds_alike_in_vectors_and_tails(dtype, rate):
+    # Processors' instructions in the one, integer arithmetic in the other; both to nearest.
+    values = patterns(dtype)
+    expected = (values.float() * torch.tensor(-rate)).to(dtype)
+    for length in (len(values), 7):
+        params = [torch.nn.Parameter(torch.zeros_like(v)) for v in values.split(length)]
+        for p, g in zip(params, values.split(length), strict=True):
+            p.grad = g
+        wrapped(torch.optim.SGD(params, lr=rate), base_lr=rate, backend="native").step()
+        found = torch.cat([p.detach() for p in params])
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+def test_float16s_subnormals_count_where_float32s_are_flushed():
+    # They are normal numbers in float32, of which torch loses none then.
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush")
+    try:
+        results = []
+        for backend in ("native", "torch"):
+            p = torch.nn.Parameter(torch.zeros(19, dtype=torch.float16))
+            p.grad = torch.full((19,), 3 * 2.0**-24).half()
+            inner = torch.optim.SGD([p], lr=1.0, foreach=False)
+            opt = wrapped(inner, base_lr=1.0, backend=backend, max_grad_norm=1.0)
+            opt.step()
+            results.append((p.detach(), opt.grad_norm))
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(results[0][0], torch.full((19,), -3 * 2.0**-24).half())
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1].item() == pytest.approx(math.sqrt(19) * 3 * 2.0**-24)
+
+
 # ---- state, checkpoints and everything that can change beneath a plan
 
 
@@ -1173,6 +1411,22 @@ def test_amsgrad_switched_off_and_on():
         for opt in pair.both():
             opt.param_groups[0]["amsgrad"] = amsgrad
         pair.run(3)
+
+
+@pytest.mark.parametrize("kind", [OrderedDict, UserDict])
+@pytest.mark.parametrize("at", [0, 5, 19])
+def test_state_in_a_dictionary_of_another_kind(kind, at):
+    # One that is no dict at all has nothing at the addresses where a scan looks.
+    pair = many("adamw", 20)
+    pair.run(2)
+    for opt in pair.both():
+        p = members(opt)[at]
+        opt.state[p] = kind(opt.state[p])
+    pair.run(3)
+    for opt in pair.both():
+        p = members(opt)[at]
+        opt.state[p] = dict(opt.state[p])
+    pair.run(2)
 
 
 def test_betas_changed_within_a_list():

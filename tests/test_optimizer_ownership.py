@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,102 @@ def test_hooks_of_all_six_kinds_fire_once_each():
     ]
 
 
+CALLS = {
+    "nothing": lambda opt, f: opt.step(),
+    "none": lambda opt, f: opt.step(None),
+    "none by name": lambda opt, f: opt.step(closure=None),
+    "closure": lambda opt, f: opt.step(f),
+    "closure by name": lambda opt, f: opt.step(closure=f),
+}
+
+
+@pytest.mark.parametrize("profiled", [False, True], ids=["", "profiled"])
+@pytest.mark.parametrize("call", CALLS)
+def test_hooks_see_what_torchs_own_see(call, profiled):
+    def run(make):
+        problem = Problem(BY_NAME["sgd"])
+        problem.backward(0)
+        opt = make(BY_NAME["sgd"].make(problem.params))
+        seen = []
+
+        def closure():
+            seen.append("closure")
+            return problem.backward(0)
+
+        def note(name):
+            def hook(o, args, kwargs):
+                if o is opt:
+                    args = ["self" if a is opt else "f" if a is closure else a for a in args]
+                    kwargs = {k: "f" if v is closure else v for k, v in kwargs.items()}
+                    seen.append((name, args, kwargs))
+
+            return hook
+
+        handles = [
+            opt.register_step_pre_hook(note("first own pre")),
+            opt.register_step_pre_hook(note("own pre")),
+            opt.register_step_post_hook(note("own post")),
+            register_optimizer_step_pre_hook(note("global pre")),
+            register_optimizer_step_post_hook(note("global post")),
+        ]
+        try:
+            with torch.profiler.profile() if profiled else nullcontext():
+                CALLS[call](opt, closure)
+            everything = len(seen)
+            # Each alone is enough.
+            for i, handle in enumerate(handles):
+                handles[i] = None
+                handle.remove()
+                CALLS[call](opt, closure)
+        finally:
+            for handle in filter(None, handles):
+                handle.remove()
+        assert len(seen) > everything
+        return seen
+
+    assert run(CyclicalOptimizer) == run(lambda inner: inner)
+
+
+def test_hooks_fire_once_around_a_subclasss_step():
+    class Mine(CyclicalOptimizer):
+        def step(self, closure=None):
+            fired.append("step")
+            return super().step(closure)
+
+    fired = []
+    problem = Problem(BY_NAME["sgd"])
+    problem.backward(0)
+    opt = Mine(BY_NAME["sgd"].make(problem.params))
+    opt.register_step_pre_hook(lambda *a: fired.append("pre"))
+    opt.register_step_post_hook(lambda *a: fired.append("post"))
+    opt.step()
+    assert fired == ["pre", "step", "post"]
+    # And around one that a framework has replaced on the object.
+    own = opt.step
+    opt.step = lambda: own()
+    opt.step()
+    assert fired == ["pre", "step", "post"] * 2
+    assert opt.iteration == 2
+
+
+@pytest.mark.parametrize("profiler", [torch.profiler.profile, torch.autograd.profiler.profile])
+def test_a_profiler_finds_the_step_once(profiler):
+    problem = Problem(BY_NAME["adam"])
+    opt = wrap(BY_NAME["adam"], problem)
+    problem.step(opt, 0)
+    problem.backward(1)
+    with profiler() as profile:
+        opt.step()
+    found = {e.key: e.count for e in profile.key_averages() if e.key.startswith("Optimizer.step")}
+    assert found == {"Optimizer.step#CyclicalOptimizer.step": 1}
+
+
+def test_the_steps_signature_is_what_it_takes():
+    # Asked for by GradScaler, which would hand itself over by an argument "grad_scaler".
+    opt = wrap(BY_NAME["adam"], Problem(BY_NAME["adam"]))
+    assert list(inspect.signature(opt.step).parameters) == ["closure", "args", "kwargs"]
+
+
 def test_hooks_may_replace_what_they_are_given():
     problem = Problem(BY_NAME["sgd"])
     opt = wrap(BY_NAME["sgd"], problem)
@@ -143,6 +241,17 @@ def test_hooks_may_replace_what_they_are_given():
     opt.step()
     assert calls == [1]
     handle.remove()
+    # By name too; and from the outer one, what the inner one may then take away.
+    for own in (opt, opt.optimizer):
+        handle = own.register_step_pre_hook(lambda o, args, kwargs: ((o,), {"closure": closure}))
+        assert opt.step() is not None
+        handle.remove()
+    assert calls == [1] * 3
+    for give in ({"closure": closure}, {}):
+        handle = opt.optimizer.register_step_pre_hook(lambda o, args, kwargs: ((o,), {}))
+        assert opt.step(*([] if give else [closure]), **give) is None
+        handle.remove()
+    assert calls == [1] * 3
     handle = opt.optimizer.register_step_pre_hook(lambda o, args, kwargs: 3)
     with pytest.raises(RuntimeError, match=r"None or \(args, kwargs\), got 3"):
         opt.step()

@@ -232,6 +232,65 @@ def test_an_outside_write_is_overruled_with_one_warning_naming_the_group():
     assert lrs(opt) == opt.lr_at(3)
 
 
+def _through_a_torch_scheduler(opt):
+    torch.optim.lr_scheduler.ConstantLR(opt, factor=1.0)
+    opt.param_groups[0]["lr"] = 7.0
+    opt.step()
+
+
+def _with_hooks_and_a_profiler(opt):
+    opt.register_step_pre_hook(lambda *a: None)
+    with torch.profiler.profile():
+        opt.step()
+
+
+def _in_a_closure(opt):
+    opt.step(lambda: opt.param_groups[0].update(lr=7.0) or 1.0)
+
+
+def _compiled(opt):
+    torch.compile(opt.step, backend="eager")()
+
+
+def _from_a_scaler(opt):
+    torch.amp.GradScaler("cpu", enabled=False).step(opt)
+
+
+CALLERS = {
+    f.__name__.strip("_"): f
+    for f in (
+        _through_a_torch_scheduler, _with_hooks_and_a_profiler, _in_a_closure, _compiled,
+        _from_a_scaler,
+    )
+}  # fmt: skip
+CALLERS["state_dict"] = lambda opt: opt.state_dict()
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+def test_the_warning_names_the_callers_line(caller):
+    problem, opt = wrapped()
+    problem.backward(0)
+    if caller != "in_a_closure":
+        opt.param_groups[0]["lr"] = 7.0
+    with pytest.warns(UserWarning, match="written from outside") as caught:
+        CALLERS[caller](opt)
+    (warning,) = [w for w in caught if "from outside" in str(w.message)]
+    assert warning.filename == __file__
+    code = CALLERS[caller].__code__
+    assert warning.lineno in [line for *_, line in code.co_lines()]
+
+
+@pytest.mark.parametrize("name", ["__main__", "clr_optim_study", "torchtrainer", None])
+def test_the_warning_names_whatever_module_calls(name):
+    problem, opt = wrapped()
+    problem.backward(0)
+    opt.param_groups[0]["lr"] = 7.0
+    module = {"opt": opt} if name is None else {"opt": opt, "__name__": name}
+    with pytest.warns(UserWarning, match="written from outside") as caught:
+        exec(compile("\n\nopt.step()", "a_users_script.py", "exec"), module)
+    assert [(w.filename, w.lineno) for w in caught] == [("a_users_script.py", 3)]
+
+
 def test_the_policys_rate_is_the_one_used():
     problem, opt = wrapped(case=BY_NAME["sgd"])
     twin, other = wrapped(case=BY_NAME["sgd"])

@@ -7,15 +7,30 @@ import os
 from torch.optim import Optimizer
 
 from clr_optim.backends.native import BuildError, library, rule_for
+from clr_optim.backends.triton import DEVICES, is_interpreted, why_no_triton
 
-__all__ = ["BACKENDS", "resolve"]
+__all__ = ["BACKENDS", "devices", "plan_device", "resolve"]
 
 #: What ``backend=`` and ``CLR_OPTIM_BACKEND`` may say.
 BACKENDS = ("auto", "torch", "native", "triton")
 
 
+def devices(backend: str) -> tuple[str, ...]:
+    """The types of the devices whose tensors a fused backend updates."""
+    if backend == "native":
+        return ("cpu",)
+    return ("cpu",) if is_interpreted() else DEVICES
+
+
+def plan_device(backend: str, optimizer: Optimizer) -> str:
+    """The one of them that this optimizer's first such parameter is on, or would have to be."""
+    types = devices(backend)
+    found = (p.device.type for group in optimizer.param_groups for p in group["params"])
+    return next((device for device in found if device in types), types[0])
+
+
 def resolve(backend: object, optimizer: Optimizer) -> tuple[str, str]:
-    """``("native" or "torch", why)`` for this optimizer.
+    """``("native", "triton" or "torch", why)`` for this optimizer.
 
     ``CLR_OPTIM_BACKEND`` overrides ``"auto"``, never a backend asked for by name; it is a wish for
     every optimizer of the process, so one that no kernel serves gets its own step all the same.
@@ -34,18 +49,41 @@ def resolve(backend: object, optimizer: Optimizer) -> tuple[str, str]:
         return "torch", f"asked for by {source}"
     rule = rule_for(optimizer)
     if asked == "auto":
-        # Compiled at the first step only, and not at all for parameters that are not on the CPU.
-        return ("torch", rule) if isinstance(rule, str) else ("native", "it has a fused kernel")
-    refusal = f"{source} cannot serve {type(optimizer).__name__}: "
-    if asked == "triton":
-        raise ValueError(f"{refusal}this version has no Triton kernels yet; use backend='auto'")
-    if isinstance(rule, str):
-        if wish:
-            return "torch", rule
-        raise ValueError(f"{refusal}{rule}; use backend='auto'")
-    if not wish:
-        try:
-            library()
-        except BuildError as error:
-            raise ValueError(f"{refusal}{error}; or use backend='auto'") from error
-    return "native", f"asked for by {source}"
+        return ("torch", rule) if isinstance(rule, str) else _automatic(optimizer)
+    reason = rule if isinstance(rule, str) else _refusal(asked, optimizer)
+    if reason is None:
+        return asked, f"asked for by {source}"
+    if wish:
+        return "torch", reason
+    raise ValueError(
+        f"{source} cannot serve {type(optimizer).__name__}: {reason}; use backend='auto'"
+    )
+
+
+def _automatic(optimizer: Optimizer) -> tuple[str, str]:
+    """The backend for where the parameters are; nothing is compiled before the first step."""
+    params = (param for group in optimizer.param_groups for param in group["params"])
+    if any(param.device.type in DEVICES for param in params):
+        # Tried in the interpreter and compiled for GPUs, but not yet run on one.
+        return "torch", "backend='triton' has a kernel for it, which no GPU has run yet"
+    return "native", "it has a fused kernel"
+
+
+def _refusal(backend: str, optimizer: Optimizer) -> str | None:
+    """Why a backend that was asked for cannot serve, or None."""
+    if backend == "triton":
+        missing = why_no_triton()
+        if missing:
+            return missing
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        types = devices("triton")
+        if params and not any(p.device.type in types for p in params):
+            return (
+                f"its parameters are on {params[0].device.type}, and Triton's kernels update "
+                f"tensors on {' or '.join(types)} (on the CPU only with TRITON_INTERPRET=1)"
+            )
+    try:
+        library()
+    except BuildError as error:
+        return str(error)
+    return None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from clr_optim.backends.base import Course
 from clr_optim.backends.torch import has_own_step
 from clr_optim.kernels.native import build
 from clr_optim.kernels.native.build import BuildError
@@ -75,28 +75,35 @@ class NativeBackend:
 
     def __init__(self, optimizer: Optimizer, rule: UpdateRule) -> None:
         self._lib = library()
-        self.plan = Plan(optimizer, rule, self._lib.held)
+        self.plan = Plan(optimizer, rule, self._lib.held, "cpu")
 
-    def grad_norm(self) -> float:
-        """The global norm of the gradients of all buckets; the plan must be fresh."""
+    def clip(self, max_norm: float) -> tuple[Tensor, float]:
+        """The gradients' global norm, and what clipping by it multiplies them by."""
         squares = self._lib.sum_of_squares(self.plan.view_address, torch.get_num_threads())
-        return math.sqrt(squares)
+        norm = math.sqrt(squares)
+        scale = max_norm / (norm + 1e-6)
+        wide = all(bucket.dtype == torch.float64 for bucket in self.plan.buckets)
+        # NaN stays NaN, as in clip_grad_norm_.
+        return (
+            torch.tensor(norm, dtype=torch.float64 if wide else torch.float32),
+            1.0 if scale > 1.0 else scale,
+        )
 
-    def step(self, rates: Sequence[float], grad_scale: float = 1.0) -> None:
+    def step(self, course: Course, grad_scale: float | Tensor = 1.0) -> None:
         """Update all tensors of the plan, which must be fresh.
 
         Args:
-            rates: the learning rate of each group.
+            course: of which only the rates count.
             grad_scale: multiplies the gradients on their way in; memory keeps them as they are.
         """
         plan = self.plan
-        for i, rate in enumerate(rates):
+        for i, rate in enumerate(course.rates):
             plan.scalars[i, 0] = rate
         failed = self._lib.step(
             plan.view_address,
             plan.scalars_address,
             plan.scalars.shape[1],
-            grad_scale,
+            float(grad_scale),
             torch.get_num_threads(),
         )
         if failed:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["ClippedGradients", "has_own_step", "hidden_gradients", "is_profiled", "raw_step"]
+__all__ = [
+    "ClippedGradients",
+    "has_own_step",
+    "hidden_gradients",
+    "is_profiled",
+    "is_wrapped_by_torch",
+    "raw_step",
+]
 
 # All functions that torch's profiling wrapper has made share this code object.
 _PROFILED = Optimizer.profile_hook_step(lambda: None).__code__
@@ -29,10 +36,14 @@ def has_own_step(optimizer: Optimizer) -> bool:
     return True
 
 
+def is_wrapped_by_torch(cls: type[Optimizer]) -> bool:
+    """Whether the outermost layer of the class's ``step`` is torch's wrapper, with the hooks."""
+    return getattr(cls.step, "__code__", None) is _PROFILED
+
+
 def is_profiled(optimizer: Optimizer) -> bool:
     """Whether the outermost layer of ``step`` is torch's wrapper, which runs the step hooks."""
-    function = getattr(type(optimizer).step, "__code__", None)
-    return function is _PROFILED and not has_own_step(optimizer)
+    return is_wrapped_by_torch(type(optimizer)) and not has_own_step(optimizer)
 
 
 def raw_step(optimizer: Optimizer) -> Callable[..., Any]:

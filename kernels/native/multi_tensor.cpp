@@ -73,15 +73,15 @@ struct Float16 {
     using A = float;
     static A load(Raw bits) {
         const uint32_t sign = uint32_t(bits & 0x8000u) << 16;
-        const uint32_t magnitude = uint32_t(bits & 0x7fffu) << 13;
-        // Put where float32 keeps exponent and fraction, a float16 is 2^112 too small; the product
-        // is exact, subnormals included. Inf and NaN keep an exponent of all ones.
-        float value;
-        std::memcpy(&value, &magnitude, 4);
-        value *= 0x1p112f;
+        const uint32_t magnitude = bits & 0x7fffu;
+        // Subnormals count in units of 2^-24. Nothing here is a subnormal of float32, which the
+        // processor may have been told to flush.
+        float value = float(int32_t(magnitude)) * 0x1p-24f;
         uint32_t wide;
         std::memcpy(&wide, &value, 4);
-        wide = (magnitude >= (0x7c00u << 13) ? (magnitude | 0x7f800000u) : wide) | sign;
+        // Normal numbers: rebias. Inf and NaN keep an exponent of all ones.
+        wide = magnitude < 0x400u ? wide : (magnitude << 13) + (112u << 23);
+        wide = (magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : wide) | sign;
         std::memcpy(&value, &wide, 4);
         return value;
     }
@@ -358,7 +358,7 @@ enum Dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 extern "C" {
 
 // Raised whenever a signature or a layout changes; build.py refuses any other.
-int clr_abi_version() { return 2; }
+int clr_abi_version() { return 3; }
 
 // Updates all active rows of all buckets, and their counters. Returns 0, or 1 before anything has
 // changed if a kernel or dtype is unknown.
@@ -404,8 +404,9 @@ int clr_can_scan(PyObject* capsule) {
 }
 
 // 0 if all that the plan was built from is as it was: gradient pointers and `active` are then up to
-// date; 2 if so, but some rows have no gradient; 1 if settings of groups changed; -1 if anything else
-// did, and no row may be used. Needs the GIL. An exception on the way (a sparse gradient has no strides) means that something changed.
+// date; 2 if so, but some rows have no gradient; 1 if settings of groups changed; -1 if anything
+// else did, and no row may be used. Needs the GIL. An exception on the way (a sparse gradient has no
+// strides) means that something changed.
 int clr_current(const clr::View* view) {
     bool same = clr::same_groups(*view);
     if (same && !clr::same_settings(*view)) {

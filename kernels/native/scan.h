@@ -48,7 +48,6 @@ struct ExchangeApi {
     void* current_work_stream;
 };
 constexpr uint32_t DLPACK_MAJOR = 1;
-constexpr int32_t ON_CPU = 1;
 
 inline const ExchangeApi* exchange_api(PyObject* capsule) {
     auto api = static_cast<ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
@@ -71,6 +70,7 @@ struct Scan {
     int64_t slots;          // keys that are state slots
     int64_t code, bits;     // DLPack's names for the dtype of parameters, gradients and slots
     int64_t counter_bits;   // the step counters are floats of so many bits
+    int64_t device_type, device_id;  // DLPack's names for the device of them all
     // Which word of a tensor's object points to its implementation, and which word of that to its
     // storage: as found in this torch, or both 0 if they are not where they were looked for.
     int64_t impl, storage;
@@ -89,8 +89,9 @@ struct Row {
 };
 static_assert(sizeof(Row) == 10 * sizeof(int64_t), "Row must match plan.py");
 
-inline bool is_dtype(const DLTensor& t, int64_t code, int64_t bits) {
-    return t.code == code && t.bits == bits && t.lanes == 1 && t.device_type == ON_CPU;
+inline bool is_kind(const Scan& scan, const DLTensor& t, int64_t code, int64_t bits) {
+    return t.code == code && t.bits == bits && t.lanes == 1 &&
+           t.device_type == scan.device_type && t.device_id == scan.device_id;
 }
 
 // Sizes, and strides where they matter: any stride will do for a size of 1.
@@ -228,6 +229,8 @@ private:
     static const void* word(const void* of, int64_t index) {
         return static_cast<const void* const*>(of)[index];
     }
+    // A gradient may be anything; an object's second word is its class.
+    bool is_tensor(PyObject* grad) const { return grad && word(grad, 1) == scan_.tensor; }
     void fetch_impl(PyObject* tensor) const { fetch(word(tensor, scan_.impl), 4); }
     void fetch_storage(PyObject* tensor) const {
         fetch(word(word(tensor, scan_.impl), scan_.storage), 2);
@@ -249,13 +252,13 @@ private:
                 fetch(rows_[middle].step, 1);
             }
             PyObject* grad = grads_[middle % RING] = PyObject_GetAttr(param, scan_.grad);
-            if (scan_.impl && grad && grad != scan_.none) fetch_impl(grad);
+            if (scan_.impl && is_tensor(grad)) fetch_impl(grad);
         }
         if (scan_.impl && near >= 0 && near < count_) {
             fetch_storage(PyList_GetItem(scan_.params, near));
             for (ptrdiff_t k = 0; k < keys_; ++k) fetch_storage(held(near, k));
             PyObject* grad = grads_[near % RING];
-            if (grad && grad != scan_.none) fetch_storage(grad);
+            if (is_tensor(grad)) fetch_storage(grad);
         }
     }
     PyObject* held(ptrdiff_t i, ptrdiff_t k) const {
@@ -273,7 +276,7 @@ inline bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff
                      const int64_t* layout, PyObject* grad) {
     DLTensor t;
     PyObject* param = PyList_GetItem(scan.params, i);
-    if (api.view(param, &t) || t.data != row.param || !is_dtype(t, scan.code, scan.bits) ||
+    if (api.view(param, &t) || t.data != row.param || !is_kind(scan, t, scan.code, scan.bits) ||
         !has_layout(t, layout))
         return false;
 
@@ -284,9 +287,9 @@ inline bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff
         if (!held || held != PyList_GetItem(scan.tensors, i * keys + k) || api.view(held, &t))
             return false;
         const bool same = k < scan.slots
-                              ? t.data == row.state[k] && is_dtype(t, scan.code, scan.bits) &&
+                              ? t.data == row.state[k] && is_kind(scan, t, scan.code, scan.bits) &&
                                     has_layout(t, layout)
-                              : t.data == row.step && is_dtype(t, 2, scan.counter_bits) &&
+                              : t.data == row.step && is_kind(scan, t, 2, scan.counter_bits) &&
                                     t.ndim == 0;
         if (!same) return false;
     }
@@ -295,7 +298,7 @@ inline bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff
     row.active = grad != scan.none;
     if (row.active) {
         // No data: a tensor that stands for zeros, or a subclass that wraps others.
-        same = !api.view(grad, &t) && is_dtype(t, scan.code, scan.bits) && has_layout(t, layout) &&
+        same = !api.view(grad, &t) && is_kind(scan, t, scan.code, scan.bits) && has_layout(t, layout) &&
                (t.data || !row.numel) && is_plain(scan, grad, row.numel);
         row.grad = t.data;
     }

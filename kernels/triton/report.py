@@ -1,0 +1,333 @@
+"""What the compilers make of the kernels, on a machine without a GPU: registers, stack, accesses.
+
+    python -m clr_optim.kernels.triton.report --target sm_90 [--json FILE]
+
+Every kernel is compiled for every dtype as it is launched for aligned tensors. Registers and stack
+are read from the result: cuobjdump's resource usage for NVIDIA, the code object's metadata for AMD.
+
+**The accesses** are those of the full blocks, without a mask, since nearly all elements are updated
+there. Triton's own IR says which those are: the loads and stores by tensors of pointers (what a
+table holds is read by scalar pointers) that have no mask. They are found again by their lines of
+source, which the assembly repeats, or, since LLVM may give a load the line where its value is used,
+by sharing a basic block with such; the instruction says how wide it is, and a count below the IR's
+is an error. NVIDIA's assembly is what ptxas reads: that keeps widths, and may unroll further.
+
+The columns, as in the JSON's rows:
+
+- ``registers`` per thread; ``stack``, in bytes per thread.
+- ``spills``: registers spilled (AMD), or instructions that access the stack (NVIDIA: ptxas spills
+  to nowhere else, so none are looked for where there is no stack).
+- ``loads_16b``, ``stores_16b``: instructions as wide as they are meant to be, 16 bytes per thread;
+  for dtypes of 16 bits that is 8 bytes. ``loads_narrow``, ``stores_narrow``: all others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from clr_optim.rules import KERNELS, RULES
+
+__all__ = ["DTYPES", "ReportError", "main", "rows"]
+
+#: The dtypes that are compiled for, by torch's names.
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+# The launch's arguments, as Triton would find them; parameters that are missing are constants.
+_SIGNATURE = {
+    "chunks": "*i32",
+    "rows": "*i64",
+    "groups": "*fp64",
+    "width": "i32",
+    "ints": "*i64",
+    "floats": "*fp64",
+    "phases": "i32",
+    "control": "*i64",
+    "grad_scale": "*fp64",
+}
+_COLUMNS = (
+    "registers", "stack", "spills", "loads_16b", "loads_narrow", "stores_16b", "stores_narrow",
+)  # fmt: skip
+
+# The IR's operands come before the colon: a pointer, what is stored, and a mask if there is one.
+_IR_ACCESS = re.compile(
+    r"\btt\.(load|store)\b([^:\n]*?):\s*(tensor<)?.*\bloc\((#loc\d*)\)\s*$", re.M
+)
+_IR_PLACE = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.M)
+_LEAF = re.compile(r'"([^"]+)":(\d+):\d+')
+# Of both assemblies: `.file 1 "path"`, `.file 1 "folder" "name"`, `.loc 1 94 23`.
+_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"(?:[^"]*/)?([^"/]+)"', re.M)
+_LOC = re.compile(r"\s*\.loc\s+(\d+)\s+(\d+)\s")
+_BLOCK = re.compile(r"(?:\$L__|\.L)BB\d+_\d+:|\s*(?://|;) %bb\.\d+:")
+_PTX_ACCESS = re.compile(r"\b(ld|st)\.(?:\w+\.)*?global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\s")
+_GCN_ACCESS = re.compile(r"\b(?:global|flat|buffer)_(load|store)_(?:dword(?:x(\d))?|b(\d+)|\w+)\b")
+
+
+class ReportError(RuntimeError):
+    """Nothing can be compiled here, or not for this target; the message says what to do."""
+
+
+class _Place(NamedTuple):
+    """A line of source; a file's name is unique among the kernels'."""
+
+    file: str
+    line: int
+
+
+class _Access(NamedTuple):
+    """An instruction that reads or writes memory, and how many bytes of it for each thread."""
+
+    kind: str  # "load" or "store"
+    place: _Place
+    block: int  # which basic block it is in
+    width: int  # 0 for any odd one
+
+
+def rows(target: str) -> Iterator[dict[str, Any]]:
+    """A row per rule and dtype, each as soon as it is compiled.
+
+    Args:
+        target: ``sm_NN`` or ``gfxNNN``.
+
+    Raises:
+        ReportError: the target is neither, Triton is missing or interprets, or a kernel does not
+            compile.
+    """
+    named = re.fullmatch(r"sm_(\d+)|(gfx\d+[0-9a-f]{2})", target)
+    if named is None:
+        raise ReportError(f"target {target!r} is neither sm_NN (NVIDIA) nor gfxNNN (AMD)")
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise ReportError(
+            "TRITON_INTERPRET is set: Triton then interprets kernels and compiles none; unset it"
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise ReportError("triton is not installed: pip install 'clr-optim[triton]'")
+    from triton.backends.compiler import GPUTarget
+
+    if named[1]:
+        gpu = GPUTarget("cuda", int(named[1]), 32)
+    else:
+        gpu = GPUTarget("hip", target, 64 if int(target[3:-2]) < 10 else 32)
+    for (rule, (slots, counts)), name in itertools.product(_kernels().items(), DTYPES):
+        dtype: torch.dtype = getattr(torch, name)
+        try:
+            compiled = _compile(rule, slots, dtype, torch.float32 if counts else None, gpu)
+        except Exception as error:  # each stage of Triton's has its own
+            words = " ".join(str(error).partition("Repro command")[0].split())
+            raise ReportError(
+                f"{rule} of {name} does not compile for {target}, if this Triton knows it at all: "
+                f"{type(error).__name__}: {words}"
+            ) from error
+        found = _resources(compiled)
+        found |= _widths(compiled, 16 if dtype.itemsize > 2 else 8)
+        yield {"rule": rule, "dtype": name, **{column: found[column] for column in _COLUMNS}}
+
+
+def _kernels() -> dict[str, tuple[int, bool]]:
+    """Of each kernel, how many slots of state it has, and whether steps are counted."""
+    found = {}
+    for momentum, *flags in itertools.product((0.0, 0.9), (False, True), (False, True)):
+        group = {"momentum": momentum, **dict(zip(("amsgrad", "centered"), flags, strict=True))}
+        for rule in RULES.values():
+            found[rule.kernel(group)] = (len(rule.slots(group)), rule.has_step)
+    return {kernel: found[kernel] for kernel in KERNELS}
+
+
+def _compile(
+    rule: str, slots: int, dtype: torch.dtype, counter: torch.dtype | None, gpu: Any
+) -> Any:
+    import triton
+    from triton.compiler import ASTSource, make_backend
+
+    from clr_optim.kernels.triton import multi_tensor
+
+    kernel = multi_tensor.multi_tensor
+    constants = multi_tensor.constexprs(rule, slots, dtype, counter, aligned=True)
+    # What Triton would find out about the tables: they are aligned, and of less than 2 GB.
+    backend = make_backend(gpu)
+    attributes = {
+        (p.num,): backend.parse_attr("S" if p.do_not_specialize_on_alignment else "DS")
+        for p in kernel.params
+        if _SIGNATURE.get(p.name, "").startswith("*")
+    }
+    source = ASTSource(
+        kernel, {**_SIGNATURE, **dict.fromkeys(constants, "constexpr")}, constants, attributes
+    )
+    options = multi_tensor.options(dtype, gpu.warp_size)
+    with contextlib.redirect_stdout(io.StringIO()):  # where Triton prints all of a failed kernel
+        return triton.compile(source, target=gpu, options=options)
+
+
+def _resources(compiled: Any) -> dict[str, int]:
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+
+        def value(key: str) -> int:
+            return int(_search(rf"^\s*\.{key}:\s+(\d+)$", text)[0])
+
+        return {
+            "registers": value("vgpr_count"),
+            "stack": value("private_segment_fixed_size"),
+            "spills": value("vgpr_spill_count") + value("sgpr_spill_count"),
+        }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(compiled.asm["cubin"])
+        usage = _cuobjdump("-res-usage", path)
+        # LOCAL stays 0 whatever is spilled.
+        registers, stack = map(int, _search(r"\bREG:(\d+) STACK:(\d+)", usage))
+        spills = 0
+        if stack:
+            spills = len(re.findall(r"\b(?:LDL|STL)\b", _cuobjdump("-sass", path)))
+    return {"registers": registers, "stack": stack, "spills": spills}
+
+
+def _cuobjdump(option: str, path: Path) -> str:
+    from triton import knobs
+
+    command = [knobs.nvidia.cuobjdump.path, option, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ReportError(f"{' '.join(command)} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _search(pattern: str, text: str) -> tuple[str, ...]:
+    found = re.search(pattern, text, re.M)
+    if found is None:
+        raise ReportError(f"this Triton's tools are unknown: {pattern!r} not found in their output")
+    return found.groups()
+
+
+def _widths(compiled: Any, meant: int) -> dict[str, int]:
+    """How many accesses of full blocks are as wide as meant, and how many are not."""
+    full, others = _in_ir(compiled.asm["ttgir"])
+    if not full or full.keys() & others:
+        raise _lost(f"share their lines with others in the IR: {[*full]}")
+    if "amdgcn" in compiled.asm:
+        accesses = list(_instructions(compiled.asm["amdgcn"], _gcn))
+    else:
+        accesses = list(_instructions(compiled.asm["ptx"], _ptx))
+    blocks = {access.block for access in accesses if (access.kind, access.place) in full}
+    there = [
+        access
+        for access in accesses
+        if access.block in blocks and (access.kind, access.place) not in others
+    ]
+    counts = Counter((access.kind, access.width >= meant) for access in there)
+    for kind in ("load", "store"):
+        wanted = sum(n for (of, _), n in full.items() if of == kind)
+        if counts[kind, True] + counts[kind, False] < wanted:
+            raise _lost(f"are {wanted} {kind}s in the IR, and fewer in the assembly")
+    return {
+        f"{kind}s_{name}": counts[kind, wide]
+        for kind in ("load", "store")
+        for wide, name in ((True, "16b"), (False, "narrow"))
+    }
+
+
+def _lost(what: str) -> ReportError:
+    return ReportError(f"the accesses of full blocks {what}; is TRITON_DISABLE_LINE_INFO set?")
+
+
+def _in_ir(ir: str) -> tuple[Counter[tuple[str, _Place]], set[tuple[str, _Place]]]:
+    """Kind and place of the accesses without a mask by tensors of pointers, and of all others."""
+    places = dict(_IR_PLACE.findall(ir))
+    full: Counter[tuple[str, _Place]] = Counter()
+    others = set()
+    for kind, operands, tensor, name in _IR_ACCESS.findall(ir):
+        access = (kind, _innermost(name, places))
+        if tensor and operands.count("%") == (1 if kind == "load" else 2):
+            full[access] += 1
+        else:
+            others.add(access)
+    return full, others
+
+
+def _innermost(name: str, places: Mapping[str, str]) -> _Place:
+    """Where a location is written: a call's own, not its caller's; a name's, what it stands for."""
+    text = places[name]
+    while not (leaf := _LEAF.match(text)):
+        inner = re.search(r"#loc\d*", text)
+        if inner is None:
+            return _Place("unknown", 0)
+        text = places[inner[0]]
+    return _Place(Path(leaf[1]).name, int(leaf[2]))
+
+
+def _instructions(
+    assembly: str, parse: Callable[[str], tuple[str, int] | None]
+) -> Iterator[_Access]:
+    files = dict(_FILE.findall(assembly))
+    place = _Place("unknown", 0)
+    block = 0
+    for line in assembly.splitlines():
+        if at := _LOC.match(line):
+            place = _Place(files.get(at[1], "unknown"), int(at[2]))
+        elif _BLOCK.match(line):
+            block += 1
+        elif found := parse(line):
+            kind, width = found
+            yield _Access(kind, place, block, width)
+
+
+def _ptx(line: str) -> tuple[str, int] | None:
+    if not (found := _PTX_ACCESS.search(line)):
+        return None
+    kind, lanes, bits = found.groups()
+    return "load" if kind == "ld" else "store", int(lanes or 1) * int(bits) // 8
+
+
+def _gcn(line: str) -> tuple[str, int] | None:
+    if not (found := _GCN_ACCESS.search(line)):
+        return None
+    kind, dwords, bits = found.groups()
+    return kind, int(dwords) * 4 if dwords else int(bits or 0) // 8
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report, as ``python -m clr_optim.kernels.triton.report``; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m clr_optim.kernels.triton.report",
+        description="Compile the Triton kernels, without a GPU, and show what they take.",
+    )
+    parser.add_argument(
+        "--target", required=True, metavar="ARCH", help="sm_80, sm_90, gfx942 or another of these"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
+    args = parser.parse_args(argv)
+    width = max(map(len, KERNELS))
+    done: list[dict[str, Any]] = []
+    try:
+        for row in rows(args.target):
+            if not done:
+                print(f"{'rule':{width}}  {'dtype':8}", *_COLUMNS, sep="  ")
+            cells = (f"{row[column]:>{len(column)}}" for column in _COLUMNS)
+            print(f"{row['rule']:{width}}  {row['dtype']:8}", *cells, sep="  ", flush=True)
+            done.append(row)
+        if args.json:
+            args.json.write_text(json.dumps(done, indent=1) + "\n")
+    except (ReportError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""The update rules on the device, two functions each, as rules.h has them for the CPU.
+
+``<rule>_constants`` turns a group's scalars (float64, as Python has them) into up to seven
+constants, once per program; ``<rule>`` updates a block with them in the arithmetic type. The order
+of operations is that of torch's for-loop step, fused multiply-adds included where torch's own
+operator has one. Triton compiles these functions, so their arguments have no Python types:
+
+``own`` points to the scalars of :attr:`clr_optim.rules.UpdateRule.scalars`; ``momentum`` is what
+the schedule says, to be used where ``cycles`` holds; ``step`` counts this one; ``first`` says that
+the state holds nothing yet. State comes as ``s0`` to ``s2``, named as the slots of rules.py are
+ordered.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["constants", "update"]
+
+
+@triton.jit
+def _root(x):
+    # Triton's plain float32 root and quotient are approximations.
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def _divide(a, b):
+    if b.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def _lerp(start, end, weight):
+    # torch.lerp picks the end nearer to the result, to be exact at both.
+    near = tl.abs(weight) < 0.5
+    return tl.fma(tl.where(near, weight, weight - 1.0), end - start, tl.where(near, start, end))
+
+
+@triton.jit
+def _power(base, exponent):
+    # 0 to a positive power is 0 here too: its logarithm is minus infinity.
+    return tl.exp2(exponent * tl.log2(base))
+
+
+@triton.jit
+def sgd_constants(own, rate, decay, step, momentum, cycles):
+    m = tl.where(cycles, momentum, tl.load(own))
+    return -rate, m, 1.0 - tl.load(own + 1), tl.load(own + 2), rate, rate, rate
+
+
+@triton.jit
+def sgd(p, g, s0, first, lr, momentum, keep, nesterov, MOMENTUM: tl.constexpr):
+    if MOMENTUM:
+        # The first gradient goes in whole, without dampening; the buffer then holds nothing yet.
+        s0 = tl.where(first, g, tl.fma(g, keep, s0 * momentum))
+        g = tl.where(nesterov != 0, tl.fma(s0, momentum, g), s0)
+    return tl.fma(lr, g, p), s0
+
+
+@triton.jit
+def adam_constants(own, rate, decay, step, momentum, cycles):
+    beta1 = tl.where(cycles, momentum, tl.load(own))
+    beta2 = tl.load(own + 1)
+    # Decoupled: the weights shrink, the gradient stays.
+    shrink = tl.where(tl.load(own + 3) != 0, 1.0 - rate * decay, 1.0)
+    correction2 = tl.sqrt(1.0 - _power(beta2, step))
+    step_size = -(rate / (1.0 - _power(beta1, step)))
+    return 1.0 - beta1, beta2, 1.0 - beta2, shrink, correction2, tl.load(own + 2), step_size
+
+
+@triton.jit
+def adam(
+    p,
+    g,
+    s0,
+    s1,
+    s2,
+    weight,
+    beta2,
+    rest2,
+    shrink,
+    correction2,
+    eps,
+    step_size,
+    AMSGRAD: tl.constexpr,
+):
+    p = p * shrink
+    s0 = _lerp(s0, g, weight)
+    s1 = s1 * beta2 + rest2 * g * g
+    second = s1
+    if AMSGRAD:  # NaN wins, as in torch.maximum
+        s2 = tl.where((s2 > s1) | (s2 != s2), s2, s1)
+        second = s2
+    spread = _divide(_root(second), correction2) + eps
+    return p + _divide(step_size * s0, spread), s0, s1, s2
+
+
+@triton.jit
+def adagrad_constants(own, rate, decay, step, momentum, cycles):
+    return (
+        -(rate / (1.0 + (step - 1.0) * tl.load(own))),
+        tl.load(own + 1),
+        rate,
+        rate,
+        rate,
+        rate,
+        rate,
+    )
+
+
+@triton.jit
+def adagrad(p, g, s0, lr, eps):
+    s0 = s0 + g * g
+    return p + _divide(lr * g, _root(s0) + eps), s0
+
+
+@triton.jit
+def adadelta_constants(own, rate, decay, step, momentum, cycles):
+    rho = tl.load(own)
+    return -rate, rho, 1.0 - rho, tl.load(own + 1), rate, rate, rate
+
+
+@triton.jit
+def adadelta(p, g, s0, s1, lr, rho, rest, eps):
+    s0 = s0 * rho + rest * g * g
+    delta = _divide(_root(s1 + eps), _root(s0 + eps)) * g
+    s1 = s1 * rho + rest * delta * delta
+    return tl.fma(lr, delta, p), s0, s1
+
+
+@triton.jit
+def rmsprop_constants(own, rate, decay, step, momentum, cycles):
+    alpha = tl.load(own)
+    m = tl.where(cycles, momentum, tl.load(own + 2))
+    return -rate, alpha, 1.0 - alpha, tl.load(own + 1), m, rate, rate
+
+
+@triton.jit
+def rmsprop(
+    p,
+    g,
+    s0,
+    s1,
+    s2,
+    lr,
+    alpha,
+    rest,
+    eps,
+    momentum,
+    MOMENTUM: tl.constexpr,
+    CENTERED: tl.constexpr,
+):
+    s0 = s0 * alpha + rest * g * g
+    spread = s0
+    if CENTERED:
+        if MOMENTUM:
+            s2 = _lerp(s2, g, rest)
+            spread = spread - s2 * s2
+        else:
+            s1 = _lerp(s1, g, rest)
+            spread = spread - s1 * s1
+    spread = _root(spread) + eps
+    if MOMENTUM:
+        s1 = s1 * momentum + _divide(g, spread)
+        p = tl.fma(lr, s1, p)
+    else:
+        p = p + _divide(lr * g, spread)
+    return p, s0, s1, s2
+
+
+@triton.jit
+def constants(own, rate, decay, step, momentum, cycles, KERNEL: tl.constexpr):
+    """Seven float64 constants of a kernel, by its name in :data:`clr_optim.rules.KERNELS`."""
+    if KERNEL == "sgd" or KERNEL == "sgd_momentum":
+        return sgd_constants(own, rate, decay, step, momentum, cycles)
+    elif KERNEL == "adam" or KERNEL == "adam_amsgrad":
+        return adam_constants(own, rate, decay, step, momentum, cycles)
+    elif KERNEL == "adagrad":
+        return adagrad_constants(own, rate, decay, step, momentum, cycles)
+    elif KERNEL == "adadelta":
+        return adadelta_constants(own, rate, decay, step, momentum, cycles)
+    else:
+        return rmsprop_constants(own, rate, decay, step, momentum, cycles)
+
+
+@triton.jit
+def update(p, g, s0, s1, s2, first, c0, c1, c2, c3, c4, c5, c6, KERNEL: tl.constexpr):
+    """The new ``(p, s0, s1, s2)`` of a block."""
+    if KERNEL == "sgd":
+        p, s0 = sgd(p, g, s0, first, c0, c1, c2, c3, False)
+    elif KERNEL == "sgd_momentum":
+        p, s0 = sgd(p, g, s0, first, c0, c1, c2, c3, True)
+    elif KERNEL == "adam":
+        p, s0, s1, s2 = adam(p, g, s0, s1, s2, c0, c1, c2, c3, c4, c5, c6, False)
+    elif KERNEL == "adam_amsgrad":
+        p, s0, s1, s2 = adam(p, g, s0, s1, s2, c0, c1, c2, c3, c4, c5, c6, True)
+    elif KERNEL == "adagrad":
+        p, s0 = adagrad(p, g, s0, c0, c1)
+    elif KERNEL == "adadelta":
+        p, s0, s1 = adadelta(p, g, s0, s1, c0, c1, c2, c3)
+    elif KERNEL == "rmsprop":
+        p, s0, s1, s2 = rmsprop(p, g, s0, s1, s2, c0, c1, c2, c3, c4, False, False)
+    elif KERNEL == "rmsprop_momentum":
+        p, s0, s1, s2 = rmsprop(p, g, s0, s1, s2, c0, c1, c2, c3, c4, True, False)
+    elif KERNEL == "rmsprop_centered":
+        p, s0, s1, s2 = rmsprop(p, g, s0, s1, s2, c0, c1, c2, c3, c4, False, True)
+    else:
+        p, s0, s1, s2 = rmsprop(p, g, s0, s1, s2, c0, c1, c2, c3, c4, True, True)
+    return p, s0, s1, s2

@@ -1,0 +1,126 @@
+"""The learning rate on the device: the formula of :mod:`clr_optim.schedule` over a table of phases.
+
+Steps are int64 and everything else is float64, as on the host; only the last rounding to the
+tensors' own arithmetic differs from it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import triton
+import triton.language as tl
+
+from clr_optim.schedule import Phase, Schedule
+
+__all__ = ["FLOATS", "INTS", "phase_tables", "rate_and_momentum"]
+
+#: Columns of the two tables, a row per phase.
+INTS = ("start", "step_size_up", "period", "window")
+FLOATS = (
+    "log2_gamma", "log2_cycle_gamma", "log2_base_gamma", "has_bounds", "base_lr", "max_lr",
+    "lower_base", "lower_max", "upper_base", "upper_max", "cycle_momentum",
+)  # fmt: skip
+
+_WINDOWS = ("constant", "triangle", "welch", "hann")
+
+_N_INTS: tl.constexpr = tl.constexpr(len(INTS))
+_N_FLOATS: tl.constexpr = tl.constexpr(len(FLOATS))
+
+
+def phase_tables(schedule: Schedule) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The phases as ``(phases, len(INTS))`` int64 and ``(phases, len(FLOATS))`` float64.
+
+    Raises:
+        ValueError: if a phase has a ``scale_fn``, which only the host can call.
+    """
+    if schedule.scale_fn is not None:
+        raise ValueError(f"schedule {schedule.name!r} has a scale_fn: evaluate it on the host")
+    starts = np.cumsum([0, *(phase.steps or 0 for phase in schedule.phases[:-1])])
+    ints = [
+        (start, phase.step_size_up, phase.period, _WINDOWS.index(phase.window))
+        for start, phase in zip(starts, schedule.phases, strict=True)
+    ]
+    floats = [_floats(phase) for phase in schedule.phases]
+    return np.array(ints, dtype=np.int64), np.array(floats, dtype=np.float64)
+
+
+def _floats(phase: Phase) -> tuple[float, ...]:
+    return (
+        math.log2(phase.gamma),
+        math.log2(phase.cycle_gamma),
+        math.log2(phase.base_gamma),
+        float(phase.has_bounds),
+        phase.base_lr or 0.0,
+        phase.max_lr or 0.0,
+        *phase.lower,
+        *phase.upper,
+        float(phase.cycle_momentum),
+    )
+
+
+@triton.jit
+def _hann(x):
+    # sin²(πx/2) for x in [0, 1] by the Taylor series of the sine, whose first left out term is
+    # below 1e-18; the device's own cosine would need a stack.
+    h = x * 1.5707963267948966
+    q = h * h
+    s = -1.9572941063391263e-20
+    s = s * q + 8.22063524662433e-18
+    s = s * q + -2.8114572543455206e-15
+    s = s * q + 7.647163731819816e-13
+    s = s * q + -1.6059043836821613e-10
+    s = s * q + 2.505210838544172e-08
+    s = s * q + -2.7557319223985893e-06
+    s = s * q + 0.0001984126984126984
+    s = s * q + -0.008333333333333333
+    s = s * q + 0.16666666666666666
+    s = h - h * q * s
+    return s * s
+
+
+@triton.jit
+def rate_and_momentum(ints, floats, phases, step, base_lr, max_lr, base_momentum, max_momentum):
+    """``(learning rate, momentum)`` at a step, both float64.
+
+    Args:
+        ints, floats: pointers to the tables of :func:`phase_tables`.
+        phases: how many there are.
+        step: int64, counted from 0.
+        base_lr, max_lr, base_momentum, max_momentum: the group's bounds, float64.
+    """
+    index = 0
+    for i in range(1, phases):
+        index = tl.where(step >= tl.load(ints + i * _N_INTS), i, index)
+    ints += index * _N_INTS
+    floats += index * _N_FLOATS
+    local = step - tl.load(ints)
+    up = tl.load(ints + 1)
+    period = tl.load(ints + 2)
+    window = tl.load(ints + 3)
+
+    # A phase without a cycle stays at its top; the divisors only must not be 0.
+    cycle = local // tl.maximum(period, 1)
+    offset = local - cycle * period
+    rising = offset.to(tl.float64) / tl.maximum(up, 1).to(tl.float64)
+    falling = (period - offset).to(tl.float64) / tl.maximum(period - up, 1).to(tl.float64)
+    x = tl.where(offset < up, rising, falling)
+    w = tl.where(window == 2, x * (2.0 - x), x)
+    w = tl.where(window == 3, _hann(x), w)
+    w = tl.where(window == 0, 1.0, w)
+    cycle = tl.where(period == 0, 0, cycle)
+
+    time = local.to(tl.float64)
+    decay = time * tl.load(floats) + cycle.to(tl.float64) * tl.load(floats + 1)
+    amplitude = w * tl.exp2(decay)
+    own = tl.load(floats + 3) != 0.0
+    base_lr = tl.where(own, tl.load(floats + 4), base_lr)
+    max_lr = tl.where(own, tl.load(floats + 5), max_lr)
+    lower = tl.load(floats + 6) * base_lr + tl.load(floats + 7) * max_lr
+    upper = tl.load(floats + 8) * base_lr + tl.load(floats + 9) * max_lr
+    rate = tl.exp2(time * tl.load(floats + 2)) * lower + (upper - lower) * amplitude
+    cycles = tl.load(floats + 10) != 0.0
+    momentum = max_momentum - (max_momentum - base_momentum) * amplitude
+    return rate, tl.where(cycles, momentum, max_momentum)

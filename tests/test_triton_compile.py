@@ -1,0 +1,151 @@
+"""What the Triton kernels compile to, for GPUs that need not be here."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from clr_optim.kernels.triton import report
+from clr_optim.rules import KERNELS
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+SLOTS = {
+    "sgd": 0,
+    "sgd_momentum": 1,
+    "adam": 2,
+    "adam_amsgrad": 3,
+    "adagrad": 1,
+    "adadelta": 2,
+    "rmsprop": 1,
+    "rmsprop_momentum": 2,
+    "rmsprop_centered": 2,
+    "rmsprop_momentum_centered": 3,
+}
+
+# An SM with its 65536 registers then runs four programs of 256 threads at a time, or two.
+MOST_REGISTERS = {"float32": 64, "bfloat16": 64, "float16": 64, "float64": 96}
+
+
+def run(*arguments):
+    """Python in a process of its own, where Triton does not interpret."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90", "gfx942"])
+def compiled(request, tmp_path_factory):
+    """A target, the rows of its report by rule and dtype, and what was printed."""
+    path = tmp_path_factory.mktemp("report") / "rows.json"
+    done = run("-m", report.__name__, "--target", request.param, "--json", path)
+    assert not done.returncode, done.stderr
+    rows = json.loads(path.read_text())
+    return request.param, {(row["rule"], row["dtype"]): row for row in rows}, done.stdout
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", report.DTYPES)
+@pytest.mark.parametrize("rule", KERNELS)
+def test_registers_suffice_and_accesses_are_wide(compiled, rule, dtype):
+    target, rows, _ = compiled
+    row = rows[rule, dtype]
+    assert row["stack"] == row["spills"] == 0
+    assert row["registers"] > 0
+    if target == "sm_90":
+        assert row["registers"] <= MOST_REGISTERS[dtype]
+    assert row["loads_narrow"] == row["stores_narrow"] == 0
+    # Parameter, gradient and state; several times over where the compiler unrolled the loop.
+    times, rest = divmod(row["loads_16b"], 2 + SLOTS[rule])
+    assert times >= 1
+    assert rest == 0
+    assert row["stores_16b"] == times * (1 + SLOTS[rule])
+
+
+@needs_triton
+def test_every_kernel_is_in_the_table(compiled):
+    _, rows, printed = compiled
+    assert list(rows) == [(rule, dtype) for rule in KERNELS for dtype in report.DTYPES]
+    shown = [line.split() for line in printed.splitlines()]
+    assert shown == [
+        list(rows["sgd", "float32"]),
+        *([*map(str, r.values())] for r in rows.values()),
+    ]
+
+
+@needs_triton
+def test_narrow_accesses_and_spills_are_seen():
+    code = """
+        from clr_optim.kernels.triton import multi_tensor, report
+        report.KERNELS, report.DTYPES = ("adam",), ("float32",)
+        constexprs, options = multi_tensor.constexprs, multi_tensor.options
+        multi_tensor.constexprs = lambda *a, aligned: constexprs(*a, aligned=False)
+        print(*next(report.rows("sm_90")).values())
+        print(*next(report.rows("gfx942")).values())
+        multi_tensor.constexprs = constexprs
+        multi_tensor.options = lambda *a: {**options(*a), "maxnreg": 32}
+        print(*next(report.rows("sm_90")).values())
+    """
+    done = run("-c", "if True:" + code)
+    assert not done.returncode, done.stderr
+    cuda, amd, spilled = (list(map(int, line.split()[2:])) for line in done.stdout.splitlines())
+    assert cuda[3:] == [0, 4 * 4, 0, 4 * 3]  # four elements per thread, each by itself
+    assert amd[3] == amd[5] == 0
+    assert amd[4] >= 4
+    assert amd[6] >= 3
+    assert spilled[0] <= 32
+    assert spilled[1] > 0
+    assert spilled[2] > 0
+    assert spilled[3:] == [4, 0, 3, 0]
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as error:
+        report.main(arguments)
+    assert error.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["sm_", "sm_90a", "gfx", "cuda:90", "h200", ""])
+def test_unknown_target(capsys, monkeypatch, target):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    message = f"target '{target}' is neither sm_NN (NVIDIA) nor gfxNNN (AMD)"
+    assert message in refused(capsys, "--target", target)
+
+
+def test_interpreter_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "TRITON_INTERPRET is set" in refused(capsys, "--target", "sm_90")
+
+
+def test_without_triton(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "pip install 'clr-optim[triton]'" in refused(capsys, "--target", "sm_90")
+
+
+@needs_triton
+def test_what_cannot_be_compiled_or_counted():
+    code = """
+        import os
+        from clr_optim.kernels.triton import report
+        def refused(target):
+            try:
+                next(report.rows(target))
+            except report.ReportError as error:
+                print(error)
+        refused("sm_42")
+        os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
+        refused("sm_90")
+    """
+    done = run("-c", "if True:" + code)
+    assert not done.returncode, done.stderr
+    unknown, uncounted = done.stdout.splitlines()
+    assert unknown.startswith("sgd of float32 does not compile for sm_42")
+    assert "'sm_42' is not defined" in unknown
+    assert "is TRITON_DISABLE_LINE_INFO set?" in uncounted

@@ -1,0 +1,163 @@
+"""What the Triton backend's tests share: where they run, the interpreter mended, and twins there.
+
+Under Triton's interpreter all tensors are on the CPU, else all are on the GPU; torch's step
+counters are on the CPU in any case, and ours only in the interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import native_helpers
+import numpy as np
+import test_native
+import torch
+from native_helpers import HALF, Case, feed, members, parameters
+from torch import Tensor
+
+from clr_optim.backends.triton import is_interpreted
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = HAS_TRITON and is_interpreted()
+RUNS = INTERPRETED or (HAS_TRITON and torch.cuda.is_available())
+DEVICE = torch.device("cuda", 0) if RUNS and not INTERPRETED else torch.device("cpu")
+
+
+# ---- the interpreter
+
+
+def mend_the_interpreter() -> None:
+    """Have Triton's interpreter round as GPUs do, and take half the time.
+
+    It cuts float32 off to bfloat16, and garbles subnormal numbers on the way back; GPUs round to
+    nearest even and keep those. For every call of a function from a kernel it prepares all of
+    Triton's language anew, though what it did for the kernel is still in place.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert, prepare = interpreter._convert_float, interpreter._patch_lang
+
+    def rounded(values: Any, source: Any, target: Any, mode: Any) -> Any:
+        # A copy, since torch would warn of arrays that must not be written to.
+        if (source, target) == (tl.float32, tl.bfloat16):
+            narrow = torch.from_numpy(np.array(values)).bfloat16()
+            return narrow.view(torch.int16).numpy().view(np.uint16)
+        if (source, target) == (tl.bfloat16, tl.float32):
+            narrow = torch.from_numpy(np.array(values).view(np.int16)).view(torch.bfloat16)
+            return narrow.float().numpy().view(np.uint32)
+        return convert(values, source, target, mode)
+
+    def once(function: Any) -> Any:
+        prepared = not tl.core.is_builtin(tl.load)
+        if prepared and all(value is not tl.core for value in function.__globals__.values()):
+            return interpreter._LangPatchScope()
+        return prepare(function)
+
+    interpreter._convert_float, interpreter._patch_lang = rounded, once
+
+
+if INTERPRETED:
+    mend_the_interpreter()
+
+
+# ---- the schedule
+
+
+if RUNS:
+    import triton
+    import triton.language as tl
+
+    from clr_optim.kernels.triton.schedule import phase_tables, rate_and_momentum
+
+    @triton.jit
+    def _evaluate(ints, floats, phases, steps, bounds, rates, momenta, BLOCK: tl.constexpr):  # noqa: N803
+        at = tl.program_id(0)
+        if BLOCK > 0:
+            at = at * BLOCK + tl.arange(0, BLOCK)
+        rate, momentum = rate_and_momentum(
+            ints, floats, phases, tl.load(steps + at),
+            tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 2), tl.load(bounds + 3),
+        )  # fmt: skip
+        tl.store(rates + at, rate)
+        tl.store(momenta + at, momentum)
+
+
+def on_device(schedule: Any, steps: Sequence[int], bounds: Sequence[float]) -> Any:
+    """``(rates, momenta)`` as the device has them, at each step."""
+    tables = [torch.from_numpy(table).to(DEVICE) for table in phase_tables(schedule)]
+    # A program for each step, as in the kernels, costs a GPU nothing. The interpreter takes
+    # them all at once: its arithmetic is numpy's, for arrays as for numbers.
+    block = 1 << (len(steps) - 1).bit_length() if INTERPRETED else 0
+    padded = [*steps, *[0] * (block - len(steps))]
+    there = torch.tensor(padded, dtype=torch.int64, device=DEVICE)
+    rates = torch.zeros(len(padded), dtype=torch.float64, device=DEVICE)
+    momenta = torch.zeros_like(rates)
+    limits = torch.tensor(bounds, dtype=torch.float64, device=DEVICE)
+    grid = (1 if INTERPRETED else len(steps),)
+    _evaluate[grid](*tables, len(schedule.phases), there, limits, rates, momenta, BLOCK=block)
+    return [found[: len(steps)].cpu().numpy() for found in (rates, momenta)]
+
+
+# ---- optimizers and their twins
+
+
+def drawn(shapes: Sequence[Any], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    """Normal tensors on the device, the same anywhere."""
+    return [t.to(DEVICE) for t in native_helpers.drawn(shapes, dtype, seed)]
+
+
+def at_home(optimizer: torch.optim.Optimizer) -> Any:
+    """Its parameters and state on the CPU, for comparisons."""
+    here = {p: torch.nn.Parameter(p.detach().cpu()) for p in members(optimizer)}
+    state = {
+        here[p]: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in optimizer.state[p].items()}
+        for p in here
+        if p in optimizer.state
+    }
+    groups = [{"params": [here[p] for p in g["params"]]} for g in optimizer.param_groups]
+    return SimpleNamespace(param_groups=groups, state=state)
+
+
+def assert_alike(ours: Any, theirs: Any, tolerance: float = 1e-12) -> None:
+    native_helpers.assert_alike(at_home(ours), at_home(theirs), tolerance)
+
+
+class Twins(native_helpers.Twins):
+    """Ours on the device with ``backend="triton"``, and torch's for-loop step beside it."""
+
+    def __init__(self, make: Callable[[], torch.optim.Optimizer], **wrap: Any) -> None:
+        super().__init__(make, **{"backend": "triton", **wrap})
+
+    def step(self, tolerance: float = 1e-12) -> None:
+        feed(self.theirs, self.ours)
+        self.each(lambda optimizer: optimizer.step())
+        assert_alike(self.ours, self.theirs, tolerance)
+
+
+def twins(case: Case, shapes: Sequence[Any] = ((5, 3), (7,)), **wrap: Any) -> Twins:
+    """Twins of a case in float64."""
+    return Twins(
+        lambda: case.make(parameters(drawn(shapes, torch.float64))), **{**case.wrap, **wrap}
+    )
+
+
+class Contract(test_native.Contract):
+    """As there, each value in a group with bounds of its own."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, values: Sequence[Tensor]) -> None:
+        def groups(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[dict[str, Any]]:
+            return [{"params": parameters([t], dtype)} for t in tensors]
+
+        self.case, self.dtype, self.free = case, dtype, None
+        base = [case.lr * (0.25 + 0.1 * (i % 5)) for i in range(len(values))]
+        self.ours = case.ours(
+            groups(values, dtype), backend="triton", base_lr=base, max_lr=[4 * lr for lr in base]
+        )
+        wide = torch.float64 if dtype in HALF else dtype
+        self.theirs = case.make(groups([v.to(dtype) for v in values], wide))
+        self.segments: list[Any] = []
+        self._take()
