@@ -263,7 +263,8 @@ def plot_throughput(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
     Args:
         rows: as in the benchmark's JSON; each has ``"rule"``, ``"workload"``, ``"dtype"`` and
-            ``"times"``, the medians by variant.
+            ``"times"``, the medians by variant; ``"wrong"``, the variants that do not do the work,
+            is optional, and they are left out.
     """
     panels: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -284,7 +285,7 @@ def plot_throughput(rows: Sequence[Mapping[str, Any]]) -> Figure:
         speeds: list[float] = []
         for i, variant in enumerate(variants):
             for x, row in enumerate(members):
-                if variant not in row["times"]:
+                if variant not in row["times"] or variant in row.get("wrong", ()):
                     continue
                 times = row["times"]
                 speed = times["default"]["median_s"] / times[variant]["median_s"]

@@ -58,6 +58,19 @@ def test_the_environment_wishes_for_what_serves(monkeypatch):
     assert backends.resolve("auto", patched) == ("torch", "its step was replaced")
 
 
+def test_a_wish_compiles_nothing_before_the_first_step(monkeypatch):
+    def compiled():
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(backends, "library", compiled)
+    assert CyclicalOptimizer(adam()).explain().startswith("native: ")
+    monkeypatch.setenv("CLR_OPTIM_BACKEND", "native")
+    assert CyclicalOptimizer(adam()).explain().startswith("native: ")
+    monkeypatch.delenv("CLR_OPTIM_BACKEND")
+    with pytest.raises(AssertionError, match="compiled"):
+        CyclicalOptimizer(adam(), backend="native")
+
+
 def test_a_backend_by_name_serves_or_raises():
     assert CyclicalOptimizer(adam(), backend="torch").explain().startswith("torch: 1 parameter")
     assert CyclicalOptimizer(adam(), backend="native").explain().startswith("native: 1 parameter")

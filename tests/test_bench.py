@@ -407,6 +407,8 @@ def test_picture_has_a_panel_per_workload_and_dtype(tmp_path):
     for axes in panels:
         assert [text.get_text() for text in axes.texts] == ["8×", "8×"]
         assert sorted(bar.get_height() for bar in axes.patches) == pytest.approx([1, 1, 3, 3, 7, 7])
+    (left_out,) = plotting.plot_throughput([_row(wrong=["fused"])]).axes
+    assert sorted(bar.get_height() for bar in left_out.patches) == pytest.approx([1, 7])
     path = plotting.save(figure, tmp_path / "bench.png")
     with Image.open(path) as image:
         assert image.size[0] == 1280

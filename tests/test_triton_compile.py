@@ -149,3 +149,64 @@ def test_what_cannot_be_compiled_or_counted():
     assert unknown.startswith("sgd of float32 does not compile for sm_42")
     assert "'sm_42' is not defined" in unknown
     assert "is TRITON_DISABLE_LINE_INFO set?" in uncounted
+
+
+# Launches go nowhere, and compilations are counted instead of made: what Triton would compile for
+# is decided before either.
+LAUNCHES = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import clr_optim.backends
+from clr_optim import CyclicalOptimizer
+
+class Driver:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+class Kernel:
+    function, packed_metadata = 0, None
+    launch_metadata = staticmethod(lambda *arguments: None)
+    run = staticmethod(lambda *arguments: launched.append(arguments[:3]))
+
+def compile_(self, key, *rest, **options):
+    compiled.append(self.fn.__name__)
+    self.device_caches[0][0][key] = Kernel()
+    return Kernel()
+
+compiled, launched = [], []
+driver.set_active(Driver())
+JITFunction._do_compile = compile_
+clr_optim.backends.is_interpreted = clr_optim.backends.triton.is_interpreted = lambda: True
+
+params = [torch.nn.Parameter(torch.zeros(n)) for n in (1, 16, 1024, 3000, 70_000)]
+opt = CyclicalOptimizer(
+    torch.optim.AdamW(params, lr=0.1), "exp_range", step_size_up=7, backend="triton"
+)
+clipped = CyclicalOptimizer(
+    torch.optim.AdamW(params, lr=0.1), step_size_up=3, max_grad_norm=0.5, backend="triton"
+)
+for k in range(1000):
+    for i, p in enumerate(params):
+        p.grad = None if (k + i) % 5 == 0 else torch.ones_like(p)
+    group = opt.param_groups[0]
+    group["betas"], group["weight_decay"] = (0.5 + k / 4000, 0.99), (k % 3) * 0.25
+    group["eps"] = 1e-8 * (1 + k)
+    if k % 100 == 16:
+        opt.set_bounds(base_lr=16.0, max_lr=16.0 * (1 + k))
+        opt.set_iteration(16 * k)
+    opt.step()
+    clipped.step()
+print(sorted(compiled), len(launched))
+"""
+
+
+@needs_triton
+def test_nothing_is_compiled_anew_as_scalars_and_gradients_change():
+    done = run("-c", LAUNCHES)
+    assert not done.returncode, done.stderr
+    # A launch for the bucket and one for the counters, of two optimizers.
+    assert done.stdout == "['advance', 'multi_tensor'] 4000\n"

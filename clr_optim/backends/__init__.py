@@ -51,6 +51,11 @@ def resolve(backend: object, optimizer: Optimizer) -> tuple[str, str]:
     if asked == "auto":
         return ("torch", rule) if isinstance(rule, str) else _automatic(optimizer)
     reason = rule if isinstance(rule, str) else _refusal(asked, optimizer)
+    if reason is None and not wish:
+        try:
+            library()
+        except BuildError as error:
+            reason = str(error)
     if reason is None:
         return asked, f"asked for by {source}"
     if wish:
@@ -70,20 +75,17 @@ def _automatic(optimizer: Optimizer) -> tuple[str, str]:
 
 
 def _refusal(backend: str, optimizer: Optimizer) -> str | None:
-    """Why a backend that was asked for cannot serve, or None."""
-    if backend == "triton":
-        missing = why_no_triton()
-        if missing:
-            return missing
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        types = devices("triton")
-        if params and not any(p.device.type in types for p in params):
-            return (
-                f"its parameters are on {params[0].device.type}, and Triton's kernels update "
-                f"tensors on {' or '.join(types)} (on the CPU only with TRITON_INTERPRET=1)"
-            )
-    try:
-        library()
-    except BuildError as error:
-        return str(error)
+    """Why a backend that was asked for cannot serve, or None, as long as it compiles."""
+    if backend == "native":
+        return None
+    missing = why_no_triton()
+    if missing:
+        return missing
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    types = devices("triton")
+    if params and not any(p.device.type in types for p in params):
+        return (
+            f"its parameters are on {params[0].device.type}, and Triton's kernels update "
+            f"tensors on {' or '.join(types)} (on the CPU only with TRITON_INTERPRET=1)"
+        )
     return None

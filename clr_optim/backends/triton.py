@@ -30,6 +30,7 @@ __all__ = ["DEVICES", "TritonBackend", "is_interpreted", "why_no_triton"]
 DEVICES = ("cuda", "xpu")
 
 _ADVANCED_AT_ONCE = 256
+_NO_COUNTER = np.zeros((1, 2), dtype=np.int64)
 
 
 def is_interpreted() -> bool:
@@ -75,8 +76,18 @@ class _Launch:
         from clr_optim.kernels.triton import multi_tensor
 
         self.bucket = bucket
-        self.shape = multi_tensor.shape_of(bucket.dtype.itemsize)
-        self._chunk = self.shape.block * multi_tensor.BLOCKS_PER_CHUNK
+        block = multi_tensor.shape_of(bucket.dtype.itemsize).block
+        self._chunk = block * multi_tensor.BLOCKS_PER_CHUNK
+        # Compiled for aligned tensors and for others, though mostly only one of them is.
+        self._compiled_for = [
+            {
+                **multi_tensor.constexprs(
+                    bucket.kernel, len(bucket.slots), bucket.dtype, bucket.counter_dtype, aligned
+                ),
+                **multi_tensor.options(bucket.dtype, _warp(bucket.device)),
+            }
+            for aligned in (False, True)
+        ]
         self._active = b""
         self._rows = _Mirror(bucket.device)
         self._chunks = _Mirror(bucket.device)
@@ -107,10 +118,10 @@ class _Launch:
         return self._rows.put(table.view(np.int64).reshape(len(table), -1))
 
     @property
-    def is_aligned(self) -> bool:
-        """Whether gradients begin at a multiple of 16 bytes, as all else in the bucket does."""
+    def compiled_for(self) -> dict[str, Any]:
+        """Constants and options of the kernel, by whether gradients are as aligned as all else."""
         grads = self.bucket.table["grad"]
-        return self.bucket.aligned and not int(np.bitwise_or.reduce(grads)) & 15
+        return self._compiled_for[self.bucket.aligned and not int(np.bitwise_or.reduce(grads)) & 15]
 
 
 class _Position:
@@ -128,8 +139,10 @@ class _Position:
         own = phase_tables(schedule) if self._moving else constant
         self._own = tuple(m.put(t) for m, t in zip(upload[:2], own, strict=True))
         self._constant = tuple(m.put(t) for m, t in zip(upload[2:], constant, strict=True))
-        self.groups = _Mirror(device)
-        self.counters = _Mirror(device)
+        self._groups = _Mirror(device)
+        self._groups_of: object = None
+        self._counters = _Mirror(device)
+        self._counters_of: list[npt.NDArray[Any]] = []
         self.one = torch.ones((), dtype=torch.float64, device=device)
 
     def control(self, course: Course) -> Tensor:
@@ -147,6 +160,34 @@ class _Position:
     def decides(self, course: Course) -> bool:
         """Whether the rates are evaluated on the device, not handed down by the host."""
         return self._moving and course.moves
+
+    def groups(self, course: Course, scalars: npt.NDArray[np.float64]) -> Tensor:
+        """The groups' table: what the schedule needs of each, and then the kernel's scalars."""
+        on_device = self.decides(course)
+        changing = (tuple(course.bounds), course.momenta) if on_device else course.rates
+        known = (scalars.shape, scalars.tobytes(), on_device, changing)
+        if known != self._groups_of:
+            table = np.zeros((len(scalars), scalars.shape[1] + 4))
+            for i, (rate, bounds) in enumerate(zip(course.rates, course.bounds, strict=True)):
+                table[i, :2] = bounds if on_device else (rate, rate)
+                if course.momenta is not None and on_device:
+                    table[i, 2:4] = course.momenta[i]
+                    table[i, 4] = 1.0
+            table[:, 5:] = scalars[:, 1:]  # without the rate
+            self._there = self._groups.put(table)
+            self._groups_of = known
+        return self._there
+
+    def counters(self, launches: list[_Launch]) -> tuple[Tensor, int]:
+        """The step counters of all tensors that were updated, and how many there are."""
+        now = [launch.counters for launch in launches]
+        if [id(table) for table in now] != [id(table) for table in self._counters_of]:
+            table = np.concatenate(now)
+            self._count = len(table)
+            # An empty table has no address to load from.
+            self._addresses = self._counters.put(table if len(table) else _NO_COUNTER)
+            self._counters_of = now
+        return self._addresses, self._count
 
     def phases(self, course: Course) -> tuple[Tensor, ...]:
         """The phases' tables: the schedule's own, or those of a rate that is the group's upper."""
@@ -187,25 +228,16 @@ class TritonBackend:
         plan = self.plan
         if [id(launch.bucket) for launch in self._launches] != [id(b) for b in plan.buckets]:
             self._launches = [_Launch(bucket) for bucket in plan.buckets]
-        by_device: dict[torch.device, list[_Launch]] = {}
-        for launch in self._launches:
-            by_device.setdefault(launch.bucket.device, []).append(launch)
-        for device, launches in by_device.items():
+        for device in dict.fromkeys(launch.bucket.device for launch in self._launches):
             if device not in self._positions:
                 self._positions[device] = _Position(device, self._schedule)
             with _guard(device):
-                self._step_on(self._positions[device], launches, course, grad_scale)
+                self._step_on(self._positions[device], course, grad_scale)
         # As after any in-place update: a backward through an older graph must raise.
         torch.autograd.graph.increment_version(plan.active_params())
         plan.commit()
 
-    def _step_on(
-        self,
-        position: _Position,
-        launches: list[_Launch],
-        course: Course,
-        grad_scale: float | Tensor,
-    ) -> None:
+    def _step_on(self, position: _Position, course: Course, grad_scale: float | Tensor) -> None:
         from clr_optim.kernels.triton import multi_tensor
 
         scale = position.one
@@ -213,54 +245,23 @@ class TritonBackend:
             scale = grad_scale.to(position.device, torch.float64)
         elif grad_scale != 1.0:
             scale = position.one * grad_scale
-        groups = self._groups(course, position.decides(course))
-        groups_there = position.groups.put(groups)
+        groups = position.groups(course, self.plan.scalars)
+        width = groups.shape[1]
         ints, floats = position.phases(course)
+        phases = len(ints)
         control = position.control(course)
+        launches = [x for x in self._launches if x.bucket.device == position.device]
         for launch in launches:
             rows = launch.refresh()
-            if not launch.count:
-                continue
-            bucket = launch.bucket
-            multi_tensor.multi_tensor[(launch.count,)](
-                launch.chunks,
-                rows,
-                groups_there,
-                groups.shape[1],
-                ints,
-                floats,
-                len(ints),
-                control,
-                scale,
-                **multi_tensor.constexprs(
-                    bucket.kernel,
-                    len(bucket.slots),
-                    bucket.dtype,
-                    bucket.counter_dtype,
-                    launch.is_aligned,
-                ),
-                **multi_tensor.options(bucket.dtype, _warp(position.device)),
-            )
-        counters = np.concatenate([launch.counters for launch in launches])
-        programs = max(1, -(-len(counters) // _ADVANCED_AT_ONCE))
-        # An empty table has no address to load from.
-        table = counters if len(counters) else np.zeros((1, 2), dtype=np.int64)
-        multi_tensor.advance[(programs,)](
-            position.counters.put(table), len(counters), control, BLOCK=_ADVANCED_AT_ONCE
-        )
+            if launch.count:
+                multi_tensor.multi_tensor[(launch.count,)](
+                    launch.chunks, rows, groups, width, ints, floats, phases, control, scale,
+                    **launch.compiled_for,
+                )  # fmt: skip
+        counters, count = position.counters(launches)
+        programs = max(1, -(-count // _ADVANCED_AT_ONCE))
+        multi_tensor.advance[(programs,)](counters, count, control, BLOCK=_ADVANCED_AT_ONCE)
         position.advanced(course)
-
-    def _groups(self, course: Course, on_device: bool) -> npt.NDArray[np.float64]:
-        """The groups' table: what the schedule needs of each, and then the kernel's scalars."""
-        scalars = self.plan.scalars
-        table = np.zeros((len(scalars), scalars.shape[1] + 4))
-        for i, (rate, bounds) in enumerate(zip(course.rates, course.bounds, strict=True)):
-            table[i, :2] = bounds if on_device else (rate, rate)
-            if course.momenta is not None and on_device:
-                table[i, 2:4] = course.momenta[i]
-                table[i, 4] = 1.0
-        table[:, 5:] = scalars[:, 1:]  # without the rate
-        return table
 
 
 def _device_type(optimizer: Optimizer) -> str:
