@@ -9,7 +9,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 demo: $(VENV)/.demo
 	$(BIN)/clr-optim demo $(ARGS)
 
-test: lint types check interpreted package
+# The two runs of tests take a core each.
+test: lint types
+	$(MAKE) -j2 --output-sync=target check interpreted
+	$(MAKE) package
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
