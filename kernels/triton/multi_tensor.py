@@ -30,7 +30,8 @@ GROUP = (
     "base_lr", "max_lr", "base_momentum", "max_momentum", "cycle_momentum", "weight_decay", "sign",
 )  # fmt: skip
 
-#: So many blocks make a chunk, to spread what a program does once over more than one block.
+#: So many blocks make a chunk, to spread what a program does once over more than one block: what a
+#: persistent grid would gain, from a plain one, whose programs the device hands out by itself.
 BLOCKS_PER_CHUNK = 8
 
 _ROW: tl.constexpr = tl.constexpr(len(COLUMNS))
