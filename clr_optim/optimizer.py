@@ -676,7 +676,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 if name == "triton":
                     from clr_optim.backends.triton import TritonBackend
 
-                    shared.fused = TritonBackend(self._inner, rule, self._schedule)
+                    device = backends.plan_device(name, self._inner)
+                    shared.fused = TritonBackend(self._inner, rule, self._schedule, device)
                 else:
                     shared.fused = NativeBackend(self._inner, rule)
             except BuildError as error:
@@ -1164,22 +1165,16 @@ def _with_counters_where_torch_has_them(state_dict: Mapping[str, Any]) -> dict[A
         if group.get("capturable") or group.get("fused")
     }
     state: dict[Any, Any] = dict(state_dict["state"])
-    leaving = {
-        index: values["step"]
-        for index, values in state.items()
-        if index not in stays
-        and isinstance(values.get("step"), Tensor)
-        and values["step"].device.type != "cpu"
-    }
-    if leaving:
-        by_kind: dict[Any, list[Any]] = {}
-        for index, counter in leaving.items():
+    by_kind: dict[Any, list[Any]] = {}
+    for index, values in state.items():
+        counter = values.get("step")
+        if index not in stays and isinstance(counter, Tensor) and counter.device.type != "cpu":
             kind = (counter.device, counter.dtype, counter.shape)
             by_kind.setdefault(kind, []).append(index)
-        for indices in by_kind.values():
-            there = torch.stack([leaving[index] for index in indices]).cpu()
-            for index, counter in zip(indices, there, strict=True):
-                state[index] = {**state[index], "step": counter.clone()}
+    for indices in by_kind.values():
+        counters = torch.stack([state[index]["step"] for index in indices]).cpu()
+        for index, counter in zip(indices, counters, strict=True):
+            state[index] = {**state[index], "step": counter.clone()}
     return state
 
 

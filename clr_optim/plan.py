@@ -396,7 +396,9 @@ class Plan:
         ]
 
     def commit(self) -> None:
-        """Hand over the state that the step just taken has created, under torch's names."""
+        """Say that a step was taken, and hand over the state it created, under torch's names."""
+        # As after any in-place update: a backward through an older graph must raise.
+        torch.autograd.graph.increment_version(self.active_params())
         if not self._pending:
             return
         state = self._optimizer.state

@@ -272,3 +272,51 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def many_groups(cls, *settings, dtype=torch.float64, draw=None, **options):
+    """An optimizer of this class with a group, and tensors, for each of the settings."""
+
+    def make():
+        groups = [
+            {"params": parameters((draw or drawn)(((4, 3), (5,)), dtype, seed=i)), **own}
+            for i, own in enumerate(settings)
+        ]
+        return cls(groups, **{"lr": 0.01, "foreach": False, **options})
+
+    return make
+
+
+def _unfused(**more):
+    return {"weight_decay": torch.tensor(0.1, dtype=torch.float64), **more}
+
+
+#: An optimizer and its groups' settings, which take several kernels or torch's own step as well.
+MIXED_GROUPS = {
+    "sgd": (torch.optim.SGD, {}, {"momentum": 0.9, "lr": 0.2}, {"momentum": 0.5, "nesterov": True},
+            {"maximize": True}, {"weight_decay": 0.3}, {"momentum": 0.5, "dampening": 0.4}),
+    "adam": (torch.optim.Adam, {}, {"amsgrad": True}, {"betas": (0.5, 0.6), "lr": 0.2},
+            {"eps": 0.1, "weight_decay": 0.1}, {"decoupled_weight_decay": True, "weight_decay": 1}),
+    "adagrad": (torch.optim.Adagrad, {}, {"lr_decay": 0.5}, {"eps": 0.1}, {"maximize": True}),
+    "adadelta": (torch.optim.Adadelta, {}, {"rho": 0.5}, {"eps": 0.1}, {"lr": 2.0}),
+    "rmsprop": (torch.optim.RMSprop, {}, {"momentum": 0.5}, {"centered": True}, {"alpha": 0.5},
+            {"centered": True, "momentum": 0.9}),
+    "adamw-differentiable": (torch.optim.AdamW, {}, {"differentiable": True}, {"lr": 0.5}),
+    "sgd-tensor-decay": (torch.optim.SGD, _unfused(), {"momentum": 0.9}, _unfused(momentum=0.9)),
+    "rmsprop-differentiable": (
+        torch.optim.RMSprop, {"momentum": 0.9}, {"differentiable": True}, {},
+    ),
+}  # fmt: skip
+
+
+def assert_first_gradient_is_whole(backend, draw=None):
+    """The first gradient of a tensor goes into its momentum without dampening, and only that."""
+    p, late = parameters((draw or drawn)([(3,), (3,)], torch.float32))
+    opt = wrapped(torch.optim.SGD([p, late], lr=0.1, momentum=0.5, dampening=0.75), backend=backend)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    assert opt.state[p]["momentum_buffer"].tolist() == [1.0] * 3
+    late.grad = torch.ones_like(p)
+    opt.step()
+    assert opt.state[p]["momentum_buffer"].tolist() == [0.75] * 3
+    assert opt.state[late]["momentum_buffer"].tolist() == [1.0] * 3

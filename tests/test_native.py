@@ -30,15 +30,18 @@ from native_helpers import (
     DTYPES,
     HALF,
     KERNELS,
+    MIXED_GROUPS,
     Twins,
     assert_alike,
     assert_close,
+    assert_first_gradient_is_whole,
     assert_identical,
     assert_pattern,
     drawn,
     feed,
     held,
     like,
+    many_groups,
     members,
     parameters,
     strides,
@@ -679,51 +682,9 @@ def test_a_gradient_that_is_its_parameter():
 # ---- groups
 
 
-def many_groups(cls, *settings, dtype=torch.float64, **options):
-    def make():
-        groups = [
-            {"params": parameters(drawn(((4, 3), (5,)), dtype, seed=i)), **own}
-            for i, own in enumerate(settings)
-        ]
-        return cls(groups, **{"lr": 0.01, "foreach": False, **options})
-
-    return make
-
-
-def unfused(**more):
-    return {"weight_decay": torch.tensor(0.1, dtype=torch.float64), **more}
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        many_groups(
-            torch.optim.SGD, {}, {"momentum": 0.9, "lr": 0.2}, {"momentum": 0.5, "nesterov": True},
-            {"maximize": True}, {"weight_decay": 0.3}, {"momentum": 0.5, "dampening": 0.4},
-        ),
-        many_groups(
-            torch.optim.Adam, {}, {"amsgrad": True}, {"betas": (0.5, 0.6), "lr": 0.2},
-            {"eps": 0.1, "weight_decay": 0.1}, {"decoupled_weight_decay": True, "weight_decay": 1},
-        ),
-        many_groups(
-            torch.optim.Adagrad, {}, {"lr_decay": 0.5}, {"eps": 0.1}, {"maximize": True},
-        ),
-        many_groups(torch.optim.Adadelta, {}, {"rho": 0.5}, {"eps": 0.1}, {"lr": 2.0}),
-        many_groups(
-            torch.optim.RMSprop, {}, {"momentum": 0.5}, {"centered": True}, {"alpha": 0.5},
-            {"centered": True, "momentum": 0.9},
-        ),
-        many_groups(torch.optim.AdamW, {}, {"differentiable": True}, {"lr": 0.5}),
-        many_groups(torch.optim.SGD, unfused(), {"momentum": 0.9}, unfused(momentum=0.9)),
-        many_groups(torch.optim.RMSprop, {"momentum": 0.9}, {"differentiable": True}, {}),
-    ],
-    ids=[
-        "sgd", "adam", "adagrad", "adadelta", "rmsprop", "adamw-differentiable",
-        "sgd-tensor-decay", "rmsprop-differentiable",
-    ],
-)  # fmt: skip
-def test_groups(make):
-    pair = Twins(make)
+@pytest.mark.parametrize("name", MIXED_GROUPS)
+def test_groups(name):
+    pair = Twins(many_groups(*MIXED_GROUPS[name]))
     for k in range(12):
         pair.draw()
         drop(pair, lambda i: (i + k) % 4 == 0)  # noqa: B023
@@ -865,7 +826,7 @@ def test_clipping_nan_and_inf(case, value):
 
 def test_clipping_one_norm_over_both_backends():
     pair = Twins(
-        many_groups(torch.optim.AdamW, {}, {"differentiable": True}, {"lr": 0.5}),
+        many_groups(*MIXED_GROUPS["adamw-differentiable"]),
         max_grad_norm=0.5,
     )
     for _ in range(5):
@@ -1594,18 +1555,7 @@ def test_a_first_step_refused_by_torch_leaves_no_state(name):
 
 
 def test_dampening_does_not_touch_the_first_gradient():
-    p = torch.nn.Parameter(torch.zeros(3))
-    late = torch.nn.Parameter(torch.zeros(3))
-    opt = wrapped(
-        torch.optim.SGD([p, late], lr=0.1, momentum=0.5, dampening=0.75), backend="native"
-    )
-    p.grad = torch.ones(3)
-    opt.step()
-    assert opt.state[p]["momentum_buffer"].tolist() == [1.0] * 3
-    late.grad = torch.ones(3)
-    opt.step()
-    assert opt.state[p]["momentum_buffer"].tolist() == [0.75] * 3
-    assert opt.state[late]["momentum_buffer"].tolist() == [1.0] * 3
+    assert_first_gradient_is_whole("native")
 
 
 def test_a_buffer_of_none_is_a_first_step():

@@ -25,12 +25,15 @@ from native_helpers import (
     DTYPES,
     HALF,
     KERNELS,
+    MIXED_GROUPS,
     assert_close,
+    assert_first_gradient_is_whole,
     assert_identical,
     assert_pattern,
     feed,
     held,
     like,
+    many_groups,
     members,
     parameters,
     tensors_of,
@@ -304,17 +307,7 @@ def test_a_parameter_that_joins_later_counts_its_own_steps():
 
 
 def test_the_first_gradient_of_a_tensor_is_not_dampened():
-    p, late = parameters(drawn([(3,), (3,)], torch.float32))
-    opt = wrapped(
-        torch.optim.SGD([p, late], lr=0.1, momentum=0.5, dampening=0.75), backend="triton"
-    )
-    p.grad = torch.ones_like(p)
-    opt.step()
-    assert opt.state[p]["momentum_buffer"].tolist() == [1.0] * 3
-    late.grad = torch.ones_like(p)
-    opt.step()
-    assert opt.state[p]["momentum_buffer"].tolist() == [0.75] * 3
-    assert opt.state[late]["momentum_buffer"].tolist() == [1.0] * 3
+    assert_first_gradient_is_whole("triton", drawn)
 
 
 def test_a_buffer_of_none_is_a_first_step():
@@ -459,39 +452,9 @@ def test_auto_returns_to_the_kernels(launches):
 # ---- groups
 
 
-def many_groups(cls, *settings, **options):
-    def make():
-        groups = [
-            {"params": parameters(drawn([(4, 3)], torch.float64, seed=i)), **own}
-            for i, own in enumerate(settings)
-        ]
-        return cls(groups, **{"lr": 0.01, "foreach": False, **options})
-
-    return make
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        many_groups(
-            torch.optim.SGD, {}, {"momentum": 0.9, "lr": 0.2}, {"momentum": 0.5, "nesterov": True},
-            {"maximize": True}, {"weight_decay": 0.3}, {"momentum": 0.5, "dampening": 0.4},
-        ),
-        many_groups(
-            torch.optim.Adam, {}, {"amsgrad": True}, {"betas": (0.5, 0.6), "lr": 0.2},
-            {"eps": 0.1, "weight_decay": 0.1}, {"decoupled_weight_decay": True, "weight_decay": 1},
-        ),
-        many_groups(
-            torch.optim.RMSprop, {}, {"momentum": 0.5}, {"centered": True}, {"alpha": 0.5},
-            {"centered": True, "momentum": 0.9},
-        ),
-        many_groups(torch.optim.AdamW, {}, {"differentiable": True}, {"lr": 0.5}),
-        many_groups(torch.optim.RMSprop, {"momentum": 0.9}, {"differentiable": True}, {}),
-    ],
-    ids=["sgd", "adam", "rmsprop", "adamw-differentiable", "rmsprop-differentiable"],
-)  # fmt: skip
-def test_groups(make):
-    pair = Twins(make, backend="auto")
+@pytest.mark.parametrize("name", MIXED_GROUPS)
+def test_groups(name):
+    pair = Twins(many_groups(*MIXED_GROUPS[name], draw=drawn), backend="auto")
     for k in range(5):
         pair.draw()
         drop(pair, lambda i: (i + k) % 4 == 0)  # noqa: B023
@@ -691,7 +654,7 @@ def test_clipping_in_other_dtypes(dtype):
 
 def test_clipping_one_norm_over_both_backends():
     pair = Twins(
-        many_groups(torch.optim.AdamW, {}, {"differentiable": True}, {"lr": 0.5}),
+        many_groups(*MIXED_GROUPS["adamw-differentiable"], draw=drawn),
         backend="auto",
         max_grad_norm=0.5,
     )

@@ -108,6 +108,4 @@ class NativeBackend:
         )
         if failed:
             raise RuntimeError("the compiled kernels do not match this version: rebuild them")
-        # As after any in-place update: a backward through an older graph must raise.
-        torch.autograd.graph.increment_version(plan.active_params())
         plan.commit()

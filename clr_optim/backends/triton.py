@@ -201,13 +201,16 @@ class TritonBackend:
         optimizer: the wrapped one.
         rule: its update rule.
         schedule: the policy. One with a ``scale_fn`` is evaluated on the host at each step.
+        device: the type of the devices whose tensors it updates.
 
     Raises:
         BuildError: if the host's part, which looks after the tensors, cannot be compiled here.
     """
 
-    def __init__(self, optimizer: Optimizer, rule: UpdateRule, schedule: Schedule) -> None:
-        self.plan = Plan(optimizer, rule, library().held, _device_type(optimizer))
+    def __init__(
+        self, optimizer: Optimizer, rule: UpdateRule, schedule: Schedule, device: str
+    ) -> None:
+        self.plan = Plan(optimizer, rule, library().held, device)
         self._schedule = schedule
         self._launches: list[_Launch] = []
         self._positions: dict[torch.device, _Position] = {}
@@ -233,8 +236,6 @@ class TritonBackend:
                 self._positions[device] = _Position(device, self._schedule)
             with _guard(device):
                 self._step_on(self._positions[device], course, grad_scale)
-        # As after any in-place update: a backward through an older graph must raise.
-        torch.autograd.graph.increment_version(plan.active_params())
         plan.commit()
 
     def _step_on(self, position: _Position, course: Course, grad_scale: float | Tensor) -> None:
@@ -262,13 +263,6 @@ class TritonBackend:
         programs = max(1, -(-count // _ADVANCED_AT_ONCE))
         multi_tensor.advance[(programs,)](counters, count, control, BLOCK=_ADVANCED_AT_ONCE)
         position.advanced(course)
-
-
-def _device_type(optimizer: Optimizer) -> str:
-    if is_interpreted():
-        return "cpu"
-    found = (p.device.type for group in optimizer.param_groups for p in group["params"])
-    return next((device for device in found if device in DEVICES), DEVICES[0])
 
 
 def _warp(device: torch.device) -> int:

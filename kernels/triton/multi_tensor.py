@@ -21,7 +21,7 @@ __all__ = [
     "options", "shape_of",
 ]  # fmt: skip
 
-#: Columns of the rows' table, int64, as :data:`clr_optim.plan.ROW` has them.
+#: Columns of the rows' table, int64; in step with ``_ROW`` in plan.py.
 COLUMNS = (
     "param", "grad", "state0", "state1", "state2", "counter", "numel", "group", "first", "active",
 )  # fmt: skip
