@@ -19,6 +19,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clr_optim.rules import KERNELS, Slot, UpdateRule
+from clr_optim.sharding import (
+    DTensor,
+    Spread,
+    local_part,
+    same_spread,
+    spread_of,
+    spreads,
+    why_not_local,
+)
 
 __all__ = ["DTYPES", "Bucket", "Plan", "classify"]
 
@@ -89,6 +98,12 @@ class _Scan(ctypes.Structure):
                 "tensor",
                 "is_neg",
                 "no",
+                "dtensor",
+                "specs",
+                "local",
+                "spec",
+                "placements",
+                "mesh",
             )
         ),
         ("layout", ctypes.c_void_p),
@@ -143,13 +158,14 @@ class Row:
 
 @dataclass(eq=False)
 class Bucket:
-    """Tensors that one kernel call updates: same kernel, dtype, counters and device."""
+    """Tensors that one kernel call updates: same kernel, dtype, counters, device and spread."""
 
     kernel: str
     dtype: torch.dtype
     wide_counter: bool  #: ``state["step"]`` is float64
     device: torch.device
     aligned: bool  #: all tensors began at a multiple of 16 bytes when the plan was built
+    spread: Spread | None  #: how its DTensors are divided over ranks, if that is what they are
     slots: tuple[Slot, ...]
     rows: list[Row] = field(default_factory=list)
     table: np.ndarray[Any, np.dtype[np.void]] = field(init=False)  #: a row per tensor
@@ -163,11 +179,23 @@ class Bucket:
         self.table = np.array([self._line(row) for row in self.rows], dtype=_ROW)
         counters = ["step"] if self.rows and self.rows[0].counter is not None else []
         keys = [slot.name for slot in self.slots] + counters
+        parts = [local_part(p) for p in self.params]
         self.layout = np.array(
-            [n for p in self.params for n in (p.dim(), *p.shape, *p.stride())], dtype=np.int64
+            [n for p in parts for n in (p.dim(), *p.shape, *p.stride())], dtype=np.int64
         )
         code, bits = _DLPACK[self.dtype]
-        device_type, device_id = self.params[0].__dlpack_device__()
+        device_type, device_id = parts[0].__dlpack_device__()
+        sharded: dict[str, Any] = {}
+        if self.spread is not None:
+            tensors: list[Any] = [t for row in self.rows for t in (row.param, *row.slots)]
+            sharded = {
+                "dtensor": DTensor,
+                "specs": [tensor._spec for tensor in tensors],
+                "local": "_local_tensor",
+                "spec": "_spec",
+                "placements": "placements",
+                "mesh": "mesh",
+            }
         self.scan = _Scan(
             params=self.params,
             dicts=[state[p] for p in self.params] if keys else [],
@@ -186,8 +214,10 @@ class Bucket:
             counter_bits=64 if self.wide_counter else 32,
             device_type=int(device_type),
             device_id=int(device_id),
-            impl=_WORDS[0],
-            storage=_WORDS[1],
+            # Of a DTensor's own object nothing is needed but its attributes.
+            impl=0 if sharded else _WORDS[0],
+            storage=0 if sharded else _WORDS[1],
+            **sharded,
         )
 
     @property
@@ -200,14 +230,15 @@ class Bucket:
     def _line(row: Row) -> tuple[int, ...]:
         """A line of the table."""
         grad = row.param.grad
-        slots = [tensor.data_ptr() for tensor in row.slots]
+        slots = [local_part(tensor).data_ptr() for tensor in row.slots]
+        part = local_part(row.param)
         return (
-            row.param.data_ptr(),
-            0 if grad is None else grad.data_ptr(),
+            part.data_ptr(),
+            0 if grad is None else local_part(grad).data_ptr(),
             *slots,
             *[0] * (3 - len(slots)),
             0 if row.counter is None else row.counter.data_ptr(),
-            row.param.numel(),
+            part.numel(),
             row.group,
             row.first,
             grad is not None,
@@ -250,9 +281,11 @@ def _same_layout(tensor: Tensor, param: Tensor) -> bool:
 
 def _is_plain(tensor: object, param: Tensor) -> bool:
     """Whether a kernel may walk this tensor beside its parameter."""
+    if not isinstance(tensor, Tensor) or not same_spread(tensor, param):
+        return False
+    tensor, param = local_part(tensor), local_part(param)
     return (
-        isinstance(tensor, Tensor)
-        and type(tensor) in (Tensor, torch.nn.Parameter)
+        type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.layout is torch.strided
         and tensor.device == param.device
         and tensor.dtype == param.dtype
@@ -264,11 +297,15 @@ def _is_plain(tensor: object, param: Tensor) -> bool:
 
 def _is_aligned(row: Row) -> bool:
     tensors = [row.param, *row.slots, *([] if row.param.grad is None else [row.param.grad])]
-    return not any(tensor.data_ptr() % 16 for tensor in tensors)
+    return not any(local_part(tensor).data_ptr() % 16 for tensor in tensors)
 
 
 def _why_not(param: Tensor, device: str) -> str | None:
     """Why a kernel cannot serve this parameter with the gradient it has, or None."""
+    why, grad = why_not_local(param), param.grad
+    if why is not None:
+        return why
+    whole, param = param, local_part(param)
     if type(param) not in (Tensor, torch.nn.Parameter):
         return f"tensors of type {type(param).__name__}"
     if param.device.type != device:
@@ -277,9 +314,9 @@ def _why_not(param: Tensor, device: str) -> str | None:
         return f"{str(param.dtype).removeprefix('torch.')} {param.layout} tensors"
     if not _is_dense(param):
         return "parameters whose memory has gaps or overlaps"
-    if param.grad is None or _is_plain(param.grad, param):
+    if grad is None or _is_plain(grad, whole):
         return None
-    if param.grad.layout is not torch.strided:
+    if grad.layout is not torch.strided:
         return "sparse gradients"
     return "gradients of another layout, dtype or type than their parameter"
 
@@ -328,6 +365,8 @@ class Plan:
         self._pending = False
         self._state: Any = None
         self._params: list[Tensor] = []
+        #: how the parameters, those of the rest too, are divided over ranks
+        self.spreads: list[Spread | None] = []
         #: whether a parameter of the buckets lacks a gradient
         self.partial = False
         #: a line per bucket
@@ -438,7 +477,7 @@ class Plan:
                     wide = row.counter is not None and row.counter.dtype == torch.float64
                     # On a CPU alignment is no matter.
                     aligned = self._device == "cpu" or _is_aligned(row)
-                    key = (kernel, param.dtype, wide, param.device, aligned)
+                    key = (kernel, param.dtype, wide, param.device, aligned, spread_of(param))
                     buckets.setdefault(key, Bucket(*key, slots)).rows.append(row)
                 elif param.grad is not None:
                     self.rest.append((param, why or ""))
@@ -449,6 +488,7 @@ class Plan:
         self._leave_shared_memory(buckets.values())
         self.buckets = [bucket for bucket in buckets.values() if bucket.rows]
         self._members = [list(group["params"]) for group in groups]
+        self.spreads = spreads(param for members in self._members for param in members)
         self._settings = [self._settings_of(group) for group in groups]
         self._lists = self._copy_lists()
         self._pending = any(row.pending for b in self.buckets for row in b.rows)
@@ -518,7 +558,7 @@ class Plan:
     def _leave_shared_memory(self, buckets: Iterable[Bucket]) -> None:
         """Leave to torch what shares memory: it goes one by one, a kernel all at once."""
         spans: list[tuple[int, int, Row | None]] = []
-        for param, _ in self.rest:
+        for param in (local_part(param) for param, _ in self.rest):
             where = param.device.type
             if param.layout is torch.strided and where == self._device and param.numel():
                 reach = 1 + sum(
@@ -528,7 +568,7 @@ class Plan:
                 spans.append((begin, begin + reach * param.element_size(), None))
         for bucket in buckets:
             for row in bucket.rows:
-                for tensor in (row.param, *row.held):
+                for tensor in map(local_part, (row.param, *row.held)):
                     if tensor.numel():
                         begin = tensor.data_ptr()
                         spans.append((begin, begin + tensor.nbytes, row))

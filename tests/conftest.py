@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from distributed_helpers import Ranks
 
 # The tests' tensors are tiny: more threads only cost time, and the more so beside other work.
 torch.set_num_threads(1)
@@ -14,3 +15,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Processes for what runs on several: ``ranks.run(world, function, *args)``."""
+    processes = Ranks(3, tmp_path_factory.mktemp("ranks"))
+    yield processes
+    processes.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -15,6 +16,7 @@ from clr_optim.kernels.native import build
 from clr_optim.kernels.native.build import BuildError
 from clr_optim.plan import Plan
 from clr_optim.rules import RULES, UpdateRule
+from clr_optim.sharding import sum_over_ranks
 
 __all__ = ["BuildError", "NativeBackend", "library", "rule_for"]
 
@@ -38,9 +40,9 @@ class _Library:
         i64, f64, pointer, obj = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.py_object
         self.step = released.clr_step
         self.step.argtypes = [pointer, pointer, i64, f64, i64]
-        self.sum_of_squares = released.clr_sum_of_squares
-        self.sum_of_squares.argtypes = [pointer, i64]
-        self.sum_of_squares.restype = f64
+        self.sums_of_squares = released.clr_sums_of_squares
+        self.sums_of_squares.argtypes = [pointer, pointer, i64]
+        self.sums_of_squares.restype = None
         held.clr_can_scan.argtypes = [obj]
         held.clr_current.argtypes = [pointer]
         self.held = held
@@ -79,8 +81,13 @@ class NativeBackend:
 
     def clip(self, max_norm: float) -> tuple[Tensor, float]:
         """The gradients' global norm, and what clipping by it multiplies them by."""
-        squares = self._lib.sum_of_squares(self.plan.view_address, torch.get_num_threads())
-        norm = math.sqrt(squares)
+        plan = self.plan
+        squares = np.zeros(len(plan.buckets))
+        self._lib.sums_of_squares(plan.view_address, squares.ctypes.data, torch.get_num_threads())
+        sums = {spread: torch.zeros((), dtype=torch.float64) for spread in plan.spreads}
+        for bucket, square in zip(plan.buckets, squares.tolist(), strict=True):
+            sums[bucket.spread] += square
+        norm = math.sqrt(sum_over_ranks(sums).item())
         scale = max_norm / (norm + 1e-6)
         wide = all(bucket.dtype == torch.float64 for bucket in self.plan.buckets)
         # NaN stays NaN, as in clip_grad_norm_.

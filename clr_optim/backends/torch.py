@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from clr_optim.sharding import global_norm, local_part, spreads, whole
+
 __all__ = [
     "ClippedGradients",
+    "clip_factor",
     "has_own_step",
     "hidden_gradients",
     "is_profiled",
@@ -59,6 +62,11 @@ def raw_step(optimizer: Optimizer) -> Callable[..., Any]:
     return bound
 
 
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What :func:`torch.nn.utils.clip_grad_norm_` multiplies gradients of this norm by."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
 class ClippedGradients:
     """Clips the gradients for the length of a step and puts the user's own back afterwards.
 
@@ -79,15 +87,26 @@ class ClippedGradients:
             grad_scale: an AMP scale that the gradients still carry, divided out first.
         """
         self.restore()
-        for param in dict.fromkeys(params):
+        params = list(dict.fromkeys(params))
+        copies = []
+        for param in params:
             grad = param.grad
             if grad is not None:
                 self._originals.append((param, grad))
-                own = grad.detach().clone()
+                own = whole(grad)
                 if grad_scale is not None:
-                    own.mul_(grad_scale.to(own.device).reciprocal())
+                    local_part(own).mul_(grad_scale.to(own.device).reciprocal())
                 param.grad = own
-        return torch.nn.utils.clip_grad_norm_([p for p, _ in self._originals], self._max_norm)
+                copies.append(own)
+        ways = spreads(params)
+        if not any(ways):
+            return torch.nn.utils.clip_grad_norm_([p for p, _ in self._originals], self._max_norm)
+        # torch's own takes DTensors of one mesh, and none beside other tensors.
+        norm = global_norm(copies, ways)
+        factor = clip_factor(norm, self._max_norm)
+        for own in copies:
+            local_part(own).mul_(factor.to(own.device))
+        return norm
 
     def restore(self) -> None:
         """Put the user's gradients back, if copies are in their place."""

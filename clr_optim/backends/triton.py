@@ -20,9 +20,11 @@ from torch.optim import Optimizer
 
 from clr_optim.backends.base import Course
 from clr_optim.backends.native import library
+from clr_optim.backends.torch import clip_factor
 from clr_optim.plan import Bucket, Plan
 from clr_optim.rules import UpdateRule
 from clr_optim.schedule import Schedule, fixed
+from clr_optim.sharding import global_norm
 
 __all__ = ["DEVICES", "TritonBackend", "is_interpreted", "why_no_triton"]
 
@@ -218,8 +220,8 @@ class TritonBackend:
     def clip(self, max_norm: float) -> tuple[Tensor, Tensor]:
         """The gradients' global norm, and what clipping by it multiplies them by, on the device."""
         grads = [p.grad for p in self.plan.active_params() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads, foreach=None)
-        return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        norm = global_norm(grads, self.plan.spreads)
+        return norm, clip_factor(norm, max_norm)
 
     def step(self, course: Course, grad_scale: float | Tensor = 1.0) -> None:
         """Update all tensors of the plan, which must be fresh: a launch per bucket, and one more.

@@ -358,7 +358,7 @@ enum Dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 extern "C" {
 
 // Raised whenever a signature or a layout changes; build.py refuses any other.
-int clr_abi_version() { return 3; }
+int clr_abi_version() { return 4; }
 
 // Updates all active rows of all buckets, and their counters. Returns 0, or 1 before anything has
 // changed if a kernel or dtype is unknown.
@@ -382,18 +382,16 @@ int clr_step(const clr::View* view, const double* scalars, int64_t width, double
     return 0;
 }
 
-// The sum of squares of all active rows' gradients, in double and in a fixed order.
-double clr_sum_of_squares(const clr::View* view, int64_t threads) {
-    double sum = 0;
+// Of each bucket the sum of squares of its active rows' gradients, in double and in a fixed order.
+void clr_sums_of_squares(const clr::View* view, double* sums, int64_t threads) {
     for (int64_t i = 0; i < view->count; ++i) {
         const clr::Bucket& b = view->buckets[i];
         const auto over = b.dtype == FLOAT32    ? sum_of_squares<Float32>
                           : b.dtype == FLOAT64  ? sum_of_squares<Float64>
                           : b.dtype == BFLOAT16 ? sum_of_squares<Bfloat16>
                                                 : sum_of_squares<Float16>;
-        sum += over(b.rows, b.count, int(threads));
+        sums[i] = over(b.rows, b.count, int(threads));
     }
-    return sum;
 }
 
 // 1 if torch's exchange API is one we can read. Needs the GIL.

@@ -15,6 +15,7 @@ typedef struct _object PyObject;
 PyObject* PyObject_GetAttr(PyObject*, PyObject*);
 PyObject* PyObject_CallMethodObjArgs(PyObject*, PyObject*, ...);
 PyObject* PyObject_Type(PyObject*);
+int PyObject_RichCompareBool(PyObject*, PyObject*, int);
 PyObject* PyList_GetItem(PyObject*, ptrdiff_t);  // borrowed
 ptrdiff_t PyList_Size(PyObject*);
 PyObject* PyDict_GetItemWithError(PyObject*, PyObject*);  // borrowed
@@ -66,6 +67,9 @@ struct Scan {
     PyObject* capsule;      // of the exchange API
     PyObject* tensor;       // the class torch.Tensor
     PyObject *is_neg, *no;  // the name "is_neg", and False
+    // For DTensors, else null: the class, a list of what says how each is divided over ranks (of the
+    // parameter and of each slot, a row each), and the attributes' names.
+    PyObject *dtensor, *specs, *local, *spec, *placements, *mesh;
     const int64_t* layout;  // a row each: ndim, sizes, strides
     int64_t slots;          // keys that are state slots
     int64_t code, bits;     // DLPack's names for the dtype of parameters, gradients and slots
@@ -195,6 +199,40 @@ inline bool is_plain(const Scan& scan, PyObject* grad, int64_t numel) {
     return negated == scan.no;
 }
 
+// A reference, given back at the end.
+class Ref {
+public:
+    explicit Ref(PyObject* object = nullptr) : object_(object) {}
+    Ref(const Ref&) = delete;
+    ~Ref() {
+        if (object_) Py_DecRef(object_);
+    }
+    PyObject* get() const { return object_; }
+
+private:
+    PyObject* object_;
+};
+
+inline bool same_attribute(PyObject* a, PyObject* b, PyObject* name) {
+    const Ref of_a(PyObject_GetAttr(a, name)), of_b(PyObject_GetAttr(b, name));
+    return of_a.get() && of_b.get() &&
+           PyObject_RichCompareBool(of_a.get(), of_b.get(), /*Py_EQ*/ 2) == 1;
+}
+
+// What a row's k-th DTensor (0: the parameter or its gradient, then the slots) holds on this rank:
+// a new reference, or null if it is divided over the ranks in another way than it was.
+inline PyObject* local_part(const Scan& scan, PyObject* tensor, ptrdiff_t i, ptrdiff_t k) {
+    const Ref type(PyObject_Type(tensor));
+    if (type.get() != scan.dtensor) return nullptr;
+    PyObject* was = PyList_GetItem(scan.specs, i * (1 + scan.slots) + k);
+    const Ref spec(PyObject_GetAttr(tensor, scan.spec));
+    if (!spec.get() || !was) return nullptr;
+    if (spec.get() != was && !(same_attribute(spec.get(), was, scan.placements) &&
+                               same_attribute(spec.get(), was, scan.mesh)))
+        return nullptr;
+    return PyObject_GetAttr(tensor, scan.local);
+}
+
 // A thousand small tensors' objects have mostly left the caches by the time of a step, and to look
 // at one is to wait for the memory three times: for the object, for its implementation, for its
 // storage. So rows ahead are asked for early, a stage at a time. To the caches these are hints:
@@ -275,17 +313,21 @@ private:
 inline bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff_t i,
                      const int64_t* layout, PyObject* grad) {
     DLTensor t;
-    PyObject* param = PyList_GetItem(scan.params, i);
-    if (api.view(param, &t) || t.data != row.param || !is_kind(scan, t, scan.code, scan.bits) ||
-        !has_layout(t, layout))
+    const auto view = [&](PyObject* tensor, ptrdiff_t k) {
+        if (!scan.dtensor) return !api.view(tensor, &t);
+        const Ref part(local_part(scan, tensor, i, k));
+        return part.get() && !api.view(part.get(), &t);
+    };
+    if (!view(PyList_GetItem(scan.params, i), 0) || t.data != row.param ||
+        !is_kind(scan, t, scan.code, scan.bits) || !has_layout(t, layout))
         return false;
 
     const ptrdiff_t keys = PyList_Size(scan.keys);
     PyObject* dict = keys ? PyList_GetItem(scan.dicts, i) : nullptr;
     for (ptrdiff_t k = 0; k < keys; ++k) {
         PyObject* held = PyDict_GetItemWithError(dict, PyList_GetItem(scan.keys, k));
-        if (!held || held != PyList_GetItem(scan.tensors, i * keys + k) || api.view(held, &t))
-            return false;
+        if (!held || held != PyList_GetItem(scan.tensors, i * keys + k)) return false;
+        if (k < scan.slots ? !view(held, 1 + k) : api.view(held, &t)) return false;
         const bool same = k < scan.slots
                               ? t.data == row.state[k] && is_kind(scan, t, scan.code, scan.bits) &&
                                     has_layout(t, layout)
@@ -297,6 +339,9 @@ inline bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff
     bool same = true;
     row.active = grad != scan.none;
     if (row.active) {
+        const Ref part(scan.dtensor ? local_part(scan, grad, i, 0) : nullptr);
+        if (scan.dtensor && !part.get()) return false;
+        if (scan.dtensor) grad = part.get();
         // No data: a tensor that stands for zeros, or a subclass that wraps others.
         same = !api.view(grad, &t) && is_kind(scan, t, scan.code, scan.bits) && has_layout(t, layout) &&
                (t.data || !row.numel) && is_plain(scan, grad, row.numel);

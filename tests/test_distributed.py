@@ -1,0 +1,139 @@
+"""On several ranks: the same course on each, and what one process would have computed.
+
+The reference is a plain torch optimizer in one process on the whole batch, fed the rates; a rank
+works on its share of the batch, so that gradients are equal but for the order of sums.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from native_helpers import BY_NAME, Case
+from torch import Tensor, nn
+
+from clr_optim import CyclicalOptimizer
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
+)
+
+BATCH, STEPS = 12, 9  # a batch that 1, 2 and 3 ranks share evenly
+CASES = ["sgd-wd", "sgd-nest-wd", "adam-wd", "adamw-ams", "adagrad-decay", "adadelta",
+         "rmsprop-mom-cent", "adam-cycled"]  # fmt: skip
+
+
+class Model(nn.Module):
+    """Sizes that divide by no number of ranks, a scalar's worth of bias, a frozen layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first = nn.Linear(5, 7)
+        self.frozen = nn.Linear(7, 7)
+        self.last = nn.Linear(7, 1)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.frozen(torch.tanh(self.first(x)))))
+
+
+def _loss(model: nn.Module, step: int, rank: int = 0, world: int = 1) -> Tensor:
+    """Of this rank's share of the step's batch."""
+    generator = torch.Generator().manual_seed(100 + step)
+    x = torch.randn(BATCH, 5, generator=generator)
+    y = torch.randn(BATCH, 1, generator=generator)
+    mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    return ((model(x[mine]) - y[mine]) ** 2).mean()
+
+
+def _wrapped(case: Case, params: Any, backend: str, **more: Any) -> CyclicalOptimizer[Any]:
+    return case.ours(params, backend=backend, step_size_up=3, **more)
+
+
+def _reference(case: Case, steps: int = STEPS, max_norm: float | None = None):
+    """``(parameters, norms)`` of the plain optimizer in one process."""
+    model = Model()
+    inner = case.make(model.parameters())
+    ours = _wrapped(case, copy.deepcopy(model).parameters(), "torch")
+    norms = []
+    for step in range(steps):
+        ours.set_iteration(step)
+        for group, our in zip(inner.param_groups, ours.param_groups, strict=True):
+            group.update({k: our[k] for k in ("lr", "betas", "momentum") if k in our})
+        inner.zero_grad()
+        _loss(model, step).backward()
+        if max_norm is not None:
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), max_norm).item())
+        inner.step()
+    return [p.detach() for p in model.parameters()], norms
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def _train(name: str, how: str, backend: str, max_norm: float | None) -> dict[str, Any]:
+    """One rank's run: its course, its norms, the parameters at the end."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model: Any = Model()
+    if how == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (world,))
+        fully_shard(model.first, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    opt = _wrapped(BY_NAME[name], model.parameters(), backend, max_grad_norm=max_norm)
+    course, norms = [], []
+    for step in range(STEPS):
+        opt.zero_grad()
+        _loss(model, step, rank, world).backward()
+        opt.step()
+        course.append((opt.iteration, opt.cycle, opt.param_groups[0]["lr"]))
+        if max_norm is not None:
+            norms.append(opt.grad_norm.item())
+    for state in opt.state.values():
+        assert all(
+            type(value) is type(next(model.parameters())) or key == "step" or how == "ddp"
+            for key, value in state.items()
+        )
+    return {
+        "course": course,
+        "norms": norms,
+        "params": [_full(p) for p in model.parameters()],
+        "explained": opt.explain(),
+    }
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("how", ["fsdp", "ddp"])
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_compute_what_one_process_does(ranks, name, how, backend, world):
+    expected, _ = _reference(BY_NAME[name])
+    results = ranks.run(world, _train, name, how, backend, None)
+    for result in results:
+        assert result["course"] == results[0]["course"]
+        for ours, theirs in zip(result["params"], expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    if backend == "native":
+        assert "torch:" not in results[0]["explained"]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("how", ["fsdp", "ddp"])
+def test_the_norm_is_over_all_ranks(ranks, how, backend, world):
+    expected, norms = _reference(BY_NAME["adam-wd"], max_norm=0.1)
+    results = ranks.run(world, _train, "adam-wd", how, backend, 0.1)
+    for result in results:
+        assert result["norms"] == results[0]["norms"]
+        assert result["norms"] == pytest.approx(norms, rel=1e-5)
+        for ours, theirs in zip(result["params"], expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
