@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar, cast, overload
 
 import torch
@@ -558,12 +559,19 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         if self._has_scale_fn:
             # It may raise, which must happen before the step and not in the middle of it.
             self._schedule.rates(self._shared.position + 1, self._shared.bounds)
-        fused = self._fused_backend() if hooked and not args and not kwargs else None
-        if fused is not None:
-            loss, happened = self._fused_step(fused, closure, at_zero), True
-        else:
-            loss, happened = self._torch_step(closure, *args, **kwargs)
-        if happened and not at_zero:
+        # GradScaler's fused path hands what it found to the object it knows, which is this one.
+        # Where there was an overflow, the wrapped step would create state nevertheless; torch's
+        # SGD a momentum buffer that was never written.
+        found_inf: Tensor | None = self.__dict__.get("found_inf")
+        overflow = found_inf is not None and bool(found_inf)
+        loss: float | None = None
+        if not overflow:
+            fused = self._fused_backend() if hooked and not args and not kwargs else None
+            if fused is not None:
+                loss = self._fused_step(fused, closure, at_zero)
+            else:
+                loss = self._torch_step(closure, *args, **kwargs)
+        if not overflow and not at_zero:
             if untouched:
                 self._advance()
             else:
@@ -614,17 +622,14 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
 
     def _torch_step(
         self, closure: Callable[[], float] | None, *args: Any, **kwargs: Any
-    ) -> tuple[float | None, bool]:
-        """The wrapped optimizer's own step: ``(loss, whether the step happened)``."""
-        # GradScaler's fused path hands these to the object it knows, which is this one.
-        grad_scale: Tensor | None = self.__dict__.get("grad_scale")
-        found_inf: Tensor | None = self.__dict__.get("found_inf")
+    ) -> float | None:
+        """The wrapped optimizer's own step."""
         inner: Any = self._inner
         clipped = None if self._max_grad_norm is None else ClippedGradients(self._max_grad_norm)
 
         def clip() -> None:
             if clipped is not None:
-                self._shared.grad_norm = clipped.clip(self._params(), grad_scale)
+                self._shared.grad_norm = clipped.clip(self._params(), self._grad_scale())
 
         def reevaluate() -> float:
             assert closure is not None
@@ -636,35 +641,50 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             return loss
 
         inner._opt_called = True  # a scheduler built on it before it was wrapped looks at this
-        if found_inf is not None:
-            inner.grad_scale = grad_scale if clipped is None else None
-            inner.found_inf = found_inf
         loss: float | None
         try:
-            step = raw_step(inner)
-            if closure is None:
-                clip()
-                loss = step(*((None, *args) if args else ()), **kwargs)
-            elif args:
-                loss = step(reevaluate, *args, **kwargs)
-            elif _takes_closure_by_name(step):
-                loss = step(closure=reevaluate, **kwargs)
-            else:
-                loss = step(reevaluate, **kwargs)
+            with self._handed_down(scaled=clipped is None):
+                step = raw_step(inner)
+                if closure is None:
+                    clip()
+                    loss = step(*((None, *args) if args else ()), **kwargs)
+                elif args:
+                    loss = step(reevaluate, *args, **kwargs)
+                elif _takes_closure_by_name(step):
+                    loss = step(closure=reevaluate, **kwargs)
+                else:
+                    loss = step(reevaluate, **kwargs)
         finally:
             if clipped is not None:
                 clipped.restore()
-            if found_inf is not None:
-                del inner.grad_scale, inner.found_inf
-        # The wrapped step keeps its own count on the device; only the host can keep ours here.
-        return loss, found_inf is None or not bool(found_inf)
+        return loss
+
+    def _grad_scale(self) -> Tensor | None:
+        """The scale that a GradScaler's fused path has left in the gradients."""
+        grad_scale: Tensor | None = self.__dict__.get("grad_scale")
+        return grad_scale
+
+    @contextmanager
+    def _handed_down(self, scaled: bool) -> Iterator[None]:
+        """Give the wrapped optimizer what a GradScaler's fused path gave this one."""
+        inner: Any = self._inner
+        found_inf = self.__dict__.get("found_inf")
+        if found_inf is None:
+            yield
+            return
+        inner.grad_scale = self._grad_scale() if scaled else None
+        inner.found_inf = found_inf
+        try:
+            yield
+        finally:
+            del inner.grad_scale, inner.found_inf
 
     def _fused_backend(self) -> FusedBackend | None:
         """The fused backend, compiled at first use; None where the wrapped step serves."""
-        if "found_inf" in self.__dict__:  # a GradScaler's fused step
-            return None
         shared = self._shared
         name = shared.chosen[0]
+        if name == "triton" and "found_inf" in self.__dict__:  # a GradScaler's fused step
+            return None
         if shared.fused is None and name != "torch":
             rule = rule_for(self._inner)
             if isinstance(rule, str):
@@ -715,17 +735,21 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 "own step"
             )
         clipped = None
-        scale: float | Tensor = 1.0
+        grad_scale = self._grad_scale()
+        unscale = 1.0 if grad_scale is None else 1.0 / grad_scale.item()
+        scale: float | Tensor = unscale
         try:
             if self._max_grad_norm is not None:
                 if rest:  # one norm over both: copies, which both then work on
                     clipped = ClippedGradients(self._max_grad_norm)
-                    self._shared.grad_norm = clipped.clip(self._params())
+                    self._shared.grad_norm = clipped.clip(self._params(), grad_scale)
+                    scale = 1.0
                     plan.refresh()
                 else:
-                    self._shared.grad_norm, scale = fused.clip(self._max_grad_norm)
+                    self._shared.grad_norm, scale = fused.clip(self._max_grad_norm, unscale)
             if rest:
-                with hidden_gradients(p for bucket in plan.buckets for p in bucket.params):
+                hidden = hidden_gradients(p for bucket in plan.buckets for p in bucket.params)
+                with hidden, self._handed_down(scaled=clipped is None):
                     raw_step(self._inner)()
             fused.step(self._course(at_zero), scale)
         finally:

@@ -35,8 +35,11 @@ class FusedBackend(Protocol):
 
     plan: Plan
 
-    def clip(self, max_norm: float) -> tuple[Tensor, float | Tensor]:
-        """The gradients' global norm, and what clipping by it multiplies them by."""
+    def clip(self, max_norm: float, grad_scale: float = 1.0) -> tuple[Tensor, float | Tensor]:
+        """The norm of all gradients times ``grad_scale``; what that and clipping multiply them by.
+
+        Of DTensors the gradients on all ranks count, each once.
+        """
 
     def step(self, course: Course, grad_scale: float | Tensor = 1.0) -> None:
         """Update all tensors of the plan.

@@ -79,21 +79,24 @@ class NativeBackend:
         self._lib = library()
         self.plan = Plan(optimizer, rule, self._lib.held, "cpu")
 
-    def clip(self, max_norm: float) -> tuple[Tensor, float]:
-        """The gradients' global norm, and what clipping by it multiplies them by."""
+    def clip(self, max_norm: float, grad_scale: float = 1.0) -> tuple[Tensor, float]:
+        """The norm of all gradients times ``grad_scale``; what that and clipping multiply them by.
+
+        Of DTensors the gradients on all ranks count, each once.
+        """
         plan = self.plan
         squares = np.zeros(len(plan.buckets))
         self._lib.sums_of_squares(plan.view_address, squares.ctypes.data, torch.get_num_threads())
         sums = {spread: torch.zeros((), dtype=torch.float64) for spread in plan.spreads}
         for bucket, square in zip(plan.buckets, squares.tolist(), strict=True):
             sums[bucket.spread] += square
-        norm = math.sqrt(sum_over_ranks(sums).item())
+        norm = math.sqrt(sum_over_ranks(sums).item()) * grad_scale
         scale = max_norm / (norm + 1e-6)
         wide = all(bucket.dtype == torch.float64 for bucket in self.plan.buckets)
         # NaN stays NaN, as in clip_grad_norm_.
         return (
             torch.tensor(norm, dtype=torch.float64 if wide else torch.float32),
-            1.0 if scale > 1.0 else scale,
+            grad_scale if scale > 1.0 else grad_scale * scale,
         )
 
     def step(self, course: Course, grad_scale: float | Tensor = 1.0) -> None:

@@ -217,11 +217,14 @@ class TritonBackend:
         self._launches: list[_Launch] = []
         self._positions: dict[torch.device, _Position] = {}
 
-    def clip(self, max_norm: float) -> tuple[Tensor, Tensor]:
-        """The gradients' global norm, and what clipping by it multiplies them by, on the device."""
+    def clip(self, max_norm: float, grad_scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """The norm of all gradients times ``grad_scale``; what that and clipping multiply them by.
+
+        Both on the device. Of DTensors the gradients on all ranks count, each once.
+        """
         grads = [p.grad for p in self.plan.active_params() if p.grad is not None]
-        norm = global_norm(grads, self.plan.spreads)
-        return norm, clip_factor(norm, max_norm)
+        norm = global_norm(grads, self.plan.spreads) * grad_scale
+        return norm, grad_scale * clip_factor(norm, max_norm)
 
     def step(self, course: Course, grad_scale: float | Tensor = 1.0) -> None:
         """Update all tensors of the plan, which must be fresh: a launch per bucket, and one more.
