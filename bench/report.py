@@ -91,6 +91,7 @@ def _summary(results: Mapping[str, Any]) -> list[str]:
     lines.append("are of what it delivered in the same rounds")
     for title, key in (
         ("Overhead, Adam", "overhead"),
+        ("An Adam per parameter", "in_backward"),
         ("First step, Adam", "first_step"),
         ("Peak memory of a step", "memory"),
     ):

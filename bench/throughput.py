@@ -278,6 +278,39 @@ def measure_overhead(seconds: float, *, backward: bool = False) -> dict[str, flo
     }
 
 
+def measure_in_backward(seconds: float, count: int = 1000) -> dict[str, float]:
+    """Per optimizer, where each of so many parameters has an Adam of its own, as those have that
+    step while backward runs: what wrapping it costs, its first step, and a later one beside one
+    that does nothing.
+    """
+    tensors = Tensors([(16,)] * count, torch.float32, backward=False)
+    tensors.move_gradients()
+    inner = [torch.optim.Adam([p], lr=_LR) for p in tensors.params]
+    start = perf_counter()
+    wrapped = [CyclicalOptimizer(optimizer) for optimizer in inner]
+    built = perf_counter()
+    for optimizer in wrapped:
+        optimizer.step()
+    first = perf_counter()
+    idle = [_Noop([p]) for p in tensors.params]
+
+    def all_of(optimizers: Iterable[torch.optim.Optimizer]) -> Step:
+        def step() -> None:
+            for optimizer in optimizers:
+                optimizer.step()
+
+        return step
+
+    steps = {"ours": all_of(wrapped), "noop": all_of(idle)}
+    times = interleave(steps, tensors.move_gradients, seconds)
+    return {
+        "wrap_s": (built - start) / count,
+        "first_s": (first - built) / count,
+        "step_s": float(np.median(times["ours"])) / count,
+        "noop_s": float(np.median(times["noop"])) / count,
+    }
+
+
 def measure_first_step() -> dict[str, Any]:
     """Seconds of an Adam's first step over the MLP, each in a process of its own.
 
@@ -499,6 +532,7 @@ def _measure(cells: Sequence[tuple[str, str, str]], args: argparse.Namespace) ->
     }
     if not args.cells_only:
         results["overhead"] = measure_overhead(seconds, backward=backward)
+        results["in_backward"] = measure_in_backward(seconds)
         results["first_step"] = measure_first_step()
         results["memory"] = measure_memory("resnet50" if args.quick else "gpt2")
     return results

@@ -328,6 +328,12 @@ def test_table_hides_no_slowdown():
     assert "50.0 GB/s at best (the fastest of copy 40.0, in_place 50.0)" in text
 
 
+def test_an_optimizer_per_parameter_has_its_four_numbers():
+    result = throughput.measure_in_backward(0.0, count=3)
+    assert set(result) == {"wrap_s", "first_s", "step_s", "noop_s"}
+    assert all(value > 0 for value in result.values())
+
+
 def test_overhead_has_its_three_numbers():
     overhead = throughput.measure_overhead(0.0)
     assert set(overhead) == {"noop_s", "one_tensor_s", "per_tensor_s"}
