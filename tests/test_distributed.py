@@ -72,6 +72,12 @@ def _reference(case: Case, steps: int = STEPS, max_norm: float | None = None):
     return [p.detach() for p in model.parameters()], norms
 
 
+def _mesh() -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
 def _full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
@@ -83,10 +89,9 @@ def _train(name: str, how: str, backend: str, max_norm: float | None) -> dict[st
     if how == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
     else:
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh("cpu", (world,))
+        mesh = _mesh()
         fully_shard(model.first, mesh=mesh)
         fully_shard(model, mesh=mesh)
     opt = _wrapped(BY_NAME[name], model.parameters(), backend, max_grad_norm=max_norm)
@@ -136,4 +141,75 @@ def test_the_norm_is_over_all_ranks(ranks, how, backend, world):
         assert result["norms"] == results[0]["norms"]
         assert result["norms"] == pytest.approx(norms, rel=1e-5)
         for ours, theirs in zip(result["params"], expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def _train_under_a_scaler(backend: str, fused: bool, overflows: list[int]) -> Any:
+    """An overflow on the last rank alone, before the steps named; returns course and parameters."""
+    from torch.distributed.fsdp import fully_shard
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model: Any = Model()
+    fully_shard(model, mesh=_mesh())
+    inner = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False, fused=fused)
+    opt = CyclicalOptimizer(inner, "triangular2", step_size_up=3, backend=backend)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=4)
+    course = []
+    pending = list(overflows)
+    while opt.iteration < STEPS:
+        opt.zero_grad()
+        scaler.scale(_loss(model, opt.iteration, rank, world)).backward()
+        before = (opt.iteration, opt.get_last_lr())
+        skip = bool(pending) and pending[0] == opt.iteration
+        if skip:
+            pending.pop(0)
+            if rank == world - 1:
+                next(model.parameters()).grad.to_local().fill_(float("inf"))
+        scaler.step(opt)
+        scaler.update()
+        assert (before == (opt.iteration, opt.get_last_lr())) == skip
+        course.append((opt.iteration, opt.get_last_lr(), scaler.get_scale()))
+    return course, [_full(p) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_overflow_on_one_rank_is_one_on_all(ranks, fused, backend):
+    results = ranks.run(2, _train_under_a_scaler, backend, fused, [0, 3, 3, 7])
+    quiet = ranks.run(2, _train_under_a_scaler, backend, fused, [])
+    (course, params), (other_course, _) = results
+    assert course == other_course
+    assert len(course) == STEPS + 4
+    for ours, theirs in zip(params, quiet[0][1], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def _train_in_backward(backend: str) -> list[Tensor]:
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = Model()
+    fully_shard(model.first, mesh=_mesh())
+    fully_shard(model, mesh=_mesh())
+    optimizers = {
+        p: _wrapped(BY_NAME["adam-wd"], [p], backend) for p in model.parameters() if p.requires_grad
+    }
+
+    def update(param: nn.Parameter) -> None:
+        optimizers[param].step()
+        optimizers[param].zero_grad()
+
+    for param in optimizers:
+        param.register_post_accumulate_grad_hook(update)
+    for step in range(STEPS):
+        _loss(model, step, dist.get_rank(), dist.get_world_size()).backward()
+        assert all(p.grad is None for p in model.parameters())
+    assert {opt.iteration for opt in optimizers.values()} == {STEPS}
+    return [_full(p) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_optimizers_in_backward_on_sharded_parameters(ranks, backend):
+    expected, _ = _reference(BY_NAME["adam-wd"])
+    for params in ranks.run(2, _train_in_backward, backend):
+        for ours, theirs in zip(params, expected, strict=True):
             torch.testing.assert_close(ours, theirs)
