@@ -17,6 +17,7 @@ import sys
 
 import numpy as np
 import pytest
+import test_distributed
 import test_native
 import torch
 from native_helpers import (
@@ -866,6 +867,46 @@ def test_a_plain_checkpoint_loads_and_the_position_is_set():
 
 
 # ---- refusals
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+@pytest.mark.parametrize("name", ["sgd-nest-wd", "adam-cycled"])
+@pytest.mark.skipif(RUNS and not INTERPRETED, reason="the ranks' tensors are on the CPU")
+def test_a_ranks_part_of_dtensors(ranks, name, max_norm):
+    expected, norms = test_distributed.reference(BY_NAME[name], max_norm)
+    for result in ranks.run(2, test_distributed.train, name, "fsdp", "triton", max_norm):
+        assert result["backends"] == {"triton"}
+        assert result["norms"] == pytest.approx(norms, rel=1e-5)
+        for ours, theirs in zip(result["params"], expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@on_gpus
+@pytest.mark.parametrize("name", ["sgd-nest-wd", "adam-wd"])
+def test_dtensors_on_a_gpu(name):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    case = BY_NAME[name]
+    dist = torch.distributed
+    dist.init_process_group("nccl", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        torch.manual_seed(0)
+        plain = torch.nn.Linear(70, 30).to(DEVICE)
+        sharded = copy.deepcopy(plain)
+        fully_shard(sharded, mesh=init_device_mesh("cuda", (1,)))
+        ours = case.ours(sharded.parameters(), backend="triton", max_grad_norm=0.5)
+        theirs = case.ours(plain.parameters(), backend="torch", max_grad_norm=0.5)
+        for _ in range(4):
+            x = torch.randn(8, 70, device=DEVICE)
+            for model, opt in ((sharded, ours), (plain, theirs)):
+                opt.zero_grad()
+                model(x).square().mean().backward()
+                opt.step()
+        for a, b in zip(sharded.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.full_tensor(), b)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch):
