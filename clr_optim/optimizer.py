@@ -46,6 +46,7 @@ from clr_optim.schedule import (
     triangular,
     triangular2,
 )
+from clr_optim.sharding import local_part, no_sums, spread_of, spreads, sum_over_ranks
 
 __all__ = ["CyclicalOptimizer", "CyclicalScheduler"]
 
@@ -109,11 +110,7 @@ def _per_group(name: str, value: object, groups: int, **limits: Any) -> list[flo
 def _is_zero(grad: Tensor) -> bool:
     if grad.layout is not torch.strided:
         grad = grad.coalesce().values() if grad.layout is torch.sparse_coo else grad.to_dense()
-    nonzero: Any = grad.any()
-    # A DTensor's answer must be the same on every rank, or their positions would part.
-    if hasattr(nonzero, "full_tensor"):
-        nonzero = nonzero.full_tensor()
-    return not bool(nonzero)
+    return not bool(grad.any())
 
 
 class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
@@ -775,11 +772,17 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 return False
             if float(lr) != 0.0:
                 return False
+        # The ranks' answers must be the same, or their positions would part; and each must take
+        # part in the sums, whatever gradients it has.
         params = list(self._params())
-        grads = [p.grad for p in params if p.grad is not None]
-        if not grads:
+        there, nonzero = no_sums(spreads(params)), no_sums(spreads(params))
+        for p in params:
+            if p.grad is not None:
+                there[spread_of(p)] += 1
+                nonzero[spread_of(p)] += not _is_zero(local_part(p.grad))
+        if not sum_over_ranks(there):
             return not any(p.requires_grad for p in params)
-        return all(_is_zero(grad) for grad in grads)
+        return not sum_over_ranks(nonzero)
 
     @staticmethod
     def _is_foreign(lr: object, held: object, value: float) -> bool:

@@ -22,6 +22,7 @@ from clr_optim.rules import KERNELS, Slot, UpdateRule
 from clr_optim.sharding import (
     DTensor,
     Spread,
+    is_wide,
     local_part,
     same_spread,
     spread_of,
@@ -316,6 +317,8 @@ def _why_not(param: Tensor, device: str) -> str | None:
         return "parameters whose memory has gaps or overlaps"
     if grad is None or _is_plain(grad, whole):
         return None
+    if not same_spread(grad, whole):
+        return "gradients divided over the ranks in another way than their parameter"
     if grad.layout is not torch.strided:
         return "sparse gradients"
     return "gradients of another layout, dtype or type than their parameter"
@@ -367,6 +370,8 @@ class Plan:
         self._params: list[Tensor] = []
         #: how the parameters, those of the rest too, are divided over ranks
         self.spreads: list[Spread | None] = []
+        #: whether they are all float64
+        self.wide = False
         #: whether a parameter of the buckets lacks a gradient
         self.partial = False
         #: a line per bucket
@@ -489,6 +494,7 @@ class Plan:
         self.buckets = [bucket for bucket in buckets.values() if bucket.rows]
         self._members = [list(group["params"]) for group in groups]
         self.spreads = spreads(param for members in self._members for param in members)
+        self.wide = is_wide(param for members in self._members for param in members)
         self._settings = [self._settings_of(group) for group in groups]
         self._lists = self._copy_lists()
         self._pending = any(row.pending for b in self.buckets for row in b.rows)

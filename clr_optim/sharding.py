@@ -16,7 +16,9 @@ __all__ = [
     "DTensor",
     "Spread",
     "global_norm",
+    "is_wide",
     "local_part",
+    "no_sums",
     "same_spread",
     "spread_of",
     "spreads",
@@ -91,6 +93,24 @@ def spreads(tensors: Iterable[Tensor]) -> list[Spread | None]:
     return list(dict.fromkeys(map(spread_of, tensors)))
 
 
+def is_wide(params: Iterable[Tensor]) -> bool:
+    """Whether gradients of all of these, be they there on this rank or not, are float64."""
+    return all(p.dtype == torch.float64 for p in params if p.requires_grad)
+
+
+def no_sums(ways: Iterable[Spread | None]) -> dict[Spread | None, Tensor]:
+    """Zeros for :func:`sum_over_ranks`, where each mesh can add them up.
+
+    That is not where its tensors are, if they were moved from GPUs to the CPU.
+    """
+    return {
+        way: torch.zeros(
+            (), dtype=torch.float64, device="cpu" if way is None else way.mesh.device_type
+        )
+        for way in ways
+    }
+
+
 def sum_over_ranks(sums: Mapping[Spread | None, Tensor]) -> Tensor:
     """The sum over all elements wherever they are, each counted once.
 
@@ -103,29 +123,32 @@ def sum_over_ranks(sums: Mapping[Spread | None, Tensor]) -> Tensor:
     total: Tensor | None = None
     for spread, part in sums.items():
         if spread is not None:
-            for dim in spread.dims:
+            # A mesh without this rank is for others to sum over.
+            for dim in spread.dims if spread.mesh.get_coordinate() is not None else ():
                 torch.distributed.all_reduce(part, group=spread.mesh.get_group(dim))
         total = part if total is None else total + part.to(total.device)
     return torch.zeros((), dtype=torch.float64) if total is None else total
 
 
-def global_norm(grads: Sequence[Tensor], ways: Sequence[Spread | None]) -> Tensor:
+def global_norm(grads: Sequence[Tensor], ways: Sequence[Spread | None], wide: bool) -> Tensor:
     """The 2-norm over all gradients on all ranks together, a 0-dim tensor, the same on each.
 
     Args:
         grads: this rank's, none of them a sum still to be made (see :func:`whole`).
         ways: how any of the parameters are divided, the same list on every rank: one of them may
             lack gradients here.
+        wide: whether all parameters are float64, which the norm of DTensors' then is too.
     """
     if not any(ways):
         return torch.nn.utils.get_total_norm(grads)
     parts: dict[Spread | None, list[Tensor]] = {way: [] for way in ways}
     for grad in grads:
         parts.setdefault(spread_of(grad), []).append(local_part(grad))
-    sums = {}
+    sums = no_sums(parts)
     for way, tensors in parts.items():
-        norm = torch.nn.utils.get_total_norm(tensors)
-        device = norm.device if way is None else torch.device(way.mesh.device_type)
-        sums[way] = norm.to(device, torch.float64).square()
-    wide = all(grad.dtype == torch.float64 for grad in grads)
+        for tensor in tensors:
+            # Not in 16 bits: ranks on another way would come to another norm.
+            norm = torch.linalg.vector_norm(tensor, dtype=torch.float64)
+            sums[way] = sums[way].to(norm.device if way is None else sums[way].device)
+            sums[way] += norm.to(sums[way].device).square()
     return sum_over_ranks(sums).sqrt().to(torch.float64 if wide else torch.float32)

@@ -16,7 +16,7 @@ from clr_optim.kernels.native import build
 from clr_optim.kernels.native.build import BuildError
 from clr_optim.plan import Plan
 from clr_optim.rules import RULES, UpdateRule
-from clr_optim.sharding import sum_over_ranks
+from clr_optim.sharding import no_sums, sum_over_ranks
 
 __all__ = ["BuildError", "NativeBackend", "library", "rule_for"]
 
@@ -87,15 +87,14 @@ class NativeBackend:
         plan = self.plan
         squares = np.zeros(len(plan.buckets))
         self._lib.sums_of_squares(plan.view_address, squares.ctypes.data, torch.get_num_threads())
-        sums = {spread: torch.zeros((), dtype=torch.float64) for spread in plan.spreads}
+        sums = no_sums(plan.spreads)
         for bucket, square in zip(plan.buckets, squares.tolist(), strict=True):
             sums[bucket.spread] += square
         norm = math.sqrt(sum_over_ranks(sums).item()) * grad_scale
         scale = max_norm / (norm + 1e-6)
-        wide = all(bucket.dtype == torch.float64 for bucket in self.plan.buckets)
         # NaN stays NaN, as in clip_grad_norm_.
         return (
-            torch.tensor(norm, dtype=torch.float64 if wide else torch.float32),
+            torch.tensor(norm, dtype=torch.float64 if plan.wide else torch.float32),
             grad_scale if scale > 1.0 else grad_scale * scale,
         )
 

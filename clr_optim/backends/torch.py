@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clr_optim.sharding import global_norm, local_part, spreads, whole
+from clr_optim.sharding import global_norm, is_wide, local_part, spreads, whole
 
 __all__ = [
     "ClippedGradients",
@@ -102,7 +102,7 @@ class ClippedGradients:
         if not any(ways):
             return torch.nn.utils.clip_grad_norm_([p for p, _ in self._originals], self._max_norm)
         # torch's own takes DTensors of one mesh, and none beside other tensors.
-        norm = global_norm(copies, ways)
+        norm = global_norm(copies, ways, is_wide(params))
         factor = clip_factor(norm, self._max_norm)
         for own in copies:
             local_part(own).mul_(factor.to(own.device))

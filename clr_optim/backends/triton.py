@@ -223,7 +223,7 @@ class TritonBackend:
         Both on the device. Of DTensors the gradients on all ranks count, each once.
         """
         grads = [p.grad for p in self.plan.active_params() if p.grad is not None]
-        norm = global_norm(grads, self.plan.spreads) * grad_scale
+        norm = global_norm(grads, self.plan.spreads, self.plan.wide) * grad_scale
         return norm, grad_scale * clip_factor(norm, max_norm)
 
     def step(self, course: Course, grad_scale: float | Tensor = 1.0) -> None:
