@@ -941,6 +941,14 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             pre_hook(self)
         self._overrule()
         state_dict: dict[str, Any] = self._inner.state_dict()
+        if any(isinstance(group["lr"], Tensor) for group in self.param_groups):
+            # Ours to fill, and not for others who fill a state dict, as checkpointers do.
+            state_dict["param_groups"] = [
+                {**group, "lr": group["lr"].detach().clone()}
+                if isinstance(group["lr"], Tensor)
+                else group
+                for group in state_dict["param_groups"]
+            ]
         if self._shared.chosen[0] == "triton":
             state_dict["state"] = _with_counters_where_torch_has_them(state_dict)
         for post_hook in self._optimizer_state_dict_post_hooks.values():

@@ -41,6 +41,7 @@ def _serve(rank: int, connection: Any) -> None:
                     store=dist.FileStore(store, world),
                     timeout=datetime.timedelta(seconds=TIMEOUT_S / 2),
                 )
+                dist.barrier()  # or one might be gone before another has found it
                 try:
                     result = getattr(importlib.import_module(module), name)(*args)
                 finally:

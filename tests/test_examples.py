@@ -1,0 +1,172 @@
+"""The examples, run as a user runs them: interrupted, killed, and continued on other ranks."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytestmark = pytest.mark.skipif(
+    sys.platform == "win32" or not dist.is_available() or not dist.is_gloo_available(),
+    reason="this torch has no gloo, or this system no process groups",
+)
+
+FSDP2 = Path(__file__).parent.parent / "examples" / "torchrun_fsdp2.py"
+TIMEOUT_S = 120.0
+
+#: Cycles are 20 steps long. The checkpoint of step 24 is on the second one's way up, that of step
+#: 36 on its way down; the run is killed while it writes the latter.
+SAVED, KILLED, END = 24, 36, 40
+OPTIONS = ["--steps", END, "--step-size", 10]
+
+#: In place of the example: every rank is killed when its part of a checkpoint is half written, and
+#: their launcher, so that nobody is left to clean up.
+KILLED_WHILE_SAVING = f"""
+import contextlib, os, runpy, signal
+from torch.distributed.checkpoint import FileSystemWriter
+
+launcher, write_data = os.getppid(), FileSystemWriter.write_data
+
+def write_half(self, plan, planner):
+    written = write_data(self, plan, planner)
+    if self.path.name == "step-{KILLED}":
+        for part in self.path.glob(plan.storage_data.prefix + "*"):
+            os.truncate(part, part.stat().st_size // 2)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(launcher, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return written
+
+FileSystemWriter.write_data = write_half
+runpy.run_path({str(FSDP2)!r}, run_name="__main__")
+"""
+
+
+@dataclass
+class Output:
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def steps(self) -> list[dict[str, str]]:
+        """What was printed of each step, by name."""
+        lines = [line for line in self.stdout.splitlines() if line.startswith("step ")]
+        return [dict(re.findall(r"(\w+) ([\d.]+)", line)) for line in lines]
+
+    @property
+    def accuracy(self) -> float:
+        return float(re.search(r"test accuracy ([\d.]+)", self.stdout)[1])
+
+
+def _run(world: int, script: Path, *args: object) -> Output:
+    """On so many ranks; a single one without torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    command = [sys.executable, *(torchrun if world > 1 else []), str(script), *map(str, args)]
+    # Three ranks do not fit on one GPU, nor three times all threads on the cores.
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    if sys.platform == "linux":
+        env["GLOO_SOCKET_IFNAME"] = "lo"
+    process = subprocess.Popen(
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=TIMEOUT_S)
+    except BaseException:
+        _end(process)
+        raise
+    return Output(process.returncode, stdout, stderr)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """The launcher ends its ranks when asked to: they are in sessions of their own."""
+    process.terminate()
+    try:
+        process.wait(timeout=40)  # it gives them 30 seconds
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    process.stdout.close()
+    process.stderr.close()
+
+
+def _train(world: int, folder: Path, save_every: int) -> Output:
+    """To the end, from the latest checkpoint if there is one."""
+    output = _run(world, FSDP2, *OPTIONS, "--checkpoint", folder, "--save-every", save_every)
+    assert output.returncode == 0, output.stderr
+    assert "warning" not in output.stderr.lower()
+    assert (folder / "latest").read_text() == f"step-{END}"
+    return output
+
+
+def _checkpoint(folder: Path) -> dict[str, Any]:
+    """The latest one, whole."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    dcp_to_torch_save(folder / (folder / "latest").read_text(), folder / "whole.pt")
+    return torch.load(folder / "whole.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> tuple[Output, dict[str, Any]]:
+    """What a run on two ranks prints and comes to that does not even save on its way."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return _train(2, folder, END), _checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Path:
+    """The folder that a run on two ranks has left."""
+    folder = tmp_path_factory.mktemp("killed")
+    script = folder / "killed.py"
+    script.write_text(KILLED_WHILE_SAVING)
+    output = _run(2, script, *OPTIONS, "--checkpoint", folder, "--save-every", SAVED // 2)
+    assert output.returncode == -signal.SIGKILL, output.stderr
+    assert [step["step"] for step in output.steps] == ["10", "20", "30"]
+    assert len(list((folder / f"step-{KILLED}").glob("*.distcp"))) == 2
+    assert (folder / "latest").read_text() == f"step-{SAVED}"
+    return folder
+
+
+@pytest.mark.parametrize("world", [2, 3, 1])
+def test_a_killed_run_goes_on_with_any_number_of_ranks(uninterrupted, killed, tmp_path, world):
+    expected, theirs = uninterrupted
+    folder = tmp_path / "run"
+    shutil.copytree(killed, folder)
+    if world == 1:
+        # Killed a moment later, with all parts written: it still does not count.
+        shutil.rmtree(folder / f"step-{KILLED}")
+        shutil.copytree(folder / f"step-{SAVED // 2}", folder / f"step-{KILLED}")
+    output = _train(world, folder, SAVED // 2)
+    ours = _checkpoint(folder)
+
+    # Positions and rates to the last bit; with other numbers of ranks gradients are summed in
+    # another order.
+    assert ours["opt"]["param_groups"] == theirs["opt"]["param_groups"]
+    assert ours["opt"]["param_groups"][0]["clr_step"] == END
+    assert [step["step"] for step in output.steps] == ["30", "40"]
+    for our, their in zip(output.steps, expected.steps[-2:], strict=True):
+        assert (our["cycle"], our["lr"]) == (their["cycle"], their["lr"])
+        for name in ("loss", "norm"):
+            assert float(our[name]) == pytest.approx(float(their[name]), rel=1e-3)
+    assert output.accuracy == pytest.approx(expected.accuracy, abs=0.5)
+    if world == 2:
+        assert output.steps == expected.steps[-2:]
+        for kind in ("model", "opt"):
+            state, other = (c[kind].get("state", c[kind]) for c in (ours, theirs))
+            torch.testing.assert_close(state, other, rtol=0.0, atol=0.0)
