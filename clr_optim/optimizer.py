@@ -21,7 +21,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.utils.hooks import RemovableHandle
 
 from clr_optim import backends
-from clr_optim.backends.base import Course, FusedBackend
+from clr_optim.backends.base import Course, FusedBackend, Gradients
 from clr_optim.backends.native import BuildError, NativeBackend, rule_for
 from clr_optim.backends.torch import (
     ClippedGradients,
@@ -402,7 +402,20 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
 
     @property
     def iteration(self) -> int:
-        """Steps taken: the step that the next ``step()`` will be, counted from 0."""
+        """Steps taken: the step that the next ``step()`` will be, counted from 0.
+
+        Waits for the device where only that knows: after steps that a GradScaler's fused path may
+        have skipped, and once a step was captured into a graph.
+        """
+        position, fused = self._believed_iteration(), self._shared.fused
+        if fused is not None and fused.uncertain and position == self._shared.position:
+            position = fused.position()
+            if position != self._shared.position:
+                self._go_to(position, stepped=True)
+        return position
+
+    def _believed_iteration(self) -> int:
+        """:attr:`iteration` as far as the host knows, without waiting."""
         shared, groups = self._shared, self.param_groups
         seen = shared.position
         here = False
@@ -515,9 +528,10 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         rule = rule_for(self._inner)
         if name != "torch" and not isinstance(rule, str):
             device = backends.plan_device(name, self._inner)
+            classes = classify(self._inner, rule, device, capturable=name == "triton")
             served = {
                 (name, reason) if why is None else ("torch", why): params
-                for why, params in classify(self._inner, rule, device).items()
+                for why, params in classes.items()
             }
         else:
             served = {(name, reason): list(self._params())}
@@ -536,6 +550,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         inner = self._inner
         # Any other outermost layer runs the wrapped optimizer's hooks by itself.
         hooked = is_profiled(inner)
+        capturing = backends.is_capturing()
+        if capturing:
+            self._check_capture()
         call: tuple[Any, ...] = (inner, closure, *args) if closure is not None or args else (inner,)
         # Some optimizers never call Optimizer.__init__, and have no hooks.
         pre_hooks = getattr(inner, "_optimizer_step_pre_hooks", None) if hooked else None
@@ -550,29 +567,23 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         untouched = closure is None and self._is_untouched()
         if not untouched:
             # A checkpointer's step has no closure. Asked before anything below writes a rate.
-            at_zero = closure is None and self._is_zero_rate_step()
+            at_zero = closure is None and not capturing and self._is_zero_rate_step()
             if not at_zero:
                 self._overrule()
         if self._has_scale_fn:
             # It may raise, which must happen before the step and not in the middle of it.
             self._schedule.rates(self._shared.position + 1, self._shared.bounds)
-        # GradScaler's fused path hands what it found to the object it knows, which is this one.
-        # Where there was an overflow, the wrapped step would create state nevertheless; torch's
-        # SGD a momentum buffer that was never written.
-        found_inf: Tensor | None = self.__dict__.get("found_inf")
-        overflow = found_inf is not None and bool(found_inf)
-        loss: float | None = None
-        if not overflow:
-            fused = self._fused_backend() if hooked and not args and not kwargs else None
-            if fused is not None:
-                loss = self._fused_step(fused, closure, at_zero)
-            else:
-                loss = self._torch_step(closure, *args, **kwargs)
-        if not overflow and not at_zero:
+        fused = self._fused_backend() if hooked and not args and not kwargs else None
+        if fused is not None:
+            loss, happened = self._fused_step(fused, closure, at_zero)
+        else:
+            loss, happened = self._torch_step(closure, *args, **kwargs)
+        # What is captured is not run: the device counts the replays.
+        if happened and not at_zero and not capturing:
             if untouched:
                 self._advance()
             else:
-                self._go_to(self._shared.position + 1)
+                self._go_to(self._shared.position + 1, stepped=True)
             if self._cycle_end_hooks and self._schedule.is_cycle_end(self._shared.position):
                 for hook in list(self._cycle_end_hooks.values()):
                     hook(self)
@@ -619,8 +630,10 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
 
     def _torch_step(
         self, closure: Callable[[], float] | None, *args: Any, **kwargs: Any
-    ) -> float | None:
-        """The wrapped optimizer's own step."""
+    ) -> tuple[float | None, bool]:
+        """The wrapped optimizer's own step: ``(loss, whether the step happened)``."""
+        if self._overflowed():
+            return None, False
         inner: Any = self._inner
         clipped = None if self._max_grad_norm is None else ClippedGradients(self._max_grad_norm)
 
@@ -654,12 +667,23 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         finally:
             if clipped is not None:
                 clipped.restore()
-        return loss
+        return loss, True
+
+    # GradScaler's fused path hands what it knows to the object that it knows, which is this one.
 
     def _grad_scale(self) -> Tensor | None:
         """The scale that a GradScaler's fused path has left in the gradients."""
         grad_scale: Tensor | None = self.__dict__.get("grad_scale")
         return grad_scale
+
+    def _overflowed(self) -> bool:
+        """Whether a GradScaler's fused path has found an overflow; waits for the device.
+
+        The wrapped step, asked to skip, would create its state nevertheless; torch's SGD a momentum
+        buffer that was never written.
+        """
+        found_inf: Tensor | None = self.__dict__.get("found_inf")
+        return found_inf is not None and bool(found_inf)
 
     @contextmanager
     def _handed_down(self, scaled: bool) -> Iterator[None]:
@@ -680,8 +704,6 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         """The fused backend, compiled at first use; None where the wrapped step serves."""
         shared = self._shared
         name = shared.chosen[0]
-        if name == "triton" and "found_inf" in self.__dict__:  # a GradScaler's fused step
-            return None
         if shared.fused is None and name != "torch":
             rule = rule_for(self._inner)
             if isinstance(rule, str):
@@ -709,12 +731,21 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             groups = self._inner.param_groups
             momenta = [(group[_BASE_MOMENTUM], group[_MAX_MOMENTUM]) for group in groups]
         rates = [0.0 if at_zero else value for _, value in shared.rates]
-        return Course(shared.position, rates, shared.bounds, momenta, not at_zero)
+        kept = [
+            (i, cast("Tensor", lr))
+            for i, (lr, _) in enumerate(shared.rates)
+            if self._is_kept(self._inner.param_groups[i])
+        ]
+        return Course(shared.position, rates, shared.bounds, momenta, kept, not at_zero)
 
     def _fused_step(
         self, fused: FusedBackend, closure: Callable[[], float] | None, at_zero: bool
-    ) -> float | None:
-        """One call per bucket; what the kernels do not serve goes through the wrapped step."""
+    ) -> tuple[float | None, bool]:
+        """One call per bucket; what the kernels do not serve goes through the wrapped step.
+
+        Returns:
+            The closure's loss, and whether the step happened, as far as the host knows.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -724,35 +755,75 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         plan = fused.plan
         plan.refresh()
         rest = plan.rest and [(p, why) for p, why in plan.rest if p.grad is not None]
-        if rest and self._backend in ("native", "triton"):
+        if rest and (self._backend in ("native", "triton") or backends.is_capturing()):
             plan.forget()  # whatever the reason is, it may be gone by the next step
+            if backends.is_capturing():
+                raise self._no_capture(f"no kernel serves {len(rest)} parameters: {rest[0][1]}")
             raise RuntimeError(
                 f"backend={self._backend!r} cannot serve {len(rest)} of the parameters: "
                 f"{rest[0][1]}; use backend='auto', which leaves them to the wrapped optimizer's "
                 "own step"
             )
+        # The device need not tell what it has found, unless the host is to act on it: call hooks
+        # and functions, have the wrapped step run, keep the state that this step creates.
+        acts = plan.pending or rest or self._has_scale_fn or self._cycle_end_hooks
+        found_inf: Tensor | None = self.__dict__.get("found_inf")
+        if found_inf is not None and (acts or not fused.sees_overflows):
+            if self._overflowed():
+                return loss, False
+            found_inf = None
         clipped = None
-        grad_scale = self._grad_scale()
-        unscale = 1.0 if grad_scale is None else 1.0 / grad_scale.item()
-        scale: float | Tensor = unscale
+        gradients = Gradients(self._grad_scale(), found_inf, self._max_grad_norm)
         try:
-            if self._max_grad_norm is not None:
-                if rest:  # one norm over both: copies, which both then work on
-                    clipped = ClippedGradients(self._max_grad_norm)
-                    self._shared.grad_norm = clipped.clip(self._params(), grad_scale)
-                    scale = 1.0
-                    plan.refresh()
-                else:
-                    self._shared.grad_norm, scale = fused.clip(self._max_grad_norm, unscale)
+            if rest and self._max_grad_norm is not None:
+                # One norm over both: copies, which both then work on.
+                clipped = ClippedGradients(self._max_grad_norm)
+                self._shared.grad_norm = clipped.clip(self._params(), gradients.scale)
+                gradients = Gradients()
+                plan.refresh()
             if rest:
                 hidden = hidden_gradients(p for bucket in plan.buckets for p in bucket.params)
                 with hidden, self._handed_down(scaled=clipped is None):
                     raw_step(self._inner)()
-            fused.step(self._course(at_zero), scale)
+            norm = fused.step(self._course(at_zero), gradients)
+            if norm is not None:
+                self._shared.grad_norm = norm
         finally:
             if clipped is not None:
                 clipped.restore()
-        return loss
+        return loss, True
+
+    def _check_capture(self) -> None:
+        """Raise unless a step can be captured into a graph now; tell what to do."""
+        name, reason = self._shared.chosen
+        if name != "triton" or not is_profiled(self._inner):
+            raise self._no_capture(
+                f"on backend {name!r} ({reason}) a graph would replay the same rate for ever; use "
+                "backend='triton', or capture forward and backward only"
+            )
+        if self._has_scale_fn:
+            raise self._no_capture(
+                "a scale_fn runs on the host, which no graph asks; use a schedule without one"
+            )
+        if self._cycle_end_hooks:
+            raise self._no_capture(
+                "cycle-end hooks run on the host, which no graph asks; remove them, and look at "
+                "opt.cycle between replays"
+            )
+
+    @staticmethod
+    def _no_capture(reason: str) -> RuntimeError:
+        return RuntimeError(f"step() cannot be captured into a graph: {reason}")
+
+    def _is_kept(self, group: Mapping[str, Any]) -> bool:
+        """Whether the device keeps the group's ``lr``, a tensor then, current by itself."""
+        if not group.get("capturable") or self._shared.chosen[0] != "triton" or self._has_scale_fn:
+            return False
+        lr = group["lr"]
+        if not isinstance(lr, Tensor):
+            return bool(group["params"])
+        device = backends.plan_device("triton", self._inner)
+        return lr.device.type == device and lr.dtype in (torch.float32, torch.float64)
 
     def _params(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
@@ -768,7 +839,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         for i, group in enumerate(groups):
             lr = group["lr"]
             # A group added beneath us has nothing of ours in it yet.
-            if i < len(rates) and not self._is_foreign(lr, *rates[i]):
+            if i < len(rates) and not self._is_foreign(group, *rates[i]):
                 return False
             if float(lr) != 0.0:
                 return False
@@ -784,25 +855,27 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             return not any(p.requires_grad for p in params)
         return not sum_over_ranks(nonzero)
 
-    @staticmethod
-    def _is_foreign(lr: object, held: object, value: float) -> bool:
+    def _is_foreign(self, group: Mapping[str, Any], held: object, value: float) -> bool:
+        lr = group["lr"]
         if lr is not held:
             return True
         # A tensor on a GPU is not looked into: that would wait for the device.
-        return isinstance(lr, Tensor) and lr.device.type == "cpu" and lr.item() != value
+        if not isinstance(lr, Tensor) or lr.device.type != "cpu" or self._is_kept(group):
+            return False
+        return lr.item() != value
 
     def _overrule(self) -> None:
         """Take in what others may write into the groups; whatever they wrote into ``lr`` is
         overruled, with one warning.
         """
-        self._settle()
+        self._settle(self._believed_iteration())
         shared = self._shared
         foreign = [
             i
             for i, (group, (held, value)) in enumerate(
                 zip(self.param_groups, shared.rates, strict=True)
             )
-            if self._is_foreign(group["lr"], held, value)
+            if self._is_foreign(group, held, value)
         ]
         if not foreign and not self._cycle_momentum:
             return
@@ -818,7 +891,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 UserWarning,
                 stacklevel=_callers_level(),
             )
-        self._go_to(shared.position)
+        self._go_to(shared.position, stepped=True)
 
     # ---- keeping the groups in line
 
@@ -851,13 +924,17 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             for i, group in enumerate(groups)
         ]
 
-    def _settle(self) -> int:
+    def _settle(self, position: int | None = None) -> int:
         """Take in what others did to the groups; returns the position.
 
         A position written from outside is honoured, groups that lack our keys get them.
+
+        Args:
+            position: where the groups stand; ``None`` asks the device, if only that knows.
         """
         shared, groups = self._shared, self.param_groups
-        position = self.iteration
+        if position is None:
+            position = self.iteration
         if (
             shared.groups is groups
             and len(shared.rates) == len(groups)
@@ -891,8 +968,13 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         shared.position = position
         shared.rates = [(rate, rate) for rate in rates]
 
-    def _go_to(self, position: int) -> None:
-        """Write the position, the policy and the rates of this step into the groups."""
+    def _go_to(self, position: int, *, stepped: bool = False) -> None:
+        """Write the position, the policy and the rates of this step into the groups.
+
+        Args:
+            position: the step's number.
+            stepped: the device gets there by itself.
+        """
         shared, groups = self._shared, self.param_groups
         bounds = self._bounds()
         rates = self._schedule.rates(position, bounds)
@@ -908,15 +990,19 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             # What the group held stays what it is: a tensor is filled, never replaced, and one
             # that somebody else put in a float's place is not ours to fill.
             lr = before[i][0] if i < len(before) else group["lr"]
+            kept = self._is_kept(group)
+            if kept and not isinstance(lr, Tensor):
+                lr = torch.tensor(rate, device=group["params"][0].device, dtype=torch.float32)
             if not isinstance(lr, Tensor):
                 group["lr"] = rate
                 held.append((rate, rate))
                 continue
             if any(lr is other for other, _ in held):  # torch's default, shared by groups
                 lr = lr.detach().clone()
-            _fill(lr, rate)
+            if not (kept and stepped):
+                _fill(lr, rate)
             group["lr"] = lr
-            held.append((lr, lr.item() if lr.device.type == "cpu" else rate))
+            held.append((lr, lr.item() if lr.device.type == "cpu" and not kept else rate))
         for i, momentum in enumerate(momenta):
             group = groups[i]
             if "betas" not in group:
@@ -929,6 +1015,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 group["betas"] = (momentum, *group["betas"][1:])
         shared.groups, shared.position = groups, position
         shared.bounds, shared.rates = bounds, held
+        if shared.fused is not None and shared.fused.uncertain and not stepped:
+            shared.fused.move_to(self._course(at_zero=False))
 
     # ---- checkpoints and copies
 
@@ -939,6 +1027,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        self._settle()
         self._overrule()
         state_dict: dict[str, Any] = self._inner.state_dict()
         if any(isinstance(group["lr"], Tensor) for group in self.param_groups):

@@ -324,11 +324,13 @@ def _why_not(param: Tensor, device: str) -> str | None:
     return "gradients of another layout, dtype or type than their parameter"
 
 
-def classify(optimizer: Optimizer, rule: UpdateRule, device: str) -> dict[str | None, list[Tensor]]:
+def classify(
+    optimizer: Optimizer, rule: UpdateRule, device: str, *, capturable: bool = False
+) -> dict[str | None, list[Tensor]]:
     """Parameters by the reason why no kernel serves them; those that one does under None."""
     reasons: dict[str | None, list[Tensor]] = {}
     for group in optimizer.param_groups:
-        why = rule.not_fused(group)
+        why = rule.not_fused(group, capturable=capturable)
         for param in group["params"]:
             reasons.setdefault(why or _why_not(param, device), []).append(param)
     return reasons
@@ -342,15 +344,23 @@ class Plan:
         rule: its update rule.
         lib: the compiled kernels, loaded so that the GIL is kept during a call.
         device: the type of the devices whose tensors are planned for; others are left to torch.
+        capturable: whether the kernels can be captured into a graph.
     """
 
     def __init__(
-        self, optimizer: Optimizer, rule: UpdateRule, lib: ctypes.PyDLL, device: str
+        self,
+        optimizer: Optimizer,
+        rule: UpdateRule,
+        lib: ctypes.PyDLL,
+        device: str,
+        *,
+        capturable: bool = False,
     ) -> None:
         self._optimizer = optimizer
         self._rule = rule
         self._lib = lib
         self._device = device
+        self._capturable = capturable
         self.buckets: list[Bucket] = []
         #: parameters with a gradient that torch's own step must serve, and why
         self.rest: list[tuple[Tensor, str]] = []
@@ -365,7 +375,8 @@ class Plan:
         #: a row of the kernel's scalars per group, the learning rate to be filled in
         self.scalars = np.zeros((0, 0))
         self.scalars_address = 0
-        self._pending = False
+        #: whether the next step creates state
+        self.pending = False
         self._state: Any = None
         self._params: list[Tensor] = []
         #: how the parameters, those of the rest too, are divided over ranks
@@ -443,7 +454,7 @@ class Plan:
         """Say that a step was taken, and hand over the state it created, under torch's names."""
         # As after any in-place update: a backward through an older graph must raise.
         torch.autograd.graph.increment_version(self.active_params())
-        if not self._pending:
+        if not self.pending:
             return
         state = self._optimizer.state
         for bucket in self.buckets:
@@ -451,7 +462,7 @@ class Plan:
                 if row.pending:
                     state[row.param].update(row.pending)
                     row.pending, row.first = {}, False
-        self._pending = False
+        self.pending = False
         self._index()
 
     @staticmethod
@@ -461,7 +472,8 @@ class Plan:
 
     def _flags_of(self, group: dict[str, Any]) -> tuple[str | None, str]:
         """What of a group's settings decides buckets; all else is data."""
-        return (self._rule.not_fused(group), self._rule.kernel(group))
+        reason = self._rule.not_fused(group, capturable=self._capturable)
+        return (reason, self._rule.kernel(group))
 
     def _build(self) -> None:
         optimizer, rule = self._optimizer, self._rule
@@ -497,7 +509,7 @@ class Plan:
         self.wide = is_wide(param for members in self._members for param in members)
         self._settings = [self._settings_of(group) for group in groups]
         self._lists = self._copy_lists()
-        self._pending = any(row.pending for b in self.buckets for row in b.rows)
+        self.pending = any(row.pending for b in self.buckets for row in b.rows)
         rows = [
             rule.row(group) if reason is None else ()
             for group, (reason, _) in zip(groups, self._flags, strict=True)

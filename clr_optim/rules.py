@@ -57,6 +57,7 @@ class UpdateRule:
         has_step: whether ``state[p]["step"]`` counts the parameter's steps.
         scalars: the kernel's own scalars, after learning rate, weight decay and sign.
         state_order: all names in the order in which torch creates them.
+        momentum: which of the scalars is the momentum, or ``betas[0]``, that may cycle.
     """
 
     optimizer: type[torch.optim.Optimizer]
@@ -65,10 +66,16 @@ class UpdateRule:
     has_step: bool
     scalars: Callable[[Group], tuple[float, ...]]
     state_order: tuple[str, ...]
+    momentum: int | None = None
 
-    def not_fused(self, group: Group) -> str | None:
-        """Why this group's settings are left to torch, or None."""
-        for flag in ("differentiable", "capturable"):
+    def not_fused(self, group: Group, *, capturable: bool = False) -> str | None:
+        """Why this group's settings are left to torch, or None.
+
+        Args:
+            group: the settings.
+            capturable: whether the kernels can be captured into a graph.
+        """
+        for flag in ("differentiable",) if capturable else ("differentiable", "capturable"):
             if group.get(flag):
                 return f"{flag}=True"
         for name, value in group.items():
@@ -110,6 +117,7 @@ def _adam(optimizer: type[torch.optim.Optimizer], decoupled: bool) -> UpdateRule
         has_step=True,
         scalars=scalars,
         state_order=("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+        momentum=0,
     )
 
 
@@ -138,6 +146,7 @@ RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
             has_step=False,
             scalars=lambda g: (g["momentum"], g["dampening"], float(g["nesterov"])),
             state_order=("momentum_buffer",),
+            momentum=0,
         ),
         _adam(torch.optim.Adam, decoupled=False),
         _adam(torch.optim.AdamW, decoupled=True),
@@ -166,6 +175,7 @@ RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
             has_step=True,
             scalars=lambda g: (g["alpha"], g["eps"], g["momentum"]),
             state_order=("step", "square_avg", "momentum_buffer", "grad_avg"),
+            momentum=2,
         ),
     )
 }

@@ -98,16 +98,20 @@ def is_wide(params: Iterable[Tensor]) -> bool:
     return all(p.dtype == torch.float64 for p in params if p.requires_grad)
 
 
-def no_sums(ways: Iterable[Spread | None]) -> dict[Spread | None, Tensor]:
+def no_sums(
+    ways: Iterable[Spread | None], here: torch.device | str = "cpu"
+) -> dict[Spread | None, Tensor]:
     """Zeros for :func:`sum_over_ranks`, where each mesh can add them up.
 
     That is not where its tensors are, if they were moved from GPUs to the CPU.
+
+    Args:
+        ways: how what is to be summed is divided.
+        here: the device for what is not.
     """
+    devices = {way: here if way is None else way.mesh.device_type for way in ways}
     return {
-        way: torch.zeros(
-            (), dtype=torch.float64, device="cpu" if way is None else way.mesh.device_type
-        )
-        for way in ways
+        way: torch.zeros((), dtype=torch.float64, device=device) for way, device in devices.items()
     }
 
 
@@ -144,11 +148,10 @@ def global_norm(grads: Sequence[Tensor], ways: Sequence[Spread | None], wide: bo
     parts: dict[Spread | None, list[Tensor]] = {way: [] for way in ways}
     for grad in grads:
         parts.setdefault(spread_of(grad), []).append(local_part(grad))
-    sums = no_sums(parts)
+    sums = no_sums(parts, grads[0].device if grads else "cpu")
     for way, tensors in parts.items():
         for tensor in tensors:
             # Not in 16 bits: ranks on another way would come to another norm.
             norm = torch.linalg.vector_norm(tensor, dtype=torch.float64)
-            sums[way] = sums[way].to(norm.device if way is None else sums[way].device)
-            sums[way] += norm.to(sums[way].device).square()
+            sums[way] += norm.square().to(sums[way].device)
     return sum_over_ranks(sums).sqrt().to(torch.float64 if wide else torch.float32)

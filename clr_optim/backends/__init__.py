@@ -7,9 +7,9 @@ import os
 from torch.optim import Optimizer
 
 from clr_optim.backends.native import BuildError, library, rule_for
-from clr_optim.backends.triton import DEVICES, is_interpreted, why_no_triton
+from clr_optim.backends.triton import DEVICES, is_capturing, is_interpreted, why_no_triton
 
-__all__ = ["BACKENDS", "devices", "plan_device", "resolve"]
+__all__ = ["BACKENDS", "devices", "is_capturing", "plan_device", "resolve"]
 
 #: What ``backend=`` and ``CLR_OPTIM_BACKEND`` may say.
 BACKENDS = ("auto", "torch", "native", "triton")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clr_optim.plan import Plan
 
-__all__ = ["Course", "FusedBackend"]
+__all__ = ["Course", "FusedBackend", "Gradients"]
 
 
 class Course(NamedTuple):
@@ -20,6 +20,7 @@ class Course(NamedTuple):
         rates: the learning rate of each group.
         bounds: ``(base_lr, max_lr)`` of each group.
         momenta: ``(base_momentum, max_momentum)`` of each group where momentum cycles, else None.
+        kept: the learning rates that are tensors for the device to keep current, by group.
         moves: whether the cycle advances; where it does not, the schedule has no say in the rates.
     """
 
@@ -27,24 +28,44 @@ class Course(NamedTuple):
     rates: Sequence[float]
     bounds: Sequence[tuple[float, float]]
     momenta: Sequence[tuple[float, float]] | None
+    kept: Sequence[tuple[int, Tensor]]
     moves: bool
 
 
+class Gradients(NamedTuple):
+    """What is to be done to the gradients on their way in; memory keeps them as they are.
+
+    Args:
+        scale: what a GradScaler has multiplied them by, to be divided out; a tensor of one element.
+        found_inf: likewise, nonzero if one of them is infinite or NaN, and the step is to do
+            nothing. Left out where the host has looked into it.
+        max_norm: of the norm over all of them together, on all ranks; what is above it is clipped.
+    """
+
+    scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    max_norm: float | None = None
+
+
 class FusedBackend(Protocol):
-    """Steps the tensors of a plan, which must be fresh whenever one of these is called."""
+    """Steps the tensors of a plan, which must be fresh whenever :meth:`step` is called."""
 
     plan: Plan
+    #: whether the kernels look into ``found_inf`` themselves
+    sees_overflows: bool
 
-    def clip(self, max_norm: float, grad_scale: float = 1.0) -> tuple[Tensor, float | Tensor]:
-        """The norm of all gradients times ``grad_scale``; what that and clipping multiply them by.
+    @property
+    def uncertain(self) -> bool:
+        """Whether only the device knows the position.
 
-        Of DTensors the gradients on all ranks count, each once.
+        After steps that it may have skipped, and for good once a step was captured into a graph.
         """
 
-    def step(self, course: Course, grad_scale: float | Tensor = 1.0) -> None:
-        """Update all tensors of the plan.
+    def position(self) -> int:
+        """The position, by the device's own count; waits for it."""
 
-        Args:
-            course: the learning rates, or where they are to be had.
-            grad_scale: multiplies the gradients on their way in; memory keeps them as they are.
-        """
+    def move_to(self, course: Course) -> None:
+        """Take in a position and bounds before the next step, which may be a graph's replay."""
+
+    def step(self, course: Course, gradients: Gradients) -> Tensor | None:
+        """Update all tensors of the plan; the gradients' norm if they are clipped by it."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clr_optim.backends.base import Course
+from clr_optim.backends.base import Course, Gradients
 from clr_optim.backends.torch import has_own_step
 from clr_optim.kernels.native import build
 from clr_optim.kernels.native.build import BuildError
@@ -79,42 +79,52 @@ class NativeBackend:
         self._lib = library()
         self.plan = Plan(optimizer, rule, self._lib.held, "cpu")
 
-    def clip(self, max_norm: float, grad_scale: float = 1.0) -> tuple[Tensor, float]:
-        """The norm of all gradients times ``grad_scale``; what that and clipping multiply them by.
+    sees_overflows = False
+    uncertain = False
 
-        Of DTensors the gradients on all ranks count, each once.
-        """
-        plan = self.plan
-        squares = np.zeros(len(plan.buckets))
-        self._lib.sums_of_squares(plan.view_address, squares.ctypes.data, torch.get_num_threads())
-        sums = no_sums(plan.spreads)
-        for bucket, square in zip(plan.buckets, squares.tolist(), strict=True):
-            sums[bucket.spread] += square
-        norm = math.sqrt(sum_over_ranks(sums).item()) * grad_scale
-        scale = max_norm / (norm + 1e-6)
-        # NaN stays NaN, as in clip_grad_norm_.
-        return (
-            torch.tensor(norm, dtype=torch.float64 if plan.wide else torch.float32),
-            grad_scale if scale > 1.0 else grad_scale * scale,
-        )
+    def position(self) -> int:
+        """Never asked: the host counts the steps."""
+        raise AssertionError("the host knows the position")
 
-    def step(self, course: Course, grad_scale: float | Tensor = 1.0) -> None:
-        """Update all tensors of the plan, which must be fresh.
+    def move_to(self, course: Course) -> None:
+        """Nothing: every step is told where it stands."""
+
+    def step(self, course: Course, gradients: Gradients) -> Tensor | None:
+        """Update all tensors of the plan, which must be fresh; the norm if they are clipped by it.
 
         Args:
             course: of which only the rates count.
-            grad_scale: multiplies the gradients on their way in; memory keeps them as they are.
+            gradients: what is done to them on their way in, ``found_inf`` left out.
         """
         plan = self.plan
+        factor = 1.0 if gradients.scale is None else 1.0 / gradients.scale.item()
+        norm = None
+        if gradients.max_norm is not None:
+            length = factor * self._norm()
+            clip = gradients.max_norm / (length + 1e-6)
+            # NaN stays NaN, as in clip_grad_norm_.
+            factor = factor if clip > 1.0 else factor * clip
+            norm = torch.tensor(length, dtype=torch.float64 if plan.wide else torch.float32)
         for i, rate in enumerate(course.rates):
             plan.scalars[i, 0] = rate
         failed = self._lib.step(
             plan.view_address,
             plan.scalars_address,
             plan.scalars.shape[1],
-            float(grad_scale),
+            factor,
             torch.get_num_threads(),
         )
         if failed:
             raise RuntimeError("the compiled kernels do not match this version: rebuild them")
         plan.commit()
+        return norm
+
+    def _norm(self) -> float:
+        """Of all gradients as they are; of DTensors those on all ranks, each once."""
+        plan = self.plan
+        squares = np.zeros(len(plan.buckets))
+        self._lib.sums_of_squares(plan.view_address, squares.ctypes.data, torch.get_num_threads())
+        sums = no_sums(plan.spreads)
+        for bucket, square in zip(plan.buckets, squares.tolist(), strict=True):
+            sums[bucket.spread] += square
+        return math.sqrt(sum_over_ranks(sums).item())

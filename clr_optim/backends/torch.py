@@ -14,7 +14,6 @@ from clr_optim.sharding import global_norm, is_wide, local_part, spreads, whole
 
 __all__ = [
     "ClippedGradients",
-    "clip_factor",
     "has_own_step",
     "hidden_gradients",
     "is_profiled",
@@ -62,11 +61,6 @@ def raw_step(optimizer: Optimizer) -> Callable[..., Any]:
     return bound
 
 
-def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """What :func:`torch.nn.utils.clip_grad_norm_` multiplies gradients of this norm by."""
-    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
-
-
 class ClippedGradients:
     """Clips the gradients for the length of a step and puts the user's own back afterwards.
 
@@ -103,7 +97,7 @@ class ClippedGradients:
             return torch.nn.utils.clip_grad_norm_([p for p, _ in self._originals], self._max_norm)
         # torch's own takes DTensors of one mesh, and none beside other tensors.
         norm = global_norm(copies, ways, is_wide(params))
-        factor = clip_factor(norm, self._max_norm)
+        factor = (self._max_norm / (norm + 1e-6)).clamp(max=1.0)
         for own in copies:
             local_part(own).mul_(factor.to(own.device))
         return norm

@@ -3,6 +3,13 @@
 Everything a kernel reads beside the tensors lies in tables on the device, uploaded only when they
 changed: pointers, groups, phases, the position in the schedule. The last is advanced on the device
 too, so that nothing has to come from the host for the next step but where the gradients lie.
+
+**Graphs.** A step captured into a CUDA graph cycles at every replay, since the graph reads and
+advances the device's position. It goes on reading the tables it was captured with: those that
+describe its tensors are left to it for good, and later steps make themselves new ones; position,
+bounds and settings it shares with them. Nothing may be uploaded while a graph is captured, since
+the host's memory would be read again at every replay; the gradients' addresses, which are new by
+then, go in as numbers that the graph's own launches write.
 """
 
 from __future__ import annotations
@@ -10,7 +17,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,21 +25,27 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clr_optim.backends.base import Course
+from clr_optim.backends.base import Course, Gradients
 from clr_optim.backends.native import library
-from clr_optim.backends.torch import clip_factor
 from clr_optim.plan import Bucket, Plan
 from clr_optim.rules import UpdateRule
 from clr_optim.schedule import Schedule, fixed
-from clr_optim.sharding import global_norm
+from clr_optim.sharding import no_sums, sum_over_ranks
 
-__all__ = ["DEVICES", "TritonBackend", "is_interpreted", "why_no_triton"]
+__all__ = ["DEVICES", "TritonBackend", "is_capturing", "is_interpreted", "why_no_triton"]
 
 #: Device types that Triton compiles for; ROCm calls itself CUDA.
 DEVICES = ("cuda", "xpu")
 
+# Without CUDA or ROCm the function that would be asked is not there.
+_HAS_GRAPHS = bool(torch.version.cuda or torch.version.hip)
+
 _ADVANCED_AT_ONCE = 256
+_SUMMED_AT_ONCE = 1024
+# An empty table has no address to load from.
 _NO_COUNTER = np.zeros((1, 2), dtype=np.int64)
+_GRAD = 1  # the gradients' column in a plan's rows
+_NO_RATE = np.zeros((1, 3), dtype=np.int64)
 
 
 def is_interpreted() -> bool:
@@ -47,28 +60,46 @@ def why_no_triton() -> str | None:
     return None
 
 
+def is_capturing() -> bool:
+    """Whether what is launched now goes into a graph and is not run."""
+    return _HAS_GRAPHS and torch.cuda.is_current_stream_capturing()
+
+
 class _Mirror:
     """A table of the host on the device, uploaded when it has changed."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._last = b""
-        self._table: Tensor | None = None
+        self.table: Tensor | None = None
 
     def put(self, table: npt.NDArray[Any]) -> Tensor:
         """The table on the device; a copy under way does not hold up the host."""
         now = table.tobytes()
-        if self._table is None or self._table.shape != table.shape:
+        there = self.table is not None and self.table.shape == table.shape
+        if there and now == self._last:
+            return cast("Tensor", self.table)
+        if is_capturing():
+            raise RuntimeError(
+                "step() cannot be captured now: tensors or settings of the optimizer changed since "
+                "its last step, and a graph cannot take that in; take a step, with the same "
+                "parameters having gradients, and then capture"
+            )
+        if not there:
             dtype = torch.from_numpy(np.empty(0, table.dtype)).dtype
-            self._table = torch.empty(table.shape, dtype=dtype, device=self._device)
-        elif now == self._last:
-            return self._table
+            self.table = torch.empty(table.shape, dtype=dtype, device=self._device)
+        on_device = cast("Tensor", self.table)
         host = torch.from_numpy(table.copy())
         if self._device.type != "cpu":
             host = host.pin_memory()
-        self._table.copy_(host, non_blocking=True)
+        on_device.copy_(host, non_blocking=True)
         self._last = now
-        return self._table
+        return on_device
+
+    def give_up(self) -> Tensor | None:
+        """The table, which is from now on somebody else's; the next is put elsewhere."""
+        table, self.table = self.table, None
+        return table
 
 
 class _Launch:
@@ -92,6 +123,7 @@ class _Launch:
         ]
         self._active = b""
         self._rows = _Mirror(bucket.device)
+        self._uploaded = bucket.table[:0]
         self._chunks = _Mirror(bucket.device)
         self.chunks: Tensor | None = None
         #: how many programs that takes
@@ -104,7 +136,7 @@ class _Launch:
         table = self.bucket.table
         active = table["active"]
         now = active.tobytes()
-        if now != self._active:
+        if now != self._active or self.chunks is None:
             rows = np.flatnonzero(active)
             chunks = -(-table["numel"][rows] // self._chunk)
             first = np.cumsum(chunks) - chunks
@@ -117,13 +149,51 @@ class _Launch:
             wide = np.full(len(rows), self.bucket.wide_counter, dtype=np.int64)
             self.counters = np.stack([addresses, wide], axis=1)[addresses != 0]
             self._active = now
-        return self._rows.put(table.view(np.int64).reshape(len(table), -1))
+        if not is_capturing():
+            known = len(self._uploaded) > 0
+            on_device = self._rows.put(_words(table))
+            self._uploaded = table.copy()
+            if not known:  # a kernel that is first launched in a capture may not load
+                self._write_gradients(on_device)
+            return on_device
+        # New gradients, which live in the graph's own memory, are all that may be new.
+        rest = table.copy()
+        rest["grad"] = self._uploaded["grad"] if len(self._uploaded) == len(table) else 0
+        on_device = self._rows.put(_words(rest))
+        self._write_gradients(on_device)
+        return on_device
+
+    def _write_gradients(self, on_device: Tensor) -> None:
+        """Write the gradients' addresses, given to the launches as numbers."""
+        cells = list(on_device[:, _GRAD].unbind())
+        torch._foreach_zero_(cells)
+        torch._foreach_add_(cells, self.bucket.table["grad"].tolist())
+
+    def give_up(self) -> list[Tensor | None]:
+        """The tables, which are a graph's from now on."""
+        tables = [self._rows.give_up(), self._chunks.give_up()]
+        self.chunks = None
+        return tables
 
     @property
     def compiled_for(self) -> dict[str, Any]:
         """Constants and options of the kernel, by whether gradients are as aligned as all else."""
+        return self._compiled_for[self._is_aligned]
+
+    @property
+    def squares_compiled_for(self) -> dict[str, Any]:
+        """The same of :func:`sum_of_squares`."""
+        both = self._compiled_for[self._is_aligned]
+        return {k: v for k, v in both.items() if k not in ("KERNEL", "SLOTS", "COUNTER")}
+
+    @property
+    def _is_aligned(self) -> bool:
         grads = self.bucket.table["grad"]
-        return self._compiled_for[self.bucket.aligned and not int(np.bitwise_or.reduce(grads)) & 15]
+        return self.bucket.aligned and not int(np.bitwise_or.reduce(grads)) & 15
+
+
+def _words(table: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    return table.view(np.int64).reshape(len(table), -1)
 
 
 class _Position:
@@ -141,59 +211,108 @@ class _Position:
         own = phase_tables(schedule) if self._moving else constant
         self._own = tuple(m.put(t) for m, t in zip(upload[:2], own, strict=True))
         self._constant = tuple(m.put(t) for m, t in zip(upload[2:], constant, strict=True))
-        self._groups = _Mirror(device)
-        self._groups_of: object = None
+        # Rates that the host decides are not to be left where a graph looks for bounds.
+        self._groups = [_Mirror(device) for _ in range(2)]
         self._counters = _Mirror(device)
-        self._counters_of: list[npt.NDArray[Any]] = []
-        self.one = torch.ones((), dtype=torch.float64, device=device)
+        self._rates = _Mirror(device)
+        self._limit = _Mirror(device)
+        #: the gate of a step that surely happens, its gradients as they are
+        self.open = torch.tensor([1.0, 0.0], dtype=torch.float64, device=device)
+        #: scale and overflow where there is no GradScaler
+        self.one = torch.ones((), device=device)
+        self.zero = torch.zeros((), device=device)
+
+    def ask(self) -> int:
+        """The position, by the device's own count; waits for it."""
+        position = int(self._control[0].item())
+        if self._expected is not None:
+            self._expected = (position, self._expected[1])
+        return position
+
+    def move_to(self, course: Course) -> None:
+        """Go somewhere else at once."""
+        self._expected = None
+        self.control(course)
+        self._expected = self._wanted(course)
+
+    @staticmethod
+    def _wanted(course: Course) -> tuple[int, int]:
+        return course.position, int(course.moves)
 
     def control(self, course: Course) -> Tensor:
         """``(position, what the step adds to it)``: written only if something else moved it."""
-        wanted = (course.position, int(course.moves))
+        wanted = self._wanted(course)
         if self._expected != wanted:
-            self._control.copy_(torch.tensor(wanted), non_blocking=True)
-        self._expected = None  # until the step is done
+            if is_capturing():
+                raise RuntimeError(
+                    "step() cannot be captured now: the position in the cycle was moved since the "
+                    "last step; take a step and then capture"
+                )
+            # By itself the position stays the device's: it may be another than the host believes.
+            for i, value in enumerate(wanted):
+                if self._expected is None or self._expected[i] != value:
+                    self._control[i].fill_(value)
+            self._expected = None  # until the step is done
         return self._control
 
     def advanced(self, course: Course) -> None:
-        """Remember where the device has gone."""
-        self._expected = (course.position + int(course.moves), int(course.moves))
+        """Remember where the device has gone; as far as the host knows."""
+        step = 0 if is_capturing() else int(course.moves)
+        self._expected = (course.position + step, int(course.moves))
 
     def decides(self, course: Course) -> bool:
         """Whether the rates are evaluated on the device, not handed down by the host."""
         return self._moving and course.moves
 
-    def groups(self, course: Course, scalars: npt.NDArray[np.float64]) -> Tensor:
+    def groups(
+        self, course: Course, scalars: npt.NDArray[np.float64], momentum: int | None
+    ) -> Tensor:
         """The groups' table: what the schedule needs of each, and then the kernel's scalars."""
         on_device = self.decides(course)
-        changing = (tuple(course.bounds), course.momenta) if on_device else course.rates
-        known = (scalars.shape, scalars.tobytes(), on_device, changing)
-        if known != self._groups_of:
-            table = np.zeros((len(scalars), scalars.shape[1] + 4))
-            for i, (rate, bounds) in enumerate(zip(course.rates, course.bounds, strict=True)):
-                table[i, :2] = bounds if on_device else (rate, rate)
-                if course.momenta is not None and on_device:
-                    table[i, 2:4] = course.momenta[i]
-                    table[i, 4] = 1.0
-            table[:, 5:] = scalars[:, 1:]  # without the rate
-            self._there = self._groups.put(table)
-            self._groups_of = known
-        return self._there
+        table = np.zeros((len(scalars), scalars.shape[1] + 4))
+        table[:, 5:] = scalars[:, 1:]  # without the rate
+        for i, (rate, bounds) in enumerate(zip(course.rates, course.bounds, strict=True)):
+            table[i, :2] = bounds if on_device else (rate, rate)
+            if course.momenta is not None and on_device:
+                table[i, 2:4] = course.momenta[i]
+                table[i, 4] = 1.0
+                # The group's own follows the cycle; not looked at, it would change the table.
+                if momentum is not None:
+                    table[i, 7 + momentum] = 0.0
+        return self._groups[on_device].put(table)
 
     def counters(self, launches: list[_Launch]) -> tuple[Tensor, int]:
         """The step counters of all tensors that were updated, and how many there are."""
-        now = [launch.counters for launch in launches]
-        if [id(table) for table in now] != [id(table) for table in self._counters_of]:
-            table = np.concatenate(now)
-            self._count = len(table)
-            # An empty table has no address to load from.
-            self._addresses = self._counters.put(table if len(table) else _NO_COUNTER)
-            self._counters_of = now
-        return self._addresses, self._count
+        tables = [launch.counters for launch in launches]
+        table = np.concatenate(tables) if tables else _NO_COUNTER[:0]
+        return self._counters.put(table if len(table) else _NO_COUNTER), len(table)
+
+    def rates(self, course: Course) -> tuple[Tensor, int]:
+        """Where the learning rates lie that are to be kept current, and how many there are."""
+        lines = [
+            (lr.data_ptr(), lr.dtype == torch.float64, group)
+            for group, lr in course.kept
+            if lr.device == self.device and self.decides(course)
+        ]
+        table = np.array(lines, dtype=np.int64).reshape(-1, 3)
+        return self._rates.put(table if lines else _NO_RATE), len(lines)
+
+    def limit(self, max_norm: float) -> Tensor:
+        """What norms are clipped to."""
+        return self._limit.put(np.array([max_norm]))
 
     def phases(self, course: Course) -> tuple[Tensor, ...]:
         """The phases' tables: the schedule's own, or those of a rate that is the group's upper."""
         return self._own if self.decides(course) else self._constant
+
+    def give_up(self) -> list[Tensor | None]:
+        """The tables that describe tensors, a graph's from now on; and others, to be kept alive."""
+        return [
+            self._counters.give_up(),
+            self._rates.give_up(),
+            *(mirror.table for mirror in self._groups),
+            self._limit.table,
+        ]
 
 
 class TritonBackend:
@@ -209,65 +328,202 @@ class TritonBackend:
         BuildError: if the host's part, which looks after the tensors, cannot be compiled here.
     """
 
+    sees_overflows = True
+
     def __init__(
         self, optimizer: Optimizer, rule: UpdateRule, schedule: Schedule, device: str
     ) -> None:
-        self.plan = Plan(optimizer, rule, library().held, device)
+        self.plan = Plan(optimizer, rule, library().held, device, capturable=True)
         self._schedule = schedule
+        self._momentum = rule.momentum
         self._launches: list[_Launch] = []
         self._positions: dict[torch.device, _Position] = {}
+        self._unsure = False
+        # Kept for graphs, whose launches read from them: their number is that of captured steps.
+        self._given_up: list[Any] = []
 
-    def clip(self, max_norm: float, grad_scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """The norm of all gradients times ``grad_scale``; what that and clipping multiply them by.
+    @property
+    def uncertain(self) -> bool:
+        """Whether only the device knows the position.
 
-        Both on the device. Of DTensors the gradients on all ranks count, each once.
+        After steps that it may have skipped, and for good once a step was captured into a graph.
         """
-        grads = [p.grad for p in self.plan.active_params() if p.grad is not None]
-        norm = global_norm(grads, self.plan.spreads, self.plan.wide) * grad_scale
-        return norm, grad_scale * clip_factor(norm, max_norm)
+        return self._unsure or bool(self._given_up)
 
-    def step(self, course: Course, grad_scale: float | Tensor = 1.0) -> None:
+    def position(self) -> int:
+        """The position, by the device's own count; waits for it."""
+        self._unsure = False
+        return max(position.ask() for position in self._positions.values())  # all the same
+
+    def move_to(self, course: Course) -> None:
+        """Take in a position and bounds before the next step, which may be a graph's replay."""
+        self._unsure = False
+        for position in self._positions.values():
+            with _guard(position.device):
+                position.move_to(course)
+                position.groups(course, self.plan.scalars, self._momentum)
+
+    def step(self, course: Course, gradients: Gradients) -> Tensor | None:
         """Update all tensors of the plan, which must be fresh: a launch per bucket, and one more.
 
         Args:
             course: where the schedule stands.
-            grad_scale: multiplies the gradients on their way in; memory keeps them as they are.
+            gradients: what is done to them on their way in; a launch per bucket more and another
+                if they are clipped, one if they are only scaled.
+
+        Raises:
+            RuntimeError: if this is to be captured and something has to be uploaded for it.
         """
         plan = self.plan
+        if plan.pending and is_capturing():
+            raise RuntimeError(
+                "step() cannot be captured now: it would create the optimizer's state; take a step "
+                "with all gradients and then capture"
+            )
         if [id(launch.bucket) for launch in self._launches] != [id(b) for b in plan.buckets]:
             self._launches = [_Launch(bucket) for bucket in plan.buckets]
-        for device in dict.fromkeys(launch.bucket.device for launch in self._launches):
+        by_device: dict[torch.device, list[_Launch]] = {}
+        for launch in self._launches:
+            by_device.setdefault(launch.bucket.device, []).append(launch)
+        for device in by_device:
             if device not in self._positions:
-                self._positions[device] = _Position(device, self._schedule)
+                with _guard(device):
+                    self._positions[device] = _Position(device, self._schedule)
+        for device in self._positions:  # none may fall behind
+            by_device.setdefault(device, [])
+        rows = {}
+        for device, launches in by_device.items():
             with _guard(device):
-                self._step_on(self._positions[device], course, grad_scale)
+                rows.update({launch: launch.refresh() for launch in launches})
+        gates, norm = self._gates(by_device, rows, gradients)
+        for device, launches in by_device.items():
+            with _guard(device):
+                self._step_on(self._positions[device], launches, rows, course, gates[device])
+        self._unsure = self._unsure or (gradients.found_inf is not None and bool(by_device))
+        if is_capturing():
+            self._given_up.append([launch.give_up() for launch in self._launches])
+            self._given_up.append([p.give_up() for p in self._positions.values()])
+        created = plan.pending
         plan.commit()
+        if created:  # of which the rows tell: a step that is captured next may upload nothing
+            for launch in self._launches:
+                with _guard(launch.bucket.device):
+                    launch.refresh()
+        return norm
 
-    def _step_on(self, position: _Position, course: Course, grad_scale: float | Tensor) -> None:
+    def _gates(
+        self,
+        by_device: dict[torch.device, list[_Launch]],
+        rows: dict[_Launch, Tensor],
+        gradients: Gradients,
+    ) -> tuple[dict[torch.device, Tensor], Tensor | None]:
+        """Each device's gate, and the norm that gradients are clipped by."""
         from clr_optim.kernels.triton import multi_tensor
 
-        scale = position.one
-        if isinstance(grad_scale, Tensor):
-            scale = grad_scale.to(position.device, torch.float64)
-        elif grad_scale != 1.0:
-            scale = position.one * grad_scale
-        groups = position.groups(course, self.plan.scalars)
+        positions = {device: self._positions[device] for device in by_device}
+        if all(value is None for value in gradients):
+            return {device: position.open for device, position in positions.items()}, None
+        scales = {d: _on(gradients.scale, p.one) for d, p in positions.items()}
+        sums, count = None, 0
+        if gradients.max_norm is not None:
+            parts: dict[_Launch, Tensor] = {}
+            for device, launches in by_device.items():
+                with _guard(device):
+                    parts.update(self._squares(device, launches, rows, scales[device]))
+            sums = self._together(parts)
+            count = len(sums)
+        gates: dict[torch.device, Tensor] = {}
+        norm = None if sums is None or positions else torch.zeros(())
+        for device, position in positions.items():
+            if gates and norm is not None:  # one device has summed for all
+                gates[device] = next(iter(gates.values())).to(device)
+                continue
+            with _guard(device):
+                gates[device] = torch.empty(2, dtype=torch.float64, device=device)
+                limit = position.one
+                if sums is not None and gradients.max_norm is not None:
+                    dtype = torch.float64 if self.plan.wide else torch.float32
+                    norm = torch.empty((), dtype=dtype, device=device)
+                    limit = position.limit(gradients.max_norm)
+                multi_tensor.open_gate[(1,)](
+                    position.one if sums is None else sums.to(device), count, limit,
+                    scales[device], _on(gradients.found_inf, position.zero),
+                    position.one if norm is None else norm, gates[device],
+                    CLIPS=sums is not None, BLOCK=_SUMMED_AT_ONCE,
+                )  # fmt: skip
+        return gates, norm
+
+    def _squares(
+        self,
+        device: torch.device,
+        launches: list[_Launch],
+        rows: dict[_Launch, Tensor],
+        scale: Tensor,
+    ) -> dict[_Launch, Tensor]:
+        """Sums of squares of the gradients on one device, one of each chunk, in order."""
+        from clr_optim.kernels.triton import multi_tensor
+
+        sums = torch.empty(
+            sum(launch.count for launch in launches), dtype=torch.float64, device=device
+        )
+        counts = [launch.count for launch in launches]
+        parts = dict(zip(launches, torch.split(sums, counts), strict=True))
+        for launch, part in parts.items():
+            if launch.count:
+                multi_tensor.sum_of_squares[(launch.count,)](
+                    launch.chunks, rows[launch], scale, part, **launch.squares_compiled_for
+                )
+        return parts
+
+    def _together(self, parts: dict[_Launch, Tensor]) -> Tensor:
+        """What there is to be summed, on the first device, of all devices and all ranks."""
+        sums = list(parts.values())
+        meshes = [spread.mesh.device_type for spread in self.plan.spreads if spread]
+        if not meshes and len({part.device for part in sums}) <= 1:
+            return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64)
+        device = sums[0].device if sums else torch.device(meshes[0])
+        by_spread = no_sums(self.plan.spreads, device)
+        for launch, part in parts.items():
+            total = by_spread[launch.bucket.spread]
+            total += part.sum().to(total.device)
+        return sum_over_ranks(by_spread).reshape(1)
+
+    def _step_on(
+        self,
+        position: _Position,
+        launches: list[_Launch],
+        rows: dict[_Launch, Tensor],
+        course: Course,
+        gate: Tensor,
+    ) -> None:
+        from clr_optim.kernels.triton import multi_tensor
+
+        groups = position.groups(course, self.plan.scalars, self._momentum)
         width = groups.shape[1]
         ints, floats = position.phases(course)
         phases = len(ints)
         control = position.control(course)
-        launches = [x for x in self._launches if x.bucket.device == position.device]
+        counters, count = position.counters(launches)
+        rates, kept = position.rates(course)
         for launch in launches:
-            rows = launch.refresh()
             if launch.count:
                 multi_tensor.multi_tensor[(launch.count,)](
-                    launch.chunks, rows, groups, width, ints, floats, phases, control, scale,
+                    launch.chunks, rows[launch], groups, width, ints, floats, phases, control, gate,
                     **launch.compiled_for,
                 )  # fmt: skip
-        counters, count = position.counters(launches)
         programs = max(1, -(-count // _ADVANCED_AT_ONCE))
-        multi_tensor.advance[(programs,)](counters, count, control, BLOCK=_ADVANCED_AT_ONCE)
+        multi_tensor.advance[(programs,)](
+            counters, count, rates, kept, groups, width, ints, floats, phases, control, gate,
+            BLOCK=_ADVANCED_AT_ONCE,
+        )  # fmt: skip
         position.advanced(course)
+
+
+def _on(tensor: Tensor | None, default: Tensor) -> Tensor:
+    """A GradScaler's tensor where it is needed, or what stands for it where there is none."""
+    if tensor is None:
+        return default
+    return tensor.to(default.device, default.dtype, non_blocking=True)
 
 
 def _warp(device: torch.device) -> int:

@@ -3,6 +3,11 @@
 A program takes a chunk of one tensor: it reads where the tensor lies from a table on the device,
 evaluates the schedule at the device's own position, and updates. Nothing that changes from step to
 step is an argument that Triton compiles for: neither the rate nor the number of tensors.
+
+Whether a step happens at all, and what its gradients are multiplied by, stands in two float64 on
+the device, the *gate*: ``(factor, whether there was an overflow)``. Where gradients are clipped or
+a GradScaler is at work, :func:`sum_of_squares` and :func:`open_gate` fill it before the update; the
+host need not know what they found.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from clr_optim.kernels.triton.schedule import rate_and_momentum
 
 __all__ = [
     "BLOCKS_PER_CHUNK", "COLUMNS", "GROUP", "Shape", "advance", "constexprs", "multi_tensor",
-    "options", "shape_of",
+    "open_gate", "options", "shape_of", "sum_of_squares",
 ]  # fmt: skip
 
 #: Columns of the rows' table, int64; in step with ``_ROW`` in plan.py.
@@ -169,11 +174,11 @@ def _pointer(rows, column: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.conste
         "ints",
         "floats",
         "control",
-        "grad_scale",
+        "gate",
     ],
 )
 def multi_tensor(
-    chunks, rows, groups, width, ints, floats, phases, control, grad_scale,
+    chunks, rows, groups, width, ints, floats, phases, control, gate,
     KERNEL: tl.constexpr, SLOTS: tl.constexpr, DTYPE: tl.constexpr,
     COUNTER: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -185,7 +190,8 @@ def multi_tensor(
         groups: the groups' table, float64, ``width`` columns.
         ints, floats, phases: the schedule's tables, and how many rows they have.
         control: int64, the position in the schedule first.
-        grad_scale: float64, what gradients are multiplied by on their way in.
+        gate: float64, what gradients are multiplied by on their way in, and whether there was an
+            overflow, in which case nothing is written.
         KERNEL, SLOTS: its name in :data:`clr_optim.rules.KERNELS`, and how much state it has.
         DTYPE, COUNTER: of parameters, gradients and state; of the step counters, if there are any.
         ALIGNED: whether all tensors begin at a multiple of 16 bytes.
@@ -217,7 +223,7 @@ def multi_tensor(
     if KERNEL == "adam" or KERNEL == "adam_amsgrad":
         decays = decays & (tl.load(own + 3) == 0)
     decay = decay.to(A)
-    scale = tl.load(grad_scale).to(A) * tl.load(groups + 6).to(A)
+    scale = tl.load(gate).to(A) * tl.load(groups + 6).to(A)
 
     p = _pointer(rows, 0, DTYPE, ALIGNED)
     g = _pointer(rows, 1, DTYPE, ALIGNED)
@@ -225,7 +231,7 @@ def multi_tensor(
     s1 = _pointer(rows, 3, DTYPE, ALIGNED)
     s2 = _pointer(rows, 4, DTYPE, ALIGNED)
     begin = tl.load(chunks + 1).to(tl.int64) * (BLOCK * BLOCKS)
-    left = numel - begin
+    left = tl.where(tl.load(gate + 1) == 0, numel - begin, 0)
     full = tl.minimum(left // BLOCK, BLOCKS).to(tl.int32)
     lanes = tl.arange(0, BLOCK)
     for i in range(0, full):
@@ -240,18 +246,97 @@ def multi_tensor(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["counters", "control"])
-def advance(counters, count, control, BLOCK: tl.constexpr):
-    """After the updates of a step: the tensors' step counters, and the position in the schedule.
+@triton.jit(do_not_specialize_on_alignment=["chunks", "rows", "grad_scale", "sums"])
+def sum_of_squares(
+    chunks, rows, grad_scale, sums,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The sum of squares of one chunk of one gradient, summed in a fixed order.
+
+    Args:
+        chunks, rows: as for :func:`multi_tensor`.
+        grad_scale: float32, divided out first: with it, squares might be beyond float32.
+        sums: float64, one per program.
+    """
+    A: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
+    chunks += tl.program_id(0).to(tl.int64) * 2
+    rows += tl.load(chunks).to(tl.int64) * _ROW
+    numel = tl.load(rows + 6)
+    g = _pointer(rows, 1, DTYPE, ALIGNED)
+    scale = (1.0 / tl.load(grad_scale).to(tl.float64)).to(A)
+    begin = tl.load(chunks + 1).to(tl.int64) * (BLOCK * BLOCKS)
+    left = numel - begin
+    full = tl.minimum(left // BLOCK, BLOCKS).to(tl.int32)
+    lanes = tl.arange(0, BLOCK)
+    sum = tl.zeros([BLOCK], dtype=A)
+    for i in range(0, full):
+        grad = tl.load(g + (begin + i * BLOCK + lanes)).to(A) * scale
+        sum = tl.fma(grad, grad, sum)
+    if full * BLOCK < tl.minimum(left, BLOCK * BLOCKS):
+        at = begin + full * BLOCK + lanes
+        grad = tl.load(g + at, mask=at < numel, other=0.0).to(A) * scale
+        sum = tl.fma(grad, grad, sum)
+    tl.store(sums + tl.program_id(0), tl.sum(sum.to(tl.float64), axis=0))
+
+
+@triton.jit(
+    do_not_specialize=["count"],
+    do_not_specialize_on_alignment=["sums", "limit", "grad_scale", "found_inf", "norm", "gate"],
+)
+def open_gate(
+    sums, count, limit, grad_scale, found_inf, norm, gate, CLIPS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """By one program: what the gradients of this step are multiplied by, and whether it happens.
+
+    Args:
+        sums, count: sums of squares, float64, and how many.
+        limit: float64, what the norm is clipped to.
+        grad_scale, found_inf: as a GradScaler has them, float32: what the gradients in memory are
+            too large by, and 0 unless one of them is infinite or NaN.
+        norm: where the norm goes.
+        gate: float64, where the results go.
+        CLIPS: whether there are sums, and a limit.
+    """
+    factor = 1.0 / tl.load(grad_scale).to(tl.float64)
+    if CLIPS:
+        lanes = tl.arange(0, BLOCK)
+        sum = tl.zeros([BLOCK], dtype=tl.float64)
+        for begin in range(0, count, BLOCK):
+            sum += tl.load(sums + begin + lanes, mask=begin + lanes < count, other=0.0)
+        length = tl.sqrt(tl.sum(sum, axis=0))
+        tl.store(norm, length.to(norm.dtype.element_ty))
+        clip = tl.load(limit) / (length + 1e-6)
+        factor = tl.where(clip > 1.0, factor, factor * clip)  # NaN stays NaN
+    tl.store(gate, factor)
+    tl.store(gate + 1, tl.load(found_inf).to(tl.float64))
+
+
+@triton.jit(
+    do_not_specialize=["count", "kept", "width", "phases"],
+    do_not_specialize_on_alignment=[
+        "counters", "control", "gate", "rates", "groups", "ints", "floats",
+    ],
+)  # fmt: skip
+def advance(
+    counters, count, rates, kept, groups, width, ints, floats, phases, control, gate,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """After the updates of a step: the tensors' step counters, the position, the next step's rates.
 
     Args:
         counters: int64 pairs, one per tensor that was updated: the address of its counter, and
             whether that is a float64 and no float32.
         count: how many there are.
+        rates: int64 triples, one per group whose ``lr`` is a tensor that is kept current here: its
+            address, whether it is a float64, and the group's number.
+        kept: how many there are.
+        groups, width, ints, floats, phases: as for :func:`multi_tensor`.
         control: int64: the position, and what this step adds to it.
+        gate: float64: after an overflow nothing moves.
     """
+    happened = tl.load(gate + 1) == 0
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < count
+    mask = at < tl.where(happened, count, 0)
     address = tl.load(counters + 2 * at, mask=mask, other=0)
     wide = tl.load(counters + 2 * at + 1, mask=mask, other=0) != 0
     narrow = address.to(tl.pointer_type(tl.float32))
@@ -261,4 +346,16 @@ def advance(counters, count, control, BLOCK: tl.constexpr):
     value64 = tl.load(double, mask=mask & wide, other=0.0)
     tl.store(double, value64 + 1.0, mask=mask & wide)
     if tl.program_id(0) == 0:
-        tl.store(control, tl.load(control) + tl.load(control + 1))
+        position = tl.load(control) + tl.where(happened, tl.load(control + 1), 0)
+        for i in range(0, kept):
+            group = groups + tl.load(rates + 3 * i + 2) * width
+            rate, _ = rate_and_momentum(
+                ints, floats, phases, position,
+                tl.load(group), tl.load(group + 1), tl.load(group + 2), tl.load(group + 3),
+            )  # fmt: skip
+            place = tl.load(rates + 3 * i)
+            if tl.load(rates + 3 * i + 1) != 0:
+                tl.store(place.to(tl.pointer_type(tl.float64)), rate)
+            else:
+                tl.store(place.to(tl.pointer_type(tl.float32)), rate.to(tl.float32))
+        tl.store(control, position)

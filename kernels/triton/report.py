@@ -58,7 +58,7 @@ _SIGNATURE = {
     "floats": "*fp64",
     "phases": "i32",
     "control": "*i64",
-    "grad_scale": "*fp64",
+    "gate": "*fp64",
 }
 _COLUMNS = (
     "registers", "stack", "spills", "loads_16b", "loads_narrow", "stores_16b", "stores_narrow",
