@@ -26,7 +26,7 @@ def test_docstring_examples(name):
 def test_the_readmes_code_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     model = torch.nn.Linear(20, 2)
     space = {"torch": torch, "CyclicalOptimizer": clr_optim.CyclicalOptimizer, "model": model}
     for block in blocks:
@@ -34,6 +34,17 @@ def test_the_readmes_code_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert space["opt"].cycle == 5.0
     assert space["averaged"].n_averaged == 2
     assert space["table2"](17_000) == 0.0005
+    assert space["optimizer"].iteration == 100
+    assert space["optimizer"].cycle == 1.0
+
+
+@pytest.mark.gpu
+def test_the_readmes_captured_step():
+    recipe = next(b for b in re.findall(r"```python\n(.*?)```", README, flags=re.S) if "graph" in b)
+    space = {"torch": torch, "CyclicalOptimizer": clr_optim.CyclicalOptimizer}
+    exec(recipe, space)
+    assert space["optimizer"].iteration == 100
+    assert space["run"] == space["graph"].replay
 
 
 def test_the_readmes_pictures_and_links_exist():
