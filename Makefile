@@ -63,9 +63,29 @@ pictures: $(VENV)/.demo
 	$(BIN)/clr-optim plot --out docs
 
 # On a machine with a GPU: with its own python3, torch and pytest; nothing is installed,
-# the packages are only laid out as an installation would.
+# the packages are only laid out as an installation would (and must not be shadowed by those here).
+# Tests, benchmark, and what the compiler makes of the kernels for this GPU, into bench/results;
+# copied to $OUT as well if that is set. Each is done whatever became of the one before, and is
+# bounded, so that all of it ends within nine minutes.
+gpu-check: export PYTHONPATH := $(CURDIR)/build/tree
+gpu-check: export PYTHONSAFEPATH := 1
 gpu-check: build/tree
-	PYTHONPATH=build/tree $(PYTHON) -m pytest tests/test_gpu.py tests/test_triton.py $(ARGS)
+	@gpu=$$($(PYTHON) -m clr_optim.bench.gpu) || exit 1; \
+	set -- $$gpu; results=bench/results/$$1; target=$$2; failed=; plot=; \
+	keep() { for f; do [ -z "$$OUT" ] || [ ! -e "$$f" ] || cp "$$f" "$$OUT/"; done; }; \
+	mkdir -p bench/results; \
+	timeout -k 10 200 $(PYTHON) -m pytest tests/test_gpu.py tests/test_triton.py \
+		tests/test_triton_graphs.py tests/test_docs.py::test_the_readmes_captured_step \
+		--junitxml=build/gpu-tests.xml $(ARGS) || failed="tests"; \
+	keep build/gpu-tests.xml; \
+	$(PYTHON) -c "import matplotlib, PIL" 2>/dev/null && plot="--plot $$results.png"; \
+	timeout -k 10 260 $(PYTHON) -m clr_optim.bench --device cuda --at-most 210 \
+		--json $$results.json $$plot || failed="$$failed benchmark"; \
+	keep $$results.json $$results.png; \
+	timeout -k 10 70 $(PYTHON) -m clr_optim.kernels.triton.report --target $$target \
+		--json $$results-kernels.json || failed="$$failed kernels"; \
+	keep $$results-kernels.json; \
+	[ -z "$$failed" ] || { echo "gpu-check failed: $$failed" >&2; exit 1; }
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

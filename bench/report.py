@@ -13,16 +13,27 @@ __all__ = ["table"]
 # What counts as a lost cell: noise is a few percent.
 _LOST = 0.95
 
+# In the order of the columns; a GPU has other plain variants than a CPU, and graphs.
+_VARIANTS = (
+    "default", "forloop", "foreach", "fused", "compile", "ours", "fused_graph", "ours_graph"
+)  # fmt: skip
+_ON_GPU = (
+    "Of each step: the time on the device/the time on the host; vs, GB/s and of limit are of the",
+    "device's. Torch's default is foreach. A graph is captured once and replayed, on gradients",
+    "that stay where they are: ours goes on cycling, torch's fused one cannot.",
+    "",
+)
+
 
 def table(results: Mapping[str, Any]) -> str:
     """The results in words and numbers."""
     rows = results["rows"]
-    shown = [
-        n
-        for n in ("default", "foreach", "fused", "compile", "ours")
-        if any(n in row["times"] for row in rows)
-    ]
-    lines = [["rule", *shown, "p10–p90", "vs default", "vs best", "GB/s", "of limit", ""]]
+    on_gpu = _is_on_gpu(results)
+    prefix = "device_" if on_gpu else ""
+    shown = [n for n in _VARIANTS if any(n in row["times"] for row in rows)]
+    host = ["host vs best"] if on_gpu else []
+    columns = [name.replace("_", " ") for name in shown]
+    lines = [["rule", *columns, "p10–p90", "vs default", "vs best", *host, "GB/s", "of limit", ""]]
     last = None
     for row in rows:
         heading = (row["workload"], row["dtype"])
@@ -31,26 +42,41 @@ def table(results: Mapping[str, Any]) -> str:
             tensors = "1 tensor" if row["tensors"] == 1 else f"{row['tensors']} tensors"
             lines.append([f"{' '.join(heading)}: {tensors}, {row['params']:,} values"])
         spread = row["times"]["ours"]
-        rate = row["bytes"] / spread["median_s"] / 1e9
+        rate = row["bytes"] / spread[f"{prefix}median_s"] / 1e9
         share = row["fraction_of_limit"]
         remark = "SLOWER than torch" if row["ratio_vs_best_torch"] < 1 else ""
         if row["wrong"]:
             remark += f" ({', '.join(row['wrong'])}: WRONG results, not counted)"
-        if row["backend"] != "native":
+        if row["backend"] != ("triton" if on_gpu else "native"):
             remark += f" [{row['backend']} backend]"
         lines.append(
             [
                 f"  {row['rule']}",
-                *(_time(row["times"][n]["median_s"]) if n in row["times"] else "–" for n in shown),
-                f"{_time(spread['p10_s'])} – {_time(spread['p90_s'])}",
+                *(_times(row["times"].get(name)) for name in shown),
+                f"{_time(spread[f'{prefix}p10_s'])} – {_time(spread[f'{prefix}p90_s'])}",
                 f"{row['ratio_vs_default_torch']:.2f}×",
                 f"{row['ratio_vs_best_torch']:.2f}×",
+                *([f"{row['host_ratio_vs_best_torch']:.2f}×"] if on_gpu else []),
                 "–" if share is None else f"{rate:.1f}",
                 "–" if share is None else f"{share:.0%}",
                 remark,
             ]
         )
-    return "\n".join([*_aligned(lines), "", *_summary(results)])
+    above = _ON_GPU if on_gpu else ()
+    return "\n".join([*above, *_aligned(lines), "", *_summary(results)])
+
+
+def _is_on_gpu(results: Mapping[str, Any]) -> bool:
+    return bool(results.get("device", "cpu") != "cpu")
+
+
+def _times(times: Mapping[str, float] | None) -> str:
+    """A variant's median, on a GPU those of device and host."""
+    if times is None:
+        return "–"
+    if "median_s" in times:
+        return _time(times["median_s"])
+    return f"{_time(times['device_median_s'])}/{_time(times['host_median_s'])}"
 
 
 def _aligned(lines: list[list[str]]) -> list[str]:
@@ -71,14 +97,20 @@ def _aligned(lines: list[list[str]]) -> list[str]:
 
 def _summary(results: Mapping[str, Any]) -> list[str]:
     rows = results["rows"]
+    on_gpu = _is_on_gpu(results)
     means = []
     for workload in dict.fromkeys(row["workload"] for row in rows):
         of = [row for row in rows if row["workload"] == workload]
-        default, best = (
-            math.exp(float(np.mean([math.log(row[key]) for row in of])))
-            for key in ("ratio_vs_default_torch", "ratio_vs_best_torch")
-        )
-        means.append(f"  {workload}: {default:.2f}× torch's default, {best:.2f}× its best")
+        words = [
+            f"{_mean(of, f'{key}_vs_default_torch'):.2f}× torch's default, "
+            f"{_mean(of, f'{key}_vs_best_torch'):.2f}× its best{where}"
+            for key, where in (
+                (("ratio", " on the device"), ("host_ratio", " on the host"))
+                if on_gpu
+                else (("ratio", ""),)
+            )
+        ]
+        means.append(f"  {workload}: {'; '.join(words)}")
     lost = [row for row in rows if row["ratio_vs_best_torch"] < _LOST]
     lines = ["Geometric means:", *means, ""]
     lines.append(f"Below {_LOST} of torch's best: {len(lost)} of {len(rows)} cells")
@@ -89,6 +121,12 @@ def _summary(results: Mapping[str, Any]) -> list[str]:
         f"Memory: {results['limit_gbps']:.1f} GB/s at best (the fastest of {limit}); shares"
     )
     lines.append("are of what it delivered in the same rounds")
+    if on_gpu:
+        cache = results["machine"]["gpu_cache_mib"]
+        lines.append(f"A step that moves less than some times the cache's {cache} MiB has no share")
+        lines += [f"FAILED {cell['cell']}: {cell['why']}" for cell in results["left_out"]]
+        if results["not_begun"]:
+            lines.append(f"Not begun, for lack of time: {results['not_begun']} cells")
     for title, key in (
         ("Overhead, Adam", "overhead"),
         ("An Adam per parameter", "in_backward"),
@@ -99,6 +137,10 @@ def _summary(results: Mapping[str, Any]) -> list[str]:
             values = ", ".join(_words(k, v) for k, v in results[key].items())
             lines.append(f"{title}: {values}")
     return lines
+
+
+def _mean(rows: list[Mapping[str, Any]], key: str) -> float:
+    return math.exp(float(np.mean([math.log(row[key]) for row in rows])))
 
 
 def _name(row: Mapping[str, Any]) -> str:

@@ -5,6 +5,9 @@ gradients, each with state of its own, and take turns step by step, so that a sl
 machine falls on all alike. Each of torch's is timed together with its ``CyclicLR.step()``; ours
 has nothing else to step. Before each step, untimed, the gradients move to other memory, as
 ``zero_grad(set_to_none=True)`` makes them move.
+
+On a GPU each step is timed twice in a round, on the device and on the host that launches it (see
+:class:`~clr_optim.bench.gpu.Stopwatch`); and ours a third time as a graph, whose gradients stay.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import cycle, groupby
 from os import environ
@@ -33,24 +36,34 @@ from torch.optim.lr_scheduler import CyclicLR
 
 from clr_optim import CyclicalOptimizer, plotting
 from clr_optim import rules as fused_rules
+from clr_optim.bench.gpu import Gpu, Stopwatch, why_no_gpu
 from clr_optim.bench.machine import Limit, describe_machine, last_level_cache
 from clr_optim.bench.report import table
-from clr_optim.bench.workloads import DTYPES, RULES, WORKLOADS, Rule, Shape
+from clr_optim.bench.workloads import DTYPES, ONLY_ON_GPU, RULES, WORKLOADS, Rule, Shape
 
 __all__ = ["DESCRIPTION", "add_arguments", "main", "run"]
 
 Row = dict[str, Any]
+Cell = tuple[str, str, str]  # workload, dtype, rule
 Step = Callable[[], object]
 
 DESCRIPTION = (
     "Times the step of each rule over the shapes of well-known models, ours against torch's "
     "default, foreach and fused ones, each of those with its CyclicLR. Prints medians, ratios and "
-    "the share of the memory's bandwidth; everything takes about half an hour."
+    "the share of the memory's bandwidth; everything takes about half an hour. With --device cuda "
+    "on a GPU, there with the times of device and host apart, and as a graph that is replayed."
 )
 
 _LR, _STEP_SIZE = 1e-3, 2000
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 300
 _QUICK = ("mlp", "1000x256", "resnet50")
+#: The largest first: they are what must not be missing where time is short.
+_WORKLOADS_ON_GPU = ("1b", "gpt2", "resnet50", "1000x256", "mlp")
+#: Torch's plain variants; its default is the for-loop on a CPU and foreach on a GPU.
+_ON_CPU: dict[str, dict[str, Any]] = {"default": {}, "foreach": {"foreach": True}}
+_ON_GPU: dict[str, dict[str, Any]] = {"default": {}, "forloop": {"foreach": False}}
+#: Of a GPU's memory, 3 GiB in all.
+_FLOATS_ON_GPU = 2**28
 #: A step that moves less than so many times the last cache may find some of it there.
 _CACHES_FULL = 4
 
@@ -64,12 +77,18 @@ class Tensors:
         backward: have gradients made by a backward pass, as in training: new tensors, of which no
             step has yet had a Python object, in memory that is new as well. Otherwise two sets
             are made once and take turns, which spares the machine but is easier on every step.
+        device: where all of them lie.
     """
 
     def __init__(
-        self, shapes: Sequence[Shape], dtype: torch.dtype, *, backward: bool = False
+        self,
+        shapes: Sequence[Shape],
+        dtype: torch.dtype,
+        *,
+        backward: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
-        noise = torch.randn(2**16, generator=torch.Generator().manual_seed(0)).to(dtype)
+        noise = torch.randn(2**16, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
         def filled(shape: Shape, scale: float) -> Tensor:
             size = math.prod(shape)
@@ -93,24 +112,30 @@ class Tensors:
         del held
 
 
-def ours(rule: Rule, params: list[Tensor], lr: float = _LR) -> CyclicalOptimizer[Any]:
+def ours(
+    rule: Rule, params: list[Tensor], lr: float = _LR, backend: str = "auto"
+) -> CyclicalOptimizer[Any]:
     """What the benchmark is about, cycling between the bounds that torch's are given."""
     inner = rule.optimizer(params, lr=lr, **rule.settings)
-    return CyclicalOptimizer(inner, policy="triangular", step_size_up=_STEP_SIZE)
+    return CyclicalOptimizer(inner, policy="triangular", step_size_up=_STEP_SIZE, backend=backend)
 
 
 def torch_steps(
-    rule: Rule, params: list[Tensor], compiled: bool = False, lr: float = _LR
+    rule: Rule,
+    params: list[Tensor],
+    compiled: bool = False,
+    lr: float = _LR,
+    plain: Mapping[str, dict[str, Any]] = _ON_CPU,
 ) -> dict[str, Step]:
     """Torch's own ways to take the step, each with its scheduler."""
-    flags: dict[str, dict[str, Any]] = {"default": {}, "foreach": {"foreach": True}}
+    flags = dict(plain)
     known = inspect.signature(rule.optimizer).parameters
     if "fused" in known:
         flags["fused"] = {"fused": True}
     if compiled:
         # A rate that is a number would be compiled in anew at each change; and for a tensor torch
         # asks for capturable, where there is such a flag.
-        flags["compile"] = {"foreach": True, "lr": torch.tensor(lr)}
+        flags["compile"] = {"foreach": True, "lr": torch.tensor(lr, device=params[0].device)}
         if "capturable" in known:
             flags["compile"]["capturable"] = True
 
@@ -128,6 +153,17 @@ def torch_steps(
     return {name: step(name) for name in flags}
 
 
+def orders(names: list[str], seconds: float) -> Iterator[list[str]]:
+    """All of the names, in another order each round, until the time is up."""
+    end = perf_counter() + seconds
+    for number in range(_MOST_ROUNDS):
+        if number >= _LEAST_ROUNDS and perf_counter() > end:
+            break
+        first = number % len(names)
+        order = names[first:] + names[:first]
+        yield order if number // len(names) % 2 else order[::-1]
+
+
 def interleave(steps: Mapping[str, Step], prepare: Step, seconds: float) -> dict[str, list[float]]:
     """Time the steps one by one in turn, in another order each round, each after ``prepare``."""
     names = list(steps)
@@ -137,13 +173,8 @@ def interleave(steps: Mapping[str, Step], prepare: Step, seconds: float) -> dict
         steps[name]()
     gc.disable()
     try:
-        end = perf_counter() + seconds
-        for number in range(_MOST_ROUNDS):
-            if number >= _LEAST_ROUNDS and perf_counter() > end:
-                break
-            first = number % len(names)
-            order = names[first:] + names[:first]
-            for name in order if number // len(names) % 2 else order[::-1]:
+        for order in orders(names, seconds):
+            for name in order:
                 prepare()
                 begin = perf_counter()
                 steps[name]()
@@ -153,18 +184,41 @@ def interleave(steps: Mapping[str, Step], prepare: Step, seconds: float) -> dict
     return times
 
 
-def wrong_variants(rule: Rule, dtype: torch.dtype) -> list[str]:
+def wrong_variants(
+    rule: Rule,
+    dtype: torch.dtype,
+    among: Collection[str] = ("foreach", "fused", "ours"),
+    gpu: Gpu | None = None,
+) -> list[str]:
     """Variants whose first steps end, for most values, elsewhere than those of torch's default.
 
     What does not do the work has no place among the fastest: torch 2.13's fused SGD leaves most of
     a 16-bit parameter as it was (pytorch/pytorch issue 191763).
+
+    Args:
+        rule: with its settings.
+        dtype: of parameters and gradients.
+        among: the variants that are looked at, as far as the rule has them.
+        gpu: where there is one, the steps are taken there.
     """
     start = torch.linspace(-1.0, 1.0, 99, dtype=torch.float64).to(dtype)
+    if gpu is not None:
+        start = start.to(gpu.device)
+    plain, backend = (_ON_CPU, "auto") if gpu is None else (_ON_GPU, gpu.backend)
 
     def after_steps(variant: str) -> Tensor:
         param = start.clone().requires_grad_()
-        own = ours(rule, [param], lr=0.5)
-        steps: dict[str, Step] = {**torch_steps(rule, [param], lr=0.5), "ours": own.step}
+        own = ours(rule, [param], lr=0.5, backend=backend)
+        steps = torch_steps(rule, [param], lr=0.5, plain=plain)
+        steps["ours"] = own.step
+        if variant == "ours_graph" and gpu is not None:
+            param.grad = start + 0.25
+            own.step()
+            replay = gpu.capture(own.step, warm_up=0)
+            for shift in (0.5, 0.75):
+                param.grad.copy_(start + shift)
+                replay()
+            return param.detach().double()
         for shift in (0.25, 0.5, 0.75):
             param.grad = start + shift
             steps[variant]()
@@ -173,7 +227,7 @@ def wrong_variants(rule: Rule, dtype: torch.dtype) -> list[str]:
     expected = after_steps("default")
     tolerance = 16 * torch.finfo(dtype).eps
     wrong = []
-    for variant in ("foreach", "fused", "ours"):
+    for variant in among:
         known = variant != "fused" or "fused" in inspect.signature(rule.optimizer).parameters
         if known:
             # Most, since where a gradient is next to nothing rounding in 16 bits decides it all.
@@ -207,14 +261,7 @@ def measure_cell(
     own = ours(RULES[rule], tensors.params)
     steps: dict[str, Step] = {**torch_steps(RULES[rule], tensors.params, compiled)}
     steps["ours"] = own.step
-    if compiled:
-        torch.compiler.reset()  # what other cells compiled counts against a limit
-        tensors.move_gradients()
-        try:
-            steps["compile"]()
-        except Exception as error:  # many kinds; the other variants are still worth measuring
-            del steps["compile"]
-            print(f"torch.compile of {rule}/{workload}/{dtype}: {error}", file=sys.stderr)
+    _leave_out_failing(steps, ["compile"], tensors, f"{rule}/{workload}/{dtype}")
     size = sum(param.numel() for param in tensors.params)
     moved = size * bytes_per_element(RULES[rule], DTYPES[dtype])
     from_memory = moved >= _CACHES_FULL * last_level_cache()
@@ -246,6 +293,124 @@ def measure_cell(
         "ratio_vs_default_torch": median["default"] / median["ours"],
         "limit_gbps": gbps,
         "fraction_of_limit": gbps and moved / median["ours"] / 1e9 / gbps,
+    }
+
+
+def _leave_out_failing(
+    steps: dict[str, Step], names: Iterable[str], tensors: Tensors, cell: str
+) -> None:
+    """Drop those of torch's that cannot take a first step: there is no kernel, or no compiler."""
+    if "compile" in steps:
+        torch.compiler.reset()  # what other cells compiled counts against a limit
+    for name in names:
+        if name not in steps:
+            continue
+        tensors.move_gradients()
+        try:
+            steps[name]()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # many kinds; the other variants are still worth measuring
+            del steps[name]
+            title = "torch.compile" if name == "compile" else f"torch's {name}"
+            print(f"{title} of {cell}: {error}", file=sys.stderr)
+
+
+# ---- on a GPU
+
+
+def graphs(gpu: Gpu, rule: Rule, tensors: Tensors, fused: bool, cell: str) -> dict[str, Step]:
+    """The step as a graph: ours, which goes on cycling, and torch's fused one, which cannot.
+
+    That only where torch's can be captured at all; it stays at the rate of the capture, so it
+    shows what a graph's update costs without a schedule. Each has an optimizer of its own.
+    """
+    makers: dict[str, Callable[[], Any]] = {
+        "ours_graph": lambda: ours(rule, tensors.params, backend=gpu.backend)
+    }
+    if fused and "capturable" in inspect.signature(rule.optimizer).parameters:
+        flags = {"lr": _LR, "fused": True, "capturable": True, **rule.settings}
+        makers["fused_graph"] = lambda: rule.optimizer(tensors.params, **flags)
+    captured: dict[str, Step] = {}
+    for name, make in makers.items():
+        tensors.move_gradients()
+        grads = [param.grad for param in tensors.params]
+        try:
+            captured[name] = gpu.capture(make().step, grads)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the eager steps are still worth measuring
+            print(f"{name} of {cell}: {error}", file=sys.stderr)
+    return captured
+
+
+def measure_cell_on_gpu(
+    gpu: Gpu,
+    rule: str,
+    workload: str,
+    dtype: str,
+    tensors: Tensors,
+    seconds: float,
+    limit: Limit,
+    compiled: bool = False,
+    backward: bool = False,
+) -> Row:
+    """One row of the results; its ratios and shares are of the time on the device.
+
+    What the caches could hold, for the better part, has no share: it may not come from the memory,
+    and such a step takes no longer than its launches do.
+    """
+    kind, cell = RULES[rule], f"{rule}/{workload}/{dtype}"
+    own = ours(kind, tensors.params, backend=gpu.backend)
+    steps = torch_steps(kind, tensors.params, compiled, plain=_ON_GPU)
+    _leave_out_failing(steps, ["fused", "compile"], tensors, cell)
+    rivals = list(steps)
+    steps["ours"] = own.step
+    steps.update(graphs(gpu, kind, tensors, "fused" in rivals, cell))
+    size = sum(param.numel() for param in tensors.params)
+    moved = size * bytes_per_element(kind, DTYPES[dtype])
+    from_memory = moved >= _CACHES_FULL * gpu.cache()
+    timed = {**steps, **(limit.operations if from_memory else {})}
+    busy = limit.operations["in_place"]
+    watch = Stopwatch(gpu, busy, tensors.move_gradients, again=not backward)
+    times = watch.interleave(timed, orders(list(timed), seconds))
+    device = {name: float(np.median(times[name].device)) for name in timed}
+    host = {name: float(np.median(times[name].host)) for name in steps}
+    checked = [name for name in steps if name in ("forloop", "fused", "ours", "ours_graph")]
+    wrong = wrong_variants(kind, DTYPES[dtype], checked, gpu)
+    right = [name for name in rivals if name not in wrong]
+    gbps = max(limit.gbps(device).values()) if from_memory else None
+    graph = None if "ours_graph" in wrong else device.get("ours_graph")
+    return {
+        "rule": rule,
+        "workload": workload,
+        "dtype": dtype,
+        "tensors": len(tensors.params),
+        "params": size,
+        "bytes": moved,
+        "backend": own.explain().partition(":")[0],
+        "rounds": len(times["ours"].device),
+        "times": {
+            name: {
+                "device_median_s": device[name],
+                "device_p10_s": float(np.percentile(times[name].device, 10)),
+                "device_p90_s": float(np.percentile(times[name].device, 90)),
+                "host_median_s": host[name],
+            }
+            for name in steps
+        },
+        "wrong": wrong,
+        "device_median_s": device["ours"],
+        "host_median_s": host["ours"],
+        "graph_median_s": graph,
+        "ratio_vs_best_torch": min(device[name] for name in right) / device["ours"],
+        "ratio_vs_default_torch": device["default"] / device["ours"],
+        "host_ratio_vs_best_torch": min(host[name] for name in right) / host["ours"],
+        "host_ratio_vs_default_torch": host["default"] / host["ours"],
+        "graph_ratio_vs_best_torch": graph and min(device[name] for name in right) / graph,
+        "limit_gbps": gbps,
+        "fraction_of_limit": gbps and moved / device["ours"] / 1e9 / gbps,
+        "graph_fraction_of_limit": graph and gbps and moved / graph / 1e9 / gbps,
     }
 
 
@@ -426,8 +591,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"float32,bfloat16 unless told otherwise; of {', '.join(DTYPES)}",
     )
     add("--filter", default="", metavar="TEXT", help="only cells whose rule/workload/dtype has it")
-    add("--seconds-per-cell", type=_seconds, metavar="S", help="5, or 0.3 with --quick")
-    add("--cells-only", action="store_true", help="no overhead, first step and peak memory")
+    add(
+        "--seconds-per-cell",
+        type=_seconds,
+        metavar="S",
+        help="5, or 1 on a GPU, or 0.3 with --quick; there are 5 rounds at least",
+    )
+    add("--at-most", type=_seconds, metavar="S", help="begin no cell after so many seconds")
+    add(
+        "--cells-only",
+        action="store_true",
+        help="no overhead, first step and peak memory, of which on a GPU there are none",
+    )
     add("--compile", action="store_true", help="torch.compile too, which takes minutes")
     add(
         "--gradients",
@@ -436,7 +611,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="two sets in turn, or new ones from a backward pass before each step, as in training",
     )
     add("--threads", type=_threads, metavar="N", help=f"({torch.get_num_threads()})")
-    add("--device", type=_device, default="cpu", help="cpu; cuda is to come")
+    add(
+        "--device",
+        type=_device,
+        default="cpu",
+        help=f"cpu, or cuda, which is ROCm's name too: {', '.join(_WORKLOADS_ON_GPU)}",
+    )
     add("--json", metavar="FILE", help="write the results")
     add("--plot", metavar="FILE", help="draw them")
 
@@ -466,11 +646,12 @@ def _threads(text: str) -> int:
 
 
 def _device(text: str) -> str:
-    if text == "cpu":
-        return text
-    if text.startswith("cuda"):
-        raise argparse.ArgumentTypeError("cuda: not yet, only steps on the CPU are measured")
-    raise argparse.ArgumentTypeError(f"must be cpu, got {text!r}")
+    if text not in ("cpu", "cuda"):
+        hint = "; CUDA_VISIBLE_DEVICES chooses among GPUs" if text.startswith("cuda:") else ""
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text!r}{hint}")
+    if text == "cuda" and (problem := why_no_gpu()):
+        raise argparse.ArgumentTypeError(f"{text!r}: {problem}")
+    return text
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -482,7 +663,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     cells = [
         (workload, dtype, rule)
-        for workload in args.workloads or (_QUICK if args.quick else WORKLOADS)
+        for workload in _workloads(args)
         for dtype in args.dtypes or (["float32"] if args.quick else ["float32", "bfloat16"])
         for rule in args.rules or RULES
         if args.filter in f"{rule}/{workload}/{dtype}"
@@ -499,15 +680,32 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         results = _measure(cells, args)
     finally:
         torch.set_num_threads(threads)
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    _write(args.json, results)
     print(table(results))
     if args.plot:
         plotting.save(plotting.plot_throughput(results["rows"]), args.plot)
     return results
 
 
-def _measure(cells: Sequence[tuple[str, str, str]], args: argparse.Namespace) -> dict[str, Any]:
+def _workloads(args: argparse.Namespace) -> Collection[str]:
+    if args.device == "cuda":
+        return args.workloads or (_QUICK if args.quick else _WORKLOADS_ON_GPU)
+    for name in args.workloads or ():
+        if name in ONLY_ON_GPU:
+            words = f"--workloads {name}: too large for a CPU, only with --device cuda"
+            raise argparse.ArgumentError(None, words)
+    every = [name for name in WORKLOADS if name not in ONLY_ON_GPU]
+    return args.workloads or (_QUICK if args.quick else every)
+
+
+def _write(path: str | None, results: Mapping[str, Any]) -> None:
+    if path:
+        Path(path).write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+def _measure(cells: Sequence[Cell], args: argparse.Namespace) -> dict[str, Any]:
+    if args.device == "cuda":
+        return _measure_on_gpu(Gpu(), cells, args)
     seconds = args.seconds_per_cell
     if seconds is None:
         seconds = 0.3 if args.quick else 5.0
@@ -515,7 +713,8 @@ def _measure(cells: Sequence[tuple[str, str, str]], args: argparse.Namespace) ->
     limit = Limit()
     peak = limit.best()
     rows = []
-    for (workload, dtype), members in groupby(_progress(cells), key=lambda cell: cell[:2]):
+    begun = _until(args.at_most, _progress(cells))
+    for (workload, dtype), members in groupby(begun, key=lambda cell: cell[:2]):
         tensors = Tensors(WORKLOADS[workload], DTYPES[dtype], backward=backward)
         for *_, rule in members:
             rows.append(measure_cell(rule, workload, dtype, tensors, seconds, limit, args.compile))
@@ -538,25 +737,81 @@ def _measure(cells: Sequence[tuple[str, str, str]], args: argparse.Namespace) ->
     return results
 
 
-def _progress(cells: Sequence[tuple[str, str, str]]) -> Iterable[tuple[str, str, str]]:
+def _measure_on_gpu(gpu: Gpu, cells: Sequence[Cell], args: argparse.Namespace) -> dict[str, Any]:
+    """The cells, each written when it is done; one that fails is left out, and said to be."""
+    seconds = args.seconds_per_cell
+    if seconds is None:
+        seconds = 0.3 if args.quick else 1.0
+    backward = args.gradients == "backward"
+    limit = Limit(_FLOATS_ON_GPU, gpu.device)
+    clock = Stopwatch(gpu, limit.operations["in_place"], lambda: None)
+    peak = limit.best(timed=clock.by_device)
+    rows: list[Row] = []
+    left_out: list[dict[str, str]] = []
+    results = {
+        "machine": {**describe_machine(), **gpu.describe()},
+        "device": args.device,
+        "gradients": args.gradients,
+        "limit_gbps": max(peak.values()),
+        "limit": peak,
+        "rows": rows,
+        "left_out": left_out,
+        "not_begun": len(cells),
+    }
+    begun = _until(args.at_most, _progress(cells))
+    for (workload, dtype), members in groupby(begun, key=lambda cell: cell[:2]):
+        tensors = None
+        for *_, rule in members:
+            try:
+                if tensors is None:
+                    tensors = Tensors(
+                        WORKLOADS[workload], DTYPES[dtype], backward=backward, device=gpu.device
+                    )
+                rows.append(
+                    measure_cell_on_gpu(
+                        gpu, rule, workload, dtype, tensors, seconds, limit, args.compile, backward
+                    )
+                )
+            except Exception as error:  # of any kind: the other cells are still worth measuring
+                why = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+                left_out.append({"cell": f"{rule}/{workload}/{dtype}", "why": why})
+            gc.collect()  # optimizers and schedulers hold each other, and gigabytes of state
+            results["not_begun"] = len(cells) - len(rows) - len(left_out)
+            _write(args.json, results)
+    return results
+
+
+def _until(seconds: float | None, cells: Iterable[Cell]) -> Iterator[Cell]:
+    """The cells, until so much time has gone by."""
+    end = math.inf if seconds is None else perf_counter() + seconds
+    for cell in cells:
+        if perf_counter() > end:
+            return
+        yield cell
+
+
+def _progress(cells: Sequence[Cell]) -> Iterable[Cell]:
     """The cells, with a bar on a terminal if tqdm is there."""
     try:
         from tqdm import tqdm
     except ImportError:
         return cells
-    bar: Iterable[tuple[str, str, str]] = tqdm(cells, unit="cell", leave=False, disable=None)
+    bar: Iterable[Cell] = tqdm(cells, unit="cell", leave=False, disable=None)
     return bar
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark by itself, as ``python -m clr_optim.bench``; returns the exit code."""
+    """Run the benchmark by itself, as ``python -m clr_optim.bench``; returns the exit code.
+
+    That is 1 if cells failed, which then are in the results' ``left_out``.
+    """
     parser = argparse.ArgumentParser(prog="python -m clr_optim.bench", description=DESCRIPTION)
     add_arguments(parser)
     args = parser.parse_args(argv)
     try:
-        run(args)
+        results = run(args)
     except (argparse.ArgumentError, ImportError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         return 130
-    return 0
+    return 1 if results.get("left_out") else 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["DTYPES", "RULES", "WORKLOADS", "Rule"]
+__all__ = ["DTYPES", "ONLY_ON_GPU", "RULES", "WORKLOADS", "Rule"]
 
 Shape = tuple[int, ...]
 
@@ -84,6 +84,20 @@ def _vit_b() -> list[Shape]:
     return [*ends, *_transformer(12, 768, transposed=True)]
 
 
+def _1b() -> list[Shape]:
+    """146 tensors, 1,235,814,400 values: Llama 3.2 1B, the output tied to the embedding."""
+    width, hidden, keys = 2048, 8192, 512
+    block: list[Shape] = [
+        *[(width, width), (keys, width), (keys, width), (width, width)],
+        *[(hidden, width), (hidden, width), (width, hidden)],
+        *[(width,), (width,)],
+    ]
+    return [(128256, width), *block * 16, (width,)]
+
+
+#: What would take most of a computer's memory and minutes for a step.
+ONLY_ON_GPU = ("1b",)
+
 WORKLOADS: dict[str, list[Shape]] = {
     "mlp": [(128, 64), (128,), (128, 128), (128,), (10, 128), (10,)],
     "1000x256": [(256,)] * 1000,
@@ -91,4 +105,5 @@ WORKLOADS: dict[str, list[Shape]] = {
     "gpt2": _gpt2(),
     "vit_b": _vit_b(),
     "one_33m": [(2**25,)],
+    "1b": _1b(),
 }

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from clr_optim import cli, plotting
-from clr_optim.bench import machine, report, throughput
+from clr_optim.backends.triton import is_interpreted
+from clr_optim.bench import gpu, machine, report, throughput
 from clr_optim.bench.workloads import DTYPES, RULES, WORKLOADS
 
 BYTES = {
@@ -35,7 +46,7 @@ TINY = ["--seconds-per-cell", "0", "--cells-only", "--threads", "1"]
 def small(monkeypatch):
     """Few rounds, and arrays that fit anywhere."""
     real = machine.Limit
-    monkeypatch.setattr(throughput, "Limit", lambda: real(2**12))
+    monkeypatch.setattr(throughput, "Limit", lambda *args: real(2**12))
     monkeypatch.setattr(throughput, "_LEAST_ROUNDS", 2)
     monkeypatch.setitem(WORKLOADS, "1000x256", [(3,)] * 4)
 
@@ -61,6 +72,7 @@ def _error(capsys, *options):
         ("gpt2", 148, 124_439_808),
         ("vit_b", 152, 86_567_656),
         ("one_33m", 1, 33_554_432),
+        ("1b", 146, 1_235_814_400),
     ],
 )
 def test_workloads_have_the_models_sizes(workload, tensors, values):
@@ -197,6 +209,13 @@ def test_limit_counts_the_bytes_that_move():
         "copy": pytest.approx(12.0), "triad": pytest.approx(16.0), "in_place": pytest.approx(8.0)
     }  # fmt: skip
     assert set(limit.best(2)) == set(limit.operations)
+    there = machine.Limit(1000, "meta")  # no CPU: what is written is not read first
+    assert there.gbps(dict.fromkeys(there.operations, 1e-6)) == {
+        "copy": pytest.approx(8.0), "triad": pytest.approx(12.0), "in_place": pytest.approx(8.0)
+    }  # fmt: skip
+    assert there.best(timed=lambda operation: 1e-6) == there.gbps(
+        dict.fromkeys(there.operations, 1e-6)
+    )
 
 
 def test_what_takes_no_step_is_not_among_the_best(monkeypatch):
@@ -234,9 +253,10 @@ def test_filter_and_choices(tmp_path):
         (["--rules", "adam,nonsense"], "no 'nonsense'; there are sgd, sgd_momentum, adam"),
         (["--workloads", "nonsense"], "no 'nonsense'; there are mlp"),
         (["--dtypes", "int8"], "no 'int8'; there are float32"),
-        (["--device", "cuda"], "not yet"),
-        (["--device", "cuda:1"], "not yet"),
-        (["--device", "abacus"], "must be cpu, got 'abacus'"),
+        (["--device", "cuda:1"], "must be cpu or cuda, got 'cuda:1'; CUDA_VISIBLE_DEVICES"),
+        (["--device", "abacus"], "must be cpu or cuda, got 'abacus'"),
+        (["--workloads", "mlp,1b"], "--workloads 1b: too large for a CPU, only with --device cuda"),
+        (["--at-most", "-1"], "a number of seconds >= 0, got '-1'"),
         (["--threads", "0"], "from 1 to 4096, got '0'"),
         (["--seconds-per-cell", "nan"], "a number of seconds >= 0, got 'nan'"),
         (["--seconds-per-cell", "long"], "a number of seconds >= 0, got 'long'"),
@@ -259,19 +279,24 @@ def test_the_command_is_the_same(tmp_path, capsys):
     assert cli.main(["bench", *options]) == 0
     assert [row["rule"] for row in json.loads(path.read_text())["rows"]] == ["sgd"]
     with pytest.raises(SystemExit):
-        cli.main(["bench", "--device", "cuda"])
-    assert "not yet" in capsys.readouterr().err
+        cli.main(["bench", "--device", "abacus"])
+    assert "must be cpu or cuda" in capsys.readouterr().err
 
 
 def test_python_m():
     done = subprocess.run(
-        [sys.executable, "-m", "clr_optim.bench", "--device", "cuda"],
+        [sys.executable, "-m", "clr_optim.bench", "--device", "abacus"],
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 2
-    assert "not yet" in done.stderr
+    assert "must be cpu or cuda" in done.stderr
+
+
+def test_no_cell_is_begun_when_the_time_is_up(tmp_path):
+    assert _run(tmp_path, "--at-most", "0", "--workloads", "mlp")["rows"] == []
+    assert list(throughput._until(None, ["a", "b"])) == ["a", "b"]
 
 
 def test_interrupt_ends_without_traceback(monkeypatch):
@@ -424,3 +449,364 @@ def test_plot_option_writes_the_picture(tmp_path, capsys):
     path = tmp_path / "bench.svg"
     _run(tmp_path, "--filter", "sgd/mlp/float32", "--plot", str(path))
     assert path.read_text().startswith("<?xml")
+
+
+# ---- a GPU, played on the CPU
+
+
+class FakeEvent:
+    """Knows when it was recorded, which is when all before it is done."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = perf_counter()
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.at - self.at)
+
+
+class FakeGraph:
+    """Holds the one optimizer's step that was captured, which has not happened by that."""
+
+    step: Any
+
+    def replay(self):
+        params = [p for group in self.step.param_groups for p in group["params"]]
+        now = [p.grad for p in params]
+        for param, grad in zip(params, self.grads, strict=True):
+            param.grad = grad
+        self.step.step()
+        for param, grad in zip(params, now, strict=True):
+            param.grad = grad
+
+
+@contextmanager
+def fake_capture(graph: FakeGraph) -> Iterator[None]:
+    """As CUDA would: what is captured is not done. Here it is, and then undone."""
+    before = {}
+
+    def note(optimizer, args, kwargs):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        before.update(params=params, values=[p.detach().clone() for p in params])
+        before.update(state=copy.deepcopy(optimizer.state_dict()))
+        graph.step, graph.grads = optimizer, [p.grad for p in params]
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+    graph.step.load_state_dict(before["state"])
+    for param, value in zip(before["params"], before["values"], strict=True):
+        param.data.copy_(value)
+
+
+H200 = SimpleNamespace(
+    L2_cache_size=60 * 2**20, total_memory=140 * 2**30, multi_processor_count=132
+)
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    """``torch.cuda`` as it is where there is a GPU, as far as the benchmark asks it."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+
+    def unknown_clock():
+        raise ModuleNotFoundError("pynvml")
+
+    fakes = {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "get_device_name": lambda: "NVIDIA H200",
+        "get_device_capability": lambda: (9, 0),
+        "get_device_properties": lambda device: H200,
+        "clock_rate": unknown_clock,
+        "synchronize": lambda: None,
+        "Event": FakeEvent,
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": FakeGraph,
+        "graph": fake_capture,
+    }
+    # Only for the benchmark: torch itself would take a GPU that it sees for one that it can use.
+    cuda = SimpleNamespace(**fakes)
+    fake_torch = SimpleNamespace(
+        cuda=cuda, version=SimpleNamespace(cuda="12.8", hip=None), __version__="2.11.0"
+    )
+    if is_interpreted():
+        import triton_helpers  # noqa: F401  (which mends the interpreter)
+    monkeypatch.setattr(gpu, "torch", fake_torch)
+    monkeypatch.setattr(gpu.Gpu, "device", torch.device("cpu"))
+    monkeypatch.setattr(gpu.Gpu, "backend", "triton" if is_interpreted() else "torch")
+    monkeypatch.setattr(gpu, "_MOST_AHEAD_S", 1e-5)
+    monkeypatch.setitem(WORKLOADS, "mlp", [(3, 2), ()])
+    return fake_torch
+
+
+def _run_on_gpu(tmp_path, *options):
+    return _run(tmp_path, "--device", "cuda", *options)
+
+
+# The interpreter multiplies what a new momentum buffer happens to hold, and then does not take it.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+def test_cells_on_a_gpu(tmp_path, capsys, h200):
+    results = _run_on_gpu(tmp_path, "--workloads", "mlp", "--rules", "sgd_momentum,adam")
+    assert results["device"] == "cuda"
+    assert results["left_out"] == []
+    assert results["not_begun"] == 0
+    described = results["machine"]
+    assert (described["gpu"], described["target"]) == ("NVIDIA H200", "sm_90")
+    assert (described["cuda"], described["hip"], described["clock_mhz"]) == ("12.8", None, None)
+    assert {"driver", "triton", "torch", "gpu_memory_gib", "gpu_cache_mib"} <= set(described)
+    assert {"copy", "triad", "in_place"} == set(results["limit"])
+    rows = results["rows"]
+    assert [(row["rule"], row["dtype"]) for row in rows] == [
+        (rule, dtype) for dtype in ("float32", "bfloat16") for rule in ("sgd_momentum", "adam")
+    ]
+    for row in rows:
+        assert row["backend"] == gpu.Gpu.backend
+        graphs = {"ours_graph"} | ({"fused_graph"} if row["rule"] == "adam" else set())
+        assert set(row["times"]) == {"default", "forloop", "fused", "ours"} | graphs
+        for times in row["times"].values():
+            assert set(times) == {
+                "device_median_s", "device_p10_s", "device_p90_s", "host_median_s"
+            }  # fmt: skip
+            assert all(value > 0 for value in times.values())
+        assert set(row["wrong"]) <= {"fused"}  # on a CPU, of 16 bits
+        for where, prefix in (("device", ""), ("host", "host_")):
+            median = {n: t[f"{where}_median_s"] for n, t in row["times"].items()}
+            own = median["ours"]
+            assert row[f"{where}_median_s"] == own
+            right = [n for n in ("default", "forloop", "fused") if n not in row["wrong"]]
+            best = min(median[n] for n in right)
+            assert row[f"{prefix}ratio_vs_best_torch"] == pytest.approx(best / own)
+            ratio = row[f"{prefix}ratio_vs_default_torch"]
+            assert ratio == pytest.approx(median["default"] / own)
+        assert row["graph_median_s"] == row["times"]["ours_graph"]["device_median_s"]
+        assert row["limit_gbps"] is row["fraction_of_limit"] is None  # it fits the caches
+        assert row["graph_fraction_of_limit"] is None
+        assert row["rounds"] == 2
+    printed = capsys.readouterr().out
+    assert "mlp bfloat16: 2 tensors, 7 values" in printed
+    assert " on the device; " in printed
+    assert "the cache's 60.0 MiB has no share" in printed
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, to interpret its kernels")
+def test_cells_on_a_gpu_by_the_kernels():
+    """The same by what a GPU runs, which Triton interprets only if told before it is imported."""
+    done = subprocess.run(
+        [
+            *[sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+            f"{__file__}::test_cells_on_a_gpu",
+        ],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout
+
+
+def test_shares_on_a_gpu_of_all_that_the_caches_cannot_hold(tmp_path, h200, monkeypatch):
+    monkeypatch.setattr(gpu.Gpu, "cache", lambda self: 0)
+    options = ("--workloads", "mlp", "--rules", "adam", "--dtypes", "float32")
+    path = tmp_path / "picture.png"
+    (row,) = _run_on_gpu(tmp_path, *options, "--gradients", "backward", "--plot", str(path))["rows"]
+    for share, median in (("fraction_of_limit", "device"), ("graph_fraction_of_limit", "graph")):
+        rate = row["bytes"] / row[f"{median}_median_s"] / 1e9
+        assert row[share] == pytest.approx(rate / row["limit_gbps"])
+    with Image.open(path) as image:
+        assert image.size[0] == 1280  # device beside host
+    device, host = plotting.plot_throughput([row]).axes
+    assert device.get_title() == "mlp, float32: device"
+    assert host.get_title() == "mlp, float32: host"
+    speed = row["times"]["default"]["host_median_s"] / row["times"]["ours"]["host_median_s"]
+    heights = [bar.get_height() for bar in host.patches]
+    assert len(heights) == 3  # for-loop, fused and ours; its graph's would dwarf them
+    assert len(device.patches) == 4
+    assert pytest.approx(speed - 1) in heights
+
+
+def test_a_graph_that_does_nothing_is_wrong_and_one_that_fails_is_absent(
+    tmp_path, capsys, h200, monkeypatch
+):
+    options = ("--workloads", "mlp", "--rules", "sgd", "--dtypes", "float32")
+    monkeypatch.setattr(FakeGraph, "replay", lambda self: None)
+    (row,) = _run_on_gpu(tmp_path, *options)["rows"]
+    assert row["wrong"] == ["ours_graph"]
+    assert row["graph_median_s"] is row["graph_ratio_vs_best_torch"] is None
+
+    def refuses(graph):
+        raise RuntimeError("no capture today")
+
+    monkeypatch.setattr(h200.cuda, "graph", refuses)
+    (row,) = _run_on_gpu(tmp_path, *options)["rows"]
+    assert set(row["times"]) == {"default", "forloop", "fused", "ours"}
+    assert row["wrong"] == []
+    assert row["graph_median_s"] is None
+    assert "ours_graph of sgd/mlp/float32: no capture today" in capsys.readouterr().err
+
+
+def test_a_variant_of_torchs_that_fails_is_absent(tmp_path, capsys, h200, monkeypatch):
+    real = throughput.torch_steps
+
+    def without_kernel(*args, **kwargs):
+        def fails():
+            raise RuntimeError("no kernel")
+
+        return {**real(*args, **kwargs), "fused": fails}
+
+    monkeypatch.setattr(throughput, "torch_steps", without_kernel)
+    (row,) = _run_on_gpu(tmp_path, "--filter", "adagrad/mlp/float32")["rows"]
+    assert set(row["times"]) == {"default", "forloop", "ours", "ours_graph"}
+    assert "torch's fused of adagrad/mlp/float32: no kernel" in capsys.readouterr().err
+
+
+def test_a_cell_that_fails_leaves_the_others(tmp_path, capsys, h200, monkeypatch):
+    real = throughput.measure_cell_on_gpu
+
+    def measure(device, rule, *args):
+        if rule == "adam":
+            raise torch.OutOfMemoryError("out\nof memory")
+        return real(device, rule, *args)
+
+    monkeypatch.setattr(throughput, "measure_cell_on_gpu", measure)
+    path = tmp_path / "results.json"
+    options = ["--workloads", "mlp", "--dtypes", "float32", "--rules", "adam,sgd"]
+    assert throughput.main([*TINY, "--device", "cuda", *options, "--json", str(path)]) == 1
+    results = json.loads(path.read_text())
+    assert [row["rule"] for row in results["rows"]] == ["sgd"]
+    why = "OutOfMemoryError: out of memory"
+    assert results["left_out"] == [{"cell": "adam/mlp/float32", "why": why}]
+    assert f"FAILED adam/mlp/float32: {why}" in capsys.readouterr().out
+    results = _run_on_gpu(tmp_path, "--at-most", "0", "--workloads", "mlp")
+    assert results["not_begun"] == 2 * len(RULES)
+    assert f"for lack of time: {2 * len(RULES)} cells" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variant", ["default", "forloop"])
+def test_out_of_memory_is_not_taken_for_a_missing_kernel(variant, h200):
+    def too_much():
+        raise torch.OutOfMemoryError
+
+    tensors = throughput.Tensors([(3,)], torch.float32)
+    with pytest.raises(torch.OutOfMemoryError):
+        throughput._leave_out_failing({variant: too_much}, [variant], tensors, "cell")
+
+
+def test_what_is_measured_on_a_gpu_unless_told_otherwise(h200, monkeypatch):
+    seen = []
+    monkeypatch.setattr(throughput, "_measure", lambda cells, args: seen.append(cells) or {})
+    monkeypatch.setattr(throughput, "table", lambda results: "")
+    for options in (["--device", "cuda"], ["--device", "cuda", "--quick"], []):
+        assert throughput.main(options) == 0
+    default, quick, on_cpu = (dict.fromkeys(w for w, *_ in cells) for cells in seen)
+    assert list(default) == ["1b", "gpt2", "resnet50", "1000x256", "mlp"]
+    assert list(quick) == ["mlp", "1000x256", "resnet50"]
+    assert list(on_cpu) == ["mlp", "1000x256", "resnet50", "gpt2", "vit_b", "one_33m"]
+    assert {dtype for _, dtype, _ in seen[0]} == {"float32", "bfloat16"}
+
+
+def test_the_device_is_busy_ahead_for_as_long_as_the_host_needs(h200, monkeypatch):
+    """By a clock of the device's own: what is launched takes its time there, not on the host."""
+    calls = []
+    work = {"busy": 1.0, "step": 0.25}  # milliseconds
+    now = [0.0]
+
+    def take(name):
+        calls.append(name)
+        now[0] += work[name]
+
+    class Event(FakeEvent):
+        def record(self):
+            self.at = now[0] / 1e3
+            calls.append("|")
+
+    monkeypatch.setattr(h200.cuda, "Event", Event)
+    monkeypatch.setattr(gpu, "_MOST_AHEAD_S", 0.005)
+    prepare = lambda: calls.append("prepare")  # noqa: E731
+    watch = gpu.Stopwatch(gpu.Gpu(), lambda: take("busy"), prepare)
+    assert watch.by_device(lambda: take("step")) == pytest.approx(0.25e-3)
+    calls.clear()
+    assert watch.by_device(lambda: take("step"), ahead=2, repeats=2) == pytest.approx(0.25e-3)
+    assert calls == ["busy", "busy", "prepare", "|", "step", "prepare", "step", "|"]
+    monkeypatch.setattr(watch, "by_host", lambda step: 0.002)
+    assert watch.choose(lambda: take("step")) == (3, 1)  # of 1 ms for 1.5 times 2
+    monkeypatch.setattr(watch, "by_host", lambda step: 1.0)
+    assert watch.choose(lambda: take("step")) == (5, 1)
+    monkeypatch.setattr(watch, "by_host", lambda step: 0.0)
+    work["step"] = 0.03
+    assert watch.choose(lambda: take("step")) == (1, 4)
+    work["step"] = 0.0
+    assert watch.choose(lambda: take("step")) == (1, 10)
+    one = gpu.Stopwatch(gpu.Gpu(), lambda: take("busy"), prepare, again=False)
+    assert one.choose(lambda: take("step")) == (1, 1)
+
+
+def test_without_a_gpu_it_says_what_to_do(capsys, h200, monkeypatch):
+    assert gpu.why_no_gpu() is None
+    monkeypatch.setattr(gpu, "why_no_triton", lambda: "Triton is not installed")
+    assert "Triton is not installed" in _error(capsys, "--device", "cuda")
+    monkeypatch.setattr(h200.cuda, "is_available", lambda: False)
+    error = _error(capsys, "--device", "cuda")
+    assert "--device: 'cuda': torch 2.11.0 finds no GPU here; run this where there is" in error
+    assert "--device cpu" in error
+    assert gpu.main() == 2
+    assert "finds no GPU" in capsys.readouterr().err
+
+
+def test_names_for_files_and_compilers(capsys, h200, monkeypatch):
+    assert gpu.main() == 0
+    assert capsys.readouterr().out == "nvidia-h200 sm_90\n"
+    assert gpu.slug("AMD Instinct™ MI300X") == "amd-instinct-mi300x"
+    assert gpu.slug("™") == "gpu"
+    assert gpu.Gpu().cache() == 60 * 2**20
+    monkeypatch.setattr(h200.version, "hip", "6.4")
+    amd = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-", L2_cache_size=4 * 2**20)
+    monkeypatch.setattr(h200.cuda, "get_device_properties", lambda device: amd)
+    assert gpu.Gpu().target() == "gfx942"
+    assert gpu.Gpu().cache() == 256 * 2**20  # its Infinity Cache
+    monkeypatch.setattr(h200.version, "hip", None)
+    monkeypatch.setattr(h200.cuda, "get_device_properties", lambda device: SimpleNamespace())
+    assert gpu.Gpu().cache() == 64 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("files", "version"),
+    [
+        (
+            {"/proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX x86_64 Module  570.86.15 T"},
+            "570.86.15",
+        ),
+        ({"/proc/driver/nvidia/version": "NVRM"}, "unknown"),
+        ({"/sys/module/amdgpu/version": "6.12.12\n"}, "6.12.12"),
+        ({}, "unknown"),
+    ],
+)
+def test_driver(files, version, monkeypatch):
+    def read_text(path):
+        if str(path) not in files:
+            raise FileNotFoundError
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert gpu._driver() == version
+
+
+def test_real_graph_and_event_are_called_as_torch_has_them():
+    """What is faked above takes the arguments that torch's own take."""
+    import inspect
+
+    inspect.signature(torch.cuda.graph).bind("graph")
+    inspect.signature(torch.cuda.stream).bind("stream")
+    inspect.signature(torch.cuda.Event.__new__).bind(torch.cuda.Event, enable_timing=True)
+    for name in ("get_device_name", "get_device_capability", "clock_rate", "synchronize"):
+        inspect.signature(getattr(torch.cuda, name)).bind()
+    inspect.signature(torch.cuda.get_device_properties).bind(0)
+    assert callable(torch.cuda.CUDAGraph.replay)
+    assert callable(torch.cuda.Event.elapsed_time)
