@@ -41,7 +41,7 @@ from clr_optim.bench.machine import Limit, describe_machine, last_level_cache
 from clr_optim.bench.report import table
 from clr_optim.bench.workloads import DTYPES, ONLY_ON_GPU, RULES, WORKLOADS, Rule, Shape
 
-__all__ = ["DESCRIPTION", "add_arguments", "main", "run"]
+__all__ = ["DESCRIPTION", "add_arguments", "exit_code", "main", "run"]
 
 Row = dict[str, Any]
 Cell = tuple[str, str, str]  # workload, dtype, rule
@@ -801,10 +801,7 @@ def _progress(cells: Sequence[Cell]) -> Iterable[Cell]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark by itself, as ``python -m clr_optim.bench``; returns the exit code.
-
-    That is 1 if cells failed, which then are in the results' ``left_out``.
-    """
+    """Run the benchmark by itself, as ``python -m clr_optim.bench``; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m clr_optim.bench", description=DESCRIPTION)
     add_arguments(parser)
     args = parser.parse_args(argv)
@@ -814,4 +811,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     except KeyboardInterrupt:
         return 130
+    return exit_code(results)
+
+
+def exit_code(results: Mapping[str, Any]) -> int:
+    """1 if cells failed, which then are in the results' ``left_out``, else 0."""
     return 1 if results.get("left_out") else 0

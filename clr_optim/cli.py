@@ -178,8 +178,8 @@ def _flags(names: Iterable[str]) -> str:
     return ", ".join(sorted(f"--{name.replace('_', '-')}" for name in names))
 
 
-def _bench(args: argparse.Namespace) -> None:
-    throughput.run(args)  # returns its results, which are no exit status
+def _bench(args: argparse.Namespace) -> int:
+    return throughput.exit_code(throughput.run(args))
 
 
 def _build(args: argparse.Namespace) -> int:
