@@ -408,10 +408,17 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         have skipped, and once a step was captured into a graph.
         """
         position, fused = self._believed_iteration(), self._shared.fused
-        if fused is not None and fused.uncertain and position == self._shared.position:
+        # Groups that are not ours yet, loaded beneath us, say for themselves where they are.
+        ours = position == self._shared.position and self._shared.groups is self.param_groups
+        if fused is not None and fused.uncertain and ours:
             position = fused.position()
-            if position != self._shared.position:
-                self._go_to(position, stepped=True)
+            kept = any(map(self._is_kept, self.param_groups))
+            if kept or position != self._shared.position:
+                for group, bounds in zip(self.param_groups, self._bounds(), strict=True):
+                    self._set_group_bounds(group, bounds)
+                # Not as if it were all stepped: bounds written since are news to the device, and
+                # an older graph does not keep the rate of a group that was added.
+                self._go_to(position)
         return position
 
     def _believed_iteration(self) -> int:
@@ -520,7 +527,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
 
         A 0-dim tensor; ``None`` before the first such step.
         """
-        return self._shared.grad_norm
+        norm = self._shared.grad_norm
+        # On the device the next step's goes to the same place.
+        return norm if norm is None or self._shared.chosen[0] != "triton" else norm.clone()
 
     def explain(self) -> str:
         """Which backend serves which parameters, and why, in words."""
@@ -568,6 +577,10 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         if not untouched:
             # A checkpointer's step has no closure. Asked before anything below writes a rate.
             at_zero = closure is None and not capturing and self._is_zero_rate_step()
+            known = len(self._shared.rates) == len(self.param_groups)
+            unsure = self._shared.fused is not None and self._shared.fused.uncertain
+            if at_zero and self._cycle_momentum and known and unsure:
+                self._settle()  # momentum is then the host's to say
             if not at_zero:
                 self._overrule()
         if self._has_scale_fn:
@@ -577,10 +590,15 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         if fused is not None:
             loss, happened = self._fused_step(fused, closure, at_zero)
         else:
+            behind = self._shared.fused  # the device will not notice this step
+            if behind is not None and behind.uncertain:
+                self._settle()
             loss, happened = self._torch_step(closure, *args, **kwargs)
         # What is captured is not run: the device counts the replays.
         if happened and not at_zero and not capturing:
-            if untouched:
+            if fused is None and self._shared.fused is not None:
+                self._go_to(self._shared.position + 1)
+            elif untouched:
                 self._advance()
             else:
                 self._go_to(self._shared.position + 1, stepped=True)
@@ -732,9 +750,10 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             momenta = [(group[_BASE_MOMENTUM], group[_MAX_MOMENTUM]) for group in groups]
         rates = [0.0 if at_zero else value for _, value in shared.rates]
         kept = [
-            (i, cast("Tensor", lr))
+            (i, lr)
             for i, (lr, _) in enumerate(shared.rates)
-            if self._is_kept(self._inner.param_groups[i])
+            # Still a float in the step after which a group has become capturable.
+            if isinstance(lr, Tensor) and self._is_kept(self._inner.param_groups[i])
         ]
         return Course(shared.position, rates, shared.bounds, momenta, kept, not at_zero)
 
@@ -752,12 +771,21 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 loss = closure()
             self._overrule()
         self._inner._opt_called = True  # type: ignore[attr-defined]
-        plan = fused.plan
+        try:
+            return loss, self._launched(fused, at_zero)
+        except BaseException:
+            if backends.is_capturing():
+                fused.plan.forget()  # state that was to be created is filled by no one
+            raise
+
+    def _launched(self, fused: FusedBackend, at_zero: bool) -> bool:
+        """The step itself; whether it happened, as far as the host knows."""
+        plan, capturing = fused.plan, backends.is_capturing()
         plan.refresh()
         rest = plan.rest and [(p, why) for p, why in plan.rest if p.grad is not None]
-        if rest and (self._backend in ("native", "triton") or backends.is_capturing()):
+        if rest and (self._backend in ("native", "triton") or capturing):
             plan.forget()  # whatever the reason is, it may be gone by the next step
-            if backends.is_capturing():
+            if capturing:
                 raise self._no_capture(f"no kernel serves {len(rest)} parameters: {rest[0][1]}")
             raise RuntimeError(
                 f"backend={self._backend!r} cannot serve {len(rest)} of the parameters: "
@@ -768,10 +796,12 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         # and functions, have the wrapped step run, keep the state that this step creates.
         acts = plan.pending or rest or self._has_scale_fn or self._cycle_end_hooks
         found_inf: Tensor | None = self.__dict__.get("found_inf")
-        if found_inf is not None and (acts or not fused.sees_overflows):
+        if found_inf is not None and (acts or not fused.sees_overflows) and not capturing:
             if self._overflowed():
-                return loss, False
+                return False
             found_inf = None
+        if acts and fused.uncertain and not capturing and not at_zero:
+            self._settle()
         clipped = None
         gradients = Gradients(self._grad_scale(), found_inf, self._max_grad_norm)
         try:
@@ -791,7 +821,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         finally:
             if clipped is not None:
                 clipped.restore()
-        return loss, True
+        return True
 
     def _check_capture(self) -> None:
         """Raise unless a step can be captured into a graph now; tell what to do."""
@@ -810,6 +840,17 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 "cycle-end hooks run on the host, which no graph asks; remove them, and look at "
                 "opt.cycle between replays"
             )
+        if self._shared.fused is not None and not self._is_settled(self._believed_iteration()):
+            raise self._no_capture(
+                "position, bounds or groups were changed since the last step; take a step and then "
+                "capture"
+            )
+        for param, state in self.state.items():
+            counter = state.get("step") if isinstance(state, dict) else None
+            if isinstance(counter, Tensor) and counter.device != param.device:
+                raise self._no_capture(
+                    "a checkpoint left step counters on the CPU; take a step and then capture"
+                )
 
     @staticmethod
     def _no_capture(reason: str) -> RuntimeError:
@@ -905,6 +946,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             if (
                 group["lr"] is not held
                 or type(held) is not float
+                or group.get("capturable")
                 or group.get(_STEP) != position
                 or group.get(_BASE) is not base
                 or group.get(_MAX) is not top
@@ -932,10 +974,22 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         Args:
             position: where the groups stand; ``None`` asks the device, if only that knows.
         """
-        shared, groups = self._shared, self.param_groups
+        groups = self.param_groups
         if position is None:
             position = self.iteration
-        if (
+        if self._is_settled(position):
+            return position
+        for group, bounds in zip(groups, self._bounds(), strict=True):
+            self._set_group_bounds(group, bounds)
+        if position == self._shared.position:
+            position = self.iteration  # what changed is not where the device is
+        self._go_to(position)
+        return position
+
+    def _is_settled(self, position: int) -> bool:
+        """Whether the groups hold what we know of them, and this position."""
+        shared, groups = self._shared, self.param_groups
+        return (
             shared.groups is groups
             and len(shared.rates) == len(groups)
             and position == shared.position
@@ -943,12 +997,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 _STEP in group and (group.get(_BASE), group.get(_MAX)) == bounds
                 for group, bounds in zip(groups, shared.bounds, strict=True)
             )
-        ):
-            return position
-        for group, bounds in zip(groups, self._bounds(), strict=True):
-            self._set_group_bounds(group, bounds)
-        self._go_to(position)
-        return position
+        )
 
     def _set_group_bounds(self, group: dict[str, Any], bounds: tuple[float, float]) -> None:
         """Write a group's bounds; those of momentum, where it has none, are the first group's."""
@@ -999,7 +1048,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 continue
             if any(lr is other for other, _ in held):  # torch's default, shared by groups
                 lr = lr.detach().clone()
-            if not (kept and stepped):
+            driven = kept and stepped and shared.fused is not None and shared.fused.keeps(lr)
+            if not driven:
                 _fill(lr, rate)
             group["lr"] = lr
             held.append((lr, lr.item() if lr.device.type == "cpu" and not kept else rate))

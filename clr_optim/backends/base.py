@@ -67,5 +67,8 @@ class FusedBackend(Protocol):
     def move_to(self, course: Course) -> None:
         """Take in a position and bounds before the next step, which may be a graph's replay."""
 
+    def keeps(self, lr: Tensor) -> bool:
+        """Whether steps write the next rate into this tensor."""
+
     def step(self, course: Course, gradients: Gradients) -> Tensor | None:
         """Update all tensors of the plan; the gradients' norm if they are clipped by it."""

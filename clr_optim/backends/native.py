@@ -89,6 +89,10 @@ class NativeBackend:
     def move_to(self, course: Course) -> None:
         """Nothing: every step is told where it stands."""
 
+    def keeps(self, lr: Tensor) -> bool:
+        """Never: the host writes rates."""
+        return False
+
     def step(self, course: Course, gradients: Gradients) -> Tensor | None:
         """Update all tensors of the plan, which must be fresh; the norm if they are clipped by it.
 

@@ -62,7 +62,10 @@ def why_no_triton() -> str | None:
 
 def is_capturing() -> bool:
     """Whether what is launched now goes into a graph and is not run."""
-    return _HAS_GRAPHS and torch.cuda.is_current_stream_capturing()
+    # Where no GPU has been used nothing is captured, and there may not even be a driver to ask.
+    if not _HAS_GRAPHS or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 class _Mirror:
@@ -82,8 +85,8 @@ class _Mirror:
         if is_capturing():
             raise RuntimeError(
                 "step() cannot be captured now: tensors or settings of the optimizer changed since "
-                "its last step, and a graph cannot take that in; take a step, with the same "
-                "parameters having gradients, and then capture"
+                "its last step, or that was captured itself; take a step, with the same parameters "
+                "having gradients, and then capture"
             )
         if not there:
             dtype = torch.from_numpy(np.empty(0, table.dtype)).dtype
@@ -143,8 +146,9 @@ class _Launch:
             of_row = np.repeat(rows, chunks)
             index = np.arange(len(of_row)) - np.repeat(first, chunks)
             pairs = np.stack([of_row, index], axis=1).astype(np.int32)
+            # A capture may refuse this, and then all must stay as it was.
+            self.chunks = self._chunks.put(pairs) if len(pairs) else None
             self.count = len(pairs)
-            self.chunks = self._chunks.put(pairs) if self.count else None
             addresses = table["counter"][rows]
             wide = np.full(len(rows), self.bucket.wide_counter, dtype=np.int64)
             self.counters = np.stack([addresses, wide], axis=1)[addresses != 0]
@@ -200,6 +204,7 @@ class _Position:
     """The position in the schedule, and the phases, on one device."""
 
     def __init__(self, device: torch.device, schedule: Schedule) -> None:
+        from clr_optim.kernels.triton import multi_tensor
         from clr_optim.kernels.triton.schedule import phase_tables
 
         self.device = device
@@ -212,15 +217,23 @@ class _Position:
         self._own = tuple(m.put(t) for m, t in zip(upload[:2], own, strict=True))
         self._constant = tuple(m.put(t) for m, t in zip(upload[2:], constant, strict=True))
         # Rates that the host decides are not to be left where a graph looks for bounds.
-        self._groups = [_Mirror(device) for _ in range(2)]
+        # Those that were too small for a group added later are still some graph's to read.
+        self._groups = [[_Mirror(device)] for _ in range(2)]
         self._counters = _Mirror(device)
         self._rates = _Mirror(device)
         self._limit = _Mirror(device)
+        #: scale and overflow where there is no GradScaler, in the dtype in which that has them
+        self.one = torch.ones((), dtype=torch.float32, device=device)
+        self.zero = torch.zeros((), dtype=torch.float32, device=device)
         #: the gate of a step that surely happens, its gradients as they are
-        self.open = torch.tensor([1.0, 0.0], dtype=torch.float64, device=device)
-        #: scale and overflow where there is no GradScaler
-        self.one = torch.ones((), device=device)
-        self.zero = torch.zeros((), device=device)
+        self.open = torch.empty(2, dtype=torch.float64, device=device)
+        # By the kernel itself: first launched in a capture, it could not be loaded.
+        multi_tensor.open_gate[(1,)](
+            self.one, 0, self.one, self.one, self.zero, self.one, self.open,
+            CLIPS=False, BLOCK=_SUMMED_AT_ONCE,
+        )  # fmt: skip
+        #: where norms go, of replayed steps too
+        self.norm: Tensor | None = None
 
     def ask(self) -> int:
         """The position, by the device's own count; waits for it."""
@@ -252,13 +265,15 @@ class _Position:
             for i, value in enumerate(wanted):
                 if self._expected is None or self._expected[i] != value:
                     self._control[i].fill_(value)
-            self._expected = None  # until the step is done
+            self._expected = wanted
         return self._control
 
     def advanced(self, course: Course) -> None:
         """Remember where the device has gone; as far as the host knows."""
         step = 0 if is_capturing() else int(course.moves)
-        self._expected = (course.position + step, int(course.moves))
+        if not course.moves:  # a graph's next replay does
+            self._control[1].fill_(1)
+        self._expected = (course.position + step, 1)
 
     def decides(self, course: Course) -> bool:
         """Whether the rates are evaluated on the device, not handed down by the host."""
@@ -271,7 +286,9 @@ class _Position:
         on_device = self.decides(course)
         table = np.zeros((len(scalars), scalars.shape[1] + 4))
         table[:, 5:] = scalars[:, 1:]  # without the rate
-        for i, (rate, bounds) in enumerate(zip(course.rates, course.bounds, strict=True)):
+        # A group may have been added since the last step, which the plan has not seen.
+        rates = zip(course.rates, course.bounds, strict=True)
+        for i, (rate, bounds) in zip(range(len(table)), rates, strict=False):
             table[i, :2] = bounds if on_device else (rate, rate)
             if course.momenta is not None and on_device:
                 table[i, 2:4] = course.momenta[i]
@@ -279,7 +296,14 @@ class _Position:
                 # The group's own follows the cycle; not looked at, it would change the table.
                 if momentum is not None:
                     table[i, 7 + momentum] = 0.0
-        return self._groups[on_device].put(table)
+        mirrors = self._groups[on_device]
+        last = mirrors[-1].table
+        if last is not None and last.shape != table.shape:
+            mirrors.append(_Mirror(self.device))
+        for older in mirrors[:-1]:
+            if older.table is not None and len(older.table) <= len(table):
+                older.put(table[: len(older.table)])
+        return mirrors[-1].put(table)
 
     def counters(self, launches: list[_Launch]) -> tuple[Tensor, int]:
         """The step counters of all tensors that were updated, and how many there are."""
@@ -310,7 +334,7 @@ class _Position:
         return [
             self._counters.give_up(),
             self._rates.give_up(),
-            *(mirror.table for mirror in self._groups),
+            *(mirror.table for mirrors in self._groups for mirror in mirrors),
             self._limit.table,
         ]
 
@@ -348,12 +372,17 @@ class TritonBackend:
 
         After steps that it may have skipped, and for good once a step was captured into a graph.
         """
-        return self._unsure or bool(self._given_up)
+        return bool(self._positions) and (self._unsure or bool(self._given_up))
 
     def position(self) -> int:
         """The position, by the device's own count; waits for it."""
-        self._unsure = False
-        return max(position.ask() for position in self._positions.values())  # all the same
+        found = max(position.ask() for position in self._positions.values())  # all the same
+        self._unsure = False  # a capture may have refused to tell
+        return found
+
+    def keeps(self, lr: Tensor) -> bool:
+        """Whether steps write the next rate into this tensor, as its device takes part in them."""
+        return lr.device in self._positions
 
     def move_to(self, course: Course) -> None:
         """Take in a position and bounds before the next step, which may be a graph's replay."""
@@ -375,6 +404,11 @@ class TritonBackend:
             RuntimeError: if this is to be captured and something has to be uploaded for it.
         """
         plan = self.plan
+        if is_capturing() and not plan.buckets and not self._positions:
+            raise RuntimeError(
+                "step() cannot be captured now: no parameter has had a gradient yet; take a step "
+                "with all gradients and then capture"
+            )
         if plan.pending and is_capturing():
             raise RuntimeError(
                 "step() cannot be captured now: it would create the optimizer's state; take a step "
@@ -403,6 +437,8 @@ class TritonBackend:
         if is_capturing():
             self._given_up.append([launch.give_up() for launch in self._launches])
             self._given_up.append([p.give_up() for p in self._positions.values()])
+            # And what their addresses are of: a checkpoint's tensors may take their place.
+            self._given_up.append((list(plan.buckets), course.kept, gradients, gates))
         created = plan.pending
         plan.commit()
         if created:  # of which the rows tell: a step that is captured next may upload nothing
@@ -443,7 +479,9 @@ class TritonBackend:
                 limit = position.one
                 if sums is not None and gradients.max_norm is not None:
                     dtype = torch.float64 if self.plan.wide else torch.float32
-                    norm = torch.empty((), dtype=dtype, device=device)
+                    if position.norm is None or position.norm.dtype != dtype:
+                        position.norm = torch.empty((), dtype=dtype, device=device)
+                    norm = position.norm
                     limit = position.limit(gradients.max_norm)
                 multi_tensor.open_gate[(1,)](
                     position.one if sums is None else sums.to(device), count, limit,
@@ -502,9 +540,9 @@ class TritonBackend:
         width = groups.shape[1]
         ints, floats = position.phases(course)
         phases = len(ints)
-        control = position.control(course)
         counters, count = position.counters(launches)
         rates, kept = position.rates(course)
+        control = position.control(course)
         for launch in launches:
             if launch.count:
                 multi_tensor.multi_tensor[(launch.count,)](
