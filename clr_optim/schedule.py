@@ -934,21 +934,26 @@ def ramp(
     end_lr: float | None = None,
     *,
     mode: str = "linear",
+    ratio: float | None = None,
 ) -> Schedule:
     """The LR range test's ramp: the rate rises once, from step 0 to step ``num_steps − 1``.
 
     Args:
         num_steps: an integer >= 2; the last of them, and any after it, uses the upper end.
-        start_lr, end_lr: the ends, both or (``mode="linear"`` only) neither; neither takes each
-            group's ``base_lr`` and ``max_lr``.
+        start_lr, end_lr: the ends, both or neither; neither takes each group's ``base_lr`` and
+            ``max_lr``.
         mode: ``"linear"``, as in the paper, or ``"exponential"`` for searches over decades
             (``start_lr`` must then be above 0; momentum, if cycled, then stays at its maximum).
+        ratio: where an exponential ramp is to take each group's bounds: how many times its
+            ``base_lr`` each group's ``max_lr`` is, a number above 1, the same for all groups.
 
     Source: arXiv 1506.01186, section 3.3.
 
     Example:
         >>> ramp(3, 0.0, 1.0)([0, 1, 2, 3]).tolist()
         [0.0, 0.5, 1.0, 1.0]
+        >>> ramp(3, mode="exponential", ratio=16)([0, 1, 2], base_lr=0.5, max_lr=8.0).tolist()
+        [0.5, 2.0, 8.0]
     """
     num_steps = check_int("num_steps", num_steps, minimum=2)
     check_choice("mode", mode, ("linear", "exponential"))
@@ -961,16 +966,26 @@ def ramp(
         end_lr = check_number("end_lr", end_lr)
         if end_lr <= start_lr:
             raise ValueError(f"end_lr={end_lr!r} must be above start_lr={start_lr!r}")
+    if ratio is not None:
+        ratio = check_number("ratio", ratio, minimum=1.0, open_minimum=True)
+        if mode == "linear" or start_lr is not None:
+            raise ValueError(
+                f"ratio={ratio!r} is for exponential ramps between each group's own bounds: leave "
+                f"it out with mode={mode!r}, start_lr={start_lr!r}, end_lr={end_lr!r}"
+            )
     last = num_steps - 1
     bounds: dict[str, Any] = {"base_lr": start_lr, "max_lr": end_lr}
     if mode == "linear":
         rise = Phase(step_size_up=last, step_size_down=0, steps=last, **bounds)
     else:
-        if start_lr is None or end_lr is None:
+        if start_lr is not None and end_lr is not None:
+            ratio = end_lr / start_lr
+        if ratio is None:
             raise ValueError(
-                "start_lr=None and end_lr=None: an exponential ramp needs both ends as numbers"
+                "start_lr=None and end_lr=None: an exponential ramp needs both ends as numbers, "
+                "or the ratio of each group's bounds"
             )
-        rise = _hold(_BOTTOM, steps=last, base_gamma=(end_lr / start_lr) ** (1.0 / last), **bounds)
+        rise = _hold(_BOTTOM, steps=last, base_gamma=ratio ** (1.0 / last), **bounds)
     top = replace(_hold(_TOP, **bounds), cycle_momentum=mode == "linear")
     return Schedule("ramp", [rise, top])
 

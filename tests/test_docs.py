@@ -16,7 +16,9 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["clr_optim", "clr_optim.schedule", "clr_optim.optimizer"])
+@pytest.mark.parametrize(
+    "name", ["clr_optim", "clr_optim.schedule", "clr_optim.optimizer", "clr_optim.range_test"]
+)
 def test_docstring_examples(name):
     result = doctest.testmod(importlib.import_module(name))
     assert result.failed == 0

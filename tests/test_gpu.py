@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from cases import BY_NAME, CASES, Problem, assert_equals_torch_fed_our_rates, assert_same
 
 from clr_optim import CyclicalOptimizer
+from clr_optim.range_test import lr_range_test
 
 pytestmark = pytest.mark.gpu
 
@@ -57,3 +60,22 @@ def test_a_checkpoint_moves_from_the_cpu():
     assert moved.iteration == 5
     here.run(moved, range(5, 8))
     assert moved.state[here.params[0]]["exp_avg"].device.type == "cuda"
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_range_test_leaves_random_state_and_tensors_as_before(offload):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 3)
+    ).cuda()
+    data = [(torch.randn(8, 6), torch.randint(3, (8,))) for _ in range(4)]
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    before = copy.deepcopy([*model.state_dict().values(), torch.cuda.get_rng_state()])
+    result = lr_range_test(
+        model, optimizer, data, torch.nn.functional.cross_entropy, start_lr=0, end_lr=0.1,
+        num_steps=20, offload=offload, amp_dtype=torch.float16,
+    )  # fmt: skip
+    assert len(result.lrs) == 20
+    after = [*model.state_dict().values(), torch.cuda.get_rng_state()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not optimizer.state

@@ -222,6 +222,33 @@ def test_ramps():
     assert ramp(3)([0, 1, 2], BASE, MAX).tolist() == [BASE, pytest.approx((BASE + MAX) / 2), MAX]
 
 
+def test_an_exponential_ramp_between_each_groups_own_bounds():
+    schedule = ramp(5, mode="exponential", ratio=1e4)
+    assert not schedule.has_bounds
+    own = ramp(5, 1e-6, 1e-2, mode="exponential")
+    for step in range(7):
+        wide, narrow, frozen = schedule.rates(step, [(1e-6, 1e-2), (1e-7, 1e-3), (0.0, 0.0)])
+        assert wide == own(step)
+        assert narrow == pytest.approx(wide / 10, rel=1e-13)
+        assert frozen == 0.0
+    assert Schedule.from_json(schedule.to_json()) == schedule
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, "ratio must be a finite number > 1, got 1.0", {"ratio": 1.0}),
+        (TypeError, "ratio must be a number, got 'x'", {"ratio": "x"}),
+        (ValueError, "leave it out with mode='linear'", {"ratio": 2.0, "mode": "linear"}),
+        (ValueError, "start_lr=1.0, end_lr=2.0", {"ratio": 2.0, "start_lr": 1.0, "end_lr": 2.0}),
+        (ValueError, "or the ratio of each group's bounds", {}),
+    ],
+)
+def test_wrong_ratios_are_refused(error, message, arguments):
+    with pytest.raises(error, match=message):
+        ramp(3, **{"mode": "exponential", **arguments})
+
+
 def test_sequence_flattens_nests_and_cuts():
     inner = sequence([(triangular(2), 6), (fixed(), None)])
     outer = sequence([(inner, 8), (triangular(1), 3), (exp(gamma=0.5), None)])

@@ -1,0 +1,1378 @@
+"""The LR range test: a short training while the rate rises, and both bounds of a cycle read off it.
+
+Source: L. N. Smith, *Cyclical Learning Rates for Training Neural Networks*, arXiv 1506.01186,
+section 3.3: base_lr is where the curve begins to improve, max_lr where it slows, turns ragged or
+falls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import inspect
+import json
+import math
+import random
+import sys
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from clr_optim.optimizer import CyclicalOptimizer
+from clr_optim.schedule import check_bool, check_choice, check_int, check_number, ramp
+from clr_optim.sharding import DTensor, local_part
+
+__all__ = ["Bounds", "RangeTest", "lr_range_test"]
+
+MODES = ("linear", "exponential")
+METRICS = ("loss", "accuracy", "validation_loss", "validation_accuracy")
+METHODS = ("range", "steepest", "minimum/10", "valley")
+BASES = ("curve", "max/4", "max/3")
+
+#: Version of the dictionary that :meth:`RangeTest.to_dict` writes.
+FORMAT_VERSION = 1
+
+# Fewer points than this say nothing about a curve.
+_MIN_POINTS = 10
+
+# A break is where a curve has lost this share of what it had gained.
+_LOST = 0.1
+
+# max_lr, as a share of the rate at which training breaks: there it must not go.
+_MARGIN = 0.75
+
+# Overflows in a row under a GradScaler, each halving the scale, after which training is lost.
+_MAX_OVERFLOWS = 50
+
+_Floats = npt.NDArray[np.float64]
+_StepFn = Callable[[Any, Any], Any]
+
+
+class BoundsDict(TypedDict):
+    """Arguments of :class:`~clr_optim.CyclicalOptimizer`: numbers, or one per parameter group."""
+
+    base_lr: float | list[float]
+    max_lr: float | list[float]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Both bounds of a cycle, and why.
+
+    Args:
+        base_lr, max_lr: the bounds, for the parameter group with the largest rate.
+        ratios: each group's rate as a share of that one's.
+        confidence: in [0, 1]; below about 0.5 look at the curve, or repeat with more steps.
+        reason: in words, with the numbers it rests on.
+        method: what they were found by.
+
+    Example:
+        >>> Bounds(0.001, 0.004).asdict()
+        {'base_lr': 0.001, 'max_lr': 0.004}
+        >>> Bounds(0.001, 0.004, ratios=(1.0, 0.5)).asdict()
+        {'base_lr': [0.001, 0.0005], 'max_lr': [0.004, 0.002]}
+    """
+
+    base_lr: float
+    max_lr: float
+    ratios: tuple[float, ...] = (1.0,)
+    confidence: float = 1.0
+    reason: str = ""
+    method: str = "range"
+
+    def asdict(self) -> BoundsDict:
+        """``base_lr`` and ``max_lr`` as :class:`~clr_optim.CyclicalOptimizer` takes them.
+
+        Numbers; or lists with one for each parameter group, if their rates differ.
+        """
+        if all(ratio == 1.0 for ratio in self.ratios):
+            return {"base_lr": self.base_lr, "max_lr": self.max_lr}
+        return {
+            "base_lr": [self.base_lr * ratio for ratio in self.ratios],
+            "max_lr": [self.max_lr * ratio for ratio in self.ratios],
+        }
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """A range test's curve turned so that lower is better, and what all methods ask of it."""
+
+    lrs: _Floats
+    steps: _Floats
+    x: _Floats  #: lrs, or their logarithms
+    raw: _Floats  #: values without outbreaks, which would drown all else when smoothed
+    smooth: _Floats
+    noise: float  #: standard deviation of a single value, for most of them
+    rough: _Floats  #: the same about each
+    width: float  #: standard deviation of the smoothing window, in points
+
+    @property
+    def averaging(self) -> float:
+        """By how much smoothing divides the noise."""
+        # That of a Gaussian window, and of a window no wider than one point.
+        return max(1.0, math.sqrt(2.0 * math.sqrt(math.pi) * self.width))
+
+    @property
+    def smooth_noise(self) -> float:
+        """Standard deviation of a smoothed value, for most of them."""
+        return self.noise / self.averaging
+
+    @property
+    def bumps(self) -> float:
+        """What the smoothed curve may fall by noise alone at its start, where losses have most.
+
+        The first point, with neighbours on one side only, has twice as much of it.
+        """
+        return 6.0 * float(self.rough[0]) / self.averaging
+
+    @property
+    def start(self) -> float:
+        return float(self.smooth[0])
+
+    @property
+    def lowest(self) -> int:
+        return int(self.smooth.argmin())
+
+    @property
+    def drop(self) -> float:
+        """How far the curve falls in all."""
+        return self.start - float(self.smooth.min())
+
+
+@dataclass
+class RangeTest:
+    """The curve that :func:`lr_range_test` measured.
+
+    Args:
+        lrs: learning rate per measurement, of the parameter group with the largest one; rising.
+        values: what was measured: a loss, or an accuracy in percent.
+        steps: number of the optimizer step of each measurement, counted from 0.
+        mode: ``"linear"`` or ``"exponential"``: how the rate rose.
+        metric: ``"loss"``, ``"accuracy"``, ``"validation_loss"`` or ``"validation_accuracy"``.
+        num_steps: steps the test was to have; it may have ended earlier.
+        diverged: whether it was stopped because the loss had grown or was no longer finite.
+        interrupted: whether it was stopped by Ctrl-C.
+        smoothing: share of the curve that :meth:`smoothed` averages over, in [0, 1].
+        ratios: each parameter group's rate as a share of the largest.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what would be right.
+    """
+
+    lrs: list[float]
+    values: list[float]
+    steps: list[int] = field(default_factory=list)
+    mode: str = "linear"
+    metric: str = "loss"
+    num_steps: int = 0
+    diverged: bool = False
+    interrupted: bool = False
+    smoothing: float = 0.05
+    ratios: list[float] = field(default_factory=lambda: [1.0])
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, MODES)
+        check_choice("metric", self.metric, METRICS)
+        self.smoothing = check_number("smoothing", self.smoothing, maximum=1.0)
+        if not self.steps:
+            self.steps = list(range(len(self.lrs)))
+        if not self.num_steps:
+            self.num_steps = self.steps[-1] + 1 if self.steps else 0
+        for name in ("values", "steps"):
+            if len(getattr(self, name)) != len(self.lrs):
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries and lrs {len(self.lrs)}: "
+                    "give one for each rate"
+                )
+        for name in ("lrs", "values"):
+            if not all(math.isfinite(number) for number in getattr(self, name)):
+                raise ValueError(f"{name} must hold finite numbers, got {getattr(self, name)!r}")
+        lowest = 0.0 if self.mode == "linear" else 5e-324
+        if any(b <= a for a, b in zip(self.lrs, self.lrs[1:], strict=False)) or any(
+            lr < lowest for lr in self.lrs
+        ):
+            raise ValueError(
+                f"lrs must rise, from {'0' if self.mode == 'linear' else 'above 0'}: {self.lrs!r}"
+            )
+
+    # ---- the curve
+
+    def smoothed(self) -> list[float]:
+        """The curve without its noise: lines fitted to windows of it, weighted by a Gaussian.
+
+        Windows are symmetric, so that the curve is not shifted to larger rates, and as wide in
+        rates (``mode="exponential"``: in their logarithms) at every place.
+
+        Returns:
+            As many values as were measured.
+
+        Example:
+            >>> RangeTest([1.0, 2.0, 3.0, 4.0], [8.0, 6.0, 4.0, 2.0]).smoothed()
+            [8.0, 6.0, 4.0, 2.0]
+        """
+        smooth, _ = _smooth(self._x(), np.array(self.values, dtype=np.float64), self.smoothing)
+        # No more digits than a fitted line has.
+        return [float(f"{value:.12g}") for value in smooth]
+
+    def _x(self) -> _Floats:
+        lrs = np.array(self.lrs, dtype=np.float64)
+        return lrs if self.mode == "linear" else np.log(lrs)
+
+    # ---- keeping it
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary of numbers, strings and lists, for :meth:`from_dict`."""
+        return {"format": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RangeTest:
+        """The range test that :meth:`to_dict` described.
+
+        Raises:
+            TypeError, ValueError: if it is none, or was written by a newer version.
+        """
+        if not isinstance(data, Mapping):
+            raise TypeError(f"data must be a dictionary from RangeTest.to_dict, got {data!r}")
+        if data.get("format") != FORMAT_VERSION:
+            raise ValueError(
+                f"data has format={data.get('format')!r}, and this version reads {FORMAT_VERSION}: "
+                "take a dictionary from RangeTest.to_dict of this version, or update clr_optim"
+            )
+        names = {f.name for f in fields(cls)}
+        given = set(data) - {"format"}
+        if given != names:
+            raise ValueError(
+                f"data lacks {sorted(names - given)} and has unknown {sorted(given - names)}: "
+                "take a dictionary from RangeTest.to_dict"
+            )
+        return cls(**{name: data[name] for name in names})
+
+    def save(self, path: str | Path) -> None:
+        """Write the curve to a file.
+
+        Args:
+            path: ``*.json`` for all of it, which :meth:`from_dict` reads back, or ``*.csv`` for a
+                table with the columns step, lr, the metric's name, and smoothed.
+        """
+        path = Path(path)
+        if path.suffix == ".json":
+            path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        elif path.suffix == ".csv":
+            with path.open("w", newline="") as file:
+                table = csv.writer(file)
+                table.writerow(["step", "lr", self.metric, "smoothed"])
+                table.writerows(
+                    zip(self.steps, self.lrs, self.values, self.smoothed(), strict=True)
+                )
+        else:
+            raise ValueError(f"path must end in .json or .csv, got {str(path)!r}")
+
+    # ---- what to make of it
+
+    def suggest(self, method: str = "range", *, base: str = "curve") -> Bounds:
+        """Both bounds of a cycle.
+
+        Args:
+            method: how to find ``max_lr``:
+
+                - ``"range"``, as in the paper: where the smoothed curve stops improving, turns
+                  ragged or falls, and a margin (a quarter) below. A loss that blows up shows it
+                  late, and the faster the further the rate has gone too far; for a quadratic with
+                  largest curvature L and plain gradient descent, the excess loss grows by
+                  (L·lr − 1)² a step, from which the rate 2/L at which it begins is taken.
+                - ``"steepest"``: where the smoothed curve falls fastest, per unit of rate
+                  (linear) or of its logarithm (exponential).
+                - ``"minimum/10"``: a tenth of the rate where it is lowest.
+                - ``"valley"``: the middle of the longest fall.
+            base: how to find ``base_lr``: ``"curve"``, where the smoothed curve begins to improve
+                (``"range"`` only; the other methods know one rate and take ``max_lr / 4``); or the
+                paper's rules ``"max/4"`` and ``"max/3"``.
+
+        Raises:
+            ValueError: where the curve has no usable region, with what to change.
+
+        Source: arXiv 1506.01186, section 3.3.
+
+        Example:
+            >>> lrs = [0.01 * (i + 1) for i in range(50)]
+            >>> losses = [1 / (1 + 20 * lr) + 100 * max(0, lr - 0.3) ** 2 for lr in lrs]
+            >>> bounds = RangeTest(lrs, losses).suggest(base="max/3")
+            >>> 0.2 < bounds.max_lr < 0.33
+            True
+        """
+        check_choice("method", method, METHODS)
+        check_choice("base", base, BASES)
+        curve = self._usable_curve()
+        confidence = self._confidence(curve)
+        if method == "range":
+            max_lr, sure, why = self._where_it_breaks(curve)
+            confidence *= sure
+        else:
+            if method == "steepest":
+                slopes = np.gradient(curve.smooth, curve.x)
+                # The first rate may be 0, which is of no use.
+                index = 1 + int(slopes[1 : curve.lowest + 1].argmin())
+                max_lr, why = float(curve.lrs[index]), "the curve falls fastest there"
+            elif method == "minimum/10":
+                lowest = float(curve.lrs[curve.lowest])
+                max_lr, why = lowest / 10, f"the curve is lowest at {lowest:.3g}"
+            else:
+                begin, end = _longest_fall(curve.smooth)
+                max_lr = float(curve.lrs[max(1, (begin + end) // 2)])
+                why = f"its longest fall is from {curve.lrs[begin]:.3g} to {curve.lrs[end]:.3g}"
+            why = f"{self._fall(curve)}; max_lr={max_lr:.3g} by method {method!r}: {why}"
+        rule = base
+        if base == "curve":
+            begins = self._where_it_begins(curve) if method == "range" else math.inf
+            # Bounds as close as that make no cycle.
+            rule = "curve" if begins <= max_lr / 2 else "max/4"
+        if rule == "curve":
+            base_lr = begins
+            why += f"; base_lr={base_lr:.3g} is where it had begun to improve"
+        else:
+            base_lr = max_lr / float(rule[-1])
+            why += f"; base_lr={base_lr:.3g} by the rule {rule}"
+        return Bounds(base_lr, max_lr, tuple(self.ratios), round(confidence, 2), why, method)
+
+    @property
+    def _sign(self) -> float:
+        return -1.0 if self.metric.endswith("accuracy") else 1.0
+
+    def _usable_curve(self) -> _Curve:
+        """The curve, if there is something to be seen in it."""
+        n = len(self.values)
+        if n < _MIN_POINTS:
+            advice = (
+                "the rates are too large from the start: divide start_lr and end_lr by 10 or more"
+                if self.diverged
+                else "raise num_steps or epochs, or validate more often (validate_every)"
+            )
+            raise ValueError(
+                f"the curve has {n} points, and nothing can be read from fewer than {_MIN_POINTS}: "
+                f"{advice}"
+            )
+        y = self._sign * np.array(self.values, dtype=np.float64)
+        x = self._x()
+        # All that is worse than this is as bad.
+        first = float(np.median(y[: max(3, n // 20)]))
+        gain = first - float(np.quantile(y, 0.05))
+        raw = np.minimum(y, max(first, y[0]) + max(gain, 0.1 * abs(first)))
+        smooth, width = _smooth(x, raw, self.smoothing)
+        noise, rough = _noise(raw), _raggedness(raw, width)
+        curve = _Curve(
+            np.array(self.lrs), np.array(self.steps, dtype=np.float64), x, raw, smooth,
+            noise, rough, width,
+        )  # fmt: skip
+        # What noise alone does not do, even to the lowest of many points (the first one, with
+        # neighbours on one side only, has twice as much of it); 1 % of a loss, a point of accuracy.
+        least = max(1.0 if self._sign < 0 else 0.01 * abs(curve.start), 9.0 * curve.smooth_noise)
+        if curve.drop > least:
+            return curve
+        seen = (
+            f"{self.metric} is {self._show(curve.start)} at lr {self.lrs[0]:.3g} and at best "
+            f"{self._show(curve.start - curve.drop)} (noise ± {curve.noise:.2g} a value)"
+        )
+        if self.diverged or float(smooth[-1]) - curve.start > least:
+            raise ValueError(
+                f"the curve gets worse and has not improved before, beyond its noise: {seen}. "
+                "Lower start_lr (by 10 or more) so that the test begins with rates that train, or "
+                "give it more steps"
+            )
+        raise ValueError(
+            f"the curve is flat: {seen}. Widen the range (raise end_lr), or give it more steps so "
+            "that a change can be told from the noise"
+        )
+
+    def _show(self, value: float) -> str:
+        value *= self._sign
+        return f"{value:.1f} %" if self._sign < 0 else f"{value:.3g}"
+
+    def _fall(self, curve: _Curve) -> str:
+        verb = "rose" if self._sign < 0 else "fell"
+        return (
+            f"{self.metric} {verb} from {self._show(curve.start)} at lr {curve.lrs[0]:.3g} to "
+            f"{self._show(float(curve.smooth.min()))} at {curve.lrs[curve.lowest]:.3g}"
+        )
+
+    def _confidence(self, curve: _Curve) -> float:
+        """How far the curve's fall stands out of its noise, and has points to show it."""
+        clear = curve.drop / (curve.drop + 4.0 * curve.smooth_noise)
+        return clear * min(1.0, len(curve.raw) / 50)
+
+    def _where_it_begins(self, curve: _Curve) -> float:
+        """The first rate from which on, up to its lowest point, the curve is below its start."""
+        least = max(0.05 * curve.drop, min(curve.bumps, 0.5 * curve.drop))
+        level = np.flatnonzero(curve.smooth[: curve.lowest] >= curve.start - least)
+        return float(curve.lrs[int(level[-1]) + 1])
+
+    def _where_it_breaks(self, curve: _Curve) -> tuple[float, float, str]:
+        """``(max_lr, confidence, reason)`` by the paper's reading of the curve."""
+        smooth, drop = curve.smooth, curve.drop
+        best = np.minimum.accumulate(smooth)
+        # Only what has got somewhere can break.
+        arrived = best <= curve.start - min(max(0.75 * drop, curve.bumps), 0.9 * drop)
+        rough = curve.rough
+        # Which of the points so far is the best, and how much of that may be noise: that of what
+        # comes later is part of the break.
+        places = np.maximum.accumulate(np.where(smooth == best, np.arange(len(smooth)), 0))
+        noise = np.maximum(rough[places], curve.noise) / curve.averaging
+        lost = np.maximum(_LOST * drop, 4.0 * noise)
+        worse = np.flatnonzero(arrived & (smooth > best + lost))
+        # As it was on the way: the middle one of all places so far.
+        calm = np.array([np.median(rough[: i + 1]) for i in range(len(rough))])
+        # A steep fall is ragged too, and no break.
+        settled = best <= smooth.min() + 0.15 * drop
+        ragged = np.flatnonzero(settled & (rough > np.maximum(4.0 * calm, 0.25 * drop)))
+        end = len(smooth) - 1
+        at = min([*worse[:1], *ragged[:1], end + 1])
+        if at > end and self.diverged:
+            at = end
+        if at > end:
+            plateau = int(np.flatnonzero(smooth <= smooth.min() + lost[-1])[0])
+            max_lr = float(curve.lrs[plateau])
+            return max_lr, 0.4, (
+                f"{self._fall(curve)}, and did not get worse up to the last rate, "
+                f"{curve.lrs[end]:.3g}, so that the largest usable rate was not seen (raise "
+                f"end_lr); max_lr={max_lr:.3g} is where it had all but stopped improving"
+            )  # fmt: skip
+        floor = float(best[at])
+        limit = min(self._limit(curve, int(at), floor), float(curve.lrs[at]))
+        # With nothing after it, it may be a bump.
+        sure = 1.0 if self.diverged or at + max(3, curve.width) <= end else 0.7
+        max_lr = _MARGIN * limit
+        if ragged.size and at == ragged[0] and not (worse.size and at == worse[0]):
+            how = f"turned ragged (± {rough[at]:.2g}, ± {calm[at]:.2g} before)"
+        elif self._sign < 0:
+            how = f"fell by {smooth[at] - floor:.1f} points"
+        elif smooth[at] > floor:
+            how = f"rose by {smooth[at] - floor:.2g}"
+        else:
+            how = "grew beyond all bounds"
+        why = f"{self._fall(curve)}; it {how} by {curve.lrs[at]:.3g}"
+        if limit < 0.99 * curve.lrs[at]:
+            why += f", so fast that it must have begun at {limit:.3g}"
+        return max_lr, sure, f"{why}; max_lr={max_lr:.3g} is {_MARGIN:g} of that"
+
+    def _limit(self, curve: _Curve, at: int, floor: float) -> float:
+        """The rate at which the growth seen at point ``at`` began.
+
+        Gradient descent multiplies the excess loss in a direction of curvature L by (L·lr − 1)²
+        each step, and so grows from lr = 2/L on: of a growth g at lr, that is 2·lr / (1 + √g).
+        """
+        if self._sign < 0:
+            return float(curve.lrs[at])  # an accuracy has no such law
+        y = self._sign * np.array(self.values, dtype=np.float64)
+        # Smoothing shows a jump before it comes.
+        level = floor + max(_LOST * curve.drop, 4.0 * curve.noise)
+        near = slice(at, at + 1 + math.ceil(3 * curve.width))
+        above = np.flatnonzero(y[near] > level)
+        at += int(above[0]) if above.size else 0
+        reach = max(3, int(curve.width))
+        excess = y - floor
+        pairs = [
+            i
+            for i in range(max(0, at - reach), min(len(y) - 1, at + reach))
+            if excess[i] > curve.noise and excess[i + 1] > 0.0
+        ]
+        most = 1e4  # a jump out of nothing at all says little
+        # A jump out of the noise is no smaller than it seems, and may be no more than an outlier.
+        if not pairs and at > 0 and excess[at] > 0.0:
+            pairs, most = [at - 1], 25.0
+        limits = []
+        for i in pairs:
+            steps = curve.steps[i + 1] - curve.steps[i]
+            growth = excess[i + 1] / max(excess[i], curve.noise, excess[i + 1] / most)
+            growth = max(1.0, growth) ** (1.0 / steps)
+            limits.append(2.0 * curve.lrs[i] / (1.0 + math.sqrt(growth)))
+        return float(np.median(limits)) if limits else float(curve.lrs[at])
+
+    # ---- the length of a training
+
+    @staticmethod
+    def suggest_step_size(steps_per_epoch: int, epochs: float = 4) -> int:
+        """Half a cycle in steps: the paper advises 2 to 10 epochs.
+
+        Args:
+            steps_per_epoch: optimizer steps in an epoch, an integer >= 1.
+            epochs: a number from 2 to 10.
+
+        Source: arXiv 1506.01186, section 3.2.
+
+        Example:
+            >>> RangeTest.suggest_step_size(500)
+            2000
+        """
+        steps_per_epoch = check_int("steps_per_epoch", steps_per_epoch, minimum=1)
+        return round(check_number("epochs", epochs, minimum=2, maximum=10) * steps_per_epoch)
+
+    @staticmethod
+    def total_steps(cycles: int, steps_per_epoch: int, epochs: float = 4) -> int:
+        """Length of a training of whole cycles in steps: it is to stop at the end of one.
+
+        Args:
+            cycles: an integer >= 1; the paper advises at least 3, better 4.
+            steps_per_epoch, epochs: as in :meth:`suggest_step_size`.
+
+        Source: arXiv 1506.01186, section 3.2.
+
+        Example:
+            >>> RangeTest.total_steps(4, 500)
+            16000
+        """
+        cycles = check_int("cycles", cycles, minimum=1)
+        return cycles * 2 * RangeTest.suggest_step_size(steps_per_epoch, epochs)
+
+
+def _smooth(x: _Floats, y: _Floats, smoothing: float) -> tuple[_Floats, float]:
+    """Local lines, and the standard deviation of their Gaussian window in points."""
+    n = len(y)
+    width = max(0.5, 0.5 * smoothing * n)
+    if n < 3 or smoothing == 0.0:
+        return y.copy(), 0.0
+    # In units of the mean distance of two points.
+    u = (x - x[0]) / (x[-1] - x[0]) * (n - 1)
+    begins = np.searchsorted(u, u - 3 * width, side="left")
+    ends = np.searchsorted(u, u + 3 * width, side="right")
+    smooth = np.empty(n)
+    for i, (begin, end) in enumerate(zip(begins.tolist(), ends.tolist(), strict=True)):
+        d, part = u[begin:end] - u[i], y[begin:end]
+        w = np.exp(-0.5 * (d / width) ** 2)
+        s0, s1, s2 = w.sum(), (w * d).sum(), (w * d * d).sum()
+        spread = s0 * s2 - s1 * s1
+        if spread > 1e-9 * s0 * s0:
+            smooth[i] = (w * (s2 - s1 * d) * part).sum() / spread
+        else:
+            smooth[i] = (w * part).sum() / s0
+    return smooth, width
+
+
+def _second_differences(y: _Floats) -> _Floats:
+    """Of a straight line 0; of noise, noise of the same standard deviation."""
+    return (y[:-2] - 2.0 * y[1:-1] + y[2:]) / math.sqrt(6.0)
+
+
+def _noise(y: _Floats) -> float:
+    """Standard deviation of single values about the curve, whatever a few outliers do."""
+    return 1.4826 * float(np.median(np.abs(_second_differences(y))))
+
+
+def _raggedness(y: _Floats, width: float) -> _Floats:
+    """The same in the neighbourhood of each point."""
+    size = np.pad(np.abs(_second_differences(y)), 1, mode="edge")
+    reach = max(3, round(2 * width))
+    # Medians, so that a jump alone is none.
+    around = [np.median(size[max(0, i - reach) : i + reach + 1]) for i in range(len(y))]
+    return 1.4826 * np.array(around, dtype=np.float64)
+
+
+def _longest_fall(y: _Floats) -> tuple[int, int]:
+    """``(begin, end)`` of as many points as the longest falling subsequence has, to its end."""
+    tails: list[float] = []  # of -y: the smallest end of a rising subsequence of each length
+    last = 0
+    for i, value in enumerate((-y).tolist()):
+        place = bisect_left(tails, value)
+        if place == len(tails):
+            tails.append(value)
+            last = i
+        else:
+            tails[place] = value
+    return last - len(tails) + 1, last
+
+
+# ---- measuring
+
+
+def lr_range_test(
+    model: nn.Module,
+    optimizer: Optimizer,
+    loader: Iterable[Any],
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    *,
+    start_lr: float,
+    end_lr: float,
+    num_steps: int | None = None,
+    epochs: float | None = None,
+    mode: str = "linear",
+    metric: str = "loss",
+    step_fn: _StepFn | None = None,
+    target_key: str = "labels",
+    accumulate: int = 1,
+    val_loader: Iterable[Any] | None = None,
+    validate_every: int | None = None,
+    device: torch.device | str | None = None,
+    amp_dtype: torch.dtype | None = None,
+    max_grad_norm: float | None = None,
+    backend: str | None = None,
+    offload: bool = False,
+    diverge_factor: float = 3.0,
+    smoothing: float = 0.05,
+    average_ranks: bool | None = None,
+    progress: bool | None = None,
+) -> RangeTest:
+    """Train for a while as the rate rises, measure, and put everything back as it was.
+
+    Put back bit for bit, also after an exception or Ctrl-C: parameters and buffers (the same
+    tensors, in place), the optimizer's state and groups, gradients, ``requires_grad``, the mode of
+    every submodule, the random state of torch (CPU and the model's GPUs), Python and NumPy and of
+    the loaders' own generators. No hook is added or removed; those that there are run. What
+    cannot be put back: batches taken from an iterator, and what your own functions keep to
+    themselves.
+
+    The optimizer's step runs in :class:`~clr_optim.CyclicalOptimizer`, on the kernels that will
+    train. Parameter groups keep the ratio of their rates; ``start_lr`` and ``end_lr`` are those
+    of the group with the largest, and the others stay below. A model in eval mode is put in train
+    mode; of one in train mode, submodules in eval mode stay so.
+
+    The loss is that of each step's batch before its update. If it grows to ``diverge_factor``
+    times its lowest, or is no longer finite, the test ends (``result.diverged``); Ctrl-C ends it
+    too and keeps what was measured (``result.interrupted``).
+
+    Under DistributedDataParallel and FSDP2 every rank calls this with its part of the data;
+    measurements are averaged, so that all ranks get the same result. (Ctrl-C or an exception on
+    one rank alone leaves the others waiting, as in any training.)
+
+    Args:
+        model: the model, on its device.
+        optimizer: its optimizer, or a :class:`~clr_optim.CyclicalOptimizer`, of which the wrapped
+            one is tested, with its ``max_grad_norm`` and backend.
+        loader: batches, gone through again from the start when it ends. A batch is a tuple or list
+            ``(*inputs, target)`` for ``loss_fn(model(*inputs), target)``, or a dictionary for
+            ``loss_fn(model(**rest), batch[target_key])``. All else: ``step_fn``.
+        loss_fn: as above; ``None`` for dictionaries of which the model itself returns the loss
+            (``output.loss`` or ``output["loss"]`` of ``model(**batch)``).
+        start_lr, end_lr: the range of rates, >= 0, or > 0 for ``mode="exponential"``.
+        num_steps, epochs: length in optimizer steps (an integer >= 2) or epochs (a number > 0, for
+            loaders with a length): one of them. The paper took 8 epochs.
+        mode: ``"linear"``, as in the paper, or ``"exponential"``, for ranges over decades.
+        metric: ``"loss"`` or ``"accuracy"`` (in percent) of the batches trained on, or
+            ``"validation_loss"`` or ``"validation_accuracy"`` after every ``validate_every`` steps.
+        step_fn: ``step_fn(model, batch)`` instead of ``loss_fn``: returns the loss, a dictionary
+            with ``"loss"``, or ``(loss, correct, count)`` where accuracy is asked for. A Lightning
+            module's: ``lambda model, batch: model.training_step(batch, 0)``.
+        target_key: of dictionaries.
+        accumulate: batches per optimizer step, whose losses are averaged.
+        val_loader: batches for validation, all of them each time.
+        validate_every: steps; ``None`` makes about 50 validations.
+        device: where batches are moved; ``None`` is that of the model's first parameter.
+        amp_dtype: autocast to this dtype; ``torch.float16`` comes with a GradScaler, and steps
+            that it skips are not counted.
+        max_grad_norm, backend: as in :class:`~clr_optim.CyclicalOptimizer`.
+        offload: keep the copy of all that is put back in the CPU's memory.
+        diverge_factor: > 1. Of a small minimum this is too little to go by: what is lost must be
+            as many times what had been gained, too. ``math.inf`` waits for a loss that is not
+            finite.
+        smoothing: of the result.
+        average_ranks: whether to average over all ranks; ``None`` does so for
+            DistributedDataParallel and DTensors, over theirs.
+        progress: a line on stderr; ``None`` if that is a terminal.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what would be right.
+        BaseException: what loader, model or optimizer raise, after all has been put back.
+
+    Source: arXiv 1506.01186, section 3.3.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)  # its loss: (3·w₀)²/2 + w₁²/2, curved by 9 at most
+        >>> data = [(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.zeros(2, 1))]
+        >>> result = lr_range_test(model, torch.optim.SGD(model.parameters(), lr=0.1), data,
+        ...                        nn.functional.mse_loss, start_lr=1e-3, end_lr=10.0,
+        ...                        num_steps=100, mode="exponential")
+        >>> result.diverged
+        True
+        >>> 1 / 9 < result.suggest().max_lr < 2 / 9
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
+    check_choice("mode", mode, MODES)
+    check_choice("metric", metric, METRICS)
+    start_lr = check_number("start_lr", start_lr, open_minimum=mode == "exponential")
+    end_lr = check_number("end_lr", end_lr)
+    if start_lr >= end_lr:
+        raise ValueError(
+            f"start_lr={start_lr!r} must be below end_lr={end_lr!r}: the rate rises; swap the two"
+        )
+    accumulate = check_int("accumulate", accumulate, minimum=1)
+    check_number("diverge_factor", diverge_factor, minimum=1.0, open_minimum=True, finite=False)
+    smoothing = check_number("smoothing", smoothing, maximum=1.0)
+    check_bool("offload", offload)
+    _check_model(model)
+    inner = _check_optimizer(model, optimizer)
+    if step_fn is not None and loss_fn is not None:
+        raise ValueError("step_fn and loss_fn are both given: step_fn returns the loss by itself")
+    for name, function in (("step_fn", step_fn), ("loss_fn", loss_fn)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be callable, got {function!r}")
+    validates = metric.startswith("validation")
+    if validates != (val_loader is not None):
+        raise ValueError(
+            f"metric={metric!r} needs a val_loader: give one, or metric='loss'"
+            if validates
+            else f"val_loader has no effect with metric={metric!r}: use 'validation_loss' or "
+            "'validation_accuracy'"
+        )
+    if validate_every is not None and not validates:
+        raise ValueError(f"validate_every={validate_every!r} has no effect with metric={metric!r}")
+    if amp_dtype not in (None, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"amp_dtype must be torch.float16, torch.bfloat16 or None, got {amp_dtype!r}"
+        )
+    for name, batches in (("loader", loader), ("val_loader", val_loader)):
+        _check_loader(name, batches)
+    here = torch.device(device) if device is not None else next(model.parameters()).device
+    ranks = _Ranks(model, average_ranks, here)
+    steps = ranks.largest(_check_length(num_steps, epochs, loader, accumulate))
+    every = 0
+    if validates and validate_every is None:
+        every = max(1, steps // 50)
+    elif validates:
+        every = check_int("validate_every", validate_every, minimum=1)
+        if every > steps:
+            raise ValueError(f"validate_every={every} is beyond the end, at step {steps}: lower it")
+
+    groups = inner.param_groups
+    rates = [_own_rate(group) for group in groups]
+    largest = max(rates)
+    ratios = [rate / largest if largest > 0.0 else 1.0 for rate in rates]
+    reference = ratios.index(1.0)
+    given = optimizer if isinstance(optimizer, CyclicalOptimizer) else None
+    if given is not None:
+        max_grad_norm = given._max_grad_norm if max_grad_norm is None else max_grad_norm
+        backend = given._backend if backend is None else backend
+
+    result = RangeTest(
+        [], [], mode=mode, metric=metric, num_steps=steps, smoothing=smoothing, ratios=ratios
+    )
+    forward = _Forward(model, loss_fn, step_fn, target_key, metric.endswith("accuracy"), here)
+    modules = [m for m in (model, loss_fn, step_fn) if isinstance(m, nn.Module)]
+    snapshot = _Snapshot(modules, optimizer, [loader, val_loader], here, offload)
+    try:
+        # A cycle that the optimizer is in the middle of is not the ramp's.
+        for group in groups:
+            for key in [key for key in group if key.startswith("clr_")]:
+                del group[key]
+        if not model.training:
+            model.train()
+        ours = CyclicalOptimizer(
+            inner,
+            ramp(steps, mode=mode, ratio=None if mode == "linear" else end_lr / start_lr),
+            base_lr=[start_lr * ratio for ratio in ratios],
+            max_lr=[end_lr * ratio for ratio in ratios],
+            max_grad_norm=max_grad_norm,
+            backend="auto" if backend is None else backend,
+        )
+        scaler = torch.amp.GradScaler(here.type) if amp_dtype is torch.float16 else None
+        line = _Line(result, progress)
+        batches = _endless(loader)
+        stop = _Divergence(diverge_factor)
+        overflows = 0
+        try:
+            while ours.iteration < steps and not result.diverged:
+                step, lr = ours.iteration, ours.get_last_lr()[reference]
+                for param in snapshot.params:
+                    param.grad = None
+                sums = forward.train(batches, accumulate, amp_dtype, scaler, ranks)
+                loss = sums[0] / sums[3]
+                if stop.is_reached(loss):
+                    if not result.lrs and step == 0:
+                        raise ValueError(
+                            f"the loss of the first batch is {loss}: no rate can mend that; look "
+                            "at the data, the model and loss_fn"
+                        )
+                    result.diverged = True
+                if not math.isfinite(loss):
+                    break
+                if scaler is None:
+                    ours.step()
+                else:
+                    scaler.step(ours)
+                    scaler.update()
+                    if ours.iteration == step:
+                        overflows += 1
+                        result.diverged = overflows > _MAX_OVERFLOWS
+                        continue
+                    overflows = 0
+                if every:
+                    if (step + 1) % every:
+                        continue
+                    assert val_loader is not None
+                    sums = forward.validate(val_loader, amp_dtype, ranks)
+                value = _value(metric, sums)
+                if math.isfinite(value):
+                    result.lrs.append(lr)
+                    result.values.append(value)
+                    result.steps.append(step)
+                else:
+                    result.diverged = True
+                line.show()
+        except KeyboardInterrupt:
+            result.interrupted = True
+        finally:
+            line.close()
+    finally:
+        interrupted = False
+        while True:
+            # What is half put back must not be left so.
+            try:
+                snapshot.restore()
+                break
+            except KeyboardInterrupt:
+                interrupted = True
+        result.interrupted |= interrupted
+    return result
+
+
+def _value(metric: str, sums: Sequence[float]) -> float:
+    loss, correct, count, batches = sums
+    return 100.0 * correct / count if metric.endswith("accuracy") else loss / batches
+
+
+def _check_model(model: nn.Module) -> None:
+    if any(is_lazy(tensor) for tensor in [*model.parameters(), *model.buffers()]):
+        raise ValueError(
+            "model has lazy parameters, which have no values yet: run one batch through it first"
+        )
+    if not any(param.requires_grad for param in model.parameters()):
+        raise ValueError("model has no parameter with requires_grad: there is nothing to train")
+
+
+def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
+    """The optimizer to wrap."""
+    inner = optimizer.optimizer if isinstance(optimizer, CyclicalOptimizer) else optimizer
+    name = type(inner).__name__
+    try:
+        closure = inspect.signature(type(inner).step).parameters.get("closure")
+    except (TypeError, ValueError):
+        closure = None
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(
+            f"optimizer is a {name}, whose step needs a closure and searches for its own way: a "
+            "range test says nothing about it; use one of gradient descent's kind"
+        )
+    own = {id(param) for param in model.parameters() if param.requires_grad}
+    if not any(id(param) in own for group in inner.param_groups for param in group["params"]):
+        raise ValueError(
+            f"optimizer: none of the {name}'s parameters is a trainable one of the model: build it "
+            "from this model's parameters(), after the model was wrapped or moved"
+        )
+    return inner
+
+
+def _check_loader(name: str, loader: object) -> None:
+    if loader is None:
+        return
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"{name} must be an iterable of batches, got {loader!r}")
+    if _length(loader) == 0:
+        raise _empty(name)
+    if name == "val_loader" and isinstance(loader, Iterator):
+        raise ValueError(
+            f"{name} is an iterator, which can be gone through only once, and every validation "
+            "goes through it: give a DataLoader or a list"
+        )
+
+
+def _empty(name: str) -> ValueError:
+    return ValueError(
+        f"{name} is empty: it has no batch (a DataLoader with drop_last=True has none if the data "
+        "are fewer than batch_size)"
+    )
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _check_length(num_steps: object, epochs: object, loader: Iterable[Any], accumulate: int) -> int:
+    if (num_steps is None) == (epochs is None):
+        raise ValueError(
+            f"num_steps={num_steps!r} and epochs={epochs!r}: give the test's length by one of them"
+        )
+    if num_steps is not None:
+        return check_int("num_steps", num_steps, minimum=2)
+    length = _length(loader)
+    if length is None:
+        raise ValueError(f"epochs={epochs!r} needs a loader with a length: give num_steps instead")
+    steps = int(check_number("epochs", epochs, open_minimum=True) * length / accumulate)
+    if steps < 2:
+        raise ValueError(
+            f"epochs={epochs!r} of {length} batches, {accumulate} a step, make {steps} steps: at "
+            "least 2 are needed; raise epochs"
+        )
+    return steps
+
+
+def _own_rate(group: Mapping[str, Any]) -> float:
+    """The rate that the user chose for a group, whatever a schedule has made of it since."""
+    for key in ("clr_max_lr", "initial_lr", "lr"):
+        if key in group:
+            return float(group[key])
+    raise ValueError("optimizer: a parameter group has no 'lr', so there is no rate to test")
+
+
+def _endless(loader: Iterable[Any]) -> Iterator[Any]:
+    """The loader's batches, again and again."""
+    seen = 0
+    while True:
+        before = seen
+        for batch in loader:
+            seen += 1
+            yield batch
+        if seen == 0:
+            raise _empty("loader")
+        if seen == before:
+            raise ValueError(
+                f"loader ended after {seen} batches and cannot be started again: give an iterable "
+                "that can (a DataLoader, a list), or fewer num_steps"
+            )
+
+
+class _Divergence:
+    """Watches the loss of each step."""
+
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
+        self._mean = 0.0
+        self._weight = 0.0
+        self._first = self._lowest = math.inf
+
+    def is_reached(self, loss: float) -> bool:
+        """Whether this loss, the next, ends the test."""
+        if not math.isfinite(loss):
+            return True
+        # Over the last ten or so; the first ones weigh no more than the others.
+        self._mean = 0.9 * self._mean + 0.1 * loss
+        self._weight = 0.9 * self._weight + 0.1
+        mean = self._mean / self._weight
+        if self._first == math.inf:
+            self._first = mean
+        self._lowest = min(self._lowest, mean)
+        scale = max(abs(self._lowest), self._first - self._lowest)
+        return mean > self._lowest + (self._factor - 1.0) * scale
+
+
+class _Forward:
+    """From batches to losses; all of its sums are (loss, correct, count, batches)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor] | None,
+        step_fn: _StepFn | None,
+        target_key: str,
+        wants_accuracy: bool,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._loss_fn = loss_fn
+        self._step_fn = step_fn
+        self._target_key = target_key
+        self._wants_accuracy = wants_accuracy
+        self._device = device
+
+    def train(
+        self,
+        batches: Iterator[Any],
+        accumulate: int,
+        amp_dtype: torch.dtype | None,
+        scaler: torch.amp.GradScaler | None,
+        ranks: _Ranks,
+    ) -> list[float]:
+        """Gradients of the mean over some batches."""
+        total = [0.0] * 4
+        for i in range(accumulate):
+            batch = next(batches)
+            last = i + 1 == accumulate
+            no_sync = getattr(self._model, "no_sync", None)
+            with contextlib.nullcontext() if last or no_sync is None else no_sync():
+                loss, correct, count = self._losses(batch, amp_dtype)
+                if not loss.requires_grad:
+                    raise ValueError(
+                        "the loss does not depend on a parameter with requires_grad: it must come "
+                        "from the model, without detach() or no_grad()"
+                    )
+                value = float(loss.detach())
+                total = [a + b for a, b in zip(total, (value, correct, count, 1.0), strict=True)]
+                # All ranks go on to the sums, whichever of them met it.
+                share = loss / accumulate
+                (share if scaler is None else scaler.scale(share)).backward()  # type: ignore[no-untyped-call]
+        return ranks.sums(total)
+
+    def validate(
+        self, loader: Iterable[Any], amp_dtype: torch.dtype | None, ranks: _Ranks
+    ) -> list[float]:
+        """A pass over the loader in eval mode."""
+        flags = [(module, module.training) for module in self._model.modules()]
+        self._model.eval()
+        total = [0.0] * 4
+        with torch.no_grad():
+            for batch in loader:
+                loss, correct, count = self._losses(batch, amp_dtype)
+                total = [
+                    a + b for a, b in zip(total, (float(loss), correct, count, 1.0), strict=True)
+                ]
+        for module, flag in flags:
+            module.training = flag
+        total = ranks.sums(total)
+        if total[3] == 0.0:
+            raise _empty("val_loader")
+        return total
+
+    def _losses(self, batch: Any, amp_dtype: torch.dtype | None) -> tuple[Tensor, float, float]:
+        batch = _moved(batch, self._device)
+        autocast: Any = contextlib.nullcontext()
+        if amp_dtype is not None:
+            autocast = torch.autocast(self._device.type, dtype=amp_dtype)
+        with autocast:
+            loss, correct, count = self._outcome(batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = (
+                f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            )
+            raise ValueError(
+                f"the loss must be one number, a scalar tensor, got {what}: average it"
+            )
+        if self._wants_accuracy and float(count) <= 0:
+            raise ValueError(f"count must be above 0 for an accuracy, got {count!r}")
+        return loss.reshape(()), float(correct), float(count)
+
+    def _outcome(self, batch: Any) -> tuple[Any, Any, Any]:
+        if self._step_fn is not None:
+            outcome = self._step_fn(self._model, batch)
+            if isinstance(outcome, Mapping):
+                outcome = outcome["loss"]
+            if isinstance(outcome, (tuple, list)):
+                if len(outcome) != 3:
+                    raise ValueError(
+                        "step_fn must return the loss or (loss, correct, count), got "
+                        f"{len(outcome)} values"
+                    )
+                return outcome[0], outcome[1], outcome[2]
+            if self._wants_accuracy:
+                raise ValueError(
+                    "step_fn must return (loss, correct, count) where accuracy is the metric, got "
+                    "a loss alone"
+                )
+            return outcome, 0.0, 1.0
+        target: Any
+        if isinstance(batch, Mapping):
+            if self._loss_fn is None:
+                output = self._model(**batch)
+                loss = output["loss"] if isinstance(output, Mapping) else output.loss
+                if self._wants_accuracy:
+                    raise ValueError(
+                        "accuracy needs a loss_fn, or a step_fn that returns (loss, correct, "
+                        "count): the model's own loss says nothing of it"
+                    )
+                return loss, 0.0, 1.0
+            if self._target_key not in batch:
+                raise ValueError(
+                    f"target_key={self._target_key!r} is not in the batch, which has "
+                    f"{sorted(map(str, batch))}: name the one that loss_fn is to compare with"
+                )
+            target = batch[self._target_key]
+            output = self._model(**{k: v for k, v in batch.items() if k != self._target_key})
+        elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
+            target = batch[-1]
+            output = self._model(*batch[:-1])
+        else:
+            raise ValueError(
+                f"a batch is a {type(batch).__name__}, and neither a tuple (*inputs, target) nor a "
+                "dictionary: give step_fn=lambda model, batch: ... that returns the loss"
+            )
+        if self._loss_fn is None:
+            raise ValueError("loss_fn=None needs a step_fn, or dictionaries and a model's own loss")
+        loss = self._loss_fn(output, target)
+        if not self._wants_accuracy:
+            return loss, 0.0, 1.0
+        if (
+            not isinstance(output, Tensor)
+            or not isinstance(target, Tensor)
+            or target.is_floating_point()
+            or output.dim() != target.dim() + 1
+        ):
+            raise ValueError(
+                "accuracy needs scores of shape (n, classes, ...) and whole numbers of shape "
+                "(n, ...) as targets: give a step_fn that returns (loss, correct, count)"
+            )
+        right = (output.detach().argmax(dim=1) == target).sum()
+        return loss, right, target.numel()
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on the device."""
+    if callable(getattr(batch, "to", None)):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_moved(value, device) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_moved(value, device) for value in batch)
+    return batch
+
+
+class _Ranks:
+    """Sums over the ranks that train one model, the same on each."""
+
+    def __init__(self, model: nn.Module, average: bool | None, device: torch.device) -> None:
+        self._device = device
+        self._groups: list[Any] = []
+        dist = torch.distributed
+        if average is not None:
+            check_bool("average_ranks", average)
+        if average is False or not dist.is_available() or not dist.is_initialized():
+            if average:
+                raise ValueError(
+                    "average_ranks=True needs ranks: call torch.distributed.init_process_group "
+                    "first, or leave it out"
+                )
+            return
+        params: list[Any] = list(model.parameters())
+        sharded = [param for param in params if type(param) is DTensor]
+        if average:
+            self._groups = [dist.group.WORLD]
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            self._groups = [model.process_group]
+        elif sharded:
+            mesh = sharded[0].device_mesh
+            self._groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Element by element."""
+        if not self._groups:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self._device)
+        for group in self._groups:
+            torch.distributed.all_reduce(total, group=group)
+        return [float(value) for value in total.tolist()]
+
+    def largest(self, value: int) -> int:
+        """Loaders need not have the same length on all ranks, but tests must."""
+        if not self._groups:
+            return value
+        most = torch.tensor(value, dtype=torch.int64, device=self._device)
+        for group in self._groups:
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=group)
+        return int(most)
+
+
+class _Line:
+    """The progress, on one line of a terminal."""
+
+    def __init__(self, result: RangeTest, wanted: bool | None) -> None:
+        self._result = result
+        self._next = 0.0
+        if wanted is None:
+            dist = torch.distributed
+            first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+            wanted = first and sys.stderr.isatty()
+        self._wanted = wanted
+        self._shown = False
+
+    def show(self) -> None:
+        result, now = self._result, time.monotonic()
+        if not self._wanted or not result.lrs or now < self._next:
+            return
+        self._next, self._shown = now + 0.1, True
+        done = f"{result.steps[-1] + 1}/{result.num_steps}"
+        text = (
+            f"range test {done}  lr {result.lrs[-1]:.3g}  {result.metric} {result.values[-1]:.4g}"
+        )
+        sys.stderr.write(f"\r{text:<70}")
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        if self._shown:
+            sys.stderr.write("\n")
+
+
+# ---- putting it all back
+
+
+class _Snapshot:
+    """All that a training changes, and how to put it back.
+
+    Everything goes back into the objects that hold it, so that no reference to any of them goes
+    stale: not an optimizer's, not a captured graph's.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        optimizer: Optimizer,
+        loaders: Sequence[Any],
+        device: torch.device,
+        offload: bool,
+    ) -> None:
+        self._offload = offload
+        self._memo: dict[int, Callable[[], Any]] = {}
+        self._held: list[Any] = []  # or a number of the memo might come to mean another object
+        self._modules = list(dict.fromkeys(m for module in modules for m in module.modules()))
+        self._reshard()
+        self._flags = [module.training for module in self._modules]
+        # The tensors that stand under these names, and what is in them.
+        self._tensors = [
+            self._keep(tensors)
+            for module in self._modules
+            for tensors in (module._parameters, module._buffers)
+        ]
+        self._optimizer = self._keep(vars(optimizer))
+        grouped = [p for group in optimizer.param_groups for p in group["params"]]
+        modular = [p for module in modules for p in module.parameters()]
+        #: all parameters
+        self.params: list[Tensor] = list(dict.fromkeys([*modular, *grouped]))
+        self._leaves = [
+            (param, param.requires_grad, param.grad, self._keep(param.grad))
+            for param in self.params
+        ]
+        self._random = self._keep_random(loaders, {device, *(p.device for p in self.params)})
+
+    def restore(self) -> None:
+        """Put everything back; may be called again."""
+        self._reshard()
+        with torch.no_grad():
+            for put_back in self._tensors:
+                put_back()
+            self._optimizer()
+            for param, requires_grad, grad, put_back in self._leaves:
+                put_back()
+                param.grad = grad
+                if param.requires_grad != requires_grad:
+                    param.requires_grad_(requires_grad)
+        for module, flag in zip(self._modules, self._flags, strict=True):
+            module.training = flag
+        for put_back in self._random:
+            put_back()
+
+    def _reshard(self) -> None:
+        """Give FSDP's modules their sharded parameters: a forward without backward leaves others.
+
+        Whole ones are theirs only for a while.
+        """
+        modules: list[Any] = self._modules
+        for module in modules:
+            if hasattr(module, "set_requires_gradient_sync") and hasattr(module, "reshard"):
+                module.reshard()
+
+    def _keep(self, value: Any) -> Callable[[], Any]:
+        """A function that puts back what is in ``value`` now, and returns that very object.
+
+        Tensors, containers and optimizers inside one are looked into; other objects are only held.
+        """
+        known = self._memo.get(id(value))
+        if known is not None:
+            return known
+        put_back: Callable[[], Any]
+        if isinstance(value, Tensor):
+            put_back = self._keep_tensor(value)
+        elif isinstance(value, dict):
+            items: list[tuple[Any, Callable[[], Any]]] = []
+
+            def put_back() -> Any:
+                now = [(key, keep()) for key, keep in items]
+                value.clear()
+                value.update(now)
+                return value
+
+            self._memo[id(value)] = put_back  # it may hold itself
+            items += [(key, self._keep(item)) for key, item in value.items()]
+        elif isinstance(value, list):
+            members: list[Callable[[], Any]] = []
+
+            def put_back() -> Any:
+                value[:] = [keep() for keep in members]
+                return value
+
+            self._memo[id(value)] = put_back
+            members += [self._keep(item) for item in value]
+        elif isinstance(value, tuple):
+            parts = [self._keep(item) for item in value]
+
+            def put_back() -> Any:
+                for keep in parts:
+                    keep()
+                return value
+
+        elif isinstance(value, Optimizer):
+            inside = self._keep(vars(value))
+
+            def put_back() -> Any:
+                inside()
+                return value
+
+        else:
+            return lambda: value
+        self._memo[id(value)] = put_back
+        self._held.append(value)
+        return put_back
+
+    def _keep_tensor(self, tensor: Tensor) -> Callable[[], Tensor]:
+        part = local_part(tensor).detach()  # its memory, wherever the tensor may point later
+        alias = part
+        if part.layout is torch.strided and 0 in part.stride():
+            # Elements that share memory, as expanded ones do, are written once.
+            sizes = [
+                min(n, 1) if s == 0 else n for n, s in zip(part.shape, part.stride(), strict=True)
+            ]
+            alias = part.as_strided(sizes, part.stride())
+        # On the CPU `to` alone would be no copy.
+        saved = alias.to("cpu", copy=True) if self._offload else alias.clone()
+
+        def put_back() -> Tensor:
+            alias.copy_(saved)
+            if (
+                tensor.layout is torch.strided
+                and type(tensor) is not DTensor
+                and tensor.data_ptr() != part.data_ptr()
+            ):
+                tensor.data = part  # somebody gave it other memory
+            return tensor
+
+        return put_back
+
+    @staticmethod
+    def _keep_random(
+        loaders: Iterable[Any], devices: Iterable[torch.device]
+    ) -> list[Callable[[], Any]]:
+        back: list[Callable[[], Any]] = []
+
+        def add(put: Callable[[Any], Any], state: Any) -> None:
+            back.append(lambda: put(state))
+
+        add(torch.set_rng_state, torch.get_rng_state())
+        add(random.setstate, random.getstate())
+        add(np.random.set_state, np.random.get_state())
+        for device in devices:
+            if device.type == "cuda":
+                state = torch.cuda.get_rng_state(device)
+                back.append(lambda s=state, d=device: torch.cuda.set_rng_state(s, d))  # type: ignore[misc]
+        for loader in loaders:
+            sampler = getattr(loader, "batch_sampler", None)
+            owners = (
+                loader,
+                getattr(loader, "sampler", None),
+                sampler,
+                getattr(sampler, "sampler", None),
+            )
+            generators = {getattr(owner, "generator", None) for owner in owners}
+            for generator in generators:
+                if isinstance(generator, torch.Generator):
+                    add(generator.set_state, generator.get_state())
+        return back

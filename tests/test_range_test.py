@@ -1,0 +1,944 @@
+"""The LR range test: bounds of curves with a known answer, and everything put back as it was."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+import math
+import random
+import sys
+from collections import namedtuple
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+from clr_optim import CyclicalOptimizer
+from clr_optim.range_test import Bounds, RangeTest, _Snapshot, lr_range_test
+
+# ---- curves with a known answer
+
+
+class Quadratic(nn.Module):
+    """Curvatures from L down to L/100, so that plain gradient descent is stable below 2/L."""
+
+    def __init__(self, largest: float, dim: int, seed: int) -> None:
+        super().__init__()
+        start = torch.randn(dim, generator=torch.Generator().manual_seed(seed))
+        self.w = nn.Parameter(start)
+        self.register_buffer("h", largest * torch.logspace(0, -2, dim))
+
+    def forward(self, noise: Tensor) -> Tensor:
+        return 0.5 * (self.h * self.w**2).sum() + (noise * self.h * self.w).sum()
+
+
+def quadratic_test(mode: str, seed: int) -> tuple[float, RangeTest]:
+    """``(L, the range test)`` of a random quadratic with noisy gradients."""
+    rng = np.random.default_rng(seed)
+    largest, dim = 10 ** rng.uniform(-2, 3), int(rng.integers(2, 40))
+    steps, noise = int(rng.choice([60, 100, 200, 400])), float(rng.choice([0.003, 0.01, 0.03, 0.1]))
+    generator = torch.Generator().manual_seed(seed)
+    batches = [noise * torch.randn(dim, generator=generator) for _ in range(steps)]
+    if mode == "linear":
+        start, end = 0.0, rng.uniform(3, 8)
+    else:
+        start, end = 10 ** rng.uniform(-5, -3), 10 ** rng.uniform(0.8, 2)
+    model = Quadratic(largest, dim, seed)
+    result = lr_range_test(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), batches,
+        step_fn=lambda model, batch: model(batch), mode=mode, num_steps=steps,
+        start_lr=start / largest, end_lr=end / largest,
+    )  # fmt: skip
+    return largest, result
+
+
+@pytest.mark.parametrize("mode", ["linear", "exponential"])
+@pytest.mark.parametrize("seed", range(25))
+def test_max_lr_of_a_quadratic_is_within_a_factor_of_two_below_its_limit(mode, seed):
+    largest, result = quadratic_test(mode, seed)
+    bounds = result.suggest()
+    assert 1.0 <= bounds.max_lr * largest <= 2.0, bounds
+    assert 0.0 < bounds.base_lr <= bounds.max_lr / 2
+    assert 0.0 <= bounds.confidence <= 1.0
+    assert f"max_lr={bounds.max_lr:.3g}" in bounds.reason
+    assert result.suggest(base="max/3").base_lr == pytest.approx(bounds.max_lr / 3)
+    for method in ("steepest", "minimum/10", "valley"):
+        other = result.suggest(method)
+        assert 0.0 < other.max_lr < 3.0 / largest, other
+        assert other.base_lr == other.max_lr / 4
+        assert other.method == method
+        assert "max/4" in other.reason
+
+
+@pytest.mark.parametrize("mode", ["linear", "exponential"])
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.3])
+@pytest.mark.parametrize("seed", range(8))
+def test_flat_curves_are_refused(mode, noise, seed):
+    rng = np.random.default_rng(seed)
+    for n in (30, 100, 300):
+        lrs = np.geomspace(1e-6, 1, n) if mode == "exponential" else np.linspace(0, 1, n)
+        values = 2.3 + noise * rng.standard_normal(n)
+        with pytest.raises(ValueError, match=r"flat.*raise end_lr|improved before"):
+            RangeTest(lrs.tolist(), values.tolist(), mode=mode).suggest()
+
+
+def test_rates_too_small_to_train_are_flat():
+    model = Quadratic(1.0, 5, 0)
+    result = lr_range_test(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), [torch.zeros(5)],
+        step_fn=lambda model, batch: model(batch), start_lr=1e-9, end_lr=1e-5, num_steps=100,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"flat: loss is .*raise end_lr"):
+        result.suggest()
+
+
+@pytest.mark.parametrize("start", [2.5, 10.0])
+@pytest.mark.parametrize("mode", ["linear", "exponential"])
+def test_rates_that_all_diverge_are_refused(mode, start):
+    model = Quadratic(1.0, 5, 0)
+    result = lr_range_test(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), [torch.zeros(5)],
+        step_fn=lambda model, batch: model(batch), start_lr=start, end_lr=100.0, num_steps=100,
+        mode=mode,
+    )  # fmt: skip
+    assert result.diverged
+    assert len(result.lrs) < 100
+    with pytest.raises(ValueError, match="start_lr"):
+        result.suggest()
+
+
+def test_a_curve_that_only_gets_worse_is_refused():
+    with pytest.raises(ValueError, match=r"gets worse and has not improved before.*start_lr"):
+        RangeTest(np.linspace(0.1, 1, 50).tolist(), np.linspace(1, 3, 50).tolist()).suggest()
+
+
+@pytest.mark.parametrize("n", [0, 1, 9])
+def test_a_curve_too_short_is_refused(n):
+    result = RangeTest([0.1 * (i + 1) for i in range(n)], [1.0 / (i + 1) for i in range(n)])
+    for method in ("range", "steepest", "minimum/10", "valley"):
+        with pytest.raises(ValueError, match=f"{n} points.*num_steps"):
+            result.suggest(method)
+
+
+def accuracy_curve(n: int = 200, noise: float = 0.0) -> RangeTest:
+    """The paper's picture: it rises from 0.001 on, is best about 0.006, then falls."""
+    lrs = np.linspace(0.0001, 0.02, n)
+    values = 10 + 60 * np.clip((lrs - 0.001) / 0.005, 0, 1) - 4000 * np.clip(lrs - 0.007, 0, None)
+    values += noise * np.random.default_rng(0).standard_normal(n)
+    return RangeTest(lrs.tolist(), values.tolist(), metric="accuracy")
+
+
+@pytest.mark.parametrize("noise", [0.0, 2.0, 5.0])
+def test_both_ends_of_an_accuracy_curve(noise):
+    bounds = accuracy_curve(noise=noise).suggest()
+    assert 0.0005 < bounds.base_lr < 0.003
+    assert 0.004 < bounds.max_lr < 0.008
+    assert "accuracy rose from" in bounds.reason
+    assert "points" in bounds.reason
+    assert bounds.confidence > 0.5
+
+
+def test_noise_lowers_the_confidence():
+    clear, noisy = accuracy_curve(noise=0.5).suggest(), accuracy_curve(noise=8.0).suggest()
+    assert noisy.confidence < clear.confidence
+
+
+def test_a_curve_that_turns_ragged_breaks_there():
+    rng = np.random.default_rng(0)
+    lrs = np.linspace(0, 1, 400)
+    values = np.exp(-20 * lrs) + np.where(lrs > 0.6, 0.5, 0.005) * rng.standard_normal(400)
+    bounds = RangeTest(lrs.tolist(), values.tolist()).suggest()
+    assert 0.35 < bounds.max_lr < 0.5
+
+
+def test_no_break_in_sight_is_said_and_trusted_little():
+    lrs = np.linspace(0, 1, 100)
+    bounds = RangeTest(lrs.tolist(), np.exp(-10 * lrs).tolist()).suggest()
+    assert "raise end_lr" in bounds.reason
+    assert bounds.confidence <= 0.4
+    assert bounds.max_lr < 0.5
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(-1e6, 1e6), min_size=0, max_size=60),
+    st.sampled_from(["linear", "exponential"]),
+    st.sampled_from(["loss", "accuracy"]),
+    st.sampled_from(["range", "steepest", "minimum/10", "valley"]),
+    st.booleans(),
+)
+def test_whatever_the_curve_bounds_are_usable_or_refused(values, mode, metric, method, diverged):
+    lrs = np.geomspace(1e-6, 10, len(values)).tolist()
+    result = RangeTest(lrs, values, mode=mode, metric=metric, diverged=diverged)
+    assert len(result.smoothed()) == len(values)
+    try:
+        bounds = result.suggest(method)
+    except ValueError:
+        return
+    assert 0.0 < bounds.base_lr < bounds.max_lr <= 10
+    assert 0.0 <= bounds.confidence <= 1.0
+
+
+def test_smoothing_keeps_straight_lines_and_knows_the_spacing_of_rates():
+    lrs = [0.01, 0.02, 0.03, 0.07, 0.08, 0.2, 0.3, 0.31, 0.5, 0.9]
+    line = [3.0 - 2.0 * lr for lr in lrs]
+    assert RangeTest(lrs, line, smoothing=0.4).smoothed() == pytest.approx(line)
+    line = [3.0 - math.log(lr) for lr in lrs]
+    logarithmic = RangeTest(lrs, line, mode="exponential", smoothing=0.4)
+    assert logarithmic.smoothed() == pytest.approx(line)
+    assert RangeTest(lrs, line, smoothing=0.0).smoothed() == pytest.approx(line)
+
+
+# ---- the result
+
+
+def test_a_result_can_be_kept(tmp_path):
+    result = accuracy_curve(30, noise=1.0)
+    result.interrupted = True
+    assert RangeTest.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+    result.save(tmp_path / "curve.json")
+    assert RangeTest.from_dict(json.loads((tmp_path / "curve.json").read_text())) == result
+    result.save(str(tmp_path / "curve.csv"))
+    with (tmp_path / "curve.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["lr"]) for row in rows] == result.lrs
+    assert [float(row["accuracy"]) for row in rows] == result.values
+    assert [int(row["step"]) for row in rows] == result.steps
+    assert [float(row["smoothed"]) for row in rows] == result.smoothed()
+    with pytest.raises(ValueError, match=r"\.json or \.csv, got 'curve.txt'"):
+        result.save("curve.txt")
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (ValueError, "format=2", {"format": 2}),
+        (ValueError, r"unknown \['x'\]", {"x": 1}),
+        (ValueError, "mode must be one of", {"mode": "log"}),
+        (ValueError, "metric must be one of", {"metric": "f1"}),
+        (ValueError, "values has 1 entries", {"values": [1.0]}),
+        (ValueError, "finite", {"values": [math.nan, 1.0]}),
+        (ValueError, "lrs must rise", {"lrs": [2.0, 1.0]}),
+    ],
+)
+def test_what_is_no_result_is_refused(error, message, change):
+    with pytest.raises(error, match=message):
+        RangeTest.from_dict({**RangeTest([1.0, 2.0], [1.0, 2.0]).to_dict(), **change})
+
+
+def test_an_exponential_curve_has_no_rate_of_zero():
+    with pytest.raises(ValueError, match="above 0"):
+        RangeTest([0.0, 2.0], [1.0, 2.0], mode="exponential")
+    with pytest.raises(TypeError, match="to_dict"):
+        RangeTest.from_dict([])  # type: ignore[arg-type]
+
+
+def test_step_size_and_length_follow_the_paper():
+    assert RangeTest.suggest_step_size(500) == 2000
+    assert RangeTest.suggest_step_size(500, epochs=2) == 1000
+    assert accuracy_curve().suggest_step_size(24, epochs=2.5) == 60
+    assert RangeTest.total_steps(3, 500, epochs=8) == 3 * 2 * 4000
+    for epochs in (1, 11):
+        with pytest.raises(ValueError, match="epochs must be"):
+            RangeTest.suggest_step_size(500, epochs=epochs)
+    with pytest.raises(ValueError, match="cycles"):
+        RangeTest.total_steps(0, 500)
+    with pytest.raises(ValueError, match="method must be one of"):
+        accuracy_curve().suggest("knee")
+    with pytest.raises(ValueError, match="base must be one of"):
+        accuracy_curve().suggest(base="max/2")
+
+
+def test_bounds_are_what_the_optimizer_takes():
+    result = accuracy_curve()
+    result.ratios = [0.1, 1.0]
+    bounds = result.suggest()
+    parameters = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    inner = torch.optim.SGD([{"params": [p]} for p in parameters], lr=1.0)
+    opt = CyclicalOptimizer(inner, "triangular2", **bounds.asdict())
+    assert opt.lr_at(0) == pytest.approx([bounds.base_lr / 10, bounds.base_lr])
+    assert opt.lr_at(2000) == pytest.approx([bounds.max_lr / 10, bounds.max_lr])
+    assert Bounds(0.1, 0.4).asdict() == {"base_lr": 0.1, "max_lr": 0.4}
+
+
+# ---- everything is put back
+
+
+class Network(nn.Module):
+    """Batch norm, dropout, a frozen layer, a submodule in eval mode, a buffer that is expanded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 3)
+        )
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.still = nn.BatchNorm1d(6).eval()
+        self.register_buffer("wide", torch.ones(1).expand(6), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.wide[:1] += 1.0
+        return self.body(self.still(self.frozen(x)))
+
+
+def make_data(n: int = 4, size: int = 8) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    return [
+        (torch.randn(size, 6, generator=generator), torch.randint(3, (size,), generator=generator))
+        for _ in range(n)
+    ]
+
+
+OPTIMIZERS = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    "sgd-plain": lambda params: torch.optim.SGD(params, lr=0.1),
+    "adam": lambda params: torch.optim.Adam(params, lr=0.01, amsgrad=True),
+    "adam-tensor-lr": lambda params: torch.optim.Adam(params, lr=torch.tensor(0.01)),
+    "cyclical": lambda params: CyclicalOptimizer(
+        torch.optim.AdamW(params, lr=0.01), step_size_up=3, cycle_momentum=True
+    ),
+}
+
+
+def train(model: nn.Module, optimizer: Any, steps: int) -> None:
+    for i in range(steps):
+        x, y = make_data()[i % 4]
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equality down to the bits, of NaN too."""
+    if isinstance(a, Tensor):
+        plain = isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape
+        return plain and a.detach().numpy().tobytes() == b.detach().numpy().tobytes()
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and bool(a == b)
+
+
+def everything(model: nn.Module, optimizer: Any, generator: torch.Generator) -> dict[str, Any]:
+    """Copies of the values, and which objects hold them."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    tensors = [*model.parameters(), *model.buffers()]
+    values = {
+        "tensors": tensors,
+        "grads": [p.grad for p in model.parameters()],
+        "requires": [p.requires_grad for p in model.parameters()],
+        "flags": [m.training for m in model.modules()],
+        "hooks": [
+            list(hooks)
+            for m in [*model.modules(), inner, optimizer]
+            for name, hooks in vars(m).items()
+            if "hooks" in name and isinstance(hooks, dict)
+        ],
+        "state": list(inner.state.values()),
+        "groups": [{k: v for k, v in g.items() if k != "params"} for g in inner.param_groups],
+        "defaults": inner.defaults,
+        "torch": torch.get_rng_state(),
+        "python": list(random.getstate()),
+        "numpy": [np.random.get_state()[1].tolist(), *np.random.get_state()[2:]],
+        "loader": generator.get_state(),
+    }
+    values = copy.deepcopy(values)
+    objects: list[Any] = [*tensors, *(p.grad for p in model.parameters()), inner.state]
+    objects += [inner.param_groups, *inner.param_groups, inner.defaults, *inner.state]
+    objects += [g["params"] for g in inner.param_groups] + [g["lr"] for g in inner.param_groups]
+    objects += [v for s in inner.state.values() for v in (s, *s.values())]
+    values["objects"] = list(map(id, objects))
+    values["memory"] = [t.data_ptr() for t in objects if isinstance(t, Tensor)]
+    values["held"] = objects  # or an id might be used again
+    return values
+
+
+class Loader:
+    """Shuffles by a generator, Python's and NumPy's; raises, or is interrupted, at some batch."""
+
+    def __init__(self, generator: torch.Generator, error: BaseException | None = None) -> None:
+        self.generator = generator
+        self.error = error
+        self.given = 0
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self):
+        data = make_data()
+        for i in torch.randperm(4, generator=self.generator).tolist():
+            if self.error is not None and self.given == 7:
+                raise self.error
+            self.given += 1
+            random.random()
+            np.random.rand()
+            yield data[i]
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
+@pytest.mark.parametrize("begun", [False, True], ids=["new", "begun"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("outcome", ["success", "error", "interrupt", "divergence"])
+def test_everything_is_as_before(outcome, name, begun, offload):
+    torch.manual_seed(0)
+    model = Network()
+    handle = model.register_forward_hook(lambda *args: None)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    if begun:
+        train(model, optimizer, 3)
+        model.eval()
+        model.body[1].train()
+        model.body[0].bias.grad = None
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    for param, other in zip(model.parameters(), twin_model.parameters(), strict=True):
+        other.grad = None if param.grad is None else param.grad.clone()
+    generator = torch.Generator().manual_seed(3)
+    errors = {"error": OSError("disk"), "interrupt": KeyboardInterrupt()}
+    loader = Loader(generator, errors.get(outcome))
+    before = everything(model, optimizer, generator)
+
+    def run() -> RangeTest:
+        return lr_range_test(
+            model, optimizer, loader, functional.cross_entropy, start_lr=1e-3, offload=offload,
+            end_lr=1e6 if outcome == "divergence" else 0.1, num_steps=20, mode="exponential",
+        )  # fmt: skip
+
+    if outcome == "error":
+        with pytest.raises(OSError, match="disk"):
+            run()
+    else:
+        result = run()
+        assert result.interrupted == (outcome == "interrupt")
+        assert result.diverged == (outcome == "divergence")
+        expected = {"success": 20, "interrupt": 7}.get(outcome, len(result.lrs))
+        assert len(result.values) == len(result.lrs) == expected
+        assert len(result.lrs) < 20 or outcome != "divergence"
+    after = everything(model, optimizer, generator)
+    for key in before:
+        if key != "held":
+            assert same(before[key], after[key]), key
+    handle.remove()
+
+    # It trains on as if nothing had been.
+    model.train()
+    twin_model.train()
+    state = torch.get_rng_state()
+    train(model, optimizer, 4)
+    torch.set_rng_state(state)
+    train(twin_model, twin, 4)
+    assert same(list(model.parameters()), list(twin_model.parameters()))
+    if name == "cyclical":
+        assert optimizer.iteration == twin.iteration == 4 + 3 * begun
+        assert optimizer.get_last_lr() == twin.get_last_lr()
+
+
+def test_what_a_users_function_does_is_put_back():
+    """Other memory, other tensors, other flags: what a step might do beyond updating."""
+    model = Network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    generator = torch.Generator()
+    before = everything(model, optimizer, generator)
+
+    def step_fn(model: Network, batch: Any) -> Tensor:
+        model.frozen.bias.requires_grad_(True)
+        model.frozen.weight.data = model.frozen.weight.data + 1.0
+        model.body[1].running_mean = model.body[1].running_mean * 2
+        model.body[2].eval()
+        optimizer.param_groups[0]["new"] = 1
+        return functional.cross_entropy(model(batch[0]), batch[1])
+
+    lr_range_test(model, optimizer, make_data(), step_fn=step_fn, start_lr=0, end_lr=1, num_steps=5)
+    after = everything(model, optimizer, generator)
+    for key in before:
+        if key != "held":
+            assert same(before[key], after[key]), key
+
+
+def test_an_interrupt_while_putting_back_does_not_leave_it_half_done(monkeypatch):
+    model = Network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    restore, calls = _Snapshot.restore, []
+
+    def interrupted_once(self: _Snapshot) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        restore(self)
+
+    monkeypatch.setattr(_Snapshot, "restore", interrupted_once)
+    before = copy.deepcopy(list(model.state_dict().values()))
+    result = lr_range_test(
+        model, optimizer, make_data(), functional.cross_entropy, start_lr=0, end_lr=1, num_steps=3
+    )
+    assert result.interrupted
+    assert len(result.lrs) == 3
+    assert same(before, list(model.state_dict().values()))
+
+
+# ---- what is measured
+
+
+def linear_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(6, 3)
+
+
+def reference(batches: list[Any], rates: list[float], make: Any) -> list[float]:
+    """A plain loop."""
+    model = linear_model()
+    optimizer = make(model.parameters())
+    losses = []
+    for (x, y), lr in zip(batches, rates, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def measure(loader: Any, loss_fn: Any = functional.cross_entropy, **options: Any) -> RangeTest:
+    model = options.pop("model", None) or linear_model()
+    make = options.pop("make", OPTIMIZERS["sgd"])
+    optimizer = make(model.parameters())
+    options = {"start_lr": 0.01, "end_lr": 0.1, "num_steps": 6, **options}
+    return lr_range_test(model, optimizer, loader, loss_fn, **options)
+
+
+@pytest.mark.parametrize("mode", ["linear", "exponential"])
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_the_losses_are_those_of_a_plain_loop(name, mode):
+    space = np.linspace if mode == "linear" else np.geomspace
+    rates = space(0.01, 0.1, 12).tolist()
+    result = measure(make_data(), mode=mode, num_steps=12, make=OPTIMIZERS[name])
+    assert result.lrs == pytest.approx(rates, rel=1e-12)
+    assert result.steps == list(range(12))
+    assert result.num_steps == 12
+    expected = reference(make_data() * 3, rates, OPTIMIZERS[name])
+    assert result.values == pytest.approx(expected, rel=1e-5)
+
+
+Batch = namedtuple("Batch", ["x", "y"])
+
+
+class Keyword(nn.Module):
+    """Called by keyword; with labels it returns the loss, as Hugging Face's models do."""
+
+    def __init__(self, output: str = "") -> None:
+        super().__init__()
+        self.inner = linear_model()
+        self.output = output
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        scores = self.inner(x)
+        if labels is None:
+            return scores
+        loss = functional.cross_entropy(scores, labels)
+        if self.output == "dict":
+            return {"loss": loss}
+        return namedtuple("Output", "loss")(loss)
+
+
+def cross_entropy_of(model: nn.Module, batch: Any) -> Tensor:
+    return functional.cross_entropy(model(batch["deep"][0]["x"]), batch["deep"][1])
+
+
+def dictionaries() -> list[dict[str, Tensor]]:
+    return [{"x": x, "labels": y} for x, y in make_data()]
+
+
+FORMATS: dict[str, Any] = {
+    "tuple": lambda: measure(make_data()),
+    "list": lambda: measure([list(batch) for batch in make_data()]),
+    "namedtuple": lambda: measure([Batch(*batch) for batch in make_data()]),
+    "generator": lambda: measure(iter(make_data() * 2)),
+    "two inputs": lambda: measure(
+        [(x, torch.zeros(1), y) for x, y in make_data()], model=TwoInputs()
+    ),
+    "dict": lambda: measure(dictionaries(), model=Keyword()),
+    "dict, other key": lambda: measure(
+        [{"x": x, "y": y} for x, y in make_data()], model=Keyword(), target_key="y"
+    ),
+    "model's own loss": lambda: measure(dictionaries(), None, model=Keyword()),
+    "model's own loss in a dict": lambda: measure(dictionaries(), None, model=Keyword("dict")),
+    "step_fn": lambda: measure(
+        [{"deep": ({"x": x}, y)} for x, y in make_data()], None, step_fn=cross_entropy_of
+    ),
+    "step_fn of Lightning": lambda: measure(
+        [{"deep": [{"x": x}, y]} for x, y in make_data()],
+        None,
+        step_fn=lambda model, batch: {"loss": cross_entropy_of(model, batch)},
+    ),
+    "accuracy too": lambda: measure(
+        make_data(), None, step_fn=lambda m, b: (functional.cross_entropy(m(b[0]), b[1]), 1, 2)
+    ),
+    "DataLoader": lambda: measure(
+        torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(*map(torch.cat, zip(*make_data(), strict=True))),
+            batch_size=8,
+        )
+    ),
+}
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = linear_model()
+
+    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+        return self.inner(x + offset)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_batches_of_every_format(name):
+    assert FORMATS[name]().values == pytest.approx(measure(make_data()).values, rel=1e-6)
+
+
+def test_accumulating_is_a_larger_batch():
+    large = [
+        (torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]]))
+        for a, b in zip(make_data()[::2], make_data()[1::2], strict=True)
+    ]
+    once, twice = measure(large), measure(make_data(), accumulate=2)
+    assert twice.values == pytest.approx(once.values, rel=1e-5)
+    assert twice.lrs == once.lrs
+    assert len(measure(make_data(), accumulate=2, num_steps=None, epochs=3).lrs) == 6
+    assert len(measure(make_data(), num_steps=None, epochs=2.5).lrs) == 10
+
+
+def test_groups_keep_the_ratio_of_their_rates():
+    for mode in ("linear", "exponential"):
+        model = linear_model()
+        groups = [{"params": [model.bias], "lr": 0.02}, {"params": [model.weight], "lr": 0.2}]
+        optimizer = torch.optim.SGD(groups)
+        seen: list[list[float]] = []
+        optimizer.register_step_pre_hook(
+            lambda opt, *rest, seen=seen: seen.append([g["lr"] for g in opt.param_groups])
+        )
+        result = lr_range_test(
+            model, optimizer, make_data(), functional.cross_entropy,
+            start_lr=0.01, end_lr=1.0, num_steps=5, mode=mode,
+        )  # fmt: skip
+        assert result.ratios == pytest.approx([0.1, 1.0])
+        assert [rates[1] for rates in seen] == result.lrs
+        assert [rates[0] for rates in seen] == pytest.approx([lr / 10 for lr in result.lrs])
+        assert result.lrs[-1] == 1.0
+        assert [g["lr"] for g in optimizer.param_groups] == [0.02, 0.2]
+
+
+def test_a_cycle_in_the_middle_does_not_change_the_ratios():
+    model = linear_model()
+    groups = [{"params": [model.bias]}, {"params": [model.weight]}]
+    inner = torch.optim.SGD(groups, lr=0.1)
+    optimizer = CyclicalOptimizer(inner, "triangular", base_lr=0.01, max_lr=[0.05, 0.2])
+    optimizer.set_iteration(1000)
+    before = copy.deepcopy(
+        [{k: v for k, v in g.items() if k != "params"} for g in inner.param_groups]
+    )
+    result = lr_range_test(
+        model, optimizer, make_data(), functional.cross_entropy,
+        start_lr=0.01, end_lr=1.0, num_steps=5,
+    )  # fmt: skip
+    assert result.ratios == pytest.approx([0.25, 1.0])
+    assert result.lrs[0] == 0.01
+    assert optimizer.iteration == 1000
+    assert before == [{k: v for k, v in g.items() if k != "params"} for g in inner.param_groups]
+
+
+def test_accuracy_is_in_percent():
+    result = measure(make_data(), metric="accuracy", num_steps=4)
+    model = linear_model()
+    x, y = make_data()[0]
+    first = 100 * (model(x).argmax(1) == y).float().mean().item()
+    assert result.values[0] == pytest.approx(first)
+    by_hand = measure(
+        make_data(),
+        None,
+        metric="accuracy",
+        num_steps=4,
+        step_fn=lambda model, batch: (
+            functional.cross_entropy(model(batch[0]), batch[1]),
+            (model(batch[0]).argmax(1) == batch[1]).sum(),
+            len(batch[1]),
+        ),
+    )
+    assert by_hand.values == pytest.approx(result.values)
+
+
+def test_validation_is_on_its_own_loader_in_eval_mode():
+    model = Network()
+    modes = []
+    model.body[2].register_forward_hook(lambda module, *rest: modes.append(module.training))
+    validation = make_data(3)
+    options = {"val_loader": validation, "validate_every": 2, "model": model}
+    result = measure(make_data(), metric="validation_accuracy", **options)
+    assert result.steps == [1, 3, 5]
+    assert modes == [True, True, False, False, False] * 3
+    assert all(0 <= value <= 100 for value in result.values)
+    torch.manual_seed(0)
+    losses = measure(make_data(), metric="validation_loss", **options)
+    assert losses.lrs == result.lrs
+    assert len(measure(make_data(), metric="validation_loss", val_loader=validation).lrs) == 6
+
+
+def test_a_loss_that_is_no_longer_finite_ends_the_test():
+    calls = []
+
+    def step_fn(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        loss = functional.cross_entropy(model(batch[0]), batch[1])
+        return loss * math.nan if len(calls) == 4 else loss
+
+    result = measure(make_data(), None, step_fn=step_fn)
+    assert result.diverged
+    assert len(result.lrs) == len(calls) - 1 == 3
+
+
+def test_gradients_are_clipped():
+    batches = [(10 * x, y) for x, y in make_data()]
+    free, clipped = measure(batches), measure(batches, max_grad_norm=1e-6)
+    assert free.values[4] != pytest.approx(free.values[0], rel=0.1)
+    assert clipped.values[4] == pytest.approx(clipped.values[0], rel=1e-3)
+    wrapped = measure(
+        batches, make=lambda p: CyclicalOptimizer(OPTIMIZERS["sgd"](p), max_grad_norm=1e-6)
+    )
+    assert wrapped.values == clipped.values
+
+
+def test_autocast_is_on_during_forward():
+    for dtype in (torch.bfloat16, torch.float16):
+        seen = []
+
+        def step_fn(model: nn.Module, batch: Any, seen: list[Any] = seen) -> Tensor:
+            scores = model(batch[0])
+            seen.append(scores.dtype)
+            return functional.cross_entropy(scores.float(), batch[1])
+
+        result = measure(make_data(), None, step_fn=step_fn, amp_dtype=dtype)
+        assert set(seen) == {dtype}
+        assert len(result.lrs) == 6
+        assert result.values == pytest.approx(measure(make_data()).values, rel=0.05)
+
+
+def test_steps_that_a_scaler_skips_are_not_counted():
+    """Losses so large that float16 gradients overflow until the scale has come down."""
+    calls = []
+
+    def step_fn(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        return 100 * functional.cross_entropy(model(batch[0]).float(), batch[1])
+
+    result = measure(
+        make_data(), None, step_fn=step_fn, amp_dtype=torch.float16, start_lr=1e-5, end_lr=1e-3
+    )
+    assert result.steps == list(range(6))
+    assert len(calls) > 6
+    assert not result.diverged
+
+
+def test_the_progress_is_for_terminals_only(monkeypatch):
+    for terminal in (True, False):
+        stream = io.StringIO()
+        stream.isatty = lambda terminal=terminal: terminal  # type: ignore[method-assign]
+        monkeypatch.setattr(sys, "stderr", stream)
+        measure(make_data())
+        assert ("range test 1/6  lr 0.01  loss" in stream.getvalue()) == terminal
+        assert bool(stream.getvalue()) == terminal
+
+
+# ---- several ranks
+
+
+def range_test_on_ranks(how: str) -> Any:
+    """On one rank: its share of each batch; the result, and whether all is as it was."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    if how == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    data = [(x[rank::world], y[rank::world]) for x, y in make_data(size=12)]
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    results = []
+    for metric, every in (("loss", None), ("validation_accuracy", 3)):
+        for end_lr in (0.1, 1e5):
+            before = [_local(p).detach().clone() for p in model.parameters()]
+            result = lr_range_test(
+                model, optimizer, data, functional.cross_entropy, start_lr=1e-3, end_lr=end_lr,
+                num_steps=30, mode="exponential", metric=metric, accumulate=2 if every else 1,
+                val_loader=data if every else None, validate_every=every,
+            )  # fmt: skip
+            assert same(before, [_local(p) for p in model.parameters()])
+            assert not optimizer.state
+            assert all(p.grad is None for p in model.parameters())
+            results.append(result.to_dict())
+    # It trains on.
+    for x, y in data:
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return results
+
+
+def _local(param: Any) -> Tensor:
+    return param.to_local() if hasattr(param, "to_local") else param
+
+
+@pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
+)
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_ranks_get_the_same_result_and_that_of_one_process(ranks, how):
+    first, second = ranks.run(2, range_test_on_ranks, how)
+    assert first == second
+    assert [result["diverged"] for result in first] == [False, True, False, True]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    alone = lr_range_test(
+        model, torch.optim.Adam(model.parameters(), lr=0.01), make_data(size=12),
+        functional.cross_entropy, start_lr=1e-3, end_lr=0.1, num_steps=30, mode="exponential",
+    )  # fmt: skip
+    assert first[0]["lrs"] == alone.lrs
+    assert first[0]["values"] == pytest.approx(alone.values, rel=1e-3)
+
+
+# ---- wrong input
+
+
+def _requires_nothing() -> nn.Module:
+    return linear_model().requires_grad_(False)
+
+
+class Once:
+    """Can be gone through once, though it does not say so."""
+
+    def __init__(self) -> None:
+        self.batches = iter(make_data(2))
+
+    def __iter__(self):
+        yield from self.batches
+
+
+def twice_a_loss(output: Tensor, target: Tensor) -> Tensor:
+    return functional.cross_entropy(output, target, reduction="none")
+
+
+ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
+    (TypeError, "model must be a torch.nn.Module", {"model": "model"}),
+    (TypeError, "optimizer must be a torch.optim.Optimizer", {"optimizer": 1}),
+    (ValueError, "start_lr=0.1 must be below end_lr=0.1.*swap", {"start_lr": 0.1}),
+    (ValueError, "start_lr must be .* got -1", {"start_lr": -1}),
+    (ValueError, "start_lr must be a finite number > 0", {"start_lr": 0, "mode": "exponential"}),
+    (ValueError, "end_lr must be", {"end_lr": math.inf}),
+    (ValueError, "mode must be one of", {"mode": "log"}),
+    (ValueError, "metric must be one of", {"metric": "f1"}),
+    (ValueError, "num_steps must be an integer >= 2, got 0", {"num_steps": 0}),
+    (ValueError, "num_steps=6 and epochs=1.*one of them", {"epochs": 1}),
+    (ValueError, "num_steps=None and epochs=None", {"num_steps": None}),
+    (ValueError, "epochs must be", {"num_steps": None, "epochs": 0}),
+    (ValueError, "raise epochs", {"num_steps": None, "epochs": 0.25}),
+    (ValueError, "num_steps instead", {"num_steps": None, "epochs": 1, "loader": iter([])}),
+    (ValueError, "loader is empty", {"loader": []}),
+    (ValueError, "loader is empty", {"loader": iter([])}),
+    (TypeError, "loader must be an iterable", {"loader": 3}),
+    (ValueError, "ended after 4 batches.*fewer num_steps", {"loader": "iterator"}),
+    (ValueError, "ended after 2 batches.*DataLoader", {"loader": "once"}),
+    (ValueError, "needs a val_loader", {"metric": "validation_loss"}),
+    (ValueError, "val_loader has no effect", {"val_loader": [1]}),
+    (ValueError, "val_loader is empty", {"val_loader": [], "metric": "validation_loss"}),
+    (ValueError, "only once", {"val_loader": iter([1]), "metric": "validation_loss"}),
+    (ValueError, "validate_every=3 has no effect", {"validate_every": 3}),
+    (
+        ValueError,
+        "validate_every=9 is beyond",
+        {"validate_every": 9, "metric": "validation_loss", "val_loader": [1]},
+    ),
+    (ValueError, "accumulate must be", {"accumulate": 0}),
+    (ValueError, "diverge_factor must be", {"diverge_factor": 1.0}),
+    (ValueError, "smoothing must be", {"smoothing": 2.0}),
+    (TypeError, "offload must be True or False", {"offload": 1}),
+    (ValueError, "amp_dtype must be", {"amp_dtype": torch.float64}),
+    (ValueError, "init_process_group", {"average_ranks": True}),
+    (ValueError, "scalar tensor, got a tensor of shape", {"loss_fn": twice_a_loss}),
+    (ValueError, "scalar tensor, got 1.0", {"loss_fn": lambda output, target: 1.0}),
+    (ValueError, "without detach", {"loss_fn": lambda output, target: torch.zeros(())}),
+    (ValueError, "first batch is nan", {"loss_fn": lambda output, _: output.sum() * math.nan}),
+    (ValueError, "both given", {"step_fn": lambda model, batch: 0}),
+    (TypeError, "loss_fn must be callable", {"loss_fn": 3}),
+    (ValueError, "needs a step_fn", {"loss_fn": None}),
+    (ValueError, "a batch is a Tensor.*step_fn", {"loader": [torch.zeros(8, 6)]}),
+    (
+        ValueError,
+        r"target_key='labels' is not in the batch, which has \['x'\]",
+        {"loader": [{"x": torch.zeros(8, 6)}]},
+    ),
+    (
+        ValueError,
+        "accuracy needs scores",
+        {
+            "metric": "accuracy",
+            "loss_fn": lambda o, t: o.sum(),
+            "loader": [(torch.ones(1, 6),) * 2],
+        },
+    ),
+    (
+        ValueError,
+        "got a loss alone",
+        {"metric": "accuracy", "loss_fn": None, "step_fn": lambda m, b: m(b[0]).sum()},
+    ),
+    (ValueError, "got 2 values", {"loss_fn": None, "step_fn": lambda m, b: (m(b[0]).sum(), 1)}),
+    (ValueError, "nothing to train", {"model": "frozen"}),
+    (ValueError, "lazy", {"model": "lazy"}),
+    (ValueError, "LBFGS, whose step needs a closure", {"optimizer": "lbfgs"}),
+    (ValueError, "none of the SGD's parameters", {"optimizer": "foreign"}),
+    (ValueError, "backend='gpu' must be one of", {"backend": "gpu"}),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "change"), ERRORS, ids=lambda value: None)
+def test_wrong_input_is_refused_and_changes_nothing(error, message, change):
+    change = dict(change)
+    model: Any = linear_model()
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+    special: dict[str, Any] = {
+        "frozen": _requires_nothing,
+        "lazy": lambda: nn.LazyLinear(3),
+        "lbfgs": lambda: torch.optim.LBFGS(model.parameters()),
+        "foreign": lambda: torch.optim.SGD(linear_model().parameters()),
+        "iterator": lambda: iter(make_data()),
+        "once": Once,
+    }
+    arguments: dict[str, Any] = {
+        "model": model,
+        "optimizer": optimizer,
+        "loader": make_data(),
+        "loss_fn": functional.cross_entropy,
+        "start_lr": 0.01,
+        "end_lr": 0.1,
+        "num_steps": 6,
+    }
+    for name, value in change.items():
+        known = special.get(value) if isinstance(value, str) else None
+        arguments[name] = value if known is None else known()
+    before = copy.deepcopy([*model.parameters(), torch.get_rng_state()])
+    groups = copy.deepcopy({k: v for k, v in optimizer.param_groups[0].items() if k != "params"})
+    with pytest.raises(error, match=message):
+        lr_range_test(**arguments)
+    assert same(before, [*model.parameters(), torch.get_rng_state()])
+    assert groups == {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    assert not optimizer.state
