@@ -4,14 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test format lint types check interpreted package pictures gpu-check clean FORCE
+DISTRIBUTED := tests/test_distributed.py tests/test_distributed_checkpoint.py \
+	tests/test_dtensor.py tests/test_examples.py
+
+.PHONY: demo test format lint types check interpreted distributed package pictures gpu-check clean FORCE
 
 demo: $(VENV)/.demo
 	$(BIN)/clr-optim demo $(ARGS)
 
-# The two runs of tests take a core each.
+# The runs of tests take a core each, two at a time.
 test: lint types
-	$(MAKE) -j2 --output-sync=target check interpreted
+	$(MAKE) -j2 --output-sync=target check interpreted distributed
 	$(MAKE) package
 
 $(VENV)/bin/python:
@@ -44,7 +47,11 @@ types: $(VENV)/.test build/tree
 	cd build/tree && ../../$(BIN)/mypy --config-file ../../pyproject.toml typed_use.py
 
 check: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(DISTRIBUTED)) $(ARGS)
+
+# What runs on several processes.
+distributed: $(VENV)/.test
+	$(BIN)/python -m pytest $(DISTRIBUTED) $(ARGS)
 
 # The Triton kernels on the CPU; a process of its own, since Triton decides when it is imported.
 interpreted: $(VENV)/.test
