@@ -95,6 +95,7 @@ class Tensors:
             return (noise.repeat(-(-size // len(noise)))[:size] * scale).reshape(shape).clone()
 
         self.params = [filled(shape, 1.0).requires_grad_() for shape in shapes]
+        self.size = sum(param.numel() for param in self.params)
         self._sets = cycle([[filled(shape, scale) for shape in shapes] for scale in (0.01, 0.02)])
         self._backward = backward
 
@@ -262,8 +263,7 @@ def measure_cell(
     steps: dict[str, Step] = {**torch_steps(RULES[rule], tensors.params, compiled)}
     steps["ours"] = own.step
     _leave_out_failing(steps, ["compile"], tensors, f"{rule}/{workload}/{dtype}")
-    size = sum(param.numel() for param in tensors.params)
-    moved = size * bytes_per_element(RULES[rule], DTYPES[dtype])
+    moved = tensors.size * bytes_per_element(RULES[rule], DTYPES[dtype])
     from_memory = moved >= _CACHES_FULL * last_level_cache()
     probes = limit.operations if from_memory else {}
     times = interleave({**steps, **probes}, tensors.move_gradients, seconds)
@@ -272,13 +272,7 @@ def measure_cell(
     best = min(median[name] for name in steps if name not in ("ours", *wrong))
     gbps = max(limit.gbps(median).values()) if from_memory else None
     return {
-        "rule": rule,
-        "workload": workload,
-        "dtype": dtype,
-        "tensors": len(tensors.params),
-        "params": size,
-        "bytes": moved,
-        "backend": own.explain().partition(":")[0],
+        **_described(rule, workload, dtype, tensors, own),
         "rounds": len(times["ours"]),
         "times": {
             name: {
@@ -293,6 +287,21 @@ def measure_cell(
         "ratio_vs_default_torch": median["default"] / median["ours"],
         "limit_gbps": gbps,
         "fraction_of_limit": gbps and moved / median["ours"] / 1e9 / gbps,
+    }
+
+
+def _described(
+    rule: str, workload: str, dtype: str, tensors: Tensors, own: CyclicalOptimizer[Any]
+) -> Row:
+    """What a row is about."""
+    return {
+        "rule": rule,
+        "workload": workload,
+        "dtype": dtype,
+        "tensors": len(tensors.params),
+        "params": tensors.size,
+        "bytes": tensors.size * bytes_per_element(RULES[rule], DTYPES[dtype]),
+        "backend": own.explain().partition(":")[0],
     }
 
 
@@ -367,8 +376,7 @@ def measure_cell_on_gpu(
     rivals = list(steps)
     steps["ours"] = own.step
     steps.update(graphs(gpu, kind, tensors, "fused" in rivals, cell))
-    size = sum(param.numel() for param in tensors.params)
-    moved = size * bytes_per_element(kind, DTYPES[dtype])
+    moved = tensors.size * bytes_per_element(kind, DTYPES[dtype])
     from_memory = moved >= _CACHES_FULL * gpu.cache()
     timed = {**steps, **(limit.operations if from_memory else {})}
     busy = limit.operations["in_place"]
@@ -382,13 +390,7 @@ def measure_cell_on_gpu(
     gbps = max(limit.gbps(device).values()) if from_memory else None
     graph = None if "ours_graph" in wrong else device.get("ours_graph")
     return {
-        "rule": rule,
-        "workload": workload,
-        "dtype": dtype,
-        "tensors": len(tensors.params),
-        "params": size,
-        "bytes": moved,
-        "backend": own.explain().partition(":")[0],
+        **_described(rule, workload, dtype, tensors, own),
         "rounds": len(times["ours"].device),
         "times": {
             name: {
