@@ -410,12 +410,11 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         position, fused = self._believed_iteration(), self._shared.fused
         # Groups that are not ours yet, loaded beneath us, say for themselves where they are.
         ours = position == self._shared.position and self._shared.groups is self.param_groups
-        if fused is not None and fused.uncertain and ours:
+        if fused is not None and ours and self._only_the_device_knows():
             position = fused.position()
             kept = any(map(self._is_kept, self.param_groups))
             if kept or position != self._shared.position:
-                for group, bounds in zip(self.param_groups, self._bounds(), strict=True):
-                    self._set_group_bounds(group, bounds)
+                self._write_bounds()
                 # Not as if it were all stepped: bounds written since are news to the device, and
                 # an older graph does not keep the rate of a group that was added.
                 self._go_to(position)
@@ -577,12 +576,14 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         if not untouched:
             # A checkpointer's step has no closure. Asked before anything below writes a rate.
             at_zero = closure is None and not capturing and self._is_zero_rate_step()
-            known = len(self._shared.rates) == len(self.param_groups)
-            unsure = self._shared.fused is not None and self._shared.fused.uncertain
-            if at_zero and self._cycle_momentum and known and unsure:
-                self._settle()  # momentum is then the host's to say
             if not at_zero:
                 self._overrule()
+            elif (
+                self._cycle_momentum
+                and len(self._shared.rates) == len(self.param_groups)
+                and self._only_the_device_knows()
+            ):
+                self._settle()  # momentum is then the host's to say
         if self._has_scale_fn:
             # It may raise, which must happen before the step and not in the middle of it.
             self._schedule.rates(self._shared.position + 1, self._shared.bounds)
@@ -590,8 +591,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         if fused is not None:
             loss, happened = self._fused_step(fused, closure, at_zero)
         else:
-            behind = self._shared.fused  # the device will not notice this step
-            if behind is not None and behind.uncertain:
+            if self._only_the_device_knows():  # and it will not notice this step
                 self._settle()
             loss, happened = self._torch_step(closure, *args, **kwargs)
         # What is captured is not run: the device counts the replays.
@@ -974,13 +974,11 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         Args:
             position: where the groups stand; ``None`` asks the device, if only that knows.
         """
-        groups = self.param_groups
         if position is None:
             position = self.iteration
         if self._is_settled(position):
             return position
-        for group, bounds in zip(groups, self._bounds(), strict=True):
-            self._set_group_bounds(group, bounds)
+        self._write_bounds()
         if position == self._shared.position:
             position = self.iteration  # what changed is not where the device is
         self._go_to(position)
@@ -998,6 +996,15 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 for group, bounds in zip(groups, shared.bounds, strict=True)
             )
         )
+
+    def _only_the_device_knows(self) -> bool:
+        """Whether the host may be wrong about the position, after steps it did not see."""
+        fused = self._shared.fused
+        return fused is not None and fused.uncertain
+
+    def _write_bounds(self) -> None:
+        for group, bounds in zip(self.param_groups, self._bounds(), strict=True):
+            self._set_group_bounds(group, bounds)
 
     def _set_group_bounds(self, group: dict[str, Any], bounds: tuple[float, float]) -> None:
         """Write a group's bounds; those of momentum, where it has none, are the first group's."""
@@ -1065,7 +1072,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 group["betas"] = (momentum, *group["betas"][1:])
         shared.groups, shared.position = groups, position
         shared.bounds, shared.rates = bounds, held
-        if shared.fused is not None and shared.fused.uncertain and not stepped:
+        if shared.fused is not None and not stepped and self._only_the_device_knows():
             shared.fused.move_to(self._course(at_zero=False))
 
     # ---- checkpoints and copies
