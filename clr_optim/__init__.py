@@ -1,11 +1,22 @@
 """Cyclical learning rates inside the optimizer's step.
 
 ``CyclicalOptimizer(torch.optim.Adam(model.parameters(), lr=1e-3), policy="exp_range")`` is the one
-line to change; :mod:`clr_optim.schedule` has every policy.
+line to change; :mod:`clr_optim.schedule` has every policy, and :func:`lr_range_test` finds the
+bounds.
 """
 
 from clr_optim._version import __version__
 from clr_optim.optimizer import CyclicalOptimizer, CyclicalScheduler
+from clr_optim.range_test import Bounds, RangeTest, lr_range_test
 from clr_optim.schedule import Phase, Schedule
 
-__all__ = ["CyclicalOptimizer", "CyclicalScheduler", "Phase", "Schedule", "__version__"]
+__all__ = [
+    "Bounds",
+    "CyclicalOptimizer",
+    "CyclicalScheduler",
+    "Phase",
+    "RangeTest",
+    "Schedule",
+    "__version__",
+    "lr_range_test",
+]

@@ -1,4 +1,4 @@
-"""The command ``clr-optim``: demo, pictures, benchmark, and what this installation can do."""
+"""The command ``clr-optim``: demo, range test, training, pictures, benchmark, and what is here."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from torch.optim import Optimizer
 from clr_optim import backends, schedule
 from clr_optim._version import __version__
 from clr_optim.backends.native import BuildError, library
-from clr_optim.bench import throughput
+from clr_optim.bench import bounds, throughput
+from clr_optim.demo.train import OPTIMIZERS
 from clr_optim.kernels.native import build as native_build
+from clr_optim.range_test import BASES, METHODS, METRICS, MODES
 
 __all__ = ["main"]
 
@@ -28,6 +30,9 @@ _POLICIES: dict[str, Callable[..., schedule.Schedule]] = {
     "one_cycle": schedule.one_cycle,
     "warm_restarts": schedule.warm_restarts,
 }
+#: What ``train --policy`` takes: cycles of one length, and what they are held against.
+_TRAINED = ("fixed", "triangular", "triangular2", "exp_range", "exp_range_bounds")
+_OPTIMIZERS_HELP = f"{', '.join(OPTIMIZERS)} (SGD, with momentum 0.9)"
 _SHAPE_OPTIONS = ("step_size_up", "step_size_down", "gamma", "window", "period")
 
 
@@ -67,10 +72,11 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="train a small network at a fixed rate and under three policies",
-        description="Trains a small network on handwritten digits at a fixed rate and under three "
-        "cyclic policies, with SGD and Adam; prints a table and draws two pictures. "
-        "Takes about a minute on two cores and downloads nothing.",
+        help="find bounds, and train at a fixed rate and under three policies",
+        description="Finds the bounds of the learning rate by a range test, then trains a small "
+        "network on handwritten digits at a fixed rate and under three cyclic policies, with SGD "
+        "and Adam; prints a table and draws four pictures. Takes about a minute on two cores and "
+        "downloads nothing.",
     )
     demo.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="first seed (0)")
     demo.add_argument("--seeds", type=_whole(1), metavar="K", help="how many (5; 1 with --quick)")
@@ -81,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="a few seconds: one seed, fewer and shorter cycles"
     )
     demo.set_defaults(run=_demo)
+
+    _add_range_test(commands)
+    _add_train(commands)
 
     plot = commands.add_parser(
         "plot",
@@ -107,6 +116,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     throughput.add_arguments(bench)
     bench.set_defaults(run=_bench)
+    others = bench.add_subparsers(metavar="OTHER", title="other measurements")
+    of_bounds = others.add_parser(
+        "bounds",
+        help="suggested bounds against ten fixed rates",
+        description=bounds.DESCRIPTION,
+    )
+    bounds.add_arguments(of_bounds)
+    of_bounds.set_defaults(run=_bench_bounds)
 
     build = commands.add_parser(
         "build",
@@ -125,6 +142,85 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_Commands = Any  # argparse has no public name for what add_subparsers returns
+
+_RANGE_TEST_EXAMPLES = """examples:
+  clr-optim range-test --optimizer Adam
+  clr-optim range-test --mode linear --start-lr 0 --end-lr 1 --metric accuracy --save curve.csv
+  clr-optim range-test --data cifar-10-batches-bin --steps 2000
+"""
+
+_TRAIN_EXAMPLES = """examples:
+  clr-optim train --optimizer Adam                         # bounds by a range test
+  clr-optim train --base-lr 0.012 --max-lr 0.26 --policy triangular --save history.csv
+  clr-optim train --data cifar-10-batches-bin --base-lr 0.001 --max-lr 0.006 --cycles 2
+"""
+
+
+def _add_range_test(commands: _Commands) -> None:
+    parser = commands.add_parser(
+        "range-test",
+        help="find both bounds of the learning rate, and draw why",
+        description="Trains for a while as the learning rate rises, reads both bounds of a cycle "
+        "off the curve, says why, and draws it. On handwritten digits, or on CIFAR-10 with the "
+        "network of Smith's paper.",
+        epilog=_RANGE_TEST_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_task(parser)
+    add = parser.add_argument
+    add("--start-lr", type=float, default=1e-5, metavar="LR", help="first rate (1e-5)")
+    add("--end-lr", type=float, default=10.0, metavar="LR", help="last rate (10)")
+    add("--mode", choices=MODES, default="exponential", help="how it rises (exponential)")
+    add("--steps", type=_whole(2), default=500, metavar="N", help="iterations (500)")
+    add("--metric", choices=METRICS[:2], default="loss", help="what is looked at (loss)")
+    add("--method", choices=METHODS, default="range", help="how max_lr is found (range)")
+    add("--base", choices=BASES, default="curve", help="how base_lr is found (curve)")
+    add("--epochs-per-step-size", type=_whole(2), default=4, metavar="N", help="2 to 10 (4)")
+    add("--out", default="range-test.png", metavar="FILE", help="picture (range-test.png)")
+    add("--save", metavar="FILE", help="the curve, as .csv or .json")
+    parser.set_defaults(run=_range_test)
+
+
+def _add_train(commands: _Commands) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a whole number of cycles, with bounds given or found",
+        description="Trains a whole number of cycles, on handwritten digits or on CIFAR-10 with "
+        "the network of Smith's paper; prints the accuracy at the end of each cycle and draws "
+        "loss, accuracy and learning rate. Without bounds a range test finds them first.",
+        epilog=_TRAIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_task(parser)
+    add = parser.add_argument
+    add("--policy", choices=_TRAINED, default="triangular2", help="(triangular2)", metavar="NAME")
+    add("--base-lr", type=float, metavar="LR", help="lower bound")
+    add("--max-lr", type=float, metavar="LR", help="upper bound; fixed is at their geometric mean")
+    add("--cycles", type=_whole(1), default=4, metavar="N", help="how many (4)")
+    add("--epochs-per-step-size", type=_whole(1), default=4, metavar="N", help="2 to 10 (4)")
+    add("--gamma", type=float, help="of exp_range; a tenth of the amplitude is left at the end")
+    add("--window", choices=schedule.WINDOWS, help="shape of a cycle (triangle)")
+    add("--out", default="train.png", metavar="FILE", help="picture (train.png)")
+    add("--save", metavar="FILE", help="rate, loss and accuracy per iteration, as .csv or .json")
+    parser.set_defaults(run=_train)
+
+
+def _add_task(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--data",
+        metavar="DIR",
+        help="CIFAR-10's binary version, unpacked; without it, the digits that come along",
+    )
+    add("--optimizer", choices=OPTIMIZERS, default="SGD", metavar="NAME", help=_OPTIMIZERS_HELP)
+    add("--batch-size", type=_whole(1), metavar="N", help="50, or 100 with --data")
+    add("--seed", type=_whole(0), default=0, metavar="N", help="of weights and batches (0)")
+    add("--device", default="cpu", help="cpu, cuda, ... (cpu)")
+    add("--backend", choices=backends.BACKENDS, default="auto", help="(auto)")
+    add("--threads", type=_whole(1), metavar="N", help="of torch")
+
+
 def _whole(minimum: int) -> Callable[[str], int]:
     """An argparse type: a whole number from ``minimum`` to what seeds may be."""
 
@@ -141,6 +237,30 @@ def _demo(args: argparse.Namespace) -> None:
     from clr_optim.demo import run_demo
 
     run_demo(seed=args.seed, seeds=args.seeds, out=args.out, quick=args.quick)
+
+
+def _range_test(args: argparse.Namespace) -> int:
+    from clr_optim.demo.commands import range_test
+
+    return _told(range_test, args)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from clr_optim.demo.commands import train_once
+
+    if args.gamma is not None and not args.policy.startswith("exp_range"):
+        raise _ArgumentError(f"--gamma: of no effect with --policy {args.policy}")
+    if args.window is not None and args.policy == "fixed":
+        raise _ArgumentError("--window: of no effect with --policy fixed")
+    return _told(train_once, args)
+
+
+def _told(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Run a command; what the library refuses is told in its words."""
+    try:
+        return command(args)
+    except ValueError as error:
+        raise _ArgumentError(str(error)) from error
 
 
 def _plot(args: argparse.Namespace) -> None:
@@ -180,6 +300,14 @@ def _flags(names: Iterable[str]) -> str:
 
 def _bench(args: argparse.Namespace) -> int:
     return throughput.exit_code(throughput.run(args))
+
+
+def _bench_bounds(args: argparse.Namespace) -> int:
+    def run(args: argparse.Namespace) -> int:
+        bounds.run(args)
+        return 0
+
+    return _told(run, args)
 
 
 def _build(args: argparse.Namespace) -> int:

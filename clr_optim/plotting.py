@@ -1,4 +1,4 @@
-"""Every picture of the project: schedules, policies, the demo's results, the benchmark's.
+"""Every picture of the project: schedules, range tests, trainings, the benchmark's results.
 
 Pictures are :class:`matplotlib.figure.Figure` objects of their own: nothing here touches pyplot,
 its settings or its windows, so that it works without a display and beside a user's own plots.
@@ -6,6 +6,8 @@ its settings or its windows, so that it works without a display and beside a use
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from itertools import cycle
@@ -15,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from clr_optim.optimizer import CyclicalOptimizer
+from clr_optim.range_test import Bounds, RangeTest
 from clr_optim.schedule import (
     WINDOWS,
     Schedule,
@@ -38,7 +42,9 @@ __all__ = [
     "check_picture",
     "plot_demo_accuracies",
     "plot_demo_rates",
+    "plot_history",
     "plot_policies",
+    "plot_range_test",
     "plot_schedule",
     "plot_throughput",
     "require_matplotlib",
@@ -59,6 +65,13 @@ _POLICY_STYLES: dict[str, dict[str, Any]] = {
 
 # The bounds, step size and decay of the paper's CIFAR-10 runs.
 _BASE_LR, _MAX_LR, _STEP_SIZE, _GAMMA = 0.001, 0.006, 2000, 0.99994
+
+_METRIC_LABELS = {
+    "loss": "training loss",
+    "accuracy": "training accuracy in %",
+    "validation_loss": "validation loss",
+    "validation_accuracy": "validation accuracy in %",
+}
 
 # What the benchmark compares, beside torch's default.
 _VARIANTS = {
@@ -119,57 +132,262 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 
 def plot_schedule(
-    schedule: Schedule | Mapping[str, Schedule],
+    schedule: Schedule | Mapping[str, Schedule] | CyclicalOptimizer[Any],
     steps: int,
-    base_lr: float = _BASE_LR,
-    max_lr: float = _MAX_LR,
+    base_lr: float | None = None,
+    max_lr: float | None = None,
     *,
     title: str | None = None,
     log: bool = False,
 ) -> Figure:
-    """Learning rate against iteration.
+    """Learning rate against iteration, of a schedule or of what lies before an optimizer.
 
     Args:
-        schedule: one schedule, or several by the name that the legend gives them.
+        schedule: one schedule; several by the name that the legend gives them; or an optimizer, of
+            which the next ``steps`` iterations are drawn: the rates of its groups where they
+            differ, and below them the momentum (``betas[0]``) if it cycles.
         steps: iterations to show, an integer from 1 to 1,000,000. The last point is the rate after
             so many, so that a whole number of cycles ends where it began.
-        base_lr, max_lr: the group's bounds; phases with bounds of their own do not look at them.
+        base_lr, max_lr: the bounds, of a schedule only: an optimizer has its own. 0.001 and 0.006
+            unless told otherwise; phases with bounds of their own do not look at them.
         title: above the picture; ``None`` is the schedule's name, or nothing for several.
         log: draw the rate on a logarithmic axis.
 
     Raises:
         ImportError: without matplotlib.
         TypeError, ValueError: naming the argument, its value and what would be right.
+
+    Example:
+        >>> import torch
+        >>> adam = torch.optim.Adam([torch.zeros(3, requires_grad=True)], lr=1e-3)
+        >>> opt = CyclicalOptimizer(adam, step_size_up=100, cycle_momentum=True)
+        >>> [axes.get_ylabel() for axes in plot_schedule(opt, 800).axes]
+        ['learning rate', 'betas[0]']
     """
     steps = check_int("steps", steps, minimum=1)
     if steps > _MOST_STEPS:
         raise ValueError(f"steps must be at most {_MOST_STEPS:,}, got {steps:,}")
+    if isinstance(schedule, CyclicalOptimizer):
+        for name, bound in (("base_lr", base_lr), ("max_lr", max_lr)):
+            if bound is not None:
+                raise ValueError(
+                    f"{name}={bound!r}: an optimizer is drawn with its own bounds; leave it out, "
+                    f"or change them by opt.set_bounds({name}=...)"
+                )
+        return _plot_future(schedule, steps, title, log)
     # max_lr first: callers tend to compute base_lr from it.
-    max_lr, base_lr = check_number("max_lr", max_lr), check_number("base_lr", base_lr)
+    max_lr = check_number("max_lr", _MAX_LR if max_lr is None else max_lr)
+    base_lr = check_number("base_lr", _BASE_LR if base_lr is None else base_lr)
     check_bounds(base_lr, max_lr)
     if isinstance(schedule, Schedule):
         title = schedule.name if title is None else title
-        curves = {"": schedule}
-    else:
-        curves = dict(schedule)
-    figure, (axes,) = _figure(1, width=640, height=280)
+        schedule = {"": schedule}
     x = np.arange(steps + 1)
+    rates = {label: curve(x, base_lr, max_lr) for label, curve in schedule.items()}
+    figure, (axes,) = _figure(1, width=640, height=280)
+    guides = not all(curve.has_bounds for curve in schedule.values())
+    _draw_rates(axes, x, rates, (base_lr, max_lr) if guides else None, log)
+    _label(axes, title or "")
+    if len(rates) > 1:
+        figure.legend(loc="outside upper center", ncols=len(rates), frameon=False)
+    return figure
+
+
+def _plot_future(
+    optimizer: CyclicalOptimizer[Any], steps: int, title: str | None, log: bool
+) -> Figure:
+    schedule, groups, begin = optimizer.schedule, optimizer.param_groups, optimizer.iteration
+    bounds = optimizer._bounds()
+    names: dict[tuple[float, float], list[str]] = {}  # groups with the same bounds share a curve
+    for i, pair in enumerate(bounds):
+        names.setdefault(pair, []).append(str(i))
+    x = np.arange(begin, begin + steps + 1)
+    if schedule.has_bounds:
+        names = {bounds[0]: []}
+    rates = {
+        f"group{'s' * (len(members) > 1)} {', '.join(members)}": schedule(x, *pair)
+        for pair, members in names.items()
+    }
+    if len(rates) == 1:
+        rates = {"": next(iter(rates.values()))}
+    momenta: dict[str, npt.NDArray[np.float64]] = {}
+    if "clr_base_momentum" in groups[0]:
+        label = "betas[0]" if "betas" in groups[0] else "momentum"
+        first = groups[0]
+        momenta[label] = schedule.momentum(x, first["clr_base_momentum"], first["clr_max_momentum"])
+    figure, panels = _stack(1 + len(momenta), width=640, height=280 + 140 * len(momenta))
+    guides = len(rates) == 1 and not schedule.has_bounds
+    _draw_rates(panels[0], x, rates, bounds[0] if guides else None, log)
+    for axes, (label, values) in zip(panels[1:], momenta.items(), strict=True):
+        axes.plot(x, values, color=_GREEN, linewidth=1.8)
+        axes.set_ylabel(label)
+    name = f"{type(optimizer.optimizer).__name__}, {schedule.name}"
+    _label_stack(panels, name if title is None else title)
+    panels[0].set_xlim(x[0], x[-1])
+    if len(rates) > 1:
+        figure.legend(loc="outside upper center", ncols=len(rates), frameon=False)
+    return figure
+
+
+def _draw_rates(
+    axes: Axes,
+    x: npt.NDArray[np.int64],
+    rates: Mapping[str, npt.NDArray[np.float64]],
+    bounds: tuple[float, float] | None,
+    log: bool,
+) -> None:
     highest = 0.0
-    for color, (label, curve) in zip(cycle(_COLORS), curves.items(), strict=False):
-        rates = curve(x, base_lr=base_lr, max_lr=max_lr)
-        axes.plot(x, rates, color=color, linewidth=1.8, label=label)
-        highest = max(highest, float(rates.max()))
-    axes.set_xlim(0, steps)
-    if not all(curve.has_bounds for curve in curves.values()):
-        highest = max(highest, max_lr)
-        _guides(axes, base_lr, max_lr)
+    for color, (label, values) in zip(cycle(_COLORS), rates.items(), strict=False):
+        axes.plot(x, values, color=color, linewidth=1.8, label=label)
+        highest = max(highest, float(values.max()))
+    axes.set_xlim(x[0], x[-1])
+    axes.set_ylabel("learning rate")
+    if bounds is not None:
+        highest = max(highest, bounds[1])
+        _guides(axes, *bounds)
     if log:
         axes.set_yscale("log")
     else:
         axes.set_ylim(0, 1.08 * highest or 1.0)
-    _label(axes, title or "")
-    if len(curves) > 1:
-        figure.legend(loc="outside upper center", ncols=len(curves), frameon=False)
+
+
+def plot_range_test(
+    result: RangeTest, bounds: Bounds | None = None, *, title: str | None = None
+) -> Figure:
+    """A range test's curve, as measured and smoothed, with both bounds marked.
+
+    The axis of rates is logarithmic for ``mode="exponential"``.
+
+    Args:
+        result: what :func:`~clr_optim.range_test.lr_range_test` returned.
+        bounds: ``None`` asks ``result.suggest()``; where that finds none, there are none to see,
+            and the picture says so.
+        title: above the picture; ``None`` is the two bounds.
+
+    Raises:
+        ImportError: without matplotlib.
+        TypeError, ValueError: for a result that is none, or has no point.
+    """
+    if not isinstance(result, RangeTest):
+        raise TypeError(f"result must be a RangeTest, as lr_range_test returns it, got {result!r}")
+    if not result.lrs:
+        raise ValueError("result has no point to draw: the test ended before its first step")
+    found = "no bounds found"
+    if bounds is None:
+        with contextlib.suppress(ValueError):
+            bounds = result.suggest()
+    if bounds is not None:
+        found = f"base_lr {bounds.base_lr:.3g}, max_lr {bounds.max_lr:.3g}"
+    figure, (axes,) = _figure(1, width=640, height=320)
+    values, smooth = np.array(result.values), np.array(result.smoothed())
+    axes.plot(result.lrs, values, color=_BLUE, linewidth=0.8, alpha=0.35, label="measured")
+    axes.plot(result.lrs, smooth, color=_BLUE, linewidth=2.2, label="smoothed")
+    if bounds is not None:
+        axes.axvspan(bounds.base_lr, bounds.max_lr, color=_GREEN, alpha=0.12, linewidth=0)
+        places = {bounds.base_lr: ("right", -4, -3), bounds.max_lr: ("left", 4, -3)}
+        if _share_of_axis(result, bounds.base_lr) < 0.2:  # there is no room on its left
+            places[bounds.base_lr] = ("left", 4, -17)
+        if _share_of_axis(result, bounds.max_lr) > 0.8:
+            places[bounds.max_lr] = ("right", -4, -31)
+        for name, value in (("base_lr", bounds.base_lr), ("max_lr", bounds.max_lr)):
+            side, right, up = places[value]
+            axes.axvline(value, color=_ORANGE, linewidth=1.4, linestyle="--")
+            axes.annotate(
+                f"{name} {value:.3g}",
+                (value, 1),
+                xycoords=axes.get_xaxis_transform(),
+                xytext=(right, up),
+                textcoords="offset points",
+                ha=side,
+                va="top",
+                color=_ORANGE,
+                fontsize=9,
+            )
+    _label(axes, found if title is None else title, _METRIC_LABELS[result.metric], "learning rate")
+    if result.mode == "exponential":
+        axes.set_xscale("log")
+    if len(result.lrs) > 1:
+        axes.set_xlim(result.lrs[0] if result.mode == "exponential" else 0, result.lrs[-1])
+    _limit_to_what_matters(axes, values, smooth)
+    axes.legend(frameon=False, loc="best", fontsize=9)
+    return figure
+
+
+def _share_of_axis(result: RangeTest, lr: float) -> float:
+    """Where a rate stands on the axis, from 0 on the left to 1."""
+    first, last = result.lrs[0], result.lrs[-1]
+    if result.mode == "exponential":
+        return math.log(lr / first) / math.log(last / first) if last > first else 0.0
+    return lr / last if last > 0.0 else 0.0
+
+
+def _limit_to_what_matters(
+    axes: Axes, values: npt.NDArray[np.float64], smooth: npt.NDArray[np.float64]
+) -> None:
+    """Leave room above for the bounds' names; a loss that blows up may leave the picture."""
+    low = float(min(np.quantile(values, 0.01), smooth.min()))
+    begin = float(np.median(values[: max(3, len(values) // 20)]))
+    high = max(begin, float(np.quantile(values, 0.6)))
+    high = min(float(values.max()), high + 0.35 * (high - low))
+    room = (high - low) or 1.0
+    axes.set_ylim(low - 0.05 * room, high + 0.16 * room)
+
+
+def plot_history(
+    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+    cycle_ends: Sequence[int] = (),
+    *,
+    title: str = "",
+) -> Figure:
+    """What a training measured, a panel per quantity, every other cycle shaded.
+
+    Args:
+        curves: by the axis' label (with its unit), iterations and values, of the same length.
+        cycle_ends: iterations at which a cycle was complete, rising; the first cycle begins at 0.
+        title: above the picture.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: naming the argument, its value and what would be right.
+
+    Example:
+        >>> figure = plot_history(
+        ...     {"training loss": ([0, 1, 2, 3], [4.0, 2.0, 3.0, 1.0])}, cycle_ends=[2, 4])
+        >>> len(figure.axes)
+        1
+    """
+    if not curves:
+        raise ValueError("curves is empty: give at least one label with iterations and values")
+    for label, (iterations, values) in curves.items():
+        if len(iterations) != len(values) or not len(values):
+            raise ValueError(
+                f"curves[{label!r}] has {len(iterations)} iterations and {len(values)} values: "
+                "give one value for each, and at least one"
+            )
+    if any(b <= a for a, b in zip([0, *cycle_ends], cycle_ends, strict=False)):
+        raise ValueError(f"cycle_ends must rise from above 0, got {list(cycle_ends)!r}")
+    figure, panels = _stack(len(curves), width=640, height=60 + 170 * len(curves))
+    begin = min(int(iterations[0]) for iterations, _ in curves.values())
+    end = max(int(iterations[-1]) for iterations, _ in curves.values())
+    ends = [0, *cycle_ends]
+    for color, axes, (label, (iterations, values)) in zip(
+        cycle(_COLORS), panels, curves.items(), strict=False
+    ):
+        _shade_cycles(axes, ends, end)
+        axes.plot(
+            iterations,
+            values,
+            color=color,
+            # Many points are noise, of which a thick line would be a block.
+            linewidth=0.8 if len(values) > 300 and label != "learning rate" else 1.8,
+            marker="o" if len(values) < 40 else None,
+            markersize=3,
+        )
+        axes.set_ylabel(label)
+        if label == "learning rate":
+            axes.set_ylim(0)
+    _label_stack(panels, title)
+    panels[0].set_xlim(min(begin, ends[0]), max(end, begin + 1))
     return figure
 
 
@@ -357,15 +575,32 @@ def _figure(
     return figure, list(figure.subplots(1, columns, squeeze=False, sharey=sharey)[0])
 
 
-def _label(axes: Axes, title: str, y: str = "learning rate") -> None:
+def _stack(rows: int, *, width: int, height: int) -> tuple[Figure, list[Axes]]:
+    """Panels above each other, with one axis of iterations."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
+    return figure, list(figure.subplots(rows, 1, squeeze=False, sharex=True)[:, 0])
+
+
+def _label(axes: Axes, title: str, y: str = "learning rate", x: str = "iteration") -> None:
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     axes.set_title(title, fontsize=11)
-    axes.set_xlabel("iteration")
+    axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    if x == "iteration":
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _label_stack(panels: Sequence[Axes], title: str) -> None:
+    for axes in panels:
+        _label(axes, "", axes.get_ylabel())
+        axes.label_outer()
+    panels[0].set_title(title, fontsize=11)
 
 
 def _guides(axes: Axes, base_lr: float, max_lr: float) -> None:
@@ -388,8 +623,14 @@ def _guides(axes: Axes, base_lr: float, max_lr: float) -> None:
 
 def _mark_cycles(axes: Axes, period: int, length: int) -> None:
     axes.set_xticks(range(0, length + 1, period))
-    for end in range(period, length, period):
-        axes.axvline(end, color="#DDDDDD", linewidth=0.8, zorder=0)
+    _shade_cycles(axes, range(0, length + 1, period), length)
+
+
+def _shade_cycles(axes: Axes, ends: Sequence[int], length: int) -> None:
+    """Shade every other cycle, from ``ends[0]`` on, the last one as far as it was run."""
+    for begin, end in list(zip(ends, [*ends[1:], length], strict=True))[1::2]:
+        if begin < length:
+            axes.axvspan(begin, min(end, length), color="#EEEEEE", linewidth=0, zorder=0)
 
 
 def _shared_legend(figure: Figure, panels: Sequence[Axes]) -> None:

@@ -13,19 +13,22 @@ from PIL import Image
 
 from clr_optim import CyclicalOptimizer
 from clr_optim.cli import main
-from clr_optim.demo import Run, load_digits, table, verdict
+from clr_optim.demo import COMPARED, POLICIES, Bounds, _train_once, load_digits, table, verdict
 from clr_optim.demo.train import (
     OPTIMIZERS,
-    POLICIES,
     Plan,
+    Run,
     build_network,
     build_optimizer,
+    digits_task,
+    search_bounds,
     split_digits,
     train,
 )
 
 # 48 iterations, 4 evaluations.
 SHORT = Plan(cycles=1, epochs_per_step_size=1, evaluations_per_cycle=4)
+BOUNDS = Bounds(0.01, 0.04)
 
 
 @pytest.fixture(autouse=True)
@@ -71,61 +74,107 @@ def test_split_is_disjoint_complete_stratified_and_fixed():
 
 @pytest.mark.parametrize("plan", [Plan(), Plan(cycles=2, epochs_per_step_size=2)])
 def test_plan_follows_the_papers_advice(plan):
-    assert plan.iterations_per_epoch * plan.batch_size == 1200
+    assert plan.iterations_per_epoch == len(digits_task().batches)
     assert 2 <= plan.epochs_per_step_size <= 10
-    assert plan.iterations == plan.cycles * 2 * plan.step_size
+    assert plan.iterations == plan.cycles * 2 * plan.step_size == plan.cycle_ends[-1]
     assert 2 * plan.step_size % plan.evaluate_every == 0
     assert plan.gamma**plan.iterations == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_fixed_is_torchs_own_optimizer_at_a_constant_rate(name):
-    plain = build_optimizer(name, "fixed", build_network(), SHORT)
+def test_fixed_is_torchs_own_optimizer_at_the_middle_of_the_bounds(name):
+    task = digits_task()
+    plain = build_optimizer(name, "fixed", task, task.build(), base_lr=0.01, max_lr=0.04)
     assert type(plain) is getattr(torch.optim, name)
 
-    data = split_digits()
-    run = train(name, "fixed", 3, data, SHORT)
-    assert set(run.rates) == {plain.defaults["lr"]}
+    run = _train_once(task, name, "fixed", BOUNDS, SHORT, 3)
+    assert run.rates == [pytest.approx(0.02)] * SHORT.iterations
 
     # The loop once more, without anything of the library.
+    data = split_digits()
     torch.manual_seed(3)
     model = build_network()
-    optimizer = OPTIMIZERS[name](model)
-    for _ in range(SHORT.epochs):
-        for rows in torch.randperm(1200).split(SHORT.batch_size):
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=run.rates[0], **options)
+    losses = []
+    for _ in range(2):
+        for rows in torch.randperm(1200).split(50):
             optimizer.zero_grad()
             output = model(data[0].images[rows])
-            torch.nn.functional.cross_entropy(output, data[0].labels[rows]).backward()
+            loss = torch.nn.functional.cross_entropy(output, data[0].labels[rows])
+            loss.backward()
             optimizer.step()
+            losses.append(loss.item())
     right = (model(data[1].images).argmax(1) == data[1].labels).sum().item()
+    assert run.losses == losses
     assert run.accuracies[-1] == 100.0 * right / 597
+    assert run.evaluated == [12, 24, 36, 48]
 
 
 @pytest.mark.parametrize("policy", [p for p in POLICIES if p != "fixed"])
 def test_cyclic_runs_go_through_the_library_and_follow_the_schedule(policy):
-    optimizer = build_optimizer("SGD", policy, build_network(), SHORT)
+    task = digits_task()
+    optimizer = build_optimizer(
+        "SGD", policy, task, task.build(),
+        base_lr=0.01, max_lr=0.04, step_size_up=SHORT.step_size, gamma=SHORT.gamma,
+    )  # fmt: skip
     assert isinstance(optimizer, CyclicalOptimizer)
     assert type(optimizer.optimizer) is torch.optim.SGD
-    run = train("SGD", policy, 0, split_digits(), SHORT)
+    run = _train_once(task, "SGD", policy, BOUNDS, SHORT, 0)
     assert run.rates == [optimizer.lr_at(t)[0] for t in range(SHORT.iterations)]
-    top = OPTIMIZERS["SGD"](build_network()).defaults["lr"]
-    assert max(run.rates) <= top
-    assert run.rates[0] == top / 4
+    assert run.rates[0] == 0.01
+    assert max(run.rates) <= 0.04
 
 
 def test_same_seed_same_numbers_and_another_seed_others():
-    data = split_digits()
-    first, again, other = (train("Adam", "exp_range", s, data, SHORT) for s in (5, 5, 6))
+    task = digits_task()
+    first, again, other = (
+        _train_once(task, "Adam", "exp_range", BOUNDS, SHORT, seed) for seed in (5, 5, 6)
+    )
     assert first.accuracies == again.accuracies
     assert first.rates == again.rates
-    assert first.accuracies != other.accuracies
+    assert first.losses == again.losses
+    assert first.losses != other.losses
     assert len(first.accuracies) == 4
-    assert len(first.step_seconds) == SHORT.iterations
+    assert len(first.step_seconds) == len(first.losses) == SHORT.iterations
 
 
 def test_it_learns():
-    run = train("Adam", "triangular", 0, split_digits(), Plan(cycles=1, epochs_per_step_size=2))
+    plan = Plan(cycles=1, epochs_per_step_size=2)
+    bounds = Bounds(0.005, 0.02)
+    run = _train_once(digits_task(), "Adam", "triangular", bounds, plan, 0)
     assert run.accuracies[-1] > 80  # chance is 10
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("seed", range(2))
+def test_the_range_test_finds_bounds_to_train_with_for_every_optimizer(name, seed):
+    task = digits_task()
+    bounds = search_bounds(task, name, seed=seed).suggest()
+    assert bounds.base_lr < bounds.max_lr / 2
+    plan = Plan(cycles=2, epochs_per_step_size=2)
+    assert _train_once(task, name, "triangular2", bounds, plan, seed).accuracies[-1] > 75
+
+
+def test_an_interrupted_training_keeps_what_it_measured():
+    task = digits_task()
+    model, run = task.build(), Run(evaluate_every=4)
+    optimizer = build_optimizer("SGD", "fixed", task, model, base_lr=0.1, max_lr=0.1)
+
+    def interrupt():
+        if len(run.losses) == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(model, optimizer, task, 100, run, interrupt)
+    assert len(run.losses) == 10
+    assert run.evaluated == [4, 8]
+
+
+@pytest.mark.parametrize("size", [0, -1, 1201])
+def test_batches_that_cannot_be_are_refused(size):
+    with pytest.raises(ValueError, match=f"batch_size must be from 1 to 1200.* got {size}"):
+        digits_task(batch_size=size)
 
 
 def test_table_has_cycle_ends_means_spreads_and_times():
@@ -170,7 +219,7 @@ def test_verdict_says_what_was_measured(finals, said):
     assert verdict("SGD", {p: np.array(v) for p, v in finals.items()}) == said
 
 
-def test_quick_demo_prints_every_row_and_draws_two_pictures(tmp_path, capsys):
+def test_quick_demo_finds_bounds_prints_every_row_and_draws_four_pictures(tmp_path, capsys):
     threads = torch.get_num_threads()
     assert main(["demo", "--quick", "--out", str(tmp_path / "new" / "folder")]) == 0
     assert torch.get_num_threads() == threads
@@ -178,16 +227,24 @@ def test_quick_demo_prints_every_row_and_draws_two_pictures(tmp_path, capsys):
     assert out.startswith("Quick")
     assert "gamma = 0.988" in out
     assert "luck" in out
-    for name in OPTIMIZERS:
+    for name in COMPARED:
+        bounds = search_bounds(digits_task(), name, seed=0).suggest()
+        assert f"{name}: {bounds.base_lr:.2g} to {bounds.max_lr:.2g}; {bounds.reason}." in out
         for policy in POLICIES:
             assert re.search(rf"^{name} +{policy} +\d+\.\d\d +\d+\.\d\d +\d+$", out, re.MULTILINE)
-        assert re.search(rf"^{name}: .*%", out, re.MULTILINE)
-    paths = [Path(line) for line in out.splitlines()[-2:]]
-    assert [path.name for path in paths] == ["learning-rate.png", "accuracy.png"]
+        assert re.search(rf"^{name}: (the fixed|tri|exp).*%", out, re.MULTILINE)
+    paths = [Path(line) for line in out.splitlines()[-4:]]
+    sizes = {
+        "range-test-sgd.png": (640, 320),
+        "range-test-adam.png": (640, 320),
+        "learning-rate.png": (900, 360),
+        "accuracy.png": (900, 360),
+    }
+    assert [path.name for path in paths] == list(sizes)
     for path in paths:
         assert path.parent == tmp_path / "new" / "folder"
         with Image.open(path) as image:
-            assert image.size == (900, 360)
+            assert image.size == sizes[path.name]
             assert len(np.unique(np.asarray(image.convert("L")))) > 10
 
 

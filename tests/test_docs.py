@@ -16,19 +16,20 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "name", ["clr_optim", "clr_optim.schedule", "clr_optim.optimizer", "clr_optim.range_test"]
-)
+MODULES = ["schedule", "optimizer", "range_test", "plotting"]
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name):
-    result = doctest.testmod(importlib.import_module(name))
+    result = doctest.testmod(importlib.import_module(f"clr_optim.{name}"))
     assert result.failed == 0
-    assert result.attempted > 0 or name == "clr_optim"
+    assert result.attempted > 0
 
 
 def test_the_readmes_code_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     model = torch.nn.Linear(20, 2)
     space = {"torch": torch, "CyclicalOptimizer": clr_optim.CyclicalOptimizer, "model": model}
     for block in blocks:
@@ -38,6 +39,7 @@ def test_the_readmes_code_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert space["table2"](17_000) == 0.0005
     assert space["optimizer"].iteration == 100
     assert space["optimizer"].cycle == 1.0
+    assert space["cyclic"].steps_to_cycle_end == 2 * 4 * len(space["loader"])
 
 
 @pytest.mark.gpu
@@ -56,7 +58,7 @@ def test_the_readmes_pictures_and_links_exist():
 
 
 def test_everything_exported_is_documented():
-    for module in (clr_optim, importlib.import_module("clr_optim.schedule")):
+    for module in (clr_optim, *(importlib.import_module(f"clr_optim.{name}") for name in MODULES)):
         for name in module.__all__:
             thing = getattr(module, name)
             if callable(thing):

@@ -7,9 +7,10 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from clr_optim import plotting
+from clr_optim import Bounds, CyclicalOptimizer, RangeTest, plotting
 from clr_optim.schedule import fixed, sequence, triangular, triangular2
 
 
@@ -152,3 +153,168 @@ def test_importing_loads_no_matplotlib_and_drawing_no_pyplot(tmp_path):
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def _params(n):
+    return [torch.zeros(2, requires_grad=True) for _ in range(n)]
+
+
+def test_an_optimizers_future_begins_where_it_stands():
+    opt = CyclicalOptimizer(torch.optim.SGD(_params(1), lr=1.0), "triangular2", step_size_up=5)
+    opt.set_iteration(7)
+    figure = plotting.plot_schedule(opt, 20)
+    (axes,) = figure.axes
+    (curve,) = _curves(axes)
+    assert curve.get_xdata().tolist() == list(range(7, 28))
+    assert curve.get_ydata().tolist() == [opt.lr_at(t)[0] for t in range(7, 28)]
+    assert axes.get_xlim() == (7, 27)
+    assert axes.get_title() == "SGD, triangular2"
+    assert {text.get_text() for text in axes.texts} == {"base_lr", "max_lr"}
+    assert opt.iteration == 7
+
+
+def test_groups_that_differ_have_a_curve_each_and_equal_ones_share_it():
+    first, second, third = _params(3)
+    groups = [{"params": [first]}, {"params": [second], "lr": 0.5}, {"params": [third]}]
+    opt = CyclicalOptimizer(torch.optim.SGD(groups, lr=1.0), step_size_up=5)
+    figure = plotting.plot_schedule(opt, 20)
+    one, other = _curves(figure.axes[0])
+    assert one.get_ydata().tolist() == [opt.lr_at(t)[0] for t in range(21)]
+    assert other.get_ydata().tolist() == [opt.lr_at(t)[1] for t in range(21)]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["groups 0, 2", "group 1"]
+    own = sequence([(triangular(2, base_lr=1.0, max_lr=2.0), 4), (fixed(3.0), None)])
+    opt = CyclicalOptimizer(torch.optim.SGD(_params(2), lr=1.0), own)
+    assert len(_curves(plotting.plot_schedule(opt, 20).axes[0])) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "label", "key"),
+    [
+        (lambda: torch.optim.SGD(_params(1), lr=1.0, momentum=0.9), "momentum", "momentum"),
+        (lambda: torch.optim.Adam(_params(1), lr=1.0), "betas[0]", "betas"),
+    ],
+)
+def test_momentum_that_cycles_is_drawn_below(make, label, key):
+    opt = CyclicalOptimizer(make(), step_size_up=3, cycle_momentum=True)
+    rates, momenta = plotting.plot_schedule(opt, 12, title="mine").axes
+    assert rates.get_title() == "mine"
+    assert momenta.get_ylabel() == label
+    (curve,) = _curves(momenta)
+    for value in curve.get_ydata()[:5]:
+        held = opt.param_groups[0][key]
+        assert value == (held[0] if key == "betas" else held)
+        opt.step()
+
+
+def test_an_optimizer_has_bounds_of_its_own():
+    opt = CyclicalOptimizer(torch.optim.SGD(_params(1), lr=1.0))
+    with pytest.raises(ValueError, match=r"max_lr=2.0: an optimizer is drawn with its own bounds"):
+        plotting.plot_schedule(opt, 10, max_lr=2.0)
+
+
+def _range_test(mode="linear", **options):
+    lrs = np.linspace(0.01, 1, 100) if mode == "linear" else np.geomspace(1e-4, 1, 100)
+    values = 1 / (1 + 20 * lrs) + 10 * np.maximum(0, lrs - 0.4) ** 2
+    return RangeTest(lrs.tolist(), values.tolist(), mode=mode, **options)
+
+
+@pytest.mark.parametrize("mode", ["linear", "exponential"])
+def test_a_range_test_shows_raw_and_smoothed_curve_and_both_bounds(mode):
+    result = _range_test(mode)
+    bounds = result.suggest()
+    (axes,) = plotting.plot_range_test(result).axes
+    raw, smooth = _curves(axes)
+    assert raw.get_xdata().tolist() == smooth.get_xdata().tolist() == result.lrs
+    assert raw.get_ydata().tolist() == result.values
+    assert smooth.get_ydata().tolist() == result.smoothed()
+    marks = [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 2]
+    assert marks == [bounds.base_lr, bounds.max_lr]
+    assert [text.get_text() for text in axes.texts] == [
+        f"base_lr {bounds.base_lr:.3g}",
+        f"max_lr {bounds.max_lr:.3g}",
+    ]
+    assert axes.get_xscale() == {"linear": "linear", "exponential": "log"}[mode]
+    assert axes.get_xlabel() == "learning rate"
+    assert axes.get_ylabel() == "training loss"
+
+
+@pytest.mark.parametrize(
+    ("metric", "label"),
+    [
+        ("accuracy", "training accuracy in %"),
+        ("validation_loss", "validation loss"),
+        ("validation_accuracy", "validation accuracy in %"),
+    ],
+)
+def test_a_range_test_names_what_was_measured(metric, label):
+    result = _range_test(metric=metric)
+    (axes,) = plotting.plot_range_test(result, Bounds(0.1, 0.3), title="mine").axes
+    assert axes.get_ylabel() == label
+    assert axes.get_title() == "mine"
+
+
+def test_every_bound_has_its_name_inside_the_picture(tmp_path):
+    result = _range_test()
+    for bounds in (Bounds(0.02, 0.05), Bounds(0.02, 0.98), Bounds(0.9, 0.99), Bounds(0.4, 0.5)):
+        figure = plotting.plot_range_test(result, bounds)
+        plotting.save(figure, tmp_path / "a.png")
+        (axes,) = figure.axes
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert all(0 < box.x0 < box.x1 < 640 for box in boxes)
+        assert not boxes[0].overlaps(boxes[1])
+
+
+def test_a_curve_without_bounds_is_drawn_and_says_so():
+    flat = RangeTest([0.1 * i for i in range(50)], [1.0] * 50)
+    (axes,) = plotting.plot_range_test(flat).axes
+    assert axes.get_title() == "no bounds found"
+    assert not axes.texts
+    one = RangeTest([0.1], [1.0], mode="exponential")
+    assert len(plotting.plot_range_test(one).axes[0].lines) == 2
+
+
+def test_what_is_no_range_test_is_refused():
+    with pytest.raises(TypeError, match=r"result must be a RangeTest.* got 3"):
+        plotting.plot_range_test(3)
+    with pytest.raises(ValueError, match="no point to draw"):
+        plotting.plot_range_test(RangeTest([], []))
+
+
+def test_a_history_has_a_panel_for_each_curve_with_every_other_cycle_shaded(tmp_path):
+    steps = list(range(1, 26))
+    curves = {
+        "training loss": (steps, [1 / s for s in steps]),
+        "test accuracy in %": ([5, 10, 15, 20, 25], [1.0, 2.0, 3.0, 4.0, 5.0]),
+        "learning rate": (steps, [0.1] * 25),
+    }
+    figure = plotting.plot_history(curves, [10, 20], title="mine")
+    assert [axes.get_ylabel() for axes in figure.axes] == list(curves)
+    assert figure.axes[0].get_title() == "mine"
+    assert figure.axes[-1].get_xlabel() == "iteration"
+    for axes, (iterations, values) in zip(figure.axes, curves.values(), strict=True):
+        (curve,) = _curves(axes)
+        assert curve.get_xdata().tolist() == iterations
+        assert curve.get_ydata().tolist() == values
+        (shade,) = axes.patches
+        assert (shade.get_x(), shade.get_x() + shade.get_width()) == (10, 20)
+    # The last cycle is shaded as far as it was run.
+    (axes,) = plotting.plot_history({"loss": (steps, steps)}, [6, 12, 18, 24]).axes
+    assert [(p.get_x(), p.get_x() + p.get_width()) for p in axes.patches] == [(6, 12), (18, 24)]
+    (axes,) = plotting.plot_history({"loss": (steps, steps)}, [20, 40]).axes
+    assert [(p.get_x(), p.get_x() + p.get_width()) for p in axes.patches] == [(20, 25)]
+
+
+@pytest.mark.parametrize(
+    ("curves", "ends", "words"),
+    [
+        ({}, [], "curves is empty"),
+        ({"loss": ([1, 2], [1.0])}, [], r"curves\['loss'\] has 2 iterations and 1 values"),
+        ({"loss": ([], [])}, [], "has 0 iterations"),
+        ({"loss": ([1], [1.0])}, [4, 4], r"cycle_ends must rise from above 0, got \[4, 4\]"),
+        ({"loss": ([1], [1.0])}, [0], "cycle_ends must rise"),
+    ],
+)
+def test_a_history_that_cannot_be_is_refused(curves, ends, words):
+    with pytest.raises(ValueError, match=words):
+        plotting.plot_history(curves, ends)

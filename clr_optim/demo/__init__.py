@@ -1,12 +1,13 @@
-"""The demo: the same small network trained at a fixed rate and under three cyclic policies.
+"""The demo: bounds found by a range test, then a fixed rate against three cyclic policies.
 
-:func:`run_demo` does all of it; the training loop itself is in :mod:`clr_optim.demo.train`.
+:func:`run_demo` does all of it; the training loop itself is in :mod:`clr_optim.demo.train`, and
+the commands that do one part at a time are in :mod:`clr_optim.demo.commands`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +15,21 @@ import numpy.typing as npt
 import torch
 
 from clr_optim.demo.train import (
-    OPTIMIZERS,
-    POLICIES,
-    Digits,
     Plan,
     Run,
-    build_network,
+    Task,
     build_optimizer,
+    digits_task,
     load_digits,
-    split_digits,
+    search_bounds,
     train,
 )
+from clr_optim.range_test import Bounds, RangeTest
 
-__all__ = ["Results", "load_digits", "run_demo", "table", "verdict"]
+__all__ = ["COMPARED", "POLICIES", "Results", "load_digits", "run_demo", "table", "verdict"]
+
+POLICIES = ("fixed", "triangular", "triangular2", "exp_range")
+COMPARED = ("SGD", "Adam")
 
 #: The runs of each (optimizer, policy), one per seed.
 Results = dict[tuple[str, str], list[Run]]
@@ -35,7 +38,7 @@ Results = dict[tuple[str, str], list[Run]]
 def run_demo(
     *, seed: int = 0, seeds: int | None = None, out: str | Path = "demo-out", quick: bool = False
 ) -> Results:
-    """Train, and print a table, one sentence per optimizer and the paths of two pictures.
+    """Find bounds, train, and print a table, a sentence per optimizer and the pictures' paths.
 
     Args:
         seed: the first seed.
@@ -49,6 +52,7 @@ def run_demo(
     Raises:
         ImportError: without the packages of ``clr-optim[demo]``.
         OSError: if ``out`` cannot be made or written.
+        ValueError: if a range test finds no bounds.
     """
     # What could go wrong goes wrong here, before a minute of training and not after it.
     try:
@@ -64,60 +68,85 @@ def run_demo(
         raise PermissionError(f"no permission to write into {folder}")
     if seeds is None:
         seeds = 1 if quick else 5
+    task = digits_task()
     plan = Plan(cycles=2, epochs_per_step_size=2) if quick else Plan()
-    data = split_digits()
-    print(_introduction(data, plan, seed, seeds, quick), flush=True)
+    if quick:
+        print("Quick: fewer and shorter cycles, and one seed unless told otherwise.")
+    which = f"seed {seed}" if seeds == 1 else f"seeds {seed} to {seed + seeds - 1}"
+    print(f"{task.summary}; {which}.\n", flush=True)
 
     results: Results = {}
     threads = torch.get_num_threads()
     # Tensors of this size gain nothing from threads, and lose much where cores are busy.
     torch.set_num_threads(1)
     try:
+        searches = {name: search_bounds(task, name, seed=seed) for name in COMPARED}
+        bounds = {name: search.suggest() for name, search in searches.items()}
+        print(_introduction(searches, bounds, plan), flush=True)
         # Seeds outermost, so that a slow moment of the machine falls on all rows' times alike.
-        jobs = [(n, p, s) for s in range(seed, seed + seeds) for n in OPTIMIZERS for p in POLICIES]
+        jobs = [(n, p, s) for s in range(seed, seed + seeds) for n in COMPARED for p in POLICIES]
         with tqdm(total=len(jobs) * plan.iterations, unit="it", leave=False, disable=None) as bar:
             for name, policy, this_seed in jobs:
                 bar.set_description(f"{name} {policy}, seed {this_seed}")
-                run = train(name, policy, this_seed, data, plan, on_iteration=bar.update)
+                run = _train_once(task, name, policy, bounds[name], plan, this_seed, bar.update)
                 results.setdefault((name, policy), []).append(run)
     finally:
         torch.set_num_threads(threads)
 
     print(table(results, plan))
     print()
-    for name in OPTIMIZERS:
+    for name in COMPARED:
         print(verdict(name, {policy: _finals(results[name, policy]) for policy in POLICIES}))
     if seeds == 1:
         print("One seed: which policy came out ahead is that seed's luck.")
     print()
-    for path in _draw(results, plan, folder):
+    for path in _draw(searches, results, plan, folder):
         print(path)
     return results
 
 
+def _train_once(
+    task: Task,
+    name: str,
+    policy: str,
+    bounds: Bounds,
+    plan: Plan,
+    seed: int,
+    on_iteration: Callable[[], object] = lambda: None,
+) -> Run:
+    """One run: the seed decides the first weights and the order of the batches."""
+    torch.manual_seed(seed)
+    model = task.build()
+    optimizer = build_optimizer(
+        name, policy, task, model,
+        base_lr=bounds.base_lr, max_lr=bounds.max_lr,
+        step_size_up=plan.step_size, gamma=plan.gamma,
+    )  # fmt: skip
+    run = Run(plan.evaluate_every)
+    train(model, optimizer, task, plan.iterations, run, on_iteration)
+    return run
+
+
 def _introduction(
-    data: tuple[Digits, Digits], plan: Plan, seed: int, seeds: int, quick: bool
+    searches: Mapping[str, RangeTest], bounds: Mapping[str, Bounds], plan: Plan
 ) -> str:
-    training, test = data
-    model = build_network()
-    which = f"seed {seed}" if seeds == 1 else f"seeds {seed} to {seed + seeds - 1}"
-    rates = []
-    for name in OPTIMIZERS:
-        bottom = build_optimizer(name, "triangular", model, plan).param_groups[0]["lr"]
-        top = build_optimizer(name, "fixed", model, plan).param_groups[0]["lr"]
-        rates.append(f"{name} {bottom:g} to {top:g}")
-    lines = [
-        f"{len(training.labels):,} images of digits to train on, {len(test.labels)} to test with; "
-        f"a network of {sum(p.numel() for p in model.parameters()):,} parameters; {which}.",
-        f"Step size {plan.step_size} iterations ({plan.epochs_per_step_size} epochs); "
-        f"{plan.cycles} cycles, {plan.iterations} iterations.",
-        f"Learning rate: {', '.join(rates)}; fixed stays at the top.",
-        f"exp_range: gamma = {plan.gamma:.5f}, which leaves {plan.left_at_end:g} of the amplitude "
-        "at the end.",
-    ]
-    if quick:
-        lines.insert(0, "Quick: fewer and shorter cycles, and one seed unless told otherwise.")
-    return "\n".join(lines) + "\n"
+    test = next(iter(searches.values()))
+    rates = [f"{name} {(b.base_lr * b.max_lr) ** 0.5:.2g}" for name, b in bounds.items()]
+    return "\n".join(
+        [
+            f"LR range test, {test.num_steps} steps with rising rate, then the weights as before:",
+            *(
+                f"{name}: {b.base_lr:.2g} to {b.max_lr:.2g}; {b.reason}."
+                for name, b in bounds.items()
+            ),
+            "",
+            f"Step size {plan.step_size} iterations ({plan.epochs_per_step_size} epochs); "
+            f"{plan.cycles} cycles, {plan.iterations} iterations.",
+            f"fixed is the geometric mean of the bounds: {', '.join(rates)}.",
+            f"exp_range: gamma = {plan.gamma:.5f}, which leaves {plan.left_at_end:g} of the "
+            "amplitude at the end.\n",
+        ]
+    )
 
 
 def _finals(runs: list[Run]) -> npt.NDArray[np.float64]:
@@ -185,19 +214,25 @@ def verdict(name: str, finals: Mapping[str, npt.NDArray[np.float64]]) -> str:
     return sentence + ("; every cyclic policy lost against it" if best == "fixed" else lost) + "."
 
 
-def _draw(results: Results, plan: Plan, folder: Path) -> list[Path]:
+def _draw(
+    searches: Mapping[str, RangeTest], results: Results, plan: Plan, folder: Path
+) -> list[Path]:
     from clr_optim import plotting
 
-    rates = {n: {p: results[n, p][0].rates for p in POLICIES} for n in OPTIMIZERS}
+    rates = {n: {p: results[n, p][0].rates for p in POLICIES} for n in COMPARED}
     accuracies = {
         n: {p: np.mean([run.accuracies for run in results[n, p]], axis=0) for p in POLICIES}
-        for n in OPTIMIZERS
+        for n in COMPARED
     }
     period, seeds = 2 * plan.step_size, len(next(iter(results.values())))
-    return [
-        plotting.save(plotting.plot_demo_rates(rates, period), folder / "learning-rate.png"),
-        plotting.save(
-            plotting.plot_demo_accuracies(accuracies, plan.evaluate_every, period, seeds),
-            folder / "accuracy.png",
-        ),
-    ]
+    figures = {
+        f"range-test-{name.lower()}": plotting.plot_range_test(
+            search, title=f"LR range test, {name}"
+        )
+        for name, search in searches.items()
+    }
+    figures["learning-rate"] = plotting.plot_demo_rates(rates, period)
+    figures["accuracy"] = plotting.plot_demo_accuracies(
+        accuracies, plan.evaluate_every, period, seeds
+    )
+    return [plotting.save(figure, folder / f"{name}.png") for name, figure in figures.items()]

@@ -1,11 +1,13 @@
-"""One training run of the demo: the digits, a small network, the optimizer, the loop."""
+"""What the demo and the commands train: a task, an optimizer by its name, and the loop."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import resources
+from pathlib import Path
 from time import perf_counter
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,31 +16,63 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clr_optim import CyclicalOptimizer
+from clr_optim.range_test import RangeTest, lr_range_test
 
 __all__ = [
     "OPTIMIZERS",
-    "POLICIES",
     "Digits",
     "Plan",
     "Run",
+    "Task",
     "build_network",
     "build_optimizer",
+    "cifar10_task",
+    "digits_task",
     "load_digits",
+    "search_bounds",
     "split_digits",
     "train",
 ]
 
-POLICIES = ("fixed", "triangular", "triangular2", "exp_range")
+_Params = list[dict[str, Any]]
 
-# The paper's guidelines: the top of the cycle is where accuracy stops rising in a range test (8
-# epochs, the rate growing in a straight line from 0: it rises until about 0.2 with SGD and 0.02
-# with Adam, and hardly beyond); the bottom is the library's default, a quarter of the top.
-OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9),
-    "Adam": lambda model: torch.optim.Adam(model.parameters(), lr=0.02),
+#: By their names in torch; the settings are torch's defaults, but for SGD's momentum.
+OPTIMIZERS: dict[str, Callable[[_Params, float], torch.optim.Optimizer]] = {
+    "SGD": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
+    "Adam": lambda params, lr: torch.optim.Adam(params, lr=lr),
+    "AdamW": lambda params, lr: torch.optim.AdamW(params, lr=lr),
+    "RMSprop": lambda params, lr: torch.optim.RMSprop(params, lr=lr),
+    "Adagrad": lambda params, lr: torch.optim.Adagrad(params, lr=lr),
+    "Adadelta": lambda params, lr: torch.optim.Adadelta(params, lr=lr),
 }
 
 _TRAIN_PER_DIGIT = 120
+
+
+class Loader(Protocol):
+    """One epoch of (inputs, labels) each time it is gone through."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and on what.
+
+    Args:
+        summary: a line on data and network.
+        batches: to train with.
+        build: a new network, its first weights from torch's global generator.
+        groups: its parameters as an optimizer's groups, without rates.
+        accuracy: on the test images, in percent.
+    """
+
+    summary: str
+    batches: Loader
+    build: Callable[[], nn.Module]
+    groups: Callable[[nn.Module], _Params]
+    accuracy: Callable[[nn.Module], float]
 
 
 @dataclass(frozen=True)
@@ -55,14 +89,9 @@ class Plan:
 
     cycles: int = 4
     epochs_per_step_size: int = 4
-    batch_size: int = 50
+    iterations_per_epoch: int = 24
     evaluations_per_cycle: int = 8
     left_at_end: float = 0.1  # of exp_range's amplitude
-
-    @property
-    def iterations_per_epoch(self) -> int:
-        """Batches in the training images."""
-        return -(-10 * _TRAIN_PER_DIGIT // self.batch_size)
 
     @property
     def step_size(self) -> int:
@@ -70,19 +99,19 @@ class Plan:
         return self.epochs_per_step_size * self.iterations_per_epoch
 
     @property
-    def epochs(self) -> int:
-        """Length of a run in epochs: it stops at the end of a cycle."""
-        return self.cycles * 2 * self.epochs_per_step_size
-
-    @property
     def iterations(self) -> int:
-        """Length of a run in iterations."""
-        return self.epochs * self.iterations_per_epoch
+        """Length of a run: it stops at the end of a cycle."""
+        return self.cycles * 2 * self.step_size
 
     @property
     def evaluate_every(self) -> int:
         """Iterations from one evaluation to the next; every cycle ends with one."""
-        return 2 * self.step_size // self.evaluations_per_cycle
+        return max(1, 2 * self.step_size // self.evaluations_per_cycle)
+
+    @property
+    def cycle_ends(self) -> list[int]:
+        """Iterations at which a cycle is complete."""
+        return [2 * self.step_size * (i + 1) for i in range(self.cycles)]
 
     @property
     def gamma(self) -> float:
@@ -94,13 +123,21 @@ class Plan:
 class Run:
     """What one training run measured.
 
-    ``rates`` has the learning rate of each iteration, ``accuracies`` the test accuracy in percent
-    after each ``plan.evaluate_every`` iterations, ``step_seconds`` the time of each ``step()``.
+    Per iteration: ``rates``, the learning rate; ``losses``, of the batch before the step;
+    ``step_seconds``, the time of ``step()``. After each ``evaluate_every`` iterations:
+    ``accuracies``, in percent on the test images.
     """
 
+    evaluate_every: int = 0
     rates: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def evaluated(self) -> list[int]:
+        """Iterations done when the accuracies were taken."""
+        return [self.evaluate_every * (i + 1) for i in range(len(self.accuracies))]
 
 
 def load_digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
@@ -144,62 +181,179 @@ def build_network() -> nn.Module:
     )
 
 
-def build_optimizer(name: str, policy: str, model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
-    """The optimizer ``name`` for ``model``, cycled by ``policy`` unless that is ``"fixed"``."""
-    optimizer = OPTIMIZERS[name](model)
+class _Shuffled:
+    """The digits in batches, in a new order each time, drawn from torch's global generator."""
+
+    def __init__(self, data: Digits, batch_size: int) -> None:
+        self._data = data
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._data.labels) // self._batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        labels = self._data.labels
+        order = torch.randperm(len(labels)).to(labels.device)
+        for rows in torch.split(order, self._batch_size):
+            yield self._data.images[rows], labels[rows]
+
+
+def digits_task(batch_size: int = 50, device: torch.device | str = "cpu") -> Task:
+    """The embedded digits and :func:`build_network`."""
+    training, test = (Digits(d.images.to(device), d.labels.to(device)) for d in split_digits())
+    if not 1 <= batch_size <= len(training.labels):
+        raise ValueError(
+            f"batch_size must be from 1 to {len(training.labels)}, the images there are to train "
+            f"on, got {batch_size!r}"
+        )
+
+    @torch.no_grad()
+    def accuracy(model: nn.Module) -> float:
+        right = int((model(test.images).argmax(dim=1) == test.labels).sum())
+        return 100.0 * right / len(test.labels)
+
+    return Task(
+        summary=f"{len(training.labels):,} images of digits to train on, {len(test.labels)} to "
+        f"test with; a network of {sum(p.numel() for p in build_network().parameters()):,} "
+        "parameters",
+        batches=_Shuffled(training, batch_size),
+        build=lambda: build_network().to(device),
+        groups=lambda model: [{"params": list(model.parameters())}],
+        accuracy=accuracy,
+    )
+
+
+def cifar10_task(
+    folder: str | Path, batch_size: int = 100, device: torch.device | str = "cpu"
+) -> Task:
+    """CIFAR-10 and the paper's network, Caffe's ``cifar10_full``.
+
+    Its weight decay is the paper's. Biases learn at the rate of the weights: there is one pair of
+    bounds (in Caffe it is twice that). The order of the images is decided by the seed 0 and is the
+    same in each epoch, as in Caffe.
+
+    Args:
+        folder: of the binary version, see :func:`~clr_optim.bench.cifar10.read_cifar10`.
+        batch_size: the paper's is 100.
+        device: where images lie and the network trains.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file that is missing or no CIFAR-10.
+    """
+    from clr_optim.bench import cifar10
+
+    training, test = (images.to(device) for images in cifar10.read_cifar10(folder))
+    mean = cifar10.mean_image(training)
+
+    def groups(model: nn.Module) -> _Params:
+        return [
+            {key: value for key, value in group.items() if key != "lr"}
+            for group in cifar10.parameter_groups(model)
+        ]
+
+    return Task(
+        summary=f"{len(training):,} images of CIFAR-10 to train on, {len(test):,} to test with; "
+        "Caffe's cifar10_full, 89,578 parameters",
+        batches=cifar10.Batches(training, mean, batch_size=batch_size, device=device),
+        build=lambda: cifar10.cifar10_full().to(device),
+        groups=groups,
+        accuracy=lambda model: cifar10.accuracy(model, test, mean),
+    )
+
+
+def build_optimizer(
+    name: str,
+    policy: str,
+    task: Task,
+    model: nn.Module,
+    *,
+    base_lr: float,
+    max_lr: float,
+    **options: Any,
+) -> torch.optim.Optimizer:
+    """The optimizer ``name``, cycled by ``policy`` between the bounds.
+
+    ``"fixed"`` is torch's own optimizer at their geometric mean: of all single rates the bounds'
+    best guess.
+    """
     if policy == "fixed":
-        return optimizer
+        return OPTIMIZERS[name](task.groups(model), (base_lr * max_lr) ** 0.5)
+    optimizer = OPTIMIZERS[name](task.groups(model), max_lr)
     # The one line that changes:
-    return CyclicalOptimizer(optimizer, policy, step_size_up=plan.step_size, gamma=plan.gamma)
+    return CyclicalOptimizer(optimizer, policy, base_lr=base_lr, max_lr=max_lr, **options)
+
+
+def search_bounds(
+    task: Task,
+    name: str,
+    *,
+    seed: int = 0,
+    start_lr: float = 1e-5,
+    end_lr: float = 10.0,
+    num_steps: int = 500,
+    **options: Any,
+) -> RangeTest:
+    """The LR range test of an optimizer: from rates that are too small to ones that are too large.
+
+    Args:
+        task: what to train.
+        name: a key of :data:`OPTIMIZERS`.
+        seed: of torch's global generator.
+        start_lr, end_lr, num_steps, options: as in :func:`~clr_optim.lr_range_test`.
+    """
+    torch.manual_seed(seed)
+    model = task.build()
+    return lr_range_test(
+        model,
+        OPTIMIZERS[name](task.groups(model), end_lr),
+        task.batches,
+        functional.cross_entropy,
+        start_lr=start_lr,
+        end_lr=end_lr,
+        num_steps=num_steps,
+        **{"mode": "exponential", **options},
+    )
 
 
 def train(
-    name: str,
-    policy: str,
-    seed: int,
-    data: tuple[Digits, Digits],
-    plan: Plan,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    task: Task,
+    iterations: int,
+    run: Run,
     on_iteration: Callable[[], object] = lambda: None,
-) -> Run:
-    """Train once and measure.
+) -> None:
+    """Train and measure.
 
     Args:
-        name: a key of :data:`OPTIMIZERS`.
-        policy: one of :data:`POLICIES`.
-        seed: of torch's global generator; it decides the first weights and the batches.
-        data: training and test images.
-        plan: how long, and how large the batches are.
+        model: from ``task.build``; it is trained.
+        optimizer: of its parameters, cyclical or not.
+        task: what the model is for.
+        iterations: how many.
+        run: what is measured is added to it, so that it is there after an interrupt too.
         on_iteration: called after each iteration.
     """
-    torch.manual_seed(seed)
-    training, test = data
-    model = build_network()
-    optimizer = build_optimizer(name, policy, model, plan)
-    run = Run()
-    for images, labels in _batches(training, plan):
-        run.rates.append(optimizer.param_groups[0]["lr"])  # what this iteration's step will use
+    for inputs, labels in _endless(task.batches, iterations):
+        run.rates.append(float(optimizer.param_groups[0]["lr"]))  # what this step will use
 
-        loss = functional.cross_entropy(model(images), labels)
+        loss = functional.cross_entropy(model(inputs), labels)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         start = perf_counter()
         optimizer.step()  # no scheduler: the cycle moves on in here
         run.step_seconds.append(perf_counter() - start)
 
-        if len(run.rates) % plan.evaluate_every == 0:
-            run.accuracies.append(accuracy(model, test))
+        run.losses.append(float(loss.detach()))
+        if len(run.losses) % run.evaluate_every == 0:
+            run.accuracies.append(task.accuracy(model))
         on_iteration()
-    return run
 
 
-def _batches(data: Digits, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
-    for _ in range(plan.epochs):
-        for rows in torch.split(torch.randperm(len(data.labels)), plan.batch_size):
-            yield data.images[rows], data.labels[rows]
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: Digits) -> float:
-    """Share of ``data`` that ``model`` names right, in percent."""
-    right = int((model(data.images).argmax(dim=1) == data.labels).sum())
-    return 100.0 * right / len(data.labels)
+def _endless(batches: Loader, iterations: int) -> Iterator[tuple[Tensor, Tensor]]:
+    left = iterations
+    while left:
+        for batch in batches:
+            yield batch
+            left -= 1
+            if not left:
+                return

@@ -1,0 +1,328 @@
+"""CIFAR-10 and the network of the paper's tables: Caffe's ``cifar10_full`` in torch.
+
+Sources: A. Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009; Caffe's
+``examples/cifar10/cifar10_full_train_test.prototxt``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = [
+    "RATE_RATIOS",
+    "Batches",
+    "Images",
+    "LocalResponseNorm",
+    "accuracy",
+    "cifar10_full",
+    "mean_image",
+    "parameter_groups",
+    "read_cifar10",
+]
+
+_TRAINING = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
+_TEST = "test_batch.bin"
+_SHAPE = (3, 32, 32)
+_PIXELS = 3 * 32 * 32
+_RECORD = 1 + _PIXELS
+_CLASSES = 10
+_EXPECTED = (
+    'the "CIFAR-10 binary version" of https://www.cs.toronto.edu/~kriz/cifar.html, unpacked: '
+    f"{_TRAINING[0]} to {_TRAINING[-1]} and {_TEST}, a record being a label byte from 0 to 9 and "
+    f"{_PIXELS:,} bytes of pixels"
+)
+
+#: Of :func:`parameter_groups`: each group's learning rate as a multiple of the network's.
+RATE_RATIOS = (1.0, 2.0, 1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Pixels, uint8 of shape (n, 3, 32, 32), and labels, int64 of shape (n,), from 0 to 9."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Images:
+        """The same on ``device``."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+
+def read_cifar10(folder: str | Path) -> tuple[Images, Images]:
+    """Read the official binary layout.
+
+    Args:
+        folder: where ``data_batch_1.bin`` to ``data_batch_5.bin`` and ``test_batch.bin`` lie, each
+            of any number of records (10,000 in the official ones): a label byte, then 1,024 bytes
+            of red, green and blue each, row by row.
+
+    Returns:
+        Training and test images, in the files' order.
+
+    Raises:
+        FileNotFoundError: naming the files that are not there.
+        ValueError: for a file that is empty, cut off or something else.
+    """
+    folder = Path(folder)
+    missing = [name for name in (*_TRAINING, _TEST) if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder}: there is no {', '.join(missing)}; expected {_EXPECTED}")
+    parts = [_read(folder / name) for name in _TRAINING]
+    training = Images(
+        torch.cat([part.pixels for part in parts]), torch.cat([part.labels for part in parts])
+    )
+    return training, _read(folder / _TEST)
+
+
+def _read(path: Path) -> Images:
+    size = path.stat().st_size
+    if size == 0 or size % _RECORD:
+        whole, rest = divmod(size, _RECORD)
+        raise ValueError(
+            f"{path} has {size:,} bytes, {whole:,} records of {_RECORD:,} and {rest:,} bytes over: "
+            f"it is cut off, or something else; expected {_EXPECTED}"
+        )
+    records = torch.from_numpy(np.fromfile(path, dtype=np.uint8)).view(-1, _RECORD)
+    labels = records[:, 0].to(torch.int64)
+    wrong = torch.nonzero(labels >= _CLASSES).flatten()
+    if len(wrong):
+        first = int(wrong[0])
+        raise ValueError(
+            f"{path}: record {first} has the label {int(labels[first])}, as have {len(wrong):,} of "
+            f"{len(labels):,} one above {_CLASSES - 1}: it is something else; expected {_EXPECTED}"
+        )
+    return Images(records[:, 1:].reshape(-1, *_SHAPE), labels)
+
+
+def mean_image(images: Images) -> Tensor:
+    """The mean over all images, float32 of shape (3, 32, 32) in [0, 255], to be subtracted."""
+    # Sums of uint8 are exact in float64, so no order of summation can change the result.
+    total = torch.zeros(_SHAPE, dtype=torch.float64, device=images.pixels.device)
+    for part in torch.split(images.pixels, 10_000):
+        total += part.sum(dim=0, dtype=torch.float64)
+    return (total / len(images)).to(torch.float32)
+
+
+class Batches:
+    """Batches made on the device from uint8 in its memory: the mean subtracted, nothing else.
+
+    As Caffe reads its database: shuffled once, then gone through again and again in that order, a
+    batch that reaches the end going on at the beginning. The position is a tensor on the device
+    that :meth:`sample` moves on, so that a captured graph samples the next batch at each replay.
+
+    It is a loader as well: ``len()`` whole batches, each ``iter()`` starting with the first, which
+    neither looks at the position nor moves it.
+
+    Args:
+        images: to draw from.
+        mean: of the training images, see :func:`mean_image`.
+        batch_size: images per batch, from 1 to ``len(images)``; the paper's is 100.
+        seed: decides the order.
+        device: where images lie and batches are made.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        mean: Tensor,
+        *,
+        batch_size: int = 100,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not 1 <= batch_size <= len(images):
+            raise ValueError(
+                f"batch_size must be from 1 to the number of images, {len(images):,}, "
+                f"got {batch_size!r}"
+            )
+        self.batch_size = batch_size
+        # Channels last, one image a row: to gather a batch is to copy whole rows.
+        rows = images.pixels.permute(0, 2, 3, 1).reshape(len(images), _PIXELS)
+        self._rows, self._labels = rows.to(device), images.labels.to(device)
+        self._mean = mean.to(device).permute(1, 2, 0).reshape(_PIXELS)
+        generator = torch.Generator().manual_seed(seed)
+        self._order = torch.randperm(len(images), generator=generator).to(device)
+        self._offsets = torch.arange(batch_size, device=device)
+        self._position = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def position(self) -> int:
+        """Batches sampled so far; may be set, to resume. Waits for the device."""
+        return int(self._position)
+
+    @position.setter
+    def position(self, value: int) -> None:
+        self._position.fill_(value)
+
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """The next batch: float32 of shape (batch_size, 3, 32, 32), channels last, and labels."""
+        places = (self._position * self.batch_size + self._offsets) % len(self._order)
+        self._position += 1
+        return self._batch(self._order.index_select(0, places))
+
+    def _batch(self, which: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self._rows.index_select(0, which) - self._mean  # uint8 less float32 is float32
+        height, width = _SHAPE[1:]
+        inputs = rows.view(-1, height, width, _SHAPE[0]).permute(0, 3, 1, 2)
+        return inputs, self._labels.index_select(0, which)
+
+    def __len__(self) -> int:
+        return len(self._order) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for which in torch.split(self._order, self.batch_size)[: len(self)]:
+            yield self._batch(which)
+
+
+class _Normalize(torch.autograd.Function):
+    """``x·s^−β`` with ``s = 1 + α·mean(x²)`` over a window, in half of autograd's passes.
+
+    The window is symmetric and zeros around the image count, so that averaging is its own adjoint:
+    ``dx = g·s^−β − 2·α·β·x·mean(g·x·s^(−β−1))``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int, alpha: float) -> Tensor:
+        scale = _mean(x * x, size).mul_(alpha).add_(1.0)
+        # s^−3/4 by roots: a power costs several times as much.
+        root = scale.rsqrt_()
+        scale = root.sqrt().mul_(root)
+        ctx.save_for_backward(x, root, scale)
+        ctx.size, ctx.alpha = size, alpha
+        return x * scale
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        x, root, scale = ctx.saved_tensors
+        scaled = gradients[0] * scale
+        pulled = _mean((scaled * x).mul_(root).mul_(root), ctx.size)
+        return scaled.addcmul_(x, pulled, value=-2.0 * 0.75 * ctx.alpha), None, None
+
+
+def _mean(x: Tensor, size: int) -> Tensor:
+    """Over windows of ``size`` by ``size``, zeros around the image counted, as Caffe does."""
+    return functional.avg_pool2d(x, size, stride=1, padding=size // 2)
+
+
+class LocalResponseNorm(nn.Module):
+    """Caffe's LRN within channels, β = 3/4: ``x / (1 + α·mean(x²))^β``.
+
+    The mean is over a window of ``size`` by ``size`` around each pixel, in which zeros around the
+    image count. (torch's own norm of this name works across channels.)
+
+    Args:
+        size: of the window, odd.
+        alpha: as above.
+    """
+
+    def __init__(self, size: int = 3, alpha: float = 5e-5) -> None:
+        super().__init__()
+        self.size, self.alpha = size, alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x`` of shape (n, channels, height, width)."""
+        normalized: Tensor = _Normalize.apply(x, self.size, self.alpha)  # type: ignore[no-untyped-call]
+        return normalized
+
+    def extra_repr(self) -> str:
+        """Its settings, for ``print(model)``."""
+        return f"size={self.size}, alpha={self.alpha}"
+
+
+def cifar10_full(seed: int | None = None) -> nn.Module:
+    """Caffe's ``cifar10_full``, from (n, 3, 32, 32) to (n, 10), with 89,578 parameters.
+
+    Weights are normal with the standard deviations 1e-4, 0.01, 0.01, 0.01, biases 0. Convolutions
+    are channels last, for which CPUs take half the time.
+
+    Args:
+        seed: of the weights; ``None`` draws from torch's global generator.
+    """
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, kernel_size=5, padding=2),
+        nn.MaxPool2d(3, stride=2, ceil_mode=True),
+        nn.ReLU(inplace=True),
+        LocalResponseNorm(),
+        nn.Conv2d(32, 32, kernel_size=5, padding=2),
+        nn.ReLU(inplace=True),
+        nn.AvgPool2d(3, stride=2, ceil_mode=True),
+        LocalResponseNorm(),
+        nn.Conv2d(32, 64, kernel_size=5, padding=2),
+        nn.ReLU(inplace=True),
+        nn.AvgPool2d(3, stride=2, ceil_mode=True),
+        nn.Flatten(),
+        nn.Linear(64 * 4 * 4, _CLASSES),
+    )
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer, std in zip(_layers(model), (1e-4, 0.01, 0.01, 0.01), strict=True):
+            layer.weight.normal_(0.0, std, generator=generator)
+            layer.bias.zero_()
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    return [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+
+
+def parameter_groups(
+    model: nn.Module, lr: float = 0.001, weight_decay: float = 0.004
+) -> list[dict[str, Any]]:
+    """The parameters of :func:`cifar10_full` as groups with the rates and decays Caffe gives them.
+
+    Biases learn twice as fast, but for the third convolution's; the linear layer's weight decays
+    250 times as much, its bias not at all. The groups' rates are ``lr`` times
+    :data:`RATE_RATIOS`, which is also how bounds are to be given, one per group.
+
+    Args:
+        model: from :func:`cifar10_full`.
+        lr: learning rate.
+        weight_decay: an L2 penalty, which goes into the gradient as in torch's ``weight_decay``.
+    """
+    conv1, conv2, conv3, linear = _layers(model)
+    members = (
+        ([conv1.weight, conv2.weight, conv3.weight, conv3.bias], weight_decay),
+        ([conv1.bias, conv2.bias], weight_decay),
+        ([linear.weight], 250.0 * weight_decay),
+        ([linear.bias], 0.0),
+    )
+    return [
+        {"params": params, "lr": lr * ratio, "weight_decay": decay}
+        for (params, decay), ratio in zip(members, RATE_RATIOS, strict=True)
+    ]
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Images, mean: Tensor, batch_size: int = 250) -> float:
+    """Share of ``images`` that ``model`` names right, in percent; in eval mode.
+
+    Args:
+        model: on the device of ``images``; its mode is put back.
+        images: all of them count.
+        mean: of the training images, see :func:`mean_image`.
+        batch_size: images at a time.
+    """
+    training = model.training
+    model.eval()
+    mean = mean.to(images.pixels.device)
+    right = torch.zeros((), dtype=torch.int64, device=images.pixels.device)
+    for pixels, labels in zip(
+        torch.split(images.pixels, batch_size),
+        torch.split(images.labels, batch_size),
+        strict=True,
+    ):
+        inputs = (pixels - mean).contiguous(memory_format=torch.channels_last)
+        right += (model(inputs).argmax(dim=1) == labels).sum()
+    model.train(training)
+    return 100.0 * int(right) / len(images)

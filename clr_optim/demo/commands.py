@@ -1,0 +1,257 @@
+"""The commands ``range-test`` and ``train``: one part of the demo, on data of the user's choice."""
+
+from __future__ import annotations
+
+import csv
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clr_optim import plotting
+from clr_optim.demo.train import (
+    Plan,
+    Run,
+    Task,
+    build_optimizer,
+    cifar10_task,
+    digits_task,
+    search_bounds,
+    train,
+)
+from clr_optim.range_test import Bounds, RangeTest
+
+__all__ = ["range_test", "train_once"]
+
+
+def range_test(args: Namespace) -> int:
+    """Find bounds, say why, draw and keep the curve.
+
+    Args:
+        args: the command's options.
+
+    Returns:
+        The exit code: 1 if the curve has no usable region, 130 if Ctrl-C ended it early.
+
+    Raises:
+        ImportError, OSError, ValueError: for options that cannot be met, before any training.
+    """
+    _check_files(args.out, args.save, (".json", ".csv"))
+    with _Threads(args.threads):
+        task = _task(args)
+        step_size = RangeTest.suggest_step_size(len(task.batches), args.epochs_per_step_size)
+        print(f"{args.optimizer}; {task.summary}.", flush=True)
+        result = _search(task, args)
+    if args.save and result.lrs:
+        result.save(args.save)
+    try:
+        bounds = result.suggest(args.method, base=args.base)
+    except ValueError as error:
+        if result.lrs and args.out:
+            print(plotting.save(plotting.plot_range_test(result), args.out))
+        print(f"no bounds: {error}")
+        return 130 if result.interrupted else 1
+    print(_found(result, bounds))
+    print(
+        f"\nTrain with them, {args.epochs_per_step_size} epochs up and as many down:\n"
+        f"  clr-optim train --optimizer {args.optimizer} --base-lr {bounds.base_lr:.3g} "
+        f"--max-lr {bounds.max_lr:.3g}{f' --data {args.data}' if args.data else ''}\n"
+        f'  opt = CyclicalOptimizer(opt, "triangular2", base_lr={bounds.base_lr:.3g}, '
+        f"max_lr={bounds.max_lr:.3g}, step_size_up={step_size:_})\n"
+    )
+    if args.out:
+        print(plotting.save(plotting.plot_range_test(result, bounds), args.out))
+    if args.save:
+        print(args.save)
+    return 130 if result.interrupted else 0
+
+
+def train_once(args: Namespace) -> int:
+    """Train a whole number of cycles, with bounds given or found by a range test.
+
+    Args:
+        args: the command's options.
+
+    Returns:
+        The exit code: 130 if Ctrl-C ended it early; what was measured is kept.
+
+    Raises:
+        ImportError, OSError, ValueError: for options that cannot be met, before any training.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("training needs tqdm: pip install clr-optim[demo]") from error
+
+    _check_files(args.out, args.save, (".json", ".csv"))
+    if (args.base_lr is None) != (args.max_lr is None):
+        raise ValueError(
+            f"--base-lr {args.base_lr} and --max-lr {args.max_lr}: give both bounds, or neither "
+            "for a range test to find them"
+        )
+    if args.policy == "fixed" and args.base_lr == 0.0:
+        raise ValueError(
+            "--base-lr 0 with --policy fixed: the rate is the bounds' geometric mean, which is 0; "
+            "give the rate itself as both"
+        )
+    with _Threads(args.threads):
+        task = _task(args)
+        plan = Plan(args.cycles, args.epochs_per_step_size, len(task.batches))
+        base_lr, max_lr = args.base_lr, args.max_lr
+        options: dict[str, Any] = {}
+        if args.policy != "fixed":
+            options = {"step_size_up": plan.step_size, "backend": args.backend}
+            if args.policy.startswith("exp_range"):
+                options["gamma"] = plan.gamma if args.gamma is None else args.gamma
+            if args.window is not None:
+                options["window"] = args.window
+        if base_lr is not None:  # what is wrong is said before anything is run
+            build_optimizer(
+                args.optimizer, args.policy, task, task.build(),
+                base_lr=base_lr, max_lr=max_lr, **options,
+            )  # fmt: skip
+        print(f"{args.optimizer}, {args.policy}; {task.summary}.", flush=True)
+        if base_lr is None:
+            search = search_bounds(task, args.optimizer, seed=args.seed)
+            if search.interrupted:
+                return 130
+            bounds = search.suggest()
+            base_lr, max_lr = bounds.base_lr, bounds.max_lr
+            print(_found(search, bounds))
+        torch.manual_seed(args.seed)
+        model = task.build()
+        optimizer = build_optimizer(
+            args.optimizer, args.policy, task, model, base_lr=base_lr, max_lr=max_lr, **options
+        )
+        print(
+            f"{plan.cycles} cycles of 2 × {plan.step_size} iterations "
+            f"({plan.epochs_per_step_size} epochs each way), {plan.iterations:,} in all.\n",
+            flush=True,
+        )
+        run = Run(plan.evaluate_every)
+        interrupted = False
+        with tqdm(total=plan.iterations, unit="it", leave=False, disable=None) as bar:
+            try:
+                train(model, optimizer, task, plan.iterations, run, bar.update)
+            except KeyboardInterrupt:
+                interrupted = True
+    print(_table(run, plan, interrupted))
+    if args.save:
+        _save(run, args, base_lr, max_lr)
+        print(args.save)
+    if args.out and run.losses:
+        print(plotting.save(_draw(run, plan, f"{args.optimizer}, {args.policy}"), args.out))
+    return 130 if interrupted else 0
+
+
+class _Threads:
+    """So many of torch's threads, and afterwards as many as before."""
+
+    def __init__(self, wanted: int | None) -> None:
+        self._wanted = wanted
+        self._before = torch.get_num_threads()
+
+    def __enter__(self) -> None:
+        if self._wanted is not None:
+            torch.set_num_threads(self._wanted)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._before)
+
+
+def _check_files(out: str | None, save: str | None, kinds: Sequence[str]) -> None:
+    if out:
+        plotting.check_picture(out)
+    if save is None:
+        return
+    path = Path(save)
+    if path.suffix not in kinds:
+        raise ValueError(f"--save must end in {' or '.join(kinds)}, got {save!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{save}: there is no such folder")
+
+
+def _task(args: Namespace) -> Task:
+    options = {} if args.batch_size is None else {"batch_size": args.batch_size}
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device}: {' '.join(str(error).split())}") from error
+    if args.data is not None:
+        return cifar10_task(args.data, device=device, **options)
+    return digits_task(device=device, **options)
+
+
+def _search(task: Task, args: Namespace) -> RangeTest:
+    return search_bounds(
+        task,
+        args.optimizer,
+        seed=args.seed,
+        start_lr=args.start_lr,
+        end_lr=args.end_lr,
+        num_steps=args.steps,
+        mode=args.mode,
+        metric=args.metric,
+        backend=args.backend,
+    )
+
+
+def _found(result: RangeTest, bounds: Bounds) -> str:
+    ended = "interrupted, " if result.interrupted else ""
+    return (
+        f"LR range test, {ended}{result.steps[-1] + 1:,} of {result.num_steps:,} steps: "
+        f"base_lr {bounds.base_lr:.3g}, max_lr {bounds.max_lr:.3g} "
+        f"(confidence {bounds.confidence:.2f}).\n{bounds.reason}."
+    )
+
+
+def _table(run: Run, plan: Plan, interrupted: bool) -> str:
+    ends = dict(zip(run.evaluated, run.accuracies, strict=True))
+    lines = ["cycle  iteration  test accuracy in %"]
+    lines += [
+        f"{i:5}  {end:9,}  {ends[end]:18.2f}"
+        for i, end in enumerate(plan.cycle_ends, 1)
+        if end in ends
+    ]
+    if interrupted:
+        lines.append(f"interrupted after {len(run.losses):,} of {plan.iterations:,} iterations")
+    return "\n".join(lines)
+
+
+def _save(run: Run, args: Namespace, base_lr: float, max_lr: float) -> None:
+    accuracies = dict(zip(run.evaluated, run.accuracies, strict=True))
+    rows = [
+        {"iteration": i, "lr": lr, "loss": loss, "test_accuracy": accuracies.get(i)}
+        for i, (lr, loss) in enumerate(zip(run.rates, run.losses, strict=True), 1)
+    ]
+    path = Path(args.save)
+    if path.suffix == ".json":
+        settings = {
+            "optimizer": args.optimizer,
+            "policy": args.policy,
+            "base_lr": base_lr,
+            "max_lr": max_lr,
+            "seed": args.seed,
+        }
+        columns = {key: [row[key] for row in rows] for key in rows[0]} if rows else {}
+        path.write_text(json.dumps({**settings, **columns}) + "\n")
+        return
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, ["iteration", "lr", "loss", "test_accuracy"])
+        table.writeheader()
+        table.writerows(rows)
+
+
+def _draw(run: Run, plan: Plan, title: str) -> Any:
+    iterations = list(range(1, len(run.losses) + 1))
+    curves: dict[str, tuple[Sequence[int], Sequence[float]]] = {
+        "training loss": (iterations, run.losses)
+    }
+    if run.accuracies:
+        curves["test accuracy in %"] = (run.evaluated, run.accuracies)
+    curves["learning rate"] = (iterations, run.rates)
+    return plotting.plot_history(curves, plan.cycle_ends, title=title)
