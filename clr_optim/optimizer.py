@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar, cast, overload
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
@@ -47,6 +47,7 @@ from clr_optim.schedule import (
     triangular2,
 )
 from clr_optim.sharding import local_part, no_sums, spread_of, spreads, sum_over_ranks
+from clr_optim.torch_schedulers import read_scheduler
 
 __all__ = ["CyclicalOptimizer", "CyclicalScheduler"]
 
@@ -273,6 +274,72 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         self._go_to(position)
         if saved is not None:
             self._warn_other_policy(saved, "the wrapped optimizer")
+
+    @classmethod
+    def from_scheduler(
+        cls,
+        scheduler: CyclicLR | OneCycleLR,
+        *,
+        max_grad_norm: float | None = None,
+        backend: str = "auto",
+    ) -> CyclicalOptimizer[Optimizer]:
+        """Take over a torch ``CyclicLR`` or ``OneCycleLR`` and its optimizer, in mid-run or before.
+
+        The rates go on as the scheduler's would, and so do ``momentum`` or ``betas[0]`` where it
+        cycles them: ``iteration`` is the number of scheduler steps taken. Call it between a
+        ``scheduler.step()`` and the next ``optimizer.step()``; from then on step only what it
+        returns. The scheduler is left as it is, and so is what it put into groups and optimizer.
+
+        Where a ``OneCycleLR`` turns between two steps (``pct_start * total_steps`` is no whole
+        number), the rates are the same too, but computed by a ``scale_fn``: a step cannot then be
+        captured into a CUDA graph, and there is no cycle to count. To resume, build scheduler and
+        optimizer anew, take them over, and load the checkpoint. After its last step,
+        ``total_steps - 1``, the lowest rate stays, where torch would overshoot it once and then
+        raise.
+
+        Args:
+            scheduler: an instance of :class:`torch.optim.lr_scheduler.CyclicLR` (whole step sizes,
+                ``base_lr <= max_lr``, ``gamma`` in (0, 1]) or
+                :class:`torch.optim.lr_scheduler.OneCycleLR` (``div_factor >= 1``).
+            max_grad_norm, backend: as in the constructor.
+
+        Raises:
+            TypeError: for any other scheduler, and for a subclass that computes rates of its own.
+            ValueError: for settings that no policy here has, and where a group's ``lr`` or momentum
+                is not what the scheduler says: naming both, before anything has changed.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> adam = torch.optim.Adam(model.parameters())
+            >>> scheduler = torch.optim.lr_scheduler.CyclicLR(
+            ...     adam, base_lr=0.1, max_lr=0.5, step_size_up=4, cycle_momentum=False)
+            >>> for _ in range(3):
+            ...     adam.step()
+            ...     scheduler.step()
+            >>> opt = CyclicalOptimizer.from_scheduler(scheduler)
+            >>> opt.iteration, opt.get_last_lr()
+            (3, [0.4])
+            >>> opt.step()
+            >>> opt.get_last_lr()
+            [0.5]
+        """
+        course = read_scheduler(scheduler)
+        options: dict[str, Any] = {}
+        if course.momenta is not None:
+            low, high = zip(*course.momenta, strict=True)
+            options = {"cycle_momentum": True, "base_momentum": low, "max_momentum": high}
+        base, top = zip(*course.bounds, strict=True)
+        opt = cast("type[CyclicalOptimizer[Optimizer]]", cls)(
+            scheduler.optimizer,
+            course.schedule,
+            base_lr=base,
+            max_lr=top,
+            max_grad_norm=max_grad_norm,
+            backend=backend,
+            **options,
+        )
+        opt.set_iteration(course.position)
+        return opt
 
     def _set_up(
         self,

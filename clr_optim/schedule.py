@@ -180,7 +180,8 @@ class Phase:
             otherwise it stays at its maximum.
         scale_fn, scale_mode: as in :class:`torch.optim.lr_scheduler.CyclicLR`: the amplitude is
             multiplied by ``scale_fn(cycle)``, cycles counted from 1, or by
-            ``scale_fn(step)`` for ``scale_mode="iterations"``.
+            ``scale_fn(step)`` for ``scale_mode="iterations"``, the only one of the two that goes
+            with ``window="constant"``.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right.
@@ -237,10 +238,10 @@ class Phase:
         if self.scale_fn is not None and not callable(self.scale_fn):
             raise TypeError(f"scale_fn must be a callable of one number, got {self.scale_fn!r}")
         check_choice("scale_mode", self.scale_mode, SCALE_MODES)
-        if self.scale_fn is not None and self.window == "constant":
+        if self.scale_fn is not None and self.window == "constant" and self.scale_mode == "cycle":
             raise ValueError(
-                f"scale_fn={self.scale_fn!r} scales the amplitude of a cycle, "
-                "and a phase with window='constant' has none"
+                f"scale_fn={self.scale_fn!r} with scale_mode='cycle' scales the amplitude of a "
+                "cycle, and a phase with window='constant' has none: use scale_mode='iterations'"
             )
 
     @functools.cached_property

@@ -313,7 +313,7 @@ SCHEDULES = {
         lambda: Phase(step_size_up=3, window="constant"), ValueError, "window='constant' has no cycle",
     ),
     "Phase scale_fn without a cycle": (
-        lambda: Phase(window="constant", scale_fn=math.sqrt), ValueError, "scale_fn=.* scales the amplitude of a cycle",
+        lambda: Phase(window="constant", scale_fn=math.sqrt), ValueError, "scale_fn=.* scales the amplitude of a cycle.*'iterations'",
     ),
     "Phase gamma": (lambda: Phase(step_size_up=1, base_gamma=-1), ValueError, "base_gamma must be"),
     "Phase ends": (lambda: Phase(step_size_up=1, lower=1), TypeError, "lower must be a pair"),
