@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from clr_optim import backends, schedule
 from clr_optim._version import __version__
 from clr_optim.backends.native import BuildError, library
-from clr_optim.bench import bounds, throughput
+from clr_optim.bench import bounds, paper, throughput
 from clr_optim.demo.train import OPTIMIZERS
 from clr_optim.kernels.native import build as native_build
 from clr_optim.range_test import BASES, METHODS, METRICS, MODES
@@ -124,6 +124,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     bounds.add_arguments(of_bounds)
     of_bounds.set_defaults(run=_bench_bounds)
+    of_paper = others.add_parser(
+        "paper", help="the paper's tables, rerun", description=paper.DESCRIPTION
+    )
+    paper.add_arguments(of_paper)
+    of_paper.set_defaults(run=paper.run)
 
     build = commands.add_parser(
         "build",

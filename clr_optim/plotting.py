@@ -43,6 +43,7 @@ __all__ = [
     "plot_demo_accuracies",
     "plot_demo_rates",
     "plot_history",
+    "plot_paper_curves",
     "plot_policies",
     "plot_range_test",
     "plot_schedule",
@@ -54,6 +55,7 @@ __all__ = [
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#5F5F5F"
 _COLORS = (_BLUE, _ORANGE, _GREEN, _GREY)
+_MORE_COLORS = (*_COLORS, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 # Widths and dashes too, so that curves that coincide for a while all stay to be seen.
 _POLICY_STYLES: dict[str, dict[str, Any]] = {
@@ -481,6 +483,55 @@ def plot_demo_accuracies(
         _label(axes, optimizer, "test accuracy in %" + over)
         _mark_cycles(axes, period, length)
     _shared_legend(figure, panels)
+    return figure
+
+
+def plot_paper_curves(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]],
+) -> Figure:
+    """Test accuracy against iteration as in the paper's Fig. 1, two panels a line, 700 px wide.
+
+    Args:
+        panels: by title and label, points of an iteration and an accuracy in percent; the same
+            label looks the same in each panel.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: if there is no panel.
+    """
+    if not panels:
+        raise ValueError("panels is empty: give at least one title with its curves")
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    height = 380 if lines == columns == 1 else 260 * lines
+    figure = Figure(figsize=(7, height / 100), dpi=100, layout="constrained")
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    labels = dict.fromkeys(label for curves in panels.values() for label in curves)
+    # Dashes beside colours: there are more curves than colours anyone can tell apart.
+    styles = {
+        label: {"color": color, "linestyle": dashes, "marker": marker}
+        for label, color, dashes, marker in zip(
+            labels,
+            cycle(_MORE_COLORS),
+            cycle(("-", "--", (0, (6, 1.5, 1, 1.5)))),
+            cycle("os^Dv"),
+            strict=False,
+        )
+    }
+    for axes, (title, curves) in zip(grid, panels.items(), strict=False):
+        for label, points in curves.items():
+            axes.plot(*zip(*points, strict=True), label=label, markersize=2.5, **styles[label])
+        values = sorted(value for points in curves.values() for _, value in points)
+        # The climb from chance is the same for all; what differs is above it.
+        axes.set_ylim(values[len(values) // 12] - 2, values[-1] + 2)
+        axes.set_xlim(0)
+        _label(axes, title, "test accuracy in %")
+        axes.legend(frameon=False, loc="lower right", fontsize=8)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
     return figure
 
 

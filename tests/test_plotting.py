@@ -318,3 +318,30 @@ def test_a_history_has_a_panel_for_each_curve_with_every_other_cycle_shaded(tmp_
 def test_a_history_that_cannot_be_is_refused(curves, ends, words):
     with pytest.raises(ValueError, match=words):
         plotting.plot_history(curves, ends)
+
+
+def test_paper_curves_have_two_panels_a_line_and_a_look_per_label(tmp_path):
+    curve = [(10, 20.0), (20, 40.0), (30, 60.0)]
+    panels = {
+        "SGD": {"fixed": curve, "triangular": curve},
+        "Adam": {"triangular": curve},
+        "AdaGrad": {f"row {i}": curve for i in range(9)},
+    }
+    figure = plotting.plot_paper_curves(panels)
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title() for axes in shown] == list(panels)
+    (line,) = shown[1].lines
+    assert list(line.get_xdata()) == [10, 20, 30]
+    assert list(line.get_ydata()) == [20.0, 40.0, 60.0]
+    assert shown[1].get_ylabel() == "test accuracy in %"
+
+    def look(line):
+        return line.get_color(), line.get_linestyle(), line.get_marker()
+
+    assert look(line) == look(shown[0].lines[1])
+    looks = {look(line) for axes in (shown[0], shown[2]) for line in axes.lines}
+    assert len(looks) == 11
+    path = plotting.save(figure, tmp_path / "curves")
+    assert _pixels(path).shape[1] == 700
+    with pytest.raises(ValueError, match="panels is empty"):
+        plotting.plot_paper_curves({})
