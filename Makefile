@@ -7,7 +7,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 DISTRIBUTED := tests/test_distributed.py tests/test_distributed_checkpoint.py \
 	tests/test_dtensor.py tests/test_examples.py
 
-.PHONY: demo test format lint types check interpreted distributed package pictures gpu-check clean FORCE
+.PHONY: demo test format lint types check interpreted distributed package pictures gpu-check gpu-paper clean FORCE
 
 demo: $(VENV)/.demo
 	$(BIN)/clr-optim demo $(ARGS)
@@ -94,6 +94,16 @@ gpu-check: build/tree
 		--json $$results-kernels.json || failed="$$failed kernels"; \
 	keep $$results-kernels.json; \
 	[ -z "$$failed" ] || { echo "gpu-check failed: $$failed" >&2; exit 1; }
+
+# The paper's tables there, at full length, from DATA (CIFAR-10, binary version), each iteration a
+# graph; and how many iterations a second that makes. Called again it goes on where it was ended.
+gpu-paper: export PYTHONPATH := $(CURDIR)/build/tree
+gpu-paper: export PYTHONSAFEPATH := 1
+gpu-paper: build/tree
+	$(PYTHON) -m clr_optim bench paper --device cuda --data "$(DATA)" --speed 2000 $(ARGS) \
+		--out bench/results/paper-gpu
+	$(PYTHON) -m clr_optim bench paper --device cuda --data "$(DATA)" --table 1,3,beyond --seeds 3 \
+		--resume $(ARGS) --out bench/results/paper-gpu
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -868,7 +868,8 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         Dictionaries with ``"row"``, ``"table"``, ``"published"``, ``"published_iterations"``, and
         for what was run ``"accuracy"`` (mean, percent), ``"spread"`` (standard deviation of a
         sample, None for one seed), ``"iterations"``, ``"cycles"``, ``"seeds"``, ``"training_s"``
-        (mean), ``"curve"`` (means) and ``"relation"`` (a sentence).
+        (mean), ``"curve"`` (means), ``"comparisons"`` (with other rows) and ``"relation"`` (a
+        sentence on them).
     """
     by_row: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
@@ -903,8 +904,41 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             )
     for name, summary in rows.items():
         if "accuracy" in summary:
+            summary["comparisons"] = _comparisons(ROWS[name], rows)
             summary["relation"] = _relation(ROWS[name], rows)
     return list(rows.values())
+
+
+def _comparisons(row: Row, rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What a row is beside each that it is compared with, here and, where it says so, in the paper.
+
+    Returns:
+        Dictionaries with ``"with"`` (a row's name), ``"difference"`` (points of accuracy),
+        ``"same"`` (how many count as none), ``"found"`` (a verdict), and ``"expected"`` (the
+        paper's, or None).
+    """
+    here = rows[row.name]
+    comparisons = []
+    for name in row.references:
+        there, other = rows.get(name, {}), ROWS[name]
+        if "accuracy" not in there:
+            continue
+        same = max(_SAME, math.hypot(here["spread"] or 0.0, there["spread"] or 0.0))
+        difference = here["accuracy"] - there["accuracy"]
+        expected = None
+        # The paper has one "fixed": between the two that it may have been it says nothing.
+        if row.name not in _FIXED and row.published is not None and other.published is not None:
+            expected = _verdict(row.published - other.published, _SAME)
+        comparisons.append(
+            {
+                "with": name,
+                "difference": difference,
+                "same": same,
+                "found": _verdict(difference, same),
+                "expected": expected,
+            }
+        )
+    return comparisons
 
 
 def _relation(row: Row, rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -918,24 +952,16 @@ def _relation(row: Row, rows: Mapping[str, Mapping[str, Any]]) -> str:
     if not row.references:
         return text + "; the others are compared with it."
     clauses = []
-    for name in row.references:
-        there = rows.get(name, {})
-        if "accuracy" not in there:
-            continue
-        spread = math.hypot(here["spread"] or 0.0, there["spread"] or 0.0)
-        same = max(_SAME, spread)
-        difference = here["accuracy"] - there["accuracy"]
-        found = _verdict(difference, same)
+    for comparison in here["comparisons"]:
+        name, found, expected = (comparison[key] for key in ("with", "found", "expected"))
+        there, other = rows[name], ROWS[name]
         clause = (
-            f"{found} `{name}` ({there['accuracy']:.2f} %, {difference:+.2f}, within {same:.2f} "
-            "being the same)"
+            f"{found} `{name}` ({there['accuracy']:.2f} %, {comparison['difference']:+.2f}, "
+            f"within {comparison['same']:.2f} being the same)"
         )
         if here["iterations"] != there["iterations"]:
             clause += f" in {here['iterations'] / there['iterations']:.0%} of its iterations"
-        other = ROWS[name]
-        # The paper has one "fixed": between the two that it may have been it says nothing.
-        if row.name not in _FIXED and row.published is not None and other.published is not None:
-            expected = _verdict(row.published - other.published, _SAME)
+        if expected is not None:
             figures = f"({row.published} against {other.published} %)"
             clause += (
                 f", as in the paper {figures}: its relation holds here"
@@ -944,8 +970,8 @@ def _relation(row: Row, rows: Mapping[str, Mapping[str, Any]]) -> str:
                 "here"
             )
         elif name.startswith("window"):
-            holds = abs(difference) <= same
-            clause += ": the windows are " + ("equivalent" if holds else "not equivalent") + " here"
+            equivalent = found == _verdict(0.0, _SAME)
+            clause += f": the windows are {'' if equivalent else 'not '}equivalent here"
         clauses.append(clause)
     if not clauses:
         clauses = [
@@ -1029,12 +1055,14 @@ def _line(row: Mapping[str, Any]) -> str:
 def report(folder: str | Path) -> str:
     """Write ``paper.md``, ``paper.json`` and the pictures of a folder of results.
 
+    Without matplotlib there are no pictures, and a line on stderr says so: who trained for hours on
+    another machine can have them drawn later.
+
     Returns:
         The Markdown.
 
     Raises:
         ValueError: if there are no results.
-        ImportError: without matplotlib.
     """
     store = Store(folder)
     results = store.read()
@@ -1049,9 +1077,63 @@ def report(folder: str | Path) -> str:
     (store.folder / "paper.json").write_text(
         json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
+    try:
+        plotting.require_matplotlib()
+    except ImportError as error:
+        print(f"{error}; then --report draws them", file=sys.stderr)
+        return text
     for name, panels in _pictures(summaries).items():
         plotting.save(plotting.plot_paper_curves(panels), store.folder / f"{name}.png")
     return text
+
+
+_BEGIN, _END = "<!-- made by clr-optim bench paper --report --readme -->", "<!-- /made -->"
+
+
+def write_readme(path: str | Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Put a table of all rows between the two marks that a Markdown file has for it.
+
+    Raises:
+        OSError: if the file cannot be read or written.
+        ValueError: if it lacks the marks.
+    """
+    path = Path(path)
+    text = path.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not (begin and end):
+        raise ValueError(f"{path} has no place for the table: put these lines in: {_BEGIN} {_END}")
+    table = "\n".join(readme_table(summarize(results)))
+    path.write_text(f"{before}{_BEGIN}\n{table}\n{_END}{after}", encoding="utf-8")
+
+
+def readme_table(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Published and measured figures of all rows, and whether the paper's relation holds."""
+    lines = [
+        "| row | the paper, % (iterations) | here, % (iterations) | the paper's relation here |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in summaries:
+        published = "–"
+        if row["published"] is not None:
+            published = f"{row['published']} ({row['published_iterations']:,})"
+        if "accuracy" not in row:
+            lines.append(f"| {row['row']} | {published} | not run | |")
+            continue
+        relations = [
+            f"holds: {c['found']} {c['with']}"
+            if c["found"] == c["expected"]
+            else f"**does not hold**: {c['found']} {c['with']}"
+            if c["expected"]
+            else f"{c['found']} {c['with']}"
+            for c in row["comparisons"]
+        ]
+        spread = "" if row["spread"] is None else f" ± {row['spread']:.1f}"
+        lines.append(
+            f"| {row['row']} | {published} | {row['accuracy']:.1f}{spread} ({row['iterations']:,}) "
+            f"| {'; '.join(relations)} |"
+        )
+    return lines
 
 
 Curves = dict[str, list[tuple[int, float]]]
@@ -1095,6 +1177,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--caffe-momentum", action="store_true", help="SGD with the rate inside the buffer")
     add("--data-note", default="", metavar="TEXT", help="kept with the results and printed by them")
     add("--report", action="store_true", help="train nothing, only report on what is in --out")
+    add("--readme", metavar="FILE", help="with --report: renew the table between its marks in FILE")
     add(
         "--speed",
         type=_count,
@@ -1212,13 +1295,16 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         argparse.ArgumentError: for options, data and results that do not go together.
-        ImportError, OSError: noticed before anything is trained.
+        OSError: noticed before anything is trained.
     """
-    plotting.require_matplotlib()
     try:
         if args.report:
             print(report(args.out))
+            if args.readme:
+                write_readme(args.readme, Store(args.out).read())
             return 0
+        if args.readme:
+            raise argparse.ArgumentError(None, f"--readme {args.readme}: only with --report")
         if args.data is None:
             raise argparse.ArgumentError(None, "--data is missing: the folder of CIFAR-10's files")
         with _threads(args.threads):

@@ -724,6 +724,43 @@ def test_report_drops_no_row_and_repeats_the_note(tmp_path, capsys):
             assert picture.width == 700
 
 
+def test_without_matplotlib_there_are_results_and_no_pictures(tmp_path, capsys, monkeypatch):
+    Store(tmp_path).append(_result())
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["bench", "paper", "--report", "--out", str(tmp_path)]) == 0
+    assert "pip install clr-optim[plot]; then --report draws them" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["paper.json", "paper.md", "results.jsonl"]
+
+
+def test_the_readmes_table_is_renewed_between_its_marks(tmp_path, capsys):
+    store = Store(tmp_path / "out")
+    for row, value in (("fixed", 80.0), ("triangular2", 80.4), ("decay", 80.6), ("adam-fixed", 7)):
+        store.append(_result(row, 0, value))
+    store.append(_result("window-welch"))
+    readme = tmp_path / "readme.md"
+    readme.write_text(f"above\n{paper._BEGIN}\nold\n{paper._END}\nbelow\n")
+    options = ["bench", "paper", "--report", "--out", str(store.folder), "--readme"]
+    for _ in range(2):  # the second time over its own
+        assert main([*options, str(readme)]) == 0
+    above, begin, *lines, end, below = readme.read_text().splitlines()
+    assert (above, begin, end, below) == ("above", paper._BEGIN, paper._END, "below")
+    assert [line.split()[1] for line in lines[2:]] == list(ROWS)  # none is dropped
+    assert "| exp | 79.1 (70,000) | not run | |" in lines
+    assert "| fixed | 81.4 (70,000) | 80.0 (70,000) |  |" in lines
+    for line in (
+        "| triangular2 | 81.4 (25,000) | 80.4 (25,000) | holds: as accurate as fixed |",
+        "| decay | 78.5 (25,000) | 80.6 (25,000) | **does not hold**: more accurate than fixed |",
+    ):
+        assert line in lines
+    readme.write_text("nothing")
+    with pytest.raises(SystemExit):
+        main([*options, str(readme)])
+    assert "has no place for the table: put these lines in" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", "paper", "--data", "x", "--table", "1", "--readme", str(readme)])
+    assert "only with --report" in capsys.readouterr().err
+
+
 # ---- the command
 
 
