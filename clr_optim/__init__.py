@@ -1,8 +1,8 @@
 """Cyclical learning rates inside the optimizer's step.
 
 ``CyclicalOptimizer(torch.optim.Adam(model.parameters(), lr=1e-3), policy="exp_range")`` is the one
-line to change; :mod:`clr_optim.schedule` has every policy, and :func:`lr_range_test` finds the
-bounds.
+line to change; :mod:`clr_optim.schedule` has every policy, and
+:func:`~clr_optim.range_test.lr_range_test` finds the bounds.
 """
 
 from clr_optim._version import __version__

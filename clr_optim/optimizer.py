@@ -115,15 +115,16 @@ def _is_zero(grad: Tensor) -> bool:
 
 
 class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
-    r"""Wraps a torch optimizer and cycles its learning rate, with nothing else to step or save.
+    """Wraps a torch optimizer and cycles its learning rate, with nothing else to step or save.
 
-    .. math::
-        \mathrm{lr}(t) = b(t)\,\mathrm{base} + a(t)\,(\mathrm{max} - \mathrm{base})\,w(x(t))
+    For the ``t``-th ``step()``, counted from 0 (see :mod:`clr_optim.schedule`)::
 
-    for the ``t``-th ``step()``, counted from 0: see :mod:`clr_optim.schedule`. Between steps
-    ``param_groups[i]["lr"]`` holds the rate that the next step will use, as it does with a torch
-    scheduler stepped after every optimizer step. ``param_groups``, ``state`` and ``defaults`` are
-    the wrapped optimizer's own; the position sits in the groups, and so in every checkpoint.
+        lr(t) = b(t)·base_lr + a(t)·(max_lr − base_lr)·w(x(t))
+
+    Between steps ``param_groups[i]["lr"]`` holds the rate that the next step will use, as it does
+    with a torch scheduler stepped after every optimizer step. ``param_groups``, ``state`` and
+    ``defaults`` are the wrapped optimizer's own; the position sits in the groups, and so in every
+    checkpoint.
 
     A step without any gradient advances the cycle; one that did not happen (an exception in the
     closure or a pre-hook, an overflow under AMP) does not. Other code that writes ``lr`` is
@@ -303,6 +304,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 :class:`torch.optim.lr_scheduler.OneCycleLR` (``div_factor >= 1``).
             max_grad_norm, backend: as in the constructor.
 
+        Returns:
+            An optimizer around ``scheduler.optimizer``.
+
         Raises:
             TypeError: for any other scheduler, and for a subclass that computes rates of its own.
             ValueError: for settings that no policy here has, and where a group's ``lr`` or momentum
@@ -412,7 +416,19 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         return getattr(inner, name)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, as the wrapped optimizer does."""
+        """Reset the gradients, as the wrapped optimizer does.
+
+        Args:
+            set_to_none: free them, instead of filling them with zeros.
+
+        Example:
+            >>> weight = torch.ones(3, requires_grad=True)
+            >>> opt = CyclicalOptimizer(torch.optim.SGD([weight], lr=0.4))
+            >>> weight.sum().backward()
+            >>> opt.zero_grad()
+            >>> weight.grad is None
+            True
+        """
         self._inner.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -424,6 +440,13 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
 
         Raises:
             TypeError, ValueError: for what torch refuses, and for bounds that are none.
+
+        Example:
+            >>> model, head = torch.nn.Linear(4, 2), torch.nn.Linear(2, 1)
+            >>> opt = CyclicalOptimizer(torch.optim.SGD(model.parameters(), lr=0.4))
+            >>> opt.add_param_group({"params": head.parameters(), "base_lr": 0.2, "max_lr": 0.8})
+            >>> opt.get_last_lr()
+            [0.1, 0.2]
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {param_group!r}")
@@ -469,7 +492,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
 
     @property
     def iteration(self) -> int:
-        """Steps taken: the step that the next ``step()`` will be, counted from 0.
+        """Steps taken, and so the number that the next ``step()`` has, counted from 0.
 
         Waits for the device where only that knows: after steps that a GradScaler's fused path may
         have skipped, and once a step was captured into a graph.
@@ -503,7 +526,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
 
     @property
     def cycle(self) -> float:
-        """Cycles done: 2.5 is half-way through the third."""
+        """Cycles done, of which 2.5 is half-way through the third."""
         return self._schedule.cycle(self.iteration)
 
     @property
@@ -512,15 +535,49 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         return self._schedule.steps_to_cycle_end(self.iteration)
 
     def lr_at(self, step: int) -> list[float]:
-        """The rates, one per group, that the ``step``-th step uses, counted from 0."""
+        """The rates that a step uses.
+
+        Args:
+            step: its number, an integer >= 0, counted from 0.
+
+        Returns:
+            One rate per group.
+
+        Raises:
+            TypeError, ValueError: for a step that is none.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = CyclicalOptimizer(torch.optim.SGD(model.parameters(), lr=0.4), step_size_up=2)
+            >>> opt.lr_at(1), opt.lr_at(2)
+            ([0.25], [0.4])
+        """
         return self._schedule.rates(check_int("step", step, minimum=0), self._bounds())
 
     def get_last_lr(self) -> list[float]:
-        """The rates, one per group, that the next step will use, as torch's schedulers name it."""
+        """The rates that the next step will use; the name is that of torch's schedulers.
+
+        Returns:
+            One rate per group.
+        """
         return self.lr_at(self.iteration)
 
     def set_iteration(self, iteration: int) -> None:
-        """Go to this step of the schedule, an integer >= 0. Fires no cycle-end hook."""
+        """Go to a step of the schedule. Fires no cycle-end hook.
+
+        Args:
+            iteration: the number of the next step, an integer >= 0.
+
+        Raises:
+            TypeError, ValueError: naming the value and what would be right.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = CyclicalOptimizer(torch.optim.SGD(model.parameters(), lr=0.4), step_size_up=3)
+            >>> opt.set_iteration(9)
+            >>> opt.cycle, opt.steps_to_cycle_end, opt.get_last_lr()
+            (1.5, 3, [0.4])
+        """
         iteration = check_int("iteration", iteration, minimum=0)
         self._settle()
         self._go_to(iteration)
@@ -534,6 +591,13 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         Raises:
             TypeError, ValueError: for bounds that are none, and where every phase of the schedule
                 has bounds of its own.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = CyclicalOptimizer(torch.optim.SGD(model.parameters(), lr=0.4))
+            >>> opt.set_bounds(base_lr=0.2)
+            >>> opt.get_last_lr(), opt.lr_at(2000)
+            ([0.2], [0.4])
         """
         if base_lr is None and max_lr is None:
             raise ValueError("base_lr=None and max_lr=None: give at least one of the bounds")
@@ -568,8 +632,24 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         its end, the rate has come to its lowest. The hook runs before step post-hooks; like those
         it is not copied or pickled.
 
+        Args:
+            hook: a callable of one optimizer, this one.
+
         Returns:
             A handle with ``remove()``.
+
+        Raises:
+            TypeError: if it cannot be called.
+
+        Example:
+            >>> weight = torch.ones(3, requires_grad=True)
+            >>> opt = CyclicalOptimizer(torch.optim.SGD([weight], lr=0.4), step_size_up=2)
+            >>> handle = opt.register_cycle_end_hook(lambda opt: print("after", opt.iteration))
+            >>> for _ in range(9):
+            ...     opt.step()
+            after 4
+            after 8
+            >>> handle.remove()
         """
         if not callable(hook):
             raise TypeError(f"hook must be a callable of one optimizer, got {hook!r}")
@@ -579,7 +659,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
 
     @property
     def scheduler(self) -> CyclicalScheduler:
-        """A view for frameworks that insist on a scheduler: its ``step()`` changes nothing."""
+        """A view for frameworks that insist on a scheduler; its ``step()`` changes nothing."""
         # Held weakly: a cycle of references would keep the parameters alive until the next gc.
         scheduler = None if self._scheduler is None else self._scheduler()
         if scheduler is None:
@@ -598,7 +678,17 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         return norm if norm is None or self._shared.chosen[0] != "triton" else norm.clone()
 
     def explain(self) -> str:
-        """Which backend serves which parameters, and why, in words."""
+        """Which backend serves which parameters, and why, in words.
+
+        Returns:
+            A line for each backend and reason.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 2)
+            >>> opt = CyclicalOptimizer(torch.optim.SGD(model.parameters()), backend="torch")
+            >>> print(opt.explain())
+            torch: 2 parameter tensors, 10 values, SGD: asked for by backend='torch'
+        """
         name, reason = self._shared.chosen
         rule = rule_for(self._inner)
         if name != "torch" and not isinstance(rule, str):
@@ -693,10 +783,23 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
 
         Args:
             closure: reevaluates the model and returns the loss, as in torch.
-            *args, **kwargs: for a wrapped ``step`` that takes more than a closure.
+            *args: for a wrapped ``step`` that takes more than a closure.
+            **kwargs: likewise.
 
         Returns:
             What the wrapped ``step`` returns: the closure's loss.
+
+        Raises:
+            RuntimeError: if a backend asked for by name cannot serve all parameters, and where the
+                step cannot be captured into a graph, saying why.
+
+        Example:
+            >>> weight = torch.ones(3, requires_grad=True)
+            >>> opt = CyclicalOptimizer(torch.optim.SGD([weight], lr=0.4), step_size_up=3)
+            >>> weight.sum().backward()
+            >>> opt.step()
+            >>> opt.iteration, opt.get_last_lr()
+            (1, [0.2])
         """
         observed = (
             self._optimizer_step_pre_hooks
@@ -1148,6 +1251,16 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         """The wrapped optimizer's state dict; the position is in its ``param_groups``.
 
         Loads under ``torch.load(weights_only=True)``, and into the plain optimizer too.
+
+        Returns:
+            ``"state"`` and ``"param_groups"``, with torch's names, shapes and dtypes.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = CyclicalOptimizer(torch.optim.SGD(model.parameters(), lr=0.4))
+            >>> group = opt.state_dict()["param_groups"][0]
+            >>> group["clr_step"], group["clr_base_lr"], group["clr_max_lr"]
+            (0, 0.1, 0.4)
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -1177,9 +1290,21 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         bounds stay, and the position is 0: :meth:`set_iteration` moves it. The policy is always
         this object's; a checkpoint written under another one warns.
 
+        Args:
+            state_dict: what :meth:`state_dict` returned, or the plain optimizer's.
+
         Raises:
             TypeError, ValueError: for what is no checkpoint, or one of another optimizer class or
                 other groups; the optimizer is then as it was.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> plain = torch.optim.SGD(model.parameters(), lr=0.4)
+            >>> opt = CyclicalOptimizer(torch.optim.SGD(model.parameters(), lr=0.8))
+            >>> opt.load_state_dict(plain.state_dict())
+            >>> opt.set_iteration(2000)
+            >>> opt.get_last_lr()
+            [0.8]
         """
         state_dict = dict(_check_mapping("state_dict", state_dict))
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -1303,6 +1428,19 @@ class CyclicalScheduler(LRScheduler):
 
     ``step()`` changes nothing: the optimizer's own step advances the cycle. There is nothing to
     save, since the position is in the optimizer's checkpoint.
+
+    Args:
+        optimizer: the one to look at; its :attr:`CyclicalOptimizer.scheduler` is one of these.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> opt = CyclicalOptimizer(torch.optim.SGD(model.parameters(), lr=0.4), step_size_up=3)
+        >>> scheduler = CyclicalScheduler(opt)
+        >>> opt.step()
+        >>> scheduler.step()
+        >>> scheduler.last_epoch, scheduler.get_last_lr(), scheduler.get_lr()
+        (1, [0.2], [0.2])
+        >>> scheduler.load_state_dict(scheduler.state_dict())
     """
 
     def __init__(self, optimizer: CyclicalOptimizer[Any]) -> None:
@@ -1329,7 +1467,11 @@ class CyclicalScheduler(LRScheduler):
         return self.get_last_lr()
 
     def get_last_lr(self) -> list[float | Tensor]:
-        """The rates that the next step will use."""
+        """The rates that the next step will use.
+
+        Returns:
+            One rate per group.
+        """
         return list(cast("CyclicalOptimizer[Any]", self.optimizer).get_last_lr())
 
     def get_lr(self) -> list[float | Tensor]:
@@ -1337,14 +1479,22 @@ class CyclicalScheduler(LRScheduler):
         return self.get_last_lr()
 
     def step(self, epoch: int | None = None) -> None:
-        """Change nothing."""
+        """Change nothing.
+
+        Args:
+            epoch: of no effect.
+        """
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the position is in the optimizer's state dict."""
+        """An empty dictionary, as the position is in the optimizer's state dict."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Change nothing."""
+        """Change nothing.
+
+        Args:
+            state_dict: of no effect.
+        """
 
 
 def _callers_level() -> int:

@@ -32,7 +32,7 @@ from clr_optim.optimizer import CyclicalOptimizer
 from clr_optim.schedule import check_bool, check_choice, check_int, check_number, ramp
 from clr_optim.sharding import DTensor, local_part
 
-__all__ = ["Bounds", "RangeTest", "lr_range_test"]
+__all__ = ["Bounds", "BoundsDict", "RangeTest", "lr_range_test"]
 
 MODES = ("linear", "exponential")
 METRICS = ("loss", "accuracy", "validation_loss", "validation_accuracy")
@@ -63,7 +63,17 @@ _StepFn = Callable[[Any, Any], Any]
 
 
 class BoundsDict(TypedDict):
-    """Arguments of :class:`~clr_optim.CyclicalOptimizer`: numbers, or one per parameter group."""
+    """Arguments of :class:`~clr_optim.CyclicalOptimizer`: numbers, or one per parameter group.
+
+    Args:
+        base_lr, max_lr: the bounds of a cycle, a float or a list of floats.
+
+    Example:
+        >>> bounds: BoundsDict = {"base_lr": 0.001, "max_lr": 0.004}
+        >>> model = nn.Linear(2, 1)
+        >>> CyclicalOptimizer(torch.optim.SGD(model.parameters()), **bounds).lr_at(2000)
+        [0.004]
+    """
 
     base_lr: float | list[float]
     max_lr: float | list[float]
@@ -97,7 +107,8 @@ class Bounds:
     def asdict(self) -> BoundsDict:
         """``base_lr`` and ``max_lr`` as :class:`~clr_optim.CyclicalOptimizer` takes them.
 
-        Numbers; or lists with one for each parameter group, if their rates differ.
+        Returns:
+            Numbers; or lists with one for each parameter group, if their rates differ.
         """
         if all(ratio == 1.0 for ratio in self.ratios):
             return {"base_lr": self.base_lr, "max_lr": self.max_lr}
@@ -171,6 +182,11 @@ class RangeTest:
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right.
+
+    Example:
+        >>> curve = RangeTest([0.1, 0.2, 0.3], [2.0, 1.0, 1.5])
+        >>> curve.steps, curve.num_steps
+        ([0, 1, 2], 3)
     """
 
     lrs: list[float]
@@ -235,15 +251,28 @@ class RangeTest:
     # ---- keeping it
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dictionary of numbers, strings and lists, for :meth:`from_dict`."""
+        """A plain dictionary of numbers, strings and lists, for :meth:`from_dict`.
+
+        Example:
+            >>> RangeTest([0.1, 0.2], [2.0, 1.0]).to_dict()["values"]
+            [2.0, 1.0]
+        """
         return {"format": FORMAT_VERSION, **asdict(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RangeTest:
         """The range test that :meth:`to_dict` described.
 
+        Args:
+            data: the dictionary.
+
         Raises:
             TypeError, ValueError: if it is none, or was written by a newer version.
+
+        Example:
+            >>> curve = RangeTest([0.1, 0.2], [2.0, 1.0])
+            >>> RangeTest.from_dict(curve.to_dict()) == curve
+            True
         """
         if not isinstance(data, Mapping):
             raise TypeError(f"data must be a dictionary from RangeTest.to_dict, got {data!r}")
@@ -267,6 +296,17 @@ class RangeTest:
         Args:
             path: ``*.json`` for all of it, which :meth:`from_dict` reads back, or ``*.csv`` for a
                 table with the columns step, lr, the metric's name, and smoothed.
+
+        Raises:
+            ValueError: for any other name.
+            OSError: if the file cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     RangeTest([0.1, 0.2], [2.0, 1.0]).save(f"{folder}/curve.csv")
+            ...     print(Path(folder, "curve.csv").read_text().splitlines()[:2])
+            ['step,lr,loss,smoothed', '0,0.1,2.0,2.0']
         """
         path = Path(path)
         if path.suffix == ".json":
@@ -303,7 +343,8 @@ class RangeTest:
                 paper's rules ``"max/4"`` and ``"max/3"``.
 
         Raises:
-            ValueError: where the curve has no usable region, with what to change.
+            ValueError: for a method or base that there is not, and where the curve has no usable
+                region, with what to change.
 
         Source: arXiv 1506.01186, section 3.3.
 
@@ -516,6 +557,9 @@ class RangeTest:
             steps_per_epoch: optimizer steps in an epoch, an integer >= 1.
             epochs: a number from 2 to 10.
 
+        Raises:
+            TypeError, ValueError: naming the argument, its value and what would be right.
+
         Source: arXiv 1506.01186, section 3.2.
 
         Example:
@@ -532,6 +576,9 @@ class RangeTest:
         Args:
             cycles: an integer >= 1; the paper advises at least 3, better 4.
             steps_per_epoch, epochs: as in :meth:`suggest_step_size`.
+
+        Raises:
+            TypeError, ValueError: naming the argument, its value and what would be right.
 
         Source: arXiv 1506.01186, section 3.2.
 

@@ -185,6 +185,15 @@ class Phase:
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right.
+
+    Example:
+        Up for two steps, down for four:
+
+        >>> phase = Phase(step_size_up=2, step_size_down=4, gamma=0.5)
+        >>> phase.period, phase.position(1), phase.position(3), phase.amplitude(3)
+        (6, 0.5, 0.75, 0.125)
+        >>> Schedule("mine", [phase])([0, 1, 2], base_lr=0.0, max_lr=1.0).tolist()
+        [0.0, 0.25, 0.25]
     """
 
     step_size_up: int = 0
@@ -256,7 +265,14 @@ class Phase:
         return self.base_lr is not None
 
     def position(self, step: int) -> float:
-        """x in [0, 1]: 0 at the ends of a cycle, 1 at its top."""
+        """How far up the cycle a step is: 0 at its ends, 1 at its top (and where there is none).
+
+        Args:
+            step: an integer >= 0, counted from the phase's start.
+
+        Returns:
+            x(step), in [0, 1].
+        """
         period = self.period
         if period == 0:
             return 1.0
@@ -264,7 +280,17 @@ class Phase:
         return offset / up if offset < up else (period - offset) / (period - up)
 
     def amplitude(self, step: int) -> float:
-        """a(step): what is left of the amplitude."""
+        """What is left of the amplitude at a step: 1 at first.
+
+        Args:
+            step: an integer >= 0, counted from the phase's start.
+
+        Returns:
+            a(step), or what ``scale_fn`` returns.
+
+        Raises:
+            TypeError, ValueError: if ``scale_fn`` returns no finite number.
+        """
         if self.scale_fn is not None:
             x = step // self.period + 1 if self.scale_mode == "cycle" else step
             # Whatever comes back goes into the weights: None or NaN must not.
@@ -275,7 +301,19 @@ class Phase:
         return scale
 
     def ends(self, base_lr: float, max_lr: float) -> tuple[float, float]:
-        """The lower and the upper end for a group with these bounds."""
+        """The lower and the upper end of the rate for a group.
+
+        Args:
+            base_lr, max_lr: the group's bounds; a phase with bounds of its own does not look at
+                them.
+
+        Returns:
+            ``(lower, upper)`` of the module's formula.
+
+        Example:
+            >>> Phase(step_size_up=1, upper=(0.0, 0.5)).ends(0.1, 0.8)
+            (0.1, 0.4)
+        """
         if self.base_lr is not None and self.max_lr is not None:
             base_lr, max_lr = self.base_lr, self.max_lr
         (lower_base, lower_max), (upper_base, upper_max) = self.lower, self.upper
@@ -285,7 +323,18 @@ class Phase:
         )
 
     def shape(self, step: int) -> tuple[float, float, float]:
-        """``(b, w, a)`` at ``step``: all of the formula that does not depend on the bounds."""
+        """All of the module's formula that does not depend on the bounds.
+
+        Args:
+            step: an integer >= 0, counted from the phase's start.
+
+        Returns:
+            ``(b, w, a)``: the decay of the lower bound, the window, what is left of the amplitude.
+
+        Example:
+            >>> Phase(step_size_up=2, gamma=0.5).shape(1)
+            (1.0, 0.5, 0.5)
+        """
         return (
             _power(self.base_gamma, step),
             _window(self.window, self.position(step)),
@@ -436,7 +485,18 @@ class Schedule:
         return next((p.scale_fn for p in self.phases if p.scale_fn is not None), None)
 
     def locate(self, step: int) -> tuple[int, int]:
-        """``(index of the phase, step inside it)``."""
+        """Which phase a step is in.
+
+        Args:
+            step: an integer >= 0.
+
+        Returns:
+            The index of the phase, and the step counted from its start.
+
+        Example:
+            >>> sequence([(fixed(0.1), 5), (fixed(0.2), None)]).locate(7)
+            (1, 2)
+        """
         index = bisect_right(self._starts, step) - 1
         return index, step - self._starts[index]
 
@@ -461,6 +521,14 @@ class Schedule:
 
         Returns:
             A float, or for an array one of float64 and the same shape.
+
+        Raises:
+            TypeError, ValueError: naming the argument, its value and what would be right.
+
+        Example:
+            >>> triangular(2)([[0, 1], [2, 3]], base_lr=1.0, max_lr=3.0)
+            array([[1., 2.],
+                   [3., 2.]])
         """
         base, top = check_number("base_lr", base_lr), check_number("max_lr", max_lr)
         check_bounds(base, top)
@@ -471,7 +539,19 @@ class Schedule:
         return _each(at, step)
 
     def rates(self, step: int, bounds: Sequence[tuple[float, float]]) -> list[float]:
-        """The learning rates at ``step`` for several ``(base_lr, max_lr)``."""
+        """The learning rates at one step for several groups, unchecked: an optimizer's own way.
+
+        Args:
+            step: an integer >= 0.
+            bounds: ``(base_lr, max_lr)`` of each group.
+
+        Returns:
+            One rate per group.
+
+        Example:
+            >>> triangular(2).rates(1, [(0.0, 1.0), (1.0, 3.0)])
+            [0.5, 2.0]
+        """
         index, local = self.locate(step)
         phase = self.phases[index]
         b, w, a = phase.shape(local)
@@ -500,8 +580,21 @@ class Schedule:
     ) -> float | npt.NDArray[np.float64]:
         """The momentum at ``step``: it cycles against the rate, highest where the rate is lowest.
 
-        ``max_momentum − a(t)·(max_momentum − base_momentum)·w(x(t))``; arguments as in
-        :meth:`__call__`.
+        ``max_momentum − a(t)·(max_momentum − base_momentum)·w(x(t))``.
+
+        Args:
+            step: an integer >= 0 (0 is the first step), or an array of them.
+            base_momentum, max_momentum: its bounds, in [0, 1].
+
+        Returns:
+            A float, or for an array one of float64 and the same shape.
+
+        Raises:
+            TypeError, ValueError: for a step that is none.
+
+        Example:
+            >>> triangular(2).momentum([0, 1, 2], 0.8, 1.0).tolist()
+            [1.0, 0.9, 0.8]
         """
 
         def at(step: int) -> float:
@@ -510,7 +603,19 @@ class Schedule:
         return _each(at, step)
 
     def momenta(self, step: int, bounds: Sequence[tuple[float, float]]) -> list[float]:
-        """The momenta at ``step`` for several ``(base_momentum, max_momentum)``."""
+        """The momenta at one step for several groups, unchecked: an optimizer's own way.
+
+        Args:
+            step: an integer >= 0.
+            bounds: ``(base_momentum, max_momentum)`` of each group.
+
+        Returns:
+            One momentum per group.
+
+        Example:
+            >>> triangular(2).momenta(1, [(0.8, 1.0), (0.0, 0.0)])
+            [0.9, 0.0]
+        """
         index, local = self.locate(step)
         phase = self.phases[index]
         if not phase.cycle_momentum:
@@ -519,10 +624,20 @@ class Schedule:
         return [high - (high - low) * w * a for low, high in bounds]
 
     def cycle(self, step: int) -> float:
-        """Cycles done at ``step``: 2.5 is half-way through the third. 0.0 where there are none.
+        """Cycles done at a step, of which 2.5 is half-way through the third; 0.0 without any.
 
         In a sequence the cycles of all phases count on; one cut off by the end of its phase counts
         as done there.
+
+        Args:
+            step: an integer >= 0.
+
+        Raises:
+            TypeError, ValueError: for a step that is none.
+
+        Example:
+            >>> triangular(2).cycle(10)
+            2.5
         """
         step = check_int("step", step, minimum=0)
         index, local = self.locate(step)
@@ -533,7 +648,18 @@ class Schedule:
         return self._cycles[index] + whole + rest / phase.period
 
     def is_cycle_end(self, step: int) -> bool:
-        """Whether the step before ``step`` completed a cycle."""
+        """Whether the step before this one completed a cycle.
+
+        Args:
+            step: an integer >= 0.
+
+        Raises:
+            TypeError, ValueError: for a step that is none.
+
+        Example:
+            >>> [step for step in range(10) if triangular(2).is_cycle_end(step)]
+            [4, 8]
+        """
         step = check_int("step", step, minimum=0)
         if step == 0:
             return False
@@ -547,6 +673,16 @@ class Schedule:
 
         A cycle cut off by the end of its phase is never complete: the count then runs to the end
         of the first one that is. ``None`` where no cycle will be.
+
+        Args:
+            step: an integer >= 0.
+
+        Raises:
+            TypeError, ValueError: for a step that is none.
+
+        Example:
+            >>> triangular(2).steps_to_cycle_end(5)
+            3
         """
         step = check_int("step", step, minimum=0)
         index, local = self.locate(step)
@@ -567,6 +703,10 @@ class Schedule:
         """A plain dictionary of strings, numbers, lists and None, for :meth:`from_dict`.
 
         A ``scale_fn`` cannot be stored: its name stands in its place.
+
+        Example:
+            >>> fixed(0.1).to_dict()["name"], triangular(2).to_dict()["phases"]
+            ('fixed', [{'step_size_up': 2, 'step_size_down': 2}])
         """
         phases = []
         for phase in self.phases:
@@ -592,6 +732,10 @@ class Schedule:
             TypeError: if ``data`` is no dictionary.
             ValueError: if it is not one of ours, was written by a newer version, or names a
                 ``scale_fn`` and none is given.
+
+        Example:
+            >>> Schedule.from_dict(triangular(2).to_dict()) == triangular(2)
+            True
         """
         if not isinstance(data, Mapping):
             raise TypeError(f"data must be a dictionary from Schedule.to_dict, got {data!r}")
@@ -626,12 +770,29 @@ class Schedule:
         return cls(data.get("name", ""), phases)
 
     def to_json(self) -> str:
-        """:meth:`to_dict` as one line of JSON, the same for equal schedules."""
+        """:meth:`to_dict` as one line of JSON, the same for equal schedules.
+
+        Example:
+            >>> fixed(0.1).to_json() == fixed(0.1).to_json() != fixed(0.2).to_json()
+            True
+        """
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str, *, scale_fn: ScaleFn | None = None) -> Schedule:
-        """The schedule that :meth:`to_json` wrote; errors as in :meth:`from_dict`."""
+        """The schedule that :meth:`to_json` wrote.
+
+        Args:
+            text: the JSON.
+            scale_fn: the callable, where the schedule had one.
+
+        Raises:
+            TypeError, ValueError: as :meth:`from_dict`, and for what is no JSON.
+
+        Example:
+            >>> Schedule.from_json(triangular(2).to_json())
+            Schedule('triangular', [Phase(step_size_up=2, step_size_down=2)])
+        """
         try:
             data = json.loads(text)
         except (TypeError, ValueError) as error:
@@ -691,6 +852,9 @@ def triangular(
             amplitude by ``scale_fn(cycle)`` (counted from 1) or ``scale_fn(step)``
             (``scale_mode="iterations"``).
 
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what would be right.
+
     Source: arXiv 1506.01186, section 3.1.
 
     Example:
@@ -713,7 +877,13 @@ def triangular2(
 ) -> Schedule:
     """As :func:`triangular`, the amplitude halved after each cycle (right at any cycle).
 
-    Source: arXiv 1506.01186, section 3.2.
+    Args:
+        step_size_up, step_size_down, window, base_lr, max_lr: as in :func:`triangular`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what would be right.
+
+    Source: arXiv 1506.01186, section 3.1.
 
     Example:
         >>> triangular2(1)([1, 3, 5], base_lr=0.0, max_lr=1.0).tolist()
@@ -740,6 +910,12 @@ def exp_range(
 
     Args:
         gamma: factor per step, in (0, 1]; the paper's is 0.99994.
+        step_size_up, step_size_down, window, base_lr, max_lr: as in :func:`triangular`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what would be right.
+
+    Source: arXiv 1506.01186, section 3.1.
 
     Example:
         >>> exp_range(1, gamma=0.5)([1, 3], base_lr=0.0, max_lr=1.0).tolist()
@@ -764,6 +940,15 @@ def exp_range_bounds(
 
     What the paper says ("each boundary value declines by an exponential factor of gamma^iteration")
     and what its figures show; :func:`exp_range` is torch's reading.
+
+    Args:
+        gamma: factor per step, in (0, 1]; the paper's is 0.99994.
+        step_size_up, step_size_down, window, base_lr, max_lr: as in :func:`triangular`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what would be right.
+
+    Source: arXiv 1506.01186, section 3.1.
 
     Example:
         >>> exp_range_bounds(1, gamma=0.5)([0, 1, 2, 3], base_lr=1.0, max_lr=2.0).tolist()
@@ -790,9 +975,14 @@ def _own(lr: float | None) -> dict[str, Any]:
 
 
 def fixed(lr: float | None = None) -> Schedule:
-    """A constant rate: ``lr``, or where that is ``None`` each group's ``max_lr``.
+    """A constant rate.
 
-    (A group's ``max_lr`` is the rate the user gave it, unless told otherwise.)
+    Args:
+        lr: the rate, >= 0; ``None`` is each group's ``max_lr`` (the rate the user gave it, unless
+            told otherwise).
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what would be right.
 
     Example:
         >>> fixed()([0, 10**12], base_lr=0.1, max_lr=0.4).tolist()
@@ -811,6 +1001,11 @@ def decay(steps: int, *, base_lr: float | None = None, max_lr: float | None = No
         steps: length of the fall, an integer >= 1; ``lr(steps)`` is ``base_lr``.
         base_lr, max_lr: absolute bounds, both or neither; neither takes each group's own.
 
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what would be right.
+
+    Source: arXiv 1506.01186, Table 1.
+
     Example:
         >>> decay(2)([0, 1, 2, 3], base_lr=1.0, max_lr=2.0).tolist()
         [2.0, 1.5, 1.0, 1.0]
@@ -821,10 +1016,16 @@ def decay(steps: int, *, base_lr: float | None = None, max_lr: float | None = No
 
 
 def exp(lr: float | None = None, *, gamma: float = 0.99994) -> Schedule:
-    """The rate falls as ``lr``·gamma^step, from each group's ``max_lr`` where ``lr`` is ``None``.
+    """The rate falls exponentially, as ``lr``·gamma^step.
 
     Args:
+        lr: the rate of step 0, >= 0; ``None`` is each group's ``max_lr``.
         gamma: factor per step, in (0, 1].
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what would be right.
+
+    Source: arXiv 1506.01186, which compares cycles with it.
 
     Example:
         >>> exp(gamma=0.5)([0, 1, 2], max_lr=2.0).tolist()
@@ -854,6 +1055,9 @@ def one_cycle(
         pct_start: the rising part of it, in (0, 0.5].
         final_div_factor: ``base_lr`` divided by the last rate, >= 1.
         window, base_lr, max_lr: as in :func:`triangular`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what would be right.
 
     Source: L. N. Smith, N. Topin, *Super-Convergence*, arXiv 1708.07120.
 
@@ -903,6 +1107,9 @@ def warm_restarts(
             (At most 62 are unrolled, which reaches past 2**62 steps; the last one then repeats.)
         base_lr, max_lr: absolute bounds, both or neither; neither takes each group's own.
 
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what would be right.
+
     Source: I. Loshchilov, F. Hutter, *SGDR*, arXiv 1608.03983; as
     :class:`torch.optim.lr_scheduler.CosineAnnealingWarmRestarts` with ``T_0``, ``T_mult``.
 
@@ -947,6 +1154,9 @@ def ramp(
             (``start_lr`` must then be above 0; momentum, if cycled, then stays at its maximum).
         ratio: where an exponential ramp is to take each group's bounds: how many times its
             ``base_lr`` each group's ``max_lr`` is, a number above 1, the same for all groups.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what would be right.
 
     Source: arXiv 1506.01186, section 3.3.
 
