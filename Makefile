@@ -7,7 +7,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 DISTRIBUTED := tests/test_distributed.py tests/test_distributed_checkpoint.py \
 	tests/test_dtensor.py tests/test_examples.py
 
-.PHONY: demo test format lint types check interpreted distributed package pictures gpu-check gpu-paper clean FORCE
+.PHONY: demo test format lint types check interpreted distributed package docs pictures gpu-check gpu-paper clean FORCE
 
 demo: $(VENV)/.demo
 	$(BIN)/clr-optim demo $(ARGS)
@@ -26,6 +26,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP_INSTALL) -e ".[test]"
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) -e ".[docs]"
 	@touch $@
 
 lint: $(VENV)/.test
@@ -65,6 +69,17 @@ package: $(VENV)/.test
 	rm -rf build/empty && $(PYTHON) -m venv build/empty
 	build/empty/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
 	cd build && empty/bin/python ../tests/installed_step.py
+
+# The API reference as HTML. A warning is an error, and so is a page that loads anything from
+# elsewhere (links may lead there).
+docs: $(VENV)/.docs
+	rm -rf build/docs
+	$(BIN)/python -m sphinx --fail-on-warning --nitpicky --fresh-env --quiet \
+		-d build/doctrees docs build/docs
+	@! grep -rnE '<(script|img|link|iframe|source)[^>]*(src|href)="?(https?:)?//' \
+		--include=*.html build/docs
+	@! grep -rnE '(@import|url\()[^;)]*(https?:)?//' --include=*.css build/docs
+	@echo "file://$(CURDIR)/build/docs/index.html"
 
 # The pictures in docs/ that the README shows.
 pictures: $(VENV)/.demo

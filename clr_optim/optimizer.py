@@ -787,7 +787,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             **kwargs: likewise.
 
         Returns:
-            What the wrapped ``step`` returns: the closure's loss.
+            What the wrapped ``step`` returns, which is the closure's loss.
 
         Raises:
             RuntimeError: if a backend asked for by name cannot serve all parameters, and where the

@@ -91,7 +91,14 @@ _MOST_STEPS = 1_000_000
 
 
 def require_matplotlib() -> None:
-    """Raise an ImportError that says what to install, if matplotlib is not there."""
+    """See to it that pictures can be drawn.
+
+    Raises:
+        ImportError: without matplotlib, saying what to install.
+
+    Example:
+        >>> require_matplotlib()
+    """
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -101,9 +108,15 @@ def require_matplotlib() -> None:
 def check_picture(path: str | Path) -> None:
     """Raise the error that :func:`save` would, before there is anything to draw.
 
+    Args:
+        path: where the picture is to go.
+
     Raises:
         ImportError: without matplotlib.
         OSError: naming the path, if its folder is not there or its suffix is no picture's.
+
+    Example:
+        >>> check_picture("schedule.png")
     """
     require_matplotlib()
     from matplotlib.figure import Figure
@@ -117,7 +130,25 @@ def check_picture(path: str | Path) -> None:
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write ``figure`` to ``path`` and return that; without a suffix it gets ``.png``."""
+    """Write a picture to a file.
+
+    Args:
+        figure: the picture.
+        path: the file; its suffix says the format, and without one it gets ``.png``.
+
+    Returns:
+        The path, with its suffix.
+
+    Raises:
+        OSError: if the file cannot be written.
+        ValueError: matplotlib's, for a suffix that is no picture's.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(plot_schedule(triangular(50), 200), f"{folder}/schedule").name
+        'schedule.png'
+    """
     path = Path(path)
     if not path.suffix:
         path = path.with_suffix(".png")
@@ -269,6 +300,11 @@ def plot_range_test(
     Raises:
         ImportError: without matplotlib.
         TypeError, ValueError: for a result that is none, or has no point.
+
+    Example:
+        >>> curve = RangeTest([0.1, 0.2, 0.3], [2.0, 1.0, 1.5])
+        >>> plot_range_test(curve, Bounds(0.1, 0.2)).axes[0].get_title()
+        'base_lr 0.1, max_lr 0.2'
     """
     if not isinstance(result, RangeTest):
         raise TypeError(f"result must be a RangeTest, as lr_range_test returns it, got {result!r}")
@@ -401,6 +437,16 @@ def plot_policies(folder: str | Path) -> list[Path]:
 
     Returns:
         The paths of the pictures.
+
+    Raises:
+        ImportError: without matplotlib.
+        OSError: if a file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     [path.name for path in plot_policies(folder)][:2]
+        ['triangular.png', 'triangular2.png']
     """
     require_matplotlib()
     folder = Path(folder)
@@ -435,8 +481,17 @@ def plot_demo_rates(rates: Mapping[str, Mapping[str, Sequence[float]]], period: 
     """The demo's learning rates against iteration, a panel per optimizer.
 
     Args:
-        rates: by optimizer and policy, one rate per iteration.
+        rates: by optimizer and policy (``"fixed"``, ``"triangular"``, ``"triangular2"`` or
+            ``"exp_range"``), one rate per iteration.
         period: iterations of one cycle, for the marks on the axis.
+
+    Raises:
+        ImportError: without matplotlib.
+
+    Example:
+        >>> figure = plot_demo_rates({"SGD": {"triangular": [0.1, 0.2, 0.1, 0.2]}}, period=2)
+        >>> figure.axes[0].get_title()
+        'SGD'
     """
     figure, panels = _figure(len(rates), width=900, height=360)
     for axes, (optimizer, curves) in zip(panels, rates.items(), strict=True):
@@ -460,10 +515,20 @@ def plot_demo_accuracies(
     """The demo's test accuracies against iteration, a panel per optimizer.
 
     Args:
-        accuracies: by optimizer and policy, in percent, shape (evaluations,).
+        accuracies: by optimizer and policy, as for :func:`plot_demo_rates`, in percent, shape
+            (evaluations,).
         every: iterations from one evaluation to the next; the first is after ``every``.
         period: iterations of one cycle, for the marks on the axis.
         seeds: how many the accuracies are means over.
+
+    Raises:
+        ImportError: without matplotlib.
+
+    Example:
+        >>> accuracies = {"SGD": {"triangular": np.array([80.0, 90.0])}}
+        >>> figure = plot_demo_accuracies(accuracies, every=50, period=100, seeds=3)
+        >>> figure.axes[0].get_ylabel()
+        'test accuracy in %, mean of 3 seeds'
     """
     figure, panels = _figure(len(accuracies), width=900, height=360, sharey=True)
     over = f", mean of {seeds} seeds" if seeds > 1 else ""
@@ -498,6 +563,11 @@ def plot_paper_curves(
     Raises:
         ImportError: without matplotlib.
         ValueError: if there is no panel.
+
+    Example:
+        >>> points = [(500, 60.0), (1000, 70.0)]
+        >>> plot_paper_curves({"SGD": {"triangular": points}}).axes[0].get_title()
+        'SGD'
     """
     if not panels:
         raise ValueError("panels is empty: give at least one title with its curves")
@@ -545,6 +615,15 @@ def plot_throughput(rows: Sequence[Mapping[str, Any]]) -> Figure:
         rows: as in the benchmark's JSON; each has ``"rule"``, ``"workload"``, ``"dtype"`` and
             ``"times"``, the medians by variant; ``"wrong"``, the variants that do not do the work,
             is optional, and they are left out.
+
+    Raises:
+        ImportError: without matplotlib.
+
+    Example:
+        >>> times = {"default": {"median_s": 0.004}, "ours": {"median_s": 0.001}}
+        >>> row = {"rule": "adam", "workload": "MLP", "dtype": "float32", "times": times}
+        >>> plot_throughput([row]).axes[0].get_title()
+        'MLP, float32'
     """
     panels: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:

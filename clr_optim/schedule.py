@@ -329,7 +329,7 @@ class Phase:
             step: an integer >= 0, counted from the phase's start.
 
         Returns:
-            ``(b, w, a)``: the decay of the lower bound, the window, what is left of the amplitude.
+            b, w and a, the decay of the lower bound, the window, what is left of the amplitude.
 
         Example:
             >>> Phase(step_size_up=2, gamma=0.5).shape(1)
@@ -387,6 +387,8 @@ class Schedule:
         0.5
         >>> schedule([0, 1, 2, 3, 4], base_lr=0.0, max_lr=1.0).tolist()
         [0.0, 0.5, 1.0, 0.5, 0.0]
+        >>> schedule == Schedule("triangular", [Phase(step_size_up=2)])
+        True
     """
 
     __slots__ = ("_cycles", "_starts", "name", "phases")

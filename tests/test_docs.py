@@ -1,9 +1,7 @@
-"""What the documentation says is run: docstring examples, and the README's code in its order."""
+"""What the README says is so: its code is run in its order, its links lead somewhere."""
 
 from __future__ import annotations
 
-import doctest
-import importlib
 import re
 from pathlib import Path
 
@@ -14,16 +12,6 @@ import clr_optim
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-
-
-MODULES = ["schedule", "optimizer", "range_test", "plotting"]
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples(name):
-    result = doctest.testmod(importlib.import_module(f"clr_optim.{name}"))
-    assert result.failed == 0
-    assert result.attempted > 0
 
 
 def test_the_readmes_code_runs_from_top_to_bottom(tmp_path, monkeypatch):
@@ -55,18 +43,6 @@ def test_the_readmes_pictures_and_links_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
-
-
-def test_everything_exported_is_documented():
-    for module in (clr_optim, *(importlib.import_module(f"clr_optim.{name}") for name in MODULES)):
-        for name in module.__all__:
-            thing = getattr(module, name)
-            if callable(thing):
-                assert thing.__doc__, name
-                members = vars(thing) if isinstance(thing, type) else {}
-                for member, value in members.items():
-                    if not member.startswith("_") and callable(value):
-                        assert value.__doc__, f"{name}.{member}"
 
 
 def test_versions_agree():
