@@ -649,7 +649,7 @@ def _sentences(results):
 def test_relations_that_hold_and_that_do_not():
     results = [
         _result("fixed", accuracy=80.0),
-        _result("fixed-stepped", accuracy=81.0),
+        _result("fixed-stepped", accuracy=81.5),
         _result("triangular2", accuracy=80.4, cycles=10.0),
         _result("decay", accuracy=80.6),
         _result("exp_range", accuracy=79.0, cycles=10.5),
@@ -659,19 +659,32 @@ def test_relations_that_hold_and_that_do_not():
         "`fixed`: 80.00 % after 70,000 iterations; the others are compared with it."
     )
     assert sentences["fixed-stepped"] == (
-        "`fixed-stepped`: 81.00 % after 70,000 iterations; more accurate than `fixed` (80.00 %, "
-        "+1.00, within 0.50 being the same)."
+        "`fixed-stepped`: 81.50 % after 70,000 iterations; more accurate than `fixed` (80.00 %, "
+        "+1.50, within 0.80 being the same)."
     )
     assert sentences["triangular2"] == (
         "`triangular2`: 80.40 % after 25,000 iterations; as accurate as `fixed` (80.00 %, +0.40, "
-        "within 0.50 being the same) in 36% of its iterations, as in the paper (81.4 against "
-        "81.4 %): its relation holds here; less accurate than `fixed-stepped` (81.00 %, -0.60, "
-        "within 0.50 being the same) in 36% of its iterations, which in the paper is as accurate "
+        "within 0.80 being the same) in 36% of its iterations, as in the paper (81.4 against "
+        "81.4 %): its relation holds here; less accurate than `fixed-stepped` (81.50 %, -1.10, "
+        "within 0.80 being the same) in 36% of its iterations, which in the paper is as accurate "
         "as it (81.4 against 81.4 %): its relation does not hold here."
     )
     assert "in the paper is less accurate than it (78.5 against 81.4 %)" in sentences["decay"]
     assert "in the middle of cycle 11; less accurate than `fixed`" in sentences["exp_range"]
     assert sentences["exp"] is None
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "words"),
+    [
+        (77.5, "as in the paper (78.5 against 81.4 %): its relation holds here"),
+        (70.0, "but by another amount: its relation holds here in direction only"),
+        (79.5, "in the paper is less accurate than it (78.5 against 81.4 %): its relation does"),
+    ],
+)
+def test_a_difference_of_another_size_holds_in_direction_only(accuracy, words):
+    sentences = _sentences([_result("fixed", accuracy=80.0), _result("decay", accuracy=accuracy)])
+    assert words in sentences["decay"]
 
 
 def test_spread_over_seeds_widens_what_is_the_same():
@@ -748,8 +761,10 @@ def test_the_readmes_table_is_renewed_between_its_marks(tmp_path, capsys):
     assert "| exp | 79.1 (70,000) | not run | |" in lines
     assert "| fixed | 81.4 (70,000) | 80.0 (70,000) |  |" in lines
     for line in (
-        "| triangular2 | 81.4 (25,000) | 80.4 (25,000) | holds: as accurate as fixed |",
-        "| decay | 78.5 (25,000) | 80.6 (25,000) | **does not hold**: more accurate than fixed |",
+        "| triangular2 | 81.4 (25,000) | 80.4 (25,000) | holds: as accurate as fixed (+0.4 points, "
+        "+0.0 in the paper) |",
+        "| decay | 78.5 (25,000) | 80.6 (25,000) | **does not hold**: as accurate as fixed (+0.6 "
+        "points, -2.9 in the paper) |",
     ):
         assert line in lines
     readme.write_text("nothing")
