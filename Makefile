@@ -60,7 +60,7 @@ distributed: $(VENV)/.test
 # The Triton kernels on the CPU; a process of its own, since Triton decides when it is imported.
 interpreted: $(VENV)/.test
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py tests/test_triton_graphs.py \
-		tests/test_triton_machine.py $(ARGS)
+		tests/test_triton_machine.py tests/test_hostile_checkpoints.py $(ARGS)
 
 # Wheel and sdist, and a step taken with the wheel alone in an environment that has nothing else.
 package: $(VENV)/.test

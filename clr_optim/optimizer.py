@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
+import math
 import sys
 import warnings
 import weakref
@@ -29,6 +29,20 @@ from clr_optim.backends.torch import (
     is_profiled,
     is_wrapped_by_torch,
     raw_step,
+)
+from clr_optim.checkpoint import (
+    NEWER_DEFAULTS,
+    as_position,
+    check_mapping,
+    check_momenta,
+    check_settings,
+    check_state,
+    check_tensor_lr,
+    item,
+    other_class,
+    own_counters,
+    policy_name,
+    shown,
 )
 from clr_optim.plan import classify
 from clr_optim.rules import STATE_SLOTS
@@ -59,16 +73,6 @@ POLICIES = ("triangular", "triangular2", "exp_range", "exp_range_bounds")
 # checkpointers carry across. Not torch's own `max_lr`: OneCycleLR writes that.
 _STEP, _BASE, _MAX, _SCHEDULE = "clr_step", "clr_base_lr", "clr_max_lr", "clr_schedule"
 _BASE_MOMENTUM, _MAX_MOMENTUM = "clr_base_momentum", "clr_max_momentum"
-
-# Written into groups by schedulers and by us: they say nothing about the optimizer's class.
-_NOT_HYPER_PARAMETERS = frozenset(
-    {"params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
-)
-
-# Settings that torch has added to its classes over the years: a checkpoint may be older.
-_NEWER_DEFAULTS = frozenset(
-    {"maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
-)
 
 # The paper's guideline for the lower bound: a third or a quarter of the upper one.
 _BASE_FRACTION = 4.0
@@ -218,7 +222,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                     f"optimizer: parameter group {i} of {type(optimizer).__name__} has no 'lr', "
                     "so there is no rate to cycle"
                 )
-            _check_tensor_lr(group["lr"], f"optimizer: lr of parameter group {i}")
+            check_tensor_lr(group["lr"], f"optimizer: lr of parameter group {i}")
         if schedule.has_bounds and not (base_lr is None and max_lr is None):
             raise ValueError(
                 f"base_lr={base_lr!r} and max_lr={max_lr!r} have no effect: every phase of the "
@@ -240,25 +244,14 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         check_bool("cycle_momentum", cycle_momentum)
         low = _per_group("base_momentum", base_momentum, len(groups), maximum=1.0)
         high = _per_group("max_momentum", max_momentum, len(groups), maximum=1.0)
-        for i, (b, m) in enumerate(zip(low, high, strict=True)):
-            if b > m:
+        for i, (group, b, m) in enumerate(zip(groups, low, high, strict=True)):
+            if cycle_momentum and "betas" not in group and "momentum" not in group:
                 raise ValueError(
-                    f"base_momentum={b!r} is above max_momentum={m!r} for parameter group {i}: "
-                    "base_momentum is the lower end of the cycle"
+                    f"cycle_momentum=True needs a 'momentum' or 'betas' to cycle, and "
+                    f"parameter group {i} of {type(optimizer).__name__} has neither: "
+                    "leave it False"
                 )
-        if cycle_momentum:
-            for i, group in enumerate(groups):
-                if "betas" not in group and "momentum" not in group:
-                    raise ValueError(
-                        f"cycle_momentum=True needs a 'momentum' or 'betas' to cycle, and "
-                        f"parameter group {i} of {type(optimizer).__name__} has neither: "
-                        "leave it False"
-                    )
-                if "betas" in group and high[i] >= 1.0:
-                    raise ValueError(
-                        f"max_momentum={high[i]!r} must be below 1 for parameter group {i}, "
-                        "where it cycles betas[0]"
-                    )
+            check_momenta(b, m, cycle_momentum and "betas" in group, f" for parameter group {i}")
         if max_grad_norm is not None:
             check_number("max_grad_norm", max_grad_norm, open_minimum=True, finite=False)
         schedule.rates(position, bounds)  # a scale_fn may raise
@@ -455,7 +448,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             k: param_group[k] for k in ("base_lr", "max_lr") if k in param_group
         }
         probe = {"lr": self.defaults.get("lr"), **param_group}
-        _check_tensor_lr(probe["lr"], "lr in param_group")
+        check_tensor_lr(probe["lr"], "lr in param_group")
         bounds = _initial_bounds(
             probe,
             " in param_group",
@@ -520,7 +513,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             if step is not None:
                 here = True
                 if step != seen:  # written from outside, as a sharded optimizer's restore does
-                    return _as_position(step, f"param_groups: {_STEP}")
+                    return as_position(step, f"param_groups: {_STEP}")
         # A checkpoint without a position, loaded beneath us, starts at 0.
         return seen if here or shared.groups is groups else 0
 
@@ -578,7 +571,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             >>> opt.cycle, opt.steps_to_cycle_end, opt.get_last_lr()
             (1.5, 3, [0.4])
         """
-        iteration = check_int("iteration", iteration, minimum=0)
+        iteration = as_position(iteration, "iteration")
         self._settle()
         self._go_to(iteration)
 
@@ -1306,11 +1299,12 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             >>> opt.get_last_lr()
             [0.8]
         """
-        state_dict = dict(_check_mapping("state_dict", state_dict))
+        state_dict = dict(check_mapping("state_dict", state_dict))
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, state_dict)
             if result is not None:
                 state_dict = result
+        state_dict = dict(check_mapping("state_dict", state_dict))
         self._check_checkpoint(state_dict)
         saved_groups = state_dict["param_groups"]
         position, resumed = _read_position(saved_groups, "state_dict['param_groups']")
@@ -1320,15 +1314,51 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             {k: group[k] for k in (_BASE, _MAX, _BASE_MOMENTUM, _MAX_MOMENTUM) if k in group}
             for group in self.param_groups
         ]
-        self._inner.load_state_dict(state_dict)
-        for group, kept in zip(self.param_groups, ours, strict=True):
-            for key, value in kept.items():
-                group.setdefault(key, value)
-        self._go_to(position)
+        state_dict["state"] = own_counters(state_dict["state"])
+        with self._undone_on_error():
+            self._inner.load_state_dict(state_dict)
+            self._check_migrated()
+            for group, kept in zip(self.param_groups, ours, strict=True):
+                for key, value in kept.items():
+                    group.setdefault(key, value)
+            self._go_to(position)
         if saved is not None:
             self._warn_other_policy(saved, "state_dict")
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """Put both objects back if loading fails half-way, and say so in words of our own."""
+        objects = (self._inner, self._shared)
+        kept = [dict(each.__dict__) for each in objects]
+        try:
+            yield
+        except BaseException as error:
+            for each, attributes in zip(objects, kept, strict=True):
+                each.__dict__.clear()
+                each.__dict__.update(attributes)
+            if isinstance(
+                error, (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
+            ):
+                raise ValueError(
+                    f"state_dict does not load into {type(self._inner).__name__} "
+                    f"({type(error).__name__}: {error}): give what the state_dict() of such an "
+                    "optimizer returned"
+                ) from error
+            raise
+
+    def _check_migrated(self) -> None:
+        """Raise where a group still lacks a setting, once the class has filled in newer ones."""
+        if type(self._inner) in STATE_SLOTS:
+            for i, group in enumerate(self.param_groups):
+                absent = sorted(set(self.defaults) - set(group) - NEWER_DEFAULTS)
+                if absent:
+                    raise ValueError(
+                        f"state_dict['param_groups'][{i}] lacks {absent}, without which "
+                        f"{type(self._inner).__name__} cannot step: give what its state_dict() "
+                        "returned"
+                    )
 
     def _check_checkpoint(self, state_dict: Mapping[str, Any]) -> None:
         missing = [k for k in ("state", "param_groups") if k not in state_dict]
@@ -1342,23 +1372,28 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             isinstance(group, Mapping) for group in saved_groups
         ):
             raise ValueError(
-                f"state_dict['param_groups'] must be a list of dictionaries, got {saved_groups!r}"
+                f"state_dict['param_groups'] must be a list of dictionaries, got "
+                f"{shown(saved_groups)}"
             )
-        _check_mapping("state_dict['state']", state_dict["state"])
+        check_mapping("state_dict['state']", state_dict["state"])
         for i, group in enumerate(saved_groups):
             where = f"state_dict['param_groups'][{i}]"
             if "lr" not in group or not isinstance(group.get("params"), (list, tuple)):
                 raise ValueError(
                     f"{where} needs 'lr' and a list of 'params', and has {sorted(map(str, group))}"
                 )
-            _check_tensor_lr(group["lr"], f"{where}['lr']")
+            check_tensor_lr(group["lr"], f"{where}['lr']")
+            check_number(f"{where}['lr']", item(group["lr"]), minimum=-math.inf)
             if self._cycle_momentum and "betas" not in group and "momentum" not in group:
                 raise ValueError(
                     f"{where} has neither 'betas' nor 'momentum', which are cycled here"
                 )
-            for key in (_BASE_MOMENTUM, _MAX_MOMENTUM):
-                if key in group:
-                    check_number(f"{where}[{key!r}]", group[key], maximum=1.0)
+            if _BASE_MOMENTUM in group or _MAX_MOMENTUM in group:
+                low, high = (
+                    check_number(f"{where}[{key!r}]", group.get(key), maximum=1.0)
+                    for key in (_BASE_MOMENTUM, _MAX_MOMENTUM)
+                )
+                check_momenta(low, high, self._cycle_momentum and "betas" in group, f" in {where}")
             if _BASE in group or _MAX in group:
                 base = check_number(f"{where}[{_BASE!r}]", group.get(_BASE))
                 check_bounds(
@@ -1373,22 +1408,22 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 f"state_dict has groups of {saved_sizes} parameters, the optimizer of {sizes}: "
                 "build the optimizer with the groups that it had when it was saved"
             )
-        reason = _other_class(self._inner, state_dict)
+        reason = other_class(self._inner, state_dict)
         if reason:
             raise ValueError(
                 f"state_dict is of another optimizer class than {type(self._inner).__name__}: "
                 f"{reason}; load it into an optimizer of the class that wrote it"
             )
+        for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+            check_settings(self._inner, group, saved, f"state_dict['param_groups'][{i}]")
+        check_state(self._inner, state_dict)
 
     def _warn_other_policy(self, saved: object, source: str) -> None:
         if saved == self._schedule_json:
             return
-        try:
-            name = json.loads(cast("str", saved))["name"]
-        except (TypeError, ValueError, KeyError):
-            name = "unknown"
         warnings.warn(
-            f"{source} was written under the policy {name!r} with {saved}; this optimizer's own, "
+            f"{source} was written under the policy {policy_name(saved, source)!r} with "
+            f"{saved}; this optimizer's own, "
             f"{self._schedule.name!r} with {self._schedule_json}, decides from here on, from step "
             f"{self._shared.position}. To go on with the old one, construct with "
             "policy=Schedule.from_json(...) of it; to begin anew, set_iteration(0).",
@@ -1604,13 +1639,6 @@ def _initial_bounds(
     return base_lr, max_lr
 
 
-def _check_tensor_lr(lr: object, name: str) -> None:
-    if isinstance(lr, Tensor) and (not lr.is_floating_point() or lr.numel() != 1):
-        raise ValueError(
-            f"{name} must be a number or a floating point tensor of one element, got {lr!r}"
-        )
-
-
 @torch.no_grad()
 def _fill(tensor: Tensor, value: float) -> None:
     tensor.fill_(value)
@@ -1658,53 +1686,19 @@ def _takes_closure_by_name(step: Callable[..., Any]) -> bool:
     return parameter is not None and parameter.kind is not parameter.POSITIONAL_ONLY
 
 
-def _as_position(step: object, name: str) -> int:
-    if isinstance(step, Tensor):
-        step = step.item()
-    return check_int(name, step, minimum=0)
-
-
 def _read_position(groups: Sequence[Mapping[str, Any]], name: str) -> tuple[int, bool]:
-    """``(position, whether any group holds one)``; they must agree."""
+    """``(position, whether any group holds one)``; they must agree, and name a policy."""
     steps = {
-        i: _as_position(group[_STEP], f"{name}[{i}][{_STEP!r}]")
+        i: as_position(group[_STEP], f"{name}[{i}][{_STEP!r}]")
         for i, group in enumerate(groups)
         if _STEP in group
     }
+    for i, group in enumerate(groups):
+        if _SCHEDULE in group:
+            policy_name(group[_SCHEDULE], f"{name}[{i}][{_SCHEDULE!r}]")
     if len(set(steps.values())) > 1:
         raise ValueError(
             f"{name} disagree on {_STEP}: {steps} by group; all groups share one position, "
             "so set them all to it"
         )
     return (next(iter(steps.values())), True) if steps else (0, False)
-
-
-def _check_mapping(name: str, value: object) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise TypeError(
-            f"{name} must be a dictionary from an optimizer's state_dict(), got {value!r}"
-        )
-    return value
-
-
-def _other_class(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> str | None:
-    """Why a checkpoint cannot be of this optimizer's class, or None.
-
-    torch loads an SGD's checkpoint into an Adam without a word and fails at the next step. But keys
-    come and go with torch's versions, and users add their own: what counts is state that another
-    class keeps, and settings both of which the other side has not heard.
-    """
-    slots = STATE_SLOTS.get(type(optimizer))
-    if slots is not None:
-        others = frozenset().union(*STATE_SLOTS.values()) - slots
-        for values in state_dict["state"].values():
-            strange = sorted(others & set(values)) if isinstance(values, Mapping) else []
-            if strange:
-                return f"it has the state {strange}, and that class keeps {sorted(slots)}"
-    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        names = {k for k in saved if not k.startswith("clr_")} - _NOT_HYPER_PARAMETERS
-        unknown = names - set(group) - set(optimizer.defaults)
-        absent = set(optimizer.defaults) - names
-        if unknown and absent - _NEWER_DEFAULTS:
-            return f"its groups have {sorted(unknown)} and lack {sorted(absent)}"
-    return None

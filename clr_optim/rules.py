@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["KERNELS", "RULES", "STATE_SLOTS", "Slot", "UpdateRule"]
+__all__ = ["KERNELS", "RULES", "STATE_SLOTS", "Slot", "StateSlots", "UpdateRule"]
 
 Group = Mapping[str, Any]
+Shape = tuple[int, ...]
 
 #: Kernels by name; the index is what native code knows them by (`pick` in multi_tensor.cpp).
 KERNELS = (
@@ -180,21 +181,79 @@ RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
     )
 }
 
-#: Names that ``optimizer.state[p]`` may hold, by exact class: the fused rules' and the others'.
-STATE_SLOTS: dict[type[torch.optim.Optimizer], frozenset[str]] = {
-    **{cls: frozenset(rule.state_order) for cls, rule in RULES.items()},
-    torch.optim.Adafactor: frozenset({"step", "row_var", "col_var", "variance"}),
-    torch.optim.Adamax: frozenset({"step", "exp_avg", "exp_inf"}),
-    torch.optim.ASGD: frozenset({"step", "eta", "mu", "ax"}),
-    torch.optim.LBFGS: frozenset(
+
+def _whole(shape: Shape) -> Shape:
+    return shape
+
+
+@dataclass(frozen=True)
+class StateSlots:
+    """What ``optimizer.state[p]`` may hold, by name, once there is any.
+
+    Args:
+        tensors: the shape of each for the parameter's shape; None where it is not kept.
+        numbers: numbers, or tensors of one element.
+        others: what has no fixed form.
+        rule: the fused rule, which knows what depends on a group's flags.
+        lazy: those that may be missing for a while.
+    """
+
+    tensors: Mapping[str, Callable[[Shape], Shape | None]]
+    numbers: frozenset[str] = frozenset()
+    others: frozenset[str] = frozenset()
+    rule: UpdateRule | None = None
+    lazy: frozenset[str] = frozenset()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All of them."""
+        return self.numbers | self.others | frozenset(self.tensors)
+
+    def needed(self, group: Group, shape: Shape) -> frozenset[str]:
+        """Those without which a step would fail, for a parameter of this shape in this group."""
+        if self.rule is None:
+            kept = {name for name, form in self.tensors.items() if form(shape) is not None}
+        else:
+            kept = {slot.name for slot in self.rule.slots(group) if slot.fill is not None}
+        return (self.numbers | kept) - self.lazy
+
+
+def _slots(*names: str, numbers: tuple[str, ...] = ("step",)) -> StateSlots:
+    return StateSlots(dict.fromkeys(names, _whole), frozenset(numbers))
+
+
+def _fused_slots(rule: UpdateRule) -> StateSlots:
+    tensors = {name: _whole for name in rule.state_order if name != "step"}
+    return StateSlots(tensors, frozenset({"step"} if rule.has_step else ()), rule=rule)
+
+
+#: What ``optimizer.state[p]`` may hold, by exact class: the fused rules' and the others'.
+STATE_SLOTS: dict[type[torch.optim.Optimizer], StateSlots] = {
+    **{cls: _fused_slots(rule) for cls, rule in RULES.items()},
+    torch.optim.Adafactor: StateSlots(
         {
-            "func_evals", "n_iter", "d", "t", "old_dirs", "old_stps", "ro", "H_diag",
-            "prev_flat_grad", "prev_loss", "al",
-        }
+            "row_var": lambda shape: (*shape[:-1], 1) if len(shape) > 1 else None,
+            "col_var": lambda shape: (*shape[:-2], 1, shape[-1]) if len(shape) > 1 else None,
+            "variance": lambda shape: shape if len(shape) < 2 else None,
+        },
+        frozenset({"step"}),
     ),
-    torch.optim.Muon: frozenset({"momentum_buffer"}),
-    torch.optim.NAdam: frozenset({"step", "mu_product", "exp_avg", "exp_avg_sq"}),
-    torch.optim.RAdam: frozenset({"step", "exp_avg", "exp_avg_sq"}),
-    torch.optim.Rprop: frozenset({"step", "prev", "step_size"}),
-    torch.optim.SparseAdam: frozenset({"step", "exp_avg", "exp_avg_sq"}),
+    torch.optim.Adamax: _slots("exp_avg", "exp_inf"),
+    torch.optim.ASGD: _slots("ax", numbers=("step", "eta", "mu")),
+    torch.optim.LBFGS: StateSlots(
+        {},
+        others=frozenset(
+            {
+                "func_evals", "n_iter", "d", "t", "old_dirs", "old_stps", "ro", "H_diag",
+                "prev_flat_grad", "prev_loss", "al",
+            }
+        ),
+    ),
+    torch.optim.Muon: StateSlots(
+        {"momentum_buffer": _whole}, lazy=frozenset({"momentum_buffer"})
+    ),
+    torch.optim.NAdam: _slots("exp_avg", "exp_avg_sq", numbers=("step", "mu_product")),
+    torch.optim.RAdam: _slots("exp_avg", "exp_avg_sq"),
+    torch.optim.Rprop: _slots("prev", "step_size"),
+    torch.optim.SparseAdam: _slots("exp_avg", "exp_avg_sq"),
 }  # fmt: skip

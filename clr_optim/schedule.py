@@ -91,7 +91,10 @@ def check_number(
     """``value`` as a float within the bounds, finite unless told otherwise."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond them
+        number = -math.inf if value < 0 else math.inf
     below = number <= minimum if open_minimum else number < minimum
     if math.isnan(number) or (finite and math.isinf(number)) or below or number > maximum:
         limits = []
@@ -100,7 +103,8 @@ def check_number(
         if maximum < math.inf:
             limits.append(f"<= {maximum:g}")
         kind = "a finite number" if finite else "a number"
-        raise ValueError(f"{name} must be {' '.join([kind, ' and '.join(limits)])}, got {value!r}")
+        wanted = " and ".join(limits)
+        raise ValueError(f"{name} must be {f'{kind} {wanted}'.rstrip()}, got {value!r}")
     return number
 
 
