@@ -24,6 +24,7 @@ __all__ = [
     "Plan",
     "Run",
     "Task",
+    "accuracy",
     "build_network",
     "build_optimizer",
     "cifar10_task",
@@ -181,6 +182,13 @@ def build_network() -> nn.Module:
     )
 
 
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Digits) -> float:
+    """Share of ``data`` that ``model`` names right, in percent."""
+    right = int((model(data.images).argmax(dim=1) == data.labels).sum())
+    return 100.0 * right / len(data.labels)
+
+
 class _Shuffled:
     """The digits in batches, in a new order each time, drawn from torch's global generator."""
 
@@ -207,11 +215,6 @@ def digits_task(batch_size: int = 50, device: torch.device | str = "cpu") -> Tas
             f"on, got {batch_size!r}"
         )
 
-    @torch.no_grad()
-    def accuracy(model: nn.Module) -> float:
-        right = int((model(test.images).argmax(dim=1) == test.labels).sum())
-        return 100.0 * right / len(test.labels)
-
     return Task(
         summary=f"{len(training.labels):,} images of digits to train on, {len(test.labels)} to "
         f"test with; a network of {sum(p.numel() for p in build_network().parameters()):,} "
@@ -219,7 +222,7 @@ def digits_task(batch_size: int = 50, device: torch.device | str = "cpu") -> Tas
         batches=_Shuffled(training, batch_size),
         build=lambda: build_network().to(device),
         groups=lambda model: [{"params": list(model.parameters())}],
-        accuracy=accuracy,
+        accuracy=lambda model: accuracy(model, test),
     )
 
 
