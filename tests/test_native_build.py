@@ -1,6 +1,7 @@
 """The compilation and its cache, held to their promises with a source of four functions."""
 
 import ctypes
+import errno
 import os
 import shutil
 import stat
@@ -181,7 +182,10 @@ def test_eight_processes_at_once(source, cache, tmp_path, openmp_host, locks):
     assert build.compile_ahead(source) == entry
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "altered", "renamed", "a link"])
+@pytest.mark.parametrize(
+    "damage",
+    ["truncated", "empty", "altered", "renamed", "a link", "a dead link", "a pipe", "a folder"],
+)
 def test_damaged_entry_is_rebuilt(source, cache, tmp_path, damage):
     entry = build.compile_ahead(source)
     data = entry.read_bytes()
@@ -189,6 +193,13 @@ def test_damaged_entry_is_rebuilt(source, cache, tmp_path, damage):
     if damage == "a link":
         (tmp_path / "elsewhere").write_bytes(data)
         entry.symlink_to(tmp_path / "elsewhere")
+    elif damage == "a dead link":
+        entry.symlink_to(tmp_path / "nowhere")
+    elif damage == "a pipe":
+        os.mkfifo(entry, 0o600)
+    elif damage == "a folder":
+        entry = entry.with_name(entry.name.replace(entry.stem.split("-")[2], "0" * 32))
+        entry.mkdir()
     elif damage == "renamed":
         entry.with_name(entry.name.replace(entry.stem.split("-")[2], "0" * 32)).write_bytes(data)
     else:
@@ -197,6 +208,8 @@ def test_damaged_entry_is_rebuilt(source, cache, tmp_path, damage):
         bad = {"truncated": data[:middle], "empty": b"", "altered": altered}[damage]
         entry.write_bytes(bad)
     assert build.load(source).team(1) == 1
+    if damage == "a folder":
+        entry.rmdir()  # only files are cleared away
     (rebuilt,) = entries(cache)
     assert not rebuilt.is_symlink()
     assert build._digest(rebuilt.read_bytes()) == rebuilt.stem.split("-")[2]
@@ -334,6 +347,154 @@ def test_what_others_can_write_is_not_loaded(source, cache, monkeypatch, no_comp
             build.compile_ahead(source)
 
 
+@pytest.mark.parametrize("poison", ["no library", "another library", "another version"])
+def test_what_is_no_library_of_ours_under_a_right_name_is_rebuilt(source, cache, tmp_path, poison):
+    """Its name tells its content, so that only its owner can have put it there, and still."""
+    entry = build.compile_ahead(source)
+    if poison == "no library":
+        data = b"\x7fELF" + bytes(4096)
+    else:
+        name = "other" if poison == "another library" else "clr_abi_version"
+        text = f'extern "C" int {name}() {{ return 1; }}'
+        (tmp_path / "other.cpp").write_text(text)
+        compiled(tmp_path / "other.cpp", "-o", tmp_path / "other.so")
+        data = (tmp_path / "other.so").read_bytes()
+    entry.unlink()
+    poisoned = entry.with_name(entry.name.replace(entry.stem.split("-")[2], build._digest(data)))
+    poisoned.write_bytes(data)
+    poisoned.chmod(0o600)
+    assert build.load(source).team(1) == 1
+    assert entries(cache) == [entry]
+
+
+@pytest.mark.parametrize("whose", ["one's own", "another user's"])
+@pytest.mark.parametrize("where", ["the folder", "on the way"])
+def test_a_link_to_the_cache_is_followed_if_it_is_ones_own(
+    source, tmp_path, monkeypatch, whose, where
+):
+    if whose != "one's own" and os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    (tmp_path / "far/sub").mkdir(parents=True, mode=0o700)
+    link = tmp_path / "link"
+    link.symlink_to("far/sub" if where == "the folder" else "far")
+    if whose != "one's own":
+        os.lchown(link, 65534, -1)
+    cache = link if where == "the folder" else link / "sub"
+    monkeypatch.setenv("CLR_OPTIM_CACHE_DIR", str(cache))
+    assert build.load(source).team(1) == 1
+    assert len(list((tmp_path / "far/sub").iterdir())) == (whose == "one's own")
+    if whose != "one's own":
+        reason = f"is reached by {link}, a link of another user's"
+        assert reason in build.describe(source)["problem"]
+        with pytest.raises(build.BuildError, match=reason):
+            build.compile_ahead(source)
+
+
+def test_a_link_to_nowhere_is_no_cache(source, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setenv("CLR_OPTIM_CACHE_DIR", str(tmp_path / "link"))
+    assert build.load(source).team(1) == 1
+    with pytest.raises(build.BuildError, match=r"not kept: .*link cannot be used"):
+        build.compile_ahead(source)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777], ids=["anybody's", "sticky"])
+@pytest.mark.parametrize("through", ["path", "link"])
+def test_a_cache_that_anybody_could_replace(source, tmp_path, monkeypatch, mode, through):
+    """As one below /tmp that was made without the sticky bit."""
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(mode)
+    (tmp_path / "open/cache").mkdir(mode=0o700)
+    cache = tmp_path / "open/cache"
+    if through == "link":
+        (tmp_path / "link").symlink_to(cache)
+        cache = tmp_path / "link"
+    monkeypatch.setenv("CLR_OPTIM_CACHE_DIR", str(cache))
+    assert build.load(source).team(1) == 1
+    if mode == 0o1777:
+        assert build.compile_ahead(source).parent == cache
+    else:
+        with pytest.raises(build.BuildError, match=r"not kept: .*open, where anybody can replace"):
+            build.compile_ahead(source)
+        assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("what", ["compiler", "folder", "sync", "rename"])
+def test_full_disk(source, cache, tmp_path, monkeypatch, what):
+    """At each moment that writes to the cache; the temporary folder is elsewhere."""
+
+    def fails_in_the_cache(function, at):
+        def call(*args, **kwargs):
+            path = kwargs.get("dir") or args[at]
+            if isinstance(path, int):
+                path = os.readlink(f"/proc/self/fd/{path}")
+            if str(path).startswith(str(cache)):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return function(*args, **kwargs)
+
+        return call
+
+    if what == "compiler":
+        full = f'case "$*" in *{cache}*) echo "fatal: No space left on device" >&2; exit 1;; esac'
+        compiler = script(tmp_path / "bin/c++", f'{full}\nexec {COMPILER} "$@"')
+        monkeypatch.setenv("CXX", str(compiler))
+    elif what == "folder":
+        monkeypatch.setattr(tempfile, "mkdtemp", fails_in_the_cache(tempfile.mkdtemp, 2))
+    elif what == "sync":
+        if sys.platform != "linux":
+            pytest.skip("reads a descriptor's path in /proc")
+        monkeypatch.setattr(os, "fsync", fails_in_the_cache(os.fsync, 0))
+    else:
+        monkeypatch.setattr(os, "replace", fails_in_the_cache(os.replace, 1))
+    assert build.load(source).team(2) == 2
+    assert not entries(cache)
+    with pytest.raises(build.BuildError, match=r"not kept: (?s:.*)No space left on device"):
+        build.compile_ahead(source)
+
+
+def test_a_really_full_disk(source, cache, tmp_path, monkeypatch):
+    """A file system of 8 kB in memory, which is full in the middle of the compilation."""
+    cache.mkdir(mode=0o700)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8k,mode=700", "tmpfs", cache]
+    if sys.platform != "linux" or os.geteuid() != 0 or subprocess.run(mount).returncode:
+        pytest.skip("only root on Linux can mount, and not in every container")
+    try:
+        assert build.load(source).team(2) == 2
+        assert not entries(cache)
+        with pytest.raises(build.BuildError, match="not kept: "):
+            build.compile_ahead(source)
+    finally:
+        subprocess.run(["umount", cache], check=True)
+
+
+def test_no_home(source, monkeypatch):
+    """As in a container that runs under a number that no user has."""
+
+    import pwd  # not on Windows
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("HOME", "XDG_CACHE_HOME", "CLR_OPTIM_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert build.load(source).team(2) == 2
+    assert build.describe(source)["problem"] == "there is no home directory"
+    with pytest.raises(build.BuildError, match=r"no home directory\. CLR_OPTIM_CACHE_DIR moves"):
+        build.compile_ahead(source)
+
+
+def test_nowhere_to_write_at_all(source, tmp_path, monkeypatch):
+    def none(*args, **kwargs):
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CLR_OPTIM_CACHE_DIR", str(tmp_path / "file/cache"))
+    monkeypatch.setattr(tempfile, "mkdtemp", none)
+    with pytest.raises(build.BuildError, match=r"No usable temporary .*The cache did not help"):
+        build.load(source)
+
+
 def test_cache_that_cannot_be_made(source, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("CLR_OPTIM_CACHE_DIR", str(tmp_path / "file/cache"))
@@ -342,9 +503,10 @@ def test_cache_that_cannot_be_made(source, tmp_path, monkeypatch):
         build.compile_ahead(source)
 
 
-@pytest.mark.parametrize("filled", [True, False], ids=["filled", "empty"])
-def test_read_only_cache(source, openmp_host, monkeypatch, filled):
+@pytest.mark.parametrize("how", ["filled", "empty", "home"])
+def test_read_only_cache(source, openmp_host, monkeypatch, how):
     """Root writes where permissions forbid it, so root's process becomes another user first."""
+    filled = how == "filled"
     # Not below tmp_path, which pytest closes to other users.
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         folder = Path(name)
@@ -355,7 +517,15 @@ def test_read_only_cache(source, openmp_host, monkeypatch, filled):
         shutil.copy(openmp_host, folder / "host.so")
         cache = folder / "cache"
         cache.mkdir()
-        monkeypatch.setenv("CLR_OPTIM_CACHE_DIR", str(cache))
+        if how == "home":
+            for name, value in (
+                ("HOME", cache),
+                ("XDG_CACHE_HOME", ""),
+                ("CLR_OPTIM_CACHE_DIR", ""),
+            ):
+                monkeypatch.setenv(name, str(value))
+        else:
+            monkeypatch.setenv("CLR_OPTIM_CACHE_DIR", str(cache))
         if filled:
             build.compile_ahead(folder / "src/kernels.cpp").chmod(0o444)
         cache.chmod(0o555)

@@ -19,7 +19,9 @@ x86-64 Linux were tried. The flags for aarch64 and macOS are untested; Windows i
 - *digest*: of the file's bytes, checked first: loading a truncated library can kill the process.
 
 Nothing is loaded from a file or directory that belongs to another user than this one or root, or
-that others can write to. Where the cache will not do, each process compiles for itself.
+that others can write to; nor is the way there trusted if it leads through a link of another user's,
+or a directory in which everybody may rename what is not theirs. Links of one's own are followed.
+Where the cache will not do, each process compiles for itself.
 
 **OpenMP.** A second runtime would bring a second pool of threads. So the library is linked
 against none: its references bind, when it is loaded, to the runtime that torch has loaded,
@@ -193,14 +195,21 @@ def _entries(cache: Path, key: str, compilers: list[_Compiler]) -> Iterator[Path
     for mark in [compiler.mark for compiler in compilers] or ["*"]:
         for entry in sorted(cache.glob(f"{key}-{mark}-*.so")):
             try:
-                # No symbolic links; and what is checked is the very file that is read.
-                with open(os.open(entry, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-                    status = os.fstat(file.fileno())
-                    if not stat.S_ISREG(status.st_mode) or _distrust(status):
-                        continue
+                # No symbolic links, no waiting for a pipe's writer; and what is checked is the very
+                # file that is read.
+                descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except OSError:
+                continue
+            try:
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode) or _distrust(status):
+                    continue
+                with open(descriptor, "rb", closefd=False) as file:
                     data = file.read()
             except OSError:
                 continue
+            finally:
+                os.close(descriptor)
             if entry.stem.rpartition("-")[2] == _digest(data):
                 yield entry
 
@@ -292,7 +301,8 @@ def _store(built: Path, cache: Path, key: str, compiler: _Compiler) -> Path:
     os.replace(built, entry)
     for other in cache.glob(f"{key}-{compiler.mark}-*.so"):  # damaged, or we had not compiled
         if other != entry:
-            other.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # gone already, or a directory
+                other.unlink()
     for leftover in cache.glob(".build-*"):
         with contextlib.suppress(OSError):
             if leftover.stat().st_mtime < time.time() - _STALE_S:
@@ -340,7 +350,7 @@ def _cache(*, create: bool) -> tuple[Path, str]:
             cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         elif not cache.exists():
             return cache, ""
-        distrust = _distrust(cache.stat())
+        distrust = _distrust(cache.stat()) or _distrust_way(cache)
     except OSError as error:
         return cache, f"{cache} cannot be used ({error.strerror})"
     return cache, f"{cache} {distrust}" if distrust else ""
@@ -352,6 +362,20 @@ def _distrust(status: os.stat_result) -> str:
         return f"belongs to another user (uid {status.st_uid})"
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return "can be written to by others (chmod go-w would mend that)"
+    return ""
+
+
+def _distrust_way(directory: Path) -> str:
+    """Why another user could have put another directory in its place."""
+    for place in (directory, *directory.parents):
+        status = place.lstat()
+        if stat.S_ISLNK(status.st_mode):
+            if status.st_uid not in (os.geteuid(), 0):
+                return f"is reached by {place}, a link of another user's (uid {status.st_uid})"
+            if problem := _distrust_way(place.parent / os.readlink(place)):
+                return problem
+        elif status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+            return f"lies in {place}, where anybody can replace it (chmod o-w would mend that)"
     return ""
 
 
