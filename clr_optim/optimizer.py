@@ -937,6 +937,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         try:
             return loss, self._launched(fused, at_zero)
         except BaseException:
+            fused.plan.release()
             if backends.is_capturing():
                 fused.plan.forget()  # state that was to be created is filled by no one
             raise
@@ -961,6 +962,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         found_inf: Tensor | None = self.__dict__.get("found_inf")
         if found_inf is not None and (acts or not fused.sees_overflows) and not capturing:
             if self._overflowed():
+                plan.release()
                 return False
             found_inf = None
         if acts and fused.uncertain and not capturing and not at_zero:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,7 @@ from clr_optim.sharding import (
     why_not_local,
 )
 
-__all__ = ["DTYPES", "Bucket", "Plan", "classify"]
+__all__ = ["DTYPES", "Bucket", "Plan", "View", "classify"]
 
 #: Storage dtypes in the order by which native code knows them.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -44,10 +45,11 @@ def _int64s(*names: str) -> np.dtype[np.void]:
 _ROW = _int64s(
     "param", "grad", "state0", "state1", "state2", "counter", "numel", "group", "first", "active"
 )
-_BUCKET = _int64s("scan", "rows", "count", "active", "kernel", "dtype", "wide_counter")
+_BUCKET = _int64s("scan", "rows", "count", "active", "kernel", "dtype", "wide_counter", "held")
 
 # Answers of clr_current.
-_ALL_ACTIVE, _SETTINGS_CHANGED, _SOME_IDLE = 0, 1, 2
+_ALL_ACTIVE, _SETTINGS_CHANGED, _SOME_IDLE, _BUSY = 0, 1, 2, -2
+_PAUSE_S = 1e-4
 
 # Keys of a group that change at every step.
 _MOVING = frozenset({"params", "lr", "clr_step"})
@@ -105,6 +107,8 @@ class _Scan(ctypes.Structure):
                 "spec",
                 "placements",
                 "mesh",
+                "grads",
+                "nones",
             )
         ),
         ("layout", ctypes.c_void_p),
@@ -124,7 +128,7 @@ class _Scan(ctypes.Structure):
     ]
 
 
-class _View(ctypes.Structure):
+class View(ctypes.Structure):
     """In step with View in scan.h."""
 
     _fields_ = [
@@ -137,7 +141,15 @@ class _View(ctypes.Structure):
         ),
         ("buckets", ctypes.c_void_p),
         ("count", ctypes.c_int64),
+        ("busy", ctypes.c_int64),
+        ("done", ctypes.c_int64),
     ]  # fmt: skip
+
+    # Who holds the view may use all of it though another thread has the plan rebuilt.
+    address = 0  #: its own
+    scalars = np.zeros((0, 0))  #: :attr:`Plan.scalars`
+    scalars_address = 0
+    memory: object = None  #: what it points to
 
 
 @dataclass(eq=False)
@@ -173,11 +185,15 @@ class Bucket:
     params: list[Tensor] = field(init=False)
     layout: np.ndarray[Any, np.dtype[np.int64]] = field(init=False)
     scan: _Scan = field(init=False)
+    #: what the rows point to, kept alive until the step is over; None where that is not needed
+    grads: list[Tensor | None] | None = field(init=False)
 
-    def finish(self, state: dict[Tensor, dict[str, Any]]) -> None:
+    def finish(self, state: dict[Tensor, dict[str, Any]], *, holds: bool) -> None:
         """Write the table that kernels read, and what :meth:`Plan.is_current` compares."""
         self.params = [row.param for row in self.rows]
-        self.table = np.array([self._line(row) for row in self.rows], dtype=_ROW)
+        grads = [p.grad for p in self.params]
+        self.grads = grads if holds else None
+        self.table = np.array([*map(self._line, self.rows, grads)], dtype=_ROW)
         counters = ["step"] if self.rows and self.rows[0].counter is not None else []
         keys = [slot.name for slot in self.slots] + counters
         parts = [local_part(p) for p in self.params]
@@ -186,10 +202,10 @@ class Bucket:
         )
         code, bits = _DLPACK[self.dtype]
         device_type, device_id = parts[0].__dlpack_device__()
-        sharded: dict[str, Any] = {}
+        more: dict[str, Any] = {}
         if self.spread is not None:
             tensors: list[Any] = [t for row in self.rows for t in (row.param, *row.slots)]
-            sharded = {
+            more = {
                 "dtensor": DTensor,
                 "specs": [tensor._spec for tensor in tensors],
                 "local": "_local_tensor",
@@ -197,6 +213,10 @@ class Bucket:
                 "placements": "placements",
                 "mesh": "mesh",
             }
+        # Of a DTensor's own object nothing is needed but its attributes.
+        words = (0, 0) if more else _WORDS
+        if self.grads is not None:
+            more |= {"grads": self.grads, "nones": [None] * len(self.grads)}
         self.scan = _Scan(
             params=self.params,
             dicts=[state[p] for p in self.params] if keys else [],
@@ -215,10 +235,9 @@ class Bucket:
             counter_bits=64 if self.wide_counter else 32,
             device_type=int(device_type),
             device_id=int(device_id),
-            # Of a DTensor's own object nothing is needed but its attributes.
-            impl=0 if sharded else _WORDS[0],
-            storage=0 if sharded else _WORDS[1],
-            **sharded,
+            impl=words[0],
+            storage=words[1],
+            **more,
         )
 
     @property
@@ -228,9 +247,8 @@ class Bucket:
         return None if counter is None else counter.dtype
 
     @staticmethod
-    def _line(row: Row) -> tuple[int, ...]:
+    def _line(row: Row, grad: Tensor | None) -> tuple[int, ...]:
         """A line of the table."""
-        grad = row.param.grad
         slots = [local_part(tensor).data_ptr() for tensor in row.slots]
         part = local_part(row.param)
         return (
@@ -255,7 +273,13 @@ class Bucket:
             KERNELS.index(self.kernel),
             DTYPES.index(self.dtype),
             self.wide_counter,
+            self.grads is not None,
         )
+
+    def release(self) -> None:
+        """Let go of the gradients."""
+        if self.grads is not None:
+            self.grads[:] = [None] * len(self.grads)
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -345,6 +369,8 @@ class Plan:
         lib: the compiled kernels, loaded so that the GIL is kept during a call.
         device: the type of the devices whose tensors are planned for; others are left to torch.
         capturable: whether the kernels can be captured into a graph.
+        holds: whether gradients that were looked at are kept alive until ``clr_step`` is over, as
+            another thread may drop them meanwhile. The memory of a GPU waits for its kernels.
     """
 
     def __init__(
@@ -355,12 +381,14 @@ class Plan:
         device: str,
         *,
         capturable: bool = False,
+        holds: bool = False,
     ) -> None:
         self._optimizer = optimizer
         self._rule = rule
         self._lib = lib
         self._device = device
         self._capturable = capturable
+        self._holds = holds
         self.buckets: list[Bucket] = []
         #: parameters with a gradient that torch's own step must serve, and why
         self.rest: list[tuple[Tensor, str]] = []
@@ -374,7 +402,6 @@ class Plan:
         self._flags: list[tuple[str | None, str]] = []
         #: a row of the kernel's scalars per group, the learning rate to be filled in
         self.scalars = np.zeros((0, 0))
-        self.scalars_address = 0
         #: whether the next step creates state
         self.pending = False
         self._state: Any = None
@@ -387,8 +414,7 @@ class Plan:
         self.partial = False
         #: a line per bucket
         self.table = np.zeros(0, dtype=_BUCKET)
-        self._view = _View()
-        self.view_address = 0
+        self.view = View()
 
     def refresh(self) -> None:
         """Bring the plan up to date: at least the gradients' pointers, at most all of it."""
@@ -398,6 +424,14 @@ class Plan:
     def forget(self) -> None:
         """Have the next :meth:`refresh` build the plan anew."""
         self._groups = None
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the gradients, if after a :meth:`refresh` no step is to be taken."""
+        if not self.view.busy:
+            self.table["held"] = 0
+            for bucket in self.buckets:
+                bucket.release()
 
     def _rest_changed(self) -> bool:
         """Whether a gradient that no kernel could take has become another."""
@@ -418,11 +452,20 @@ class Plan:
         changed = self._lists and any(now != then for now, then in self._lists)
         if changed and not self._take_settings():
             return False
-        answer = self._lib.clr_current(self.view_address)
+        answer = self._ask()
         if answer == _SETTINGS_CHANGED and self._take_settings():
-            answer = self._lib.clr_current(self.view_address)
+            answer = self._ask()
         self.partial = answer == _SOME_IDLE
         return answer in (_ALL_ACTIVE, _SOME_IDLE)
+
+    def _ask(self) -> int:
+        """What ``clr_current`` says, once no other thread is in the middle of a step."""
+        view = self.view
+        while True:
+            answer: int = self._lib.clr_current(view.address)
+            if answer != _BUSY:
+                return answer
+            time.sleep(_PAUSE_S)
 
     def _take_settings(self) -> bool:
         """Take in changed settings of the groups; whether the buckets stay as they are."""
@@ -464,6 +507,7 @@ class Plan:
                     row.pending, row.first = {}, False
         self.pending = False
         self._index()
+        self.release()
 
     @staticmethod
     def _settings_of(group: dict[str, Any]) -> list[Any]:
@@ -516,7 +560,6 @@ class Plan:
         ]
         width = max(1, *map(len, rows))  # the learning rate has its place even if none is fused
         self.scalars = np.array([row or (0.0,) * width for row in rows], dtype=np.float64)
-        self.scalars_address = self.scalars.ctypes.data
         self._index()
         self._groups = groups
 
@@ -612,12 +655,13 @@ class Plan:
     def _index(self) -> None:
         state, groups = self._optimizer.state, self._optimizer.param_groups
         for bucket in self.buckets:
-            bucket.finish({row.param: state.get(row.param, {}) for row in bucket.rows})
+            states = {row.param: state.get(row.param, {}) for row in bucket.rows}
+            bucket.finish(states, holds=self._holds)
         self.table = np.array([bucket.header() for bucket in self.buckets], dtype=_BUCKET)
         self._params = [param for bucket in self.buckets for param in bucket.params]
         self.partial = int(self.table["active"].sum()) < len(self._params)
         self._state = state
-        self._view = _View(
+        self.view = View(
             groups=groups,
             members=self._members,
             keys=[[key for key in group if key not in _MOVING] for group in groups],
@@ -631,4 +675,8 @@ class Plan:
             buckets=self.table.ctypes.data,
             count=len(self.buckets),
         )
-        self.view_address = ctypes.addressof(self._view)
+        self.view.address = ctypes.addressof(self.view)
+        self.view.scalars, self.view.scalars_address = self.scalars, self.scalars.ctypes.data
+        self.view.memory = [
+            self.table, *((bucket.scan, bucket.table, bucket.layout) for bucket in self.buckets)
+        ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from clr_optim.backends.base import Course, Gradients
 from clr_optim.backends.torch import has_own_step
 from clr_optim.kernels.native import build
 from clr_optim.kernels.native.build import BuildError
-from clr_optim.plan import Plan
+from clr_optim.plan import Plan, View
 from clr_optim.rules import RULES, UpdateRule
 from clr_optim.sharding import no_sums, sum_over_ranks
 
@@ -31,18 +32,18 @@ def rule_for(optimizer: Optimizer) -> UpdateRule | str:
     return rule
 
 
+# Answers of clr_step and clr_sums_of_squares.
+_UNKNOWN, _TAKEN = 1, 2
+
+
 class _Library:
-    """The compiled functions, twice: called without the GIL, and with it to look at objects."""
+    """The compiled functions, called with the GIL: they give it away themselves where it pays."""
 
     def __init__(self) -> None:
-        released = build.load()
-        held = ctypes.PyDLL(released._name)
+        held = ctypes.PyDLL(build.load()._name)
         i64, f64, pointer, obj = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.py_object
-        self.step = released.clr_step
-        self.step.argtypes = [pointer, pointer, i64, f64, i64]
-        self.sums_of_squares = released.clr_sums_of_squares
-        self.sums_of_squares.argtypes = [pointer, pointer, i64]
-        self.sums_of_squares.restype = None
+        held.clr_step.argtypes = [pointer, pointer, i64, f64, i64]
+        held.clr_sums_of_squares.argtypes = [pointer, pointer, i64]
         held.clr_can_scan.argtypes = [obj]
         held.clr_current.argtypes = [pointer]
         self.held = held
@@ -76,8 +77,8 @@ class NativeBackend:
     """
 
     def __init__(self, optimizer: Optimizer, rule: UpdateRule) -> None:
-        self._lib = library()
-        self.plan = Plan(optimizer, rule, self._lib.held, "cpu")
+        self._lib = library().held
+        self.plan = Plan(optimizer, rule, self._lib, "cpu", holds=True)
 
     sees_overflows = False
     uncertain = False
@@ -109,25 +110,42 @@ class NativeBackend:
             # NaN stays NaN, as in clip_grad_norm_.
             factor = factor if clip > 1.0 else factor * clip
             norm = torch.tensor(length, dtype=torch.float64 if plan.wide else torch.float32)
-        for i, rate in enumerate(course.rates):
-            plan.scalars[i, 0] = rate
-        failed = self._lib.step(
-            plan.view_address,
-            plan.scalars_address,
-            plan.scalars.shape[1],
+        try:
+            while self._launch(plan.view, course.rates, factor) == _TAKEN:
+                plan.refresh()  # another thread takes a step of this optimizer, or has just done so
+            plan.commit()
+        except BaseException:
+            # Ctrl-C during a kernel is raised after it: then its state belongs to the parameters.
+            if plan.view.done:
+                plan.commit()
+            raise
+        return norm
+
+    def _launch(self, view: View, rates: Sequence[float], factor: float) -> int:
+        for i, rate in enumerate(rates):
+            view.scalars[i, 0] = rate
+        answer: int = self._lib.clr_step(
+            view.address,
+            view.scalars_address,
+            view.scalars.shape[1],
             factor,
             torch.get_num_threads(),
         )
-        if failed:
+        if answer == _UNKNOWN:
             raise RuntimeError("the compiled kernels do not match this version: rebuild them")
-        plan.commit()
-        return norm
+        return answer
 
     def _norm(self) -> float:
         """Of all gradients as they are; of DTensors those on all ranks, each once."""
         plan = self.plan
-        squares = np.zeros(len(plan.buckets))
-        self._lib.sums_of_squares(plan.view_address, squares.ctypes.data, torch.get_num_threads())
+        while True:
+            view, squares = plan.view, np.zeros(len(plan.buckets))
+            answer = self._lib.clr_sums_of_squares(
+                view.address, squares.ctypes.data, torch.get_num_threads()
+            )
+            if answer != _TAKEN:
+                break
+            plan.refresh()
         sums = no_sums(plan.spreads)
         for bucket, square in zip(plan.buckets, squares.tolist(), strict=True):
             sums[bucket.spread] += square

@@ -353,16 +353,26 @@ template <class T> double sum_of_squares(const Row* rows, int64_t count, int thr
 
 enum Dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
+// Whether a step takes longer than it costs to give the GIL away and get it back.
+bool is_long(const clr::View& view) {
+    int64_t total = 0;
+    for (int64_t b = 0; b < view.count; ++b)
+        for (int64_t i = 0; i < view.buckets[b].count; ++i)
+            total += view.buckets[b].rows[i].active ? view.buckets[b].rows[i].numel : 0;
+    return total >= PARALLEL;
+}
+
 }  // namespace
 
 extern "C" {
 
 // Raised whenever a signature or a layout changes; build.py refuses any other.
-int clr_abi_version() { return 4; }
+int clr_abi_version() { return 5; }
 
-// Updates all active rows of all buckets, and their counters. Returns 0, or 1 before anything has
-// changed if a kernel or dtype is unknown.
-int clr_step(const clr::View* view, const double* scalars, int64_t width, double grad_scale,
+// Updates all active rows of all buckets, and their counters, and lets go of the gradients. Returns
+// 0; or, before anything has changed, 1 if a kernel or dtype is unknown, 2 if the rows must be looked
+// at again: another thread takes or took a step with them. Needs the GIL.
+int clr_step(clr::View* view, const double* scalars, int64_t width, double grad_scale,
              int64_t threads) {
     const auto kernel = [](const clr::Bucket& b) {
         return b.dtype == FLOAT32    ? pick<Float32>(b.kernel)
@@ -373,17 +383,29 @@ int clr_step(const clr::View* view, const double* scalars, int64_t width, double
     };
     for (int64_t i = 0; i < view->count; ++i)
         if (!kernel(view->buckets[i]).update) return 1;
-    for (int64_t i = 0; i < view->count; ++i) {
-        const clr::Bucket& b = view->buckets[i];
-        if (b.active)
-            step(kernel(b), b.rows, b.count, scalars, width, grad_scale, b.wide_counter != 0,
-                 int(threads));
+    const clr::Hold hold(*view);
+    if (!hold) return 2;
+    view->done = 0;
+    {
+        const clr::Aside aside(is_long(*view));
+        for (int64_t i = 0; i < view->count; ++i) {
+            const clr::Bucket& b = view->buckets[i];
+            if (b.active)
+                step(kernel(b), b.rows, b.count, scalars, width, grad_scale, b.wide_counter != 0,
+                     int(threads));
+        }
     }
+    view->done = 1;
+    for (int64_t i = 0; i < view->count; ++i) clr::release(view->buckets[i]);
     return 0;
 }
 
 // Of each bucket the sum of squares of its active rows' gradients, in double and in a fixed order.
-void clr_sums_of_squares(const clr::View* view, double* sums, int64_t threads) {
+// Returns 0, or 2 as clr_step does. Needs the GIL.
+int clr_sums_of_squares(clr::View* view, double* sums, int64_t threads) {
+    const clr::Hold hold(*view);
+    if (!hold) return 2;
+    const clr::Aside aside(is_long(*view));
     for (int64_t i = 0; i < view->count; ++i) {
         const clr::Bucket& b = view->buckets[i];
         const auto over = b.dtype == FLOAT32    ? sum_of_squares<Float32>
@@ -392,6 +414,7 @@ void clr_sums_of_squares(const clr::View* view, double* sums, int64_t threads) {
                                                 : sum_of_squares<Float16>;
         sums[i] = over(b.rows, b.count, int(threads));
     }
+    return 0;
 }
 
 // 1 if torch's exchange API is one we can read. Needs the GIL.
@@ -403,9 +426,10 @@ int clr_can_scan(PyObject* capsule) {
 
 // 0 if all that the plan was built from is as it was: gradient pointers and `active` are then up to
 // date; 2 if so, but some rows have no gradient; 1 if settings of groups changed; -1 if anything
-// else did, and no row may be used. Needs the GIL. An exception on the way (a sparse gradient has no
-// strides) means that something changed.
+// else did, and no row may be used; -2 if another thread is in the middle of a step with them. Needs
+// the GIL. An exception on the way (a sparse gradient has no strides) means that something changed.
 int clr_current(const clr::View* view) {
+    if (view->busy) return -2;
     bool same = clr::same_groups(*view);
     if (same && !clr::same_settings(*view)) {
         PyErr_Clear();

@@ -5,6 +5,10 @@
 // torch offers on the class torch.Tensor: pointer, dtype, sizes and strides in one call, and no
 // header of torch. Of CPython's C API a dozen functions are needed, declared here so that no Python
 // header is; they are found in the running interpreter. All of it runs with the GIL held.
+//
+// A step is long and gives the GIL away, and another thread may then drop the gradients that it
+// reads. So the scan keeps hold of every gradient that it took a pointer from, until the step is
+// over; what the step holds no other step or scan may touch meanwhile.
 #pragma once
 
 #include <cstddef>
@@ -17,12 +21,16 @@ PyObject* PyObject_CallMethodObjArgs(PyObject*, PyObject*, ...);
 PyObject* PyObject_Type(PyObject*);
 int PyObject_RichCompareBool(PyObject*, PyObject*, int);
 PyObject* PyList_GetItem(PyObject*, ptrdiff_t);  // borrowed
+int PyList_SetItem(PyObject*, ptrdiff_t, PyObject*);  // takes over the reference
+int PyList_SetSlice(PyObject*, ptrdiff_t, ptrdiff_t, PyObject*);
 ptrdiff_t PyList_Size(PyObject*);
 PyObject* PyDict_GetItemWithError(PyObject*, PyObject*);  // borrowed
 int PyDict_Next(PyObject*, ptrdiff_t*, PyObject**, PyObject**);  // borrowed
 void* PyCapsule_GetPointer(PyObject*, const char*);
 void PyErr_Clear();
 void Py_DecRef(PyObject*);
+void* PyEval_SaveThread();
+void PyEval_RestoreThread(void*);
 }
 
 namespace clr {
@@ -70,6 +78,9 @@ struct Scan {
     // For DTensors, else null: the class, a list of what says how each is divided over ranks (of the
     // parameter and of each slot, a row each), and the attributes' names.
     PyObject *dtensor, *specs, *local, *spec, *placements, *mesh;
+    // List of the gradients that the rows point to, None for those without; null if they need not be
+    // kept alive.
+    PyObject *grads, *nones;  // and a list of so many Nones
     const int64_t* layout;  // a row each: ndim, sizes, strides
     int64_t slots;          // keys that are state slots
     int64_t code, bits;     // DLPack's names for the dtype of parameters, gradients and slots
@@ -121,9 +132,11 @@ struct View {
     PyObject *params, *grad, *none;  // the names "params" and "grad", and None
     Bucket* buckets;
     int64_t count;
+    int64_t busy;  // a step is reading the rows
+    int64_t done;  // the last step to be begun with them was taken
 };
 
-// In step with _BUCKET in plan.py: seven 64-bit integers.
+// In step with _BUCKET in plan.py: eight 64-bit integers.
 struct Bucket {
     const Scan* scan;
     Row* rows;
@@ -131,6 +144,7 @@ struct Bucket {
     int64_t active;  // rows with a gradient: written by clr_current
     int64_t kernel, dtype;  // by their numbers
     int64_t wide_counter;
+    int64_t held;  // scan->grads holds what the rows point to
 };
 
 inline bool same_items(PyObject* a, PyObject* b) {
@@ -358,16 +372,66 @@ inline bool same_rows(Bucket& bucket) {
     Ahead ahead(scan, bucket.rows, bucket.count);
     const int64_t* layout = scan.layout;
     bucket.active = 0;
+    bucket.held = scan.grads != nullptr;
     for (ptrdiff_t i = 0; i < bucket.count; ++i) {
         PyObject* grad = ahead.next_grad(i);
         if (!grad) return false;
         const bool same = same_row(scan, *api, bucket.rows[i], i, layout, grad);
-        Py_DecRef(grad);
+        // With nothing between the pointer and this that could let another thread in.
+        if (same && scan.grads)
+            PyList_SetItem(scan.grads, i, grad);
+        else
+            Py_DecRef(grad);
         if (!same) return false;
         bucket.active += bucket.rows[i].active;
         layout += 1 + 2 * *layout;
     }
     return true;
 }
+
+// Lets go of the gradients.
+inline void release(Bucket& bucket) {
+    const Scan& scan = *bucket.scan;
+    if (!bucket.held) return;
+    bucket.held = 0;
+    // They have left the caches meanwhile, and would be waited for one by one.
+    for (ptrdiff_t i = 0; i < bucket.count; ++i)
+        __builtin_prefetch(PyList_GetItem(scan.grads, i), 1);
+    PyList_SetSlice(scan.grads, 0, bucket.count, scan.nones);
+}
+
+// What a step reads is its own for as long as this lives; made and ended with the GIL held.
+class Hold {
+public:
+    explicit Hold(View& view) : view_(view), has_(!view.busy) {
+        for (int64_t b = 0; b < view.count; ++b)
+            has_ = has_ && (view.buckets[b].held || !view.buckets[b].active);
+        if (has_) view.busy = 1;
+    }
+    Hold(const Hold&) = delete;
+    ~Hold() {
+        if (has_) view_.busy = 0;
+    }
+    // False if another step is under way, or has let go of what a scan had taken for this one.
+    explicit operator bool() const { return has_; }
+
+private:
+    View& view_;
+    bool has_;
+};
+
+// Gives the GIL away for as long as it lives, if that is to be long: a thread that gives it away
+// may wait for milliseconds to get it back.
+class Aside {
+public:
+    explicit Aside(bool is_long) : state_(is_long ? PyEval_SaveThread() : nullptr) {}
+    Aside(const Aside&) = delete;
+    ~Aside() {
+        if (state_) PyEval_RestoreThread(state_);
+    }
+
+private:
+    void* state_;
+};
 
 }  // namespace clr
