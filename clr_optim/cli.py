@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from clr_optim import backends, schedule
 from clr_optim._version import __version__
 from clr_optim.backends.native import BuildError, library
-from clr_optim.bench import bounds, paper, throughput
+from clr_optim.bench import bounds, long_run, paper, throughput
 from clr_optim.demo.train import OPTIMIZERS
 from clr_optim.kernels.native import build as native_build
 from clr_optim.range_test import BASES, METHODS, METRICS, MODES
@@ -129,6 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     paper.add_arguments(of_paper)
     of_paper.set_defaults(run=paper.run)
+
+    of_long = others.add_parser(
+        "long", help="millions of steps: drift, memory, speed", description=long_run.DESCRIPTION
+    )
+    long_run.add_arguments(of_long)
+    of_long.set_defaults(run=_bench_long)
 
     build = commands.add_parser(
         "build",
@@ -310,6 +316,14 @@ def _bench(args: argparse.Namespace) -> int:
 def _bench_bounds(args: argparse.Namespace) -> int:
     def run(args: argparse.Namespace) -> int:
         bounds.run(args)
+        return 0
+
+    return _told(run, args)
+
+
+def _bench_long(args: argparse.Namespace) -> int:
+    def run(args: argparse.Namespace) -> int:
+        long_run.run(args)
         return 0
 
     return _told(run, args)

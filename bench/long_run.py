@@ -1,0 +1,165 @@
+"""A very long run of a tiny tensor: does the rate drift, memory grow, or a step become slower?
+
+Adam in float64, without epsilon and with a gradient that is always 1, moves by exactly the rate at
+every step, up to rounding. So the way that a value has come is the sum of all rates that the steps
+have really used, which the policy's formula gives as well. That formula is written here anew: the
+library's own would only be compared with itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter, thread_time
+from typing import Any
+
+import torch
+
+from clr_optim import CyclicalOptimizer
+from clr_optim.backends import BACKENDS
+from clr_optim.bench.machine import describe_machine
+
+__all__ = ["add_arguments", "main", "run"]
+
+DESCRIPTION = (
+    "Takes ten million steps of Adam on four values, and compares the learning rate, and the way "
+    "that the values have come, with the policy's formula; tells the process's memory and the "
+    "median time of a step for every million steps."
+)
+_BASE, _MAX, _UP = 1e-4, 1e-3, 2000
+#: Steps that are timed together, after which the rate is looked at.
+_CHUNK = 1000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``clr-optim bench long``."""
+    add = parser.add_argument
+    add("--steps", type=int, default=10_000_000, metavar="N", help="how many (10,000,000)")
+    add("--rows", type=int, default=10, metavar="N", help="parts to report on (10)")
+    add("--backend", choices=BACKENDS, default="auto", help="(auto)")
+    add("--json", metavar="FILE", help="write the results there")
+
+
+def rate(step: int) -> float:
+    """The rate of a step by the formula of ``"triangular"``."""
+    return _BASE + (_MAX - _BASE) * (_UP - abs(step % (2 * _UP) - _UP)) / _UP
+
+
+def way(steps: int) -> float:
+    """The sum of the rates of so many steps."""
+    cycles, rest = divmod(steps, 2 * _UP)
+    return cycles * math.fsum(map(rate, range(2 * _UP))) + math.fsum(map(rate, range(rest)))
+
+
+def resident_kib() -> int | None:
+    """What the process has in memory; None where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE") // 1024
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Take the steps, print a line for each part, write the file.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        ValueError: if the steps do not make whole parts of whole thousands.
+    """
+    steps, rows = args.steps, args.rows
+    if rows < 1 or steps < 1 or steps % (rows * _CHUNK):
+        raise ValueError(
+            f"--steps {steps} must be a positive multiple of {_CHUNK} times --rows {rows}, "
+            "which must be at least 1"
+        )
+    torch.set_num_threads(1)
+    values = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    opt = CyclicalOptimizer(
+        torch.optim.Adam([values], lr=_MAX, eps=0.0),
+        base_lr=_BASE,
+        step_size_up=_UP,
+        backend=args.backend,
+    )
+    results: dict[str, Any] = {
+        "machine": describe_machine(),
+        "steps": steps,
+        "backend": args.backend,
+        "rows": [],
+    }
+    print("      steps   µs a step   of it CPU   resident KiB   load", flush=True)
+    drift = 0.0
+    for row in range(1, rows + 1):
+        wall, cpu = [], []
+        for _ in range(steps // rows // _CHUNK):
+            # Gradients come and go in training; these take turns, and are new for every thousand.
+            grads = [torch.ones_like(values) for _ in range(2)]
+            begin, begin_cpu = perf_counter(), thread_time()
+            for k in range(_CHUNK):
+                values.grad = grads[k % 2]
+                opt.step()
+            cpu.append((thread_time() - begin_cpu) / _CHUNK * 1e6)
+            wall.append((perf_counter() - begin) / _CHUNK * 1e6)
+            expected = rate(opt.iteration)
+            drift = max(drift, abs(opt.param_groups[0]["lr"] - expected) / expected)
+        line = {
+            "until": steps // rows * row,
+            "wall_us": round(statistics.median(wall), 3),
+            "cpu_us": round(statistics.median(cpu), 3),
+            "fastest_us": round(min(wall), 3),
+            "resident_kib": resident_kib(),
+            "load": round(os.getloadavg()[0], 2),
+        }
+        results["rows"].append(line)
+        print(
+            f"{line['until']:>11,} {line['wall_us']:>11.2f} {line['cpu_us']:>11.2f} "
+            f"{line['resident_kib'] or 'unknown':>14} {line['load']:>6}",
+            flush=True,
+        )
+    expected_way = way(steps)
+    first, last = results["rows"][0], results["rows"][-1]
+    results |= {
+        "iteration": opt.iteration,
+        "largest_error_of_rate": drift,
+        "error_of_sum_of_rates": max(
+            abs(-value / expected_way - 1) for value in values.detach().tolist()
+        ),
+        "grown_kib": None
+        if first["resident_kib"] is None
+        else last["resident_kib"] - first["resident_kib"],
+        "last_over_first": {
+            name: round(last[name] / first[name], 4) for name in ("wall_us", "cpu_us", "fastest_us")
+        },
+    }
+    print(
+        f"rate: off by at most {drift:.1e} of itself; sum of rates: by "
+        f"{results['error_of_sum_of_rates']:.1e}; memory grown by {results['grown_kib']} KiB; last "
+        f"part over first: {results['last_over_first']}"
+    )
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``python -m clr_optim.bench.long_run``."""
+    parser = argparse.ArgumentParser(prog="clr_optim.bench.long_run", description=DESCRIPTION)
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""Far along: positions past 2**31 and 2**53, counters that stall at 2**24, runs of many steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from decimal import Decimal, localcontext
+from fractions import Fraction
+
+import pytest
+import torch
+from native_helpers import KERNELS, assert_alike, drawn, like, members, parameters, twins, wrapped
+
+from clr_optim import schedule
+from clr_optim.bench import long_run
+from clr_optim.cli import main
+
+BASE, MAX = 0.001, 0.006
+FAR = [edge + near for edge in (2**24, 2**31, 2**32, 2**53, 2**62) for near in (-2, -1, 0, 1, 2)]
+
+
+def triangle(step, up, down=None):
+    """Where in its rise or fall a step stands, exactly."""
+    period = up + (up if down is None else down)
+    at = step % period
+    return Fraction(at, up) if at < up else Fraction(period - at, period - up)
+
+
+def amplitude(of, upper=MAX, lower=BASE):
+    return float(Fraction(lower) + (Fraction(upper) - Fraction(lower)) * of)
+
+
+def power(gamma, step):
+    """To forty digits."""
+    with localcontext() as context:
+        context.prec = 40
+        return Fraction(Decimal(gamma) ** step)
+
+
+SLOW = 1 - 2.0**-31  # still of some size at 2**31
+FORMULAS = {
+    "triangular": (
+        schedule.triangular(step_size_up=2000, step_size_down=3001),
+        lambda t: amplitude(triangle(t, 2000, 3001)),
+    ),
+    "longer than an int32": (
+        schedule.triangular(step_size_up=2**31 + 7, step_size_down=2**33),
+        lambda t: amplitude(triangle(t, 2**31 + 7, 2**33)),
+    ),
+    "triangular2": (
+        schedule.triangular2(step_size_up=2**30),
+        lambda t: amplitude(triangle(t, 2**30) / 2 ** min(t // 2**31, 2000)),
+    ),
+    "exp_range": (
+        schedule.exp_range(step_size_up=7, gamma=SLOW),
+        lambda t: amplitude(triangle(t, 7) * power(SLOW, min(t, 2**44))),
+    ),
+    "sequence": (
+        schedule.sequence(
+            [(schedule.triangular(step_size_up=3), 2**31 + 1), (schedule.triangular(5), None)]
+        ),
+        lambda t: amplitude(
+            triangle(t, 3) if t < 2**31 + 1 else triangle(t - 2**31 - 1, 5)
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_the_schedule_far_along(name):
+    of, formula = FORMULAS[name]
+    for step in FAR:
+        assert of(step, BASE, MAX) == pytest.approx(formula(step), rel=1e-15, abs=0), step
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("edge", [2**24, 2**31, 2**32, 2**53])
+def test_a_step_far_along(name, backend, edge):
+    """The rate that a kernel uses, taken from the way that a weight has come."""
+    of, formula = FORMULAS[name]
+    weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    weight.grad = -torch.ones_like(weight)
+    opt = wrapped(torch.optim.SGD([weight], lr=MAX), policy=of, base_lr=BASE, max_lr=MAX,
+                  backend=backend, step_size_up=2000)  # fmt: skip
+    opt.set_iteration(edge - 3)
+    for step in range(edge - 3, edge + 3):
+        with torch.no_grad():
+            weight.zero_()
+        assert opt.iteration == opt.param_groups[0]["clr_step"] == step
+        assert opt.get_last_lr() == [opt.param_groups[0]["lr"]]
+        opt.step()
+        assert weight.tolist() == pytest.approx([formula(step)] * 3, rel=1e-15, abs=0)
+    again = wrapped(torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))], lr=MAX),
+                    policy=of, step_size_up=2000)  # fmt: skip
+    again.load_state_dict(opt.state_dict())
+    assert again.iteration == edge + 3
+    assert again.get_last_lr() == opt.get_last_lr()
+
+
+COUNTING = [case for case in KERNELS if not case.name.startswith("sgd")]
+
+
+def at_step(pair, step):
+    for opt in pair.both():
+        for p in members(opt):
+            opt.state[p]["step"].fill_(step)
+
+
+@pytest.mark.parametrize("case", COUNTING, ids=lambda case: case.name)
+def test_torchs_own_counter_stalls_where_it_does_in_torch(case):
+    """In float32 at 2**24; the cycle goes on."""
+    pair = twins(case)
+    pair.run(2)
+    at_step(pair, 2**24 - 2)
+    for expected in (-1, 0, 0, 0):
+        pair.run(1)
+        for opt in pair.both():
+            assert {opt.state[p]["step"].item() for p in members(opt)} == {2**24 + expected}
+    assert pair.ours.iteration == 6
+
+
+@pytest.mark.parametrize("case", COUNTING, ids=lambda case: case.name)
+def test_a_counter_of_float64_goes_on(case):
+    torch.set_default_dtype(torch.float64)
+    try:
+        pair = twins(case)
+        pair.run(2)
+        at_step(pair, 2**24 - 2)
+        pair.run(4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for opt in pair.both():
+        assert {opt.state[p]["step"].item() for p in members(opt)} == {2**24 + 2}
+
+
+def test_a_long_first_moment_far_along():
+    """Bias corrections at the stalled counter are ones: as torch's."""
+    case = COUNTING[0]
+    pair = twins(case)
+    pair.run(1)
+    pair.ours.set_iteration(2**40)
+    at_step(pair, 2**24)
+    for _ in range(5):
+        pair.draw()
+        pair.step()
+    assert_alike(*pair.both())
+    assert pair.ours.iteration == 2**40 + 5
+
+
+# ---- many steps
+
+
+def test_the_formulas_of_the_long_run():
+    own = schedule.triangular(step_size_up=long_run._UP)
+    bounds = long_run._BASE, long_run._MAX
+    for step in (0, 1, 1999, 2000, 2001, 3999, 4000, 10**7 + 17):
+        assert long_run.rate(step) == pytest.approx(own(step, *bounds), rel=1e-15)
+    rates = [own(step, *bounds) for step in range(9_123)]
+    assert long_run.way(9_123) == pytest.approx(math.fsum(rates), rel=1e-14)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_a_long_run(backend, tmp_path):
+    """20,000 steps in a process of their own: the rate does not drift, memory does not grow."""
+    path = tmp_path / "long.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "clr_optim.bench.long_run", "--steps", "20000"),
+            *("--rows", "4", "--backend", backend, "--json", str(path)),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert results["iteration"] == results["steps"] == 20_000
+    assert results["largest_error_of_rate"] <= 1e-15
+    assert results["error_of_sum_of_rates"] <= 1e-12
+    assert [row["until"] for row in results["rows"]] == [5_000, 10_000, 15_000, 20_000]
+    assert results["grown_kib"] is None or results["grown_kib"] <= 1024
+
+
+def test_python_objects_do_not_pile_up():
+    """Nor do gradients, plans or state: what lives after many steps is what lived after few."""
+    import tracemalloc
+
+    opt = KERNELS[2].ours(parameters(drawn([(3,), (4,)], torch.float32)), max_grad_norm=1.0)
+
+    def some(steps):
+        for k in range(steps):
+            for p in members(opt):
+                p.grad = like(torch.ones(p.shape), p) if (k + p.numel()) % 5 else None
+            opt.step()
+
+    some(100)
+    tracemalloc.start()
+    try:
+        some(500)
+        before, _ = tracemalloc.get_traced_memory()
+        some(3000)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before <= 4096  # an object of every step would be 100 times as much
+
+
+def test_the_command_of_the_long_run(tmp_path, capsys):
+    path = tmp_path / "long.json"
+    assert main(["bench", "long", "--steps", "2000", "--rows", "2", "--json", str(path)]) == 0
+    assert len(json.loads(path.read_text(encoding="utf-8"))["rows"]) == 2
+    assert "2,000" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["bench", "long", "--steps", "2001"])
+    assert "--steps 2001 must be a positive multiple" in capsys.readouterr().err
