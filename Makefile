@@ -1,13 +1,14 @@
 # `make demo` and `make test` are all the set-up there is: each makes .venv by itself.
 PYTHON ?= python3
 VENV := .venv
+FRAMEWORKS := .venv-frameworks
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 DISTRIBUTED := tests/test_distributed.py tests/test_distributed_checkpoint.py \
 	tests/test_dtensor.py tests/test_examples.py
 
-.PHONY: demo test format lint types check interpreted distributed package docs pictures gpu-check gpu-paper clean FORCE
+.PHONY: demo test format lint types check interpreted distributed test-frameworks package docs pictures gpu-check gpu-paper clean FORCE
 
 demo: $(VENV)/.demo
 	$(BIN)/clr-optim demo $(ARGS)
@@ -30,6 +31,14 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP_INSTALL) -e ".[docs]"
+	@touch $@
+
+# The frameworks bring dozens of packages: an environment of their own keeps the other one what a
+# user of this library alone has. torch stays as pinned.
+$(FRAMEWORKS)/.test: pyproject.toml constraints.txt constraints-frameworks.txt
+	$(PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -c constraints-frameworks.txt -e ".[test,frameworks]"
 	@touch $@
 
 lint: $(VENV)/.test
@@ -56,6 +65,10 @@ check: $(VENV)/.test
 # What runs on several processes.
 distributed: $(VENV)/.test
 	$(BIN)/python -m pytest $(DISTRIBUTED) $(ARGS)
+
+# Lightning, accelerate, transformers and others, and optimizers of other packages.
+test-frameworks: $(FRAMEWORKS)/.test
+	$(FRAMEWORKS)/bin/python -m pytest tests/frameworks $(ARGS)
 
 # The Triton kernels on the CPU; a process of its own, since Triton decides when it is imported.
 interpreted: $(VENV)/.test
@@ -121,4 +134,4 @@ gpu-paper: build/tree
 		--resume $(ARGS) --out bench/results/paper-gpu
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FRAMEWORKS) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,176 @@
+"""One small model, to be trained with torch and its CyclicLR and with one changed line."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from cases import assert_same
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from clr_optim import CyclicalOptimizer
+
+#: A cycle is 7 steps, an epoch 5: epochs end in mid-cycle, on the way up and on the way down.
+UP, DOWN, EPOCH, EPOCHS = 4, 3, 5, 4
+STEPS = EPOCH * EPOCHS
+BASE, TOP = 0.01, 0.05
+BATCH, FEATURES, CLASSES = 8, 6, 3
+
+backends = pytest.mark.parametrize("backend", ["auto", "torch"])
+
+
+def imported(name: str) -> ModuleType:
+    """A framework, or a skipped test module; what it warns of while it is imported is its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip(name.partition(".")[0], reason=f"needs {name}: make test-frameworks")
+        return importlib.import_module(name)
+
+
+def build_model() -> nn.Module:
+    """The same first weights each time."""
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+
+
+def build_data() -> tuple[Tensor, Tensor]:
+    """Features and labels of one epoch, the same each time."""
+    generator = torch.Generator().manual_seed(4)
+    features = torch.randn(BATCH * EPOCH, FEATURES, generator=generator)
+    return features, features[:, :CLASSES].argmax(dim=1)
+
+
+def build_loader(batch_size: int = BATCH) -> Any:
+    """Batches in the same order each time."""
+    dataset = torch.utils.data.TensorDataset(*build_data())
+    return torch.utils.data.DataLoader(dataset, batch_size=batch_size)
+
+
+def inner(params: Any) -> torch.optim.Optimizer:
+    """What is there before and after the line changes."""
+    return torch.optim.AdamW(params, lr=TOP, weight_decay=0.1)
+
+
+def cyclic_lr(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.CyclicLR:
+    """What is there before and not after."""
+    return torch.optim.lr_scheduler.CyclicLR(
+        optimizer,
+        BASE,
+        TOP,
+        step_size_up=UP,
+        step_size_down=DOWN,
+        mode="triangular2",
+        cycle_momentum=False,
+    )
+
+
+def wrap(optimizer: torch.optim.Optimizer, backend: str, **options: Any) -> CyclicalOptimizer:
+    """The changed line."""
+    return CyclicalOptimizer(
+        optimizer,
+        "triangular2",
+        base_lr=BASE,
+        step_size_up=UP,
+        step_size_down=DOWN,
+        backend=backend,
+        **options,
+    )
+
+
+def expected_rates(steps: int = STEPS + 1) -> list[float]:
+    """The rate of each step, as CyclicLR has it."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=TOP)
+    scheduler = cyclic_lr(optimizer)
+    rates = []
+    for _ in range(steps):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def assert_rates(ours: list[float], theirs: list[float]) -> None:
+    """The same but for CyclicLR's own drift."""
+    assert ours == pytest.approx(theirs, rel=1e-10)
+
+
+def values(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def assert_like_torch(ours: nn.Module, theirs: nn.Module, backend: str) -> None:
+    """Parameters equal on the wrapped optimizer's own step, within rounding on a kernel."""
+    if backend == "torch":
+        assert_same(values(ours), values(theirs))
+    else:
+        torch.testing.assert_close(values(ours), values(theirs), rtol=1e-4, atol=1e-6)
+
+
+def assert_served(optimizer: CyclicalOptimizer, backend: str) -> None:
+    """By the kernels, where those are to be tested."""
+    assert optimizer.explain().startswith({"auto": "native", "torch": "torch"}[backend])
+
+
+def assert_same_checkpoint(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """The optimizer's part of two checkpoints: all of torch's keys, and ours in the groups."""
+    assert ours.keys() == theirs.keys()
+    assert ours["state"].keys() == theirs["state"].keys()
+    for i, state in theirs["state"].items():
+        assert list(ours["state"][i]) == list(state)
+        for name, value in state.items():
+            mine = ours["state"][i][name]
+            assert (type(mine), mine.shape, mine.dtype) == (type(value), value.shape, value.dtype)
+    for mine, group in zip(ours["param_groups"], theirs["param_groups"], strict=True):
+        added = {"clr_step", "clr_base_lr", "clr_max_lr", "clr_schedule"}
+        assert set(mine) - set(group) == added
+        assert set(group) - set(mine) <= {"initial_lr"}  # which torch's schedulers leave there
+
+
+class Watch:
+    """What observes steps: hooks, global ones and an optimizer's own, and torch's profiler."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, torch.optim.Optimizer]] = []
+        self._profile = torch.profiler.profile()
+        self._handles: list[Any] = []
+
+    def _note(self, name: str) -> Any:
+        return lambda optimizer, args, kwargs: self.seen.append((name, optimizer))
+
+    def register(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer's own hooks."""
+        optimizer.register_step_pre_hook(self._note("own pre"))
+        optimizer.register_step_post_hook(self._note("own post"))
+
+    def __enter__(self) -> Watch:
+        self._handles = [
+            register_optimizer_step_pre_hook(self._note("global pre")),
+            register_optimizer_step_post_hook(self._note("global post")),
+        ]
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._profile.__exit__(*exception)
+        for handle in self._handles:
+            handle.remove()
+
+    def check(self, optimizer: CyclicalOptimizer, steps: int) -> None:
+        """Each step was seen once, as this optimizer's."""
+        names = ["global pre", "own pre", "own post", "global post"]
+        assert [name for name, _ in self.seen] == names * steps
+        assert all(seen is optimizer for _, seen in self.seen)
+        ranges = {
+            event.key: event.count
+            for event in self._profile.key_averages()
+            if event.key.startswith("Optimizer.step")
+        }
+        assert ranges == {"Optimizer.step#CyclicalOptimizer.step": steps}
