@@ -1463,8 +1463,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
 class CyclicalScheduler(LRScheduler):
     """A scheduler that only looks on, for frameworks that want one and for their LR logging.
 
-    ``step()`` changes nothing: the optimizer's own step advances the cycle. There is nothing to
-    save, since the position is in the optimizer's checkpoint.
+    ``step()`` changes nothing but what :meth:`get_last_lr` shows: the optimizer's own step advances
+    the cycle. There is nothing to save, since the position is in the optimizer's checkpoint.
 
     Args:
         optimizer: the one to look at; its :attr:`CyclicalOptimizer.scheduler` is one of these.
@@ -1484,6 +1484,7 @@ class CyclicalScheduler(LRScheduler):
         # LRScheduler.__init__ would write rates and patch step().
         self.optimizer = optimizer
         self._step_count = 1  # frameworks add to it
+        self._shown = optimizer.iteration  # the one whose rate is the last, as of step()
 
     @property
     def base_lrs(self) -> list[float | Tensor]:  # type: ignore[override]
@@ -1504,34 +1505,43 @@ class CyclicalScheduler(LRScheduler):
         return self.get_last_lr()
 
     def get_last_lr(self) -> list[float | Tensor]:
-        """The rates that the next step will use.
+        """As of torch's schedulers: until this one's ``step()``, the rates of the last step.
+
+        Frameworks log between the two steps, and mean the rate that was used.
 
         Returns:
-            One rate per group.
+            One rate per group: those that the optimizer's last step used, or after :meth:`step`
+            those that the next will use.
         """
-        return list(cast("CyclicalOptimizer[Any]", self.optimizer).get_last_lr())
+        optimizer = cast("CyclicalOptimizer[Any]", self.optimizer)
+        iteration = optimizer.iteration
+        if iteration == self._shown or iteration == 0:
+            return list(optimizer.get_last_lr())
+        return list(optimizer.lr_at(iteration - 1))
 
     def get_lr(self) -> list[float | Tensor]:
         """The same as :meth:`get_last_lr`."""
         return self.get_last_lr()
 
     def step(self, epoch: int | None = None) -> None:
-        """Change nothing.
+        """Change nothing; from here on :meth:`get_last_lr` shows the next step's rates.
 
         Args:
             epoch: of no effect.
         """
+        self._shown = self.last_epoch
 
     def state_dict(self) -> dict[str, Any]:
         """An empty dictionary, as the position is in the optimizer's state dict."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Change nothing.
+        """Change nothing, as :meth:`step`: what is restored is in the optimizer.
 
         Args:
             state_dict: of no effect.
         """
+        self.step()
 
 
 def _callers_level() -> int:

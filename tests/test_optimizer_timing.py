@@ -577,6 +577,27 @@ def test_the_scheduler_view_changes_nothing():
     assert scheduler.last_epoch == 5
 
 
+def test_the_scheduler_view_shows_the_rate_that_torchs_scheduler_shows():
+    """Between the two steps, where frameworks log, that is the one which was used."""
+    problem, opt = wrapped(base_lr=0.1, max_lr=0.5, step_size_up=3)
+    param = torch.nn.Parameter(torch.zeros(1))
+    theirs = torch.optim.SGD([param], lr=0.5)
+    reference = torch.optim.lr_scheduler.CyclicLR(
+        theirs, base_lr=0.1, max_lr=0.5, step_size_up=3, cycle_momentum=False
+    )
+    scheduler = opt.scheduler
+    for k in range(10):
+        assert scheduler.get_last_lr() == pytest.approx(reference.get_last_lr())
+        problem.step(opt, k)
+        theirs.step()
+        assert scheduler.get_last_lr() == pytest.approx(reference.get_last_lr())
+        scheduler.step()
+        reference.step()
+    opt.set_iteration(4)
+    scheduler.load_state_dict({})  # as frameworks do after they have restored the optimizer
+    assert scheduler.get_last_lr() == opt.get_last_lr()
+
+
 # ---- AMP
 
 
