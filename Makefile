@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 DISTRIBUTED := tests/test_distributed.py tests/test_distributed_checkpoint.py \
 	tests/test_dtensor.py tests/test_examples.py
 
-.PHONY: demo test format lint types check interpreted distributed test-frameworks package docs pictures gpu-check gpu-paper clean FORCE
+.PHONY: demo test format lint types check interpreted fuzz fuzz-kill distributed test-frameworks package docs pictures errors gpu-check gpu-paper clean FORCE
 
 demo: $(VENV)/.demo
 	$(BIN)/clr-optim demo $(ARGS)
@@ -73,7 +73,21 @@ test-frameworks: $(FRAMEWORKS)/.test
 # The Triton kernels on the CPU; a process of its own, since Triton decides when it is imported.
 interpreted: $(VENV)/.test
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py tests/test_triton_graphs.py \
-		tests/test_triton_machine.py tests/test_hostile_checkpoints.py $(ARGS)
+		tests/test_triton_machine.py tests/test_hostile_checkpoints.py \
+		tests/fuzz/test_fuzz.py $(ARGS)
+
+# Random events beside plain torch, for long: MINUTES, BACKEND (native, torch or triton), SEED (the
+# first; without it, on from the last run), REPLAY (a file that was kept of a divergence).
+MINUTES ?= 10
+BACKEND ?= native
+fuzz: $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python -m fuzz --backend $(BACKEND) --minutes $(MINUTES) \
+		$(if $(SEED),--seed $(SEED)) $(if $(REPLAY),--replay $(REPLAY)) $(ARGS)
+
+# A trainer killed KILLS times, at random moments, must come to where one that was not killed comes.
+KILLS ?= 100
+fuzz-kill: $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python -m fuzz.kill_and_resume --kills $(KILLS) $(ARGS)
 
 # Wheel and sdist, and a step taken with the wheel alone in an environment that has nothing else.
 package: $(VENV)/.test
@@ -97,6 +111,10 @@ docs: $(VENV)/.docs
 # The pictures in docs/ that the README shows.
 pictures: $(VENV)/.demo
 	$(BIN)/clr-optim plot --out docs
+
+# docs/errors.md: what is said to each wrong input that the tests try.
+errors: $(VENV)/.test
+	$(BIN)/python tests/wrong_input.py >/dev/null
 
 # On a machine with a GPU: with its own python3, torch and pytest; nothing is installed,
 # the packages are only laid out as an installation would (and must not be shadowed by those here).

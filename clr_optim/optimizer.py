@@ -92,6 +92,7 @@ class _Shared:
         self.groups: list[dict[str, Any]] | None = None
         self.position = 0
         self.bounds: list[tuple[float, float]] = []
+        self.momenta: list[tuple[float, float]] = []
         self.rates: list[tuple[object, float]] = []
         self.warned = False
         self.grad_norm: Tensor | None = None
@@ -1172,11 +1173,13 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             self._set_group_bounds(group, bounds)
 
     def _set_group_bounds(self, group: dict[str, Any], bounds: tuple[float, float]) -> None:
-        """Write a group's bounds; those of momentum, where it has none, are the first group's."""
+        """Write a group's bounds; those of momentum, where it has none, as they were."""
         group[_BASE], group[_MAX] = bounds
-        if self._cycle_momentum:
-            for key in (_BASE_MOMENTUM, _MAX_MOMENTUM):
-                group.setdefault(key, self.param_groups[0][key])
+        if self._cycle_momentum and not (_BASE_MOMENTUM in group and _MAX_MOMENTUM in group):
+            # Known of the first group at least, which may have lost its keys to a load beneath us.
+            known, groups = self._shared.momenta, self.param_groups
+            i = next(i for i, other in enumerate(groups) if other is group)
+            group[_BASE_MOMENTUM], group[_MAX_MOMENTUM] = known[i if i < len(known) else 0]
 
     def _advance(self) -> None:
         """:meth:`_go_to` the next step, for groups that are as we left them, rates as floats."""
@@ -1203,6 +1206,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         if self._cycle_momentum:
             ends = [(group[_BASE_MOMENTUM], group[_MAX_MOMENTUM]) for group in groups]
             momenta = self._schedule.momenta(position, ends)
+            shared.momenta = ends
         before = shared.rates if shared.groups is groups else []
         held: list[tuple[object, float]] = []
         for i, (group, rate) in enumerate(zip(groups, rates, strict=True)):
@@ -1312,6 +1316,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         position, resumed = _read_position(saved_groups, "state_dict['param_groups']")
         saved = saved_groups[0].get(_SCHEDULE) if resumed else None
 
+        self._write_bounds()  # of a group added beneath us, too
         ours = [
             {k: group[k] for k in (_BASE, _MAX, _BASE_MOMENTUM, _MAX_MOMENTUM) if k in group}
             for group in self.param_groups

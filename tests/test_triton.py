@@ -40,6 +40,7 @@ from native_helpers import (
     tensors_of,
     wrapped,
 )
+from test_long_horizon import FORMULAS
 from test_native import PATTERNS, drop, name_of
 from triton_helpers import (
     DEVICE,
@@ -553,6 +554,41 @@ def test_position_and_bounds_changed_in_mid_run(name):
     assert pair[0].iteration == 2**40 + 5
 
 
+@pytest.mark.parametrize("edge", [2**24, 2**31, 2**32, 2**53])
+@pytest.mark.parametrize("policy", ["triangular", "exp_range", "longer than an int32"])
+def test_the_rate_far_along(policy, edge):
+    """Used by the kernel, at the device's own position: the way of a weight pulled by ones."""
+    of, formula = FORMULAS[policy]
+    weight = drawn([(3,)], torch.float64)[0].zero_().requires_grad_()
+    weight.grad = -torch.ones_like(weight)
+    opt = wrapped(
+        torch.optim.SGD([weight], lr=0.006), policy=of, step_size_up=2000,
+        base_lr=0.001, max_lr=0.006,
+    )  # fmt: skip
+    opt.set_iteration(edge - 2)
+    for step in range(edge - 2, edge + 2):
+        with torch.no_grad():
+            weight.zero_()
+        opt.step()
+        assert weight.tolist() == pytest.approx([formula(step)] * 3, rel=2e-15, abs=0)
+        assert opt.iteration == step + 1
+
+
+@pytest.mark.parametrize("name", ["adam", "adagrad-decay", "rmsprop"])
+def test_torchs_own_counter_stalls_where_it_does_in_torch(name):
+    """In float32 at 2**24; the cycle goes on."""
+    pair = twins(BY_NAME[name], backend="auto")
+    pair.run(2)
+    for opt in pair.both():
+        for p in members(opt):
+            opt.state[p]["step"].fill_(2**24 - 2)
+    for expected in (-1, 0, 0):
+        pair.run(1)
+        for opt in pair.both():
+            assert {opt.state[p]["step"].item() for p in members(opt)} == {2**24 + expected}
+    assert pair.ours.iteration == 5
+
+
 @pytest.mark.parametrize("setting", ["weight-decay", "betas", "eps", "maximize", "amsgrad-on"])
 def test_settings_changed_in_mid_run(setting):
     pair = twins(BY_NAME["adam"], backend="auto")
@@ -738,38 +774,13 @@ def test_events(cell):
 
 @pytest.mark.skipif(RUNS and not INTERPRETED, reason="the machine's tensors are on the CPU")
 def test_any_order_of_events(launches):
-    hypothesis = pytest.importorskip("hypothesis")
-    from hypothesis.stateful import rule, run_state_machine_as_test
-    from test_native_machine import Machine, seeds
+    """Seeds of the fuzzer, whose own tests play more of them: these go through the kernels."""
+    from fuzz.run import drawn, play
 
-    class Mostly(Machine):
-        """Some dozens of examples only: each is to go through the kernels between its events."""
-
-        @rule(seed=seeds)
-        def train(self, seed):
-            for k in range(2):
-                self.backward(seed + 10 * k)
-                self.step()
-
-        @rule(seed=seeds)
-        def train_and_swap(self, seed):
-            self.train(seed)
-            self.swap_data(seed)
-            self.train(seed + 1)
-
-        @rule(seed=seeds)
-        def train_and_replace(self, seed):
-            self.train(seed)
-            self.replace_state(seed)
-            self.train(seed + 1)
-
-    settings = hypothesis.settings(
-        max_examples=40, stateful_step_count=15, derandomize=True, deadline=None, print_blob=True,
-        suppress_health_check=list(hypothesis.HealthCheck), database=None,
-    )  # fmt: skip
-    run_state_machine_as_test(Mostly, settings=settings)
+    for seed in range(100, 106):
+        play(*drawn("triton", seed, 40))
     update, _ = launches
-    assert len(update.taken()) > 100
+    assert len(update.taken()) > 40
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, test_native.through_pickle])

@@ -1,0 +1,96 @@
+"""A short run of the fuzzer for each backend, and everything it has ever found."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from triton_helpers import INTERPRETED
+
+from clr_optim import CyclicalOptimizer
+from fuzz import run
+from fuzz.machine import BACKENDS, EVENTS, compile_kernels, setups
+
+HERE = Path(__file__).parent
+FOUND = sorted((HERE / "found").glob("*.json"))
+#: seeds and events of each that are played here
+SHORT = {"native": (range(12), 60), "torch": (range(12), 60), "triton": (range(6), 40)}
+
+
+def _only_here(backend: str) -> None:
+    """Triton decides when it is imported: its kernels on a CPU have a run of tests of their own."""
+    if (backend == "triton") is not INTERPRETED:
+        value = "1" if backend == "triton" else "0"
+        pytest.skip(f"needs TRITON_INTERPRET={value}")
+    compile_kernels(backend)
+
+
+@pytest.mark.parametrize(
+    ("backend", "seed"), [(backend, s) for backend in BACKENDS for s in SHORT[backend][0]]
+)
+def test_a_short_run(backend, seed):
+    _only_here(backend)
+    assert run.play(*run.drawn(backend, seed, SHORT[backend][1])) > 20
+
+
+@pytest.mark.parametrize("file", FOUND, ids=lambda file: file.stem)
+def test_what_was_found_is_mended(file):
+    found = json.loads(file.read_text())
+    _only_here(found["setup"]["backend"])
+    run.play(found["setup"], found["events"])
+
+
+def test_a_seed_is_always_the_same_and_a_plain_text():
+    for backend in BACKENDS:
+        setup, events = run.drawn(backend, 3)
+        assert (setup, events) == run.drawn(backend, 3)
+        assert json.loads(json.dumps([setup, events]))[0] == setup
+        assert {name for name, _ in events} <= set(EVENTS)
+        assert set(setup) == set(setups(backend))
+
+
+def test_a_position_that_is_not_noticed_is_found(monkeypatch):
+    """What is written into the groups from outside, were it overlooked."""
+    _only_here("torch")
+    monkeypatch.setattr(CyclicalOptimizer, "_is_untouched", lambda self: True)
+    setup = {"backend": "torch", "case": "sgd-mom", "seed": 1}
+    events = [["train", {"seed": 1}], ["write_position", {"to": 4000}], ["train", {"seed": 2}]]
+    with pytest.raises(AssertionError):
+        run.play(setup, events)
+
+
+def test_what_diverges_is_cut_short(monkeypatch):
+    """To the events without which it does not go wrong, in the same way."""
+    events = [["step", {"number": n}] for n in range(40)]
+
+    def goes_wrong(setup, tried):
+        numbers = [arguments["number"] for _, arguments in tried]
+        if 7 in numbers and 31 in numbers[numbers.index(7) :]:
+            return {"kind": "AssertionError"}
+        return {"kind": "another"} if 12 in numbers else None
+
+    monkeypatch.setattr(run, "trial", goes_wrong)
+    short = run.shrunk({}, events, "AssertionError")
+    assert [arguments["number"] for _, arguments in short] == [7, 31]
+
+
+def test_the_command_goes_on_where_it_was(tmp_path):
+    """Its processes are forked from one that computes nothing, which this one is not."""
+    command = [sys.executable, "-m", "fuzz", "--backend", "torch", "--events", "60"]
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, "--length", "30", "--folder", str(tmp_path)],
+            env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "torch.json").read_text())
+    assert told["events"] >= 120
+    assert told["next_seed"] >= 4
+    assert f"next seed is {told['next_seed']}" in done.stdout
