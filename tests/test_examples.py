@@ -16,12 +16,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from clr_optim.schedule import triangular2
+
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32" or not dist.is_available() or not dist.is_gloo_available(),
     reason="this torch has no gloo, or this system no process groups",
 )
 
-FSDP2 = Path(__file__).parent.parent / "examples" / "torchrun_fsdp2.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+FSDP2 = EXAMPLES / "torchrun_fsdp2.py"
 TIMEOUT_S = 120.0
 
 #: Cycles are 20 steps long. The checkpoint of step 24 is on the second one's way up, that of step
@@ -66,7 +69,7 @@ class Output:
 
     @property
     def accuracy(self) -> float:
-        return float(re.search(r"test accuracy ([\d.]+)", self.stdout)[1])
+        return float(re.findall(r"test accuracy ([\d.]+)", self.stdout)[-1])
 
 
 def _run(world: int, script: Path, *args: object) -> Output:
@@ -170,3 +173,21 @@ def test_a_killed_run_goes_on_with_any_number_of_ranks(uninterrupted, killed, tm
         for kind in ("model", "opt"):
             state, other = (c[kind].get("state", c[kind]) for c in (ours, theirs))
             torch.testing.assert_close(state, other, rtol=0.0, atol=0.0)
+
+
+def test_the_plain_loop_goes_on_where_it_was(tmp_path):
+    """In cycles of 96 steps, 24 an epoch: the second run begins with the second cycle."""
+    parts = [
+        _run(1, EXAMPLES / "plain_loop.py", "--cycles", cycles, "--checkpoint", tmp_path / "run.pt")
+        for cycles in (1, 4)
+    ]
+    for part in parts:
+        assert part.returncode == 0, part.stderr
+        assert not part.stderr
+    shown = [step for part in parts for step in part.steps]
+    assert [int(step["step"]) for step in shown] == [24 * (i + 1) for i in range(16)]
+    for step in shown:
+        k = int(step["step"])
+        assert float(step["cycle"]) == k / 96
+        assert float(step["lr"]) == pytest.approx(triangular2(48)(k - 1, 0.005, 0.02), abs=1e-6)
+    assert parts[1].accuracy > 90
