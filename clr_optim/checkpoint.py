@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clr_optim.rules import STATE_SLOTS
-from clr_optim.schedule import check_int, check_number
+from clr_optim.schedule import LAST_STEP, check_int, check_number
 from clr_optim.sharding import local_part
 
 # Written into groups by schedulers and by us: they say nothing about the optimizer's class.
@@ -32,9 +32,6 @@ NEWER_DEFAULTS = frozenset(
     {"maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
 )
 
-# Devices count in 64 bits.
-LAST_POSITION = 2**63 - 1
-
 
 def item(value: object) -> object:
     """The number in a tensor of one element; anything else, and no number, as it is."""
@@ -44,12 +41,7 @@ def item(value: object) -> object:
 
 def as_position(step: object, name: str) -> int:
     """A step's number that host and devices can count on from."""
-    position = check_int(name, item(step), minimum=0)
-    if position > LAST_POSITION:
-        raise ValueError(
-            f"{name} must be an integer <= 2**63 - 1, what a device can count to, got {step!r}"
-        )
-    return position
+    return check_int(name, item(step), minimum=0, maximum=LAST_STEP)
 
 
 def check_mapping(name: str, value: object) -> Mapping[str, Any]:
@@ -61,22 +53,11 @@ def check_mapping(name: str, value: object) -> Mapping[str, Any]:
     return value
 
 
-def check_momenta(low: float, high: float, is_beta: bool, where: str) -> None:
-    """Raise unless momentum can cycle between these; a beta is to stay below 1."""
-    if low > high:
-        raise ValueError(
-            f"base_momentum={low!r} is above max_momentum={high!r}{where}: "
-            "base_momentum is the lower end of the cycle"
-        )
-    if is_beta and high >= 1.0:
-        raise ValueError(f"max_momentum={high!r} must be below 1{where}, where it cycles betas[0]")
-
-
 def check_tensor_lr(lr: object, name: str) -> None:
     """Raise for a tensor that cannot hold a rate."""
-    if isinstance(lr, Tensor) and (not lr.is_floating_point() or lr.numel() != 1):
+    if isinstance(lr, Tensor) and (not lr.is_floating_point() or lr.numel() != 1 or lr.is_meta):
         raise ValueError(
-            f"{name} must be a number or a floating point tensor of one element, got {lr!r}"
+            f"{name} must be a number or a floating point tensor of one element, got {shown(lr)}"
         )
 
 
@@ -173,7 +154,10 @@ def check_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
                     "give what the optimizer's state_dict() returned"
                 )
             if index in owners:
-                raise ValueError(f"{where} has {index!r} again: each parameter has its own number")
+                raise ValueError(
+                    f"{where} has {index!r} again, and each parameter has its own number: give "
+                    "what the optimizer's state_dict() returned"
+                )
             owners[index] = param, {**optimizer.defaults, **saved}
     slots = STATE_SLOTS.get(type(optimizer))
     places: dict[int, str] = {}
@@ -257,7 +241,7 @@ def _check_state_tensor(name: str, value: object, param: Tensor, shape: tuple[in
 
 def shown(value: object) -> str:
     """A value in a message, briefly: checkpoints are large."""
-    if isinstance(value, Tensor) and value.numel() != 1:
+    if isinstance(value, Tensor) and (value.numel() != 1 or value.is_meta):
         kind = f"{value.dtype}, {value.layout} on {value.device}"
         return f"a tensor of shape {list(value.shape)}, {kind}"
     return reprlib.repr(value)

@@ -34,7 +34,6 @@ from clr_optim.checkpoint import (
     NEWER_DEFAULTS,
     as_position,
     check_mapping,
-    check_momenta,
     check_settings,
     check_state,
     check_tensor_lr,
@@ -54,6 +53,7 @@ from clr_optim.schedule import (
     check_bounds,
     check_choice,
     check_int,
+    check_momenta,
     check_number,
     exp_range,
     exp_range_bounds,
@@ -252,9 +252,12 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                     f"parameter group {i} of {type(optimizer).__name__} has neither: "
                     "leave it False"
                 )
-            check_momenta(b, m, cycle_momentum and "betas" in group, f" for parameter group {i}")
+            beta = cycle_momentum and "betas" in group
+            check_momenta(b, m, f" for parameter group {i}", beta=beta)
         if max_grad_norm is not None:
-            check_number("max_grad_norm", max_grad_norm, open_minimum=True, finite=False)
+            max_grad_norm = check_number(
+                "max_grad_norm", max_grad_norm, open_minimum=True, finite=False
+            )
         schedule.rates(position, bounds)  # a scale_fn may raise
         chosen = backends.resolve(backend, optimizer)
         saved = groups[0].get(_SCHEDULE) if resumed and groups else None
@@ -444,6 +447,11 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {param_group!r}")
+        if "params" not in param_group:
+            raise ValueError(
+                f"param_group lacks 'params': give it the tensors to train; it has "
+                f"{sorted(map(str, param_group))}"
+            )
         position = self._settle()
         given: dict[str, Any] = {
             k: param_group[k] for k in ("base_lr", "max_lr") if k in param_group
@@ -460,8 +468,18 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             del param_group[key]
         try:
             self._inner.add_param_group(param_group)
-        except BaseException:
+        except BaseException as error:
             param_group.update(given)
+            if isinstance(error, TypeError):
+                raise TypeError(
+                    f"param_group['params'] must be a tensor or a list of tensors, got "
+                    f"{shown(param_group['params'])}: {error}"
+                ) from error
+            if isinstance(error, ValueError):
+                raise ValueError(
+                    f"param_group cannot be added: {error}; 'params' must be leaf tensors that no "
+                    "group has yet"
+                ) from error
             raise
         self._set_group_bounds(self.param_groups[-1], bounds)
         self._go_to(position)
@@ -513,8 +531,11 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             step = group.get(_STEP)
             if step is not None:
                 here = True
-                if step != seen:  # written from outside, as a sharded optimizer's restore does
-                    return as_position(step, f"param_groups: {_STEP}")
+                # Written from outside, as a sharded optimizer's restore does?
+                if type(step) is not int or step != seen:
+                    position = as_position(step, f"param_groups: {_STEP}")
+                    if position != seen:
+                        return position
         # A checkpoint without a position, loaded beneath us, starts at 0.
         return seen if here or shared.groups is groups else 0
 
@@ -706,6 +727,10 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         self, closure: Callable[[], float] | None = None, *args: Any, **kwargs: Any
     ) -> float | None:
         """:meth:`step` beneath this object's own hooks."""
+        if closure is not None and not callable(closure):
+            raise TypeError(
+                f"closure must be a callable that returns the loss, or None, got {shown(closure)}"
+            )
         inner = self._inner
         # Any other outermost layer runs the wrapped optimizer's hooks by itself.
         hooked = is_profiled(inner)
@@ -1048,7 +1073,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             # A group added beneath us has nothing of ours in it yet.
             if i < len(rates) and not self._is_foreign(group, *rates[i]):
                 return False
-            if float(lr) != 0.0:
+            if _written_rate(lr, i) != 0.0:
                 return False
         # The ranks' answers must be the same, or their positions would part; and each must take
         # part in the sums, whatever gradients it has.
@@ -1086,7 +1111,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         ]
         if not foreign and not self._cycle_momentum:
             return
-        written = {i: float(self.param_groups[i]["lr"]) for i in foreign}
+        written = {i: _written_rate(self.param_groups[i]["lr"], i) for i in foreign}
         written = {i: lr for i, lr in written.items() if lr != shared.rates[i][1]}
         if written and not shared.warned:
             shared.warned = True
@@ -1113,7 +1138,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 group["lr"] is not held
                 or type(held) is not float
                 or group.get("capturable")
-                or group.get(_STEP) != position
+                or type(group.get(_STEP)) is not int
+                or group[_STEP] != position
                 or group.get(_BASE) is not base
                 or group.get(_MAX) is not top
             ):
@@ -1126,7 +1152,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         # After a load beneath us, groups without our keys keep the bounds they had.
         known = shared.bounds if shared.groups is not groups else []
         return [
-            (group[_BASE], group[_MAX])
+            _written_bounds(group, i)
             if _BASE in group and _MAX in group
             else (known[i] if i < len(known) else _initial_bounds(group, f" in group {i}"))
             for i, group in enumerate(groups)
@@ -1158,7 +1184,10 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             and len(shared.rates) == len(groups)
             and position == shared.position
             and all(
-                _STEP in group and (group.get(_BASE), group.get(_MAX)) == bounds
+                _STEP in group
+                and isinstance(group.get(_BASE), float)
+                and isinstance(group.get(_MAX), float)
+                and (group[_BASE], group[_MAX]) == bounds
                 for group, bounds in zip(groups, shared.bounds, strict=True)
             )
         )
@@ -1400,7 +1429,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                     check_number(f"{where}[{key!r}]", group.get(key), maximum=1.0)
                     for key in (_BASE_MOMENTUM, _MAX_MOMENTUM)
                 )
-                check_momenta(low, high, self._cycle_momentum and "betas" in group, f" in {where}")
+                beta = self._cycle_momentum and "betas" in group
+                check_momenta(low, high, f" in {where}", beta=beta)
             if _BASE in group or _MAX in group:
                 base = check_number(f"{where}[{_BASE!r}]", group.get(_BASE))
                 check_bounds(
@@ -1634,6 +1664,27 @@ def _maybe_number(name: str, value: object) -> float | None:
 
 def _optional_per_group(name: str, value: object, groups: int) -> list[float | None]:
     return [None] * groups if value is None else list(_per_group(name, value, groups))
+
+
+def _written_bounds(group: Mapping[str, Any], index: int) -> tuple[float, float]:
+    """A group's bounds, as whoever wrote them last left them."""
+    base, top = group[_BASE], group[_MAX]
+    if type(base) is not float or type(top) is not float or not 0.0 <= base <= top < math.inf:
+        where = f" in parameter group {index}"
+        base, top = check_number(_BASE + where, base), check_number(_MAX + where, top)
+        check_bounds(base, top, where)
+    return base, top
+
+
+def _written_rate(lr: object, index: int) -> float:
+    """What somebody else has put into a group's ``lr``."""
+    try:
+        return float(cast("float", lr))
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise TypeError(
+            f"lr in parameter group {index} must be a number or a tensor of one element, got "
+            f"{shown(lr)}: leave it to the policy"
+        ) from error
 
 
 def _initial_bounds(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from itertools import cycle
@@ -22,9 +23,11 @@ from clr_optim.range_test import Bounds, RangeTest
 from clr_optim.schedule import (
     WINDOWS,
     Schedule,
+    check_bool,
     check_bounds,
     check_int,
     check_number,
+    check_path,
     exp_range,
     exp_range_bounds,
     one_cycle,
@@ -113,6 +116,7 @@ def check_picture(path: str | Path) -> None:
 
     Raises:
         ImportError: without matplotlib.
+        TypeError: for what is no path.
         OSError: naming the path, if its folder is not there or its suffix is no picture's.
 
     Example:
@@ -121,8 +125,10 @@ def check_picture(path: str | Path) -> None:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    path = Path(path)
+    path = check_path("path", path)
     known = Figure().canvas.get_supported_filetypes()
+    if not path.name:
+        raise OSError(f"path={str(path)!r} names no file: give one such as 'schedule.png'")
     if path.suffix and path.suffix[1:] not in known:
         raise OSError(f"{path}: a picture's name must end in one of {', '.join(sorted(known))}")
     if not path.parent.is_dir():
@@ -140,8 +146,8 @@ def save(figure: Figure, path: str | Path) -> Path:
         The path, with its suffix.
 
     Raises:
-        OSError: if the file cannot be written.
-        ValueError: matplotlib's, for a suffix that is no picture's.
+        TypeError: for what is no figure, or no path.
+        OSError: naming the path, if the file cannot be written or its suffix is no picture's.
 
     Example:
         >>> import tempfile
@@ -149,6 +155,13 @@ def save(figure: Figure, path: str | Path) -> Path:
         ...     save(plot_schedule(triangular(50), 200), f"{folder}/schedule").name
         'schedule.png'
     """
+    check_picture(path)
+    from matplotlib.figure import Figure
+
+    if not isinstance(figure, Figure):
+        raise TypeError(
+            f"figure must be a matplotlib Figure, as the plot functions return it, got {figure!r}"
+        )
     path = Path(path)
     if not path.suffix:
         path = path.with_suffix(".png")
@@ -197,6 +210,8 @@ def plot_schedule(
         >>> [axes.get_ylabel() for axes in plot_schedule(opt, 800).axes]
         ['learning rate', 'betas[0]']
     """
+    _check_title(title)
+    check_bool("log", log)
     steps = check_int("steps", steps, minimum=1)
     if steps > _MOST_STEPS:
         raise ValueError(f"steps must be at most {_MOST_STEPS:,}, got {steps:,}")
@@ -215,6 +230,15 @@ def plot_schedule(
     if isinstance(schedule, Schedule):
         title = schedule.name if title is None else title
         schedule = {"": schedule}
+    if (
+        not isinstance(schedule, Mapping)
+        or not schedule
+        or not all(isinstance(curve, Schedule) for curve in schedule.values())
+    ):
+        raise TypeError(
+            "schedule must be a Schedule, several of them by label, or a CyclicalOptimizer, got "
+            f"{schedule!r}"
+        )
     x = np.arange(steps + 1)
     rates = {label: curve(x, base_lr, max_lr) for label, curve in schedule.items()}
     figure, (axes,) = _figure(1, width=640, height=280)
@@ -310,6 +334,11 @@ def plot_range_test(
         raise TypeError(f"result must be a RangeTest, as lr_range_test returns it, got {result!r}")
     if not result.lrs:
         raise ValueError("result has no point to draw: the test ended before its first step")
+    if bounds is not None and not isinstance(bounds, Bounds):
+        raise TypeError(
+            f"bounds must be Bounds, as suggest() returns them, or None, got {bounds!r}"
+        )
+    _check_title(title)
     found = "no bounds found"
     if bounds is None:
         with contextlib.suppress(ValueError):
@@ -386,7 +415,7 @@ def plot_history(
 
     Raises:
         ImportError: without matplotlib.
-        ValueError: naming the argument, its value and what would be right.
+        TypeError, ValueError: naming the argument, its value and what would be right.
 
     Example:
         >>> figure = plot_history(
@@ -394,8 +423,19 @@ def plot_history(
         >>> len(figure.axes)
         1
     """
+    if not isinstance(curves, Mapping):
+        raise TypeError(
+            f"curves must be a dictionary (iterations, values) by label, got {curves!r}"
+        )
     if not curves:
         raise ValueError("curves is empty: give at least one label with iterations and values")
+    _check_title(title)
+    for label, curve in curves.items():
+        if not isinstance(curve, (tuple, list)) or len(curve) != 2:
+            raise TypeError(f"curves[{label!r}] must be a pair (iterations, values), got {curve!r}")
+        for name, part in zip(("iterations", "values"), curve, strict=True):
+            _check_numbers(f"curves[{label!r}], {name}", part)
+    _check_numbers("cycle_ends", cycle_ends)
     for label, (iterations, values) in curves.items():
         if len(iterations) != len(values) or not len(values):
             raise ValueError(
@@ -449,7 +489,7 @@ def plot_policies(folder: str | Path) -> list[Path]:
         ['triangular.png', 'triangular2.png']
     """
     require_matplotlib()
-    folder = Path(folder)
+    folder = check_path("folder", folder)
     folder.mkdir(parents=True, exist_ok=True)
     length = 10 * _STEP_SIZE
     policies = [
@@ -693,6 +733,20 @@ def plot_throughput(rows: Sequence[Mapping[str, Any]]) -> Figure:
         frameon=False,
     )
     return figure
+
+
+def _check_title(title: object) -> None:
+    if title is not None and not isinstance(title, str):
+        raise TypeError(f"title must be a string, got {title!r}")
+
+
+def _check_numbers(name: str, values: object) -> None:
+    """Raise unless these are numbers; NaN and infinities leave a gap in a curve."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, np.ndarray)):
+        raise TypeError(f"{name} must be a list of numbers, got {values!r}")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a list of numbers, got {value!r} in it")
 
 
 def _figure(

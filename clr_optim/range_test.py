@@ -13,6 +13,7 @@ import inspect
 import json
 import math
 import random
+import reprlib
 import sys
 import time
 from bisect import bisect_left
@@ -29,7 +30,15 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from clr_optim.optimizer import CyclicalOptimizer
-from clr_optim.schedule import check_bool, check_choice, check_int, check_number, ramp
+from clr_optim.schedule import (
+    LAST_STEP,
+    check_bool,
+    check_choice,
+    check_int,
+    check_number,
+    check_path,
+    ramp,
+)
 from clr_optim.sharding import DTensor, local_part
 
 __all__ = ["Bounds", "BoundsDict", "RangeTest", "lr_range_test"]
@@ -204,6 +213,16 @@ class RangeTest:
         check_choice("mode", self.mode, MODES)
         check_choice("metric", self.metric, METRICS)
         self.smoothing = check_number("smoothing", self.smoothing, maximum=1.0)
+        check_bool("diverged", self.diverged)
+        check_bool("interrupted", self.interrupted)
+        for name in ("lrs", "values", "ratios"):
+            _check_list(name, getattr(self, name))
+            for i, number in enumerate(getattr(self, name)):
+                check_number(f"{name}[{i}]", number, minimum=-math.inf)
+        _check_list("steps", self.steps)
+        for i, step in enumerate(self.steps):
+            check_int(f"steps[{i}]", step, minimum=0)
+        check_int("num_steps", self.num_steps, minimum=0)
         if not self.steps:
             self.steps = list(range(len(self.lrs)))
         if not self.num_steps:
@@ -214,9 +233,6 @@ class RangeTest:
                     f"{name} has {len(getattr(self, name))} entries and lrs {len(self.lrs)}: "
                     "give one for each rate"
                 )
-        for name in ("lrs", "values"):
-            if not all(math.isfinite(number) for number in getattr(self, name)):
-                raise ValueError(f"{name} must hold finite numbers, got {getattr(self, name)!r}")
         lowest = 0.0 if self.mode == "linear" else 5e-324
         if any(b <= a for a, b in zip(self.lrs, self.lrs[1:], strict=False)) or any(
             lr < lowest for lr in self.lrs
@@ -276,17 +292,19 @@ class RangeTest:
         """
         if not isinstance(data, Mapping):
             raise TypeError(f"data must be a dictionary from RangeTest.to_dict, got {data!r}")
-        if data.get("format") != FORMAT_VERSION:
+        version = data.get("format")
+        if not isinstance(version, int) or version != FORMAT_VERSION:
             raise ValueError(
-                f"data has format={data.get('format')!r}, and this version reads {FORMAT_VERSION}: "
+                f"data has format={version!r}, and this version reads {FORMAT_VERSION}: "
                 "take a dictionary from RangeTest.to_dict of this version, or update clr_optim"
             )
         names = {f.name for f in fields(cls)}
         given = set(data) - {"format"}
         if given != names:
+            unknown = sorted(map(str, given - names))
             raise ValueError(
-                f"data lacks {sorted(names - given)} and has unknown {sorted(given - names)}: "
-                "take a dictionary from RangeTest.to_dict"
+                f"data lacks {sorted(names - given)} and has unknown {unknown}: take a dictionary "
+                "from RangeTest.to_dict"
             )
         return cls(**{name: data[name] for name in names})
 
@@ -308,7 +326,7 @@ class RangeTest:
             ...     print(Path(folder, "curve.csv").read_text().splitlines()[:2])
             ['step,lr,loss,smoothed', '0,0.1,2.0,2.0']
         """
-        path = Path(path)
+        path = check_path("path", path)
         if path.suffix == ".json":
             path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
         elif path.suffix == ".csv":
@@ -566,7 +584,9 @@ class RangeTest:
             >>> RangeTest.suggest_step_size(500)
             2000
         """
-        steps_per_epoch = check_int("steps_per_epoch", steps_per_epoch, minimum=1)
+        steps_per_epoch = check_int(
+            "steps_per_epoch", steps_per_epoch, minimum=1, maximum=LAST_STEP
+        )
         return round(check_number("epochs", epochs, minimum=2, maximum=10) * steps_per_epoch)
 
     @staticmethod
@@ -588,6 +608,11 @@ class RangeTest:
         """
         cycles = check_int("cycles", cycles, minimum=1)
         return cycles * 2 * RangeTest.suggest_step_size(steps_per_epoch, epochs)
+
+
+def _check_list(name: str, value: object) -> None:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a list of numbers, got {reprlib.repr(value)}")
 
 
 def _smooth(x: _Floats, y: _Floats, smoothing: float) -> tuple[_Floats, float]:
@@ -763,8 +788,10 @@ def lr_range_test(
         raise ValueError(
             f"start_lr={start_lr!r} must be below end_lr={end_lr!r}: the rate rises; swap the two"
         )
-    accumulate = check_int("accumulate", accumulate, minimum=1)
-    check_number("diverge_factor", diverge_factor, minimum=1.0, open_minimum=True, finite=False)
+    accumulate = check_int("accumulate", accumulate, minimum=1, maximum=LAST_STEP)
+    diverge_factor = check_number(
+        "diverge_factor", diverge_factor, minimum=1.0, open_minimum=True, finite=False
+    )
     smoothing = check_number("smoothing", smoothing, maximum=1.0)
     check_bool("offload", offload)
     _check_model(model)
@@ -784,13 +811,15 @@ def lr_range_test(
         )
     if validate_every is not None and not validates:
         raise ValueError(f"validate_every={validate_every!r} has no effect with metric={metric!r}")
-    if amp_dtype not in (None, torch.float16, torch.bfloat16):
+    if progress is not None:
+        check_bool("progress", progress)
+    if not any(amp_dtype is dtype for dtype in (None, torch.float16, torch.bfloat16)):
         raise ValueError(
             f"amp_dtype must be torch.float16, torch.bfloat16 or None, got {amp_dtype!r}"
         )
     for name, batches in (("loader", loader), ("val_loader", val_loader)):
         _check_loader(name, batches)
-    here = torch.device(device) if device is not None else next(model.parameters()).device
+    here = next(model.parameters()).device if device is None else _as_device(device)
     ranks = _Ranks(model, average_ranks, here)
     steps = ranks.largest(_check_length(num_steps, epochs, loader, accumulate))
     every = 0
@@ -929,8 +958,17 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
     return inner
 
 
+def _as_device(device: object) -> torch.device:
+    try:
+        return torch.device(device)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"device must be one that is here, such as 'cpu' or 'cuda:0', got {device!r} ({error})"
+        ) from error
+
+
 def _check_loader(name: str, loader: object) -> None:
-    if loader is None:
+    if loader is None and name == "val_loader":
         return
     if not isinstance(loader, Iterable):
         raise TypeError(f"{name} must be an iterable of batches, got {loader!r}")

@@ -23,10 +23,13 @@ import functools
 import json
 import math
 import numbers
+import os
 import pickle
+import reprlib
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -63,19 +66,26 @@ _MAX_PHASES = 62
 ScaleFn = Callable[[float], float]
 
 
-def check_int(name: str, value: object, *, minimum: int) -> int:
-    """``value`` as an int of at least ``minimum``; whole floats pass, as they do in CyclicLR."""
+#: Devices count steps in 64 bits.
+LAST_STEP = 2**63 - 1
+
+
+def check_int(name: str, value: object, *, minimum: int, maximum: int | None = None) -> int:
+    """``value`` as an int within the bounds; whole floats pass, as they do in CyclicLR."""
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         number = int(value)
     elif isinstance(value, numbers.Real) and not isinstance(value, bool):
         as_float = float(value)
         if not as_float.is_integer():  # NaN and infinities included
-            raise ValueError(f"{name} must be a whole number of steps, got {value!r}")
+            raise ValueError(f"{name} must be a whole number of steps, got {reprlib.repr(value)}")
         number = int(as_float)
     else:
-        raise TypeError(f"{name} must be an integer >= {minimum}, got {value!r}")
+        raise TypeError(f"{name} must be an integer >= {minimum}, got {reprlib.repr(value)}")
     if number < minimum:
-        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {reprlib.repr(value)}")
+    if maximum is not None and number > maximum:
+        most = "2**63 - 1" if maximum == LAST_STEP else maximum
+        raise ValueError(f"{name} must be an integer <= {most}, got {reprlib.repr(value)}")
     return number
 
 
@@ -90,7 +100,9 @@ def check_number(
 ) -> float:
     """``value`` as a float within the bounds, finite unless told otherwise."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+        raise TypeError(
+            f"{name} must be a number, got {reprlib.repr(value)} of type {type(value).__name__}"
+        )
     try:
         number = float(value)
     except OverflowError:  # an integer beyond them
@@ -104,7 +116,7 @@ def check_number(
             limits.append(f"<= {maximum:g}")
         kind = "a finite number" if finite else "a number"
         wanted = " and ".join(limits)
-        raise ValueError(f"{name} must be {f'{kind} {wanted}'.rstrip()}, got {value!r}")
+        raise ValueError(f"{name} must be {f'{kind} {wanted}'.rstrip()}, got {reprlib.repr(value)}")
     return number
 
 
@@ -122,6 +134,13 @@ def check_bool(name: str, value: object) -> bool:
     return value
 
 
+def check_path(name: str, value: object) -> Path:
+    """``value`` as a path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a string or a Path, got {reprlib.repr(value)}")
+    return Path(value)
+
+
 def check_bounds(base_lr: float, max_lr: float, where: str = "") -> None:
     """Raise unless ``base_lr <= max_lr``."""
     if base_lr > max_lr:
@@ -129,6 +148,24 @@ def check_bounds(base_lr: float, max_lr: float, where: str = "") -> None:
             f"base_lr={base_lr!r} is above max_lr={max_lr!r}{where}: "
             "base_lr is the lower end of the cycle; swap the two or lower base_lr"
         )
+
+
+def check_momenta(low: float, high: float, where: str = "", *, beta: bool = False) -> None:
+    """Raise unless momentum can cycle between these; ``betas[0]`` is to stay below 1."""
+    if low > high:
+        raise ValueError(
+            f"base_momentum={low!r} is above max_momentum={high!r}{where}: "
+            "base_momentum is the lower end of the cycle; swap the two"
+        )
+    if beta and high >= 1.0:
+        raise ValueError(f"max_momentum={high!r} must be below 1{where}, where it cycles betas[0]")
+
+
+def _step(step: object) -> int:
+    """A step of somebody else's; ints of our own come by here at every step of an optimizer."""
+    if type(step) is int and step >= 0:
+        return step
+    return check_int("step", step, minimum=0)
 
 
 def _power(gamma: float, exponent: int) -> float:
@@ -276,11 +313,14 @@ class Phase:
 
         Returns:
             x(step), in [0, 1].
+
+        Raises:
+            TypeError, ValueError: naming the argument, its value and what would be right.
         """
         period = self.period
         if period == 0:
             return 1.0
-        offset, up = step % period, self.step_size_up
+        offset, up = _step(step) % period, self.step_size_up
         return offset / up if offset < up else (period - offset) / (period - up)
 
     def amplitude(self, step: int) -> float:
@@ -295,6 +335,7 @@ class Phase:
         Raises:
             TypeError, ValueError: if ``scale_fn`` returns no finite number.
         """
+        step = _step(step)
         if self.scale_fn is not None:
             x = step // self.period + 1 if self.scale_mode == "cycle" else step
             # Whatever comes back goes into the weights: None or NaN must not.
@@ -314,6 +355,9 @@ class Phase:
         Returns:
             ``(lower, upper)`` of the module's formula.
 
+        Raises:
+            TypeError, ValueError: naming the argument, its value and what would be right.
+
         Example:
             >>> Phase(step_size_up=1, upper=(0.0, 0.5)).ends(0.1, 0.8)
             (0.1, 0.4)
@@ -321,10 +365,15 @@ class Phase:
         if self.base_lr is not None and self.max_lr is not None:
             base_lr, max_lr = self.base_lr, self.max_lr
         (lower_base, lower_max), (upper_base, upper_max) = self.lower, self.upper
-        return (
-            lower_base * base_lr + lower_max * max_lr,
-            upper_base * base_lr + upper_max * max_lr,
-        )
+        try:
+            return (
+                lower_base * base_lr + lower_max * max_lr,
+                upper_base * base_lr + upper_max * max_lr,
+            )
+        except (TypeError, OverflowError):
+            check_number("base_lr", base_lr)
+            check_number("max_lr", max_lr)
+            raise
 
     def shape(self, step: int) -> tuple[float, float, float]:
         """All of the module's formula that does not depend on the bounds.
@@ -356,17 +405,26 @@ def _each(
     function: Callable[[int], float], step: int | npt.NDArray[Any] | Sequence[int]
 ) -> float | npt.NDArray[np.float64]:
     """``function`` at one step or at each of an array's, so that both give the same bits."""
-    if isinstance(step, numbers.Real) or np.ndim(step) == 0:
-        return function(
-            check_int("step", step if not hasattr(step, "item") else step.item(), minimum=0)
-        )
-    steps = np.asarray(step)
+    if isinstance(step, numbers.Real):
+        return function(check_int("step", step, minimum=0))
+    try:
+        steps = np.asarray(step)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged; a tensor without data
+        raise TypeError(
+            f"step must be an integer or an array of integers, got {step!r} ({error})"
+        ) from error
+    if steps.ndim == 0:
+        return function(check_int("step", steps.item(), minimum=0))
     if steps.size and steps.dtype.kind not in "iuO":
         raise TypeError(
             f"step must be an integer or an array of integers, got an array of {steps.dtype}"
         )
     values = [function(check_int("step", s, minimum=0)) for s in steps.ravel().tolist()]
     return np.array(values, dtype=np.float64).reshape(steps.shape)
+
+
+def _no_pairs(name: str, pair: str, value: object, error: Exception) -> TypeError:
+    return TypeError(f"{name} must be a list of pairs {pair} of numbers, got {value!r} ({error})")
 
 
 class Schedule:
@@ -499,10 +557,14 @@ class Schedule:
         Returns:
             The index of the phase, and the step counted from its start.
 
+        Raises:
+            TypeError, ValueError: naming the argument, its value and what would be right.
+
         Example:
             >>> sequence([(fixed(0.1), 5), (fixed(0.2), None)]).locate(7)
             (1, 2)
         """
+        step = _step(step)
         index = bisect_right(self._starts, step) - 1
         return index, step - self._starts[index]
 
@@ -545,7 +607,7 @@ class Schedule:
         return _each(at, step)
 
     def rates(self, step: int, bounds: Sequence[tuple[float, float]]) -> list[float]:
-        """The learning rates at one step for several groups, unchecked: an optimizer's own way.
+        """The learning rates at one step for several groups, as an optimizer asks for them.
 
         Args:
             step: an integer >= 0.
@@ -553,6 +615,9 @@ class Schedule:
 
         Returns:
             One rate per group.
+
+        Raises:
+            TypeError, ValueError: for a step that is none, and what is no pairs of numbers.
 
         Example:
             >>> triangular(2).rates(1, [(0.0, 1.0), (1.0, 3.0)])
@@ -562,9 +627,12 @@ class Schedule:
         phase = self.phases[index]
         b, w, a = phase.shape(local)
         rates = []
-        for base_lr, max_lr in bounds:
-            lower, upper = phase.ends(base_lr, max_lr)
-            rates.append(b * lower + (upper - lower) * w * a)
+        try:
+            for base_lr, max_lr in bounds:
+                lower, upper = phase.ends(base_lr, max_lr)
+                rates.append(b * lower + (upper - lower) * w * a)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise _no_pairs("bounds", "(base_lr, max_lr)", bounds, error) from error
         return rates
 
     @overload
@@ -596,20 +664,23 @@ class Schedule:
             A float, or for an array one of float64 and the same shape.
 
         Raises:
-            TypeError, ValueError: for a step that is none.
+            TypeError, ValueError: for a step that is none, and for bounds that are none.
 
         Example:
             >>> triangular(2).momentum([0, 1, 2], 0.8, 1.0).tolist()
             [1.0, 0.9, 0.8]
         """
+        low = check_number("base_momentum", base_momentum, maximum=1.0)
+        high = check_number("max_momentum", max_momentum, maximum=1.0)
+        check_momenta(low, high)
 
         def at(step: int) -> float:
-            return self.momenta(step, [(base_momentum, max_momentum)])[0]
+            return self.momenta(step, [(low, high)])[0]
 
         return _each(at, step)
 
     def momenta(self, step: int, bounds: Sequence[tuple[float, float]]) -> list[float]:
-        """The momenta at one step for several groups, unchecked: an optimizer's own way.
+        """The momenta at one step for several groups, as an optimizer asks for them.
 
         Args:
             step: an integer >= 0.
@@ -618,16 +689,20 @@ class Schedule:
         Returns:
             One momentum per group.
 
+        Raises:
+            TypeError, ValueError: for a step that is none, and what is no pairs of numbers.
+
         Example:
             >>> triangular(2).momenta(1, [(0.8, 1.0), (0.0, 0.0)])
             [0.9, 0.0]
         """
         index, local = self.locate(step)
         phase = self.phases[index]
-        if not phase.cycle_momentum:
-            return [high for _, high in bounds]
-        _, w, a = phase.shape(local)
-        return [high - (high - low) * w * a for low, high in bounds]
+        _, w, a = phase.shape(local) if phase.cycle_momentum else (0.0, 0.0, 0.0)
+        try:
+            return [high - (high - low) * w * a for low, high in bounds]
+        except (TypeError, ValueError, OverflowError) as error:
+            raise _no_pairs("bounds", "(base_momentum, max_momentum)", bounds, error) from error
 
     def cycle(self, step: int) -> float:
         """Cycles done at a step, of which 2.5 is half-way through the third; 0.0 without any.
@@ -651,7 +726,10 @@ class Schedule:
         if phase.period == 0:
             return float(self._cycles[index])
         whole, rest = divmod(local, phase.period)
-        return self._cycles[index] + whole + rest / phase.period
+        try:
+            return self._cycles[index] + whole + rest / phase.period
+        except OverflowError:  # more than a float can say
+            return math.inf
 
     def is_cycle_end(self, step: int) -> bool:
         """Whether the step before this one completed a cycle.
@@ -745,9 +823,10 @@ class Schedule:
         """
         if not isinstance(data, Mapping):
             raise TypeError(f"data must be a dictionary from Schedule.to_dict, got {data!r}")
-        if data.get("format") != FORMAT_VERSION:
+        version = data.get("format")
+        if not isinstance(version, int) or version != FORMAT_VERSION:
             raise ValueError(
-                f"data has format={data.get('format')!r}, and this version reads "
+                f"data has format={version!r}, and this version reads "
                 f"{FORMAT_VERSION}: take a dictionary from Schedule.to_dict of this version, or "
                 "update clr_optim"
             )
@@ -757,7 +836,7 @@ class Schedule:
         known = {f.name for f in fields(Phase)}
         phases = []
         for i, row in enumerate(rows):
-            unknown = sorted(set(row) - known)
+            unknown = sorted(map(str, set(row) - known))
             if unknown:
                 raise ValueError(
                     f"data['phases'][{i}] has unknown keys {unknown}; known: {sorted(known)}"
@@ -801,8 +880,11 @@ class Schedule:
         """
         try:
             data = json.loads(text)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"text is no JSON of a schedule: {text!r}") from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"text is no JSON of a schedule: {reprlib.repr(text)}; give what "
+                "Schedule.to_json() returned"
+            ) from error
         return cls.from_dict(data, scale_fn=scale_fn)
 
 
@@ -1072,7 +1154,7 @@ def one_cycle(
         ...     [0, 1, 2, 3, 4, 5], base_lr=1.0, max_lr=3.0).tolist()
         [1.0, 2.0, 3.0, 2.0, 1.0, 0.1]
     """
-    total_steps = check_int("total_steps", total_steps, minimum=3)
+    total_steps = check_int("total_steps", total_steps, minimum=3, maximum=LAST_STEP)
     pct_start = check_number("pct_start", pct_start, open_minimum=True, maximum=0.5)
     final_div_factor = check_number("final_div_factor", final_div_factor, minimum=1.0)
     check_choice("window", window, WINDOWS)
@@ -1172,7 +1254,7 @@ def ramp(
         >>> ramp(3, mode="exponential", ratio=16)([0, 1, 2], base_lr=0.5, max_lr=8.0).tolist()
         [0.5, 2.0, 8.0]
     """
-    num_steps = check_int("num_steps", num_steps, minimum=2)
+    num_steps = check_int("num_steps", num_steps, minimum=2, maximum=LAST_STEP)
     check_choice("mode", mode, ("linear", "exponential"))
     if (start_lr is None) != (end_lr is None):
         raise ValueError(

@@ -164,22 +164,23 @@ def test_plot_names_the_file_after_the_policy(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "triangular.png").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--policy", "triangular", "--step-size-up", "0"], "step_size_up=0"),
-        (["--policy", "exp_range", "--gamma", "1.5"], "gamma must be a finite number"),
-        (["--policy", "triangular", "--base-lr", "1"], "base_lr=1.0 is above max_lr=0.006"),
-        (["--policy", "triangular", "--max-lr", "nan"], "max_lr must be a finite number"),
-        (["--policy", "triangular", "--steps", "0"], "steps must be an integer >= 1"),
-        (["--policy", "one_cycle", "--steps", "2"], "total_steps must be an integer >= 3"),
-        (["--policy", "triangular", "--gamma", "0.9"], "--gamma: of no effect"),
-        (["--policy", "one_cycle", "--step-size-up", "9"], "--step-size-up: of no effect"),
-        (["--steps", "9", "--base-lr", "1"], "--base-lr, --steps: only together with --policy"),
-        (["--policy", "triangular", "--out", "picture.nonsense"], "nonsense"),
-        (["--policy", "triangular", "--out", "no/such/folder/a.png"], "no/such/folder/a.png"),
-    ],
-)
+# (options of plot, words of the message)
+WRONG_PLOTS = [
+    (["--policy", "triangular", "--step-size-up", "0"], "step_size_up=0"),
+    (["--policy", "exp_range", "--gamma", "1.5"], "gamma must be a finite number"),
+    (["--policy", "triangular", "--base-lr", "1"], "base_lr=1.0 is above max_lr=0.006"),
+    (["--policy", "triangular", "--max-lr", "nan"], "max_lr must be a finite number"),
+    (["--policy", "triangular", "--steps", "0"], "steps must be an integer >= 1"),
+    (["--policy", "one_cycle", "--steps", "2"], "total_steps must be an integer >= 3"),
+    (["--policy", "triangular", "--gamma", "0.9"], "--gamma: of no effect"),
+    (["--policy", "one_cycle", "--step-size-up", "9"], "--step-size-up: of no effect"),
+    (["--steps", "9", "--base-lr", "1"], "--base-lr, --steps: only together with --policy"),
+    (["--policy", "triangular", "--out", "picture.nonsense"], "nonsense"),
+    (["--policy", "triangular", "--out", "no/such/folder/a.png"], "no/such/folder/a.png"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), WRONG_PLOTS)
 def test_plot_refuses_in_the_librarys_words(options, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     error = _error(capsys, ["plot", *options])
@@ -188,17 +189,17 @@ def test_plot_refuses_in_the_librarys_words(options, words, tmp_path, capsys, mo
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["nonsense"],
-        ["plot", "--policy", "nonsense"],
-        ["plot", "--policy", "triangular", "--window", "nonsense"],
-        ["plot", "--policy", "triangular", "--steps", "nonsense"],
-        ["info", "nonsense"],
-    ],
-    ids=" ".join,
-)
+# command lines
+WRONG_COMMANDS = [
+    ["nonsense"],
+    ["plot", "--policy", "nonsense"],
+    ["plot", "--policy", "triangular", "--window", "nonsense"],
+    ["plot", "--policy", "triangular", "--steps", "nonsense"],
+    ["info", "nonsense"],
+]
+
+
+@pytest.mark.parametrize("argv", WRONG_COMMANDS, ids=" ".join)
 def test_what_argparse_refuses_is_quoted(argv, capsys):
     assert "nonsense" in _error(capsys, argv)
 

@@ -183,20 +183,21 @@ def test_an_interrupted_training_is_kept_and_drawn(tmp_path, monkeypatch, capsys
     assert (tmp_path / "train.png").exists()
 
 
+# (options of range-test and train, words of the message)
+IMPOSSIBLE = [
+    (["--data", "no-such-folder"], "no-such-folder: there is no data_batch_1.bin"),
+    (["--device", "abacus"], "--device abacus"),
+    (["--batch-size", "5000"], "batch_size must be from 1 to 1200"),
+    (["--save", "curve.txt"], "--save must end in .json or .csv, got 'curve.txt'"),
+    (["--save", "nowhere/curve.csv"], "nowhere/curve.csv: there is no such folder"),
+    (["--out", "nowhere/a.png"], "nowhere/a.png: there is no such folder"),
+    (["--out", "a.docx"], "a.docx: a picture's name must end in one of"),
+    (["--optimizer", "LBFGS"], "invalid choice: 'LBFGS'"),
+]
+
+
 @pytest.mark.parametrize("command", ["range-test", "train"])
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--data", "no-such-folder"], "no-such-folder: there is no data_batch_1.bin"),
-        (["--device", "abacus"], "--device abacus"),
-        (["--batch-size", "5000"], "batch_size must be from 1 to 1200"),
-        (["--save", "curve.txt"], "--save must end in .json or .csv, got 'curve.txt'"),
-        (["--save", "nowhere/curve.csv"], "nowhere/curve.csv: there is no such folder"),
-        (["--out", "nowhere/a.png"], "nowhere/a.png: there is no such folder"),
-        (["--out", "a.docx"], "a.docx: a picture's name must end in one of"),
-        (["--optimizer", "LBFGS"], "invalid choice: 'LBFGS'"),
-    ],
-)
+@pytest.mark.parametrize(("options", "words"), IMPOSSIBLE)
 def test_options_that_cannot_be_met_are_refused_before_training(
     command, options, words, capsys, tmp_path
 ):
@@ -204,22 +205,23 @@ def test_options_that_cannot_be_met_are_refused_before_training(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["range-test", "--start-lr", "1", "--end-lr", "0.5"], "start_lr=1.0 must be below"),
-        (["range-test", "--start-lr", "0"], "start_lr must be a finite number > 0"),
-        (["range-test", "--epochs-per-step-size", "11"], "epochs must be a finite number"),
-        (["range-test", "--steps", "1"], "must be a whole number >= 2, got '1'"),
-        (["train", "--base-lr", "0.1"], "give both bounds, or neither"),
-        (["train", "--base-lr", "2", "--max-lr", "1"], "base_lr=2.0 is above max_lr=1.0"),
-        (["train", "--policy", "fixed", "--base-lr", "0", "--max-lr", "1"], "--base-lr 0"),
-        (["train", "--gamma", "0.9"], "--gamma: of no effect with --policy triangular2"),
-        (["train", "--policy", "fixed", "--window", "hann"], "--window: of no effect"),
-        (["train", "--policy", "exp_range", "--gamma", "2", "--base-lr", "1", "--max-lr", "2"],
-         "gamma must be a finite number"),
-    ],
-)  # fmt: skip
+# (command line, words of the message)
+CONTRADICTIONS = [
+    (["range-test", "--start-lr", "1", "--end-lr", "0.5"], "start_lr=1.0 must be below"),
+    (["range-test", "--start-lr", "0"], "start_lr must be a finite number > 0"),
+    (["range-test", "--epochs-per-step-size", "11"], "epochs must be a finite number"),
+    (["range-test", "--steps", "1"], "must be a whole number >= 2, got '1'"),
+    (["train", "--base-lr", "0.1"], "give both bounds, or neither"),
+    (["train", "--base-lr", "2", "--max-lr", "1"], "base_lr=2.0 is above max_lr=1.0"),
+    (["train", "--policy", "fixed", "--base-lr", "0", "--max-lr", "1"], "--base-lr 0"),
+    (["train", "--gamma", "0.9"], "--gamma: of no effect with --policy triangular2"),
+    (["train", "--policy", "fixed", "--window", "hann"], "--window: of no effect"),
+    (["train", "--policy", "exp_range", "--gamma", "2", "--base-lr", "1", "--max-lr", "2"],
+     "gamma must be a finite number"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("argv", "words"), CONTRADICTIONS)
 def test_options_that_contradict_are_refused(argv, words, capsys, tmp_path):
     assert words in _error(capsys, argv)
     assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import clr_optim
+from clr_optim.bench import paper
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -43,6 +45,12 @@ def test_the_readmes_pictures_and_links_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
+
+
+def test_the_readmes_paper_table_is_of_the_committed_results():
+    whole = json.loads((ROOT / "bench/results/paper/paper.json").read_text())
+    table = "\n".join(paper.readme_table(paper.summarize(whole["runs"])))
+    assert f"{paper._BEGIN}\n{table}\n{paper._END}" in README
 
 
 def test_versions_agree():

@@ -166,7 +166,7 @@ ATTACKS: dict[str, tuple[Any, str]] = {
     "a parameter less": (lambda s: s["param_groups"][1]["params"].pop(), r"groups of \[1, 1\]"),
     "params None": (set_group(params=None), f"{GROUP_0} needs 'lr' and a list of 'params'"),
     "params a string": (set_group(params="0"), "needs 'lr' and a list of 'params'"),
-    "params twice": (set_group(1, params=[1, 1]), r"\[1\]\['params'\] has 1 again: each"),
+    "params twice": (set_group(1, params=[1, 1]), r"\[1\]\['params'\] has 1 again, and each"),
     "params twice, over groups": (set_group(1, params=[0, 1]), r"has 0 again"),
     "params out of range": (set_group(1, params=[1, 7]), r"\['state'\]\[2\] belongs to no parameter"),
     "params unhashable": (set_group(params=[[0]]), r"must hold numbers or names .* got \[0\]"),

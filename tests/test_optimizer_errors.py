@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from cases import BY_NAME, Problem
@@ -68,6 +69,21 @@ CONSTRUCTOR = {
     "max_grad_norm 0": ({"max_grad_norm": 0}, ValueError, "max_grad_norm must be .* > 0, got 0"),
     "max_grad_norm a string": ({"max_grad_norm": "1"}, TypeError, "max_grad_norm must be a number"),
     "backend unknown": ({"backend": "cuda"}, ValueError, "backend='cuda' must be one of 'auto'"),
+    "backend an array": ({"backend": np.array([1.5, 2.0])}, TypeError, r"backend=array\(.* must be one of 'auto'"),
+    "backend None": ({"backend": None}, TypeError, "backend=None must be one of"),
+    "max_momentum 1 for a beta": (
+        {"cycle_momentum": True, "max_momentum": 1.0}, ValueError, "max_momentum=1.0 must be below 1 .*betas",
+    ),
+    "max_lr beyond floats": ({"max_lr": 10**400}, ValueError, "max_lr must be a finite number"),
+    "scale_fn that gives nothing": (
+        {"scale_fn": lambda cycle: None}, TypeError, r"scale_fn\(1\) must be a number, got None",
+    ),
+    "max_grad_norm an array": (
+        {"max_grad_norm": np.array([1.0, 2.0])}, TypeError, "max_grad_norm must be a number",
+    ),
+    "scale_fn an array beside a Schedule": (
+        {"policy": fixed(), "scale_fn": np.array([1, 2])}, ValueError, "scale_fn=.* has no effect",
+    ),
     "backend that cannot serve": (
         {"backend": "triton"}, ValueError, "backend='triton' cannot serve Adam: .*use backend='auto'",
     ),
@@ -94,17 +110,30 @@ def test_the_constructor(name):
     assert not inner.state
 
 
-@pytest.mark.parametrize(
-    ("make", "error", "pattern"),
-    [
-        (lambda: torch.optim.Adam, TypeError, "optimizer must be an instance of torch.optim.Optimizer"),
-        (lambda: [torch.ones(1)], TypeError, "optimizer must be an instance.*of type list"),
-        (lambda: None, TypeError, "optimizer must be an instance.*None"),
-        (lambda: CyclicalOptimizer(adam()), ValueError, "already a CyclicalOptimizer.*set_bounds"),
-        (lambda: NoRate([torch.ones(1)]), ValueError, "parameter group 0 of NoRate has no 'lr'"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_wrapped(make, error, pattern):
+def of_lr(lr):
+    inner = adam()
+    inner.param_groups[0]["lr"] = lr
+    return inner
+
+
+# name: (makes what is to be wrapped, error, pattern)
+UNWRAPPABLE = {
+    "a class": (lambda: torch.optim.Adam, TypeError, "optimizer must be an instance of torch.optim.Optimizer"),
+    "a list of tensors": (lambda: [torch.ones(1)], TypeError, "optimizer must be an instance.*of type list"),
+    "None": (lambda: None, TypeError, "optimizer must be an instance.*None"),
+    "one of ours": (
+        lambda: CyclicalOptimizer(adam()), ValueError, "already a CyclicalOptimizer.*set_bounds",
+    ),
+    "without a rate": (lambda: NoRate([torch.ones(1)]), ValueError, "parameter group 0 of NoRate has no 'lr'"),
+    "lr two": (lambda: of_lr(torch.ones(2)), ValueError, r"lr of parameter group 0 must be.*shape \[2\]"),
+    "lr on meta": (lambda: of_lr(torch.ones((), device="meta")), ValueError, "one element, got a tensor .*on meta"),
+    "lr a string": (lambda: of_lr("0.1"), TypeError, "lr in parameter group 0 must be a number, got '0.1'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNWRAPPABLE)
+def test_what_cannot_be_wrapped(name):
+    make, error, pattern = UNWRAPPABLE[name]
     with pytest.raises(error, match=pattern):
         CyclicalOptimizer(make())
 
@@ -148,6 +177,9 @@ METHODS = {
     "set_iteration negative": (lambda o: o.set_iteration(-1), ValueError, "iteration must be an integer >= 0, got -1"),
     "set_iteration broken": (lambda o: o.set_iteration(1.5), ValueError, "iteration must be a whole number"),
     "set_iteration a string": (lambda o: o.set_iteration("3"), TypeError, "iteration must be an integer"),
+    "set_iteration beyond devices": (lambda o: o.set_iteration(2**63), ValueError, r"iteration must be an integer <= 2\*\*63 - 1"),
+    "step with a number": (lambda o: o.step(3), TypeError, "closure must be a callable .*or None, got 3"),
+    "step with a loss": (lambda o: o.step(torch.ones(())), TypeError, "closure must be a callable"),
     "set_bounds nothing": (lambda o: o.set_bounds(), ValueError, "give at least one"),
     "set_bounds crossed": (lambda o: o.set_bounds(base_lr=9.0), ValueError, "base_lr=9.0 is above max_lr=0.01"),
     "set_bounds NaN": (lambda o: o.set_bounds(max_lr=NAN), ValueError, "max_lr must be"),
@@ -163,6 +195,25 @@ METHODS = {
     "group with NaN": (
         lambda o: o.add_param_group({"params": [torch.ones(1)], "max_lr": NAN}),
         ValueError, r"param_group\['max_lr'\] must be",
+    ),
+    "group with NaN remembered": (
+        lambda o: o.add_param_group({"params": [torch.ones(1)], "clr_base_lr": NAN}),
+        ValueError, "clr_base_lr in param_group must be a finite",
+    ),
+    "group with a negative bound": (
+        lambda o: o.add_param_group({"params": [torch.ones(1)], "clr_base_lr": -1.0}),
+        ValueError, "clr_base_lr in param_group must be",
+    ),
+    "group without params": (lambda o: o.add_param_group({"lr": 0.1}), ValueError, r"param_group lacks 'params'.*\['lr'\]"),
+    "group of a number": (
+        lambda o: o.add_param_group({"params": 3}), TypeError, r"param_group\['params'\] must be a tensor .*got 3",
+    ),
+    "group of strings": (
+        lambda o: o.add_param_group({"params": ["w"]}), TypeError, r"param_group\['params'\] must be .*'w'.*is str",
+    ),
+    "group with lr on meta": (
+        lambda o: o.add_param_group({"params": [torch.ones(1)], "lr": torch.ones((), device="meta")}),
+        ValueError, "lr in param_group must be a number or a floating point tensor",
     ),
     "group with a known parameter": (
         lambda o: o.add_param_group({"params": o.param_groups[0]["params"]}),
@@ -186,13 +237,19 @@ METHODS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_methods(name):
-    call, error, pattern = METHODS[name]
+def trained():
+    """An optimizer for METHODS and WRITTEN, and its problem."""
     case = BY_NAME["adam"]
     problem = Problem(case)
     opt = CyclicalOptimizer(case.make(problem.params), step_size_up=3)
     problem.run(opt, range(4))
+    return opt, problem
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods(name):
+    call, error, pattern = METHODS[name]
+    opt, problem = trained()
 
     def snapshot():
         return str((opt.param_groups, opt.state_dict(), problem.values(), opt.iteration))
@@ -202,6 +259,55 @@ def test_methods(name):
         call(opt)
     assert snapshot() == before
     assert opt.param_groups[0] is group
+
+
+META = torch.ones((), device="meta")
+# name: (key of a group, what other code writes there, error, pattern)
+WRITTEN = {
+    "lr a string": ("lr", "fast", TypeError, "lr in parameter group 0 must be a number .*got 'fast': leave it"),
+    "lr None": ("lr", None, TypeError, "lr in parameter group 0 must be a number .*got None"),
+    "lr beyond floats": ("lr", 10**400, TypeError, "lr in parameter group 0 must be a number"),
+    "lr two": ("lr", torch.ones(2), TypeError, r"lr in parameter group 0 must be .*shape \[2\]"),
+    "lr on meta": ("lr", META, TypeError, "lr in parameter group 0 must be"),
+    "clr_step negative": ("clr_step", -1, ValueError, "clr_step must be an integer >= 0, got -1"),
+    "clr_step NaN": ("clr_step", NAN, ValueError, "clr_step must be a whole number"),
+    "clr_step two": ("clr_step", torch.tensor([1, 2]), TypeError, "clr_step must be an integer >= 0"),
+    "clr_step an array": ("clr_step", np.array([1, 2]), TypeError, "clr_step must be an integer >= 0"),
+    "clr_step on meta": ("clr_step", META, TypeError, "clr_step must be an integer >= 0"),
+    "base a string": ("clr_base_lr", "0.1", TypeError, "clr_base_lr in parameter group 0 must be a number"),
+    "base None": ("clr_base_lr", None, TypeError, "clr_base_lr in parameter group 0 must be a number"),
+    "base NaN": ("clr_base_lr", NAN, ValueError, "clr_base_lr in parameter group 0 must be a finite"),
+    "base complex": ("clr_base_lr", 1j, TypeError, "clr_base_lr in parameter group 0 must be a number"),
+    "base an array": ("clr_base_lr", np.array([1.0, 2.0]), TypeError, "clr_base_lr in parameter group 0"),
+    "base above max": ("clr_base_lr", 5.0, ValueError, "base_lr=5.0 is above max_lr=0.01 in parameter group 0"),
+    "max a tensor": ("clr_max_lr", torch.ones(2), TypeError, "clr_max_lr in parameter group 0 must be a number"),
+    "max beyond floats": ("clr_max_lr", 10**400, ValueError, "clr_max_lr in parameter group 0 must be a finite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_other_code_writes_into_the_groups(name):
+    key, value, error, pattern = WRITTEN[name]
+    opt, problem = trained()
+    good, before = opt.param_groups[0][key], problem.values()
+    opt.param_groups[0][key] = value
+    for call in (opt.step, opt.state_dict):
+        with pytest.raises(error, match=pattern):
+            call()
+    for mine, then in zip(problem.params, before, strict=True):
+        assert torch.equal(mine, then)
+    opt.param_groups[0][key] = good
+    opt.step()
+    assert opt.iteration == 5
+
+
+@pytest.mark.parametrize("make", [np.float64, np.float32, int], ids=["float64", "float32", "int"])
+def test_bounds_of_other_numbers_written_from_outside_are_taken(make):
+    opt, problem = trained()
+    opt.param_groups[0]["clr_max_lr"] = make(1)
+    problem.step(opt, 4)
+    assert opt.lr_at(3) == [1.0]
+    assert opt._is_untouched()  # and the next step has its short way again
 
 
 def test_set_bounds_where_the_schedule_has_all():
@@ -283,6 +389,14 @@ SCHEDULES = {
     "decay 0": (lambda: schedule.decay(0), ValueError, "steps must be an integer >= 1, got 0"),
     "exp gamma": (lambda: schedule.exp(gamma=0), ValueError, "gamma must be"),
     "one_cycle short": (lambda: one_cycle(2), ValueError, "total_steps must be an integer >= 3"),
+    "one_cycle endless": (lambda: one_cycle(10**400), ValueError, r"total_steps must be an integer <= 2\*\*63 - 1"),
+    "ramp endless": (
+        lambda: ramp(10**400, 0.1, 1.0, mode="exponential"), ValueError, r"num_steps must be an integer <= 2\*\*63 - 1",
+    ),
+    "Phase gamma above 1": (lambda: Phase(step_size_up=1, gamma=2.0), ValueError, "gamma must be .* <= 1"),
+    "Phase base_gamma without end": (
+        lambda: Phase(step_size_up=1, base_gamma=2.0), ValueError, "base_gamma must be .* <= 1",
+    ),
     "one_cycle pct": (lambda: one_cycle(9, pct_start=0.7), ValueError, "pct_start must be .* <= 0.5, got 0.7"),
     "one_cycle factor": (lambda: one_cycle(9, final_div_factor=0.5), ValueError, "final_div_factor must be"),
     "warm_restarts 0": (lambda: warm_restarts(0), ValueError, "period must be an integer >= 1"),
@@ -319,6 +433,27 @@ SCHEDULES = {
     "Phase ends": (lambda: Phase(step_size_up=1, lower=1), TypeError, "lower must be a pair"),
     "call with a fraction": (lambda: fixed()(0.5), ValueError, "step must be a whole number"),
     "call with floats": (lambda: fixed()([0.5]), TypeError, "step must be an integer or an array of integers"),
+    "call with a ragged list": (lambda: fixed()([[1], [1, 2]]), TypeError, "step must be an integer or an array"),
+    "call with a tensor on meta": (
+        lambda: fixed()(torch.ones(2, device="meta")), TypeError, "step must be an integer or an array",
+    ),
+    "call with crossed bounds": (lambda: triangular(2)(1, base_lr=2, max_lr=1), ValueError, "base_lr=2.0 is above"),
+    "call with NaN": (lambda: triangular(2)(1, base_lr=NAN), ValueError, "base_lr must be"),
+    "momentum NaN": (lambda: triangular(2).momentum(1, NAN), ValueError, "base_momentum must be"),
+    "momentum a list": (lambda: triangular(2).momentum(1, 0.1, [1]), TypeError, "max_momentum must be a number"),
+    "momentum crossed": (lambda: triangular(2).momentum(1, 0.9, 0.8), ValueError, "base_momentum=0.9 is above.*swap"),
+    "rates at a string": (lambda: fixed().rates("1", [(0.1, 1.0)]), TypeError, "step must be an integer >= 0, got '1'"),
+    "rates at a negative": (lambda: fixed().rates(-1, [(0.1, 1.0)]), ValueError, "step must be an integer >= 0"),
+    "rates of a number": (lambda: fixed().rates(1, 0.1), TypeError, r"bounds must be a list of pairs \(base_lr, max_lr\).*0.1"),
+    "rates of strings": (lambda: fixed().rates(1, [("a", "b")]), TypeError, "bounds must be a list of pairs"),
+    "rates of single numbers": (lambda: fixed().rates(1, [0.1]), TypeError, "bounds must be a list of pairs"),
+    "momenta of a number": (lambda: triangular(2).momenta(1, 0.9), TypeError, "bounds must be a list of pairs .*momentum"),
+    "locate of NaN": (lambda: fixed().locate(NAN), ValueError, "step must be a whole number"),
+    "position of None": (lambda: Phase(step_size_up=1).position(None), TypeError, "step must be an integer >= 0"),
+    "shape of an array": (
+        lambda: Phase(step_size_up=1).shape(np.array([1, 2])), TypeError, "step must be an integer >= 0",
+    ),
+    "ends of None": (lambda: Phase(step_size_up=1).ends(None, 1.0), TypeError, "base_lr must be a number, got None"),
     "call with a negative": (lambda: fixed()([3, -1]), ValueError, "step must be an integer >= 0, got -1"),
     "cycle of a negative": (lambda: fixed().cycle(-1), ValueError, "step must be an integer >= 0"),
     "from_dict no dict": (lambda: Schedule.from_dict([1]), TypeError, "data must be a dictionary"),
@@ -330,6 +465,14 @@ SCHEDULES = {
         lambda: Schedule.from_dict({"format": 1, "name": "x", "phases": [{"speed": 1}]}),
         ValueError, r"unknown keys \['speed'\]; known",
     ),
+    "from_dict format an array": (
+        lambda: Schedule.from_dict({"format": np.array([1, 2])}), ValueError, "and this version reads 1",
+    ),
+    "from_dict odd keys": (
+        lambda: Schedule.from_dict({"format": 1, "name": "x", "phases": [{3: 1, "speed": 1}]}),
+        ValueError, r"unknown keys \['3', 'speed'\]; known",
+    ),
+    "from_json nested": (lambda: Schedule.from_json("[" * 10**6), ValueError, r"text is no JSON.*'\[\[.*; give what"),
     "from_json": (lambda: Schedule.from_json("{"), ValueError, "text is no JSON of a schedule"),
 }  # fmt: skip
 
@@ -339,3 +482,7 @@ def test_schedules(name):
     call, error, pattern = SCHEDULES[name]
     with pytest.raises(error, match=pattern):
         call()
+
+
+def test_a_cycle_number_beyond_floats_is_infinite():
+    assert triangular(2).cycle(10**400) == math.inf

@@ -16,8 +16,8 @@ import torch
 from cases import BY_NAME, Problem
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from clr_optim import CyclicalOptimizer, Phase
-from clr_optim.schedule import decay, fixed, one_cycle, ramp, sequence, triangular
+from clr_optim import CyclicalOptimizer
+from clr_optim.schedule import decay, fixed, one_cycle, ramp, sequence
 
 
 @pytest.fixture(autouse=True, params=["torch", "native"])
@@ -135,7 +135,7 @@ def test_a_scale_fn_that_raises_changes_nothing():
     with pytest.raises(TypeError):
         CyclicalOptimizer(inner, max_lr=9.0, scale_fn=lambda: 1)
     assert "clr_step" not in inner.param_groups[0]
-    with pytest.raises(ValueError, match=r"scale_fn\(1\) must be a finite number .*got nan"):
+    with pytest.raises(ValueError, match=r"scale_fn\(1\) must be a finite number, got nan"):
         CyclicalOptimizer(inner, scale_fn=lambda x: math.nan)
     assert CyclicalOptimizer(inner).lr_at(2000) == [0.1]
 
@@ -297,48 +297,6 @@ def test_a_copied_dict_as_lightnings_shares_what_moves():
 
 def test_a_ramps_momentum_stays_low_at_its_top():
     assert ramp(4).momentum([0, 3, 4], 0.8, 0.9).round(12).tolist() == [0.9, 0.8, 0.8]
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "pattern"),
-    [
-        (
-            lambda o: o.add_param_group({"params": [param()], "clr_base_lr": math.nan}),
-            ValueError,
-            "clr_base_lr in param_group must be a finite",
-        ),
-        (
-            lambda o: o.add_param_group({"params": [param()], "clr_base_lr": -1.0}),
-            ValueError,
-            "clr_base_lr in param_group must be",
-        ),
-        (
-            lambda o: CyclicalOptimizer(o.optimizer, cycle_momentum=True, max_momentum=1.0),
-            ValueError,
-            "max_momentum=1.0 must be below 1 .*betas",
-        ),
-        (lambda o: Phase(step_size_up=1, gamma=2.0), ValueError, "gamma must be .* <= 1"),
-        (lambda o: Phase(step_size_up=1, base_gamma=2.0), ValueError, "base_gamma must be .* <= 1"),
-        (
-            lambda o: CyclicalOptimizer(o.optimizer, max_grad_norm=np.array([1.0, 2.0])),
-            TypeError,
-            "max_grad_norm must be a number",
-        ),
-        (
-            lambda o: CyclicalOptimizer(o.optimizer, fixed(), scale_fn=np.array([1, 2])),
-            ValueError,
-            "scale_fn=.* has no effect",
-        ),
-        (lambda o: triangular(2)(1, base_lr=2, max_lr=1), ValueError, "base_lr=2.0 is above"),
-        (lambda o: triangular(2)(1, base_lr=math.nan), ValueError, "base_lr must be"),
-    ],
-)
-def test_more_wrong_input(call, error, pattern):
-    opt = CyclicalOptimizer(torch.optim.Adam([param()], lr=0.1))
-    before = str(opt.param_groups)
-    with pytest.raises(error, match=pattern):
-        call(opt)
-    assert str(opt.param_groups) == before
 
 
 def test_optimizers_that_do_things_their_own_way():

@@ -65,20 +65,26 @@ def test_several_schedules_have_a_legend_outside_the_axes():
     assert [text.get_text() for text in legend.get_texts()] == list(curves)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"steps": 0}, "steps must be an integer >= 1, got 0"),
-        ({"steps": 1.5}, "steps must be a whole number"),
-        ({"steps": 1_000_001}, "steps must be at most 1,000,000"),
-        ({"base_lr": 2.0, "max_lr": 1.0}, "base_lr=2.0 is above max_lr=1.0"),
-        ({"max_lr": float("nan")}, "max_lr must be a finite number"),
-        ({"base_lr": -1.0}, "base_lr must be a finite number >= 0"),
-    ],
-)
+# (arguments of plot_schedule, words of the message)
+WRONG_SCHEDULE = [
+    ({"steps": 0}, "steps must be an integer >= 1, got 0"),
+    ({"steps": 1.5}, "steps must be a whole number"),
+    ({"steps": 1_000_001}, "steps must be at most 1,000,000"),
+    ({"base_lr": 2.0, "max_lr": 1.0}, "base_lr=2.0 is above max_lr=1.0"),
+    ({"max_lr": float("nan")}, "max_lr must be a finite number"),
+    ({"base_lr": -1.0}, "base_lr must be a finite number >= 0"),
+    ({"schedule": None}, "schedule must be a Schedule, several of them .*got None"),
+    ({"schedule": {}}, "schedule must be a Schedule, several"),
+    ({"schedule": {"mine": 3}}, "schedule must be a Schedule, several .*got {'mine': 3}"),
+    ({"title": 3}, "title must be a string, got 3"),
+    ({"log": "yes"}, "log must be True or False, got 'yes'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), WRONG_SCHEDULE)
 def test_wrong_arguments_are_named(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        plotting.plot_schedule(triangular(5), **{"steps": 10, **arguments})
+    with pytest.raises((TypeError, ValueError), match=words):
+        plotting.plot_schedule(**{"schedule": triangular(5), "steps": 10, **arguments})
 
 
 def test_rates_of_zero_and_a_single_step_are_drawn(tmp_path):
@@ -279,6 +285,28 @@ def test_what_is_no_range_test_is_refused():
         plotting.plot_range_test(3)
     with pytest.raises(ValueError, match="no point to draw"):
         plotting.plot_range_test(RangeTest([], []))
+    curve = RangeTest([0.1, 0.2, 0.3], [2.0, 1.0, 1.5])
+    with pytest.raises(TypeError, match=r"bounds must be Bounds, .*got \(1, 2\)"):
+        plotting.plot_range_test(curve, (1, 2))
+    with pytest.raises(TypeError, match="title must be a string"):
+        plotting.plot_range_test(curve, title=3)
+
+
+@pytest.mark.parametrize(
+    ("figure", "path", "error", "words"),
+    [
+        (3, "a.png", TypeError, "figure must be a matplotlib Figure.* got 3"),
+        (None, None, TypeError, "path must be a string or a Path, got None"),
+        (None, "", OSError, "names no file: give one such as"),
+        (None, "a.docx", OSError, "a.docx: a picture's name must end in one of"),
+        (None, "nowhere/a.png", OSError, "nowhere/a.png: there is no such folder"),
+    ],
+)
+def test_what_cannot_be_saved(figure, path, error, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=words):
+        plotting.save(figure or plotting.plot_schedule(triangular(3), 5), path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_history_has_a_panel_for_each_curve_with_every_other_cycle_shaded(tmp_path):
@@ -305,18 +333,25 @@ def test_a_history_has_a_panel_for_each_curve_with_every_other_cycle_shaded(tmp_
     assert [(p.get_x(), p.get_x() + p.get_width()) for p in axes.patches] == [(20, 25)]
 
 
-@pytest.mark.parametrize(
-    ("curves", "ends", "words"),
-    [
-        ({}, [], "curves is empty"),
-        ({"loss": ([1, 2], [1.0])}, [], r"curves\['loss'\] has 2 iterations and 1 values"),
-        ({"loss": ([], [])}, [], "has 0 iterations"),
-        ({"loss": ([1], [1.0])}, [4, 4], r"cycle_ends must rise from above 0, got \[4, 4\]"),
-        ({"loss": ([1], [1.0])}, [0], "cycle_ends must rise"),
-    ],
-)
+# (curves, ends of cycles, words of the message)
+WRONG_HISTORY = [
+    ({}, [], "curves is empty"),
+    ({"loss": ([1, 2], [1.0])}, [], r"curves\['loss'\] has 2 iterations and 1 values"),
+    ({"loss": ([], [])}, [], "has 0 iterations"),
+    ({"loss": ([1], [1.0])}, [4, 4], r"cycle_ends must rise from above 0, got \[4, 4\]"),
+    ({"loss": ([1], [1.0])}, [0], "cycle_ends must rise"),
+    (None, [], "curves must be a dictionary"),
+    ({"loss": 3}, [], r"curves\['loss'\] must be a pair .iterations, values., got 3"),
+    ({"loss": (1, 2)}, [], r"curves\['loss'\], iterations must be a list of numbers, got 1"),
+    ({"loss": ([1], ["x"])}, [], r"curves\['loss'\], values must be a list of numbers, got 'x'"),
+    ({"loss": ([1], [1.0])}, None, "cycle_ends must be a list of numbers, got None"),
+    ({"loss": ([1], [1.0])}, [None], "cycle_ends must be a list of numbers, got None in it"),
+]
+
+
+@pytest.mark.parametrize(("curves", "ends", "words"), WRONG_HISTORY)
 def test_a_history_that_cannot_be_is_refused(curves, ends, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         plotting.plot_history(curves, ends)
 
 

@@ -215,20 +215,35 @@ def test_a_result_can_be_kept(tmp_path):
     assert [float(row["smoothed"]) for row in rows] == result.smoothed()
     with pytest.raises(ValueError, match=r"\.json or \.csv, got 'curve.txt'"):
         result.save("curve.txt")
+    with pytest.raises(TypeError, match="path must be a string or a Path, got None"):
+        result.save(None)
+    with pytest.raises(ValueError, match=r"steps_per_epoch must be an integer <= 2\*\*63 - 1"):
+        RangeTest.suggest_step_size(10**400)
 
 
-@pytest.mark.parametrize(
-    ("error", "message", "change"),
-    [
-        (ValueError, "format=2", {"format": 2}),
-        (ValueError, r"unknown \['x'\]", {"x": 1}),
-        (ValueError, "mode must be one of", {"mode": "log"}),
-        (ValueError, "metric must be one of", {"metric": "f1"}),
-        (ValueError, "values has 1 entries", {"values": [1.0]}),
-        (ValueError, "finite", {"values": [math.nan, 1.0]}),
-        (ValueError, "lrs must rise", {"lrs": [2.0, 1.0]}),
-    ],
-)
+# (error, pattern, keys of a result's dictionary)
+NO_RESULTS = [
+    (ValueError, "format=2", {"format": 2}),
+    (ValueError, r"unknown \['x'\]", {"x": 1}),
+    (ValueError, "mode must be one of", {"mode": "log"}),
+    (ValueError, "metric must be one of", {"metric": "f1"}),
+    (ValueError, "values has 1 entries", {"values": [1.0]}),
+    (ValueError, "finite", {"values": [math.nan, 1.0]}),
+    (ValueError, "lrs must rise", {"lrs": [2.0, 1.0]}),
+    (TypeError, "lrs must be a list of numbers, got 3", {"lrs": 3}),
+    (TypeError, "values must be a list of numbers, got None", {"values": None}),
+    (TypeError, r"values\[1\] must be a number, got 'x'", {"values": [1.0, "x"]}),
+    (TypeError, "steps must be a list of numbers, got 'ab'", {"steps": "ab"}),
+    (ValueError, r"steps\[0\] must be an integer >= 0, got -1", {"steps": [-1, 2]}),
+    (TypeError, "num_steps must be an integer >= 0", {"num_steps": torch.ones(2)}),
+    (TypeError, "diverged must be True or False", {"diverged": 1}),
+    (TypeError, r"ratios\[0\] must be a number", {"ratios": [None]}),
+    (ValueError, "format=tensor", {"format": torch.ones(2)}),
+    (ValueError, r"unknown \['3'\]", {3: 1}),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "change"), NO_RESULTS)
 def test_what_is_no_result_is_refused(error, message, change):
     with pytest.raises(error, match=message):
         RangeTest.from_dict({**RangeTest([1.0, 2.0], [1.0, 2.0]).to_dict(), **change})
@@ -910,9 +925,10 @@ ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("error", "message", "change"), ERRORS, ids=lambda value: None)
-def test_wrong_input_is_refused_and_changes_nothing(error, message, change):
-    change = dict(change)
+def wrong_arguments(change: dict[str, Any]) -> tuple[dict[str, Any], Any, Any]:
+    """All arguments of lr_range_test, ``change`` in the place of right ones; the right model and
+    optimizer.
+    """
     model: Any = linear_model()
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
     special: dict[str, Any] = {
@@ -935,6 +951,12 @@ def test_wrong_input_is_refused_and_changes_nothing(error, message, change):
     for name, value in change.items():
         known = special.get(value) if isinstance(value, str) else None
         arguments[name] = value if known is None else known()
+    return arguments, model, optimizer
+
+
+@pytest.mark.parametrize(("error", "message", "change"), ERRORS, ids=lambda value: None)
+def test_wrong_input_is_refused_and_changes_nothing(error, message, change):
+    arguments, model, optimizer = wrong_arguments(change)
     before = copy.deepcopy([*model.parameters(), torch.get_rng_state()])
     groups = copy.deepcopy({k: v for k, v in optimizer.param_groups[0].items() if k != "params"})
     with pytest.raises(error, match=message):

@@ -39,11 +39,13 @@ def resolve(backend: object, optimizer: Optimizer) -> tuple[str, str]:
         ValueError: for an unknown name, or a backend asked for by name that cannot serve.
     """
     source = f"backend={backend!r}"
+    if not isinstance(backend, str):
+        raise TypeError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}")
     wish = os.environ.get("CLR_OPTIM_BACKEND") if backend == "auto" else None
     asked = wish or backend
     if wish:
         source = f"CLR_OPTIM_BACKEND={wish!r}"
-    if not isinstance(asked, str) or asked not in BACKENDS:
+    if asked not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}")
     if asked == "torch":
         return "torch", f"asked for by {source}"

@@ -15,7 +15,7 @@ from framework_helpers import imported
 from clr_optim.schedule import triangular2
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 
 
 def run(folder: Path, *command: object) -> str:

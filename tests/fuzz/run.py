@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -144,10 +145,11 @@ def shrunk(setup: dict[str, Any], events: Events, kind: str, at_most_s: float = 
 # ---- for long
 
 
-def _prepare(backend: str) -> None:
-    """Compile, with what must be said before Triton is imported."""
-    os.environ["TRITON_INTERPRET"] = "1" if backend == "triton" else "0"
-    compile_kernels(backend)
+def _begin_anew_for(backend: str, arguments: Sequence[str]) -> None:
+    """Triton asks whether to interpret when it is imported, as it has been by now."""
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        os.environ["TRITON_INTERPRET"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "fuzz", *arguments])
 
 
 class Progress:
@@ -206,7 +208,7 @@ def fuzz(
         length: events of a seed.
         most: divergences after which to stop.
     """
-    _prepare(backend)
+    compile_kernels(backend)
     progress = Progress(folder, backend)
     if seed is not None:
         progress.seed = seed
@@ -263,10 +265,9 @@ def fuzz(
     return diverged
 
 
-def replay(file: Path) -> int:
-    """Play a kept divergence in this process; 1 if it is still there."""
-    kept = json.loads(file.read_text())
-    _prepare(kept["setup"]["backend"])
+def replay(file: Path, kept: dict[str, Any]) -> int:
+    """Play a kept divergence in this process, which raises if it is still there."""
+    compile_kernels(kept["setup"]["backend"])
     done = play(kept["setup"], kept["events"])
     print(f"{file}: {done} events, no divergence")
     return 0
@@ -282,9 +283,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--most", type=int, default=5, help="stop after so many divergences")
     parser.add_argument("--folder", type=Path, default=Path("build/fuzz"))
     parser.add_argument("--replay", type=Path, help="a file that an earlier run has kept")
+    arguments = sys.argv[1:] if arguments is None else arguments
     given = parser.parse_args(arguments)
-    if given.replay:
-        return replay(given.replay)
+    kept = json.loads(given.replay.read_text()) if given.replay else None
+    _begin_anew_for(kept["setup"]["backend"] if kept else given.backend, arguments)
+    if kept:
+        return replay(given.replay, kept)
     end = time.monotonic() + 60 * given.minutes
 
     def until(events: int) -> bool:
