@@ -958,9 +958,9 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
     return inner
 
 
-def _as_device(device: object) -> torch.device:
+def _as_device(device: torch.device | str) -> torch.device:
     try:
-        return torch.device(device)  # type: ignore[arg-type]
+        return torch.device(device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"device must be one that is here, such as 'cpu' or 'cuda:0', got {device!r} ({error})"
