@@ -922,6 +922,13 @@ ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "LBFGS, whose step needs a closure", {"optimizer": "lbfgs"}),
     (ValueError, "none of the SGD's parameters", {"optimizer": "foreign"}),
     (ValueError, "backend='gpu' must be one of", {"backend": "gpu"}),
+    (TypeError, "loader must be an iterable of batches, got None", {"loader": None}),
+    (ValueError, r"accumulate must be an integer <= 2\*\*63 - 1", {"accumulate": 2**70}),
+    (ValueError, "device must be one that is here.*got ''", {"device": ""}),
+    (ValueError, "device must be one that is here.*got 'abacus'", {"device": "abacus"}),
+    (ValueError, "device must be one that is here.*got -1", {"device": -1}),
+    (ValueError, "amp_dtype must be torch.float16, .* got array", {"amp_dtype": np.ones(2)}),
+    (TypeError, "progress must be True or False, got 1", {"progress": 1}),
 ]
 
 
