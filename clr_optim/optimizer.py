@@ -1149,8 +1149,14 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
     def _bounds(self) -> list[tuple[float, float]]:
         """(base_lr, max_lr) per group, the groups being the truth."""
         shared, groups = self._shared, self.param_groups
-        # After a load beneath us, groups without our keys keep the bounds they had.
-        known = shared.bounds if shared.groups is not groups else []
+        # After a load beneath us, groups without our keys keep the bounds they had, or that somebody
+        # had written into the groups which were there before.
+        known = []
+        if shared.groups is not None and shared.groups is not groups:
+            known = [
+                _written_bounds(group, i) if _BASE in group and _MAX in group else bounds
+                for i, (group, bounds) in enumerate(zip(shared.groups, shared.bounds, strict=False))
+            ]
         return [
             _written_bounds(group, i)
             if _BASE in group and _MAX in group
