@@ -1149,8 +1149,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
     def _bounds(self) -> list[tuple[float, float]]:
         """(base_lr, max_lr) per group, the groups being the truth."""
         shared, groups = self._shared, self.param_groups
-        # After a load beneath us, groups without our keys keep the bounds they had, or that somebody
-        # had written into the groups which were there before.
+        # After a load beneath us, groups without our keys keep the bounds they had, or that
+        # somebody had written into the groups which were there before.
         known = []
         if shared.groups is not None and shared.groups is not groups:
             known = [
