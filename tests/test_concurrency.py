@@ -281,36 +281,6 @@ def test_a_model_trained_by_several_optimizers(clip):
     assert [opt.iteration for opt in mine] == [10] * 3
 
 
-def test_a_model_trained_by_several_optimizers_at_once():
-    """Values race, as with torch's own; optimizers and counters are sound."""
-    params = parameters(drawn([(40_000,), (9,)], torch.float32))
-    opts = [BY_NAME[name].ours(params) for name in ("adam-wd", "adam-wd", "sgd-mom")]
-    done = threading.Event()
-
-    def train(opt):
-        for _ in range(60):
-            for p in params:
-                p.grad = torch.ones_like(p)
-            opt.step()
-
-    def sweep():
-        while not done.is_set():
-            for p in params:
-                p.grad = None
-            time.sleep(0)
-
-    with beside(sweep):
-        try:
-            in_turns(*(lambda opt=opt: train(opt) for opt in opts))
-        finally:
-            done.set()
-    assert [opt.iteration for opt in opts] == [60] * 3
-    assert all(p.isfinite().all() for p in params)
-    for opt in opts[:2]:
-        steps = {opt.state[p]["step"].item() for p in params if p in opt.state}
-        assert all(1 <= step <= 60 for step in steps)
-
-
 @pytest.mark.parametrize("size", [5, 100_000], ids=["short", "long"])
 @pytest.mark.parametrize("clip", [None, 1e9], ids=["", "clipped"])
 def test_one_optimizer_in_several_threads(size, clip):
