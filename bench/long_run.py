@@ -4,6 +4,10 @@ Adam in float64, without epsilon and with a gradient that is always 1, moves by 
 every step, up to rounding. So the way that a value has come is the sum of all rates that the steps
 have really used, which the policy's formula gives as well. That formula is written here anew: the
 library's own would only be compared with itself.
+
+How busy the machine is changes by the minute, and a step's time with it. So every fifth thousand is
+followed by a thousand of a young optimizer: what counts is how many times as much of the CPU's time
+the old one took.
 """
 
 from __future__ import annotations
@@ -35,6 +39,8 @@ DESCRIPTION = (
 _BASE, _MAX, _UP = 1e-4, 1e-3, 2000
 #: Steps that are timed together, after which the rate is looked at.
 _CHUNK = 1000
+#: So many of them to one of the young optimizer.
+_TO_ONE = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,32 +88,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "which must be at least 1"
         )
     torch.set_num_threads(1)
-    values = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
-    opt = CyclicalOptimizer(
-        torch.optim.Adam([values], lr=_MAX, eps=0.0),
-        base_lr=_BASE,
-        step_size_up=_UP,
-        backend=args.backend,
-    )
+    opt, values = _optimizer(args.backend)
     results: dict[str, Any] = {
         "machine": describe_machine(),
         "steps": steps,
         "backend": args.backend,
         "rows": [],
     }
-    print("      steps   µs a step   of it CPU   resident KiB   load", flush=True)
+    print("      steps   µs a step   of it CPU   to a young one   resident KiB   load", flush=True)
     drift = 0.0
     for row in range(1, rows + 1):
-        wall, cpu = [], []
-        for _ in range(steps // rows // _CHUNK):
-            # Gradients come and go in training; these take turns, and are new for every thousand.
-            grads = [torch.ones_like(values) for _ in range(2)]
-            begin, begin_cpu = perf_counter(), thread_time()
-            for k in range(_CHUNK):
-                values.grad = grads[k % 2]
-                opt.step()
-            cpu.append((thread_time() - begin_cpu) / _CHUNK * 1e6)
-            wall.append((perf_counter() - begin) / _CHUNK * 1e6)
+        wall, cpu, to_young = [], [], []
+        young, its_values = _optimizer(args.backend)
+        for chunk in range(steps // rows // _CHUNK):
+            took, of_it_cpu = _timed(opt, values)
+            wall.append(took)
+            cpu.append(of_it_cpu)
+            if chunk % _TO_ONE == 0:
+                to_young.append(of_it_cpu / _timed(young, its_values)[1])
             expected = rate(opt.iteration)
             drift = max(drift, abs(opt.param_groups[0]["lr"] - expected) / expected)
         line = {
@@ -115,13 +113,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "wall_us": round(statistics.median(wall), 3),
             "cpu_us": round(statistics.median(cpu), 3),
             "fastest_us": round(min(wall), 3),
+            "to_young": round(statistics.median(to_young), 4),
             "resident_kib": resident_kib(),
             "load": round(os.getloadavg()[0], 2),
         }
         results["rows"].append(line)
         print(
             f"{line['until']:>11,} {line['wall_us']:>11.2f} {line['cpu_us']:>11.2f} "
-            f"{line['resident_kib'] or 'unknown':>14} {line['load']:>6}",
+            f"{line['to_young']:>16.3f} {line['resident_kib'] or 'unknown':>14} {line['load']:>6}",
             flush=True,
         )
     expected_way = way(steps)
@@ -136,7 +135,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if first["resident_kib"] is None
         else last["resident_kib"] - first["resident_kib"],
         "last_over_first": {
-            name: round(last[name] / first[name], 4) for name in ("wall_us", "cpu_us", "fastest_us")
+            name: round(last[name] / first[name], 4)
+            for name in ("wall_us", "cpu_us", "fastest_us", "to_young")
         },
     }
     print(
@@ -147,6 +147,31 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
+
+
+def _optimizer(backend: str) -> tuple[CyclicalOptimizer[torch.optim.Adam], torch.nn.Parameter]:
+    values = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    opt = CyclicalOptimizer(
+        torch.optim.Adam([values], lr=_MAX, eps=0.0),
+        base_lr=_BASE,
+        step_size_up=_UP,
+        backend=backend,
+    )
+    return opt, values
+
+
+def _timed(
+    opt: CyclicalOptimizer[torch.optim.Adam], values: torch.nn.Parameter
+) -> tuple[float, float]:
+    """Microseconds of a step over a chunk of them, and how many of those on the CPU."""
+    # Gradients come and go in training; these take turns, and are new for every chunk.
+    grads = [torch.ones_like(values) for _ in range(2)]
+    begin, begin_cpu = perf_counter(), thread_time()
+    for k in range(_CHUNK):
+        values.grad = grads[k % 2]
+        opt.step()
+    cpu = thread_time() - begin_cpu
+    return (perf_counter() - begin) / _CHUNK * 1e6, cpu / _CHUNK * 1e6
 
 
 def main(argv: Sequence[str] | None = None) -> int:
