@@ -139,6 +139,13 @@ def test_bf16(backend):
     assert any((a != b).any() for a, b in zip(values(full.bare), values(after.bare), strict=True))
 
 
+def test_fp16_is_not_to_be_had_on_a_cpu():
+    # Which is why the next test hands the accelerator a scaler for the CPU.
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="fp16")
+    assert accelerator.scaler is None
+    assert not accelerator.native_amp
+
+
 @pytest.mark.parametrize("listed", [False, True], ids=["", "scheduler"])
 @backends
 def test_overflows_do_not_move_the_cycle(backend, listed):

@@ -120,12 +120,16 @@ def test_a_compiled_model(backend, counter):
     opt = wrap(inner(after.parameters()), backend)
     reference = inner(before.parameters())
     scheduler = cyclic_lr(reference)
-    compiled = torch.compile(after, backend="aot_eager", fullgraph=True)
-    plain = torch.compile(before, backend="aot_eager", fullgraph=True)
-    for batch in batches():
-        take_step(compiled, opt, batch)
-        take_step(plain, reference, batch)
+    compiled = torch.compile(after, backend=counter, fullgraph=True)
+    steps = batches()
+    for i, batch in enumerate(steps):
+        # Whatever recompiles after the first one raises.
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            take_step(compiled, opt, batch)
+        take_step(before, reference, batch)
         scheduler.step()
+    assert len(steps) > 2 * CYCLE
+    assert counter.frame_count == 1
     assert_served(opt, backend)
     assert_like_torch(after, before, backend)
 
