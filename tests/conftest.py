@@ -1,5 +1,7 @@
 """GPU tests are collected everywhere and skipped, with a reason, where there is no GPU."""
 
+import signal
+
 import pytest
 import torch
 from distributed_helpers import Ranks
@@ -23,3 +25,11 @@ def ranks(tmp_path_factory):
     processes = Ranks(3, tmp_path_factory.mktemp("ranks"))
     yield processes
     processes.close()
+
+
+@pytest.fixture
+def ctrl_c():
+    """As in a terminal: what a shell starts in the background ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -514,14 +514,6 @@ def test_a_fork_goes_on_with_its_own_copy():
 # ---- signals
 
 
-@pytest.fixture
-def ctrl_c():
-    """As in a terminal: what a shell starts in the background ignores the signal."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("signalled", ["process", "main thread"])
 @pytest.mark.parametrize("name", ["sgd", "adam"])

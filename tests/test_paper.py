@@ -526,6 +526,7 @@ def test_resume_does_what_is_left(folder, tmp_path, small, monkeypatch, capsys):
     assert "| window-hann | – |" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_signal_ends_it_at_once(folder, tmp_path, small, monkeypatch):
     _stop_at(monkeypatch, 3, signals=(signal.SIGINT, signal.SIGINT))
     options = ("--rows", "window-hann", "--scale", "1/400")
