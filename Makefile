@@ -115,7 +115,9 @@ errors: $(VENV)/.test
 # the packages are only laid out as an installation would (and must not be shadowed by those here).
 # Tests, benchmark, and what the compiler makes of the kernels for this GPU, into bench/results;
 # copied to $OUT as well if that is set. Each is done whatever became of the one before, and is
-# bounded, so that all of it ends within nine minutes.
+# bounded, so that all of it ends within nine minutes; sooner with a smaller BENCH_S, the seconds
+# after which no cell is begun, or, where there is pytest-xdist, with ARGS="-n 8".
+BENCH_S ?= 210
 gpu-check: export PYTHONPATH := $(CURDIR)/build/tree
 gpu-check: export PYTHONSAFEPATH := 1
 gpu-check: build/tree
@@ -124,11 +126,13 @@ gpu-check: build/tree
 	keep() { for f; do [ -z "$$OUT" ] || [ ! -e "$$f" ] || cp "$$f" "$$OUT/"; done; }; \
 	mkdir -p bench/results; \
 	timeout -k 10 200 $(PYTHON) -m pytest tests/test_gpu.py tests/test_triton.py \
-		tests/test_triton_graphs.py tests/test_docs.py::test_the_readmes_captured_step \
+		tests/test_triton_graphs.py tests/test_paper.py -m "gpu or triton" \
+		tests/test_docs.py::test_the_readmes_captured_step \
 		--junitxml=build/gpu-tests.xml $(ARGS) || failed="tests"; \
 	keep build/gpu-tests.xml; \
 	$(PYTHON) -c "import matplotlib, PIL" 2>/dev/null && plot="--plot $$results.png"; \
-	timeout -k 10 260 $(PYTHON) -m clr_optim.bench --device cuda --at-most 210 \
+	timeout -k 10 $$(($(BENCH_S) + 50)) $(PYTHON) -m clr_optim.bench --device cuda \
+		--at-most $(BENCH_S) $(BENCH_ARGS) \
 		--json $$results.json $$plot || failed="$$failed benchmark"; \
 	keep $$results.json $$results.png; \
 	timeout -k 10 70 $(PYTHON) -m clr_optim.kernels.triton.report --target $$target \

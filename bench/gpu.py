@@ -67,22 +67,27 @@ class Gpu:
         make: Any = torch.cuda.Event  # which torch leaves without types
         return make(enable_timing=True)
 
+    def stream(self) -> Any:
+        """A stream of its own, for work beside other work."""
+        make: Any = torch.cuda.Stream  # which torch leaves without types
+        return make()
+
     def capture(self, step: Step, *kept: object, warm_up: int = _WARM_UP) -> Step:
         """A graph of ``step``, which is taken ``warm_up`` times before; ``kept`` lives as long.
 
-        The gradients it is captured with are those that each replay reads.
+        The gradients it is captured with are those that each replay reads. Graphs captured here may
+        be replayed beside each other: each has its own stream, and with it cuBLAS's workspace.
         """
-        make: Any = torch.cuda.Stream
-        side = make()  # as torch would have it: what warms up is not for the graph
+        side = self.stream()  # as torch would have it: what warms up is not for the graph
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(warm_up):
                 step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):
             step()
-        return _Replay(graph, step, *kept)
+        return _Replay(graph, side, step, *kept)
 
     def cache(self) -> int:
         """Bytes of its last cache."""

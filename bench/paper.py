@@ -12,9 +12,9 @@ leaves open is as Caffe has it.
   the first 2,000; their order is random.
 
 On a GPU the whole iteration (sampling, forward, backward, cyclic step) is one captured graph, which
-is possible because batches' and cycle's positions lie on the device. **That part has not been run
-on a GPU yet**; its code was run on a CPU, without the capture. Resuming is exact, to the last bit,
-on a CPU with the same number of threads.
+is possible because batches' and cycle's positions lie on the device; and since so small a network
+does not fill a GPU, ``--together`` trains several rows beside each other, a stream each. Resuming
+is exact, to the last bit, on a CPU with the same number of threads.
 
 Source: L. N. Smith, *Cyclical Learning Rates for Training Neural Networks*, arXiv 1506.01186,
 Tables 1 to 3.
@@ -31,8 +31,8 @@ import signal
 import statistics
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -353,7 +353,7 @@ _CAFFE_RULES: dict[str, Callable[[Groups], Optimizer]] = {
 
 @dataclass(frozen=True)
 class Data:
-    """What all runs share: test images on the device, the training images' mean, a fingerprint."""
+    """What all runs share: images on the device, the training images' mean, a fingerprint."""
 
     training: Images
     test: Images
@@ -369,7 +369,8 @@ def read(folder: str | Path, device: torch.device | str = "cpu") -> Data:
             f"{folder}: {len(training)} training images, fewer than a batch of {_BATCH_SIZE}"
         )
     digest = _digest([training.pixels, training.labels, test.pixels, test.labels])
-    return Data(training, test.to(device), mean_image(training), digest)
+    mean = mean_image(training)  # on the host, so that it is the same wherever one trains
+    return Data(training.to(device), test.to(device), mean, digest)
 
 
 def _digest(tensors: Sequence[Tensor]) -> str:
@@ -444,6 +445,14 @@ class Run:
         self.curve: list[tuple[int, float]] = []
         self.training_s = self.evaluation_s = 0.0
         self._iterate: Callable[[], object] = self._one
+        self._stream = None
+        if self.device.type == "cuda":
+            self._stream = Gpu().stream()
+            self._stream.wait_stream(torch.cuda.current_stream())
+
+    def apart(self) -> AbstractContextManager[object]:
+        """On a GPU the run's own stream, on which all of it happens: others may be beside it."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     @property
     def is_done(self) -> bool:
@@ -584,29 +593,31 @@ class _Progress:
         self._terminal = sys.stderr.isatty()
         self._every = 0.5 if self._terminal else 30.0
         self._runs, self._left = runs, iterations
-        self._number = self._done = self._at = 0
+        self._done = 0
+        self._at: dict[tuple[str, int], tuple[int, int]] = {}  # a run's number, and its iteration
         self._begin = self._shown = perf_counter()
 
     def begin(self, run: Run) -> None:
         """The next run, of which what its checkpoint holds needs not be done."""
-        self._number += 1
         self._left -= run.iteration
-        self._at = run.iteration
+        self._at[run.row.name, run.seed] = (len(self._at) + 1, run.iteration)
 
     def show(self, run: Run) -> None:
         """Say where the run is, if it is time."""
-        since = run.iteration - self._at
+        which = run.row.name, run.seed
+        number, at = self._at[which]
+        self._done += run.iteration - at
+        self._left -= run.iteration - at
+        self._at[which] = (number, run.iteration)
         now = perf_counter()
         if now - self._shown < self._every and not run.is_done:
             return
-        self._done, self._left, self._at = self._done + since, self._left - since, run.iteration
         self._shown = now
         rate = max(self._done, 1) / (now - self._begin)  # evaluations count here
         last = f"{run.curve[-1][1]:.2f} %" if run.curve else "not evaluated yet"
         line = (
-            f"[{self._number}/{self._runs}] {run.row.name}, seed {run.seed}: "
-            f"{run.iteration:,}/{run.iterations:,}, {rate:.1f} it/s, {last}; left: row "
-            f"{_duration((run.iterations - run.iteration) / rate)}, all "
+            f"[{number}/{self._runs}] {run.row.name}, seed {run.seed}: "
+            f"{run.iteration:,}/{run.iterations:,}, {rate:.1f} it/s in all, {last}; left: "
             f"{_duration(self._left / rate)}"
         )
         ending = "\n" if run.is_done or not self._terminal else ""
@@ -704,39 +715,83 @@ def _key(result: Mapping[str, Any]) -> tuple[str, int]:
     return str(result["row"]), int(result["seed"])
 
 
+class _Training:
+    """A run on its way, and the clock of its training and its checkpoints."""
+
+    def __init__(self, run: Run, save: Callable[[Run], None], save_every_s: float) -> None:
+        self.run, self._save, self._every = run, save, save_every_s
+        if run.on_kernels and run.iterations - run.iteration > _WARM_UP:
+            run.capture()
+            run.synchronize()
+        self._saved = self._since = perf_counter()
+
+    def _pause(self) -> None:
+        self.run.synchronize()
+        self.run.training_s += perf_counter() - self._since
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        self._pause()
+        self._save(self.run)
+        self._saved = self._since = perf_counter()
+
+    def advance(self) -> None:
+        """One iteration, or one evaluation; a checkpoint before it, if it is time."""
+        run = self.run
+        if perf_counter() - self._saved >= self._every:
+            self.save()
+        if run.iteration < run.next_evaluation:
+            run.iterate()
+        else:
+            self._pause()
+            run.evaluate()
+            self._since = perf_counter()
+
+
 def train(
-    run: Run,
+    runs: Iterable[Run],
     save: Callable[[Run], None],
     stopped: Callable[[], int],
     show: Callable[[Run], None],
     save_every_s: float,
-) -> bool:
-    """Train to the end, saving now and then; whether it was reached before ``stopped()``."""
-    if run.on_kernels and run.iterations - run.iteration > _WARM_UP:
-        run.capture()
-        run.synchronize()
-    saved = begin = perf_counter()
+    together: int = 1,
+    finish: Callable[[Run], None] = lambda run: None,
+) -> list[Run]:
+    """Train runs to the end, saving now and then.
 
-    def pause() -> None:
-        run.synchronize()
-        run.training_s += perf_counter() - begin
+    Args:
+        runs: each is asked for when there is room for it.
+        save: writes a checkpoint.
+        stopped: true as soon as all are to be saved and left.
+        show: called with a run after each of its iterations and evaluations.
+        save_every_s: seconds between checkpoints of a run.
+        together: how many are trained beside each other, an iteration each in turn.
+        finish: called with a run that came to its end.
 
-    while not run.is_done:
-        stop = stopped()
-        if stop or perf_counter() - saved >= save_every_s:
-            pause()
-            save(run)
-            if stop:
-                return False
-            saved = begin = perf_counter()
-        if run.iteration < run.next_evaluation:
-            run.iterate()
-        else:
-            pause()
-            run.evaluate()
-            begin = perf_counter()
-        show(run)
-    return True
+    Returns:
+        The runs that were under way when it was stopped.
+    """
+    waiting = iter(runs)
+    under_way: list[_Training] = []
+    while True:
+        while len(under_way) < together and (run := next(waiting, None)) is not None:
+            with run.apart():
+                under_way.append(_Training(run, save, save_every_s))
+        if not under_way:
+            return []
+        if stopped():
+            for training in under_way:
+                with training.run.apart():
+                    training.save()
+            return [training.run for training in under_way]
+        for training in tuple(under_way):
+            run = training.run
+            with run.apart():
+                training.advance()
+                show(run)
+                if run.is_done:
+                    finish(run)
+                    under_way.remove(training)
 
 
 def _train_all(
@@ -766,25 +821,37 @@ def _train_all(
     machine = describe_machine()
     if args.device == "cuda":
         machine = {**machine, **Gpu().describe(), "tf32": torch.backends.cudnn.allow_tf32}
-    with _Stop() as stop:
+    more = {"data_note": args.data_note, "machine": machine, "together": args.together}
+
+    def begun() -> Iterator[Run]:
         for row, seed in jobs:
             run = Run(row, seed, scale, data, device=args.device, caffe=args.caffe_momentum)
             store.load(run)
             progress.begin(run)
-            whole = train(
-                run, store.save, lambda: stop.signal, progress.show, 60.0 * args.checkpoint_every
-            )
-            if not whole:
-                print(
-                    f"\nstopped after {run.iteration:,} of {run.iterations:,} iterations of "
-                    f"{row.name}, seed {seed}, and saved: the same command with --resume goes on "
-                    "from there",
-                    file=sys.stderr,
-                )
-                return stop.signal
-            store.append({**run.result(), "data_note": args.data_note, "machine": machine})
-            store.drop_checkpoint(row.name, seed)
-    return 0
+            yield run
+
+    def finish(run: Run) -> None:
+        store.append({**run.result(), **more})
+        store.drop_checkpoint(run.row.name, run.seed)
+
+    with _Stop() as stop:
+        left = train(
+            begun(),
+            store.save,
+            lambda: stop.signal,
+            progress.show,
+            60.0 * args.checkpoint_every,
+            args.together,
+            finish,
+        )
+    for run in left:
+        print(
+            f"\nstopped after {run.iteration:,} of {run.iterations:,} iterations of "
+            f"{run.row.name}, seed {run.seed}, and saved: the same command with --resume goes on "
+            "from there",
+            file=sys.stderr,
+        )
+    return stop.signal if left else 0
 
 
 # ---- how fast
@@ -1036,6 +1103,9 @@ def _preamble(results: Sequence[Mapping[str, Any]]) -> list[str]:
         f"clr_optim {m['clr_optim']}"
         for m in (result["machine"] for result in results)
     )
+    together = max(result.get("together", 1) for result in results)
+    if together > 1:
+        lines.append(f"Times are of runs that shared the GPU, {together} beside each other.")
     return [*lines, f"Machine: {'; '.join(machines)}."]
 
 
@@ -1180,6 +1250,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=_count, default=1, metavar="N", help="how many, from 0 (1)")
     add("--device", type=_device, default="cpu", help="cpu, or cuda, which is ROCm's name too")
     add("--threads", type=_count, metavar="N", help=f"({torch.get_num_threads()})")
+    add(
+        "--together",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="on a GPU, which one such network does not fill: rows trained beside each other (1)",
+    )
     add("--out", default="paper-out", metavar="DIR", help="results and checkpoints (paper-out)")
     add("--resume", action="store_true", help="go on with what is in there")
     add("--checkpoint-every", type=_minutes, default=3.0, metavar="MIN", help="minutes (3)")
@@ -1316,6 +1393,9 @@ def run(args: argparse.Namespace) -> int:
             raise argparse.ArgumentError(None, f"--readme {args.readme}: only with --report")
         if args.data is None:
             raise argparse.ArgumentError(None, "--data is missing: the folder of CIFAR-10's files")
+        if args.together > 1 and args.device == "cpu":
+            words = "only on a GPU; on a CPU start a process for each, with --rows and --threads 1"
+            raise argparse.ArgumentError(None, f"--together {args.together}: {words}")
         with _threads(args.threads):
             return _speed(args) if args.speed else _run(_chosen(args), args)
     except ValueError as error:  # in the words of what refused it

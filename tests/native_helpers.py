@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -236,6 +237,8 @@ class Twins:
         """Do the same to both; what torch raises, ours must raise too."""
         error = failure(change, self.theirs)
         ours = failure(change, self.ours)
+        if ADAGRAD_LACKS_STATE and isinstance(error, KeyError) and ours is None:
+            pytest.skip("this torch's Adagrad raises where its state was taken away")
         if type(ours) is not type(error):
             raise AssertionError(f"torch raises {error!r}, ours {ours!r}") from ours
 
@@ -255,6 +258,18 @@ class Twins:
         for _ in range(steps):
             self.draw()
             self.step(tolerance)
+
+
+def _adagrad_lacks_state() -> bool:
+    """As torch 2.11's, which makes it in its constructor alone; ours makes what is missing."""
+    param = torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.Adagrad([param])
+    optimizer.state.clear()
+    param.grad = torch.ones(())
+    return failure(lambda opt: opt.step(), optimizer) is not None
+
+
+ADAGRAD_LACKS_STATE = _adagrad_lacks_state()
 
 
 def twins(case: Case, shapes: Sequence[Any] = ((5, 3), (7,), ()), **wrap: Any) -> Twins:

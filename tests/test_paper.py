@@ -543,7 +543,7 @@ def test_checkpoints_come_by_the_clock_and_whole(data, tmp_path, monkeypatch):
         store.save(run)
         saved.append(run.iteration)
 
-    assert paper.train(run, save, lambda: 0, lambda run: None, 0.0)
+    assert not paper.train([run], save, lambda: 0, lambda run: None, 0.0)
     assert saved[:6] == [0, 1, 2, 3, 3, 4]  # before each iteration and each evaluation
     before = store.checkpoint("window-hann", 0).read_bytes()
 
@@ -555,6 +555,51 @@ def test_checkpoints_come_by_the_clock_and_whole(data, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         store.save(run)
     assert store.checkpoint("window-hann", 0).read_bytes() == before
+
+
+def test_runs_beside_each_other_are_those_alone(data, tmp_path):
+    """Iterations in turn, three at a time of four, one of which is begun when there is room."""
+    names = ("window-hann", "adam-triangular", "one_cycle", "window-welch")
+    scale = Scale(Fraction("1/500"))
+    order, weights = [], {}
+
+    def finish(run):
+        weights.setdefault(run.row.name, []).append(run.result()["weights"])
+
+    for together in (1, 3):
+        runs = (Run(ROWS[name], 0, scale, data) for name in names)
+        del order[:]
+        left = paper.train(
+            runs, lambda run: None, lambda: 0, lambda run: order.append(run.row.name), 1e9,
+            together, finish,
+        )  # fmt: skip
+        assert left == []
+    assert order[:6] == [*names[:3]] * 2
+    assert len(weights) == 4
+    assert all(alone == beside for alone, beside in weights.values())
+
+
+def test_all_runs_under_way_are_saved_and_gone_on_with(data, tmp_path):
+    store, scale = Store(tmp_path), Scale(Fraction("1/500"))
+
+    def runs():
+        for name in ("window-hann", "one_cycle", "window-welch"):
+            run = Run(ROWS[name], 0, scale, data)
+            store.load(run)
+            yield run
+
+    stops = iter([0] * 20 + [15])
+    show = lambda run: None  # noqa: E731
+    left = paper.train(runs(), store.save, lambda: next(stops), show, 1e9, together=2)
+    assert [run.row.name for run in left] == ["window-hann", "one_cycle"]
+    assert all(0 < run.iteration < run.iterations for run in left)
+    finished = []
+    assert paper.train(runs(), store.save, lambda: 0, show, 1e9, 2, finished.append) == []
+    assert sorted(run.row.name for run in finished) == ["one_cycle", "window-hann", "window-welch"]
+    alone = Run(ROWS["one_cycle"], 0, scale, data)
+    assert paper.train([alone], store.save, lambda: 0, show, 1e9) == []
+    (resumed,) = (run for run in finished if run.row.name == "one_cycle")
+    assert resumed.result()["weights"] == alone.result()["weights"]
 
 
 def test_a_captured_iteration_is_counted_as_any_other(data, monkeypatch):
@@ -571,7 +616,7 @@ def test_a_captured_iteration_is_counted_as_any_other(data, monkeypatch):
     for on_kernels in (False, True):
         run = Run(ROWS["window-hann"], 0, Scale(Fraction("1/400")), data)
         run.on_kernels = on_kernels
-        assert paper.train(run, lambda run: None, lambda: 0, lambda run: None, 1e9)
+        assert not paper.train([run], lambda run: None, lambda: 0, lambda run: None, 1e9)
         assert (run.iteration, run.optimizer.iteration, run.batches.position) == (60, 60, 60)
         runs.append(run)
     plain, captured = (run.result() for run in runs)
@@ -585,7 +630,7 @@ def test_the_last_accuracy_is_over_all_test_images(data, monkeypatch):
     monkeypatch.setattr(paper, "accuracy", lambda model, images, mean: counts.append(len(images)))
     run = Run(ROWS["window-hann"], 0, Scale(Fraction("1/400")), data)
     monkeypatch.setattr(run, "_iterate", lambda: None)
-    assert paper.train(run, lambda run: None, lambda: 0, lambda run: None, 1e9)
+    assert not paper.train([run], lambda run: None, lambda: 0, lambda run: None, 1e9)
     assert counts == [30] * 19 + [100]  # 60 iterations, every 3
 
 
@@ -793,6 +838,7 @@ def test_the_readmes_table_is_renewed_between_its_marks(tmp_path, capsys):
         (["--table", "1", "--seeds", "0"], "must be a whole number >= 1, got '0'"),
         (["--table", "1", "--checkpoint-every", "soon"], "a number of minutes >= 0, got 'soon'"),
         (["--table", "1", "--device", "abacus"], "must be cpu or cuda, got 'abacus'"),
+        (["--table", "1", "--together", "2"], "--together 2: only on a GPU; on a CPU start a"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -890,7 +936,7 @@ def test_a_captured_run_trains_as_an_eager_one(data, folder):
     for on_kernels in (False, True):
         run = Run(ROWS["window-hann"], 0, Scale(Fraction("1/400")), there, device="cuda")
         run.on_kernels = on_kernels  # else no graph
-        assert paper.train(run, lambda run: None, lambda: 0, lambda run: None, 1e9)
+        assert not paper.train([run], lambda run: None, lambda: 0, lambda run: None, 1e9)
         assert (run.iteration, run.optimizer.iteration, run.batches.position) == (60, 60, 60)
         accuracies.append([value for _, value in run.curve])
         if on_kernels:
@@ -900,15 +946,39 @@ def test_a_captured_run_trains_as_an_eager_one(data, folder):
 
 
 @pytest.mark.gpu
+def test_captured_runs_beside_each_other_are_those_alone(folder, monkeypatch):
+    """On streams of their own, none of them reading what another writes."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    there = paper.read(folder, "cuda")
+    names = ("window-hann", "adam-triangular", "one_cycle", "window-welch", "nesterov-triangular")
+    found = {name: [] for name in names}
+    for together in (1, 5):
+        runs = (
+            Run(ROWS[name], 0, Scale(Fraction("1/500")), there, device="cuda") for name in names
+        )
+        left = paper.train(
+            runs, lambda run: None, lambda: 0, lambda run: None, 1e9, together,
+            lambda run: found[run.row.name].append(run.curve),
+        )  # fmt: skip
+        assert left == []
+    for alone, beside in found.values():
+        assert len(alone) > 10
+        for (at, value), (same, other) in zip(alone, beside, strict=True):
+            assert at == same
+            assert other == pytest.approx(value, abs=10)
+
+
+@pytest.mark.gpu
 def test_a_captured_run_resumes(folder, small, tmp_path):
     there = paper.read(folder, "cuda")
     store = Store(tmp_path)
     scale = Scale(Fraction("1/400"))
     first = Run(ROWS["window-hann"], 0, scale, there, device="cuda")
     stops = iter([0] * 30 + [15] * 100)
-    assert not paper.train(first, store.save, lambda: next(stops), lambda run: None, 1e9)
+    left = paper.train([first], store.save, lambda: next(stops), lambda run: None, 1e9)
+    assert left == [first]
     second = Run(ROWS["window-hann"], 0, scale, there, device="cuda")
     assert store.load(second)
     assert second.optimizer.iteration == second.batches.position == first.iteration
-    assert paper.train(second, store.save, lambda: 0, lambda run: None, 1e9)
+    assert not paper.train([second], store.save, lambda: 0, lambda run: None, 1e9)
     assert (second.iteration, second.optimizer.iteration, second.batches.position) == (60, 60, 60)
