@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 DISTRIBUTED := tests/test_distributed.py tests/test_distributed_checkpoint.py \
 	tests/test_dtensor.py tests/test_examples.py
 
-.PHONY: demo test format lint types check interpreted fuzz distributed test-frameworks package docs pictures errors gpu-check gpu-paper clean FORCE
+.PHONY: demo test format lint types check interpreted fuzz distributed test-frameworks package docs pictures errors gpu-check gpu-sanitize gpu-paper clean FORCE
 
 demo: $(VENV)/.demo
 	$(BIN)/clr-optim demo $(ARGS)
@@ -140,6 +140,18 @@ gpu-check: build/tree
 	keep $$results-kernels.json; \
 	[ -z "$$failed" ] || { echo "gpu-check failed: $$failed" >&2; exit 1; }
 
+# What the kernels read and write there, watched by NVIDIA's compute-sanitizer: out of bounds
+# (without torch's caching allocator, that tensors have bounds), and races in shared memory.
+SANITIZED := contract and float32 or sizes or aligned or clipping
+gpu-sanitize: export PYTHONPATH := $(CURDIR)/build/tree
+gpu-sanitize: export PYTHONSAFEPATH := 1
+gpu-sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
+gpu-sanitize: build/tree
+	for tool in memcheck racecheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 9 \
+			$(PYTHON) -m pytest tests/test_triton.py -q -k "$(SANITIZED)" $(ARGS) || exit 1; \
+	done
+
 # The paper's tables there, at full length, from DATA (CIFAR-10, binary version), each iteration a
 # graph; and how many iterations a second that makes. Called again it goes on where it was ended.
 gpu-paper: export PYTHONPATH := $(CURDIR)/build/tree
@@ -148,7 +160,7 @@ gpu-paper: build/tree
 	$(PYTHON) -m clr_optim bench paper --device cuda --data "$(DATA)" --speed 2000 $(ARGS) \
 		--out bench/results/paper-gpu
 	$(PYTHON) -m clr_optim bench paper --device cuda --data "$(DATA)" --table 1,3,beyond --seeds 3 \
-		--resume $(ARGS) --out bench/results/paper-gpu
+		--together 8 --resume $(ARGS) --out bench/results/paper-gpu
 
 clean:
 	rm -rf $(VENV) $(FRAMEWORKS) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

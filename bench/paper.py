@@ -556,7 +556,10 @@ def _check_settings(ours: Mapping[str, Any], theirs: Mapping[str, Any], whose: s
 
 
 class _Stop:
-    """Notes SIGINT and SIGTERM, so that what is under way can be saved; a second one ends it."""
+    """Notes SIGINT and SIGTERM, so that what is under way can be saved.
+
+    A second SIGINT ends it at once; SIGTERM may come twice of one request, as from ``timeout``.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
@@ -570,7 +573,8 @@ class _Stop:
 
     def _note(self, number: int, frame: object) -> None:
         self.signal = number
-        self._put_back()
+        if signal.SIGINT in self._before:
+            signal.signal(signal.SIGINT, self._before.pop(signal.SIGINT))
 
     def _put_back(self) -> None:
         for number, handler in self._before.items():
@@ -820,7 +824,9 @@ def _train_all(
     progress = _Progress(len(jobs), sum(scale.steps(row.iterations) for row, _ in jobs))
     machine = describe_machine()
     if args.device == "cuda":
-        machine = {**machine, **Gpu().describe(), "tf32": torch.backends.cudnn.allow_tf32}
+        cudnn = torch.backends.cudnn
+        own = {"tf32": cudnn.allow_tf32, "cudnn_benchmark": cudnn.benchmark}
+        machine = {**machine, **Gpu().describe(), **own}
     more = {"data_note": args.data_note, "machine": machine, "together": args.together}
 
     def begun() -> Iterator[Run]:
@@ -1364,13 +1370,16 @@ def stages(scale: Scale) -> str:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+def _surroundings(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    torch.set_num_threads(threads or before[0])
+    # All batches are of one shape: the fastest convolutions for it are worth looking for.
+    torch.backends.cudnn.benchmark = True
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -1396,7 +1405,7 @@ def run(args: argparse.Namespace) -> int:
         if args.together > 1 and args.device == "cpu":
             words = "only on a GPU; on a CPU start a process for each, with --rows and --threads 1"
             raise argparse.ArgumentError(None, f"--together {args.together}: {words}")
-        with _threads(args.threads):
+        with _surroundings(args.threads):
             return _speed(args) if args.speed else _run(_chosen(args), args)
     except ValueError as error:  # in the words of what refused it
         raise argparse.ArgumentError(None, str(error)) from error

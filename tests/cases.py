@@ -121,7 +121,7 @@ class Problem:
         loss.backward()
         if self.sparse:
             for p in self.params:
-                rows = torch.tensor([step % p.shape[0], 0])
+                rows = torch.tensor([step % p.shape[0], 0], device=p.device)
                 p.grad = torch.sparse_coo_tensor(
                     rows[None], p.grad[rows], p.shape, check_invariants=True
                 ).coalesce()

@@ -16,6 +16,12 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_bit_identical_to_plain_torch_fed_our_rates(case):
+    if case.name == "adagrad-fused":
+        problem = Problem(case, device="cuda")
+        try:
+            problem.step(case.make(problem.params), 0)
+        except RuntimeError as error:
+            pytest.skip(f"this torch has none on a GPU: {error}")
     assert_equals_torch_fed_our_rates(case, torch.float32, "cuda", steps=50)
 
 

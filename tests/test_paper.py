@@ -534,6 +534,15 @@ def test_a_second_signal_ends_it_at_once(folder, tmp_path, small, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_request_to_end_may_come_twice(folder, tmp_path, small, monkeypatch):
+    """As ``timeout`` sends it, to the process and to its group."""
+    _stop_at(monkeypatch, 3, signals=(signal.SIGTERM, signal.SIGTERM))
+    options = ("--rows", "window-hann", "--scale", "1/400")
+    assert _main(folder, tmp_path, *options) == 128 + signal.SIGTERM
+    assert os.listdir(tmp_path) == ["checkpoint-window-hann-0.pt"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_checkpoints_come_by_the_clock_and_whole(data, tmp_path, monkeypatch):
     store = Store(tmp_path)
     run = Run(ROWS["window-hann"], 0, Scale(Fraction("1/400")), data)

@@ -98,7 +98,10 @@ def on_device(schedule: Any, steps: Sequence[int], bounds: Sequence[float]) -> A
     momenta = torch.zeros_like(rates)
     limits = torch.tensor(bounds, dtype=torch.float64, device=DEVICE)
     grid = (1 if INTERPRETED else len(steps),)
-    _evaluate[grid](*tables, len(schedule.phases), there, limits, rates, momenta, BLOCK=block)
+    _evaluate[grid](
+        *tables, len(schedule.phases), there, limits, rates, momenta, BLOCK=block,
+        enable_fp_fusion=False,
+    )  # fmt: skip
     return [found[: len(steps)].cpu().numpy() for found in (rates, momenta)]
 
 

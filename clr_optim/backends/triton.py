@@ -7,9 +7,9 @@ too, so that nothing has to come from the host for the next step but where the g
 **Graphs.** A step captured into a CUDA graph cycles at every replay, since the graph reads and
 advances the device's position. It goes on reading the tables it was captured with: those that
 describe its tensors are left to it for good, and later steps make themselves new ones; position,
-bounds and settings it shares with them. Nothing may be uploaded while a graph is captured, since
-the host's memory would be read again at every replay; the gradients' addresses, which are new by
-then, go in as numbers that the graph's own launches write.
+bounds and settings it shares with them. What is uploaded while a graph is captured is read from the
+host's memory again at every replay: only the gradients' addresses are, which are new by then, from
+memory that is left to the graph as well.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ _ADVANCED_AT_ONCE = 256
 _SUMMED_AT_ONCE = 1024
 # An empty table has no address to load from.
 _NO_COUNTER = np.zeros((1, 2), dtype=np.int64)
-_GRAD = 1  # the gradients' column in a plan's rows
 _NO_RATE = np.zeros((1, 3), dtype=np.int64)
 
 
@@ -74,6 +73,7 @@ class _Mirror:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._last = b""
+        self._staged: Tensor | None = None
         self.table: Tensor | None = None
 
     def put(self, table: npt.NDArray[Any]) -> Tensor:
@@ -99,10 +99,24 @@ class _Mirror:
         self._last = now
         return on_device
 
-    def give_up(self) -> Tensor | None:
-        """The table, which is from now on somebody else's; the next is put elsewhere."""
-        table, self.table = self.table, None
-        return table
+    def stage(self) -> None:
+        """Have memory for :meth:`put_in_graph`, which can allocate none."""
+        table = cast("Tensor", self.table)
+        if self._staged is None or self._staged.shape != table.shape:
+            pinned = self._device.type != "cpu"
+            self._staged = torch.empty(table.shape, dtype=table.dtype, pin_memory=pinned)
+
+    def put_in_graph(self, table: npt.NDArray[Any]) -> Tensor:
+        """The table on the device, uploaded at every replay; :meth:`stage` and `give_up` around."""
+        staged, on_device = cast("Tensor", self._staged), cast("Tensor", self.table)
+        staged.numpy()[...] = table
+        return on_device.copy_(staged, non_blocking=True)
+
+    def give_up(self) -> tuple[Tensor | None, Tensor | None]:
+        """The table and what it is uploaded from, from now on somebody else's."""
+        given = self.table, self._staged
+        self.table = self._staged = None
+        return given
 
 
 class _Launch:
@@ -154,30 +168,23 @@ class _Launch:
             self.counters = np.stack([addresses, wide], axis=1)[addresses != 0]
             self._active = now
         if not is_capturing():
-            known = len(self._uploaded) > 0
             on_device = self._rows.put(_words(table))
+            self._rows.stage()
             self._uploaded = table.copy()
-            if not known:  # a kernel that is first launched in a capture may not load
-                self._write_gradients(on_device)
             return on_device
         # New gradients, which live in the graph's own memory, are all that may be new.
         rest = table.copy()
         rest["grad"] = self._uploaded["grad"] if len(self._uploaded) == len(table) else 0
         on_device = self._rows.put(_words(rest))
-        self._write_gradients(on_device)
-        return on_device
+        if np.array_equal(rest["grad"], table["grad"]):
+            return on_device
+        return self._rows.put_in_graph(_words(table))
 
-    def _write_gradients(self, on_device: Tensor) -> None:
-        """Write the gradients' addresses, given to the launches as numbers."""
-        cells = list(on_device[:, _GRAD].unbind())
-        torch._foreach_zero_(cells)
-        torch._foreach_add_(cells, self.bucket.table["grad"].tolist())
-
-    def give_up(self) -> list[Tensor | None]:
+    def give_up(self) -> list[object]:
         """The tables, which are a graph's from now on."""
         tables = [self._rows.give_up(), self._chunks.give_up()]
         self.chunks = None
-        return tables
+        return [*tables]
 
     @property
     def compiled_for(self) -> dict[str, Any]:
@@ -329,7 +336,7 @@ class _Position:
         """The phases' tables: the schedule's own, or those of a rate that is the group's upper."""
         return self._own if self.decides(course) else self._constant
 
-    def give_up(self) -> list[Tensor | None]:
+    def give_up(self) -> list[object]:
         """The tables that describe tensors, a graph's from now on; and others, to be kept alive."""
         return [
             self._counters.give_up(),
@@ -552,7 +559,7 @@ class TritonBackend:
         programs = max(1, -(-count // _ADVANCED_AT_ONCE))
         multi_tensor.advance[(programs,)](
             counters, count, rates, kept, groups, width, ints, floats, phases, control, gate,
-            BLOCK=_ADVANCED_AT_ONCE,
+            BLOCK=_ADVANCED_AT_ONCE, enable_fp_fusion=False,
         )  # fmt: skip
         position.advanced(course)
 
