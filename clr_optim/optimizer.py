@@ -156,8 +156,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             each step would; gradients in memory stay as they were. See :attr:`grad_norm`.
         backend: ``"torch"`` (the wrapped optimizer's own step, for everything), ``"native"`` (C++
             kernels for CPU tensors) and ``"triton"`` (kernels for GPU tensors), both equal to
-            torch's for-loop step up to rounding, or ``"auto"``: ``"native"`` where it has a kernel,
-            and for the rest the optimizer's own step. See :meth:`explain`.
+            torch's for-loop step up to rounding, or ``"auto"``: where parameters are on NVIDIA GPUs
+            that Triton compiles for ``"triton"``, else ``"native"``, where they have a kernel, and
+            for the rest the optimizer's own step. See :meth:`explain`.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right, before
@@ -920,14 +921,19 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 return None
             try:
                 if name == "triton":
-                    from clr_optim.backends.triton import TritonBackend
+                    from clr_optim.backends.triton import TritonBackend, try_out
 
                     device = backends.plan_device(name, self._inner)
+                    if self._backend == "auto" and not backends.is_capturing():
+                        # Nobody has asked for Triton, which may not be able to compile here.
+                        try_out(next(p.device for p in self._params() if p.device.type == device))
                     shared.fused = TritonBackend(self._inner, rule, self._schedule, device)
                 else:
                     shared.fused = NativeBackend(self._inner, rule)
             except BuildError as error:
-                shared.chosen = ("torch", f"the native kernels cannot be compiled: {error}")
+                if self._backend != "auto":
+                    raise
+                shared.chosen = ("torch", f"the fused kernels cannot be compiled: {error}")
                 _warn_no_kernels(error)
         return shared.fused
 
@@ -1603,7 +1609,7 @@ def _warn_no_kernels(error: BuildError) -> None:
     if not _warned_no_kernels:
         _warned_no_kernels = True
         warnings.warn(
-            f"the native kernels cannot be compiled, so each wrapped optimizer's own step runs, "
+            f"the fused kernels cannot be compiled, so each wrapped optimizer's own step runs, "
             f"more slowly and otherwise the same: {error}",
             RuntimeWarning,
             stacklevel=_callers_level(),

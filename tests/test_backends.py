@@ -130,3 +130,66 @@ def test_without_a_compiler_torchs_step_serves_with_one_warning(tmp_path):
     assert "so each wrapped optimizer's own step runs" in out.stdout
     assert "/bin/false" in out.stdout
     assert "backend='native' cannot serve SGD" in out.stdout
+
+
+# ---- what is chosen for a GPU, without one
+
+
+def on_a_gpu(monkeypatch, capability=(9, 0), hip=None, triton=None):
+    """An optimizer whose parameter says that it is on one, and what torch then says of it."""
+    from clr_optim.backends import triton as module
+
+    class Elsewhere(torch.Tensor):
+        @property
+        def device(self):
+            return torch.device("cuda", 0)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(backends, "why_no_triton", lambda: triton)
+    monkeypatch.setattr(module, "is_interpreted", lambda: False)
+    return torch.optim.Adam([torch.ones(3).as_subclass(Elsewhere)])
+
+
+def test_auto_takes_triton_on_nvidias_gpus(monkeypatch):
+    assert backends.resolve("auto", on_a_gpu(monkeypatch)) == ("triton", "it has a fused kernel")
+    assert backends.resolve("auto", on_a_gpu(monkeypatch, (8, 0)))[0] == "triton"
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"capability": (7, 5)}, "compute capability 8.0 and above, this has 7.5"),
+        ({"hip": "6.4"}, "no GPU of ROCm has run the kernels yet; backend='triton' asks for them"),
+        ({"triton": "Triton is not installed: pip"}, "Triton is not installed: pip"),
+    ],
+)
+def test_auto_says_why_it_leaves_a_gpu_to_torch(monkeypatch, told, words):
+    name, why = backends.resolve("auto", on_a_gpu(monkeypatch, **told))
+    assert name == "torch"
+    assert words in why
+
+
+def test_where_triton_cannot_compile_only_who_asked_for_it_is_refused(monkeypatch):
+    """As without Python's headers, which Triton needs and nothing else here does."""
+    from clr_optim import optimizer as module
+    from clr_optim.backends import triton
+
+    def no_headers(device):
+        raise triton.BuildError("Triton on cuda:0: CalledProcessError: no Python.h")
+
+    monkeypatch.setattr(triton, "try_out", no_headers)
+    monkeypatch.setattr(triton, "DEVICES", ("cpu",))
+    monkeypatch.setattr(backends, "DEVICES", ("cpu",))
+    monkeypatch.setattr(module, "_warned_no_kernels", False)
+    monkeypatch.setattr(backends, "why_no_triton", lambda: None)
+    monkeypatch.setattr(backends, "why_not_unasked", lambda device: None)
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    opt = CyclicalOptimizer(torch.optim.SGD([param], lr=0.1), base_lr=0.1, max_lr=0.1)
+    assert opt.explain().startswith("triton: ")
+    with pytest.warns(RuntimeWarning, match=r"fused kernels cannot be compiled.*no Python\.h"):
+        opt.step()
+    torch.testing.assert_close(param.detach(), torch.full((3,), 0.9))
+    assert "no Python.h" in opt.explain()
+    assert opt.iteration == 1

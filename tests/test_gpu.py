@@ -11,11 +11,32 @@ from cases import BY_NAME, CASES, Problem, assert_equals_torch_fed_our_rates, as
 from clr_optim import CyclicalOptimizer
 from clr_optim.range_test import lr_range_test
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks"),
+]
+backends = pytest.mark.parametrize("backend", ["torch", "auto"])
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch):
+    monkeypatch.delenv("CLR_OPTIM_BACKEND", raising=False)
+
+
+def test_auto_is_triton_with_the_kernels_numbers():
+    runs = []
+    for backend in ("auto", "triton"):
+        problem = Problem(BY_NAME["adam"], device="cuda")
+        opt = CyclicalOptimizer(BY_NAME["adam"].make(problem.params), backend=backend)
+        assert opt.explain().startswith("triton: ")
+        problem.run(opt, range(5))
+        runs.append(problem.values())
+    assert_same(*runs)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_bit_identical_to_plain_torch_fed_our_rates(case):
+def test_bit_identical_to_plain_torch_fed_our_rates(case, monkeypatch):
+    monkeypatch.setenv("CLR_OPTIM_BACKEND", "torch")
     if case.name == "adagrad-fused":
         problem = Problem(case, device="cuda")
         try:
@@ -25,23 +46,27 @@ def test_bit_identical_to_plain_torch_fed_our_rates(case):
     assert_equals_torch_fed_our_rates(case, torch.float32, "cuda", steps=50)
 
 
-def test_a_tensor_lr_on_the_device_is_filled():
+@backends
+def test_a_tensor_lr_on_the_device_is_filled(backend):
     case = BY_NAME["adam"]
     problem = Problem(case, device="cuda")
     lr = torch.tensor(0.5, device="cuda")
     inner = torch.optim.Adam(problem.params, lr=lr, capturable=True)
-    opt = CyclicalOptimizer(inner, base_lr=0.1, step_size_up=2)
+    opt = CyclicalOptimizer(inner, base_lr=0.1, step_size_up=2, backend=backend)
     for k in range(6):
         assert opt.param_groups[0]["lr"] is lr
         assert lr.item() == pytest.approx(opt.lr_at(k)[0], rel=1e-6)
         problem.step(opt, k)
 
 
+@backends
 @pytest.mark.parametrize("name", ["adam", "adam-fused"])
-def test_an_amp_overflow_moves_nothing(name):
+def test_an_amp_overflow_moves_nothing(name, backend):
     case = BY_NAME[name]
     problem = Problem(case, device="cuda")
-    opt = CyclicalOptimizer(case.make(problem.params), step_size_up=2, max_grad_norm=1.0)
+    opt = CyclicalOptimizer(
+        case.make(problem.params), step_size_up=2, max_grad_norm=1.0, backend=backend
+    )
     scaler = torch.amp.GradScaler("cuda", init_scale=4.0)
     for k in range(5):
         opt.zero_grad()
@@ -56,12 +81,13 @@ def test_an_amp_overflow_moves_nothing(name):
             assert_same(problem.values(), before)
 
 
-def test_a_checkpoint_moves_from_the_cpu():
+@backends
+def test_a_checkpoint_moves_from_the_cpu(backend):
     case = BY_NAME["adam"]
     there, here = Problem(case), Problem(case, device="cuda")
     opt = CyclicalOptimizer(case.make(there.params), step_size_up=2)
     there.run(opt, range(5))
-    moved = CyclicalOptimizer(case.make(here.params), step_size_up=2)
+    moved = CyclicalOptimizer(case.make(here.params), step_size_up=2, backend=backend)
     moved.load_state_dict(opt.state_dict())
     assert moved.iteration == 5
     here.run(moved, range(5, 8))

@@ -742,6 +742,23 @@ def test_a_difference_of_another_size_holds_in_direction_only(accuracy, words):
     assert words in sentences["decay"]
 
 
+def test_more_than_the_paper_promises_of_fewer_iterations():
+    fixed = _result("fixed", accuracy=76.0)
+    sentences = _sentences([fixed, _result("triangular2", accuracy=79.0)])
+    assert "more accurate than `fixed` (76.00 %, +3.00" in sentences["triangular2"]
+    assert sentences["triangular2"].endswith(
+        "(81.4 against 81.4 %): its relation holds here, and more."
+    )
+    # Of as many iterations it is another relation.
+    rows = [
+        _result("rmsprop-fixed", accuracy=70.0),
+        _result("rmsprop-triangular-70k", accuracy=75.0),
+    ]
+    assert _sentences(rows)["rmsprop-triangular-70k"].endswith("its relation does not hold here.")
+    table = paper.readme_table(paper.summarize([fixed, _result("triangular2", accuracy=79.0)]))
+    assert any("| holds, and more: more accurate than fixed (+3.0 points" in line for line in table)
+
+
 def test_spread_over_seeds_widens_what_is_the_same():
     results = [
         _result(row, seed, value)

@@ -929,6 +929,22 @@ def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch):
     assert str(inner.param_groups) == groups
 
 
+def test_a_triton_that_cannot_compile_is_a_build_error(monkeypatch):
+    from clr_optim.backends.triton import BuildError, try_out
+    from clr_optim.kernels.triton import multi_tensor
+
+    class Broken:
+        def __getitem__(self, grid):
+            raise OSError("fatal error: Python.h: No such file or directory\nmore")
+
+    try_out(DEVICE)
+    monkeypatch.setattr(multi_tensor, "open_gate", Broken())
+    with pytest.raises(
+        BuildError, match=r"Triton on .*: OSError: fatal error: Python\.h.*directory$"
+    ):
+        try_out(DEVICE)
+
+
 def test_by_name_it_refuses_other_optimizers():
     inner = torch.optim.NAdam(parameters(drawn([(3,)], torch.float32)))
     with pytest.raises(ValueError, match="'triton' cannot serve NAdam: no fused kernel for NAdam"):

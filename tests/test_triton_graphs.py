@@ -549,7 +549,9 @@ def test_a_whole_training_step_in_a_graph(case):
 @pytest.mark.parametrize("name", ["adam-wd", "sgd-nest-wd", "adagrad-decay"])
 def test_a_gradscalers_fused_path(name):
     """The scaler itself asks for nothing, nor do we."""
-    amp, plain = Run(BY_NAME[name], fused=True, foreach=False), Run(BY_NAME[name])
+    amp, plain = (Run(BY_NAME[name], fused=True, foreach=False) for _ in range(2))
+    if not getattr(amp.opt, "_step_supports_amp_scaling", False):
+        pytest.skip("this torch has its GradScaler decide for it, as 2.11's for Adagrad")
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**30, growth_interval=4)
     taken = 0
     for k in range(40):
@@ -585,6 +587,8 @@ def test_a_steady_step_does_not_wait():
 
 
 @on_gpus
+# torch's, when a thread of autograd is the first there to multiply matrices.
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA")
 def test_beside_other_users_of_graphs():
     """``make_graphed_callables`` and ``reduce-overhead`` around the model, our step outside."""
     torch.manual_seed(0)

@@ -7,7 +7,13 @@ import os
 from torch.optim import Optimizer
 
 from clr_optim.backends.native import BuildError, library, rule_for
-from clr_optim.backends.triton import DEVICES, is_capturing, is_interpreted, why_no_triton
+from clr_optim.backends.triton import (
+    DEVICES,
+    is_capturing,
+    is_interpreted,
+    why_no_triton,
+    why_not_unasked,
+)
 
 __all__ = ["BACKENDS", "devices", "is_capturing", "plan_device", "resolve"]
 
@@ -70,10 +76,11 @@ def resolve(backend: object, optimizer: Optimizer) -> tuple[str, str]:
 def _automatic(optimizer: Optimizer) -> tuple[str, str]:
     """The backend for where the parameters are; nothing is compiled before the first step."""
     params = (param for group in optimizer.param_groups for param in group["params"])
-    if any(param.device.type in DEVICES for param in params):
-        # Tried in the interpreter and compiled for GPUs, but not yet run on one.
-        return "torch", "backend='triton' has a kernel for it, which no GPU has run yet"
-    return "native", "it has a fused kernel"
+    device = next((param.device for param in params if param.device.type in DEVICES), None)
+    if device is None:
+        return "native", "it has a fused kernel"
+    reason = why_no_triton() or why_not_unasked(device)
+    return ("triton", "it has a fused kernel") if reason is None else ("torch", reason)
 
 
 def _refusal(backend: str, optimizer: Optimizer) -> str | None:

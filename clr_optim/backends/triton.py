@@ -26,19 +26,25 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clr_optim.backends.base import Course, Gradients
-from clr_optim.backends.native import library
+from clr_optim.backends.native import BuildError, library
 from clr_optim.plan import Bucket, Plan
 from clr_optim.rules import UpdateRule
 from clr_optim.schedule import Schedule, fixed
 from clr_optim.sharding import no_sums, sum_over_ranks
 
-__all__ = ["DEVICES", "TritonBackend", "is_capturing", "is_interpreted", "why_no_triton"]
+__all__ = [
+    "DEVICES", "TritonBackend", "is_capturing", "is_interpreted", "try_out", "why_no_triton",
+    "why_not_unasked",
+]  # fmt: skip
 
 #: Device types that Triton compiles for; ROCm calls itself CUDA.
 DEVICES = ("cuda", "xpu")
 
 # Without CUDA or ROCm the function that would be asked is not there.
 _HAS_GRAPHS = bool(torch.version.cuda or torch.version.hip)
+
+#: The least that Triton compiles for, as its documentation has it.
+_LEAST_CAPABILITY = (8, 0)
 
 _ADVANCED_AT_ONCE = 256
 _SUMMED_AT_ONCE = 1024
@@ -57,6 +63,40 @@ def why_no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install 'clr-optim[triton]'"
     return None
+
+
+def why_not_unasked(device: torch.device) -> str | None:
+    """Why ``backend="auto"`` leaves tensors on a GPU to torch, or None; by name they are served."""
+    if is_interpreted():
+        return "TRITON_INTERPRET is set, and Triton's interpreter takes CPU tensors only"
+    if device.type != "cuda" or torch.version.hip:
+        name = "ROCm" if torch.version.hip else device.type.upper()
+        return f"no GPU of {name} has run the kernels yet; backend='triton' asks for them"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        least, has = (".".join(map(str, each)) for each in (_LEAST_CAPABILITY, capability))
+        return f"Triton compiles for GPUs of compute capability {least} and above, this has {has}"
+    return None
+
+
+def try_out(device: torch.device) -> None:
+    """Launch a kernel.
+
+    Raises:
+        BuildError: if Triton cannot compile it here, for want of a compiler or of Python's headers.
+    """
+    from clr_optim.kernels.triton import multi_tensor
+
+    try:
+        with _guard(device):
+            one = torch.ones((), dtype=torch.float32, device=device)
+            gate = torch.empty(2, dtype=torch.float64, device=device)
+            multi_tensor.open_gate[(1,)](
+                one, 0, one, one, one, one, gate, CLIPS=False, BLOCK=_SUMMED_AT_ONCE
+            )
+    except Exception as error:  # of whatever kind: of compilers, drivers, Triton's own
+        lines = str(error).strip().splitlines() or [""]
+        raise BuildError(f"Triton on {device}: {type(error).__name__}: {lines[0]}") from error
 
 
 def is_capturing() -> bool:
