@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 DISTRIBUTED := tests/test_distributed.py tests/test_distributed_checkpoint.py \
 	tests/test_dtensor.py tests/test_examples.py
 
-.PHONY: demo test format lint types check interpreted fuzz distributed test-frameworks package docs pictures errors gpu-check gpu-sanitize gpu-paper clean FORCE
+.PHONY: demo test format lint types check interpreted fuzz fuzz-kill distributed test-frameworks package docs pictures errors gpu-check gpu-sanitize gpu-paper clean FORCE
 
 demo: $(VENV)/.demo
 	$(BIN)/clr-optim demo $(ARGS)
@@ -83,6 +83,11 @@ BACKEND ?= native
 fuzz: $(VENV)/.test
 	PYTHONPATH=tests $(BIN)/python -m fuzz --backend $(BACKEND) --minutes $(MINUTES) \
 		$(if $(SEED),--seed $(SEED)) $(if $(REPLAY),--replay $(REPLAY)) $(ARGS)
+
+# A trainer killed KILLS times, at random moments, must come to where one that was not killed comes.
+KILLS ?= 100
+fuzz-kill: $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python -m fuzz.kill_and_resume --kills $(KILLS) $(ARGS)
 
 # Wheel and sdist, and a step taken with the wheel alone in an environment that has nothing else.
 package: $(VENV)/.test

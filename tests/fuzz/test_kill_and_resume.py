@@ -1,0 +1,38 @@
+"""A trainer killed at a few moments goes on to the same bits; and what the tool would find."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fuzz.kill_and_resume import MOMENTS
+
+
+def killed(*arguments):
+    """In a process of its own: one whose children may use threads."""
+    return subprocess.run(
+        [sys.executable, "-m", "fuzz.kill_and_resume", "--fixed", *arguments],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_kills_cost_nothing_but_the_steps_since_the_last_checkpoint():
+    done = killed()
+    assert done.returncode == 0, done.stderr
+    assert f"{len(MOMENTS)} kills survived" in done.stdout
+    assert "2 while it saves" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("saves", "error"),
+    [("carelessly", "does not load"), ("forgetfully", "these are others")],
+)
+def test_what_saves_badly_is_found(saves, error):
+    done = killed("--compiled", "--saves", saves)
+    assert done.returncode == 1, done.stdout
+    assert error in done.stderr
