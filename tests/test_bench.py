@@ -483,7 +483,7 @@ class FakeGraph:
 
 
 @contextmanager
-def fake_capture(graph: FakeGraph) -> Iterator[None]:
+def fake_capture(graph: FakeGraph, stream: object) -> Iterator[None]:
     """As CUDA would: what is captured is not done. Here it is, and then undone."""
     before = {}
 

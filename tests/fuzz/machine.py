@@ -670,8 +670,10 @@ class Machine:
         return None
 
     @event(0.4, own=FLAG)
-    def load_beneath(self, own: bool) -> None:
+    def load_beneath(self, own: bool) -> bool | None:
         """Into the wrapped optimizer, as somebody does who kept hold of it."""
+        if own and not any(self.expected.rates()):
+            return False  # with zero gradients, a step at a 0 that was loaded is a checkpointer's
         if own:
             state = copy.deepcopy(self.ours.state_dict())
             theirs = copy.deepcopy(self.theirs.state_dict())
@@ -683,6 +685,7 @@ class Machine:
         self.theirs.load_state_dict(theirs)
         self.overwritten = True  # until the next step
         self.noticed()
+        return None
 
     @event(0.5)
     def torch_loads_ours(self) -> bool | None:
@@ -815,6 +818,8 @@ class Machine:
             return False
         if key == "centered" and not self.centered:
             return False
+        if key == "decoupled_weight_decay" and isinstance(self.theirs, torch.optim.AdamW):
+            return False  # torch's writes its own whenever anything is loaded
         for opt in self.pair():
             group = opt.param_groups[i % len(opt.param_groups)]
             if key not in group:
@@ -1067,6 +1072,7 @@ class Machine:
                     group["lr"] = lr
 
         self.take(call, rates=[0.0] * len(self.ours.param_groups), moves=False)
+        self.expected.feed(self.theirs)  # a checkpoint of it is of a rate that is in use
         return None
 
     @event(2.0, seed=SEEDS, overflow=(False, False, True), power=range(4), unscales=FLAG)
