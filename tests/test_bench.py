@@ -641,7 +641,7 @@ def test_a_graph_that_does_nothing_is_wrong_and_one_that_fails_is_absent(
     assert row["wrong"] == ["ours_graph"]
     assert row["graph_median_s"] is row["graph_ratio_vs_best_torch"] is None
 
-    def refuses(graph):
+    def refuses(graph, stream):
         raise RuntimeError("no capture today")
 
     monkeypatch.setattr(h200.cuda, "graph", refuses)
