@@ -181,6 +181,7 @@ class _Launch:
         self._active = b""
         self._rows = _Mirror(bucket.device)
         self._uploaded = bucket.table[:0]
+        self._unchanged = b""
         self._chunks = _Mirror(bucket.device)
         self.chunks: Tensor | None = None
         #: how many programs that takes
@@ -191,6 +192,10 @@ class _Launch:
     def refresh(self) -> Tensor:
         """The rows on the device, chunks and counters in step with which of them are active."""
         table = self.bucket.table
+        whole = table.tobytes()
+        if whole == self._unchanged:  # as nearly all steps find it
+            return cast("Tensor", self._rows.table)
+        self._unchanged = b""
         active = table["active"]
         now = active.tobytes()
         if now != self._active or self.chunks is None:
@@ -211,6 +216,7 @@ class _Launch:
             on_device = self._rows.put(_words(table))
             self._rows.stage()
             self._uploaded = table.copy()
+            self._unchanged = whole
             return on_device
         # New gradients, which live in the graph's own memory, are all that may be new.
         rest = table.copy()
@@ -224,6 +230,7 @@ class _Launch:
         """The tables, which are a graph's from now on."""
         tables = [self._rows.give_up(), self._chunks.give_up()]
         self.chunks = None
+        self._unchanged = b""
         return [*tables]
 
     @property
@@ -266,7 +273,9 @@ class _Position:
         # Rates that the host decides are not to be left where a graph looks for bounds.
         # Those that were too small for a group added later are still some graph's to read.
         self._groups = [[_Mirror(device)] for _ in range(2)]
+        self._groups_of: tuple[Any, ...] = ()
         self._counters = _Mirror(device)
+        self._counters_of: list[npt.NDArray[np.int64]] = []
         self._rates = _Mirror(device)
         self._limit = _Mirror(device)
         #: scale and overflow where there is no GradScaler, in the dtype in which that has them
@@ -331,6 +340,13 @@ class _Position:
     ) -> Tensor:
         """The groups' table: what the schedule needs of each, and then the kernel's scalars."""
         on_device = self.decides(course)
+        mirrors = self._groups[on_device]
+        made_of = (
+            on_device, tuple(course.bounds if on_device else course.rates), course.momenta,
+            scalars[:, 1:].tobytes(), len(scalars),
+        )  # fmt: skip
+        if made_of == self._groups_of:
+            return cast("Tensor", mirrors[-1].table)
         table = np.zeros((len(scalars), scalars.shape[1] + 4))
         table[:, 5:] = scalars[:, 1:]  # without the rate
         # A group may have been added since the last step, which the plan has not seen.
@@ -343,20 +359,25 @@ class _Position:
                 # The group's own follows the cycle; not looked at, it would change the table.
                 if momentum is not None:
                     table[i, 7 + momentum] = 0.0
-        mirrors = self._groups[on_device]
         last = mirrors[-1].table
         if last is not None and last.shape != table.shape:
             mirrors.append(_Mirror(self.device))
         for older in mirrors[:-1]:
             if older.table is not None and len(older.table) <= len(table):
                 older.put(table[: len(older.table)])
-        return mirrors[-1].put(table)
+        found = mirrors[-1].put(table)
+        self._groups_of = made_of
+        return found
 
     def counters(self, launches: list[_Launch]) -> tuple[Tensor, int]:
         """The step counters of all tensors that were updated, and how many there are."""
         tables = [launch.counters for launch in launches]
-        table = np.concatenate(tables) if tables else _NO_COUNTER[:0]
-        return self._counters.put(table if len(table) else _NO_COUNTER), len(table)
+        count = sum(map(len, tables))
+        there = self._counters.table
+        if there is None or [*map(id, tables)] != [*map(id, self._counters_of)]:
+            there = self._counters.put(np.concatenate(tables) if count else _NO_COUNTER)
+            self._counters_of = tables
+        return there, count
 
     def rates(self, course: Course) -> tuple[Tensor, int]:
         """Where the learning rates lie that are to be kept current, and how many there are."""
@@ -408,6 +429,7 @@ class TritonBackend:
         self._schedule = schedule
         self._momentum = rule.momentum
         self._launches: list[_Launch] = []
+        self._by_device: dict[torch.device, list[_Launch]] = {}
         self._positions: dict[torch.device, _Position] = {}
         self._unsure = False
         # Kept for graphs, whose launches read from them: their number is that of captured steps.
@@ -462,16 +484,8 @@ class TritonBackend:
                 "with all gradients and then capture"
             )
         if [id(launch.bucket) for launch in self._launches] != [id(b) for b in plan.buckets]:
-            self._launches = [_Launch(bucket) for bucket in plan.buckets]
-        by_device: dict[torch.device, list[_Launch]] = {}
-        for launch in self._launches:
-            by_device.setdefault(launch.bucket.device, []).append(launch)
-        for device in by_device:
-            if device not in self._positions:
-                with _guard(device):
-                    self._positions[device] = _Position(device, self._schedule)
-        for device in self._positions:  # none may fall behind
-            by_device.setdefault(device, [])
+            self._arrange([_Launch(bucket) for bucket in plan.buckets])
+        by_device = self._by_device
         rows = {}
         for device, launches in by_device.items():
             with _guard(device):
@@ -493,6 +507,18 @@ class TritonBackend:
                 with _guard(launch.bucket.device):
                     launch.refresh()
         return norm
+
+    def _arrange(self, launches: list[_Launch]) -> None:
+        for device in dict.fromkeys(launch.bucket.device for launch in launches):
+            if device not in self._positions:
+                with _guard(device):
+                    self._positions[device] = _Position(device, self._schedule)
+        by_device: dict[torch.device, list[_Launch]] = {}
+        for launch in launches:
+            by_device.setdefault(launch.bucket.device, []).append(launch)
+        for device in self._positions:  # none may fall behind
+            by_device.setdefault(device, [])
+        self._launches, self._by_device = launches, by_device
 
     def _gates(
         self,
@@ -619,4 +645,8 @@ def _warp(device: torch.device) -> int:
 
 
 def _guard(device: torch.device) -> AbstractContextManager[Any]:
-    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+    """The device as the current one, which it mostly is already."""
+    if device.type == "cpu":
+        return nullcontext()
+    module = torch.get_device_module(device)
+    return nullcontext() if module.current_device() == device.index else module.device(device)
