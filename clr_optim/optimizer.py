@@ -1567,8 +1567,8 @@ class CyclicalScheduler(LRScheduler):
         return list(optimizer.lr_at(iteration - 1))
 
     def get_lr(self) -> list[float | Tensor]:
-        """The same as :meth:`get_last_lr`."""
-        return self.get_last_lr()
+        """The rates that the next step will use, one per group: what ignite writes into groups."""
+        return list(cast("CyclicalOptimizer[Any]", self.optimizer).get_last_lr())
 
     def step(self, epoch: int | None = None) -> None:
         """Change nothing; from here on :meth:`get_last_lr` shows the next step's rates.

@@ -591,6 +591,7 @@ def test_the_scheduler_view_shows_the_rate_that_torchs_scheduler_shows():
         problem.step(opt, k)
         theirs.step()
         assert scheduler.get_last_lr() == pytest.approx(reference.get_last_lr())
+        assert scheduler.get_lr() == opt.get_last_lr()  # ignite writes these, before a step
         scheduler.step()
         reference.step()
     opt.set_iteration(4)
