@@ -637,7 +637,8 @@ def plot_paper_curves(
         values = sorted(value for points in curves.values() for _, value in points)
         # The climb from chance is the same for all; what differs is above it.
         axes.set_ylim(values[len(values) // 12] - 2, values[-1] + 2)
-        axes.set_xlim(0)
+        last = max(at for points in curves.values() for at, _ in points)
+        axes.set_xlim(0, 1.1 * last)  # room for the last number on the axis
         _label(axes, title, "test accuracy in %")
         axes.legend(frameon=False, loc="lower right", fontsize=8)
     for axes in grid[len(panels) :]:
