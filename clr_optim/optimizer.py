@@ -92,6 +92,8 @@ class _Shared:
         self.groups: list[dict[str, Any]] | None = None
         self.position = 0
         self.bounds: list[tuple[float, float]] = []
+        #: groups that somebody put there since, and the bounds that were found for them
+        self.seen: tuple[list[dict[str, Any]], list[tuple[float, float]]] | None = None
         self.momenta: list[tuple[float, float]] = []
         self.rates: list[tuple[object, float]] = []
         self.warned = False
@@ -1158,17 +1160,20 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         # After a load beneath us, groups without our keys keep the bounds they had, or that
         # somebody had written into the groups which were there before.
         known = []
-        if shared.groups is not None and shared.groups is not groups:
+        before, had = shared.seen or (shared.groups, shared.bounds)
+        if before is not None and shared.groups is not groups:
             known = [
                 _written_bounds(group, i) if _BASE in group and _MAX in group else bounds
-                for i, (group, bounds) in enumerate(zip(shared.groups, shared.bounds, strict=False))
+                for i, (group, bounds) in enumerate(zip(before, had, strict=False))
             ]
-        return [
+        found = [
             _written_bounds(group, i)
             if _BASE in group and _MAX in group
             else (known[i] if i < len(known) else _initial_bounds(group, f" in group {i}"))
             for i, group in enumerate(groups)
         ]
+        shared.seen = (groups, found)
+        return found
 
     def _settle(self, position: int | None = None) -> int:
         """Take in what others did to the groups; returns the position.
@@ -1281,7 +1286,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             else:
                 group["betas"] = (momentum, *group["betas"][1:])
         shared.groups, shared.position = groups, position
-        shared.bounds, shared.rates = bounds, held
+        shared.bounds, shared.rates, shared.seen = bounds, held, None
         if shared.fused is not None and not stepped and self._only_the_device_knows():
             shared.fused.move_to(self._course(at_zero=False))
 

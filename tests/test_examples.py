@@ -72,10 +72,11 @@ class Output:
         return float(re.findall(r"test accuracy ([\d.]+)", self.stdout)[-1])
 
 
-def _run(world: int, script: Path, *args: object) -> Output:
-    """On so many ranks; a single one without torchrun."""
+def _run(world: int, script: Path, *args: object, launched: bool = False) -> Output:
+    """On so many ranks; a single one without torchrun, unless told otherwise."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    command = [sys.executable, *(torchrun if world > 1 else []), str(script), *map(str, args)]
+    launcher = torchrun if world > 1 or launched else []
+    command = [sys.executable, *launcher, str(script), *map(str, args)]
     # Three ranks do not fit on one GPU, nor three times all threads on the cores.
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     if sys.platform == "linux":
@@ -191,3 +192,33 @@ def test_the_plain_loop_goes_on_where_it_was(tmp_path):
         assert float(step["cycle"]) == k / 96
         assert float(step["lr"]) == pytest.approx(triangular2(48)(k - 1, 0.005, 0.02), abs=1e-6)
     assert parts[1].accuracy > 90
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ddp_goes_on_where_it_was_on_any_number_of_ranks(tmp_path, world):
+    """Two ranks for a cycle, then others for another: the rates of one run, and the same course."""
+    script, run = EXAMPLES / "torchrun_ddp.py", tmp_path / "run.pt"
+    whole = _run(2, script, "--cycles", 2, "--checkpoint", tmp_path / "whole.pt", launched=True)
+    first = _run(2, script, "--cycles", 1, "--checkpoint", run, launched=True)
+    then = _run(world, script, "--cycles", 2, "--checkpoint", run, launched=True)
+    for output in (whole, first, then):
+        assert output.returncode == 0, output.stderr
+        assert "warning" not in output.stderr.lower()
+    assert [step["step"] for step in whole.steps] == ["40", "80"]
+    assert first.steps == whole.steps[:1]
+    (last,) = then.steps
+    assert (last["step"], last["cycle"]) == ("80", "2.00")
+    assert float(last["lr"]) == pytest.approx(triangular2(20)(79, 0.025, 0.1), abs=1e-6)
+    # Of a third of the batch on rank 0 it is another loss.
+    states = [torch.load(path, weights_only=True) for path in (tmp_path / "whole.pt", run)]
+    ours, theirs = (state["model"] for state in states)
+    exact = {"rtol": 0.0, "atol": 0.0} if world == 2 else {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(ours, theirs, **exact)
+    assert states[0]["opt"]["param_groups"] == states[1]["opt"]["param_groups"]
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_examples_are_short(script):
+    """The one of FSDP2 is a whole run with its checkpoints, and no introduction."""
+    longest = 130 if script == FSDP2 else 60
+    assert len(script.read_text().splitlines()) <= longest
