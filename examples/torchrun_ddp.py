@@ -18,12 +18,7 @@ from clr_optim import CyclicalOptimizer
 from clr_optim.demo.train import build_network, split_digits
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="DDP with a cyclical learning rate")
-    parser.add_argument("--cycles", type=int, default=4, help="of 40 steps, in all (%(default)s)")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="file to go on from")
-    args = parser.parse_args()
-    dist.init_process_group()  # torchrun has said who is who
+def train(args: argparse.Namespace) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -37,14 +32,13 @@ def main() -> None:
         saved = torch.load(args.checkpoint, weights_only=True, map_location=device)
         model.module.load_state_dict(saved["model"])
         opt.load_state_dict(saved["opt"])
-
-    train, _ = split_digits()
+    digits, _ = split_digits()
     while opt.cycle < args.cycles:
-        order = torch.Generator().manual_seed(opt.iteration)  # no sampler to save
-        mine = torch.randperm(len(train.labels), generator=order)[rank:60:world]  # of a batch of 60
+        torch.manual_seed(opt.iteration)  # the step alone decides on the batch of 60
+        mine = torch.randperm(len(digits.labels))[rank:60:world]
         lr = opt.get_last_lr()[0]
         opt.zero_grad()
-        images, labels = train.images[mine].to(device), train.labels[mine].to(device)
+        images, labels = digits.images[mine].to(device), digits.labels[mine].to(device)
         loss = functional.cross_entropy(model(images), labels)
         loss.backward()
         opt.step()
@@ -53,8 +47,12 @@ def main() -> None:
             new = args.checkpoint.with_suffix(".new")
             torch.save({"model": model.module.state_dict(), "opt": opt.state_dict()}, new)
             new.replace(args.checkpoint)  # at once or not at all
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description="DDP with a cyclical learning rate")
+    parser.add_argument("--cycles", type=int, default=4, help="of 40 steps, in all (%(default)s)")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="file to go on from")
+    dist.init_process_group()  # torchrun has said who is who
+    train(parser.parse_args())  # whose model is gone before the group is: gloo would hang
+    dist.destroy_process_group()
