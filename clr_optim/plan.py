@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -186,7 +187,7 @@ class Bucket:
     layout: np.ndarray[Any, np.dtype[np.int64]] = field(init=False)
     scan: _Scan = field(init=False)
     #: what the rows point to, kept alive until the step is over; None where that is not needed
-    grads: list[Tensor | None] | None = field(init=False)
+    grads: list[Tensor | None] | None = field(init=False, default=None)
 
     def finish(self, state: dict[Tensor, dict[str, Any]], *, holds: bool) -> None:
         """Write the table that kernels read, and what :meth:`Plan.is_current` compares."""
@@ -395,6 +396,8 @@ class Plan:
         #: those of them whose own gradient or layout is the reason
         self._odd: list[tuple[Tensor, str]] = []
         self._idle: list[Tensor] = []
+        # Another thread may ask for a new plan while this one builds it.
+        self._turn = threading.RLock()
         self._groups: list[dict[str, Any]] | None = None
         self._members: list[list[Tensor]] = []
         self._settings: list[list[Any]] = []
@@ -419,19 +422,22 @@ class Plan:
     def refresh(self) -> None:
         """Bring the plan up to date: at least the gradients' pointers, at most all of it."""
         if (self._odd and self._rest_changed()) or not self.is_current():
-            self._build()
+            with self._turn:
+                self._build()
 
     def forget(self) -> None:
         """Have the next :meth:`refresh` build the plan anew."""
-        self._groups = None
-        self.release()
+        with self._turn:
+            self._groups = None
+            self.release()
 
     def release(self) -> None:
         """Let go of the gradients, if after a :meth:`refresh` no step is to be taken."""
-        if not self.view.busy:
-            self.table["held"] = 0
-            for bucket in self.buckets:
-                bucket.release()
+        with self._turn:
+            if not self.view.busy:
+                self.table["held"] = 0
+                for bucket in self.buckets:
+                    bucket.release()
 
     def _rest_changed(self) -> bool:
         """Whether a gradient that no kernel could take has become another."""
@@ -499,15 +505,16 @@ class Plan:
         torch.autograd.graph.increment_version(self.active_params())
         if not self.pending:
             return
-        state = self._optimizer.state
-        for bucket in self.buckets:
-            for row in bucket.rows:
-                if row.pending:
-                    state[row.param].update(row.pending)
-                    row.pending, row.first = {}, False
-        self.pending = False
-        self._index()
-        self.release()
+        with self._turn:
+            state = self._optimizer.state
+            for bucket in self.buckets:
+                for row in bucket.rows:
+                    if row.pending:
+                        state[row.param].update(row.pending)
+                        row.pending, row.first = {}, False
+            self.pending = False
+            self._index()
+            self.release()
 
     @staticmethod
     def _settings_of(group: dict[str, Any]) -> list[Any]:

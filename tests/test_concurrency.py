@@ -17,6 +17,7 @@ import threading
 import time
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
 import pytest
@@ -36,7 +37,7 @@ from native_helpers import (
 
 from clr_optim.backends.base import Course, Gradients
 from clr_optim.backends.native import NativeBackend, rule_for
-from clr_optim.plan import Plan
+from clr_optim.plan import Bucket, Plan
 
 #: Long enough for the GIL to be given away, and for other threads to notice.
 LONG = 1 << 22
@@ -361,6 +362,32 @@ def test_threads_that_change_an_optimizer_while_another_steps_it():
     for p in params:
         assert (p == p.flatten()[0]).all()
         assert p.isfinite().all()
+
+
+def test_a_plan_that_is_forgotten_while_it_is_built_is_built_again(monkeypatch):
+    """Its buckets are not whole yet, and what asks for a new one must not be lost."""
+    params = parameters([torch.zeros(5), torch.zeros(3)])
+    optimizer = torch.optim.SGD(params, lr=1.0)
+    backend = NativeBackend(optimizer, rule_for(optimizer))
+    for p in params:
+        p.grad = torch.ones_like(p)
+    finish, forgetting = Bucket.finish, []
+
+    def beside_another(bucket, state, *, holds):
+        if not forgetting:
+            forgetting.append(pool.submit(backend.plan.forget))
+            wait(forgetting, timeout=0.2)
+        finish(bucket, state, holds=holds)
+
+    monkeypatch.setattr(Bucket, "finish", beside_another)
+    with ThreadPoolExecutor() as pool:
+        backend.plan.refresh()
+        forgetting[0].result(PATIENCE_S)
+    assert not backend.plan.is_current()
+    backend.plan.refresh()
+    backend.step(Course(0, [0.5], [(0.5, 0.5)], None, [], True), Gradients())
+    for p in params:
+        assert torch.equal(p.detach(), torch.full_like(p, -0.5))
 
 
 def test_the_number_of_threads_may_change_between_steps():
