@@ -1562,8 +1562,8 @@ class CyclicalScheduler(LRScheduler):
         Frameworks log between the two steps, and mean the rate that was used.
 
         Returns:
-            One rate per group: those that the optimizer's last step used, or after :meth:`step`
-            those that the next will use.
+            One rate per group, the one that the optimizer's last step used, or after :meth:`step`
+            the one that the next will use.
         """
         optimizer = cast("CyclicalOptimizer[Any]", self.optimizer)
         iteration = optimizer.iteration

@@ -124,6 +124,13 @@ def test_what_raises_says_so(name, thing, owner):
 
 
 @pytest.mark.parametrize(("name", "thing", "owner"), PUBLIC)
+def test_what_it_returns_has_no_words_where_a_type_is_expected(name, thing, owner):
+    """What stands before a colon there is rendered as a type's name, and leads nowhere."""
+    first = sections(thing.__doc__).get("Returns", "").strip().partition("\n")[0]
+    assert ": " not in first, first
+
+
+@pytest.mark.parametrize(("name", "thing", "owner"), PUBLIC)
 def test_an_example_shows_its_use(name, thing, owner):
     """A method's may stand in its class's docstring."""
     code = examples(thing) + (examples(owner) if owner is not None else "")
