@@ -929,6 +929,13 @@ def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch):
     assert str(inner.param_groups) == groups
 
 
+def test_the_host_knows_where_a_kernels_own_scalars_begin():
+    from clr_optim.backends import triton
+    from clr_optim.kernels.triton import multi_tensor
+
+    assert len(multi_tensor.GROUP) == triton._OWN
+
+
 def test_a_triton_that_cannot_compile_is_a_build_error(monkeypatch):
     from clr_optim.backends.triton import BuildError, try_out
     from clr_optim.kernels.triton import multi_tensor

@@ -46,6 +46,9 @@ _HAS_GRAPHS = bool(torch.version.cuda or torch.version.hip)
 #: The least that Triton compiles for, as its documentation has it.
 _LEAST_CAPABILITY = (8, 0)
 
+#: Where a kernel's own scalars begin in the groups' table, in step with its ``GROUP``.
+_OWN = 7
+
 _ADVANCED_AT_ONCE = 256
 _SUMMED_AT_ONCE = 1024
 # An empty table has no address to load from.
@@ -356,9 +359,10 @@ class _Position:
             if course.momenta is not None and on_device:
                 table[i, 2:4] = course.momenta[i]
                 table[i, 4] = 1.0
-                # The group's own follows the cycle; not looked at, it would change the table.
-                if momentum is not None:
-                    table[i, 7 + momentum] = 0.0
+                # The group's own follows the cycle; not looked at, it would change the table. Where
+                # no kernel serves any group there is none.
+                if momentum is not None and _OWN + momentum < table.shape[1]:
+                    table[i, _OWN + momentum] = 0.0
         last = mirrors[-1].table
         if last is not None and last.shape != table.shape:
             mirrors.append(_Mirror(self.device))

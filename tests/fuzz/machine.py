@@ -672,7 +672,8 @@ class Machine:
     @event(0.4, own=FLAG)
     def load_beneath(self, own: bool) -> bool | None:
         """Into the wrapped optimizer, as somebody does who kept hold of it."""
-        if own and not any(self.expected.rates()):
+        rates = self.expected.rates() if own else [g["lr"] for g in self.theirs.param_groups]
+        if not any(rates):
             return False  # with zero gradients, a step at a 0 that was loaded is a checkpointer's
         if own:
             state = copy.deepcopy(self.ours.state_dict())
@@ -743,6 +744,7 @@ class Machine:
             low, high = zip(*bounds, strict=True)
             self.wrap.update(base_lr=list(low), max_lr=list(high))
         inner = self.ours.optimizer
+        self.noticed()  # whoever wraps it anew asks first: only the device may know of an overflow
         self.ours = CyclicalOptimizer(
             inner, **{**self.wrap, "backend": "torch" if to_torch else "auto"}
         )
@@ -825,6 +827,8 @@ class Machine:
             if key not in group:
                 return False
             group[key] = KEYS[key][choice % len(KEYS[key])]
+        if key in ("momentum", "betas") and self.expected.momenta is not None:
+            self.overwritten = True  # until the cycle writes its own at the next step
         return None
 
     @event(0.7, top=(0.001, 0.004, 0.02, 0.1), i=WHICH)
@@ -1072,7 +1076,11 @@ class Machine:
                     group["lr"] = lr
 
         self.take(call, rates=[0.0] * len(self.ours.param_groups), moves=False)
-        self.expected.feed(self.theirs)  # a checkpoint of it is of a rate that is in use
+        for group, rate in zip(self.theirs.param_groups, self.expected.rates(), strict=True):
+            if isinstance(group["lr"], Tensor):  # a checkpoint of it is of a rate that is in use
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         return None
 
     @event(2.0, seed=SEEDS, overflow=(False, False, True), power=range(4), unscales=FLAG)
