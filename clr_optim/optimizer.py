@@ -1172,7 +1172,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             else (known[i] if i < len(known) else _initial_bounds(group, f" in group {i}"))
             for i, group in enumerate(groups)
         ]
-        shared.seen = (groups, found)
+        shared.seen = None if shared.groups is groups else (groups, found)
         return found
 
     def _settle(self, position: int | None = None) -> int:
