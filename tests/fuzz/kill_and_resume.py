@@ -156,11 +156,9 @@ def train(
     torch.set_num_threads(2)
     checkpoint = folder / "checkpoint.pt"
     moment("starts")
-    trainer = Trainer.__new__(Trainer)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_compiling(moment))
+    with _compiling(moment):
         build.load()
-    Trainer.__init__(trainer)
+    trainer = Trainer()
     if checkpoint.exists():
         trainer.resume(torch.load(checkpoint, weights_only=True))
     while steps is None or trainer.opt.iteration < steps:

@@ -134,12 +134,15 @@ class Expected:
             assert rates == pytest.approx(by_paper, rel=1e-9, abs=1e-12)
         return rates
 
-    def feed(self, theirs: Optimizer, rates: list[float] | None = None) -> None:
+    def feed_rates(self, theirs: Optimizer, rates: list[float] | None = None) -> None:
         for group, lr in zip(theirs.param_groups, rates or self.rates(), strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
+
+    def feed(self, theirs: Optimizer, rates: list[float] | None = None) -> None:
+        self.feed_rates(theirs, rates)
         if self.momenta is None:
             return
         momenta = POLICIES[self.policy].schedule.momenta(self.position, self.momenta)
@@ -1076,11 +1079,7 @@ class Machine:
                     group["lr"] = lr
 
         self.take(call, rates=[0.0] * len(self.ours.param_groups), moves=False)
-        for group, rate in zip(self.theirs.param_groups, self.expected.rates(), strict=True):
-            if isinstance(group["lr"], Tensor):  # a checkpoint of it is of a rate that is in use
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        self.expected.feed_rates(self.theirs)  # a checkpoint of it is of a rate that is in use
         return None
 
     @event(2.0, seed=SEEDS, overflow=(False, False, True), power=range(4), unscales=FLAG)
