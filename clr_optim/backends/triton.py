@@ -88,15 +88,10 @@ def try_out(device: torch.device) -> None:
     Raises:
         BuildError: if Triton cannot compile it here, for want of a compiler or of Python's headers.
     """
-    from clr_optim.kernels.triton import multi_tensor
-
     try:
         with _guard(device):
             one = torch.ones((), dtype=torch.float32, device=device)
-            gate = torch.empty(2, dtype=torch.float64, device=device)
-            multi_tensor.open_gate[(1,)](
-                one, 0, one, one, one, one, gate, CLIPS=False, BLOCK=_SUMMED_AT_ONCE
-            )
+            _open(torch.empty(2, dtype=torch.float64, device=device), one, one - one)
     except Exception as error:  # of whatever kind: of compilers, drivers, Triton's own
         lines = str(error).strip().splitlines() or [""]
         raise BuildError(f"Triton on {device}: {type(error).__name__}: {lines[0]}") from error
@@ -261,7 +256,6 @@ class _Position:
     """The position in the schedule, and the phases, on one device."""
 
     def __init__(self, device: torch.device, schedule: Schedule) -> None:
-        from clr_optim.kernels.triton import multi_tensor
         from clr_optim.kernels.triton.schedule import phase_tables
 
         self.device = device
@@ -287,10 +281,7 @@ class _Position:
         #: the gate of a step that surely happens, its gradients as they are
         self.open = torch.empty(2, dtype=torch.float64, device=device)
         # By the kernel itself: first launched in a capture, it could not be loaded.
-        multi_tensor.open_gate[(1,)](
-            self.one, 0, self.one, self.one, self.zero, self.one, self.open,
-            CLIPS=False, BLOCK=_SUMMED_AT_ONCE,
-        )  # fmt: skip
+        _open(self.open, self.one, self.zero)
         #: where norms go, of replayed steps too
         self.norm: Tensor | None = None
 
@@ -632,6 +623,15 @@ class TritonBackend:
             BLOCK=_ADVANCED_AT_ONCE, enable_fp_fusion=False,
         )  # fmt: skip
         position.advanced(course)
+
+
+def _open(gate: Tensor, one: Tensor, zero: Tensor) -> None:
+    """Fill the gate of a step that surely happens, its gradients as they are."""
+    from clr_optim.kernels.triton import multi_tensor
+
+    multi_tensor.open_gate[(1,)](
+        one, 0, one, one, zero, one, gate, CLIPS=False, BLOCK=_SUMMED_AT_ONCE
+    )
 
 
 def _on(tensor: Tensor | None, default: Tensor) -> Tensor:
