@@ -39,6 +39,8 @@ class Times(NamedTuple):
 
     device: list[float]
     host: list[float]
+    #: whether the device may have waited for the host meanwhile
+    waited: list[bool]
 
 
 class _Replay:
@@ -132,9 +134,11 @@ class Stopwatch:
 
     *On the device*: between two events. First other work keeps it busy for as long as the host
     takes to launch the step, so that nothing between the events waits for the host; that work is
-    also larger than any cache, and leaves nothing of the step's there. Where a step is of more
-    launches than a queue takes (about a thousand) the device may wait all the same. A short step
-    is taken several times between the events, and caches may serve all but the first.
+    also larger than any cache, and leaves nothing of the step's there. Whether it was enough is
+    seen: the device must not have come to the first event when the host has recorded the second.
+    If it has, the step is taken again behind twice as much, up to 20 ms. Where a step is of more
+    launches than a queue takes (about a thousand) the device may wait all the same, which is noted.
+    A short step is taken several times between the events, and caches may serve all but the first.
 
     *On the host*: the call alone, on an idle device; nothing in it is waited for.
 
@@ -150,9 +154,61 @@ class Stopwatch:
         self._gpu, self._busy, self._prepare = gpu, busy, prepare
         self._most_repeats = _MOST_REPEATS if again else 1
         self._busy_s = min(self.by_device(busy) for _ in range(3))
+        self._most_ahead = max(1, math.ceil(_MOST_AHEAD_S / self._busy_s))
 
-    def by_device(self, step: Step, ahead: int = 1, repeats: int = 1) -> float:
-        """Seconds of the device per step, taken so often after so much other work."""
+    def by_device(self, step: Step) -> float:
+        """Seconds of the device for one step, after a little other work."""
+        return self._by_device(step, 1, 1)[0]
+
+    def by_host(self, step: Step) -> float:
+        """Seconds until the call returns."""
+        self._prepare()
+        self._gpu.synchronize()
+        begin = perf_counter()
+        step()
+        return perf_counter() - begin
+
+    def interleave(
+        self, steps: Mapping[str, Step], orders: Iterable[Iterable[str]]
+    ) -> dict[str, Times]:
+        """Time the steps in turn, each both ways, in the orders given."""
+        times = {name: Times([], [], []) for name in steps}
+        chosen = {name: self._choose(step) for name, step in steps.items()}  # which warms up, too
+        gc.disable()
+        try:
+            for order in orders:
+                for name in order:
+                    ahead, repeats = chosen[name]
+                    ahead, seconds, waited = self._covered(steps[name], ahead, repeats)
+                    chosen[name] = ahead, repeats
+                    times[name].device.append(seconds)
+                    times[name].waited.append(waited)
+                    times[name].host.append(self.by_host(steps[name]))
+        finally:
+            gc.enable()
+        return times
+
+    def _choose(self, step: Step) -> tuple[int, int]:
+        """How much other work goes ahead of a step, and how often it is taken."""
+        for _ in range(2):  # the first of all may compile
+            self.by_host(step)
+        ahead, seconds, _ = self._covered(step, 1, 1)
+        repeats = min(max(1, math.ceil(_SHORT_S / seconds)), self._most_repeats)
+        return min(ahead * repeats, self._most_ahead), repeats
+
+    def _covered(self, step: Step, ahead: int, repeats: int) -> tuple[int, float, bool]:
+        """What it took of other work, the seconds of a step, and whether it was not enough."""
+        while True:
+            seconds, waited = self._by_device(step, ahead, repeats)
+            if not waited or ahead >= self._most_ahead:
+                return ahead, seconds, waited
+            ahead = min(2 * ahead, self._most_ahead)
+
+    def _by_device(self, step: Step, ahead: int, repeats: int) -> tuple[float, bool]:
+        """Seconds of the device per step, taken so often after so much other work.
+
+        And whether it may have waited for the host, by whose time gradients are prepared, too.
+        """
         self._gpu.synchronize()
         begin, end = self._gpu.event(), self._gpu.event()
         for _ in range(ahead):
@@ -164,43 +220,10 @@ class Stopwatch:
             self._prepare()
             step()
         end.record()
+        waited = bool(begin.query())
         self._gpu.synchronize()
-        return max(float(begin.elapsed_time(end)), 1e-6) / 1e3 / repeats  # comes in milliseconds
-
-    def by_host(self, step: Step) -> float:
-        """Seconds until the call returns."""
-        self._prepare()
-        self._gpu.synchronize()
-        begin = perf_counter()
-        step()
-        return perf_counter() - begin
-
-    def choose(self, step: Step) -> tuple[int, int]:
-        """How much other work goes ahead of a step, and how often it is taken."""
-        host = min(self.by_host(step) for _ in range(3))
-        device = self.by_device(step, self._ahead(host))
-        repeats = min(max(1, math.ceil(_SHORT_S / device)), self._most_repeats)
-        return self._ahead(host * repeats), repeats
-
-    def _ahead(self, host: float) -> int:
-        # Half as long again, since a host has its slow moments.
-        return max(1, math.ceil(min(1.5 * host, _MOST_AHEAD_S) / self._busy_s))
-
-    def interleave(
-        self, steps: Mapping[str, Step], orders: Iterable[Iterable[str]]
-    ) -> dict[str, Times]:
-        """Time the steps in turn, each both ways, in the orders given."""
-        times = {name: Times([], []) for name in steps}
-        chosen = {name: self.choose(step) for name, step in steps.items()}  # which warms up, too
-        gc.disable()
-        try:
-            for order in orders:
-                for name in order:
-                    times[name].device.append(self.by_device(steps[name], *chosen[name]))
-                    times[name].host.append(self.by_host(steps[name]))
-        finally:
-            gc.enable()
-        return times
+        # Comes in milliseconds.
+        return max(float(begin.elapsed_time(end)), 1e-6) / 1e3 / repeats, waited
 
 
 def why_no_gpu() -> str | None:

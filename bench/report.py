@@ -47,6 +47,9 @@ def table(results: Mapping[str, Any]) -> str:
         remark = "SLOWER than torch" if row["ratio_vs_best_torch"] < 1 else ""
         if row["wrong"]:
             remark += f" ({', '.join(row['wrong'])}: WRONG results, not counted)"
+        waited = [name for name in shown if row["times"].get(name, {}).get("waited", 0.0) > 0.5]
+        if waited:
+            remark += f" ({', '.join(waited)}: the device waited for the host)"
         if row["backend"] != ("triton" if on_gpu else "native"):
             remark += f" [{row['backend']} backend]"
         lines.append(

@@ -367,7 +367,8 @@ def measure_cell_on_gpu(
     """One row of the results; its ratios and shares are of the time on the device.
 
     What the caches could hold, for the better part, has no share: it may not come from the memory,
-    and such a step takes no longer than its launches do.
+    and such a step takes no longer than its launches do. ``waited`` is the share of the rounds in
+    which the device may have waited for the host, so that the host's time counts in the device's.
     """
     kind, cell = RULES[rule], f"{rule}/{workload}/{dtype}"
     own = ours(kind, tensors.params, backend=gpu.backend)
@@ -398,6 +399,7 @@ def measure_cell_on_gpu(
                 "device_p10_s": float(np.percentile(times[name].device, 10)),
                 "device_p90_s": float(np.percentile(times[name].device, 90)),
                 "host_median_s": host[name],
+                "waited": float(np.mean(times[name].waited)),
             }
             for name in steps
         },

@@ -466,6 +466,9 @@ class FakeEvent:
     def elapsed_time(self, other):
         return 1e3 * (other.at - self.at)
 
+    def query(self):
+        return True
+
 
 class FakeGraph:
     """Holds the one optimizer's step that was captured, which has not happened by that."""
@@ -572,9 +575,10 @@ def test_cells_on_a_gpu(tmp_path, capsys, h200):
         assert set(row["times"]) == {"default", "forloop", "fused", "ours"} | graphs
         for times in row["times"].values():
             assert set(times) == {
-                "device_median_s", "device_p10_s", "device_p90_s", "host_median_s"
+                "device_median_s", "device_p10_s", "device_p90_s", "host_median_s", "waited"
             }  # fmt: skip
             assert all(value > 0 for value in times.values())
+            assert times["waited"] == 1.0  # for this one is no faster than its host
         assert set(row["wrong"]) <= {"fused"}  # on a CPU, of 16 bits
         for where, prefix in (("device", ""), ("host", "host_")):
             median = {n: t[f"{where}_median_s"] for n, t in row["times"].items()}
@@ -712,40 +716,124 @@ def test_what_is_measured_on_a_gpu_unless_told_otherwise(h200, monkeypatch):
     assert {dtype for _, dtype, _ in seen[0]} == {"float32", "bfloat16"}
 
 
-def test_the_device_is_busy_ahead_for_as_long_as_the_host_needs(h200, monkeypatch):
-    """By a clock of the device's own: what is launched takes its time there, not on the host."""
-    calls = []
-    work = {"busy": 1.0, "step": 0.25}  # milliseconds
-    now = [0.0]
+class Clocked:
+    """A device with a queue and a host beside it, each with a clock, in milliseconds.
 
-    def take(name):
-        calls.append(name)
-        now[0] += work[name]
+    Args:
+        patch: pytest's.
+        cuda: what stands for ``torch.cuda``.
+        launches: by name, what a call takes the host and then the device.
+    """
 
-    class Event(FakeEvent):
-        def record(self):
-            self.at = now[0] / 1e3
-            calls.append("|")
+    def __init__(self, patch, cuda, launches):
+        self.launches, self.host, self.device = launches, 0.0, 0.0
+        self.calls = []
+        clock = self
 
-    monkeypatch.setattr(h200.cuda, "Event", Event)
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                clock.calls.append("|")
+                self.at = max(clock.device, clock.host)
+
+            def query(self):
+                return self.at <= clock.host
+
+            def elapsed_time(self, other):
+                return other.at - self.at
+
+        patch.setattr(cuda, "Event", Event)
+        patch.setattr(cuda, "synchronize", self.synchronize)
+        patch.setattr(gpu, "perf_counter", lambda: self.host / 1e3)
+
+    def synchronize(self):
+        self.host = max(self.host, self.device)
+
+    def __getitem__(self, name):
+        def call():
+            self.calls.append(name)
+            on_host, on_device = self.launches[name]
+            self.host += on_host
+            if on_device:
+                self.device = max(self.device, self.host) + on_device
+
+        return call
+
+
+def _time(clock, name, again=True, rounds=2):
+    watch = gpu.Stopwatch(gpu.Gpu(), clock["busy"], clock["prepare"], again=again)
+    clock.calls.clear()
+    return watch.interleave({name: clock[name]}, [[name]] * rounds)[name]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "host", "device", "repeats"),
+    [
+        (0.001, 0.01, 0.5, 1),  # a large model's: the device is the slower one by itself
+        (0.001, 0.4, 0.15, 1),
+        (0.001, 0.2, 0.01, 10),
+        (0.15, 0.007, 0.02, 5),  # a graph of a thousand tensors, whose gradients take the host long
+        (0.15, 4.0, 0.03, 4),
+    ],
+)
+def test_a_device_that_is_busy_ahead_does_not_wait_for_the_host(
+    prepare, host, device, repeats, h200, monkeypatch
+):
+    monkeypatch.setattr(gpu, "_MOST_AHEAD_S", 0.1)
+    launches = {"busy": (0.005, 0.1), "prepare": (prepare, 0), "step": (host, device)}
+    clock = Clocked(monkeypatch, h200.cuda, launches)
+    times = _time(clock, "step")
+    assert times.device == pytest.approx([device / 1e3] * 2)
+    assert times.host == pytest.approx([host / 1e3] * 2)
+    assert times.waited == [False, False]
+    first = clock.calls.index("|", -clock.calls[::-1].index("busy"))
+    begin = ["|", "step", *["prepare", "step"] * (repeats - 1), "|"]
+    assert clock.calls[first:] == [*begin, "prepare", "step"]
+
+
+def test_where_the_queue_is_too_short_it_is_said_that_the_device_waited(h200, monkeypatch):
     monkeypatch.setattr(gpu, "_MOST_AHEAD_S", 0.005)
-    prepare = lambda: calls.append("prepare")  # noqa: E731
-    watch = gpu.Stopwatch(gpu.Gpu(), lambda: take("busy"), prepare)
-    assert watch.by_device(lambda: take("step")) == pytest.approx(0.25e-3)
-    calls.clear()
-    assert watch.by_device(lambda: take("step"), ahead=2, repeats=2) == pytest.approx(0.25e-3)
-    assert calls == ["busy", "busy", "prepare", "|", "step", "prepare", "step", "|"]
-    monkeypatch.setattr(watch, "by_host", lambda step: 0.002)
-    assert watch.choose(lambda: take("step")) == (3, 1)  # of 1 ms for 1.5 times 2
-    monkeypatch.setattr(watch, "by_host", lambda step: 1.0)
-    assert watch.choose(lambda: take("step")) == (5, 1)
-    monkeypatch.setattr(watch, "by_host", lambda step: 0.0)
-    work["step"] = 0.03
-    assert watch.choose(lambda: take("step")) == (1, 4)
-    work["step"] = 0.0
-    assert watch.choose(lambda: take("step")) == (1, 10)
-    one = gpu.Stopwatch(gpu.Gpu(), lambda: take("busy"), prepare, again=False)
-    assert one.choose(lambda: take("step")) == (1, 1)
+    launches = {"busy": (0.0, 1.0), "prepare": (0.0, 0), "step": (7.0, 0.1)}
+    clock = Clocked(monkeypatch, h200.cuda, launches)
+    times = _time(clock, "step")
+    assert times.waited == [True, True]
+    assert times.device == pytest.approx([2.1e-3] * 2)  # behind 5 ms of the 7
+    assert clock.calls[:-2].count("busy") <= 1 + 2 + 4 + 5 + 2 * 5
+
+
+def test_a_step_that_tells_of_its_gradients_is_taken_once(h200, monkeypatch):
+    launches = {"busy": (0.0, 1.0), "prepare": (0.0, 0.2), "step": (0.01, 0.01)}
+    clock = Clocked(monkeypatch, h200.cuda, launches)
+    times = _time(clock, "step", again=False, rounds=1)
+    assert times.device == pytest.approx([1e-5])
+    assert clock.calls[-7:] == ["busy", "prepare", "|", "step", "|", "prepare", "step"]
+
+
+def test_a_host_that_falls_behind_once_has_more_ahead_from_then_on(h200, monkeypatch):
+    monkeypatch.setattr(gpu, "_MOST_AHEAD_S", 0.1)
+    launches = {"busy": (0.0, 0.1), "prepare": (0.0, 0), "step": (0.05, 0.2)}
+    clock = Clocked(monkeypatch, h200.cuda, launches)
+    watch = gpu.Stopwatch(gpu.Gpu(), clock["busy"], clock["prepare"])
+
+    def rounds():
+        yield ["step"]
+        launches["step"] = (1.0, 0.2)
+        yield ["step"]
+        yield ["step"]
+
+    times = watch.interleave({"step": clock["step"]}, rounds())["step"]
+    assert times.device == pytest.approx([2e-4] * 3)
+    assert times.waited == [False] * 3
+    assert times.host == pytest.approx([5e-5, 1e-3, 1e-3])
+
+
+def test_variants_that_the_device_waited_for_are_named(tmp_path, capsys, h200):
+    _run_on_gpu(tmp_path, "--workloads", "mlp", "--rules", "sgd", "--dtypes", "float32")
+    printed = capsys.readouterr().out
+    named = "default, forloop, fused, ours, ours_graph"
+    assert f"({named}: the device waited for the host)" in printed
 
 
 def test_without_a_gpu_it_says_what_to_do(capsys, h200, monkeypatch):
