@@ -444,7 +444,7 @@ class Run:
         #: ``(iterations, accuracy in percent after so many)``
         self.curve: list[tuple[int, float]] = []
         self.training_s = self.evaluation_s = 0.0
-        self._iterate: Callable[[], object] = self._one
+        self._graph: Callable[[], object] | None = None
         self._stream = None
         if self.device.type == "cuda":
             self._stream = Gpu().stream()
@@ -468,12 +468,12 @@ class Run:
     def capture(self) -> None:
         """Make the iteration a graph, after a few that are taken as all others."""
         # Positions of batches and cycle lie on the device: the host only counts.
-        self._iterate = Gpu().capture(self._one, warm_up=_WARM_UP)
+        self._graph = Gpu().capture(self._one, warm_up=_WARM_UP)
         self.iteration += _WARM_UP
 
     def iterate(self) -> None:
         """One iteration: a batch, forward, backward, a step."""
-        self._iterate()
+        (self._graph or self._one)()
         self.iteration += 1
 
     @property
@@ -489,6 +489,8 @@ class Run:
             test = Images(test.pixels[:_ON_THE_WAY], test.labels[:_ON_THE_WAY])
         value = accuracy(self.model, test, self.data.mean)
         self.curve.append((self.iteration, value))
+        if self.is_done:  # a run that its graph keeps alive would keep its copy of the images
+            self._graph = None
         self.evaluation_s += perf_counter() - begin
 
     def synchronize(self) -> None:
