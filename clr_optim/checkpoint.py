@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clr_optim.rules import STATE_SLOTS
+from clr_optim.rules import STATE_SLOTS, StateSlots
 from clr_optim.schedule import LAST_STEP, check_int, check_number
 from clr_optim.sharding import local_part
 
@@ -137,10 +137,45 @@ def _is_like(value: object, like: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value
 
 
-def check_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+def check_momentum_state(optimizer: Optimizer) -> None:
+    """Raise where state was made without momentum, and the class cannot begin one in mid-run."""
+    slots = STATE_SLOTS.get(type(optimizer))
+    if slots is None:
+        return
+    for i, group in enumerate(optimizer.param_groups):
+        for param in group["params"] if group.get("momentum") == 0 else ():
+            values = optimizer.state.get(param)
+            absent = _absent(slots, values, _with_momentum(group), param) if values else []
+            if absent:
+                raise ValueError(
+                    f"cycle_momentum=True needs the state {absent}, and a parameter in group {i} "
+                    f"of this {type(optimizer).__name__} has stepped without momentum: leave it "
+                    "False, or clear the optimizer's state to begin anew"
+                )
+
+
+def _with_momentum(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A group's settings once its momentum cycles."""
+    return {**group, "momentum": 1.0} if "momentum" in group else group
+
+
+def _absent(
+    slots: StateSlots, values: Mapping[str, Any], settings: Mapping[str, Any], param: Tensor
+) -> list[str]:
+    return sorted(slots.needed(settings, tuple(param.shape)) - set(values))
+
+
+def check_state(
+    optimizer: Optimizer, state_dict: Mapping[str, Any], cycle_momentum: bool = False
+) -> None:
     """Raise where the state of a checkpoint is none that this optimizer could step with.
 
     torch's own classes are known by name; of another class only that its state is per parameter.
+
+    Args:
+        optimizer: the one that is to load it.
+        state_dict: the checkpoint.
+        cycle_momentum: whether momentum is going to be written, whatever the checkpoint's is.
     """
     owners: dict[object, tuple[Tensor, Mapping[str, Any]]] = {}
     for i, (group, saved) in enumerate(
@@ -153,7 +188,8 @@ def check_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
                     f"{where} must hold numbers or names of parameters, got {shown(index)}: "
                     "give what the optimizer's state_dict() returned"
                 )
-            if index in owners:
+            # A parameter that is in a group twice has its number twice.
+            if index in owners and owners[index][0] is not param:
                 raise ValueError(
                     f"{where} has {index!r} again, and each parameter has its own number: give "
                     "what the optimizer's state_dict() returned"
@@ -164,7 +200,10 @@ def check_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
     for index, values in state_dict["state"].items():
         where = f"state_dict['state'][{index!r}]"
         if index not in owners:
-            if slots is not None or isinstance(index, int):
+            # Users may keep what is of no parameter under a name of their own, as torch lets them;
+            # a dictionary under one that is not known here would be some parameter's.
+            known = index in optimizer.state or not isinstance(values, Mapping)
+            if isinstance(index, int) or not known:
                 raise ValueError(
                     f"{where} belongs to no parameter: the 'params' of the groups are "
                     f"{shown(list(owners))}"
@@ -174,8 +213,9 @@ def check_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
         if slots is None or not values:
             continue
         param, settings = owners[index]
+        settings = _with_momentum(settings) if cycle_momentum else settings
         needed = slots.needed(settings, tuple(param.shape))
-        absent = sorted(needed - set(values))
+        absent = _absent(slots, values, settings, param)
         if absent:
             raise ValueError(
                 f"{where} lacks {absent}, and has {sorted(map(str, values))}: without all of it "

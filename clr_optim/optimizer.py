@@ -34,6 +34,7 @@ from clr_optim.checkpoint import (
     NEWER_DEFAULTS,
     as_position,
     check_mapping,
+    check_momentum_state,
     check_settings,
     check_state,
     check_tensor_lr,
@@ -77,6 +78,9 @@ _BASE_MOMENTUM, _MAX_MOMENTUM = "clr_base_momentum", "clr_max_momentum"
 # The paper's guideline for the lower bound: a third or a quarter of the upper one.
 _BASE_FRACTION = 4.0
 
+# torch's CyclicLR's.
+_LOW_MOMENTUM, _HIGH_MOMENTUM = 0.8, 0.9
+
 _Number = float | Sequence[float]
 
 
@@ -98,6 +102,8 @@ class _Shared:
         self.rates: list[tuple[object, float]] = []
         self.warned = False
         self.grad_norm: Tensor | None = None
+        #: the position whose rate is the last, as of the scheduler's step()
+        self.shown = 0
         #: the backend that serves, and why
         self.chosen = chosen
         self.fused: FusedBackend | None = None
@@ -195,8 +201,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         scale_fn: ScaleFn | None = None,
         scale_mode: str = "cycle",
         cycle_momentum: bool = False,
-        base_momentum: _Number = 0.8,
-        max_momentum: _Number = 0.9,
+        base_momentum: _Number = _LOW_MOMENTUM,
+        max_momentum: _Number = _HIGH_MOMENTUM,
         max_grad_norm: float | None = None,
         backend: str = "auto",
     ) -> None:
@@ -245,6 +251,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 )
             )
         ]
+        if max_lr is None and not schedule.has_bounds:
+            _warn_scheduled_rates(groups)
         check_bool("cycle_momentum", cycle_momentum)
         low = _per_group("base_momentum", base_momentum, len(groups), maximum=1.0)
         high = _per_group("max_momentum", max_momentum, len(groups), maximum=1.0)
@@ -257,6 +265,14 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 )
             beta = cycle_momentum and "betas" in group
             check_momenta(b, m, f" for parameter group {i}", beta=beta)
+        if cycle_momentum:
+            check_momentum_state(optimizer)
+        elif (base_momentum, max_momentum) != (_LOW_MOMENTUM, _HIGH_MOMENTUM):
+            raise ValueError(
+                f"base_momentum={base_momentum!r} and max_momentum={max_momentum!r} have no effect "
+                "without cycle_momentum=True, which is not the default here: give it, or leave "
+                "them out"
+            )
         if max_grad_norm is not None:
             max_grad_norm = check_number(
                 "max_grad_norm", max_grad_norm, open_minimum=True, finite=False
@@ -272,7 +288,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             group[_BASE], group[_MAX] = base, top
             if cycle_momentum:
                 group[_BASE_MOMENTUM], group[_MAX_MOMENTUM] = b, m
-        self._go_to(position)
+        self._change_course(position)
         if saved is not None:
             self._warn_other_policy(saved, "the wrapped optimizer")
 
@@ -415,11 +431,12 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(inner, name)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
         """Reset the gradients, as the wrapped optimizer does.
 
         Args:
-            set_to_none: free them, instead of filling them with zeros.
+            set_to_none: free them, instead of filling them with zeros; ``None`` is the wrapped
+                optimizer's own default, which is ``True`` for torch's.
 
         Example:
             >>> weight = torch.ones(3, requires_grad=True)
@@ -429,7 +446,10 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             >>> weight.grad is None
             True
         """
-        self._inner.zero_grad(set_to_none)
+        if set_to_none is None:
+            self._inner.zero_grad()  # which may take no argument at all
+        else:
+            self._inner.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group in mid-training; it joins the cycle where the others are.
@@ -598,7 +618,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         """
         iteration = as_position(iteration, "iteration")
         self._settle()
-        self._go_to(iteration)
+        self._change_course(iteration)
 
     def set_bounds(self, *, base_lr: _Number | None = None, max_lr: _Number | None = None) -> None:
         """Change the bounds, from the next step on.
@@ -641,7 +661,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             bounds.append((base, top))
         for group, (base, top) in zip(groups, bounds, strict=True):
             group[_BASE], group[_MAX] = base, top
-        self._go_to(position)
+        self._change_course(position)
 
     def register_cycle_end_hook(self, hook: Callable[[Any], None]) -> RemovableHandle:
         """Call ``hook(optimizer)`` after each step that completes a cycle.
@@ -1076,6 +1096,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         from a warm-up scheduler's by the gradients.
         """
         rates, groups = self._shared.rates, self.param_groups
+        if not groups:
+            return False
         for i, group in enumerate(groups):
             lr = group["lr"]
             # A group added beneath us has nothing of ours in it yet.
@@ -1225,6 +1247,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             # Known of the first group at least, which may have lost its keys to a load beneath us.
             known, groups = self._shared.momenta, self.param_groups
             i = next(i for i, other in enumerate(groups) if other is group)
+            if not known:  # all groups were taken away
+                known = [(_LOW_MOMENTUM, _HIGH_MOMENTUM)]
             group[_BASE_MOMENTUM], group[_MAX_MOMENTUM] = known[i if i < len(known) else 0]
 
     def _advance(self) -> None:
@@ -1237,6 +1261,11 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             group[_STEP] = position
         shared.position = position
         shared.rates = [(rate, rate) for rate in rates]
+
+    def _change_course(self, position: int) -> None:
+        """:meth:`_go_to` a step that does not follow from the last one's."""
+        self._go_to(position)
+        self._shared.shown = position
 
     def _go_to(self, position: int, *, stepped: bool = False) -> None:
         """Write the position, the policy and the rates of this step into the groups.
@@ -1374,7 +1403,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             for group, kept in zip(self.param_groups, ours, strict=True):
                 for key, value in kept.items():
                     group.setdefault(key, value)
-            self._go_to(position)
+            self._change_course(position)
         if saved is not None:
             self._warn_other_policy(saved, "state_dict")
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -1470,7 +1499,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             )
         for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
             check_settings(self._inner, group, saved, f"state_dict['param_groups'][{i}]")
-        check_state(self._inner, state_dict)
+        check_state(self._inner, state_dict, self._cycle_momentum)
 
     def _warn_other_policy(self, saved: object, source: str) -> None:
         if saved == self._schedule_json:
@@ -1509,7 +1538,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             state["backend"],
             backends.resolve(state["backend"], state["optimizer"]),
         )
-        self._go_to(_read_position(self.param_groups, "param_groups")[0])
+        self._change_course(_read_position(self.param_groups, "param_groups")[0])
 
 
 class CyclicalScheduler(LRScheduler):
@@ -1536,7 +1565,6 @@ class CyclicalScheduler(LRScheduler):
         # LRScheduler.__init__ would write rates and patch step().
         self.optimizer = optimizer
         self._step_count = 1  # frameworks add to it
-        self._shown = optimizer.iteration  # the one whose rate is the last, as of step()
 
     @property
     def base_lrs(self) -> list[float | Tensor]:  # type: ignore[override]
@@ -1553,8 +1581,12 @@ class CyclicalScheduler(LRScheduler):
         pass  # frameworks set it while they restore; the optimizer knows better
 
     @property
-    def _last_lr(self) -> list[float | Tensor]:  # type: ignore[override]
+    def _last_lr(self) -> list[float | Tensor]:
         return self.get_last_lr()
+
+    @_last_lr.setter
+    def _last_lr(self, value: object) -> None:
+        pass  # SequentialLR, which then asks for it
 
     def get_last_lr(self) -> list[float | Tensor]:
         """As of torch's schedulers: until this one's ``step()``, the rates of the last step.
@@ -1562,12 +1594,12 @@ class CyclicalScheduler(LRScheduler):
         Frameworks log between the two steps, and mean the rate that was used.
 
         Returns:
-            One rate per group, the one that the optimizer's last step used, or after :meth:`step`
-            the one that the next will use.
+            One rate per group, the one that the optimizer's last step used, or after :meth:`step`,
+            and after a change of course, the one that the next will use.
         """
         optimizer = cast("CyclicalOptimizer[Any]", self.optimizer)
         iteration = optimizer.iteration
-        if iteration == self._shown or iteration == 0:
+        if iteration in (0, optimizer._shared.shown):
             return list(optimizer.get_last_lr())
         return list(optimizer.lr_at(iteration - 1))
 
@@ -1581,7 +1613,8 @@ class CyclicalScheduler(LRScheduler):
         Args:
             epoch: of no effect.
         """
-        self._shown = self.last_epoch
+        optimizer = cast("CyclicalOptimizer[Any]", self.optimizer)
+        optimizer._shared.shown = optimizer.iteration
 
     def state_dict(self) -> dict[str, Any]:
         """An empty dictionary, as the position is in the optimizer's state dict."""
@@ -1603,6 +1636,21 @@ def _callers_level() -> int:
     while frame.f_back and f"{frame.f_globals.get('__name__')}.".startswith(ours):
         level, frame = level + 1, frame.f_back
     return level
+
+
+def _warn_scheduled_rates(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Say that what becomes the top of the cycle is what a torch scheduler has come to."""
+    for i, group in enumerate(groups):
+        lr, initial = item(group["lr"]), item(group.get("initial_lr"))
+        if _MAX not in group and isinstance(initial, float) and initial != lr:
+            warnings.warn(
+                f"lr in parameter group {i} is {lr!r}, to which a scheduler has brought it from "
+                f"the initial_lr {initial!r}, and becomes the top of the cycle: give the rate that "
+                f"is meant, as max_lr={initial!r}",
+                UserWarning,
+                stacklevel=_callers_level(),
+            )
+            return
 
 
 _warned_no_kernels = False
@@ -1664,7 +1712,7 @@ def _with_counters_where_torch_has_them(state_dict: Mapping[str, Any]) -> dict[A
     state: dict[Any, Any] = dict(state_dict["state"])
     by_kind: dict[Any, list[Any]] = {}
     for index, values in state.items():
-        counter = values.get("step")
+        counter = values.get("step") if isinstance(values, Mapping) else None
         if index not in stays and isinstance(counter, Tensor) and counter.device.type != "cpu":
             kind = (counter.device, counter.dtype, counter.shape)
             by_kind.setdefault(kind, []).append(index)

@@ -565,8 +565,9 @@ class Plan:
             rule.row(group) if reason is None else ()
             for group, (reason, _) in zip(groups, self._flags, strict=True)
         ]
-        width = max(1, *map(len, rows))  # the learning rate has its place even if none is fused
-        self.scalars = np.array([row or (0.0,) * width for row in rows], dtype=np.float64)
+        width = max([1, *map(len, rows)])  # the learning rate has its place even if none is fused
+        scalars = np.array([row or (0.0,) * width for row in rows], dtype=np.float64)
+        self.scalars = scalars.reshape(len(rows), width)  # of no groups, too
         self._index()
         self._groups = groups
 

@@ -74,7 +74,7 @@ def test_a_step_replaced_on_the_object_runs_even_below_a_scheduler():
 
     inner.step = types.MethodType(answer, inner)
     torch.optim.lr_scheduler.ConstantLR(inner)
-    opt = CyclicalOptimizer(inner)
+    opt = CyclicalOptimizer(inner, max_lr=0.1)
     opt.step()
     assert (p == 42).all()
 

@@ -1,0 +1,231 @@
+"""What works around a plain optimizer, though few write it, works around ours too."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+
+from clr_optim import CyclicalOptimizer
+
+
+def weight(fill=1.0):
+    return torch.nn.Parameter(torch.full((3,), fill))
+
+
+def step(opt, *params):
+    for param in params:
+        param.grad = torch.ones_like(param)
+    opt.step()
+
+
+def stepped(make, **options):
+    param = weight()
+    opt = CyclicalOptimizer(make([param]), **options)
+    step(opt, param)
+    return param, opt
+
+
+def adam(params):
+    return torch.optim.Adam(params, lr=0.4)
+
+
+BACKENDS = ["native", "torch"]
+
+
+# ---- what was saved loads
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_given_twice_resumes(backend):
+    """As tied weights are, listed once for each of their users."""
+    param, other = weight(), weight()
+    opt = CyclicalOptimizer(torch.optim.AdamW([param, other, param], lr=0.1), backend=backend)
+    step(opt, param, other)
+    saved = copy.deepcopy(opt.state_dict())
+    step(opt, param, other)
+    expected = [param.detach().clone(), other.detach().clone()]
+    again = [weight(), weight()]
+    resumed = CyclicalOptimizer(torch.optim.AdamW([*again, again[0]], lr=0.1), backend=backend)
+    start = CyclicalOptimizer(
+        torch.optim.AdamW([*(first := [weight(), weight()]), first[0]], lr=0.1), backend=backend
+    )
+    step(start, *first)
+    for mine, theirs in zip(again, first, strict=True):
+        mine.data.copy_(theirs.data)
+    resumed.load_state_dict(saved)
+    step(resumed, *again)
+    assert all(map(torch.equal, again, expected))
+
+
+def test_one_number_for_two_parameters_is_refused_still():
+    _, opt = stepped(adam)
+    opt.add_param_group({"params": [weight()]})
+    saved = opt.state_dict()
+    saved["param_groups"][1]["params"] = [0]
+    with pytest.raises(ValueError, match=r"\['params'\] has 0 again, and each parameter"):
+        opt.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_state_of_no_parameter_goes_with_the_rest(backend):
+    param, opt = stepped(adam, backend=backend)
+    opt.state["global_step"] = 5
+    step(opt, param)
+    saved = opt.state_dict()
+    _, resumed = stepped(adam, backend=backend)
+    resumed.load_state_dict(saved)
+    assert resumed.state["global_step"] == 5
+    resumed.state["mine"] = saved["state"]["mine"] = {}
+    resumed.load_state_dict(saved)
+    saved["state"][7] = {}
+    with pytest.raises(ValueError, match=r"\['state'\]\[7\] belongs to no parameter"):
+        resumed.load_state_dict(saved)
+
+
+# ---- momentum that was none
+
+
+def rmsprop(params):
+    return torch.optim.RMSprop(params, lr=0.1)
+
+
+def test_momentum_that_cannot_begin_in_mid_run_is_refused_before():
+    param = weight()
+    plain = rmsprop([param])
+    step(plain, param)
+    saved = copy.deepcopy(plain.state_dict())
+    with pytest.raises(
+        ValueError, match=r"cycle_momentum=True needs the state \['momentum_buffer'\]"
+    ):
+        CyclicalOptimizer(plain, cycle_momentum=True)
+    assert set(plain.param_groups[0]) == set(saved["param_groups"][0])
+    step(CyclicalOptimizer(plain), param)
+    plain.state.clear()
+    step(CyclicalOptimizer(plain, cycle_momentum=True), param)
+
+    fresh = CyclicalOptimizer(rmsprop([weight()]), cycle_momentum=True)
+    with pytest.raises(ValueError, match=r"lacks \['momentum_buffer'\]"):
+        fresh.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sgd_begins_momentum_in_mid_run(backend):
+    param = weight()
+    plain = torch.optim.SGD([param], lr=0.1)
+    step(plain, param)
+    step(CyclicalOptimizer(plain, cycle_momentum=True, backend=backend), param)
+
+
+@pytest.mark.parametrize("options", [{"base_momentum": 0.85}, {"max_momentum": [0.95]}])
+def test_bounds_of_momentum_that_does_not_cycle_are_refused(options):
+    """torch's CyclicLR cycles it unless told not to."""
+    with pytest.raises(ValueError, match="no effect without cycle_momentum=True"):
+        CyclicalOptimizer(adam([weight()]), **options)
+    CyclicalOptimizer(adam([weight()]), cycle_momentum=True, **options)
+
+
+# ---- optimizers of one's own
+
+
+def test_zero_grad_as_the_wrapped_one_has_it():
+    class Takes(torch.optim.SGD):
+        def zero_grad(self):
+            super().zero_grad(set_to_none=False)
+
+    class ByName(torch.optim.SGD):
+        def zero_grad(self, *, set_to_none=False):
+            super().zero_grad(set_to_none=set_to_none)
+
+    for kind in (Takes, ByName):
+        param, opt = stepped(lambda params, kind=kind: kind(params, lr=0.1))
+        opt.zero_grad()
+        assert torch.equal(param.grad, torch.zeros(3))
+    opt.zero_grad(set_to_none=True)
+    assert param.grad is None
+    param, opt = stepped(adam)
+    opt.zero_grad(False)
+    assert torch.equal(param.grad, torch.zeros(3))
+    opt.zero_grad()
+    assert param.grad is None
+
+
+# ---- the scheduler's view
+
+
+def test_the_view_says_the_same_whoever_holds_it():
+    param, opt = stepped(adam, step_size_up=4)
+    assert opt.scheduler.get_last_lr() == [0.1]
+    held = opt.scheduler
+    step(opt, param)
+    assert held.get_last_lr() == opt.scheduler.get_last_lr() == [pytest.approx(0.175)]
+    held.step()
+    del held
+    assert opt.scheduler.get_last_lr() == opt.get_last_lr() == [pytest.approx(0.25)]
+
+
+def test_after_a_change_of_course_the_view_shows_no_rate_that_never_was():
+    param, opt = stepped(adam, step_size_up=4)
+    held = opt.scheduler
+    opt.set_bounds(max_lr=4.0)
+    assert held.get_last_lr() == opt.get_last_lr()
+    step(opt, param)
+    assert held.get_last_lr() == opt.lr_at(1)
+    opt.set_iteration(7)
+    assert held.get_last_lr() == opt.get_last_lr() == opt.lr_at(7)
+    saved = opt.state_dict()
+    step(opt, param)
+    opt.load_state_dict(saved)
+    assert held.get_last_lr() == opt.lr_at(7)
+    assert copy.deepcopy(opt).scheduler.get_last_lr() == opt.lr_at(7)
+
+
+def test_the_view_in_a_sequence_of_torchs():
+    param, opt = stepped(adam, step_size_up=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # LinearLR writes rates, and is overruled
+        sequence = SequentialLR(opt, [LinearLR(opt), opt.scheduler], milestones=[2])
+        for _ in range(4):
+            step(opt, param)
+            sequence.step()
+    assert sequence.get_last_lr() == opt.get_last_lr()
+
+
+# ---- groups that are taken away
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cycle_momentum", [False, True])
+def test_groups_may_be_taken_away_and_come_again(backend, cycle_momentum):
+    _, opt = stepped(adam, backend=backend, cycle_momentum=cycle_momentum)
+    opt.param_groups.clear()
+    opt.step()
+    param = weight()
+    opt.add_param_group({"params": [param]})
+    step(opt, param)
+    assert not torch.equal(param, torch.ones(3))
+    if cycle_momentum:
+        assert opt.param_groups[0]["clr_max_momentum"] == 0.9
+
+
+# ---- a rate in mid-schedule
+
+
+def test_a_rate_that_a_scheduler_left_is_no_top_without_a_word():
+    plain = torch.optim.SGD([param := weight()], lr=0.1)
+    scheduler = CosineAnnealingLR(plain, 10)
+    assert CyclicalOptimizer(copy.deepcopy(plain)).lr_at(2000) == [0.1]  # it has not begun
+    for _ in range(9):
+        step(plain, param)
+        scheduler.step()
+    top = plain.param_groups[0]["lr"]
+    assert CyclicalOptimizer(copy.deepcopy(plain), max_lr=0.1).lr_at(2000) == [0.1]
+    with pytest.warns(UserWarning, match=r"from the initial_lr 0\.1, .*as max_lr=0\.1") as caught:
+        opt = CyclicalOptimizer(plain)
+    assert caught[0].filename == __file__
+    assert opt.lr_at(2000) == [pytest.approx(top)]
+    assert CyclicalOptimizer(plain).lr_at(2000) == [pytest.approx(top)]  # which it remembers
