@@ -867,6 +867,16 @@ def test_a_checkpoint_is_as_torch_writes_it():
     pair.run(2)
 
 
+def test_a_checkpoint_keeps_state_of_no_parameter():
+    pair = twins(BY_NAME["adam"])
+    pair.run(1)
+    pair.ours.state["global_step"] = 5
+    saved = pair.ours.state_dict()
+    assert saved["state"]["global_step"] == 5
+    pair.ours.load_state_dict(saved)
+    pair.run(1)
+
+
 def test_a_plain_checkpoint_loads_and_the_position_is_set():
     pair = twins(BY_NAME["adam"])
     pair.run(3)
