@@ -159,7 +159,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         scale_fn, scale_mode: as in :class:`torch.optim.lr_scheduler.CyclicLR`; with ``scale_fn``
             the policy's own decay is not used.
         cycle_momentum: cycle ``momentum``, or ``betas[0]``, against the rate.
-        base_momentum, max_momentum: its bounds, a number or one per group, in [0, 1].
+        base_momentum, max_momentum: its bounds, a number or one per group, in [0, 1]; as in torch
+            of no effect without ``cycle_momentum``, which is not the default here.
         max_grad_norm: clip by the global norm as :func:`torch.nn.utils.clip_grad_norm_` before
             each step would; gradients in memory stay as they were. See :attr:`grad_norm`.
         backend: ``"torch"`` (the wrapped optimizer's own step, for everything), ``"native"`` (C++
@@ -267,12 +268,6 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             check_momenta(b, m, f" for parameter group {i}", beta=beta)
         if cycle_momentum:
             check_momentum_state(optimizer)
-        elif (base_momentum, max_momentum) != (_LOW_MOMENTUM, _HIGH_MOMENTUM):
-            raise ValueError(
-                f"base_momentum={base_momentum!r} and max_momentum={max_momentum!r} have no effect "
-                "without cycle_momentum=True, which is not the default here: give it, or leave "
-                "them out"
-            )
         if max_grad_norm is not None:
             max_grad_norm = check_number(
                 "max_grad_norm", max_grad_norm, open_minimum=True, finite=False

@@ -74,9 +74,6 @@ CONSTRUCTOR = {
     "max_momentum 1 for a beta": (
         {"cycle_momentum": True, "max_momentum": 1.0}, ValueError, "max_momentum=1.0 must be below 1 .*betas",
     ),
-    "bounds of a momentum that does not cycle": (
-        {"max_momentum": 0.95}, ValueError, "max_momentum=0.95 have no effect without cycle_momentum=True",
-    ),
     "max_lr beyond floats": ({"max_lr": 10**400}, ValueError, "max_lr must be a finite number"),
     "scale_fn that gives nothing": (
         {"scale_fn": lambda cycle: None}, TypeError, r"scale_fn\(1\) must be a number, got None",

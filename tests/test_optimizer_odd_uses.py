@@ -121,14 +121,6 @@ def test_sgd_begins_momentum_in_mid_run(backend):
     step(CyclicalOptimizer(plain, cycle_momentum=True, backend=backend), param)
 
 
-@pytest.mark.parametrize("options", [{"base_momentum": 0.85}, {"max_momentum": [0.95]}])
-def test_bounds_of_momentum_that_does_not_cycle_are_refused(options):
-    """torch's CyclicLR cycles it unless told not to."""
-    with pytest.raises(ValueError, match="no effect without cycle_momentum=True"):
-        CyclicalOptimizer(adam([weight()]), **options)
-    CyclicalOptimizer(adam([weight()]), cycle_momentum=True, **options)
-
-
 # ---- optimizers of one's own
 
 
