@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clr_optim.rules import STATE_SLOTS, StateSlots
+from clr_optim.rules import STATE_SLOTS
 from clr_optim.schedule import LAST_STEP, check_int, check_number
 from clr_optim.sharding import local_part
 
@@ -145,7 +145,8 @@ def check_momentum_state(optimizer: Optimizer) -> None:
     for i, group in enumerate(optimizer.param_groups):
         for param in group["params"] if group.get("momentum") == 0 else ():
             values = optimizer.state.get(param)
-            absent = _absent(slots, values, _with_momentum(group), param) if values else []
+            needed = slots.needed(_with_momentum(group), tuple(param.shape))
+            absent = sorted(needed - set(values)) if values else []
             if absent:
                 raise ValueError(
                     f"cycle_momentum=True needs the state {absent}, and a parameter in group {i} "
@@ -157,12 +158,6 @@ def check_momentum_state(optimizer: Optimizer) -> None:
 def _with_momentum(group: Mapping[str, Any]) -> Mapping[str, Any]:
     """A group's settings once its momentum cycles."""
     return {**group, "momentum": 1.0} if "momentum" in group else group
-
-
-def _absent(
-    slots: StateSlots, values: Mapping[str, Any], settings: Mapping[str, Any], param: Tensor
-) -> list[str]:
-    return sorted(slots.needed(settings, tuple(param.shape)) - set(values))
 
 
 def check_state(
@@ -215,7 +210,7 @@ def check_state(
         param, settings = owners[index]
         settings = _with_momentum(settings) if cycle_momentum else settings
         needed = slots.needed(settings, tuple(param.shape))
-        absent = _absent(slots, values, settings, param)
+        absent = sorted(needed - set(values))
         if absent:
             raise ValueError(
                 f"{where} lacks {absent}, and has {sorted(map(str, values))}: without all of it "

@@ -613,16 +613,19 @@ def test_all_runs_under_way_are_saved_and_gone_on_with(data, tmp_path):
     assert resumed.result()["weights"] == alone.result()["weights"]
 
 
+class FakeGraphs:
+    """What stands for a GPU on a CPU: its graph is the step, which it keeps alive."""
+
+    def capture(self, step, warm_up):
+        for _ in range(warm_up):
+            step()
+        return lambda: step()
+
+
 def test_a_captured_iteration_is_counted_as_any_other(data, monkeypatch):
     """On a CPU, with what stands for the graph: as many iterations, batches and steps."""
 
-    class Graphs:
-        def capture(self, step, warm_up):
-            for _ in range(warm_up):
-                step()
-            return step
-
-    monkeypatch.setattr(paper, "Gpu", Graphs)
+    monkeypatch.setattr(paper, "Gpu", FakeGraphs)
     runs = []
     for on_kernels in (False, True):
         run = Run(ROWS["window-hann"], 0, Scale(Fraction("1/400")), data)
@@ -639,13 +642,7 @@ def test_a_captured_iteration_is_counted_as_any_other(data, monkeypatch):
 def test_a_finished_run_is_gone_with_its_images(on_kernels, data, monkeypatch):
     """At once: of the seventy runs of three seeds, each has its own copy of 154 MB."""
 
-    class Graphs:
-        def capture(self, step, warm_up):
-            for _ in range(warm_up):
-                step()
-            return lambda: step()
-
-    monkeypatch.setattr(paper, "Gpu", Graphs)
+    monkeypatch.setattr(paper, "Gpu", FakeGraphs)
     finished = []
 
     def runs():
