@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from native_helpers import members
 from triton_helpers import INTERPRETED
 
 from clr_optim import CyclicalOptimizer
 from fuzz import run
-from fuzz.machine import BACKENDS, EVENTS, compile_kernels, setups
+from fuzz.machine import BACKENDS, EVENTS, TOLERANCES, Machine, compile_kernels, setups
 
 HERE = Path(__file__).parent
 FOUND = sorted((HERE / "found").glob("*.json"))
@@ -61,6 +62,28 @@ def test_a_position_that_is_not_noticed_is_found(monkeypatch):
     events = [["train", {"seed": 1}], ["write_position", {"to": 4000}], ["train", {"seed": 2}]]
     with pytest.raises(AssertionError):
         run.play(setup, events)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("case", ["adam-wd", "sgd-mom"])
+def test_one_value_that_is_off_is_found(case, dtype, capsys):
+    """Were rounding of a gradient, however it is amplified, to excuse it."""
+    _only_here("native")
+    machine = Machine(backend="native", case=case, dtype=dtype, big=True, seed=1)
+    machine.train(seed=1)
+    assert machine.doubt is None
+    step = machine.ours.step
+
+    def off():
+        step()
+        p = members(machine.ours)[-1]
+        i = p.detach().abs().argmax()
+        p.data[i] *= 1 + 4 * TOLERANCES[p.dtype]
+
+    machine.ours.step = off
+    with run.surroundings("native"), pytest.raises(AssertionError, match=r"^\(3, "):
+        machine.train(seed=2)
+    assert "part by" not in capsys.readouterr().out
 
 
 def test_what_diverges_is_cut_short(monkeypatch):
