@@ -70,10 +70,11 @@ distributed: $(VENV)/.test
 test-frameworks: $(FRAMEWORKS)/.test
 	$(FRAMEWORKS)/bin/python -m pytest tests/frameworks $(ARGS)
 
-# The Triton kernels on the CPU; a process of its own, since Triton decides when it is imported.
+# The Triton kernels on the CPU, watched for what they read and write (tests/triton_memory.py); a
+# process of its own, since Triton decides when it is imported.
 interpreted: $(VENV)/.test
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py tests/test_triton_graphs.py \
-		tests/test_triton_machine.py tests/test_hostile_checkpoints.py \
+		tests/test_triton_machine.py tests/test_triton_memory.py tests/test_hostile_checkpoints.py \
 		tests/fuzz/test_fuzz.py $(ARGS)
 
 # Random events beside plain torch, for long: MINUTES, BACKEND (native, torch or triton), SEED (the

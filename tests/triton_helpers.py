@@ -1,5 +1,7 @@
 """What the Triton backend's tests share: where they run, the interpreter mended, and twins there.
 
+Every launch in the interpreter is watched, see :mod:`triton_memory`.
+
 Under Triton's interpreter all tensors are on the CPU, else all are on the GPU; torch's step
 counters are on the CPU in any case, and ours only in the interpreter.
 """
@@ -15,6 +17,7 @@ import native_helpers
 import numpy as np
 import test_native
 import torch
+import triton_memory
 from native_helpers import HALF, Case, feed, members, parameters
 from torch import Tensor
 
@@ -62,6 +65,7 @@ def mend_the_interpreter() -> None:
 
 if INTERPRETED:
     mend_the_interpreter()
+    triton_memory.watch()
 
 
 # ---- the schedule

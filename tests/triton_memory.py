@@ -1,0 +1,153 @@
+"""What kernels read and write, watched under Triton's interpreter, as a GPU's sanitizer would.
+
+Each launch is held to two rules. Every element that it reads or writes lies in the memory of a
+tensor that is alive: an address past the end of one, or left over from one that has been freed, is
+found even where a CPU would not mind. And what is written is written once, and read only before
+that and by the same lane: on a GPU programs run at the same time, and so do the threads of each,
+while here everything happens in turn.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+#: Bytes that are told apart: no element of these kernels has fewer.
+_GRAIN = 2
+
+Addresses = npt.NDArray[np.int64]
+
+
+class MemoryFaultError(AssertionError):
+    """A kernel read or wrote what it must not."""
+
+
+def alive() -> tuple[Addresses, Addresses]:
+    """Where the memory of every tensor on the CPU begins, in order, and where it ends."""
+    # Not isinstance(), which asks weak proxies for the class of what may be gone, and is slow.
+    kinds = _kinds(torch.Tensor)
+    tensors = [t for t in gc.get_objects() if type(t) in kinds]
+    # What only a parameter refers to need not be anything that Python knows of.
+    tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
+    found: dict[int, int] = {}
+    for tensor in tensors:
+        if tensor.layout is torch.strided and tensor.device.type == "cpu":
+            storage = tensor.untyped_storage()
+            begin = storage.data_ptr()
+            found[begin] = max(found.get(begin, 0), begin + storage.nbytes())
+    begins = np.array(sorted(found), dtype=np.int64)
+    return begins, np.array([found[b] for b in begins.tolist()], dtype=np.int64)
+
+
+def _kinds(of: type) -> set[type]:
+    return {of}.union(*(_kinds(kind) for kind in type.__subclasses__(of)))
+
+
+class Launch:
+    """What has been read and written by the programs of one launch."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.begins, self.ends = alive()
+        #: of each access, whether it writes; and places, order, programs and lanes
+        self.touched: list[tuple[bool, Addresses]] = []
+
+    def touch(
+        self, program: int, at: Addresses, size: int, lane: Addresses, *, writes: bool
+    ) -> None:
+        """Elements of ``size`` bytes each, at these addresses, of these lanes of the program."""
+        below = np.searchsorted(self.begins, at, side="right") - 1
+        outside = (below < 0) | (at + size > self.ends[np.maximum(below, 0)])
+        if outside.any():
+            where, near = int(at[outside][0]), int(below[outside][0])
+            tensor = "below all tensors"
+            if near >= 0:
+                tensor = f"{where - self.ends[near]} bytes past the end of the nearest tensor below"
+            raise MemoryFaultError(
+                f"{self.name}: program {program} {'writes' if writes else 'reads'} {size} bytes "
+                f"at {where:#x}, {tensor}; in all {int(outside.sum())} elements"
+            )
+        each = size // _GRAIN
+        grains = (at[:, None] // _GRAIN + np.arange(each)).reshape(-1)
+        order = np.full(grains.size, len(self.touched))
+        who = np.full(grains.size, program)
+        self.touched.append((writes, np.stack([grains, order, who, lane.repeat(each)])))
+
+    def check(self) -> None:
+        """That what is written is written once, and read before that, by the same lane alone."""
+        written, read = self._joined(writes=True), self._joined(writes=False)
+        written = written[:, np.argsort(written[0], kind="stable")]
+        for i in np.flatnonzero(written[0, 1:] == written[0, :-1])[:1]:
+            (place, _, *first), (_, _, *second) = written[:, i : i + 2].T.tolist()
+            raise MemoryFaultError(
+                f"{self.name}: {_program(*first)} and {_program(*second)} write to the same place, "
+                f"{place * _GRAIN:#x}"
+            )
+        place = np.searchsorted(written[0], read[0])
+        there = place < written.shape[1]
+        read, write = read[:, there], written[:, place[there]]
+        same = read[0] == write[0]
+        fine = (read[1] < write[1]) & (read[2:] == write[2:]).all(axis=0)
+        for i in np.flatnonzero(same & ~fine)[:1]:
+            (place, _, *reader), (_, _, *writer) = read[:, i].tolist(), write[:, i].tolist()
+            raise MemoryFaultError(
+                f"{self.name}: {_program(*reader)} reads what {_program(*writer)} writes, "
+                f"at {place * _GRAIN:#x}"
+            )
+
+    def _joined(self, *, writes: bool) -> Addresses:
+        """Places, order, programs and lanes, of all reads or of all writes."""
+        none = np.empty((4, 0), dtype=np.int64)
+        return np.concatenate([none, *(t for w, t in self.touched if w is writes)], axis=1)
+
+
+def _program(program: int, lane: int) -> str:
+    return f"lane {lane} of program {program}"
+
+
+def watch() -> None:
+    """From here on, hold every launch to the rules."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    load, store = builder.create_masked_load, builder.create_masked_store
+    call = interpreter.GridExecutor.__call__
+    launches: list[Launch] = []
+
+    def note(pointers: Any, mask: Any, *, writes: bool) -> None:
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        assert size % _GRAIN == 0, "elements of a byte are not told apart here"
+        lane = np.flatnonzero(mask.data)
+        at = pointers.data.reshape(-1)[lane].astype(np.int64)
+        launches[-1].touch(builder.grid_idx[0], at, size, lane, writes=writes)
+
+    def masked_load(pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        note(pointers, mask, writes=False)
+        return load(pointers, mask, *rest, **named)
+
+    def masked_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        note(pointers, mask, writes=True)
+        return store(pointers, value, mask, *rest)
+
+    def watched(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        launches.append(Launch(executor.fn.__name__))
+        try:
+            done = call(executor, *args, **kwargs)
+            launches[-1].check()
+        finally:
+            launches.pop()
+        return done
+
+    def atomic(*args: Any) -> Any:
+        raise NotImplementedError("atomic operations are not watched: no kernel here has any")
+
+    builder.create_atomic_cas = builder.create_atomic_rmw = atomic
+    builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
+    interpreter.GridExecutor.__call__ = watched
+    # The scan for tensors need not go through what imports have left.
+    gc.collect()
+    gc.freeze()
