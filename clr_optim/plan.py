@@ -178,7 +178,8 @@ class Bucket:
     dtype: torch.dtype
     wide_counter: bool  #: ``state["step"]`` is float64
     device: torch.device
-    aligned: bool  #: all tensors began at a multiple of 16 bytes when the plan was built
+    #: all tensors began at a multiple of 16 bytes when the plan was built, where that is a matter
+    aligned: bool
     spread: Spread | None  #: how its DTensors are divided over ranks, if that is what they are
     slots: tuple[Slot, ...]
     rows: list[Row] = field(default_factory=list)
@@ -370,6 +371,8 @@ class Plan:
         lib: the compiled kernels, loaded so that the GIL is kept during a call.
         device: the type of the devices whose tensors are planned for; others are left to torch.
         capturable: whether the kernels can be captured into a graph.
+        by_alignment: whether tensors that all begin at a multiple of 16 bytes have buckets of their
+            own.
         holds: whether gradients that were looked at are kept alive until ``clr_step`` is over, as
             another thread may drop them meanwhile. The memory of a GPU waits for its kernels.
     """
@@ -382,6 +385,7 @@ class Plan:
         device: str,
         *,
         capturable: bool = False,
+        by_alignment: bool = False,
         holds: bool = False,
     ) -> None:
         self._optimizer = optimizer
@@ -389,6 +393,7 @@ class Plan:
         self._lib = lib
         self._device = device
         self._capturable = capturable
+        self._by_alignment = by_alignment
         self._holds = holds
         self.buckets: list[Bucket] = []
         #: parameters with a gradient that torch's own step must serve, and why
@@ -543,8 +548,7 @@ class Plan:
                     why, row = row, None
                 if row is not None:
                     wide = row.counter is not None and row.counter.dtype == torch.float64
-                    # On a CPU alignment is no matter.
-                    aligned = self._device == "cpu" or _is_aligned(row)
+                    aligned = self._by_alignment and _is_aligned(row)
                     key = (kernel, param.dtype, wide, param.device, aligned, spread_of(param))
                     buckets.setdefault(key, Bucket(*key, slots)).rows.append(row)
                 elif param.grad is not None:

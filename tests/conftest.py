@@ -1,6 +1,7 @@
 """GPU tests are collected everywhere and skipped, with a reason, where there is no GPU."""
 
 import signal
+import sys
 
 import pytest
 import torch
@@ -17,6 +18,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish():
+    if "triton_memory" in sys.modules:
+        sys.modules["triton_memory"].freeze()
 
 
 @pytest.fixture(scope="session")

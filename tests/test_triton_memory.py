@@ -30,6 +30,12 @@ def _add_one_at(table, numel, BLOCK: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
+def _read_wide(table, target, DTYPE: tl.constexpr, TOLD: tl.constexpr):  # noqa: N803
+    pointer = tl.multiple_of(tl.load(table).to(tl.pointer_type(DTYPE)), TOLD)
+    tl.store(target, tl.load(pointer).to(tl.float32))
+
+
+@triton.jit
 def _copy_before(pointer, numel, ahead, BLOCK: tl.constexpr):  # noqa: N803
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(pointer + at + ahead, mask=at < numel)
@@ -83,6 +89,16 @@ def test_what_has_been_freed():
     of = of[8:].clone()
     with pytest.raises(InterpreterError, match="_add_one_at: program 0 reads 4 bytes at "):
         _add_one_at[1,](table, 8, BLOCK=8)
+
+
+def test_what_is_not_aligned():
+    of, target = torch.zeros(16), torch.zeros(1)
+    table = torch.tensor([of.data_ptr() + 4])
+    _read_wide[1,](table, target, DTYPE=tl.float32, TOLD=4)
+    with pytest.raises(InterpreterError, match=r"_read_wide: program 0 reads 8 bytes at 0x\w+4, w"):
+        _read_wide[1,](table, target, DTYPE=tl.float64, TOLD=4)
+    with pytest.raises(InterpreterError, match="_read_wide: no multiples of 16, as is"):
+        _read_wide[1,](table, target, DTYPE=tl.float32, TOLD=16)
 
 
 def test_only_a_gradient():

@@ -1,8 +1,9 @@
 """What kernels read and write, watched under Triton's interpreter, as a GPU's sanitizer would.
 
-Each launch is held to two rules. Every element that it reads or writes lies in the memory of a
+Each launch is held to these rules. Every element that it reads or writes lies in the memory of a
 tensor that is alive: an address past the end of one, or left over from one that has been freed, is
-found even where a CPU would not mind. And what is written is written once, and read only before
+found even where a CPU would not mind; and so is one that is no multiple of the element's size, or
+of what the compiler was told. What is written is written once, and read only before
 that and by the same lane: on a GPU programs run at the same time, and so do the threads of each,
 while here everything happens in turn.
 """
@@ -10,14 +11,12 @@ while here everything happens in turn.
 from __future__ import annotations
 
 import gc
+import weakref
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-
-#: Bytes that are told apart: no element of these kernels has fewer.
-_GRAIN = 2
 
 Addresses = npt.NDArray[np.int64]
 
@@ -31,6 +30,7 @@ def alive() -> tuple[Addresses, Addresses]:
     # Not isinstance(), which asks weak proxies for the class of what may be gone, and is slow.
     kinds = _kinds(torch.Tensor)
     tensors = [t for t in gc.get_objects() if type(t) in kinds]
+    tensors += [t for t in (known() for known in _frozen) if t is not None]
     # What only a parameter refers to need not be anything that Python knows of.
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
     found: dict[int, int] = {}
@@ -43,6 +43,18 @@ def alive() -> tuple[Addresses, Addresses]:
     return begins, np.array([found[b] for b in begins.tolist()], dtype=np.int64)
 
 
+#: Tensors that :func:`freeze` has hidden from the next scans.
+_frozen: list[weakref.ref[torch.Tensor]] = []
+
+
+def freeze() -> None:
+    """Let the scans for tensors not go through what there is by now: modules, collected tests."""
+    gc.collect()
+    kinds = _kinds(torch.Tensor)
+    _frozen.extend(weakref.ref(t) for t in gc.get_objects() if type(t) in kinds)
+    gc.freeze()
+
+
 def _kinds(of: type) -> set[type]:
     return {of}.union(*(_kinds(kind) for kind in type.__subclasses__(of)))
 
@@ -53,13 +65,19 @@ class Launch:
     def __init__(self, name: str) -> None:
         self.name = name
         self.begins, self.ends = alive()
-        #: of each access, whether it writes; and places, order, programs and lanes
-        self.touched: list[tuple[bool, Addresses]] = []
+        #: in turn: whether elements are written, the program, their size, addresses and lanes
+        self.touched: list[tuple[bool, int, int, Addresses, Addresses]] = []
 
     def touch(
         self, program: int, at: Addresses, size: int, lane: Addresses, *, writes: bool
     ) -> None:
         """Elements of ``size`` bytes each, at these addresses, of these lanes of the program."""
+        astray = at % size != 0
+        if astray.any():
+            raise MemoryFaultError(
+                f"{self.name}: program {program} {'writes' if writes else 'reads'} {size} bytes at "
+                f"{int(at[astray][0]):#x}, which is not a multiple of that"
+            )
         below = np.searchsorted(self.begins, at, side="right") - 1
         outside = (below < 0) | (at + size > self.ends[np.maximum(below, 0)])
         if outside.any():
@@ -71,21 +89,20 @@ class Launch:
                 f"{self.name}: program {program} {'writes' if writes else 'reads'} {size} bytes "
                 f"at {where:#x}, {tensor}; in all {int(outside.sum())} elements"
             )
-        each = size // _GRAIN
-        grains = (at[:, None] // _GRAIN + np.arange(each)).reshape(-1)
-        order = np.full(grains.size, len(self.touched))
-        who = np.full(grains.size, program)
-        self.touched.append((writes, np.stack([grains, order, who, lane.repeat(each)])))
+        self.touched.append((writes, program, size, at, lane))
 
     def check(self) -> None:
         """That what is written is written once, and read before that, by the same lane alone."""
-        written, read = self._joined(writes=True), self._joined(writes=False)
-        written = written[:, np.argsort(written[0], kind="stable")]
+        # What is told apart: no element is smaller.
+        grain = min((size for _, _, size, _, _ in self.touched), default=1)
+        written, read = self._joined(grain, writes=True), self._joined(grain, writes=False)
+        if (written[0, 1:] < written[0, :-1]).any():
+            written = written[:, np.argsort(written[0], kind="stable")]
         for i in np.flatnonzero(written[0, 1:] == written[0, :-1])[:1]:
             (place, _, *first), (_, _, *second) = written[:, i : i + 2].T.tolist()
             raise MemoryFaultError(
                 f"{self.name}: {_program(*first)} and {_program(*second)} write to the same place, "
-                f"{place * _GRAIN:#x}"
+                f"{place * grain:#x}"
             )
         place = np.searchsorted(written[0], read[0])
         there = place < written.shape[1]
@@ -96,13 +113,20 @@ class Launch:
             (place, _, *reader), (_, _, *writer) = read[:, i].tolist(), write[:, i].tolist()
             raise MemoryFaultError(
                 f"{self.name}: {_program(*reader)} reads what {_program(*writer)} writes, "
-                f"at {place * _GRAIN:#x}"
+                f"at {place * grain:#x}"
             )
 
-    def _joined(self, *, writes: bool) -> Addresses:
+    def _joined(self, grain: int, *, writes: bool) -> Addresses:
         """Places, order, programs and lanes, of all reads or of all writes."""
-        none = np.empty((4, 0), dtype=np.int64)
-        return np.concatenate([none, *(t for w, t in self.touched if w is writes)], axis=1)
+        parts = [np.empty((4, 0), dtype=np.int64)]
+        for order, (writing, program, size, at, lane) in enumerate(self.touched):
+            if writing is writes:
+                each = size // grain
+                part = np.empty((4, at.size * each), dtype=np.int64)
+                part[0] = (at[:, None] // grain + np.arange(each)).reshape(-1)
+                part[1], part[2], part[3] = order, program, lane.repeat(each)
+                parts.append(part)
+        return np.concatenate(parts, axis=1)
 
 
 def _program(program: int, lane: int) -> str:
@@ -115,12 +139,12 @@ def watch() -> None:
 
     builder = interpreter.interpreter_builder
     load, store = builder.create_masked_load, builder.create_masked_store
+    set_attribute = interpreter.TensorHandle.set_attr
     call = interpreter.GridExecutor.__call__
     launches: list[Launch] = []
 
     def note(pointers: Any, mask: Any, *, writes: bool) -> None:
-        size = pointers.get_element_ty().primitive_bitwidth // 8
-        assert size % _GRAIN == 0, "elements of a byte are not told apart here"
+        size = pointers.get_element_ty().primitive_bitwidth // 8 or 1
         lane = np.flatnonzero(mask.data)
         at = pointers.data.reshape(-1)[lane].astype(np.int64)
         launches[-1].touch(builder.grid_idx[0], at, size, lane, writes=writes)
@@ -142,12 +166,17 @@ def watch() -> None:
             launches.pop()
         return done
 
+    def told(handle: Any, key: str, values: Any) -> None:
+        # What the compiler makes wide loads of, and the interpreter nothing.
+        if key == "tt.divisibility" and (handle.data % handle.data.dtype.type(values[0])).any():
+            raise MemoryFaultError(f"{launches[-1].name}: no multiples of {values[0]}, as is told")
+        set_attribute(handle, key, values)
+
     def atomic(*args: Any) -> Any:
         raise NotImplementedError("atomic operations are not watched: no kernel here has any")
 
+    interpreter.TensorHandle.set_attr = told
     builder.create_atomic_cas = builder.create_atomic_rmw = atomic
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
     interpreter.GridExecutor.__call__ = watched
-    # The scan for tensors need not go through what imports have left.
-    gc.collect()
-    gc.freeze()
+    freeze()

@@ -420,7 +420,9 @@ class TritonBackend:
     def __init__(
         self, optimizer: Optimizer, rule: UpdateRule, schedule: Schedule, device: str
     ) -> None:
-        self.plan = Plan(optimizer, rule, library().held, device, capturable=True)
+        self.plan = Plan(
+            optimizer, rule, library().held, device, capturable=True, by_alignment=True
+        )
         self._schedule = schedule
         self._momentum = rule.momentum
         self._launches: list[_Launch] = []
