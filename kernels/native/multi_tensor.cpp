@@ -67,7 +67,7 @@ private:
     }
 };
 
-// By integer arithmetic: compilers disagree on the type's name, and this vectorises.
+// One by integer arithmetic, since compilers disagree on the type's name.
 struct Float16 {
     using Raw = uint16_t;
     using A = float;
@@ -105,27 +105,36 @@ struct Float16 {
         bits = wide > 0x7f800000u ? 0x7e00u : bits;
         return Raw(bits | sign);
     }
-    // Many at a time, by the processor's own instruction where it has one.
-    __attribute__((noinline)) static void load(const Raw* from, float* to, int64_t count) {
-        int64_t i = 0;
-#ifdef __F16C__
-        for (; i + 8 <= count; i += 8) {
-            const auto bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-            _mm256_storeu_ps(to + i, _mm256_cvtph_ps(bits));
-        }
-#endif
-        for (; i < count; ++i) to[i] = load(from[i]);
+    // A vector of them at a time, by the processor's own instruction where it has one.
+#if defined(__AVX512F__)
+    static constexpr int lanes = 16;
+    static void load(const Raw* from, float* to) {
+        const auto bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+        _mm512_storeu_ps(to, _mm512_cvtph_ps(bits));
     }
-    __attribute__((noinline)) static void store(const float* from, Raw* to, int64_t count) {
-        int64_t i = 0;
-#ifdef __F16C__
-        for (; i + 8 <= count; i += 8) {
-            const auto bits = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), bits);
-        }
-#endif
-        for (; i < count; ++i) to[i] = store(from[i]);
+    static void store(const float* from, Raw* to) {
+        const auto bits = _mm512_cvtps_ph(_mm512_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
     }
+#elif defined(__F16C__)
+    static constexpr int lanes = 8;
+    static void load(const Raw* from, float* to) {
+        const auto bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        _mm256_storeu_ps(to, _mm256_cvtph_ps(bits));
+    }
+    static void store(const float* from, Raw* to) {
+        const auto bits = _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bits);
+    }
+#else
+    static constexpr int lanes = 16;
+    static void load(const Raw* from, float* to) {
+        for (int i = 0; i < lanes; ++i) to[i] = load(from[i]);
+    }
+    static void store(const float* from, Raw* to) {
+        for (int i = 0; i < lanes; ++i) to[i] = store(from[i]);
+    }
+#endif
 };
 
 // A rule object of any class. Only what stands in update() is compiled once per rule and format.
@@ -182,27 +191,38 @@ template <class T, class Rule> struct Update {
     }
 };
 
-// Block by block through buffers in the nearest cache: converting a float16 within the loop would
-// keep compilers from using the instruction for it.
+// Vector by vector, for which there is an instruction that compilers do not find by themselves. The
+// arrays are such vectors, and stay in registers.
 template <class Rule> struct Update<Float16, Rule> {
     static void run(const AnyRule& rule, const Row& row, int64_t begin, int64_t end) {
         using Raw = Float16::Raw;
-        constexpr int64_t block = 512;
-        constexpr int slots = Rule::slots;
-        float p[block], g[block], s[3][block];
-        Row wide = row;
-        wide.param = p, wide.grad = g;
-        for (int k = 0; k < slots; ++k) wide.state[k] = s[k];
-        for (int64_t at = begin; at < end; at += block) {
-            const int64_t count = std::min(block, end - at);
-            Float16::load(static_cast<const Raw*>(row.param) + at, p, count);
-            Float16::load(static_cast<const Raw*>(row.grad) + at, g, count);
-            for (int k = 0; k < slots; ++k)
-                Float16::load(static_cast<const Raw*>(row.state[k]) + at, s[k], count);
-            Update<Float32, Rule>::run(rule, wide, 0, count);
-            Float16::store(p, static_cast<Raw*>(row.param) + at, count);
-            for (int k = 0; k < slots; ++k)
-                Float16::store(s[k], static_cast<Raw*>(row.state[k]) + at, count);
+        constexpr int lanes = Float16::lanes, slots = Rule::slots;
+        Raw* const p = static_cast<Raw*>(row.param);
+        const Raw* const g = static_cast<const Raw*>(row.grad);
+        Raw* s[3] = {};
+        for (int k = 0; k < slots; ++k) s[k] = static_cast<Raw*>(row.state[k]);
+        const Rule r = *reinterpret_cast<const Rule*>(&rule);
+        int64_t i = begin;
+        for (; i + lanes <= end; i += lanes) {
+            alignas(64) float param[lanes], grad[lanes], s0[lanes], s1[lanes], s2[lanes];
+            Float16::load(p + i, param);
+            Float16::load(g + i, grad);
+            if (slots > 0) Float16::load(s[0] + i, s0);
+            if (slots > 1) Float16::load(s[1] + i, s1);
+            if (slots > 2) Float16::load(s[2] + i, s2);
+#pragma omp simd
+            for (int j = 0; j < lanes; ++j) r(param[j], grad[j], s0[j], s1[j], s2[j]);
+            Float16::store(param, p + i);
+            if (slots > 0) Float16::store(s0, s[0] + i);
+            if (slots > 1) Float16::store(s1, s[1] + i);
+            if (slots > 2) Float16::store(s2, s[2] + i);
+        }
+        for (; i < end; ++i) {
+            float param = Float16::load(p[i]), held[3] = {};
+            for (int k = 0; k < slots; ++k) held[k] = Float16::load(s[k][i]);
+            r(param, Float16::load(g[i]), held[0], held[1], held[2]);
+            p[i] = Float16::store(param);
+            for (int k = 0; k < slots; ++k) s[k][i] = Float16::store(held[k]);
         }
     }
 };
