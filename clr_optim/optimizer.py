@@ -537,7 +537,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 self._write_bounds()
                 # Not as if it were all stepped: bounds written since are news to the device, and
                 # an older graph does not keep the rate of a group that was added.
-                self._go_to(position)
+                self._go_to(position, there=True)
         return position
 
     def _believed_iteration(self) -> int:
@@ -1006,8 +1006,10 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 "own step"
             )
         # The device need not tell what it has found, unless the host is to act on it: call hooks
-        # and functions, have the wrapped step run, keep the state that this step creates.
-        acts = plan.pending or rest or self._has_scale_fn or self._cycle_end_hooks
+        # and functions, have the wrapped step run, keep the state that this step creates, choose
+        # the kernel.
+        acts = bool(plan.pending or rest or self._has_scale_fn or self._cycle_end_hooks)
+        acts = acts or self._momentum_vanishes()
         found_inf: Tensor | None = self.__dict__.get("found_inf")
         if found_inf is not None and (acts or not fused.sees_overflows) and not capturing:
             if self._overflowed():
@@ -1054,6 +1056,11 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 "cycle-end hooks run on the host, which no graph asks; remove them, and look at "
                 "opt.cycle between replays"
             )
+        if self._momentum_vanishes():
+            raise self._no_capture(
+                "momentum cycles down to 0, and steps without momentum are others than those with "
+                "it; construct CyclicalOptimizer with a base_momentum above 0"
+            )
         if self._shared.fused is not None and not self._is_settled(self._believed_iteration()):
             raise self._no_capture(
                 "position, bounds or groups were changed since the last step; take a step and then "
@@ -1065,6 +1072,17 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 raise self._no_capture(
                     "a checkpoint left step counters on the CPU; take a step and then capture"
                 )
+
+    def _momentum_vanishes(self) -> bool:
+        """Whether the cycle comes to where SGD and RMSprop keep no buffer: the host then chooses.
+
+        Their steps without momentum leave the buffer as it was, and have a kernel of their own.
+        """
+        return self._cycle_momentum and any(
+            "betas" not in group and group[_BASE_MOMENTUM] <= 0.0 < group[_MAX_MOMENTUM]
+            for group in self._inner.param_groups
+            if _BASE_MOMENTUM in group and _MAX_MOMENTUM in group
+        )
 
     @staticmethod
     def _no_capture(reason: str) -> RuntimeError:
@@ -1262,12 +1280,13 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         self._go_to(position)
         self._shared.shown = position
 
-    def _go_to(self, position: int, *, stepped: bool = False) -> None:
+    def _go_to(self, position: int, *, stepped: bool = False, there: bool = False) -> None:
         """Write the position, the policy and the rates of this step into the groups.
 
         Args:
             position: the step's number.
             stepped: the device gets there by itself.
+            there: the device has said that it is there.
         """
         shared, groups = self._shared, self.param_groups
         bounds = self._bounds()
@@ -1312,7 +1331,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         shared.groups, shared.position = groups, position
         shared.bounds, shared.rates, shared.seen = bounds, held, None
         if shared.fused is not None and not stepped and self._only_the_device_knows():
-            shared.fused.move_to(self._course(at_zero=False))
+            shared.fused.move_to(self._course(at_zero=False), there=there)
 
     # ---- checkpoints and copies
 

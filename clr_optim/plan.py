@@ -69,7 +69,7 @@ def _find_words() -> tuple[int, int]:
 
     Both 0 if one is not found: a scan then looks at every tensor without looking ahead.
     """
-    tensor = torch.empty(1)
+    tensor = torch.empty(1, device="cpu")
     try:
         impl, storage = tensor._cdata, tensor.untyped_storage()._cdata
         words = ctypes.c_void_p * 4  # no object of theirs is smaller
@@ -373,8 +373,8 @@ class Plan:
         capturable: whether the kernels can be captured into a graph.
         by_alignment: whether tensors that all begin at a multiple of 16 bytes have buckets of their
             own.
-        holds: whether gradients that were looked at are kept alive until ``clr_step`` is over, as
-            another thread may drop them meanwhile. The memory of a GPU waits for its kernels.
+        holds: whether gradients that were looked at are kept alive until ``clr_step`` is over or
+            :meth:`release` is called, as another thread may drop them meanwhile.
     """
 
     def __init__(

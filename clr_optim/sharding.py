@@ -131,7 +131,7 @@ def sum_over_ranks(sums: Mapping[Spread | None, Tensor]) -> Tensor:
             for dim in spread.dims if spread.mesh.get_coordinate() is not None else ():
                 torch.distributed.all_reduce(part, group=spread.mesh.get_group(dim))
         total = part if total is None else total + part.to(total.device)
-    return torch.zeros((), dtype=torch.float64) if total is None else total
+    return torch.zeros((), dtype=torch.float64, device="cpu") if total is None else total
 
 
 def global_norm(grads: Sequence[Tensor], ways: Sequence[Spread | None], wide: bool) -> Tensor:

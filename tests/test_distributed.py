@@ -143,6 +143,23 @@ def test_the_norm_is_over_all_ranks(ranks, how, backend, world):
             torch.testing.assert_close(ours, theirs)
 
 
+def norm_of_the_first_ranks_gradient(backend: str) -> float:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    weight = nn.Parameter(distribute_tensor(torch.ones(6), _mesh(), [Shard(0)]))
+    opt = _wrapped(BY_NAME["adam-wd"], [weight], backend, max_grad_norm=0.1)
+    if dist.get_rank() == 0:
+        weight.grad = torch.zeros_like(weight)
+        weight.grad.to_local().fill_(2.0)
+    opt.step()
+    return opt.grad_norm.item()
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_the_norm_is_the_same_on_a_rank_without_gradients(ranks, backend):
+    assert ranks.run(2, norm_of_the_first_ranks_gradient, backend) == [pytest.approx(12**0.5)] * 2
+
+
 def _train_under_a_scaler(backend: str, fused: bool, overflows: list[int]) -> Any:
     """An overflow on the last rank alone, before the steps named; returns course and parameters."""
     from torch.distributed.fsdp import fully_shard

@@ -221,3 +221,20 @@ def test_a_rate_that_a_scheduler_left_is_no_top_without_a_word():
     assert caught[0].filename == __file__
     assert opt.lr_at(2000) == [pytest.approx(top)]
     assert CyclicalOptimizer(plain).lr_at(2000) == [pytest.approx(top)]  # which it remembers
+
+
+# ---- a default device
+
+
+@pytest.mark.parametrize("backend", ["native", "auto"])
+def test_a_default_device_is_not_that_of_the_norm(backend):
+    param = weight()
+    adam = torch.optim.Adam([param], lr=0.1)
+    opt = CyclicalOptimizer(adam, backend=backend, max_grad_norm=0.5)
+    param.grad = torch.full_like(param, 3.0)
+    expected = param.grad.norm()
+    with torch.device("meta"):
+        opt.step()
+        assert opt.iteration == 1
+    assert opt.grad_norm == pytest.approx(expected)
+    assert opt.state[param]["step"] == 1

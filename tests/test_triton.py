@@ -14,6 +14,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -707,6 +708,115 @@ def test_clipping_one_norm_over_both_backends():
 # ---- memory
 
 
+def test_a_default_device_is_not_ours():
+    """Who sets one means the model's tensors, and not what a step keeps on the host."""
+    pair = twins(BY_NAME["adam-wd"], max_grad_norm=0.5)
+    with torch.device("meta"):
+        pair.ours.step()  # nothing has a gradient
+    for _ in range(2):
+        pair.draw()
+        feed(pair.theirs, pair.ours)
+        with torch.device("meta"):
+            pair.ours.step()
+            assert pair.ours.grad_norm.device == DEVICE
+            assert pair.ours.iteration
+        torch.nn.utils.clip_grad_norm_(members(pair.theirs), 0.5)
+        pair.theirs.step()
+        assert_alike(pair.ours, pair.theirs)
+
+
+def test_steps_in_inference_mode_and_out_of_it():
+    """Which torch takes where there is no state."""
+    pair = twins(BY_NAME["sgd"])
+    for k in range(5):
+        pair.draw()
+        with torch.inference_mode(k in (0, 3)):
+            pair.step()
+            pair.ours.set_bounds(max_lr=0.1 * (k + 1))
+        assert pair.ours.iteration == k + 1
+
+
+def test_gradients_dropped_between_scan_and_launch(monkeypatch):
+    """By another thread's zero_grad(), whose forward pass then takes their memory."""
+    size = 200_000
+    (weight,) = parameters(drawn([(size,)], torch.float32))
+    opt = wrapped(torch.optim.SGD([weight], lr=1.0), backend="triton", base_lr=1.0, max_lr=1.0)
+    weight.grad = torch.ones_like(weight)
+    opt.step()
+    fused, taken = opt._shared.fused, []
+    gates = fused._gates
+
+    def others(*args):
+        weight.grad = None
+        taken.extend(torch.full((size,), 7.0, device=DEVICE) for _ in range(4))
+        return gates(*args)
+
+    monkeypatch.setattr(fused, "_gates", others)
+    weight.grad = torch.ones_like(weight)
+    reference = weakref.ref(weight.grad)
+    before = weight.detach().clone()
+    opt.step()
+    assert torch.equal(weight, before - 1)
+    assert reference() is None  # let go of after the step
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_ctrl_c_between_device_and_host(first, monkeypatch):
+    """The device has gone on, and the host has not heard of it."""
+    from clr_optim.backends.triton import _Position
+
+    pair = twins(BY_NAME["adam-wd"])
+    if not first:
+        pair.draw()
+        pair.step()
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    pair.draw()
+    feed(pair.theirs, pair.ours)
+    with monkeypatch.context() as patch:
+        patch.setattr(_Position, "advanced", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pair.ours.step()
+    pair.theirs.step()
+    assert pair.ours.iteration == 2 - first
+    assert_alike(pair.ours, pair.theirs)
+    for _ in range(2):
+        pair.draw()
+        pair.step()
+    assert pair.ours.iteration == 4 - first
+    assert not pair.ours._shared.fused.uncertain
+
+
+def test_a_device_that_joins_stands_where_the_others_do(monkeypatch):
+    """Though the host may not know where that is; another device is played by another index."""
+    from clr_optim.plan import Plan
+
+    build = Plan._build
+
+    def on_two(self):
+        build(self)
+        for bucket in self.buckets:
+            if bucket.dtype == torch.float64 and DEVICE.type == "cpu":
+                bucket.device = torch.device("cpu", 1)
+
+    monkeypatch.setattr(Plan, "_build", on_two)
+    weights = parameters(drawn([(4,)], torch.float32)) + parameters(drawn([(4,)], torch.float64))
+    opt = wrapped(torch.optim.SGD(weights[:1], lr=0.1), backend="triton", step_size_up=4)
+    for overflow in (0.0, 0.0, 1.0, 0.0, 1.0):
+        weights[0].grad = torch.ones_like(weights[0])
+        opt.grad_scale = torch.ones((), device=DEVICE)
+        opt.found_inf = torch.full((), overflow, device=DEVICE)
+        opt.step()
+    del opt.grad_scale, opt.found_inf
+    opt.optimizer.add_param_group({"params": weights[1:], "lr": 0.1})
+    weights[1].grad = torch.ones_like(weights[1])
+    opt.step()
+    positions = opt._shared.fused._positions.values()
+    assert [position.ask() for position in positions] == [4] * (2 if DEVICE.type == "cpu" else 1)
+
+
 def unaligned(tensor):
     """The same values, one element after where an allocation begins."""
     base = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
@@ -900,6 +1010,12 @@ def test_a_ranks_part_of_dtensors(ranks, name, max_norm):
         assert result["norms"] == pytest.approx(norms, rel=1e-5)
         for ours, theirs in zip(result["params"], expected, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.skipif(RUNS and not INTERPRETED, reason="the ranks' tensors are on the CPU")
+def test_the_norm_on_a_rank_without_gradients(ranks):
+    found = ranks.run(2, test_distributed.norm_of_the_first_ranks_gradient, "triton")
+    assert found == [pytest.approx(12**0.5)] * 2
 
 
 @on_gpus

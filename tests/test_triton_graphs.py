@@ -384,6 +384,19 @@ def test_what_cannot_be_captured_says_why():
     assert "a scale_fn runs on the host" in refusal(run)
 
     run = warm()
+    inner = BY_NAME["sgd-mom"].make(run.params)
+    run.opt = CyclicalOptimizer(
+        inner, cycle_momentum=True, base_momentum=0.0, step_size_up=3, backend="triton"
+    )
+    run.eager(1)
+    assert "momentum cycles down to 0" in refusal(run)
+
+    run = warm()
+    for param in run.params:
+        param.grad = off_alignment(torch.zeros_like(param))
+    assert "not all gradients begin at multiples of 16 bytes" in refusal(run)
+
+    run = warm()
     run.opt = CyclicalOptimizer(run.opt.optimizer, backend="torch", step_size_up=3)
     run.eager(1)
     message = refusal(run)
@@ -393,6 +406,78 @@ def test_what_cannot_be_captured_says_why():
     # It goes on eagerly as if nothing had been.
     run.eager(2)
     assert run.opt.iteration == 3
+
+
+def off_alignment(like: Tensor) -> Tensor:
+    return torch.empty(like.numel() + 1, dtype=like.dtype, device=DEVICE)[1:].view(like.shape)
+
+
+def test_gradients_better_aligned_than_before_can_be_captured():
+    replayed, eager = Run(BY_NAME["adam-wd"]), Run(BY_NAME["adam-wd"])
+    for run in (replayed, eager):
+        for param, grad in zip(run.params, run.draw(0), strict=True):
+            param.grad = off_alignment(grad).copy_(grad)
+        run.opt.step()
+    graph = replayed.capture()
+    for k in range(1, 4):
+        replayed.replay(graph, k)
+        eager.eager(k)
+    assert_together(replayed, eager)
+
+
+def test_a_capture_must_cover_all_devices(monkeypatch):
+    """As by the host's own view: whether there is a capture depends on the current device."""
+    run = Run(BY_NAME["adam-wd"])
+    run.eager(0)
+    elsewhere = []
+
+    @contextmanager
+    def guard(device: torch.device) -> Iterator[None]:
+        elsewhere.append(device)
+        yield
+        elsewhere.pop()
+
+    monkeypatch.setattr(triton_backend, "_guard", guard)
+    monkeypatch.setattr(triton_backend, "is_capturing", lambda: not elsewhere)
+    for param, grad in zip(run.params, run.draw(1), strict=True):
+        param.grad = grad
+    before = copy.deepcopy(tensors_of(run.opt))
+    with pytest.raises(RuntimeError, match="capture on all or none"):
+        run.opt.step()
+    after = tensors_of(run.opt)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_groups_bounds_reach_a_graph_of_more_groups():
+    run = Run(BY_NAME["adam-wd"])
+    inner = torch.optim.Adam([{"params": [p]} for p in run.params], lr=0.1)
+    run.opt = CyclicalOptimizer(inner, backend="triton", step_size_up=4)
+    run.eager(0)
+    graph = run.capture()
+    run.replay(graph, 1)
+    run.opt.param_groups.pop()
+    run.eager(2)
+    run.opt.set_bounds(base_lr=0.0, max_lr=0.0)
+    before = [p.detach().clone() for p in run.params]
+    run.replay(graph, 3)
+    for then, now in zip(before, run.params, strict=True):
+        assert torch.equal(then, now)
+
+
+def test_to_ask_moves_nothing():
+    """Asked on another stream, what the device says may be of a moment ago."""
+    run = Run(BY_NAME["adam-wd"], capturable=True)
+    run.eager(0)
+    graph = run.capture()
+    run.replay(graph, 1)
+    (position,) = run.opt._shared.fused._positions.values()
+    before = position._control._version
+    assert run.opt.iteration == 2
+    assert run.opt.get_last_lr() == pytest.approx([run.opt.param_groups[0]["lr"].item()])
+    assert position._control._version == before
+    run.replay(graph, 2)
+    run.eager(3)
+    assert run.opt.iteration == 4
 
 
 # ---- AMP
@@ -488,6 +573,32 @@ def test_where_the_host_must_know_it_asks(how):
             taken += 1
     assert_together(run, plain)
     assert ends == ([6, 12] if how != "scale_fn" else [])
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.RMSprop])
+def test_overflows_where_momentum_cycles_down_to_0(cls):
+    """A step without momentum leaves the buffer as it was, and is another kernel's."""
+    found = []
+    for with_overflows in (True, False):
+        param = torch.nn.Parameter(torch.ones(5, device=DEVICE))
+        opt = CyclicalOptimizer(
+            cls([param], lr=0.1, momentum=0.9), step_size_up=2, cycle_momentum=True,
+            base_momentum=0.0, max_momentum=0.9, backend="triton",
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+        for k in range(14):
+            grad = torch.randn(5, generator=generator).to(DEVICE)
+            overflow = k in (3, 4, 8)
+            if overflow and not with_overflows:
+                continue
+            param.grad = grad / 0.0 if overflow else grad
+            if with_overflows:
+                opt.grad_scale = torch.ones((), device=DEVICE)
+                opt.found_inf = torch.full((), float(overflow), device=DEVICE)
+            opt.step()
+        assert opt.iteration == 11
+        found.append(param.detach())
+    assert torch.equal(*found)
 
 
 def test_equal_runs_clip_to_equal_bits():

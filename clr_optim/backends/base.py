@@ -64,8 +64,13 @@ class FusedBackend(Protocol):
     def position(self) -> int:
         """The position, by the device's own count; waits for it."""
 
-    def move_to(self, course: Course) -> None:
-        """Take in a position and bounds before the next step, which may be a graph's replay."""
+    def move_to(self, course: Course, *, there: bool = False) -> None:
+        """Take in a position and bounds before the next step, which may be a graph's replay.
+
+        Args:
+            course: where to go.
+            there: whether the device has just told that this is where it is.
+        """
 
     def keeps(self, lr: Tensor) -> bool:
         """Whether steps write the next rate into this tensor."""

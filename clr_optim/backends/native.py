@@ -87,7 +87,7 @@ class NativeBackend:
         """Never asked: the host counts the steps."""
         raise AssertionError("the host knows the position")
 
-    def move_to(self, course: Course) -> None:
+    def move_to(self, course: Course, *, there: bool = False) -> None:
         """Nothing: every step is told where it stands."""
 
     def keeps(self, lr: Tensor) -> bool:
@@ -109,7 +109,8 @@ class NativeBackend:
             clip = gradients.max_norm / (length + 1e-6)
             # NaN stays NaN, as in clip_grad_norm_.
             factor = factor if clip > 1.0 else factor * clip
-            norm = torch.tensor(length, dtype=torch.float64 if plan.wide else torch.float32)
+            dtype = torch.float64 if plan.wide else torch.float32
+            norm = torch.tensor(length, dtype=dtype, device="cpu")
         try:
             while self._launch(plan.view, course.rates, factor) == _TAKEN:
                 plan.refresh()  # another thread takes a step of this optimizer, or has just done so

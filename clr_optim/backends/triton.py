@@ -137,12 +137,23 @@ class _Mirror:
         self._last = now
         return on_device
 
+    def renew(self, table: npt.NDArray[Any]) -> None:
+        """The rows of this table, as many as there is place for; further rows stay."""
+        if self.table is None or self.table.shape[1:] != table.shape[1:]:
+            return
+        rows = np.frombuffer(self._last, table.dtype).reshape(self.table.shape).copy()
+        count = min(len(rows), len(table))
+        rows[:count] = table[:count]
+        self.put(rows)
+
     def stage(self) -> None:
         """Have memory for :meth:`put_in_graph`, which can allocate none."""
         table = cast("Tensor", self.table)
         if self._staged is None or self._staged.shape != table.shape:
             pinned = self._device.type != "cpu"
-            self._staged = torch.empty(table.shape, dtype=table.dtype, pin_memory=pinned)
+            self._staged = torch.empty(
+                table.shape, dtype=table.dtype, device="cpu", pin_memory=pinned
+            )
 
     def put_in_graph(self, table: npt.NDArray[Any]) -> Tensor:
         """The table on the device, uploaded at every replay; :meth:`stage` and `give_up` around."""
@@ -176,6 +187,8 @@ class _Launch:
             }
             for aligned in (False, True)
         ]
+        self._aligned = False
+        self._loaded: set[bool] = set()
         self._active = b""
         self._rows = _Mirror(bucket.device)
         self._uploaded = bucket.table[:0]
@@ -231,21 +244,34 @@ class _Launch:
         self._unchanged = b""
         return [*tables]
 
+    def choose(self) -> None:
+        """Choose the kernels by whether gradients are as aligned as all else.
+
+        Raises:
+            RuntimeError: if they were never launched, and this is a capture, which can load none.
+        """
+        grads = self.bucket.table["grad"]
+        self._aligned = self.bucket.aligned and not int(np.bitwise_or.reduce(grads)) & 15
+        if is_capturing() and self._aligned not in self._loaded:
+            self._aligned = False  # which serve all
+            if self._aligned not in self._loaded:
+                raise RuntimeError(
+                    "step() cannot be captured now: not all gradients begin at multiples of 16 "
+                    "bytes, as they did in the steps before; take a step with gradients in the "
+                    "memory that the capture gives them, and then capture"
+                )
+        self._loaded.add(self._aligned)
+
     @property
     def compiled_for(self) -> dict[str, Any]:
-        """Constants and options of the kernel, by whether gradients are as aligned as all else."""
-        return self._compiled_for[self._is_aligned]
+        """Constants and options of the kernel."""
+        return self._compiled_for[self._aligned]
 
     @property
     def squares_compiled_for(self) -> dict[str, Any]:
         """The same of :func:`sum_of_squares`."""
-        both = self._compiled_for[self._is_aligned]
+        both = self._compiled_for[self._aligned]
         return {k: v for k, v in both.items() if k not in ("KERNEL", "SLOTS", "COUNTER")}
-
-    @property
-    def _is_aligned(self) -> bool:
-        grads = self.bucket.table["grad"]
-        return self.bucket.aligned and not int(np.bitwise_or.reduce(grads)) & 15
 
 
 def _words(table: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -285,6 +311,11 @@ class _Position:
         #: where norms go, of replayed steps too
         self.norm: Tensor | None = None
 
+    def join(self, other: _Position) -> None:
+        """Stand where another device does, which may be known to that device alone."""
+        self._control.copy_(other._control)
+        self._expected = other._expected
+
     def ask(self) -> int:
         """The position, by the device's own count; waits for it."""
         position = int(self._control[0].item())
@@ -296,7 +327,6 @@ class _Position:
         """Go somewhere else at once."""
         self._expected = None
         self.control(course)
-        self._expected = self._wanted(course)
 
     @staticmethod
     def _wanted(course: Course) -> tuple[int, int]:
@@ -358,8 +388,7 @@ class _Position:
         if last is not None and last.shape != table.shape:
             mirrors.append(_Mirror(self.device))
         for older in mirrors[:-1]:
-            if older.table is not None and len(older.table) <= len(table):
-                older.put(table[: len(older.table)])
+            older.renew(table)
         found = mirrors[-1].put(table)
         self._groups_of = made_of
         return found
@@ -421,7 +450,13 @@ class TritonBackend:
         self, optimizer: Optimizer, rule: UpdateRule, schedule: Schedule, device: str
     ) -> None:
         self.plan = Plan(
-            optimizer, rule, library().held, device, capturable=True, by_alignment=True
+            optimizer,
+            rule,
+            library().held,
+            device,
+            capturable=True,
+            by_alignment=True,
+            holds=True,
         )
         self._schedule = schedule
         self._momentum = rule.momentum
@@ -429,6 +464,7 @@ class TritonBackend:
         self._by_device: dict[torch.device, list[_Launch]] = {}
         self._positions: dict[torch.device, _Position] = {}
         self._unsure = False
+        self._devices_done = 0
         # Kept for graphs, whose launches read from them: their number is that of captured steps.
         self._given_up: list[Any] = []
 
@@ -450,13 +486,21 @@ class TritonBackend:
         """Whether steps write the next rate into this tensor, as its device takes part in them."""
         return lr.device in self._positions
 
-    def move_to(self, course: Course) -> None:
-        """Take in a position and bounds before the next step, which may be a graph's replay."""
+    def move_to(self, course: Course, *, there: bool = False) -> None:
+        """Take in a position and bounds before the next step, which may be a graph's replay.
+
+        Args:
+            course: where to go.
+            there: whether the device has just told that this is where it is. To tell it so in turn
+                might take it back, on another stream than that of its steps.
+        """
         self._unsure = False
-        for position in self._positions.values():
-            with _guard(position.device):
-                position.move_to(course)
-                position.groups(course, self.plan.scalars, self._momentum)
+        with _no_inference_mode():
+            for position in self._positions.values():
+                with _guard(position.device):
+                    if not there:
+                        position.move_to(course)
+                    position.groups(course, self.plan.scalars, self._momentum)
 
     def step(self, course: Course, gradients: Gradients) -> Tensor | None:
         """Update all tensors of the plan, which must be fresh: a launch per bucket, and one more.
@@ -469,13 +513,19 @@ class TritonBackend:
         Raises:
             RuntimeError: if this is to be captured and something has to be uploaded for it.
         """
-        plan = self.plan
-        if is_capturing() and not plan.buckets and not self._positions:
+        with _no_inference_mode():
+            norm = self._step(course, gradients)
+        self.plan.release()
+        return norm
+
+    def _step(self, course: Course, gradients: Gradients) -> Tensor | None:
+        plan, capturing = self.plan, is_capturing()
+        if capturing and not plan.buckets and not self._positions:
             raise RuntimeError(
                 "step() cannot be captured now: no parameter has had a gradient yet; take a step "
                 "with all gradients and then capture"
             )
-        if plan.pending and is_capturing():
+        if plan.pending and capturing:
             raise RuntimeError(
                 "step() cannot be captured now: it would create the optimizer's state; take a step "
                 "with all gradients and then capture"
@@ -486,13 +536,27 @@ class TritonBackend:
         rows = {}
         for device, launches in by_device.items():
             with _guard(device):
-                rows.update({launch: launch.refresh() for launch in launches})
+                if is_capturing() is not capturing:
+                    raise RuntimeError(
+                        "step() cannot be captured now: a graph is being captured on one of the "
+                        "devices that have parameters and not on another; capture on all or none"
+                    )
+                for launch in launches:
+                    rows[launch] = launch.refresh()
+                    launch.choose()
         gates, norm = self._gates(by_device, rows, gradients)
-        for device, launches in by_device.items():
-            with _guard(device):
-                self._step_on(self._positions[device], launches, rows, course, gates[device])
-        self._unsure = self._unsure or (gradients.found_inf is not None and bool(by_device))
-        if is_capturing():
+        unsure = self._unsure or (gradients.found_inf is not None and bool(by_device))
+        self._devices_done = 0
+        try:
+            for device, launches in by_device.items():
+                with _guard(device):
+                    self._step_on(self._positions[device], launches, rows, course, gates[device])
+        except BaseException:
+            if self._devices_done == len(by_device) and not capturing:
+                plan.commit()  # the state belongs to the parameters
+            raise
+        self._unsure = unsure
+        if capturing:
             self._given_up.append([launch.give_up() for launch in self._launches])
             self._given_up.append([p.give_up() for p in self._positions.values()])
             # And what their addresses are of: a checkpoint's tensors may take their place.
@@ -508,8 +572,11 @@ class TritonBackend:
     def _arrange(self, launches: list[_Launch]) -> None:
         for device in dict.fromkeys(launch.bucket.device for launch in launches):
             if device not in self._positions:
+                others = list(self._positions.values())
                 with _guard(device):
                     self._positions[device] = _Position(device, self._schedule)
+                if others:
+                    self._positions[device].join(others[0])
         by_device: dict[torch.device, list[_Launch]] = {}
         for launch in launches:
             by_device.setdefault(launch.bucket.device, []).append(launch)
@@ -539,7 +606,10 @@ class TritonBackend:
             sums = self._together(parts)
             count = len(sums)
         gates: dict[torch.device, Tensor] = {}
-        norm = None if sums is None or positions else torch.zeros(())
+        dtype = torch.float64 if self.plan.wide else torch.float32
+        norm = None
+        if sums is not None and not positions:  # of what other ranks have
+            norm = sums.sum().sqrt().to(dtype)
         for device, position in positions.items():
             if gates and norm is not None:  # one device has summed for all
                 gates[device] = next(iter(gates.values())).to(device)
@@ -548,7 +618,6 @@ class TritonBackend:
                 gates[device] = torch.empty(2, dtype=torch.float64, device=device)
                 limit = position.one
                 if sums is not None and gradients.max_norm is not None:
-                    dtype = torch.float64 if self.plan.wide else torch.float32
                     if position.norm is None or position.norm.dtype != dtype:
                         position.norm = torch.empty((), dtype=dtype, device=device)
                     norm = position.norm
@@ -588,7 +657,7 @@ class TritonBackend:
         sums = list(parts.values())
         meshes = [spread.mesh.device_type for spread in self.plan.spreads if spread]
         if not meshes and len({part.device for part in sums}) <= 1:
-            return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64)
+            return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64, device="cpu")
         device = sums[0].device if sums else torch.device(meshes[0])
         by_spread = no_sums(self.plan.spreads, device)
         for launch, part in parts.items():
@@ -620,10 +689,13 @@ class TritonBackend:
                     **launch.compiled_for,
                 )  # fmt: skip
         programs = max(1, -(-count // _ADVANCED_AT_ONCE))
+        # Ctrl-C may come before the host has made a note of where the device goes: it then asks.
+        self._unsure = self._unsure or not is_capturing()
         multi_tensor.advance[(programs,)](
             counters, count, rates, kept, groups, width, ints, floats, phases, control, gate,
             BLOCK=_ADVANCED_AT_ONCE, enable_fp_fusion=False,
         )  # fmt: skip
+        self._devices_done += 1
         position.advanced(course)
 
 
@@ -641,6 +713,11 @@ def _on(tensor: Tensor | None, default: Tensor) -> Tensor:
     if tensor is None:
         return default
     return tensor.to(default.device, default.dtype, non_blocking=True)
+
+
+def _no_inference_mode() -> AbstractContextManager[Any]:
+    """What is made in it may be written to by later steps, as that of inference mode may not."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def _warp(device: torch.device) -> int:
