@@ -727,10 +727,15 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         if name != "torch" and not isinstance(rule, str):
             device = backends.plan_device(name, self._inner)
             classes = classify(self._inner, rule, device, capturable=name == "triton")
-            served = {
-                (name, reason) if why is None else ("torch", why): params
-                for why, params in classes.items()
-            }
+            # And what only a step finds out: memory that is shared, state of a form of its own.
+            fused = self._shared.fused
+            found = {} if fused is None else {id(p): why for p, why in fused.plan.rest}
+            served: dict[tuple[str, str], list[Tensor]] = {}
+            for why, params in classes.items():
+                for param in params:
+                    known = why or found.get(id(param))
+                    by = ("torch", known) if known else (name, reason)
+                    served.setdefault(by, []).append(param)
         else:
             served = {(name, reason): list(self._params())}
         return "\n".join(

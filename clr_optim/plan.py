@@ -483,6 +483,8 @@ class Plan:
         groups = self._optimizer.param_groups
         if [self._flags_of(group) for group in groups] != self._flags:
             return False
+        if [self._keys_of(group) for group in groups] != self.view.keys:
+            return False  # one was taken away, or written that matters as little as any
         for i, group in enumerate(groups):
             if self._flags[i][0] is None:
                 self.scalars[i] = self._rule.row(group)
@@ -525,6 +527,11 @@ class Plan:
     def _settings_of(group: dict[str, Any]) -> list[Any]:
         """All of a group but what changes at every step anyway."""
         return [value for key, value in group.items() if key not in _MOVING]
+
+    @staticmethod
+    def _keys_of(group: dict[str, Any]) -> list[str]:
+        """Of what :meth:`_settings_of` gives."""
+        return [key for key in group if key not in _MOVING]
 
     def _flags_of(self, group: dict[str, Any]) -> tuple[str | None, str]:
         """What of a group's settings decides buckets; all else is data."""
@@ -673,10 +680,10 @@ class Plan:
         self._params = [param for bucket in self.buckets for param in bucket.params]
         self.partial = int(self.table["active"].sum()) < len(self._params)
         self._state = state
-        self.view = View(
+        view = View(
             groups=groups,
             members=self._members,
-            keys=[[key for key in group if key not in _MOVING] for group in groups],
+            keys=[self._keys_of(group) for group in groups],
             settings=self._settings,
             state=state,
             dicts=list(state.values()),
@@ -687,8 +694,9 @@ class Plan:
             buckets=self.table.ctypes.data,
             count=len(self.buckets),
         )
-        self.view.address = ctypes.addressof(self.view)
-        self.view.scalars, self.view.scalars_address = self.scalars, self.scalars.ctypes.data
-        self.view.memory = [
+        view.address = ctypes.addressof(view)
+        view.scalars, view.scalars_address = self.scalars, self.scalars.ctypes.data
+        view.memory = [
             self.table, *((bucket.scan, bucket.table, bucket.layout) for bucket in self.buckets)
         ]  # fmt: skip
+        self.view = view  # another thread may take it up at once

@@ -507,8 +507,9 @@ class RangeTest:
         if at > end and self.diverged:
             at = end
         if at > end:
-            plateau = int(np.flatnonzero(smooth <= smooth.min() + lost[-1])[0])
-            max_lr = float(curve.lrs[plateau])
+            near = min(lost[-1], 0.5 * drop)  # noise may be more than all that was gained
+            plateau = int(np.flatnonzero(smooth <= smooth.min() + near)[0])
+            max_lr = float(curve.lrs[max(plateau, 1)])
             return max_lr, 0.4, (
                 f"{self._fall(curve)}, and did not get worse up to the last rate, "
                 f"{curve.lrs[end]:.3g}, so that the largest usable rate was not seen (raise "

@@ -1705,3 +1705,25 @@ def test_no_warning_and_no_state_on_an_idle_step():
         opt.step()
         assert opt.iteration == 1
         assert not opt.state
+
+
+def test_a_plan_shows_no_view_that_is_not_whole(monkeypatch):
+    """Another thread may take a step with it at once."""
+    pair = Twins(lambda: torch.optim.SGD(parameters(drawn([(8,)], torch.float64)), lr=0.1))
+    pair.draw()
+    pair.step()
+    ours = pair.ours._shared.fused.plan
+    seen = []
+
+    class Watched(plan.View):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            seen.append(bool(ours.view.address) and ours.view.scalars.size > 0)
+
+    monkeypatch.setattr(plan, "View", Watched)
+    ours.forget()
+    pair.draw()
+    pair.step()
+    assert seen
+    assert all(seen)
+    assert type(ours.view) is Watched

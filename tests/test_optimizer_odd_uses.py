@@ -238,3 +238,42 @@ def test_a_default_device_is_not_that_of_the_norm(backend):
         assert opt.iteration == 1
     assert opt.grad_norm == pytest.approx(expected)
     assert opt.state[param]["step"] == 1
+
+
+# ---- keys of the user's own in a group
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("taken", [["last"], ["first"], ["first", "last"], ["first", "middle"]])
+def test_keys_written_into_a_group_and_taken_away(taken, backend):
+    """As initial_lr by torch's schedulers, and by those who want to be rid of it."""
+    ours, theirs = weight(), weight()
+    plain = torch.optim.SGD([theirs], lr=0.4, momentum=0.9)
+    opt = CyclicalOptimizer(
+        torch.optim.SGD([ours], lr=0.4, momentum=0.9), base_lr=0.4, max_lr=0.4, backend=backend
+    )
+    keys = ["first", "middle", "last"]
+    opt.param_groups[0].update(dict.fromkeys(keys, "a word"))
+    for k in range(8):
+        step(opt, ours)
+        step(plain, theirs)
+        if k in (2, 4):
+            for key in taken:
+                del opt.param_groups[0][key]
+        if k == 3:
+            opt.param_groups[0].update(dict.fromkeys(taken, "another"))
+    assert opt.iteration == 8
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_explain_tells_what_only_a_step_finds_out():
+    memory = torch.ones(100)
+    params = [torch.nn.Parameter(memory[:60]), torch.nn.Parameter(memory[40:]), weight()]
+    opt = CyclicalOptimizer(torch.optim.SGD(params, lr=0.1))
+    for param in params:
+        param.grad = torch.ones_like(param)
+    opt.step()
+    rest, native = opt.explain().split("\n")
+    assert native.startswith("native: 1 parameter")
+    assert rest.startswith("torch: 2 parameter")
+    assert "share memory" in rest

@@ -971,3 +971,27 @@ def test_wrong_input_is_refused_and_changes_nothing(error, message, change):
     assert same(before, [*model.parameters(), torch.get_rng_state()])
     assert groups == {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
     assert not optimizer.state
+
+
+def test_a_fall_within_its_noise_gives_no_rate_of_0():
+    """A quick fall, and then a plateau as noisy as that was deep: at a linear test's start is 0."""
+    found = 0
+    for seed in range(400):
+        noise = np.random.default_rng(seed).standard_normal(60)
+        losses = 2 - np.minimum(np.linspace(0, 20, 60), 1) + 0.15 * noise
+        try:
+            bounds = RangeTest(np.linspace(0, 1, 60).tolist(), losses.tolist()).suggest()
+        except ValueError:
+            continue
+        found += 1
+        assert 0 < bounds.base_lr < bounds.max_lr
+    for seed in range(1500):
+        walk = np.cumsum(np.random.default_rng(seed).standard_normal(30)).tolist()
+        rates = np.linspace(0, 1, 30).tolist()
+        try:
+            bounds = RangeTest(rates, walk, metric="validation_loss", smoothing=0.3).suggest()
+        except ValueError:
+            continue
+        found += 1
+        assert 0 <= bounds.base_lr < bounds.max_lr
+    assert found > 500

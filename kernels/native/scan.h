@@ -171,10 +171,11 @@ inline bool same_settings(const View& view) {
         PyObject* keys = PyList_GetItem(view.keys, i);
         PyObject* settings = PyList_GetItem(view.settings, i);
         const ptrdiff_t count = PyList_Size(keys);
-        for (ptrdiff_t k = 0; k < count; ++k)
-            if (PyDict_GetItemWithError(group, PyList_GetItem(keys, k)) !=
-                PyList_GetItem(settings, k))
-                return false;
+        if (PyList_Size(settings) != count) return false;
+        for (ptrdiff_t k = 0; k < count; ++k) {
+            PyObject* now = PyDict_GetItemWithError(group, PyList_GetItem(keys, k));
+            if (!now || now != PyList_GetItem(settings, k)) return false;
+        }
     }
     return true;
 }

@@ -490,6 +490,18 @@ class Machine:
             return 1e-6
         return 7e-16 if self.backend == "triton" else 0.0
 
+    @event(0.6, number=range(3))
+    def write_a_key(self, number: int) -> None:
+        """As a user does, or a scheduler that keeps its initial_lr there."""
+        for opt in self.pair():
+            for group in opt.param_groups:
+                group[f"of the user {number}"] = number
+
+    @event(0.6, number=range(3))
+    def remove_a_key(self, number: int) -> bool | None:
+        held = [g.pop(f"of the user {number}", None) for o in self.pair() for g in o.param_groups]
+        return None if any(value is not None for value in held) else False
+
     @event(0.5)
     def ask_for_words(self) -> None:
         assert f"iteration {self.expected.position}," in repr(self.ours)
