@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         ValueError: if the steps do not make whole parts of whole thousands.
+        OSError: if the file cannot be written, before any step.
     """
     steps, rows = args.steps, args.rows
     if rows < 1 or steps < 1 or steps % (rows * _CHUNK):
@@ -87,6 +88,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"--steps {steps} must be a positive multiple of {_CHUNK} times --rows {rows}, "
             "which must be at least 1"
         )
+    if args.json:
+        Path(args.json).open("a").close()  # that it can be is not to be found out at the end
     torch.set_num_threads(1)
     opt, values = _optimizer(args.backend)
     results: dict[str, Any] = {
@@ -181,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         run(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     return 0
 

@@ -36,6 +36,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from pickle import UnpicklingError
 from time import perf_counter
 from typing import Any
 
@@ -86,8 +87,9 @@ _GAMMA = 0.99994
 _EVALUATIONS = 28
 _ON_THE_WAY = 2_000  # test images
 _EPSILON = 1e-8
-#: Points of accuracy that count as none: two standard errors of 10,000 test images at 80 %.
-_SAME = 0.8
+#: Points between two of the paper's accuracies that count as none: two standard errors of the
+#: difference, of 10,000 test images at 80 %.
+_SAME = 1.1
 #: Iterations before the one that is captured into a graph.
 _WARM_UP = 3
 _SPEED_ROUNDS = 10
@@ -645,11 +647,13 @@ class Store:
 
     Args:
         folder: made if it is not there.
+        made: whether it may be made.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, made: bool = True) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if made:
+            self.folder.mkdir(parents=True, exist_ok=True)
         self.results = self.folder / "results.jsonl"
 
     def is_empty(self) -> bool:
@@ -669,7 +673,7 @@ class Store:
         for number, line in enumerate(lines, 1):
             try:
                 run = json.loads(line)
-                _key(run)
+                ROWS[_key(run)[0]]
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{self.results}, line {number}: no result of a run") from error
             runs.append(run)
@@ -707,9 +711,15 @@ class Store:
         if not path.exists():
             return False
         try:
-            run.load_state_dict(torch.load(path, weights_only=True))
+            state = torch.load(path, weights_only=True)
+            run.load_state_dict(state)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        except (OSError, EOFError, RuntimeError, KeyError, TypeError, UnpicklingError) as error:
+            raise ValueError(
+                f"{path}: no checkpoint of a run ({type(error).__name__}: {error}); remove it to "
+                "begin the run anew"
+            ) from error
         return True
 
     def drop_checkpoint(self, row: str, seed: int) -> None:
@@ -834,7 +844,8 @@ def _train_all(
     def begun() -> Iterator[Run]:
         for row, seed in jobs:
             run = Run(row, seed, scale, data, device=args.device, caffe=args.caffe_momentum)
-            store.load(run)
+            with run.apart():  # or the run's own stream might not wait for it
+                store.load(run)
             progress.begin(run)
             yield run
 
@@ -943,8 +954,8 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         Dictionaries with ``"row"``, ``"table"``, ``"published"``, ``"published_iterations"``, and
         for what was run ``"accuracy"`` (mean, percent), ``"spread"`` (standard deviation of a
         sample, None for one seed), ``"iterations"``, ``"cycles"``, ``"seeds"``, ``"training_s"``
-        (mean), ``"curve"`` (means), ``"comparisons"`` (with other rows) and ``"relation"`` (a
-        sentence on them).
+        (mean), ``"curve"`` (means), ``"test_images"``, ``"comparisons"`` (with other rows) and
+        ``"relation"`` (a sentence on them).
     """
     by_row: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
@@ -963,18 +974,21 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if row.name in by_row:
             runs = by_row[row.name]
             finals = [run["accuracy"] for run in runs]
-            curves = [run["curve"] for run in runs]
+            curves = [dict(map(tuple, run["curve"])) for run in runs]
             rows[row.name].update(
                 accuracy=statistics.fmean(finals),
                 spread=statistics.stdev(finals) if len(finals) > 1 else None,
                 iterations=runs[0]["iterations"],
                 cycles=runs[0]["cycles"],
                 seeds=len(runs),
+                test_images=runs[0]["test_images"],
                 training_s=statistics.fmean(run["training_s"] for run in runs),
                 finite=all(run["finite"] for run in runs),
+                # A resumed run's points may lie an iteration or two off the others'.
                 curve=[
-                    (points[0][0], statistics.fmean(accuracy for _, accuracy in points))
-                    for points in zip(*curves, strict=True)
+                    (iteration, statistics.fmean(curve[iteration] for curve in curves))
+                    for iteration in curves[0]
+                    if all(iteration in curve for curve in curves)
                 ],
             )
     for name, summary in rows.items():
@@ -989,10 +1003,11 @@ def _comparisons(row: Row, rows: Mapping[str, Mapping[str, Any]]) -> list[dict[s
 
     Returns:
         Dictionaries with ``"with"`` (a row's name), ``"difference"`` (points of accuracy),
-        ``"same"`` (how many count as none), ``"found"`` (a verdict), and where the paper has both
-        rows ``"expected"`` (its verdict), ``"published_difference"`` and ``"holds"``: True, False,
-        ``"in direction"`` for a difference that is another one in size, or ``"and more"`` where
-        the same accuracy was expected of fewer iterations, and they gave a higher one.
+        ``"same"`` (how many count as none: two standard errors of it, see :func:`_error`; those
+        of seeds only where there are several), ``"found"`` (a verdict), and where the paper has
+        both rows ``"expected"`` (its verdict), ``"published_difference"`` and ``"holds"``: True,
+        False, ``"in direction"`` for a difference that is another one in size, or ``"and more"``
+        where the same accuracy was expected of fewer iterations, and they gave a higher one.
     """
     here = rows[row.name]
     comparisons = []
@@ -1000,7 +1015,7 @@ def _comparisons(row: Row, rows: Mapping[str, Mapping[str, Any]]) -> list[dict[s
         there, other = rows.get(name, {}), ROWS[name]
         if "accuracy" not in there:
             continue
-        same = max(_SAME, math.hypot(here["spread"] or 0.0, there["spread"] or 0.0))
+        same = 2 * math.hypot(_error(here), _error(there))
         difference = here["accuracy"] - there["accuracy"]
         comparison = {
             "with": name,
@@ -1013,9 +1028,9 @@ def _comparisons(row: Row, rows: Mapping[str, Mapping[str, Any]]) -> list[dict[s
             theirs = round(row.published - other.published, 1)
             expected = _verdict(theirs, _SAME)
             holds: bool | str = expected == comparison["found"]
-            if holds and abs(difference) > _SAME < abs(difference - theirs):
+            if holds and abs(difference) > same < abs(difference - theirs):
                 holds = "in direction"
-            promised = expected == _verdict(0.0, _SAME) and here["iterations"] < there["iterations"]
+            promised = expected == _AS_ACCURATE and here["iterations"] < there["iterations"]
             if promised and difference > same:
                 holds = "and more"
             comparison.update(expected=expected, published_difference=theirs, holds=holds)
@@ -1057,7 +1072,7 @@ def _relation(row: Row, rows: Mapping[str, Mapping[str, Any]]) -> str:
                 clause += f", as in the paper {figures}, but by another amount: its relation holds "
                 clause += "here in direction only"
         elif name.startswith("window"):
-            equivalent = found == _verdict(0.0, _SAME)
+            equivalent = found == _AS_ACCURATE
             clause += f": the windows are {'' if equivalent else 'not '}equivalent here"
         clauses.append(clause)
     if not clauses:
@@ -1067,9 +1082,19 @@ def _relation(row: Row, rows: Mapping[str, Mapping[str, Any]]) -> str:
     return f"{text}; {'; '.join(clauses)}."
 
 
+def _error(summary: Mapping[str, Any]) -> float:
+    """The standard error of an accuracy, points: by its test images and, where known, its seeds."""
+    share = summary["accuracy"] / 100
+    by_images = 100 * math.sqrt(share * (1 - share) / summary["test_images"])
+    return math.hypot(by_images, (summary["spread"] or 0.0) / math.sqrt(summary["seeds"]))
+
+
+_AS_ACCURATE = "as accurate as"
+
+
 def _verdict(difference: float, same: float) -> str:
     if abs(difference) <= same:
-        return "as accurate as"
+        return _AS_ACCURATE
     return "more accurate than" if difference > 0 else "less accurate than"
 
 
@@ -1118,6 +1143,8 @@ def _preamble(results: Sequence[Mapping[str, Any]]) -> list[str]:
         f"clr_optim {m['clr_optim']}"
         for m in (result["machine"] for result in results)
     )
+    if any(result["machine"].get("tf32") for result in results):
+        lines.append("Convolutions in TF32, as torch has them on such a GPU unless told otherwise.")
     together = max(result.get("together", 1) for result in results)
     if together > 1:
         lines.append(f"Times are of runs that shared the GPU, {together} beside each other.")
@@ -1154,7 +1181,7 @@ def report(folder: str | Path) -> str:
     Raises:
         ValueError: if there are no results.
     """
-    store = Store(folder)
+    store = Store(folder, made=False)
     results = store.read()
     if not results:
         raise ValueError(f"{store.results}: no finished run to report on")

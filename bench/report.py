@@ -15,12 +15,13 @@ _LOST = 0.95
 
 # In the order of the columns; a GPU has other plain variants than a CPU, and graphs.
 _VARIANTS = (
-    "default", "forloop", "foreach", "fused", "compile", "ours", "fused_graph", "ours_graph"
+    "default", "forloop", "foreach", "fused", "compile", "ours", "foreach_graph", "fused_graph",
+    "ours_graph",
 )  # fmt: skip
 _ON_GPU = (
     "Of each step: the time on the device/the time on the host; vs, GB/s and of limit are of the",
     "device's. Torch's default is foreach. A graph is captured once and replayed, on gradients",
-    "that stay where they are: ours goes on cycling, torch's fused one cannot.",
+    "that stay where they are: ours cycles by itself, torch's by a CyclicLR after each replay.",
     "",
 )
 
@@ -128,8 +129,8 @@ def _summary(results: Mapping[str, Any]) -> list[str]:
         cache = results["machine"]["gpu_cache_mib"]
         lines.append(f"A step that moves less than some times the cache's {cache} MiB has no share")
         lines += [f"FAILED {cell['cell']}: {cell['why']}" for cell in results["left_out"]]
-        if results["not_begun"]:
-            lines.append(f"Not begun, for lack of time: {results['not_begun']} cells")
+    if results.get("not_begun"):
+        lines.append(f"Not begun, for lack of time: {results['not_begun']} cells")
     for title, key in (
         ("Overhead, Adam", "overhead"),
         ("An Adam per parameter", "in_backward"),

@@ -26,6 +26,7 @@ from contextlib import suppress
 from itertools import cycle, groupby
 from os import environ
 from pathlib import Path
+from random import Random
 from time import perf_counter
 from typing import Any
 
@@ -142,7 +143,7 @@ def torch_steps(
 
     def step(name: str) -> Step:
         optimizer = rule.optimizer(params, **{"lr": lr, **rule.settings, **flags[name]})
-        scheduler = CyclicLR(optimizer, lr / 4, lr, step_size_up=_STEP_SIZE, cycle_momentum=False)
+        scheduler = _cyclic(optimizer, lr)
         update = torch.compile(optimizer.step) if name == "compile" else optimizer.step
 
         def both() -> None:
@@ -154,15 +155,18 @@ def torch_steps(
     return {name: step(name) for name in flags}
 
 
+def _cyclic(optimizer: torch.optim.Optimizer, lr: float) -> CyclicLR:
+    return CyclicLR(optimizer, lr / 4, lr, step_size_up=_STEP_SIZE, cycle_momentum=False)
+
+
 def orders(names: list[str], seconds: float) -> Iterator[list[str]]:
     """All of the names, in another order each round, until the time is up."""
+    chance = Random(0)
     end = perf_counter() + seconds
     for number in range(_MOST_ROUNDS):
         if number >= _LEAST_ROUNDS and perf_counter() > end:
             break
-        first = number % len(names)
-        order = names[first:] + names[:first]
-        yield order if number // len(names) % 2 else order[::-1]
+        yield chance.sample(names, len(names))  # nobody always comes after the same one
 
 
 def interleave(steps: Mapping[str, Step], prepare: Step, seconds: float) -> dict[str, list[float]]:
@@ -329,23 +333,38 @@ def _leave_out_failing(
 
 
 def graphs(gpu: Gpu, rule: Rule, tensors: Tensors, fused: bool, cell: str) -> dict[str, Step]:
-    """The step as a graph: ours, which goes on cycling, and torch's fused one, which cannot.
+    """The step as a graph: ours, and torch's fused one, or its foreach one where there is no other.
 
-    That only where torch's can be captured at all; it stays at the rate of the capture, so it
-    shows what a graph's update costs without a schedule. Each has an optimizer of its own.
+    Torch's only where it can be captured at all, which is said by ``capturable``: its rate is a
+    tensor then, which its ``CyclicLR`` fills after each replay. Each has an optimizer of its own.
     """
-    makers: dict[str, Callable[[], Any]] = {
-        "ours_graph": lambda: ours(rule, tensors.params, backend=gpu.backend)
-    }
-    if fused and "capturable" in inspect.signature(rule.optimizer).parameters:
-        flags = {"lr": _LR, "fused": True, "capturable": True, **rule.settings}
-        makers["fused_graph"] = lambda: rule.optimizer(tensors.params, **flags)
     captured: dict[str, Step] = {}
+
+    def theirs(flag: str, grads: list[Tensor | None]) -> Step:
+        rate = torch.tensor(_LR, device=gpu.device)
+        flags = {"lr": rate, flag: True, "capturable": True, **rule.settings}
+        optimizer = rule.optimizer(tensors.params, **flags)
+        scheduler = _cyclic(optimizer, _LR)
+        replay = gpu.capture(optimizer.step, grads)
+
+        def both() -> None:
+            replay()
+            scheduler.step()
+
+        return both
+
+    makers: dict[str, Callable[[list[Tensor | None]], Step]] = {
+        "ours_graph": lambda grads: gpu.capture(
+            ours(rule, tensors.params, backend=gpu.backend).step, grads
+        )
+    }
+    if "capturable" in inspect.signature(rule.optimizer).parameters:
+        flag = "fused" if fused else "foreach"
+        makers[f"{flag}_graph"] = lambda grads: theirs(flag, grads)
     for name, make in makers.items():
         tensors.move_gradients()
-        grads = [param.grad for param in tensors.params]
         try:
-            captured[name] = gpu.capture(make().step, grads)
+            captured[name] = make([param.grad for param in tensors.params])
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the eager steps are still worth measuring
@@ -684,9 +703,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         results = _measure(cells, args)
     finally:
         torch.set_num_threads(threads)
-    _write(args.json, results)
     print(table(results))
-    if args.plot:
+    _write(args.json, results)
+    if args.plot and results["rows"]:
         plotting.save(plotting.plot_throughput(results["rows"]), args.plot)
     return results
 
@@ -703,8 +722,11 @@ def _workloads(args: argparse.Namespace) -> Collection[str]:
 
 
 def _write(path: str | None, results: Mapping[str, Any]) -> None:
+    """What was there stays until the new is whole."""
     if path:
-        Path(path).write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        beside = Path(f"{path}.new")
+        beside.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        beside.replace(path)
 
 
 def _measure(cells: Sequence[Cell], args: argparse.Namespace) -> dict[str, Any]:
@@ -716,23 +738,27 @@ def _measure(cells: Sequence[Cell], args: argparse.Namespace) -> dict[str, Any]:
     backward = args.gradients == "backward"
     limit = Limit()
     peak = limit.best()
-    rows = []
+    rows: list[Row] = []
+    results: dict[str, Any] = {
+        "machine": describe_machine(),
+        "gradients": args.gradients,
+        "limit_gbps": max(peak.values()),
+        "limit": peak,
+        "rows": rows,
+        "not_begun": len(cells),
+    }
     begun = _until(args.at_most, _progress(cells))
     for (workload, dtype), members in groupby(begun, key=lambda cell: cell[:2]):
         tensors = Tensors(WORKLOADS[workload], DTYPES[dtype], backward=backward)
         for *_, rule in members:
             rows.append(measure_cell(rule, workload, dtype, tensors, seconds, limit, args.compile))
             gc.collect()  # optimizers and schedulers hold each other, and gigabytes of state
+            results["not_begun"] = len(cells) - len(rows)
+            _write(args.json, results)
         del tensors
     # The machine may have been busy the first time.
     peak = {name: max(rate, peak[name]) for name, rate in limit.best().items()}
-    results = {
-        "machine": describe_machine(),
-        "gradients": args.gradients,
-        "limit_gbps": max(peak.values()),
-        "limit": peak,
-        "rows": rows,
-    }
+    results.update(limit_gbps=max(peak.values()), limit=peak)
     if not args.cells_only:
         results["overhead"] = measure_overhead(seconds, backward=backward)
         results["in_backward"] = measure_in_backward(seconds)
