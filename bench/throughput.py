@@ -143,20 +143,23 @@ def torch_steps(
 
     def step(name: str) -> Step:
         optimizer = rule.optimizer(params, **{"lr": lr, **rule.settings, **flags[name]})
-        scheduler = _cyclic(optimizer, lr)
-        update = torch.compile(optimizer.step) if name == "compile" else optimizer.step
-
-        def both() -> None:
-            update()
-            scheduler.step()
-
-        return both
+        return _scheduled(optimizer, lr, torch.compile if name == "compile" else None)
 
     return {name: step(name) for name in flags}
 
 
-def _cyclic(optimizer: torch.optim.Optimizer, lr: float) -> CyclicLR:
-    return CyclicLR(optimizer, lr / 4, lr, step_size_up=_STEP_SIZE, cycle_momentum=False)
+def _scheduled(
+    optimizer: torch.optim.Optimizer, lr: float, made: Callable[[Step], Step] | None = None
+) -> Step:
+    """The optimizer's step, or what is made of it, and then its scheduler's."""
+    scheduler = CyclicLR(optimizer, lr / 4, lr, step_size_up=_STEP_SIZE, cycle_momentum=False)
+    update: Step = optimizer.step if made is None else made(optimizer.step)
+
+    def both() -> None:
+        update()
+        scheduler.step()
+
+    return both
 
 
 def orders(names: list[str], seconds: float) -> Iterator[list[str]]:
@@ -344,14 +347,7 @@ def graphs(gpu: Gpu, rule: Rule, tensors: Tensors, fused: bool, cell: str) -> di
         rate = torch.tensor(_LR, device=gpu.device)
         flags = {"lr": rate, flag: True, "capturable": True, **rule.settings}
         optimizer = rule.optimizer(tensors.params, **flags)
-        scheduler = _cyclic(optimizer, _LR)
-        replay = gpu.capture(optimizer.step, grads)
-
-        def both() -> None:
-            replay()
-            scheduler.step()
-
-        return both
+        return _scheduled(optimizer, _LR, lambda step: gpu.capture(step, grads))
 
     makers: dict[str, Callable[[list[Tensor | None]], Step]] = {
         "ours_graph": lambda grads: gpu.capture(

@@ -484,7 +484,7 @@ class Plan:
         if [self._flags_of(group) for group in groups] != self._flags:
             return False
         if [self._keys_of(group) for group in groups] != self.view.keys:
-            return False  # one was taken away, or written that matters as little as any
+            return False  # the scan compares settings by the keys that there were
         for i, group in enumerate(groups):
             if self._flags[i][0] is None:
                 self.scalars[i] = self._rule.row(group)

@@ -112,6 +112,13 @@ def feed(theirs: torch.optim.Optimizer, ours: CyclicalOptimizer[Any]) -> None:
             twin[key] = group[key]
 
 
+def unaligned(tensor: Tensor) -> Tensor:
+    """The same values, one element after where an allocation begins: no multiple of 16 bytes."""
+    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    memory = torch.empty(max(reach, 0) + 2, dtype=tensor.dtype, device=tensor.device)
+    return memory.as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor)
+
+
 def drawn(shapes: Sequence[Any], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
     """Normal tensors, the same for any dtype but for rounding."""
     generator = torch.Generator().manual_seed(seed)

@@ -39,6 +39,7 @@ from native_helpers import (
     members,
     parameters,
     tensors_of,
+    unaligned,
     wrapped,
 )
 from test_long_horizon import FORMULAS
@@ -815,12 +816,6 @@ def test_a_device_that_joins_stands_where_the_others_do(monkeypatch):
     opt.step()
     positions = opt._shared.fused._positions.values()
     assert [position.ask() for position in positions] == [4] * (2 if DEVICE.type == "cpu" else 1)
-
-
-def unaligned(tensor):
-    """The same values, one element after where an allocation begins."""
-    base = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
-    return base[1:].view(tensor.shape).copy_(tensor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

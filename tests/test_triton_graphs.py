@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from native_helpers import BY_NAME, KERNELS, Case, assert_identical, tensors_of
+from native_helpers import BY_NAME, KERNELS, Case, assert_identical, tensors_of, unaligned
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_helpers import DEVICE, INTERPRETED, RUNS
@@ -393,7 +393,7 @@ def test_what_cannot_be_captured_says_why():
 
     run = warm()
     for param in run.params:
-        param.grad = off_alignment(torch.zeros_like(param))
+        param.grad = unaligned(torch.zeros_like(param))
     assert "not all gradients begin at multiples of 16 bytes" in refusal(run)
 
     run = warm()
@@ -408,15 +408,11 @@ def test_what_cannot_be_captured_says_why():
     assert run.opt.iteration == 3
 
 
-def off_alignment(like: Tensor) -> Tensor:
-    return torch.empty(like.numel() + 1, dtype=like.dtype, device=DEVICE)[1:].view(like.shape)
-
-
 def test_gradients_better_aligned_than_before_can_be_captured():
     replayed, eager = Run(BY_NAME["adam-wd"]), Run(BY_NAME["adam-wd"])
     for run in (replayed, eager):
         for param, grad in zip(run.params, run.draw(0), strict=True):
-            param.grad = off_alignment(grad).copy_(grad)
+            param.grad = unaligned(grad)
         run.opt.step()
     graph = replayed.capture()
     for k in range(1, 4):

@@ -3,9 +3,9 @@
 Each launch is held to these rules. Every element that it reads or writes lies in the memory of a
 tensor that is alive: an address past the end of one, or left over from one that has been freed, is
 found even where a CPU would not mind; and so is one that is no multiple of the element's size, or
-of what the compiler was told. What is written is written once, and read only before
-that and by the same lane: on a GPU programs run at the same time, and so do the threads of each,
-while here everything happens in turn.
+of what the compiler was told. What is written is written once, and read only before that and by the
+same lane: on a GPU programs run at the same time, and so do the threads of each, while here
+everything happens in turn.
 """
 
 from __future__ import annotations

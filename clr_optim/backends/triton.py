@@ -464,7 +464,6 @@ class TritonBackend:
         self._by_device: dict[torch.device, list[_Launch]] = {}
         self._positions: dict[torch.device, _Position] = {}
         self._unsure = False
-        self._devices_done = 0
         # Kept for graphs, whose launches read from them: their number is that of captured steps.
         self._given_up: list[Any] = []
 
@@ -546,13 +545,16 @@ class TritonBackend:
                     launch.choose()
         gates, norm = self._gates(by_device, rows, gradients)
         unsure = self._unsure or (gradients.found_inf is not None and bool(by_device))
-        self._devices_done = 0
+        done = 0
         try:
             for device, launches in by_device.items():
+                position = self._positions[device]
                 with _guard(device):
-                    self._step_on(self._positions[device], launches, rows, course, gates[device])
+                    self._step_on(position, launches, rows, course, gates[device])
+                    done += 1
+                    position.advanced(course)
         except BaseException:
-            if self._devices_done == len(by_device) and not capturing:
+            if done == len(by_device) and not capturing:
                 plan.commit()  # the state belongs to the parameters
             raise
         self._unsure = unsure
@@ -695,8 +697,6 @@ class TritonBackend:
             counters, count, rates, kept, groups, width, ints, floats, phases, control, gate,
             BLOCK=_ADVANCED_AT_ONCE, enable_fp_fusion=False,
         )  # fmt: skip
-        self._devices_done += 1
-        position.advanced(course)
 
 
 def _open(gate: Tensor, one: Tensor, zero: Tensor) -> None:

@@ -147,6 +147,17 @@ void build(AnyRule& to, const double* scalars, double grad_scale, double step, b
     std::memcpy(&to, &rule, sizeof rule);
 }
 
+// Updates the one value at i.
+template <class T, class Rule, class Raw>
+void update_one(const Rule& r, Raw* p, const Raw* g, Raw* const* s, int64_t i) {
+    constexpr int slots = Rule::slots;
+    typename T::A param = T::load(p[i]), held[3] = {};
+    for (int k = 0; k < slots; ++k) held[k] = T::load(s[k][i]);
+    r(param, T::load(g[i]), held[0], held[1], held[2]);
+    p[i] = T::store(param);
+    for (int k = 0; k < slots; ++k) s[k][i] = T::store(held[k]);
+}
+
 // Updates values [begin, end) of a tensor.
 template <class T, class Rule> struct Update {
     static void run(const AnyRule& rule, const Row& row, int64_t begin, int64_t end) {
@@ -180,14 +191,7 @@ template <class T, class Rule> struct Update {
             if (slots > 1) u1[i] = T::pack(a1, b1);
             if (slots > 2) u2[i] = T::pack(a2, b2);
         }
-        if (width > 1 && units * width < end - begin) {
-            const int64_t i = units * width;
-            A param = T::load(p[i]), held[3] = {};
-            for (int k = 0; k < slots; ++k) held[k] = T::load(s[k][i]);
-            r(param, T::load(g[i]), held[0], held[1], held[2]);
-            p[i] = T::store(param);
-            for (int k = 0; k < slots; ++k) s[k][i] = T::store(held[k]);
-        }
+        if (width > 1 && units * width < end - begin) update_one<T>(r, p, g, s, units * width);
     }
 };
 
@@ -217,13 +221,7 @@ template <class Rule> struct Update<Float16, Rule> {
             if (slots > 1) Float16::store(s1, s[1] + i);
             if (slots > 2) Float16::store(s2, s[2] + i);
         }
-        for (; i < end; ++i) {
-            float param = Float16::load(p[i]), held[3] = {};
-            for (int k = 0; k < slots; ++k) held[k] = Float16::load(s[k][i]);
-            r(param, Float16::load(g[i]), held[0], held[1], held[2]);
-            p[i] = Float16::store(param);
-            for (int k = 0; k < slots; ++k) s[k][i] = Float16::store(held[k]);
-        }
+        for (; i < end; ++i) update_one<Float16>(r, p, g, s, i);
     }
 };
 

@@ -43,6 +43,7 @@ from native_helpers import (
     members,
     parameters,
     strides,
+    unaligned,
 )
 from torch import Tensor
 
@@ -629,11 +630,6 @@ class Machine:
     def move_off_alignment(self, i: int, what: str) -> bool | None:
         """To one element after the beginning of new memory: no multiple of 16 bytes."""
 
-        def moved(t: Tensor) -> Tensor:
-            reach = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-            memory = torch.empty(reach + 2, dtype=t.dtype)
-            return memory.as_strided(t.shape, t.stride(), 1).copy_(t)
-
         def movable(t: Any) -> bool:
             strided = isinstance(t, Tensor) and t.layout is torch.strided and t.numel()
             return bool(strided) and 0 not in t.stride()
@@ -641,13 +637,13 @@ class Machine:
         did = False
         for opt, p in self.pick(i):
             if what == "parameter" and movable(p):
-                p.data, did = moved(p.detach()), True
+                p.data, did = unaligned(p.detach()), True
             elif what == "gradient" and movable(p.grad):
-                p.grad, did = moved(p.grad), True
+                p.grad, did = unaligned(p.grad), True
             elif what == "state":
                 for name, t in opt.state.get(p, {}).items():
                     if movable(t) and name != "step":
-                        opt.state[p][name], did = moved(t), True
+                        opt.state[p][name], did = unaligned(t), True
         return None if did else False
 
     @event(0.7, i=WHICH)
