@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import operator
+import os
 import sys
+import threading
 import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar, cast, overload
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -44,7 +47,7 @@ from clr_optim.checkpoint import (
     policy_name,
     shown,
 )
-from clr_optim.plan import classify
+from clr_optim.eligible import classify
 from clr_optim.rules import STATE_SLOTS
 from clr_optim.schedule import (
     SCALE_MODES,
@@ -75,11 +78,15 @@ POLICIES = ("triangular", "triangular2", "exp_range", "exp_range_bounds")
 _STEP, _BASE, _MAX, _SCHEDULE = "clr_step", "clr_base_lr", "clr_max_lr", "clr_schedule"
 _BASE_MOMENTUM, _MAX_MOMENTUM = "clr_base_momentum", "clr_max_momentum"
 
+_BOUNDS_OF, _RATE_OF = operator.itemgetter(_BASE, _MAX), operator.itemgetter("lr")
+
 # The paper's guideline for the lower bound: a third or a quarter of the upper one.
 _BASE_FRACTION = 4.0
 
 # torch's CyclicLR's.
 _LOW_MOMENTUM, _HIGH_MOMENTUM = 0.8, 0.9
+
+_AS_THEY_ARE = Gradients()
 
 _Number = float | Sequence[float]
 
@@ -91,13 +98,16 @@ class _Shared:
     """
 
     def __init__(self, chosen: tuple[str, str]) -> None:
+        #: held by the thread that steps the optimizer, changes its course or copies its state
+        self.lock = threading.RLock()
+        #: the position that the groups show, and the kernel's count of steps when they were written
+        self.counted = (0, 0)
         # What was last written into the groups, to tell other code's writes from ours; per group
         # the object in `lr` and the value it was given.
-        self.groups: list[dict[str, Any]] | None = None
-        self.position = 0
+        self.groups: Sequence[dict[str, Any]] | None = None
         self.bounds: list[tuple[float, float]] = []
         #: groups that somebody put there since, and the bounds that were found for them
-        self.seen: tuple[list[dict[str, Any]], list[tuple[float, float]]] | None = None
+        self.seen: tuple[Sequence[dict[str, Any]], list[tuple[float, float]]] | None = None
         self.momenta: list[tuple[float, float]] = []
         self.rates: list[tuple[object, float]] = []
         self.warned = False
@@ -107,6 +117,59 @@ class _Shared:
         #: the backend that serves, and why
         self.chosen = chosen
         self.fused: FusedBackend | None = None
+        _alive.add(self)
+
+    @property
+    def position(self) -> int:
+        """The position that the groups show."""
+        return self.counted[0]
+
+    @property
+    def steps(self) -> int:
+        """Steps that the fused kernels have taken."""
+        return 0 if self.fused is None else self.fused.plan.tally[1]
+
+    def are_ours(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether these are the groups that were last written.
+
+        The list may be another one: some optimizers make it anew at each access.
+        """
+        known = self.groups
+        if known is groups or known is None:
+            return known is groups
+        return len(known) == len(groups) and all(map(operator.is_, known, groups))
+
+
+# A forked process has a copy of each lock as it was, perhaps held by a thread that it has not.
+_alive: weakref.WeakSet[_Shared] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    for shared in list(_alive):
+        shared.lock = threading.RLock()
+        if shared.fused is not None:
+            shared.fused.plan.after_fork(shared.lock)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def _alone(
+    method: Callable[Concatenate[Any, _Arguments], _Result],
+) -> Callable[Concatenate[Any, _Arguments], _Result]:
+    """Have a method run while no other thread is in a step or in another such method."""
+
+    @functools.wraps(method)
+    def alone(self: Any, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with self._shared.lock:
+            self._catch_up()
+            return method(self, *args, **kwargs)
+
+    return alone
 
 
 def _per_group(name: str, value: object, groups: int, **limits: Any) -> list[float]:
@@ -446,6 +509,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         else:
             self._inner.zero_grad(set_to_none=set_to_none)
 
+    @_alone
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group in mid-training; it joins the cycle where the others are.
 
@@ -470,7 +534,6 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 f"param_group lacks 'params': give it the tensors to train; it has "
                 f"{sorted(map(str, param_group))}"
             )
-        position = self._settle()
         given: dict[str, Any] = {
             k: param_group[k] for k in ("base_lr", "max_lr") if k in param_group
         }
@@ -482,6 +545,10 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             _maybe_number("param_group['base_lr']", given.get("base_lr")),
             _maybe_number("param_group['max_lr']", given.get("max_lr")),
         )
+        shared = self._shared
+        known = not self._only_the_device_knows() and self._are_known()
+        if not known:
+            self._settle()
         for key in given:
             del param_group[key]
         try:
@@ -499,8 +566,11 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                     "group has yet"
                 ) from error
             raise
-        self._set_group_bounds(self.param_groups[-1], bounds)
-        self._go_to(position)
+        self._set_group_bounds(len(self.param_groups) - 1, self.param_groups[-1], bounds)
+        if known:
+            self._join()
+        else:
+            self._go_to(shared.position)
 
     def __repr__(self) -> str:
         inner = "\n".join(
@@ -527,18 +597,25 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         Waits for the device where only that knows: after steps that a GradScaler's fused path may
         have skipped, and once a step was captured into a graph.
         """
-        position, fused = self._believed_iteration(), self._shared.fused
-        # Groups that are not ours yet, loaded beneath us, say for themselves where they are.
-        ours = position == self._shared.position and self._shared.groups is self.param_groups
-        if fused is not None and ours and self._only_the_device_knows():
-            position = fused.position()
-            kept = any(map(self._is_kept, self.param_groups))
-            if kept or position != self._shared.position:
-                self._write_bounds()
-                # Not as if it were all stepped: bounds written since are news to the device, and
-                # an older graph does not keep the rate of a group that was added.
-                self._go_to(position, there=True)
-        return position
+        shared = self._shared
+        if shared.fused is None or not (
+            shared.steps != shared.counted[1] or shared.fused.uncertain
+        ):
+            return self._believed_iteration()
+        with shared.lock:
+            self._catch_up()
+            position = self._believed_iteration()
+            # Groups that are not ours yet, loaded beneath us, say for themselves where they are.
+            ours = position == shared.position and shared.are_ours(self.param_groups)
+            if ours and shared.fused.uncertain:
+                position = shared.fused.position()
+                kept = any(map(self._is_kept, self.param_groups))
+                if kept or position != shared.position:
+                    self._write_bounds()
+                    # Not as if it were all stepped: bounds written since are news to the device,
+                    # and an older graph does not keep the rate of a group that was added.
+                    self._go_to(position, there=True)
+            return position
 
     def _believed_iteration(self) -> int:
         """:attr:`iteration` as far as the host knows, without waiting."""
@@ -555,7 +632,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                     if position != seen:
                         return position
         # A checkpoint without a position, loaded beneath us, starts at 0.
-        return seen if here or shared.groups is groups else 0
+        return seen if here or shared.are_ours(groups) else 0
 
     @property
     def cycle(self) -> float:
@@ -595,6 +672,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         """
         return self.lr_at(self.iteration)
 
+    @_alone
     def set_iteration(self, iteration: int) -> None:
         """Go to a step of the schedule. Fires no cycle-end hook.
 
@@ -615,6 +693,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         self._settle()
         self._change_course(iteration)
 
+    @_alone
     def set_bounds(self, *, base_lr: _Number | None = None, max_lr: _Number | None = None) -> None:
         """Change the bounds, from the next step on.
 
@@ -770,40 +849,22 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         else:
             given = kwargs
 
-        at_zero = False
-        untouched = closure is None and self._is_untouched()
-        if not untouched:
-            # A checkpointer's step has no closure. Asked before anything below writes a rate.
-            at_zero = closure is None and not capturing and self._is_zero_rate_step()
-            if not at_zero:
-                self._overrule()
-            elif (
-                self._cycle_momentum
-                and len(self._shared.rates) == len(self.param_groups)
-                and self._only_the_device_knows()
-            ):
-                self._settle()  # momentum is then the host's to say
-        if self._has_scale_fn:
-            # It may raise, which must happen before the step and not in the middle of it.
-            self._schedule.rates(self._shared.position + 1, self._shared.bounds)
-        fused = self._fused_backend() if hooked and not args and not kwargs else None
-        if fused is not None:
-            loss, happened = self._fused_step(fused, closure, at_zero)
+        fused = None
+        if hooked and not args and not kwargs:
+            fused = self._shared.fused or self._fused_backend()
+        if fused is None:
+            loss, reached = self._wrapped_step(capturing, closure, *args, **kwargs)
         else:
-            if self._only_the_device_knows():  # and it will not notice this step
-                self._settle()
-            loss, happened = self._torch_step(closure, *args, **kwargs)
-        # What is captured is not run: the device counts the replays.
-        if happened and not at_zero and not capturing:
-            if fused is None and self._shared.fused is not None:
-                self._go_to(self._shared.position + 1)
-            elif untouched:
-                self._advance()
-            else:
-                self._go_to(self._shared.position + 1, stepped=True)
-            if self._cycle_end_hooks and self._schedule.is_cycle_end(self._shared.position):
-                for hook in list(self._cycle_end_hooks.values()):
-                    hook(self)
+            loss = None
+            if closure is not None:
+                self._prepare()
+                with torch.enable_grad():
+                    loss = closure()
+            with self._shared.lock:
+                reached = self._fused_step(fused, capturing, closure is not None)
+        if self._cycle_end_hooks and reached and self._schedule.is_cycle_end(reached):
+            for hook in list(self._cycle_end_hooks.values()):
+                hook(self)
         post_hooks = getattr(inner, "_optimizer_step_post_hooks", None) if hooked else None
         if post_hooks:
             for post_hook in post_hooks.values():
@@ -858,6 +919,49 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
     # Else torch puts its wrapper around this one.
     step.hooked = True  # type: ignore[attr-defined]
 
+    @_alone
+    def _prepare(self, at_zero: bool = False) -> None:
+        """Have the groups hold what this step uses; a ``scale_fn`` that raises does so here."""
+        if not at_zero:
+            self._overrule()
+        if self._has_scale_fn:
+            self._next_rates()
+
+    def _next_rates(self) -> list[float]:
+        """The rates of the step after the one that comes."""
+        return self._schedule.rates(self._shared.position + 1, self._shared.bounds)
+
+    def _wrapped_step(
+        self, capturing: bool, closure: Callable[[], float] | None, *args: Any, **kwargs: Any
+    ) -> tuple[float | None, int]:
+        """The wrapped optimizer's own step: ``(loss, the position reached or 0)``.
+
+        No lock is held while it runs: a closure may wait for other threads.
+        """
+        shared = self._shared
+        at_zero = False
+        rates: list[float] | None = None
+        with shared.lock:
+            self._catch_up()
+            if closure is None and self._is_untouched():
+                rates = self._next_rates()
+            else:
+                # A checkpointer's step has no closure. Asked before anything writes a rate.
+                at_zero = closure is None and not capturing and self._is_zero_rate_step()
+                self._prepare(at_zero)
+            if self._only_the_device_knows():  # and it will not notice this step
+                self._settle()
+            before = shared.counted
+        loss, happened = self._torch_step(closure, *args, **kwargs)
+        if not happened or at_zero or capturing:
+            return loss, 0
+        with shared.lock:
+            if rates is not None and shared.fused is None and shared.counted is before:
+                self._advance(rates, 0)
+            else:
+                self._go_to(shared.position + 1, stepped=shared.fused is None)
+            return loss, shared.position
+
     def _torch_step(
         self, closure: Callable[[], float] | None, *args: Any, **kwargs: Any
     ) -> tuple[float | None, bool]:
@@ -876,7 +980,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             if clipped is not None:
                 clipped.restore()
             loss = closure()
-            self._overrule()
+            with self._shared.lock:
+                self._overrule()
             clip()
             return loss
 
@@ -933,14 +1038,21 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
     def _fused_backend(self) -> FusedBackend | None:
         """The fused backend, compiled at first use; None where the wrapped step serves."""
         shared = self._shared
+        if shared.fused is None and shared.chosen[0] != "torch":
+            with shared.lock:
+                self._make_fused_backend()
+        return shared.fused
+
+    def _make_fused_backend(self) -> None:
+        shared = self._shared
         name = shared.chosen[0]
-        if shared.fused is None and name != "torch":
+        if shared.fused is None:
             rule = rule_for(self._inner)
             if isinstance(rule, str):
-                return None
+                return
             devices = backends.devices(name)
             if not any(p.device.type in devices for p in self._params()):
-                return None
+                return
             try:
                 if name == "triton":
                     from clr_optim.backends.triton import TritonBackend, try_out
@@ -949,22 +1061,24 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                     if self._backend == "auto" and not backends.is_capturing():
                         # Nobody has asked for Triton, which may not be able to compile here.
                         try_out(next(p.device for p in self._params() if p.device.type == device))
-                    shared.fused = TritonBackend(self._inner, rule, self._schedule, device)
+                    shared.fused = TritonBackend(
+                        self._inner, rule, self._schedule, device, shared.lock
+                    )
                 else:
-                    shared.fused = NativeBackend(self._inner, rule)
+                    shared.fused = NativeBackend(self._inner, rule, shared.lock)
             except BuildError as error:
                 if self._backend != "auto":
                     raise
                 shared.chosen = ("torch", f"the fused kernels cannot be compiled: {error}")
                 _warn_no_kernels(error)
-        return shared.fused
 
     def _course(self, at_zero: bool) -> Course:
         shared = self._shared
         momenta = None
         if self._cycle_momentum:
             groups = self._inner.param_groups
-            momenta = [(group[_BASE_MOMENTUM], group[_MAX_MOMENTUM]) for group in groups]
+            known = groups[: len(shared.rates)]
+            momenta = [(group[_BASE_MOMENTUM], group[_MAX_MOMENTUM]) for group in known]
         rates = [0.0 if at_zero else value for _, value in shared.rates]
         kept = [
             (i, lr)
@@ -974,32 +1088,76 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         ]
         return Course(shared.position, rates, shared.bounds, momenta, kept, not at_zero)
 
-    def _fused_step(
-        self, fused: FusedBackend, closure: Callable[[], float] | None, at_zero: bool
-    ) -> tuple[float | None, bool]:
+    def _fused_step(self, fused: FusedBackend, capturing: bool, evaluated: bool) -> int:
         """One call per bucket; what the kernels do not serve goes through the wrapped step.
 
+        The caller holds the lock. What an interrupt leaves undone between the kernel and the groups
+        is done by :meth:`_catch_up`, here or at the next question.
+
+        Args:
+            fused: the backend.
+            capturing: whether the step is captured into a graph, and not run.
+            evaluated: whether a closure was evaluated, which may have written anything.
+
         Returns:
-            The closure's loss, and whether the step happened, as far as the host knows.
+            The position reached, or 0 if the cycle did not advance.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-            self._overrule()
+        shared, tally = self._shared, fused.plan.tally
+        if tally[1] != shared.counted[1]:
+            self._catch_up()
+        before = shared.counted
+        at_zero = False
+        rates: list[float] | None = None
+        if self._is_untouched():
+            rates = self._schedule.rates(before[0] + 1, shared.bounds)
+        else:
+            # A checkpointer's step has no closure. Asked before anything below writes a rate.
+            at_zero = not evaluated and not capturing and self._is_zero_rate_step()
+            self._prepare(at_zero)
+            if (
+                at_zero
+                and self._cycle_momentum
+                and len(shared.rates) == len(self.param_groups)
+                and fused.uncertain
+            ):
+                self._settle()  # momentum is then the host's to say
         self._inner._opt_called = True  # type: ignore[attr-defined]
         try:
-            return loss, self._launched(fused, at_zero)
+            happened = self._launched(fused, at_zero, capturing)
+            if not happened or at_zero or capturing:  # the device counts a graph's replays
+                return 0
+            # Unless a group came in between, or a signal handler went elsewhere.
+            if rates is not None and shared.counted is before:
+                self._advance(rates, tally[1])
+            else:
+                self._catch_up()
+            return shared.counted[0]
         except BaseException:
+            self._catch_up()
             fused.plan.release()
-            if backends.is_capturing():
+            if capturing:
                 fused.plan.forget()  # state that was to be created is filled by no one
             raise
 
-    def _launched(self, fused: FusedBackend, at_zero: bool) -> bool:
+    def _catch_up(self) -> None:
+        """Have the groups show the steps that the kernels took.
+
+        An exception between the two, or a signal handler that asks or saves there, finds the
+        kernel's steps ahead of the groups.
+        """
+        shared = self._shared
+        missing = shared.steps - shared.counted[1]
+        if missing:
+            assert shared.fused is not None
+            shared.fused.plan.commit_if_called()
+            self._go_to(shared.position + missing, stepped=True)
+
+    def _launched(self, fused: FusedBackend, at_zero: bool, capturing: bool) -> bool:
         """The step itself; whether it happened, as far as the host knows."""
-        plan, capturing = fused.plan, backends.is_capturing()
+        plan = fused.plan
         plan.refresh()
+        if len(plan.scalars) != len(self._shared.rates) and not at_zero:
+            self._overrule()  # another thread has just added a group
         rest = plan.rest and [(p, why) for p, why in plan.rest if p.grad is not None]
         if rest and (self._backend in ("native", "triton") or capturing):
             plan.forget()  # whatever the reason is, it may be gone by the next step
@@ -1014,8 +1172,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         # and functions, have the wrapped step run, keep the state that this step creates, choose
         # the kernel.
         acts = bool(plan.pending or rest or self._has_scale_fn or self._cycle_end_hooks)
-        acts = acts or self._momentum_vanishes()
-        found_inf: Tensor | None = self.__dict__.get("found_inf")
+        acts = acts or (self._cycle_momentum and self._momentum_vanishes())
+        scale, found_inf = self._grad_scale(), self.__dict__.get("found_inf")
         if found_inf is not None and (acts or not fused.sees_overflows) and not capturing:
             if self._overflowed():
                 plan.release()
@@ -1023,14 +1181,15 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             found_inf = None
         if acts and fused.uncertain and not capturing and not at_zero:
             self._settle()
-        clipped = None
-        gradients = Gradients(self._grad_scale(), found_inf, self._max_grad_norm)
+        clipped, gradients = None, _AS_THEY_ARE
+        if scale is not None or found_inf is not None or self._max_grad_norm is not None:
+            gradients = Gradients(scale, found_inf, self._max_grad_norm)
         try:
             if rest and self._max_grad_norm is not None:
                 # One norm over both: copies, which both then work on.
                 clipped = ClippedGradients(self._max_grad_norm)
                 self._shared.grad_norm = clipped.clip(self._params(), gradients.scale)
-                gradients = Gradients()
+                gradients = _AS_THEY_ARE
                 plan.refresh()
             if rest:
                 hidden = hidden_gradients(p for bucket in plan.buckets for p in bucket.params)
@@ -1153,7 +1312,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         foreign = [
             i
             for i, (group, (held, value)) in enumerate(
-                zip(self.param_groups, shared.rates, strict=True)
+                zip(self.param_groups, shared.rates, strict=False)
             )
             if self._is_foreign(group, held, value)
         ]
@@ -1178,10 +1337,12 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
     def _is_untouched(self) -> bool:
         """Whether the groups are certainly as we left them: the step's way past all else."""
         shared, groups = self._shared, self._inner.param_groups
-        if shared.groups is not groups or len(shared.rates) != len(groups) or self._cycle_momentum:
+        if len(shared.rates) != len(groups) or self._cycle_momentum:
             return False
-        position = shared.position
-        for group, (held, _), (base, top) in zip(groups, shared.rates, shared.bounds, strict=True):
+        if shared.groups is not groups and not shared.are_ours(groups):
+            return False
+        position = shared.counted[0]
+        for group, (held, _), (base, top) in zip(groups, shared.rates, shared.bounds, strict=False):
             if (
                 group["lr"] is not held
                 or type(held) is not float
@@ -1194,14 +1355,31 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 return False
         return True
 
-    def _bounds(self) -> list[tuple[float, float]]:
-        """(base_lr, max_lr) per group, the groups being the truth."""
+    def _are_known(self) -> bool:
+        """Whether the groups have the position, bounds and rates that we know of.
+
+        Thousands of groups may be added one by one, so this takes no longer than torch's own check.
+        """
         shared, groups = self._shared, self.param_groups
+        if not shared.are_ours(groups) or len(shared.rates) != len(groups):
+            return False
+        try:
+            bounds = list(map(_BOUNDS_OF, groups))
+            same = bounds == shared.bounds and groups[0][_STEP] == shared.position
+        except LookupError:  # a group without our keys; no groups at all
+            return False
+        rates = (held for held, _ in shared.rates)
+        return same and all(map(operator.is_, map(_RATE_OF, groups), rates))
+
+    def _bounds(self, groups: Sequence[dict[str, Any]] | None = None) -> list[tuple[float, float]]:
+        """(base_lr, max_lr) per group, the groups being the truth."""
+        shared = self._shared
+        groups = list(self.param_groups) if groups is None else groups
         # After a load beneath us, groups without our keys keep the bounds they had, or that
         # somebody had written into the groups which were there before.
         known = []
         before, had = shared.seen or (shared.groups, shared.bounds)
-        if before is not None and shared.groups is not groups:
+        if before is not None and not shared.are_ours(groups):
             known = [
                 _written_bounds(group, i) if _BASE in group and _MAX in group else bounds
                 for i, (group, bounds) in enumerate(zip(before, had, strict=False))
@@ -1212,7 +1390,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             else (known[i] if i < len(known) else _initial_bounds(group, f" in group {i}"))
             for i, group in enumerate(groups)
         ]
-        shared.seen = None if shared.groups is groups else (groups, found)
+        shared.seen = None if shared.are_ours(groups) else (groups, found)
         return found
 
     def _settle(self, position: int | None = None) -> int:
@@ -1237,7 +1415,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         """Whether the groups hold what we know of them, and this position."""
         shared, groups = self._shared, self.param_groups
         return (
-            shared.groups is groups
+            shared.are_ours(groups)
             and len(shared.rates) == len(groups)
             and position == shared.position
             and all(
@@ -1245,7 +1423,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 and isinstance(group.get(_BASE), float)
                 and isinstance(group.get(_MAX), float)
                 and (group[_BASE], group[_MAX]) == bounds
-                for group, bounds in zip(groups, shared.bounds, strict=True)
+                for group, bounds in zip(groups, shared.bounds, strict=False)
             )
         )
 
@@ -1255,30 +1433,32 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         return fused is not None and fused.uncertain
 
     def _write_bounds(self) -> None:
-        for group, bounds in zip(self.param_groups, self._bounds(), strict=True):
-            self._set_group_bounds(group, bounds)
+        groups = list(self.param_groups)
+        for i, (group, bounds) in enumerate(zip(groups, self._bounds(groups), strict=True)):
+            self._set_group_bounds(i, group, bounds)
 
-    def _set_group_bounds(self, group: dict[str, Any], bounds: tuple[float, float]) -> None:
+    def _set_group_bounds(
+        self, index: int, group: dict[str, Any], bounds: tuple[float, float]
+    ) -> None:
         """Write a group's bounds; those of momentum, where it has none, as they were."""
         group[_BASE], group[_MAX] = bounds
         if self._cycle_momentum and not (_BASE_MOMENTUM in group and _MAX_MOMENTUM in group):
             # Known of the first group at least, which may have lost its keys to a load beneath us.
-            known, groups = self._shared.momenta, self.param_groups
-            i = next(i for i, other in enumerate(groups) if other is group)
+            known = self._shared.momenta
             if not known:  # all groups were taken away
                 known = [(_LOW_MOMENTUM, _HIGH_MOMENTUM)]
-            group[_BASE_MOMENTUM], group[_MAX_MOMENTUM] = known[i if i < len(known) else 0]
+            low, high = known[index if index < len(known) else 0]
+            group[_BASE_MOMENTUM], group[_MAX_MOMENTUM] = low, high
 
-    def _advance(self) -> None:
+    def _advance(self, rates: list[float], steps: int) -> None:
         """:meth:`_go_to` the next step, for groups that are as we left them, rates as floats."""
         shared = self._shared
-        position = shared.position + 1
-        rates = self._schedule.rates(position, shared.bounds)
-        for group, rate in zip(self._inner.param_groups, rates, strict=True):
+        position = shared.counted[0] + 1
+        for group, rate in zip(self._inner.param_groups, rates, strict=False):
             group["lr"] = rate
             group[_STEP] = position
-        shared.position = position
         shared.rates = [(rate, rate) for rate in rates]
+        shared.counted = (position, steps)
 
     def _change_course(self, position: int) -> None:
         """:meth:`_go_to` a step that does not follow from the last one's."""
@@ -1293,50 +1473,118 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             stepped: the device gets there by itself.
             there: the device has said that it is there.
         """
-        shared, groups = self._shared, self.param_groups
-        bounds = self._bounds()
+        shared, all_groups = self._shared, self.param_groups
+        groups = list(all_groups)  # another thread may add one meanwhile
+        bounds = self._bounds(groups)
         rates = self._schedule.rates(position, bounds)
-        momenta: list[float] = []
-        if self._cycle_momentum:
-            ends = [(group[_BASE_MOMENTUM], group[_MAX_MOMENTUM]) for group in groups]
-            momenta = self._schedule.momenta(position, ends)
-            shared.momenta = ends
-        before = shared.rates if shared.groups is groups else []
+        momenta = self._read_momenta(groups)
+        before = shared.rates if shared.are_ours(all_groups) else []
         held: list[tuple[object, float]] = []
+        taken: set[int] = set()
         for i, (group, rate) in enumerate(zip(groups, rates, strict=True)):
-            group[_STEP] = position
-            group[_SCHEDULE] = self._schedule_json
-            # What the group held stays what it is: a tensor is filled, never replaced, and one
-            # that somebody else put in a float's place is not ours to fill.
             lr = before[i][0] if i < len(before) else group["lr"]
-            kept = self._is_kept(group)
-            if kept and not isinstance(lr, Tensor):
-                lr = torch.tensor(rate, device=group["params"][0].device, dtype=torch.float32)
-            if not isinstance(lr, Tensor):
-                group["lr"] = rate
-                held.append((rate, rate))
-                continue
-            if any(lr is other for other, _ in held):  # torch's default, shared by groups
-                lr = lr.detach().clone()
-            driven = kept and stepped and shared.fused is not None and shared.fused.keeps(lr)
-            if not driven:
-                _fill(lr, rate)
-            group["lr"] = lr
-            held.append((lr, lr.item() if lr.device.type == "cpu" and not kept else rate))
-        for i, momentum in enumerate(momenta):
-            group = groups[i]
-            if "betas" not in group:
-                group["momentum"] = momentum
-            elif isinstance(group["betas"][0], Tensor):
-                if any(group["betas"][0] is other["betas"][0] for other in groups[:i]):
-                    group["betas"] = (group["betas"][0].clone(), *group["betas"][1:])
-                _fill(group["betas"][0], momentum)
-            else:
-                group["betas"] = (momentum, *group["betas"][1:])
-        shared.groups, shared.position = groups, position
-        shared.bounds, shared.rates, shared.seen = bounds, held, None
+            held.append(self._write_rate(group, position, lr, rate, taken, stepped))
+        if momenta:
+            self._write_momenta(groups, position, momenta, set())
+        shared.groups, shared.bounds, shared.momenta = all_groups, bounds, momenta
+        shared.rates, shared.seen = held, None
+        shared.counted = (position, shared.steps)
         if shared.fused is not None and not stepped and self._only_the_device_knows():
             shared.fused.move_to(self._course(at_zero=False), there=there)
+
+    def _join(self) -> None:
+        """:meth:`_go_to` where the groups are, for one that was added to them."""
+        shared, groups = self._shared, self.param_groups
+        group, position = groups[-1], shared.position
+        bounds = (group[_BASE], group[_MAX])
+        [rate] = self._schedule.rates(position, [bounds])
+        momenta = self._read_momenta([group])
+        taken = {id(lr) for lr, _ in shared.rates} if isinstance(group["lr"], Tensor) else set()
+        held = self._write_rate(group, position, group["lr"], rate, taken, stepped=False)
+        if momenta:
+            betas = [each["betas"] for each in groups[:-1] if "betas" in each]
+            self._write_momenta([group], position, momenta, {id(beta) for beta, *_ in betas})
+        shared.groups = groups
+        shared.bounds.append(bounds)
+        shared.momenta += momenta
+        shared.rates.append(held)
+
+    def _write_rate(
+        self,
+        group: dict[str, Any],
+        position: int,
+        lr: object,
+        rate: float,
+        taken: set[int],
+        stepped: bool,
+    ) -> tuple[object, float]:
+        """Write position, policy and rate into a group.
+
+        Args:
+            group: the group.
+            position: the number of the step that the rate is for.
+            lr: what the group's ``lr`` is to be: a tensor is filled, never replaced, and one that
+                other code put in a float's place is not filled but replaced by a float.
+            rate: the rate.
+            taken: ids of the tensors that other groups have for their ``lr``; added to.
+            stepped: the device has written the rate that it keeps.
+
+        Returns:
+            The object that is in ``lr`` now, and the value that it was given.
+        """
+        shared = self._shared
+        group[_STEP] = position
+        group[_SCHEDULE] = self._schedule_json
+        kept = self._is_kept(group)
+        if kept and not isinstance(lr, Tensor):
+            lr = torch.tensor(rate, device=group["params"][0].device, dtype=torch.float32)
+        if not isinstance(lr, Tensor):
+            group["lr"] = rate
+            return rate, rate
+        if id(lr) in taken:  # torch's default, shared by groups
+            lr = lr.detach().clone()
+        taken.add(id(lr))
+        driven = kept and stepped and shared.fused is not None and shared.fused.keeps(lr)
+        if not driven:
+            _fill(lr, rate)
+        group["lr"] = lr
+        return lr, lr.item() if lr.device.type == "cpu" and not kept else rate
+
+    def _read_momenta(self, groups: Iterable[dict[str, Any]]) -> list[tuple[float, float]]:
+        """The bounds of each group's momentum; empty where it does not cycle."""
+        if not self._cycle_momentum:
+            return []
+        return [(group[_BASE_MOMENTUM], group[_MAX_MOMENTUM]) for group in groups]
+
+    def _write_momenta(
+        self,
+        groups: Sequence[dict[str, Any]],
+        position: int,
+        bounds: Sequence[tuple[float, float]],
+        taken: set[int],
+    ) -> None:
+        """Write the momenta of a step into groups.
+
+        Args:
+            groups: the groups.
+            position: the step's number.
+            bounds: those of each group's momentum.
+            taken: ids of what other groups have for their ``betas[0]``; tensors are added to it.
+        """
+        momenta = self._schedule.momenta(position, bounds)
+        for group, momentum in zip(groups, momenta, strict=True):
+            if "betas" not in group:
+                group["momentum"] = momentum
+                continue
+            beta, *others = group["betas"]
+            if isinstance(beta, Tensor):
+                if id(beta) in taken:  # torch's default, shared by groups
+                    beta = beta.clone()
+                    group["betas"] = (beta, *others)
+                taken.add(id(beta))
+                _fill(beta, momentum)
+            else:
+                group["betas"] = (momentum, *others)
 
     # ---- checkpoints and copies
 
@@ -1357,6 +1605,16 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        state_dict = self._read_state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            result = post_hook(self, state_dict)
+            if result is not None:
+                state_dict = result
+        return state_dict
+
+    @_alone
+    def _read_state_dict(self) -> dict[str, Any]:
+        """:meth:`state_dict` without this object's own hooks."""
         self._settle()
         self._overrule()
         state_dict: dict[str, Any] = self._inner.state_dict()
@@ -1370,12 +1628,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             ]
         if self._shared.chosen[0] == "triton":
             state_dict["state"] = _with_counters_where_torch_has_them(state_dict)
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            result = post_hook(self, state_dict)
-            if result is not None:
-                state_dict = result
         return state_dict
 
+    @_alone
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class, or of the plain wrapped optimizer.
 
@@ -1533,6 +1788,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             stacklevel=_callers_level(),
         )
 
+    @_alone
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
         # As in torch, hooks are not copied.

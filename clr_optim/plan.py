@@ -8,34 +8,24 @@ plan is built anew. A pointer that is not known to be right is never used.
 from __future__ import annotations
 
 import ctypes
-import math
+import operator
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from clr_optim.eligible import DTYPES, is_plain, why_not
+from clr_optim.overlap import Memory, sharing
 from clr_optim.rules import KERNELS, Slot, UpdateRule
-from clr_optim.sharding import (
-    DTensor,
-    Spread,
-    is_wide,
-    local_part,
-    same_spread,
-    spread_of,
-    spreads,
-    why_not_local,
-)
+from clr_optim.sharding import DTensor, Spread, is_wide, local_part, spread_of, spreads
 
-__all__ = ["DTYPES", "Bucket", "Plan", "View", "classify"]
-
-#: Storage dtypes in the order by which native code knows them.
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+__all__ = ["Bucket", "Plan", "View"]
 
 
 def _int64s(*names: str) -> np.dtype[np.void]:
@@ -48,9 +38,17 @@ _ROW = _int64s(
 )
 _BUCKET = _int64s("scan", "rows", "count", "active", "kernel", "dtype", "wide_counter", "held")
 
-# Answers of clr_current.
-_ALL_ACTIVE, _SETTINGS_CHANGED, _SOME_IDLE, _BUSY = 0, 1, 2, -2
+# In step with Answer in multi_tensor.cpp.
+_ALL_ACTIVE, _SETTINGS_CHANGED, _SOME_IDLE = 0, 1, 2
+_BUSY, _GROUPS_CHANGED, _STATE_CHANGED, _WOKEN = -2, -3, -4, -5
+
 _PAUSE_S = 1e-4
+
+# So few parameters are taken out of a list one by one, more by making the list anew.
+_FEW = 16
+
+# How often a plan that other code changes while it is made is made again within one step.
+_ATTEMPTS = 8
 
 # Keys of a group that change at every step.
 _MOVING = frozenset({"params", "lr", "clr_step"})
@@ -83,6 +81,36 @@ def _find_words() -> tuple[int, int]:
 
 
 _WORDS = _find_words()
+
+
+def _find_negation(impl: int) -> tuple[int, int]:
+    """Which word of a tensor's implementation holds its dispatch keys, and a lazy negation's bit.
+
+    Found by comparing tensors with their negations. Both 0 if that is not clear: a scan then asks
+    torch about every gradient.
+
+    Args:
+        impl: which word of a tensor's object points to its implementation, 0 if unknown.
+    """
+    words = ctypes.c_uint64 * 22  # an implementation has no fewer
+    candidates: set[tuple[int, int]] | None = None
+    try:
+        for dtype in DTYPES if impl else ():
+            plain, other = (torch.empty(3, dtype=dtype, device="cpu") for _ in range(2))
+            negated = torch._neg_view(other)
+            before, after = (words.from_address(t._cdata)[:] for t in (plain, negated))
+            found = {
+                (index, changed)
+                for index, (was, now) in enumerate(zip(before, after, strict=True))
+                if (changed := was ^ now).bit_count() == 1 and now & changed
+            }
+            candidates = found if candidates is None else candidates & found
+    except AttributeError:
+        return 0, 0
+    return candidates.pop() if candidates and len(candidates) == 1 else (0, 0)
+
+
+_NEGATION = _find_negation(_WORDS[0])
 
 
 class _Scan(ctypes.Structure):
@@ -124,8 +152,10 @@ class _Scan(ctypes.Structure):
                 "device_id",
                 "impl",
                 "storage",
+                "key_set",
             )
         ),
+        ("negative", ctypes.c_uint64),
     ]
 
 
@@ -142,8 +172,9 @@ class View(ctypes.Structure):
         ),
         ("buckets", ctypes.c_void_p),
         ("count", ctypes.c_int64),
+        ("tally", ctypes.c_void_p),
         ("busy", ctypes.c_int64),
-        ("done", ctypes.c_int64),
+        ("ready", ctypes.c_int64),
     ]  # fmt: skip
 
     # Who holds the view may use all of it though another thread has the plan rebuilt.
@@ -155,7 +186,7 @@ class View(ctypes.Structure):
 
 @dataclass(eq=False)
 class Row:
-    """A parameter of a bucket while the plan is built."""
+    """A parameter of a bucket, with its state."""
 
     param: Tensor
     group: int
@@ -168,6 +199,17 @@ class Row:
     def held(self) -> list[Tensor]:
         """Its slots, and its step counter if it has one."""
         return self.slots if self.counter is None else [*self.slots, self.counter]
+
+
+class _Key(NamedTuple):
+    """What the tensors of one bucket have in common."""
+
+    kernel: str
+    dtype: torch.dtype
+    wide_counter: bool
+    device: torch.device
+    aligned: bool
+    spread: Spread | None
 
 
 @dataclass(eq=False)
@@ -183,64 +225,105 @@ class Bucket:
     spread: Spread | None  #: how its DTensors are divided over ranks, if that is what they are
     slots: tuple[Slot, ...]
     rows: list[Row] = field(default_factory=list)
-    table: np.ndarray[Any, np.dtype[np.void]] = field(init=False)  #: a row per tensor
-    params: list[Tensor] = field(init=False)
-    layout: np.ndarray[Any, np.dtype[np.int64]] = field(init=False)
+    params: list[Tensor] = field(default_factory=list)
+    #: gradients that the rows point to, kept alive until the step is over; None where there is none
+    grads: list[Tensor | None] = field(default_factory=list)
     scan: _Scan = field(init=False)
-    #: what the rows point to, kept alive until the step is over; None where that is not needed
-    grads: list[Tensor | None] | None = field(init=False, default=None)
+    # Arrays with room for more rows than there are.
+    _table: np.ndarray[Any, np.dtype[np.void]] = field(init=False)
+    _layout: np.ndarray[Any, np.dtype[np.int64]] = field(init=False)
+    _words: int = field(init=False, default=0)  # of the layout
 
-    def finish(self, state: dict[Tensor, dict[str, Any]], *, holds: bool) -> None:
-        """Write the table that kernels read, and what :meth:`Plan.is_current` compares."""
-        self.params = [row.param for row in self.rows]
-        grads = [p.grad for p in self.params]
-        self.grads = grads if holds else None
-        self.table = np.array([*map(self._line, self.rows, grads)], dtype=_ROW)
-        counters = ["step"] if self.rows and self.rows[0].counter is not None else []
-        keys = [slot.name for slot in self.slots] + counters
-        parts = [local_part(p) for p in self.params]
-        self.layout = np.array(
-            [n for p in parts for n in (p.dim(), *p.shape, *p.stride())], dtype=np.int64
-        )
+    @property
+    def table(self) -> np.ndarray[Any, np.dtype[np.void]]:
+        """What kernels read: a line per row."""
+        return self._table[: len(self.rows)]
+
+    @property
+    def memory(self) -> tuple[object, ...]:
+        """What native code points to."""
+        return (self.scan, self._table, self._layout)
+
+    def begin(self, first: Row) -> None:
+        """Make the bucket ready for its first row, which tells what the others are like."""
+        counters = [] if first.counter is None else ["step"]
+        device_type, device_id = local_part(first.param).__dlpack_device__()
         code, bits = _DLPACK[self.dtype]
-        device_type, device_id = parts[0].__dlpack_device__()
         more: dict[str, Any] = {}
         if self.spread is not None:
-            tensors: list[Any] = [t for row in self.rows for t in (row.param, *row.slots)]
             more = {
                 "dtensor": DTensor,
-                "specs": [tensor._spec for tensor in tensors],
+                "specs": [],
                 "local": "_local_tensor",
                 "spec": "_spec",
                 "placements": "placements",
                 "mesh": "mesh",
             }
-        # Of a DTensor's own object nothing is needed but its attributes.
-        words = (0, 0) if more else _WORDS
-        if self.grads is not None:
-            more |= {"grads": self.grads, "nones": [None] * len(self.grads)}
+        impl, storage = _WORDS
+        key_set, negative = _NEGATION if impl else (0, 0)
+        self._table = np.zeros(1, dtype=_ROW)
+        self._layout = np.zeros(8, dtype=np.int64)
         self.scan = _Scan(
             params=self.params,
-            dicts=[state[p] for p in self.params] if keys else [],
-            keys=keys,
-            tensors=[tensor for row in self.rows for tensor in row.held],
+            dicts=[],
+            keys=[slot.name for slot in self.slots] + counters,
+            tensors=[],
             grad="grad",
             none=None,
             capsule=Tensor.__dlpack_c_exchange_api__,
             tensor=Tensor,
             is_neg="is_neg",
             no=False,
-            layout=self.layout.ctypes.data,
+            grads=self.grads,
+            nones=[],
             slots=len(self.slots),
             code=code,
             bits=bits,
             counter_bits=64 if self.wide_counter else 32,
             device_type=int(device_type),
             device_id=int(device_id),
-            impl=words[0],
-            storage=words[1],
+            impl=impl,
+            # Nothing of a DTensor's own object is needed but its attributes.
+            storage=0 if more else storage,
+            key_set=key_set,
+            negative=negative,
             **more,
         )
+
+    def add(self, row: Row, grad: Tensor | None, entry: dict[str, Any]) -> None:
+        """Append a row.
+
+        Args:
+            row: the parameter with its state.
+            grad: its gradient.
+            entry: the dictionary that holds its state.
+        """
+        count, part = len(self.rows), local_part(row.param)
+        words = (part.dim(), *part.shape, *part.stride())
+        self._table = _with_room(self._table, count + 1)
+        self._layout = _with_room(self._layout, self._words + len(words))
+        self._table[count] = self._line(row, grad)
+        self._layout[self._words : self._words + len(words)] = words
+        self._words += len(words)
+        scan = self.scan
+        scan.layout = self._layout.ctypes.data
+        if scan.keys:
+            scan.dicts.append(entry)
+            scan.tensors.extend(row.held)
+        if self.spread is not None:
+            scan.specs.extend(tensor._spec for tensor in (row.param, *row.slots))  # type: ignore[attr-defined]
+        scan.nones.append(None)
+        self.grads.append(grad)
+        self.params.append(row.param)
+        self.rows.append(row)
+
+    def fill(self, index: int, entry: dict[str, Any]) -> None:
+        """Take note that a row's pending state was filled and is now in this dictionary."""
+        row = self.rows[index]
+        row.pending, row.first = {}, False
+        self._table["first"][index] = 0
+        if self.scan.keys:
+            self.scan.dicts[index] = entry
 
     @property
     def counter_dtype(self) -> torch.dtype | None:
@@ -269,97 +352,56 @@ class Bucket:
         """The bucket's line in the plan's table."""
         return (
             ctypes.addressof(self.scan),
-            self.table.ctypes.data,
+            self._table.ctypes.data,
             len(self.rows),
             int(self.table["active"].sum()),
             KERNELS.index(self.kernel),
             DTYPES.index(self.dtype),
             self.wide_counter,
-            self.grads is not None,
+            1,
         )
 
     def release(self) -> None:
         """Let go of the gradients."""
-        if self.grads is not None:
-            self.grads[:] = [None] * len(self.grads)
+        self.grads[:] = [None] * len(self.grads)
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the tensor fills its memory without gaps or overlaps, in whatever order."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(
-        (s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1
-    ):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
+_Array = TypeVar("_Array", bound=np.ndarray[Any, Any])
 
 
-def _same_layout(tensor: Tensor, param: Tensor) -> bool:
-    if tensor.shape != param.shape:
-        return False
-    if param.is_contiguous():
-        return tensor.is_contiguous()
-    return tensor.stride() == param.stride()
+def _with_room(array: _Array, count: int) -> _Array:
+    """The array, or a copy of it with room for ``count`` items and as many again."""
+    if count <= len(array):
+        return array
+    larger = np.zeros(2 * count, dtype=array.dtype)
+    larger[: len(array)] = array
+    return cast("_Array", larger)
 
 
-def _is_plain(tensor: object, param: Tensor) -> bool:
-    """Whether a kernel may walk this tensor beside its parameter."""
-    if not isinstance(tensor, Tensor) or not same_spread(tensor, param):
-        return False
-    tensor, param = local_part(tensor), local_part(param)
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.layout is torch.strided
-        and tensor.device == param.device
-        and tensor.dtype == param.dtype
-        and not tensor.is_neg()
-        and not tensor._is_zerotensor()
-        and _same_layout(tensor, param)
-    )
+class _Reading(NamedTuple):
+    """A group's settings, all read at once: other threads may change them at any time."""
+
+    # These two decide about buckets, all else is data.
+    why: str | None  #: why no kernel serves the group
+    kernel: str
+    slots: tuple[Slot, ...]
+    scalars: tuple[float, ...]  #: the kernel's, the learning rate left out; empty without one
+    fused: bool  #: torch's flag
+    keys: list[str]  #: names of all settings but those that change at every step
+    values: list[Any]  #: and what they are
 
 
-def _is_aligned(row: Row) -> bool:
-    tensors = [row.param, *row.slots, *([] if row.param.grad is None else [row.param.grad])]
-    return not any(local_part(tensor).data_ptr() % 16 for tensor in tensors)
+# Types of settings that cannot change within themselves.
+_IMMUTABLE = frozenset({bool, int, float, complex, str, bytes, tuple, type(None)})
 
 
-def _why_not(param: Tensor, device: str) -> str | None:
-    """Why a kernel cannot serve this parameter with the gradient it has, or None."""
-    why, grad = why_not_local(param), param.grad
-    if why is not None:
-        return why
-    whole, param = param, local_part(param)
-    if type(param) not in (Tensor, torch.nn.Parameter):
-        return f"tensors of type {type(param).__name__}"
-    if param.device.type != device:
-        return f"tensors on {param.device.type}"
-    if param.layout is not torch.strided or param.dtype not in DTYPES:
-        return f"{str(param.dtype).removeprefix('torch.')} {param.layout} tensors"
-    if not _is_dense(param):
-        return "parameters whose memory has gaps or overlaps"
-    if grad is None or _is_plain(grad, whole):
+def _contents(setting: Any) -> Any:
+    """What is in a setting that may change within itself (a list of betas, say), else None."""
+    if type(setting) in _IMMUTABLE:
         return None
-    if not same_spread(grad, whole):
-        return "gradients divided over the ranks in another way than their parameter"
-    if grad.layout is not torch.strided:
-        return "sparse gradients"
-    return "gradients of another layout, dtype or type than their parameter"
-
-
-def classify(
-    optimizer: Optimizer, rule: UpdateRule, device: str, *, capturable: bool = False
-) -> dict[str | None, list[Tensor]]:
-    """Parameters by the reason why no kernel serves them; those that one does under None."""
-    reasons: dict[str | None, list[Tensor]] = {}
-    for group in optimizer.param_groups:
-        why = rule.not_fused(group, capturable=capturable)
-        for param in group["params"]:
-            reasons.setdefault(why or _why_not(param, device), []).append(param)
-    return reasons
+    if isinstance(setting, np.ndarray):
+        return setting.tolist()
+    return list(setting) if isinstance(setting, Sequence) else None
 
 
 class Plan:
@@ -373,8 +415,7 @@ class Plan:
         capturable: whether the kernels can be captured into a graph.
         by_alignment: whether tensors that all begin at a multiple of 16 bytes have buckets of their
             own.
-        holds: whether gradients that were looked at are kept alive until ``clr_step`` is over or
-            :meth:`release` is called, as another thread may drop them meanwhile.
+        lock: lets one thread at a time make the plan anew; None makes one.
     """
 
     def __init__(
@@ -386,7 +427,7 @@ class Plan:
         *,
         capturable: bool = False,
         by_alignment: bool = False,
-        holds: bool = False,
+        lock: threading.RLock | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._rule = rule
@@ -394,26 +435,33 @@ class Plan:
         self._device = device
         self._capturable = capturable
         self._by_alignment = by_alignment
-        self._holds = holds
+        self._lock = threading.RLock() if lock is None else lock
         self.buckets: list[Bucket] = []
+        self._by_key: dict[_Key, Bucket] = {}
+        self._params: list[Tensor] = []  # of all buckets
         #: parameters with a gradient that torch's own step must serve, and why
         self.rest: list[tuple[Tensor, str]] = []
         #: those of them whose own gradient or layout is the reason
         self._odd: list[tuple[Tensor, str]] = []
+        # Parameters without a gradient and the numbers of their groups.
         self._idle: list[Tensor] = []
-        # Another thread may ask for a new plan while this one builds it.
-        self._turn = threading.RLock()
-        self._groups: list[dict[str, Any]] | None = None
+        self._idle_groups: list[int] = []
+        self._memory = Memory()
+        # None while the plan is not made, or is to be made anew.
+        self._groups: Sequence[dict[str, Any]] | None = None
         self._members: list[list[Tensor]] = []
+        self._readings: list[_Reading] = []
+        # What the scan compares: the names and values of each group's settings, and the states.
+        self._keys: list[list[str]] = []
         self._settings: list[list[Any]] = []
-        self._lists: list[tuple[list[Any], list[Any]]] = []
-        self._flags: list[tuple[str | None, str]] = []
+        self._dicts: list[Any] = []
+        self._lists: list[tuple[Any, Any]] = []
         #: a row of the kernel's scalars per group, the learning rate to be filled in
         self.scalars = np.zeros((0, 0))
         #: whether the next step creates state
         self.pending = False
+        self._unfilled: list[tuple[Bucket, int]] = []
         self._state: Any = None
-        self._params: list[Tensor] = []
         #: how the parameters, those of the rest too, are divided over ranks
         self.spreads: list[Spread | None] = []
         #: whether they are all float64
@@ -423,30 +471,56 @@ class Plan:
         #: a line per bucket
         self.table = np.zeros(0, dtype=_BUCKET)
         self.view = View()
+        #: how many kernel calls there were, and how many of them were steps of the schedule
+        self.tally = (ctypes.c_int64 * 2)()
+        self._calls_before_pending = 0
+        self._answer = 0
+
+    # ---- is it still right?
 
     def refresh(self) -> None:
         """Bring the plan up to date: at least the gradients' pointers, at most all of it."""
-        if (self._odd and self._rest_changed()) or not self.is_current():
-            with self._turn:
-                self._build()
+        if not self._odd and self.is_current():
+            return
+        with self._lock:
+            for _ in range(_ATTEMPTS):
+                if self._groups is None or self._rest_changed() or not self._adopt():
+                    self._build()
+                    if self._groups is None:
+                        return  # nothing for a kernel to do
+                if self.is_current():
+                    return
+            # Other threads change things all the time. Each row is right for one reading of them.
+            self._build()
+            self.view.ready = 1
 
     def forget(self) -> None:
         """Have the next :meth:`refresh` build the plan anew."""
-        with self._turn:
+        with self._lock:
             self._groups = None
             self.release()
 
     def release(self) -> None:
         """Let go of the gradients, if after a :meth:`refresh` no step is to be taken."""
-        with self._turn:
+        with self._lock:
             if not self.view.busy:
+                self.view.ready = 0
                 self.table["held"] = 0
                 for bucket in self.buckets:
                     bucket.release()
 
+    def after_fork(self, lock: threading.RLock) -> None:
+        """Start anew in a forked process, where no other thread ends what it was doing."""
+        self._lock = lock
+        self.view.busy = 0
+        self.forget()
+
     def _rest_changed(self) -> bool:
         """Whether a gradient that no kernel could take has become another."""
-        return any(p.grad is not None and _why_not(p, self._device) != why for p, why in self._odd)
+        return any(
+            grad is not None and why_not(p, grad, self._device) != why
+            for p, why, grad in ((p, why, p.grad) for p, why in self._odd)
+        )
 
     def is_current(self) -> bool:
         """Whether all that the plan was built from is as it was.
@@ -454,19 +528,18 @@ class Plan:
         Takes in the gradients' pointers on the way, which move at every ``zero_grad``.
         """
         optimizer = self._optimizer
-        groups = optimizer.param_groups
-        if groups is not self._groups or optimizer.state is not self._state:
-            return False
-        if len(groups) != len(self._members):
+        self._answer = 0
+        if optimizer.param_groups is not self._groups or optimizer.state is not self._state:
             return False
         # A list (of betas, say) may change within itself, which no comparison of objects shows.
-        changed = self._lists and any(now != then for now, then in self._lists)
+        changed = self._lists and any(_contents(now) != then for now, then in self._lists)
         if changed and not self._take_settings():
             return False
         answer = self._ask()
         if answer == _SETTINGS_CHANGED and self._take_settings():
             answer = self._ask()
         self.partial = answer == _SOME_IDLE
+        self._answer = answer
         return answer in (_ALL_ACTIVE, _SOME_IDLE)
 
     def _ask(self) -> int:
@@ -478,112 +551,177 @@ class Plan:
                 return answer
             time.sleep(_PAUSE_S)
 
+    # ---- taking in what has changed
+
     def _take_settings(self) -> bool:
         """Take in changed settings of the groups; whether the buckets stay as they are."""
-        groups = self._optimizer.param_groups
-        if [self._flags_of(group) for group in groups] != self._flags:
+        readings = [self._read(group) for group in list(self._optimizer.param_groups)]
+        # The scan compares settings by the keys that there were.
+        known = self._readings
+        if len(readings) != len(known) or any(
+            now[:2] != was[:2] or now.keys != was.keys
+            for now, was in zip(readings, known, strict=True)
+        ):
             return False
-        if [self._keys_of(group) for group in groups] != self.view.keys:
-            return False  # the scan compares settings by the keys that there were
-        for i, group in enumerate(groups):
-            if self._flags[i][0] is None:
-                self.scalars[i] = self._rule.row(group)
-        self._settings[:] = [self._settings_of(group) for group in groups]
-        self._lists = self._copy_lists()
+        self._readings = readings
+        for i, reading in enumerate(readings):
+            if reading.scalars:
+                self.scalars[i] = reading.scalars
+        self._settings[:] = [reading.values for reading in readings]
+        self._lists = self._copy_lists(readings)
         return True
 
-    def _copy_lists(self) -> list[tuple[list[Any], list[Any]]]:
-        return [(v, list(v)) for row in self._settings for v in row if isinstance(v, list)]
+    def _adopt(self) -> bool:
+        """Take in parameters, groups or state that were added; False if all must be made anew."""
+        adopt = {
+            _GROUPS_CHANGED: self._adopt_members,
+            _STATE_CHANGED: self._adopt_state,
+            _WOKEN: self._adopt_gradients,
+        }.get(self._answer)
+        if adopt is None:
+            return False
+        view = self.view
+        view.ready = 0
+        while view.busy:
+            time.sleep(_PAUSE_S)
+        view.busy = 1  # no other thread reads the tables while they grow
+        try:
+            return adopt()
+        finally:
+            view.busy = 0
 
-    def active_params(self) -> list[Tensor]:
-        """All parameters of the buckets that have a gradient."""
-        if not self.partial:
-            return self._params
-        return [
-            param
-            for bucket in self.buckets
-            for param, active in zip(bucket.params, bucket.table["active"].tolist(), strict=True)
-            if active
-        ]
+    def _adopt_members(self) -> bool:
+        """Take in groups at the end of all groups, and parameters at the end of a group's."""
+        groups = list(self._optimizer.param_groups)
+        readings = [self._read(group) for group in groups[len(self._members) :]]
+        members = [list(group["params"]) for group in groups]
+        if len(groups) < len(self._members) or any(reading.why for reading in readings):
+            return False
+        known = [*self._members, *([] for _ in readings)]
+        for was, now in zip(known, members, strict=True):
+            if len(now) < len(was) or not all(map(operator.is_, was, now)):
+                return False
+        for number, (was, now) in enumerate(zip(known, members, strict=True)):
+            added = now[len(was) :]
+            if not added:
+                continue
+            self._idle += added
+            self._idle_groups += [number] * len(added)
+            self.spreads = list(dict.fromkeys([*self.spreads, *map(spread_of, added)]))
+            self.wide = self.wide and is_wide(added)
+        self._members[:] = members
+        self._readings += readings
+        self._keys += [reading.keys for reading in readings]
+        self._settings += [reading.values for reading in readings]
+        self._lists += self._copy_lists(readings)
+        self._write_scalars(self.view)
+        return True
 
-    def commit(self) -> None:
-        """Say that a step was taken, and hand over the state it created, under torch's names."""
-        # As after any in-place update: a backward through an older graph must raise.
-        torch.autograd.graph.increment_version(self.active_params())
-        if not self.pending:
-            return
-        with self._turn:
-            state = self._optimizer.state
-            for bucket in self.buckets:
-                for row in bucket.rows:
-                    if row.pending:
-                        state[row.param].update(row.pending)
-                        row.pending, row.first = {}, False
-            self.pending = False
-            self._index()
-            self.release()
+    def _adopt_state(self) -> bool:
+        """Take in state that torch's own step, or other code, has made of other parameters."""
+        entries = list(self._optimizer.state.values())
+        if len(entries) <= len(self._dicts) or not all(map(operator.is_, self._dicts, entries)):
+            return False
+        self._dicts[:] = entries
+        return True
+
+    def _adopt_gradients(self) -> bool:
+        """Take in parameters whose first gradient has come."""
+        found = [(i, p.grad) for i, p in enumerate(self._idle) if p.grad is not None]
+        woken = [(self._idle[i], self._idle_groups[i], grad) for i, grad in found]
+        if len(found) > _FEW:
+            kept = sorted({*range(len(self._idle))} - {i for i, _ in found})
+            self._idle[:] = [self._idle[i] for i in kept]
+            self._idle_groups = [self._idle_groups[i] for i in kept]
+        else:
+            for i, _ in reversed(found):
+                del self._idle[i], self._idle_groups[i]
+        for param, number, grad in woken:
+            if grad is None:  # another thread has just taken it away
+                self._idle.append(param)
+                self._idle_groups.append(number)
+                continue
+            row = self._place(param, grad, number)
+            tensors = [param] if row is None else [param, *row.held]
+            here = local_part(param).device.type == self._device
+            if here and not self._memory.add(tensors):
+                return False
+            if row is not None:
+                self._append(row, grad)
+        self._point_to_buckets(self.view)
+        return True
+
+    # ---- building it
+
+    def _read(self, group: Mapping[str, Any]) -> _Reading:
+        settings, rule = dict(group), self._rule
+        why = rule.not_fused(settings, capturable=self._capturable)
+        own = {name: value for name, value in settings.items() if name not in _MOVING}
+        slots = rule.slots(settings) if why is None else ()
+        return _Reading(
+            why,
+            rule.kernel(settings),
+            slots,
+            rule.row(settings) if why is None else (),
+            bool(settings.get("fused")),
+            list(own),
+            list(own.values()),
+        )
 
     @staticmethod
-    def _settings_of(group: dict[str, Any]) -> list[Any]:
-        """All of a group but what changes at every step anyway."""
-        return [value for key, value in group.items() if key not in _MOVING]
-
-    @staticmethod
-    def _keys_of(group: dict[str, Any]) -> list[str]:
-        """Of what :meth:`_settings_of` gives."""
-        return [key for key in group if key not in _MOVING]
-
-    def _flags_of(self, group: dict[str, Any]) -> tuple[str | None, str]:
-        """What of a group's settings decides buckets; all else is data."""
-        reason = self._rule.not_fused(group, capturable=self._capturable)
-        return (reason, self._rule.kernel(group))
+    def _copy_lists(readings: Iterable[_Reading]) -> list[tuple[Any, Any]]:
+        pairs = ((value, _contents(value)) for r in readings for value in r.values)
+        return [(value, contents) for value, contents in pairs if contents is not None]
 
     def _build(self) -> None:
-        optimizer, rule = self._optimizer, self._rule
+        optimizer = self._optimizer
         self._groups = None  # not current, should anything below raise
-        self.rest, self._odd, self._idle = [], [], []
-        groups = optimizer.param_groups
-        self._flags = [self._flags_of(group) for group in groups]
-        buckets: dict[tuple[Any, ...], Bucket] = {}
-        for number, (group, (reason, kernel)) in enumerate(zip(groups, self._flags, strict=True)):
-            slots = rule.slots(group) if reason is None else ()
-            for param in group["params"]:
-                own = None if reason else _why_not(param, self._device)
-                why = reason or own
-                row = None if why else self._row(param, number, slots)
-                if isinstance(row, str):
-                    why, row = row, None
-                if row is not None:
-                    wide = row.counter is not None and row.counter.dtype == torch.float64
-                    aligned = self._by_alignment and _is_aligned(row)
-                    key = (kernel, param.dtype, wide, param.device, aligned, spread_of(param))
-                    buckets.setdefault(key, Bucket(*key, slots)).rows.append(row)
-                elif param.grad is not None:
-                    self.rest.append((param, why or ""))
-                    if own:
-                        self._odd.append((param, own))
-                else:
+        groups, state = optimizer.param_groups, optimizer.state
+        why = _why_unreadable(groups, state)
+        snapshot = list(groups)
+        self._readings = [self._read(group) for group in snapshot]
+        self._members = [list(group["params"]) for group in snapshot]
+        self.buckets, self._by_key, self._params = [], {}, []
+        self._unfilled, self.pending = [], False
+        self.rest, self._odd, self._idle, self._idle_groups = [], [], [], []
+        placed: list[tuple[Row, Tensor]] = []
+        for number, members in enumerate(self._members):
+            for param in members:
+                grad = param.grad
+                if why is not None:
+                    if grad is not None:
+                        self.rest.append((param, why))
+                elif grad is None:
                     self._idle.append(param)
-        self._leave_shared_memory(buckets.values())
-        self.buckets = [bucket for bucket in buckets.values() if bucket.rows]
-        self._members = [list(group["params"]) for group in groups]
+                    self._idle_groups.append(number)
+                else:
+                    row = self._place(param, grad, number)
+                    if row is not None:
+                        placed.append((row, grad))
+        placed = self._leave_shared_memory(placed)
+        for row, grad in placed:
+            self._append(row, grad)
         self.spreads = spreads(param for members in self._members for param in members)
         self.wide = is_wide(param for members in self._members for param in members)
-        self._settings = [self._settings_of(group) for group in groups]
-        self._lists = self._copy_lists()
-        self.pending = any(row.pending for b in self.buckets for row in b.rows)
-        rows = [
-            rule.row(group) if reason is None else ()
-            for group, (reason, _) in zip(groups, self._flags, strict=True)
-        ]
-        width = max([1, *map(len, rows)])  # the learning rate has its place even if none is fused
-        scalars = np.array([row or (0.0,) * width for row in rows], dtype=np.float64)
-        self.scalars = scalars.reshape(len(rows), width)  # of no groups, too
-        self._index()
-        self._groups = groups
+        self._lists = self._copy_lists(self._readings)
+        self._index(groups if why is None else [], state if why is None else {})
+        if why is None:
+            self._groups, self._state = groups, state
 
-    def _row(self, param: Tensor, group: int, slots: tuple[Slot, ...]) -> Row | str | None:
-        """The parameter's row; why it has none; or None while it has neither gradient nor state."""
+    def _place(self, param: Tensor, grad: Tensor, number: int) -> Row | None:
+        """The parameter's row, or None if it is left to torch's own step, which is noted."""
+        reading = self._readings[number]
+        own = None if reading.why else why_not(param, grad, self._device)
+        row = None if reading.why or own else self._row(param, number, reading)
+        if isinstance(row, Row):
+            return row
+        self.rest.append((param, reading.why or own or row or ""))
+        if own:
+            self._odd.append((param, own))
+        return None
+
+    def _row(self, param: Tensor, number: int, reading: _Reading) -> Row | str:
+        """The row of a parameter that has a gradient, or why it has none."""
         rule, optimizer = self._rule, self._optimizer
         # Not optimizer.state[param]: that would create an entry earlier than torch does.
         state = optimizer.state.get(param, {})
@@ -593,13 +731,10 @@ class Plan:
         if not isinstance(state, dict):
             return "state that is no dictionary"
         fresh = len(state) == 0
-        if fresh and param.grad is None and (slots or rule.has_step):
-            return None
         if rule.has_step:
             if fresh:
                 # As torch's _get_scalar_dtype: float64 only where that is the default dtype.
-                wide = torch.get_default_dtype() == torch.float64
-                wide = wide and not optimizer.param_groups[group].get("fused")
+                wide = torch.get_default_dtype() == torch.float64 and not reading.fused
                 counter = torch.zeros(
                     (), dtype=torch.float64 if wide else torch.float32, device=param.device
                 )
@@ -617,11 +752,9 @@ class Plan:
                     # Where the kernel counts; a state dict has it where torch would.
                     counter = state["step"] = counter.to(param.device)
         first = False
-        for slot in slots:
+        for slot in reading.slots:
             tensor: Any = state.get(slot.name)
             if tensor is None and (fresh or slot.fill is None):
-                if param.grad is None:
-                    return None
                 if slot.fill is None:
                     tensor, first = torch.empty_like(param, requires_grad=False), True
                 else:
@@ -629,74 +762,132 @@ class Plan:
                         param, slot.fill(optimizer.defaults), requires_grad=False
                     )
                 pending[slot.name] = tensor
-            elif not _is_plain(tensor, param):
+            elif not is_plain(tensor, param):
                 return f"state[{slot.name!r}] of another layout, dtype or type than its parameter"
             tensors.append(tensor)
         ordered = {name: pending[name] for name in rule.state_order if name in pending}
-        return Row(param, group, tensors, counter, ordered, first)
+        return Row(param, number, tensors, counter, ordered, first)
 
-    def _leave_shared_memory(self, buckets: Iterable[Bucket]) -> None:
+    def _leave_shared_memory(self, placed: list[tuple[Row, Tensor]]) -> list[tuple[Row, Tensor]]:
         """Leave to torch what shares memory: it goes one by one, a kernel all at once."""
-        spans: list[tuple[int, int, Row | None]] = []
-        for param in (local_part(param) for param, _ in self.rest):
-            where = param.device.type
-            if param.layout is torch.strided and where == self._device and param.numel():
-                reach = 1 + sum(
-                    (n - 1) * s for n, s in zip(param.shape, param.stride(), strict=True)
-                )
-                begin = param.data_ptr()
-                spans.append((begin, begin + reach * param.element_size(), None))
-        for bucket in buckets:
-            for row in bucket.rows:
-                for tensor in map(local_part, (row.param, *row.held)):
-                    if tensor.numel():
-                        begin = tensor.data_ptr()
-                        spans.append((begin, begin + tensor.nbytes, row))
-        spans.sort(key=lambda span: span[:2])
-        shared: dict[int, Row] = {}
-        last: float = -math.inf
-        owner: Row | None = None
-        for begin, end, this in spans:
-            if begin < last:
-                shared.update({id(row): row for row in (this, owner) if row is not None})
-            if end > last:
-                last, owner = end, this
-        if not shared:
-            return
-        for bucket in buckets:
-            bucket.rows = [row for row in bucket.rows if id(row) not in shared]
-        for row in shared.values():
-            if row.param.grad is not None:
+        others = [p for p, _ in self.rest if local_part(p).device.type == self._device]
+        owners = [*([p] for p in others), *([row.param, *row.held] for row, _ in placed)]
+        shared = sharing(owners)
+        self._memory = Memory(tensor for tensors in owners for tensor in tensors)
+        own: list[tuple[Row, Tensor]] = []
+        for index, (row, grad) in enumerate(placed, len(others)):
+            if index in shared:
                 self.rest.append((row.param, "tensors that share memory"))
             else:
-                self._idle.append(row.param)
+                own.append((row, grad))
+        return own
 
-    def _index(self) -> None:
-        state, groups = self._optimizer.state, self._optimizer.param_groups
-        for bucket in self.buckets:
-            states = {row.param: state.get(row.param, {}) for row in bucket.rows}
-            bucket.finish(states, holds=self._holds)
+    def _append(self, row: Row, grad: Tensor) -> None:
+        """Put a row into its bucket."""
+        reading, param = self._readings[row.group], row.param
+        wide = row.counter is not None and row.counter.dtype == torch.float64
+        aligned = self._by_alignment and _is_aligned(row, grad)
+        key = _Key(reading.kernel, param.dtype, wide, param.device, aligned, spread_of(param))
+        bucket = self._by_key.get(key)
+        if bucket is None:
+            bucket = self._by_key[key] = Bucket(*key, reading.slots)
+            bucket.begin(row)
+            self.buckets.append(bucket)
+        if row.pending:
+            if not self.pending:
+                self.pending, self._calls_before_pending = True, self.tally[0]
+            self._unfilled.append((bucket, len(bucket.rows)))
+        self._params.append(param)
+        state = self._optimizer.state.get(param, {})
+        bucket.add(row, grad, {**state, **row.pending} if row.pending else state)
+
+    def _write_scalars(self, view: View) -> None:
+        """Write the kernel's scalars, a row per group."""
+        rows = [reading.scalars for reading in self._readings]
+        width = max([1, *map(len, rows)])  # the learning rate has its place even if none is fused
+        scalars = np.array([row or (0.0,) * width for row in rows], dtype=np.float64)
+        self.scalars = scalars.reshape(len(rows), width)  # of no groups, too
+        view.scalars, view.scalars_address = self.scalars, self.scalars.ctypes.data
+
+    def _point_to_buckets(self, view: View) -> None:
+        """Have a view point to the buckets as they now are."""
         self.table = np.array([bucket.header() for bucket in self.buckets], dtype=_BUCKET)
-        self._params = [param for bucket in self.buckets for param in bucket.params]
-        self.partial = int(self.table["active"].sum()) < len(self._params)
-        self._state = state
+        view.buckets, view.count = self.table.ctypes.data, len(self.buckets)
+        view.memory = [self.table, self.tally, *(bucket.memory for bucket in self.buckets)]
+
+    def _index(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, Any]) -> None:
+        """Make the view that the scan is given."""
+        self._keys = [reading.keys for reading in self._readings]
+        self._settings = [reading.values for reading in self._readings]
+        self._dicts = list(state.values())
         view = View(
             groups=groups,
             members=self._members,
-            keys=[self._keys_of(group) for group in groups],
+            keys=self._keys,
             settings=self._settings,
             state=state,
-            dicts=list(state.values()),
+            dicts=self._dicts,
             idle=self._idle,
             params="params",
             grad="grad",
             none=None,
-            buckets=self.table.ctypes.data,
-            count=len(self.buckets),
+            tally=ctypes.addressof(self.tally),
         )
         view.address = ctypes.addressof(view)
-        view.scalars, view.scalars_address = self.scalars, self.scalars.ctypes.data
-        view.memory = [
-            self.table, *((bucket.scan, bucket.table, bucket.layout) for bucket in self.buckets)
-        ]  # fmt: skip
+        view.ready = 1
+        self._write_scalars(view)
+        self._point_to_buckets(view)
         self.view = view  # another thread may take it up at once
+
+    # ---- a step
+
+    def active_params(self) -> list[Tensor]:
+        """All parameters of the buckets that have a gradient."""
+        if not self.partial:
+            return self._params
+        return [
+            bucket.params[i]
+            for bucket in self.buckets
+            for i in np.flatnonzero(bucket.table["active"]).tolist()
+        ]
+
+    def commit(self) -> None:
+        """Say that a step was taken, and hand over the state it created, under torch's names."""
+        # As after any in-place update: a backward through an older graph must raise.
+        torch.autograd.graph.increment_version(self.active_params())
+        if not self.pending:
+            return
+        with self._lock:
+            state = self._optimizer.state
+            for bucket, index in self._unfilled:
+                row = bucket.rows[index]
+                entry = state[row.param]
+                entry.update(row.pending)
+                bucket.fill(index, entry)
+            self._unfilled, self.pending = [], False
+            self._dicts[:] = state.values()
+            self.release()
+
+    def commit_if_called(self) -> None:
+        """:meth:`commit` after an exception, if the kernel was called before it."""
+        if not self.pending or self.tally[0] != self._calls_before_pending:
+            self.commit()
+
+
+def _is_aligned(row: Row, grad: Tensor) -> bool:
+    tensors = (row.param, grad, *row.slots)
+    return not any(local_part(tensor).data_ptr() % 16 for tensor in tensors)
+
+
+def _why_unreadable(groups: object, state: object) -> str | None:
+    """Why native code cannot look through these groups and this state, or None."""
+    if not isinstance(state, dict):
+        return f"state in a {type(state).__name__}, which is no dict"
+    if not isinstance(groups, (list, tuple)):
+        return f"param_groups in a {type(groups).__name__}, which is no list"
+    for group in groups:
+        if not isinstance(group, dict):
+            return f"a parameter group that is a {type(group).__name__} and no dict"
+        if not isinstance(group["params"], (list, tuple)):
+            return f"params in a {type(group['params']).__name__}, which is no list"
+    return None

@@ -6,7 +6,7 @@ per kernel language, and one row in the tests' table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ __all__ = ["KERNELS", "RULES", "STATE_SLOTS", "Slot", "StateSlots", "UpdateRule"
 
 Group = Mapping[str, Any]
 Shape = tuple[int, ...]
+
+# Types of settings that hold no tensor.
+_NO_TENSORS = frozenset({bool, int, float, str, type(None)})
 
 #: Kernels by name; the index is what native code knows them by (`pick` in multi_tensor.cpp).
 KERNELS = (
@@ -80,7 +83,9 @@ class UpdateRule:
             if group.get(flag):
                 return f"{flag}=True"
         for name, value in group.items():
-            values = value if isinstance(value, (tuple, list)) and name != "params" else (value,)
+            if type(value) in _NO_TENSORS:  # nearly all
+                continue
+            values = value if isinstance(value, Sequence) else (value,)
             if name not in ("params", "lr") and any(isinstance(v, Tensor) for v in values):
                 return f"{name} is a tensor"
         return None
@@ -91,17 +96,25 @@ class UpdateRule:
         return (0.0, float(group["weight_decay"]), sign, *self.scalars(group))
 
 
+# Made once, as groups are asked for their slots whenever their settings change.
+_MOMENTUM_BUFFER = Slot("momentum_buffer")
+_FIRST_GRADIENT = Slot("momentum_buffer", None)
+_SUM = Slot("sum", lambda defaults: float(defaults["initial_accumulator_value"]))
+_SQUARE_AVG, _GRAD_AVG, _ACC_DELTA = Slot("square_avg"), Slot("grad_avg"), Slot("acc_delta")
+_ADAM = (Slot("exp_avg"), Slot("exp_avg_sq"))
+_AMSGRAD = (*_ADAM, Slot("max_exp_avg_sq"))
+
+
 def _sgd_kernel(group: Group) -> str:
     return "sgd_momentum" if group["momentum"] != 0 else "sgd"
 
 
 def _sgd_slots(group: Group) -> tuple[Slot, ...]:
-    return (Slot("momentum_buffer", None),) if group["momentum"] != 0 else ()
+    return (_FIRST_GRADIENT,) if group["momentum"] != 0 else ()
 
 
 def _adam_slots(group: Group) -> tuple[Slot, ...]:
-    slots = (Slot("exp_avg"), Slot("exp_avg_sq"))
-    return (*slots, Slot("max_exp_avg_sq")) if group["amsgrad"] else slots
+    return _AMSGRAD if group["amsgrad"] else _ADAM
 
 
 def _adam(optimizer: type[torch.optim.Optimizer], decoupled: bool) -> UpdateRule:
@@ -128,11 +141,11 @@ def _rmsprop_kernel(group: Group) -> str:
 
 
 def _rmsprop_slots(group: Group) -> tuple[Slot, ...]:
-    slots = [Slot("square_avg")]
+    slots = [_SQUARE_AVG]
     if group["momentum"] > 0:
-        slots.append(Slot("momentum_buffer"))
+        slots.append(_MOMENTUM_BUFFER)
     if group["centered"]:
-        slots.append(Slot("grad_avg"))
+        slots.append(_GRAD_AVG)
     return tuple(slots)
 
 
@@ -154,9 +167,7 @@ RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
         UpdateRule(
             torch.optim.Adagrad,
             kernel=lambda group: "adagrad",
-            slots=lambda group: (
-                Slot("sum", lambda defaults: float(defaults["initial_accumulator_value"])),
-            ),
+            slots=lambda group: (_SUM,),
             has_step=True,
             scalars=lambda g: (g["lr_decay"], g["eps"]),
             state_order=("step", "sum"),
@@ -164,7 +175,7 @@ RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
         UpdateRule(
             torch.optim.Adadelta,
             kernel=lambda group: "adadelta",
-            slots=lambda group: (Slot("square_avg"), Slot("acc_delta")),
+            slots=lambda group: (_SQUARE_AVG, _ACC_DELTA),
             has_step=True,
             scalars=lambda g: (g["rho"], g["eps"]),
             state_order=("step", "square_avg", "acc_delta"),

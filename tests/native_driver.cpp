@@ -32,6 +32,10 @@ PyObject* PyObject_Type(PyObject*) { never(__func__); }
 int PyObject_RichCompareBool(PyObject*, PyObject*, int) { never(__func__); }
 int PyList_SetItem(PyObject*, ptrdiff_t, PyObject*) { never(__func__); }
 ptrdiff_t PyList_Size(PyObject*) { never(__func__); }
+PyObject* PyTuple_GetItem(PyObject*, ptrdiff_t) { never(__func__); }
+ptrdiff_t PyTuple_Size(PyObject*) { never(__func__); }
+int PyGC_Disable() { never(__func__); }
+int PyGC_Enable() { never(__func__); }
 PyObject* PyDict_GetItemWithError(PyObject*, PyObject*) { never(__func__); }
 int PyDict_Next(PyObject*, ptrdiff_t*, PyObject**, PyObject**) { never(__func__); }
 void* PyCapsule_GetPointer(PyObject*, const char*) { never(__func__); }
@@ -163,18 +167,20 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
     scan.grads = &grads, scan.nones = &nones, scan.none = &none;
     clr::Bucket bucket = {&scan, run.rows.data(), TENSORS, 0, kernel, dtype, wide, 1};
     for (const clr::Row& row : run.rows) bucket.active += row.active;
+    int64_t tally[2] = {};
     clr::View view = {};
-    view.buckets = &bucket, view.count = 1;
+    view.buckets = &bucket, view.count = 1, view.tally = tally, view.ready = 1;
 
     double squares = -1;
     for (int step = 0; step < 3; ++step) {
         require(clr_sums_of_squares(&view, &squares, threads) == 0, "no sums", kernel, dtype);
         require(squares > 0, "sums of nothing", kernel, dtype);
-        require(clr_step(&view, scalars, WIDTH, 0.5, threads) == 0, "no step", kernel, dtype);
-        require(has_gil && !view.busy && view.done, "a step not ended", kernel, dtype);
-        require(clr_step(&view, scalars, WIDTH, 0.5, threads) == 2, "a step of nothing", kernel,
+        require(clr_step(&view, scalars, WIDTH, 0.5, threads, 1) == 0, "no step", kernel, dtype);
+        require(has_gil && !view.busy && tally[0] == step + 1 && tally[1] == step + 1,
+                "a step not ended", kernel, dtype);
+        require(clr_step(&view, scalars, WIDTH, 0.5, threads, 1) == 2, "a step of nothing", kernel,
                 dtype);
-        require(view.done, "a step that was none", kernel, dtype);
+        require(tally[0] == step + 1, "a step that was none", kernel, dtype);
         // What a scan does between steps.
         for (int64_t i = 0; i < TENSORS; ++i) {
             require(grads.items[size_t(i)] == &none, "a gradient held", kernel, dtype);
@@ -184,10 +190,10 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
             }
             run.rows[size_t(i)].first = 0;
         }
-        bucket.held = 1;
+        bucket.held = view.ready = 1;
     }
     view.busy = 1;
-    require(clr_step(&view, scalars, WIDTH, 1, threads) == 2, "two at once", kernel, dtype);
+    require(clr_step(&view, scalars, WIDTH, 1, threads, 1) == 2, "two at once", kernel, dtype);
     require(clr_current(&view) == -2, "a scan within a step", kernel, dtype);
     view.busy = 0;
     clr::release(bucket);
@@ -225,7 +231,7 @@ int main(int argc, char**) {
         clr::Bucket bucket = {nullptr, nullptr, 0, 0, kernel, 0, 0, 0};
         clr::View view = {};
         view.buckets = &bucket, view.count = 1;
-        require(clr_step(&view, nullptr, 0, 1, 1) == 1, "an unknown kernel", kernel, 0);
+        require(clr_step(&view, nullptr, 0, 1, 1, 1) == 1, "an unknown kernel", kernel, 0);
     }
     std::printf("%d runs\n", runs);
 }

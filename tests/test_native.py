@@ -52,8 +52,8 @@ from native_helpers import (
 )
 
 from clr_optim import CyclicalOptimizer, plan
+from clr_optim.eligible import DTYPES as NATIVE_DTYPES
 from clr_optim.kernels.native import build
-from clr_optim.plan import DTYPES as NATIVE_DTYPES
 
 FEW = 4
 ULP32 = torch.finfo(torch.float32).eps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+import threading
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ def rule_for(optimizer: Optimizer) -> UpdateRule | str:
 
 
 # Answers of clr_step and clr_sums_of_squares.
-_UNKNOWN, _TAKEN = 1, 2
+_UNKNOWN, _UNSCANNED = 1, 2
 
 
 class _Library:
@@ -42,7 +42,7 @@ class _Library:
     def __init__(self) -> None:
         held = ctypes.PyDLL(build.load()._name)
         i64, f64, pointer, obj = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.py_object
-        held.clr_step.argtypes = [pointer, pointer, i64, f64, i64]
+        held.clr_step.argtypes = [pointer, pointer, i64, f64, i64, i64]
         held.clr_sums_of_squares.argtypes = [pointer, pointer, i64]
         held.clr_can_scan.argtypes = [obj]
         held.clr_current.argtypes = [pointer]
@@ -71,14 +71,17 @@ class NativeBackend:
     Args:
         optimizer: the wrapped one.
         rule: its update rule.
+        lock: held by the thread that steps the optimizer; None makes one.
 
     Raises:
         BuildError: if the kernels cannot be compiled here.
     """
 
-    def __init__(self, optimizer: Optimizer, rule: UpdateRule) -> None:
+    def __init__(
+        self, optimizer: Optimizer, rule: UpdateRule, lock: threading.RLock | None = None
+    ) -> None:
         self._lib = library().held
-        self.plan = Plan(optimizer, rule, self._lib, "cpu", holds=True)
+        self.plan = Plan(optimizer, rule, self._lib, "cpu", lock=lock)
 
     sees_overflows = False
     uncertain = False
@@ -112,25 +115,26 @@ class NativeBackend:
             dtype = torch.float64 if plan.wide else torch.float32
             norm = torch.tensor(length, dtype=dtype, device="cpu")
         try:
-            while self._launch(plan.view, course.rates, factor) == _TAKEN:
+            while self._launch(plan.view, course, factor) == _UNSCANNED:
                 plan.refresh()  # another thread takes a step of this optimizer, or has just done so
             plan.commit()
         except BaseException:
             # Ctrl-C during a kernel is raised after it: then its state belongs to the parameters.
-            if plan.view.done:
-                plan.commit()
+            plan.commit_if_called()
             raise
         return norm
 
-    def _launch(self, view: View, rates: Sequence[float], factor: float) -> int:
-        for i, rate in enumerate(rates):
-            view.scalars[i, 0] = rate
+    def _launch(self, view: View, course: Course, factor: float) -> int:
+        scalars = view.scalars
+        for i, rate in enumerate(course.rates):
+            scalars[i, 0] = rate
         answer: int = self._lib.clr_step(
             view.address,
             view.scalars_address,
-            view.scalars.shape[1],
+            scalars.shape[1],
             factor,
             torch.get_num_threads(),
+            course.moves,
         )
         if answer == _UNKNOWN:
             raise RuntimeError("the compiled kernels do not match this version: rebuild them")
@@ -144,7 +148,7 @@ class NativeBackend:
             answer = self._lib.clr_sums_of_squares(
                 view.address, squares.ctypes.data, torch.get_num_threads()
             )
-            if answer != _TAKEN:
+            if answer != _UNSCANNED:
                 break
             plan.refresh()
         sums = no_sums(plan.spreads)

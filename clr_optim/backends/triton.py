@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -439,6 +440,7 @@ class TritonBackend:
         rule: its update rule.
         schedule: the policy. One with a ``scale_fn`` is evaluated on the host at each step.
         device: the type of the devices whose tensors it updates.
+        lock: held by the thread that steps the optimizer; None makes one.
 
     Raises:
         BuildError: if the host's part, which looks after the tensors, cannot be compiled here.
@@ -447,7 +449,12 @@ class TritonBackend:
     sees_overflows = True
 
     def __init__(
-        self, optimizer: Optimizer, rule: UpdateRule, schedule: Schedule, device: str
+        self,
+        optimizer: Optimizer,
+        rule: UpdateRule,
+        schedule: Schedule,
+        device: str,
+        lock: threading.RLock | None = None,
     ) -> None:
         self.plan = Plan(
             optimizer,
@@ -456,7 +463,7 @@ class TritonBackend:
             device,
             capturable=True,
             by_alignment=True,
-            holds=True,
+            lock=lock,
         )
         self._schedule = schedule
         self._momentum = rule.momentum
@@ -557,6 +564,9 @@ class TritonBackend:
             if done == len(by_device) and not capturing:
                 plan.commit()  # the state belongs to the parameters
             raise
+        if not capturing:
+            plan.tally[0] += 1
+            plan.tally[1] += course.moves
         self._unsure = unsure
         if capturing:
             self._given_up.append([launch.give_up() for launch in self._launches])

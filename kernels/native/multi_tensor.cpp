@@ -385,13 +385,14 @@ bool is_long(const clr::View& view) {
 extern "C" {
 
 // Raised whenever a signature or a layout changes; build.py refuses any other.
-int clr_abi_version() { return 5; }
+int clr_abi_version() { return 6; }
 
 // Updates all active rows of all buckets, and their counters, and lets go of the gradients. Returns
-// 0; or, before anything has changed, 1 if a kernel or dtype is unknown, 2 if the rows must be looked
-// at again: another thread takes or took a step with them. Needs the GIL.
+// 0; or, before anything has changed, 1 if a kernel or dtype is unknown, 2 if the rows must be scanned
+// first: no scan has found them right, or another thread uses them. `counts` is 1 if this is a step
+// of the schedule, else 0. Needs the GIL.
 int clr_step(clr::View* view, const double* scalars, int64_t width, double grad_scale,
-             int64_t threads) {
+             int64_t threads, int64_t counts) {
     const auto kernel = [](const clr::Bucket& b) {
         return b.dtype == FLOAT32    ? pick<Float32>(b.kernel)
                : b.dtype == FLOAT64  ? pick<Float64>(b.kernel)
@@ -402,8 +403,7 @@ int clr_step(clr::View* view, const double* scalars, int64_t width, double grad_
     for (int64_t i = 0; i < view->count; ++i)
         if (!kernel(view->buckets[i]).update) return 1;
     const clr::Hold hold(*view);
-    if (!hold) return 2;
-    view->done = 0;
+    if (!hold || !view->ready) return 2;
     {
         const clr::Aside aside(is_long(*view));
         for (int64_t i = 0; i < view->count; ++i) {
@@ -413,7 +413,9 @@ int clr_step(clr::View* view, const double* scalars, int64_t width, double grad_
                      int(threads));
         }
     }
-    view->done = 1;
+    view->ready = 0;
+    view->tally[0] += 1;
+    view->tally[1] += counts;
     for (int64_t i = 0; i < view->count; ++i) clr::release(view->buckets[i]);
     return 0;
 }
@@ -422,7 +424,7 @@ int clr_step(clr::View* view, const double* scalars, int64_t width, double grad_
 // Returns 0, or 2 as clr_step does. Needs the GIL.
 int clr_sums_of_squares(clr::View* view, double* sums, int64_t threads) {
     const clr::Hold hold(*view);
-    if (!hold) return 2;
+    if (!hold || !view->ready) return 2;
     const clr::Aside aside(is_long(*view));
     for (int64_t i = 0; i < view->count; ++i) {
         const clr::Bucket& b = view->buckets[i];
@@ -442,26 +444,48 @@ int clr_can_scan(PyObject* capsule) {
     return can;
 }
 
-// 0 if all that the plan was built from is as it was: gradient pointers and `active` are then up to
-// date; 2 if so, but some rows have no gradient; 1 if settings of groups changed; -1 if anything
-// else did, and no row may be used; -2 if another thread is in the middle of a step with them. Needs
-// the GIL. An exception on the way (a sparse gradient has no strides) means that something changed.
-int clr_current(const clr::View* view) {
-    if (view->busy) return -2;
-    bool same = clr::same_groups(*view);
-    if (same && !clr::same_settings(*view)) {
-        PyErr_Clear();
-        return 1;
-    }
-    same = same && clr::same_state(*view) && clr::still_idle(*view);
+// What a scan finds. In step with the answers in plan.py.
+enum Answer {
+    ALL_ACTIVE = 0,
+    SETTINGS_CHANGED = 1,
+    SOME_IDLE = 2,  // as it was, but some rows have no gradient
+    CHANGED = -1,
+    BUSY = -2,  // another thread uses the rows
+    GROUPS_CHANGED = -3,
+    STATE_CHANGED = -4,
+    WOKEN = -5,  // a parameter that was idle has a gradient
+};
+
+static Answer scan(clr::View& view) {
+    // What may run Python code, or give the GIL away, comes before all else.
+    for (int64_t b = 0; b < view.count; ++b) clr::release(view.buckets[b]);
+    if (!clr::still_idle(view)) return WOKEN;
+    for (int64_t b = 0; b < view.count; ++b)
+        if (!clr::ask(view.buckets[b])) return CHANGED;
+    const clr::NoCollection no_collection;
+    if (!clr::same_groups(view)) return GROUPS_CHANGED;
+    if (!clr::same_settings(view)) return SETTINGS_CHANGED;
+    if (!clr::same_state(view)) return STATE_CHANGED;
     bool all = true;
-    for (int64_t b = 0; b < view->count && same; ++b) {
-        clr::Bucket& bucket = view->buckets[b];
-        same = clr::same_rows(bucket);
+    for (int64_t b = 0; b < view.count; ++b) {
+        clr::Bucket& bucket = view.buckets[b];
+        if (!clr::same_rows(bucket)) return CHANGED;
         all = all && bucket.active == bucket.count;
     }
-    if (!same) PyErr_Clear();
-    return !same ? -1 : all ? 0 : 2;
+    return all ? ALL_ACTIVE : SOME_IDLE;
+}
+
+// Whether all that the plan was built from is as it was. If so the rows' gradient pointers and
+// `active` are up to date, and a step may follow. An exception on the way (a sparse gradient has no
+// strides) means that something changed. Needs the GIL.
+int clr_current(clr::View* view) {
+    const clr::Hold hold(*view);
+    if (!hold) return BUSY;
+    view->ready = 0;
+    const Answer answer = scan(*view);
+    view->ready = answer == ALL_ACTIVE || answer == SOME_IDLE;
+    if (!view->ready) PyErr_Clear();
+    return answer;
 }
 
 // Rounds count floats to 16 bits and back, for the tests.

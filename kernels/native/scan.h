@@ -6,9 +6,13 @@
 // header of torch. Of CPython's C API a dozen functions are needed, declared here so that no Python
 // header is; they are found in the running interpreter. All of it runs with the GIL held.
 //
-// A step is long and gives the GIL away, and another thread may then drop the gradients that it
-// reads. So the scan keeps hold of every gradient that it took a pointer from, until the step is
-// over; what the step holds no other step or scan may touch meanwhile.
+// A step is long and gives the GIL away, and another thread may then drop the gradients that the
+// kernel reads. So the scan holds every gradient that it took a pointer from until the step is over.
+//
+// A scan has two parts. Questions that may run Python code or give the GIL away come first (DTensors
+// are compared in Python, and torch's is_neg() releases the GIL). Pointers are read after them, with
+// the garbage collector off, so that no other thread runs between the first pointer and the last.
+// While a scan or a step uses the rows, `busy` keeps every other scan and step out.
 #pragma once
 
 #include <cstddef>
@@ -24,6 +28,10 @@ PyObject* PyList_GetItem(PyObject*, ptrdiff_t);  // borrowed
 int PyList_SetItem(PyObject*, ptrdiff_t, PyObject*);  // takes over the reference
 int PyList_SetSlice(PyObject*, ptrdiff_t, ptrdiff_t, PyObject*);
 ptrdiff_t PyList_Size(PyObject*);
+PyObject* PyTuple_GetItem(PyObject*, ptrdiff_t);  // borrowed
+ptrdiff_t PyTuple_Size(PyObject*);
+int PyGC_Disable();
+int PyGC_Enable();
 PyObject* PyDict_GetItemWithError(PyObject*, PyObject*);  // borrowed
 int PyDict_Next(PyObject*, ptrdiff_t*, PyObject**, PyObject**);  // borrowed
 void* PyCapsule_GetPointer(PyObject*, const char*);
@@ -78,17 +86,20 @@ struct Scan {
     // For DTensors, else null: the class, a list of what says how each is divided over ranks (of the
     // parameter and of each slot, a row each), and the attributes' names.
     PyObject *dtensor, *specs, *local, *spec, *placements, *mesh;
-    // List of the gradients that the rows point to, None for those without; null if they need not be
-    // kept alive.
-    PyObject *grads, *nones;  // and a list of so many Nones
+    PyObject* grads;  // list of the gradients that the rows point to, None for those without
+    PyObject* nones;  // list of as many Nones
     const int64_t* layout;  // a row each: ndim, sizes, strides
     int64_t slots;          // keys that are state slots
     int64_t code, bits;     // DLPack's names for the dtype of parameters, gradients and slots
     int64_t counter_bits;   // the step counters are floats of so many bits
     int64_t device_type, device_id;  // DLPack's names for the device of them all
     // Which word of a tensor's object points to its implementation, and which word of that to its
-    // storage: as found in this torch, or both 0 if they are not where they were looked for.
+    // storage. `storage` is 0 where the scan must not look ahead.
     int64_t impl, storage;
+    // Which word of the implementation holds torch's dispatch keys, and the bit of a lazy negation;
+    // `negative` is 0 where torch must be asked.
+    int64_t key_set;
+    uint64_t negative;
 };
 
 // A tensor of a bucket. In step with _ROW in plan.py: ten 64-bit integers.
@@ -132,8 +143,9 @@ struct View {
     PyObject *params, *grad, *none;  // the names "params" and "grad", and None
     Bucket* buckets;
     int64_t count;
-    int64_t busy;  // a step is reading the rows
-    int64_t done;  // the last step to be begun with them was taken
+    int64_t* tally;  // kernel calls, and those of them that count as steps
+    int64_t busy;    // a scan or a step uses the rows
+    int64_t ready;   // a scan has found the rows right, and no step has used them since
 };
 
 // In step with _BUCKET in plan.py: eight 64-bit integers.
@@ -144,30 +156,54 @@ struct Bucket {
     int64_t active;  // rows with a gradient: written by clr_current
     int64_t kernel, dtype;  // by their numbers
     int64_t wide_counter;
-    int64_t held;  // scan->grads holds what the rows point to
+    int64_t held;  // scan->grads holds gradients
+};
+
+// A list or a tuple.
+class Items {
+public:
+    explicit Items(PyObject* object) : object_(object), size_(PyList_Size(object)) {
+        if (size_ >= 0) return;
+        PyErr_Clear();
+        is_tuple_ = true;
+        size_ = PyTuple_Size(object);
+    }
+    ptrdiff_t size() const { return size_; }  // -1 for anything else
+    PyObject* get(ptrdiff_t i) const {
+        return is_tuple_ ? PyTuple_GetItem(object_, i) : PyList_GetItem(object_, i);
+    }
+
+private:
+    PyObject* object_;
+    bool is_tuple_ = false;
+    ptrdiff_t size_;
 };
 
 inline bool same_items(PyObject* a, PyObject* b) {
-    const ptrdiff_t count = PyList_Size(a);
-    if (count < 0 || count != PyList_Size(b)) return false;
-    for (ptrdiff_t i = 0; i < count; ++i)
-        if (PyList_GetItem(a, i) != PyList_GetItem(b, i)) return false;
+    const Items now(a), then(b);
+    if (now.size() < 0 || now.size() != then.size()) return false;
+    for (ptrdiff_t i = 0; i < now.size(); ++i)
+        if (now.get(i) != then.get(i)) return false;
     return true;
 }
 
+// Another thread may have added a group since the plan was made: the user's list is the longer one.
 inline bool same_groups(const View& view) {
-    const ptrdiff_t groups = PyList_Size(view.groups);
-    for (ptrdiff_t i = 0; i < groups; ++i) {
-        PyObject* params = PyDict_GetItemWithError(PyList_GetItem(view.groups, i), view.params);
+    const Items groups(view.groups);
+    if (groups.size() != PyList_Size(view.members)) return false;
+    for (ptrdiff_t i = 0; i < groups.size(); ++i) {
+        PyObject* params = PyDict_GetItemWithError(groups.get(i), view.params);
         if (!params || !same_items(params, PyList_GetItem(view.members, i))) return false;
     }
     return true;
 }
 
 inline bool same_settings(const View& view) {
-    const ptrdiff_t groups = PyList_Size(view.groups);
-    for (ptrdiff_t i = 0; i < groups; ++i) {
-        PyObject* group = PyList_GetItem(view.groups, i);
+    const Items groups(view.groups);
+    if (groups.size() != PyList_Size(view.keys) || groups.size() != PyList_Size(view.settings))
+        return false;
+    for (ptrdiff_t i = 0; i < groups.size(); ++i) {
+        PyObject* group = groups.get(i);
         PyObject* keys = PyList_GetItem(view.keys, i);
         PyObject* settings = PyList_GetItem(view.settings, i);
         const ptrdiff_t count = PyList_Size(keys);
@@ -190,6 +226,7 @@ inline bool same_state(const View& view) {
     return i == count;
 }
 
+// May run Python code: a parameter of the user's own class may have a `grad` of its own.
 inline bool still_idle(const View& view) {
     const ptrdiff_t count = PyList_Size(view.idle);
     for (ptrdiff_t i = 0; i < count; ++i) {
@@ -201,17 +238,11 @@ inline bool still_idle(const View& view) {
     return true;
 }
 
-// A subclass may give its memory another meaning. So does the bit of a lazy negation, which DLPack
-// does not tell: a gradient comes by it as an imaginary part, whose strides only fit one element.
-inline bool is_plain(const Scan& scan, PyObject* grad, int64_t numel) {
-    PyObject* type = PyObject_Type(grad);
+// A subclass may give its memory another meaning.
+inline bool is_tensor(const Scan& scan, PyObject* object) {
+    PyObject* type = PyObject_Type(object);
     Py_DecRef(type);
-    if (type != scan.tensor) return false;
-    if (numel != 1) return true;
-    PyObject* negated = PyObject_CallMethodObjArgs(grad, scan.is_neg, nullptr);
-    if (!negated) return false;
-    Py_DecRef(negated);
-    return negated == scan.no;
+    return type == scan.tensor;
 }
 
 // A reference, given back at the end.
@@ -234,18 +265,74 @@ inline bool same_attribute(PyObject* a, PyObject* b, PyObject* name) {
            PyObject_RichCompareBool(of_a.get(), of_b.get(), /*Py_EQ*/ 2) == 1;
 }
 
-// What a row's k-th DTensor (0: the parameter or its gradient, then the slots) holds on this rank:
-// a new reference, or null if it is divided over the ranks in another way than it was.
-inline PyObject* local_part(const Scan& scan, PyObject* tensor, ptrdiff_t i, ptrdiff_t k) {
+// Whether a row's k-th DTensor (0: the parameter or its gradient, then the slots) is divided over the
+// ranks as it was when the plan was made. Runs Python code.
+inline bool same_spread(const Scan& scan, PyObject* tensor, ptrdiff_t i, ptrdiff_t k) {
     const Ref type(PyObject_Type(tensor));
-    if (type.get() != scan.dtensor) return nullptr;
+    if (type.get() != scan.dtensor) return false;
     PyObject* was = PyList_GetItem(scan.specs, i * (1 + scan.slots) + k);
     const Ref spec(PyObject_GetAttr(tensor, scan.spec));
-    if (!spec.get() || !was) return nullptr;
-    if (spec.get() != was && !(same_attribute(spec.get(), was, scan.placements) &&
-                               same_attribute(spec.get(), was, scan.mesh)))
-        return nullptr;
-    return PyObject_GetAttr(tensor, scan.local);
+    if (!spec.get() || !was) return false;
+    return spec.get() == was || (same_attribute(spec.get(), was, scan.placements) &&
+                                 same_attribute(spec.get(), was, scan.mesh));
+}
+
+inline bool same_spreads(const Scan& scan, ptrdiff_t i) {
+    if (!same_spread(scan, PyList_GetItem(scan.params, i), i, 0)) return false;
+    const ptrdiff_t keys = PyList_Size(scan.keys);
+    for (ptrdiff_t k = 0; k < scan.slots; ++k)
+        if (!same_spread(scan, PyList_GetItem(scan.tensors, i * keys + k), i, 1 + k)) return false;
+    return true;
+}
+
+// The bit of a lazy negation, which DLPack does not tell.
+inline bool is_negated(const Scan& scan, PyObject* tensor) {
+    if (!scan.negative) return false;  // torch was asked
+    const auto* impl = static_cast<const uint64_t* const*>(static_cast<void*>(tensor))[scan.impl];
+    return (impl[scan.key_set] & scan.negative) != 0;
+}
+
+// The same question to torch, which gives the GIL away.
+inline bool is_negated_says_torch(const Scan& scan, PyObject* tensor) {
+    const Ref negated(PyObject_CallMethodObjArgs(tensor, scan.is_neg, nullptr));
+    return negated.get() != scan.no;
+}
+
+// Which rows need a question that may run Python code. Autograd itself hands over lazy negations of
+// one element only (an imaginary part, whose strides fit no other layout): torch is asked of those.
+inline bool needs_asking(const Scan& scan, const Row& row) {
+    return scan.dtensor || row.numel == 1 || !scan.negative;
+}
+
+// Lets go of the gradients.
+inline void release(Bucket& bucket) {
+    const Scan& scan = *bucket.scan;
+    if (!bucket.held) return;
+    bucket.held = 0;
+    // They have left the caches meanwhile, and would be waited for one by one.
+    for (ptrdiff_t i = 0; i < bucket.count; ++i)
+        __builtin_prefetch(PyList_GetItem(scan.grads, i), 1);
+    PyList_SetSlice(scan.grads, 0, bucket.count, scan.nones);
+}
+
+// Asks all that may run Python code or give the GIL away, and holds the gradients it asked about.
+inline bool ask(Bucket& bucket) {
+    const Scan& scan = *bucket.scan;
+    bucket.held = 1;
+    for (ptrdiff_t i = 0; i < bucket.count; ++i) {
+        if (!needs_asking(scan, bucket.rows[i])) continue;
+        PyObject* grad = PyObject_GetAttr(PyList_GetItem(scan.params, i), scan.grad);
+        if (!grad || PyList_SetItem(scan.grads, i, grad)) return false;
+        if (grad == scan.none) continue;
+        const Ref part(scan.dtensor ? PyObject_GetAttr(grad, scan.local) : nullptr);
+        if (scan.dtensor && (!part.get() || !same_spreads(scan, i) || !same_spread(scan, grad, i, 0)))
+            return false;
+        PyObject* const plain = scan.dtensor ? part.get() : grad;
+        if (!is_tensor(scan, plain)) return false;
+        if ((!scan.negative || bucket.rows[i].numel == 1) && is_negated_says_torch(scan, plain))
+            return false;
+    }
+    return true;
 }
 
 // A thousand small tensors' objects have mostly left the caches by the time of a step, and to look
@@ -256,7 +343,7 @@ class Ahead {
 public:
     Ahead(const Scan& scan, const Row* rows, ptrdiff_t count)
         : scan_(scan), rows_(rows), count_(count), keys_(PyList_Size(scan.keys)) {
-        for (ptrdiff_t i = -3 * STAGE; i < 0; ++i) look(i);
+        for (ptrdiff_t i = -4 * STAGE; i < 0; ++i) look(i);
     }
     Ahead(const Ahead&) = delete;
     ~Ahead() {
@@ -291,29 +378,31 @@ private:
 
     void look(ptrdiff_t i) {
         const ptrdiff_t near = i + STAGE, middle = near + STAGE, far = middle + STAGE;
-        if (scan_.impl && far < count_) {
-            fetch(PyList_GetItem(scan_.params, far), 1);
-            if (keys_) fetch(PyList_GetItem(scan_.dicts, far), 1);
-            for (ptrdiff_t k = 0; k < keys_; ++k) fetch(held(far, k), 1);
+        if (scan_.storage && far + STAGE < count_) fetch(PyList_GetItem(scan_.params, far + STAGE), 1);
+        if (scan_.storage && far >= 0 && far < count_) {
+            fetch_impl(PyList_GetItem(scan_.params, far));
+            if (keys_ && was_active(far)) fetch(PyList_GetItem(scan_.dicts, far), 1);
+            for (ptrdiff_t k = 0; k < keys_ && was_active(far); ++k) fetch(held(far, k), 1);
         }
         if (middle >= 0 && middle < count_) {
             PyObject* param = PyList_GetItem(scan_.params, middle);
-            if (scan_.impl) {
-                fetch_impl(param);
+            if (scan_.storage && was_active(middle)) {
                 if (keys_) fetch(word(PyList_GetItem(scan_.dicts, middle), 4), 3);  // its table
                 for (ptrdiff_t k = 0; k < keys_; ++k) fetch_impl(held(middle, k));
                 fetch(rows_[middle].step, 1);
             }
             PyObject* grad = grads_[middle % RING] = PyObject_GetAttr(param, scan_.grad);
-            if (scan_.impl && is_tensor(grad)) fetch_impl(grad);
+            if (scan_.storage && is_tensor(grad)) fetch_impl(grad);
         }
-        if (scan_.impl && near >= 0 && near < count_) {
+        if (scan_.storage && near >= 0 && near < count_ && was_active(near)) {
             fetch_storage(PyList_GetItem(scan_.params, near));
             for (ptrdiff_t k = 0; k < keys_; ++k) fetch_storage(held(near, k));
             PyObject* grad = grads_[near % RING];
             if (is_tensor(grad)) fetch_storage(grad);
         }
     }
+    // As of the last scan: of a row without a gradient nothing more is looked at.
+    bool was_active(ptrdiff_t i) const { return rows_[i].active; }
     PyObject* held(ptrdiff_t i, ptrdiff_t k) const {
         return PyList_GetItem(scan_.tensors, i * keys_ + k);
     }
@@ -324,48 +413,42 @@ private:
     PyObject* grads_[RING] = {};
 };
 
-// Whether row i still describes its tensors; takes in the gradient's pointer, which may move.
+// Whether row i still describes its tensors; takes in the gradient's pointer, which may move. No
+// kernel touches a row without a gradient, so nothing of such a row is looked at.
 inline bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff_t i,
                      const int64_t* layout, PyObject* grad) {
+    row.active = grad != scan.none;
+    if (!row.active) return true;
     DLTensor t;
-    const auto view = [&](PyObject* tensor, ptrdiff_t k) {
-        if (!scan.dtensor) return !api.view(tensor, &t);
-        const Ref part(local_part(scan, tensor, i, k));
-        return part.get() && !api.view(part.get(), &t);
+    // Looks at a tensor of the parameter's kind and layout; of a DTensor at this rank's part.
+    const auto view = [&](PyObject* tensor) {
+        const Ref part(scan.dtensor ? PyObject_GetAttr(tensor, scan.local) : nullptr);
+        if (scan.dtensor) tensor = part.get();
+        return tensor && !api.view(tensor, &t) && is_kind(scan, t, scan.code, scan.bits) &&
+               has_layout(t, layout) && !is_negated(scan, tensor);
     };
-    if (!view(PyList_GetItem(scan.params, i), 0) || t.data != row.param ||
-        !is_kind(scan, t, scan.code, scan.bits) || !has_layout(t, layout))
-        return false;
+    if (!view(PyList_GetItem(scan.params, i)) || t.data != row.param) return false;
 
     const ptrdiff_t keys = PyList_Size(scan.keys);
     PyObject* dict = keys ? PyList_GetItem(scan.dicts, i) : nullptr;
     for (ptrdiff_t k = 0; k < keys; ++k) {
         PyObject* held = PyDict_GetItemWithError(dict, PyList_GetItem(scan.keys, k));
         if (!held || held != PyList_GetItem(scan.tensors, i * keys + k)) return false;
-        if (k < scan.slots ? !view(held, 1 + k) : api.view(held, &t)) return false;
         const bool same = k < scan.slots
-                              ? t.data == row.state[k] && is_kind(scan, t, scan.code, scan.bits) &&
-                                    has_layout(t, layout)
-                              : t.data == row.step && is_kind(scan, t, 2, scan.counter_bits) &&
-                                    t.ndim == 0;
+                              ? view(held) && t.data == row.state[k]
+                              : !api.view(held, &t) && t.data == row.step && t.ndim == 0 &&
+                                    is_kind(scan, t, 2, scan.counter_bits);
         if (!same) return false;
     }
 
-    bool same = true;
-    row.active = grad != scan.none;
-    if (row.active) {
-        const Ref part(scan.dtensor ? local_part(scan, grad, i, 0) : nullptr);
-        if (scan.dtensor && !part.get()) return false;
-        if (scan.dtensor) grad = part.get();
-        // No data: a tensor that stands for zeros, or a subclass that wraps others.
-        same = !api.view(grad, &t) && is_kind(scan, t, scan.code, scan.bits) && has_layout(t, layout) &&
-               (t.data || !row.numel) && is_plain(scan, grad, row.numel);
-        row.grad = t.data;
-    }
-    return same;
+    if (!scan.dtensor && !is_tensor(scan, grad)) return false;
+    // No data: a tensor that stands for zeros, or a subclass that wraps others.
+    if (!view(grad) || !(t.data || !row.numel)) return false;
+    row.grad = t.data;
+    return true;
 }
 
-// Whether all rows of a bucket still describe their tensors.
+// Whether all rows of a bucket that have a gradient still describe their tensors.
 inline bool same_rows(Bucket& bucket) {
     const Scan& scan = *bucket.scan;
     const ExchangeApi* api = exchange_api(scan.capsule);
@@ -373,48 +456,47 @@ inline bool same_rows(Bucket& bucket) {
     Ahead ahead(scan, bucket.rows, bucket.count);
     const int64_t* layout = scan.layout;
     bucket.active = 0;
-    bucket.held = scan.grads != nullptr;
     for (ptrdiff_t i = 0; i < bucket.count; ++i) {
         PyObject* grad = ahead.next_grad(i);
         if (!grad) return false;
-        const bool same = same_row(scan, *api, bucket.rows[i], i, layout, grad);
-        // With nothing between the pointer and this that could let another thread in.
-        if (same && scan.grads)
-            PyList_SetItem(scan.grads, i, grad);
-        else
+        Row& row = bucket.rows[i];
+        if (needs_asking(scan, row)) {
             Py_DecRef(grad);
-        if (!same) return false;
-        bucket.active += bucket.rows[i].active;
+            grad = PyList_GetItem(scan.grads, i);  // the one that was asked about
+        } else if (PyList_SetItem(scan.grads, i, grad)) {
+            return false;
+        }
+        if (!same_row(scan, *api, row, i, layout, grad)) return false;
+        bucket.active += row.active;
         layout += 1 + 2 * *layout;
     }
     return true;
 }
 
-// Lets go of the gradients.
-inline void release(Bucket& bucket) {
-    const Scan& scan = *bucket.scan;
-    if (!bucket.held) return;
-    bucket.held = 0;
-    // They have left the caches meanwhile, and would be waited for one by one.
-    for (ptrdiff_t i = 0; i < bucket.count; ++i)
-        __builtin_prefetch(PyList_GetItem(scan.grads, i), 1);
-    PyList_SetSlice(scan.grads, 0, bucket.count, scan.nones);
-}
+// Keeps finalizers, which may be any Python code, out of what happens while this lives.
+class NoCollection {
+public:
+    NoCollection() : was_enabled_(PyGC_Disable()) {}
+    NoCollection(const NoCollection&) = delete;
+    ~NoCollection() {
+        if (was_enabled_) PyGC_Enable();
+    }
 
-// What a step reads is its own for as long as this lives; made and ended with the GIL held.
+private:
+    int was_enabled_;
+};
+
+// Keeps every other scan and step away from the rows while this lives; made and ended with the GIL.
 class Hold {
 public:
     explicit Hold(View& view) : view_(view), has_(!view.busy) {
-        for (int64_t b = 0; b < view.count; ++b)
-            has_ = has_ && (view.buckets[b].held || !view.buckets[b].active);
         if (has_) view.busy = 1;
     }
     Hold(const Hold&) = delete;
     ~Hold() {
         if (has_) view_.busy = 0;
     }
-    // False if another step is under way, or has let go of what a scan had taken for this one.
-    explicit operator bool() const { return has_; }
+    explicit operator bool() const { return has_; }  // false if another one has the rows
 
 private:
     View& view_;
