@@ -957,7 +957,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             return loss, 0
         with shared.lock:
             if rates is not None and shared.fused is None and shared.counted is before:
-                self._advance(rates, 0)
+                self._advance(before, rates, 0)
             else:
                 self._go_to(shared.position + 1, stepped=shared.fused is None)
             return loss, shared.position
@@ -1128,7 +1128,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 return 0
             # Unless a group came in between, or a signal handler went elsewhere.
             if rates is not None and shared.counted is before:
-                self._advance(rates, tally[1])
+                self._advance(before, rates, tally[1])
             else:
                 self._catch_up()
             return shared.counted[0]
@@ -1146,11 +1146,11 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         kernel's steps ahead of the groups.
         """
         shared = self._shared
-        missing = shared.steps - shared.counted[1]
-        if missing:
-            assert shared.fused is not None
+        position, steps = shared.counted
+        position += shared.steps - steps
+        if shared.fused is not None and position != shared.counted[0]:
             shared.fused.plan.commit_if_called()
-            self._go_to(shared.position + missing, stepped=True)
+            self._go_to(position, stepped=True)
 
     def _launched(self, fused: FusedBackend, at_zero: bool, capturing: bool) -> bool:
         """The step itself; whether it happened, as far as the host knows."""
@@ -1450,15 +1450,24 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             low, high = known[index if index < len(known) else 0]
             group[_BASE_MOMENTUM], group[_MAX_MOMENTUM] = low, high
 
-    def _advance(self, rates: list[float], steps: int) -> None:
-        """:meth:`_go_to` the next step, for groups that are as we left them, rates as floats."""
+    def _advance(self, before: tuple[int, int], rates: list[float], steps: int) -> None:
+        """:meth:`_go_to` the next step, for groups that are as we left them, rates as floats.
+
+        Args:
+            before: what was counted before the step.
+            rates: those of the next step.
+            steps: the kernel's count of steps.
+        """
         shared = self._shared
-        position = shared.counted[0] + 1
+        position = before[0] + 1
         for group, rate in zip(self._inner.param_groups, rates, strict=False):
             group["lr"] = rate
             group[_STEP] = position
         shared.rates = [(rate, rate) for rate in rates]
-        shared.counted = (position, steps)
+        # A signal handler may have gone elsewhere up to here, but not within this line.
+        shared.counted = (position, steps) if shared.counted is before else shared.counted
+        if shared.counted != (position, steps):
+            self._go_to(shared.position)
 
     def _change_course(self, position: int) -> None:
         """:meth:`_go_to` a step that does not follow from the last one's."""

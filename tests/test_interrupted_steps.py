@@ -1,0 +1,239 @@
+"""A step that is interrupted at any line happened whole or not at all.
+
+Ctrl-C and signal handlers run between two lines of Python. A trace function plays them: at the n-th
+line of our code within one step it raises, or saves a checkpoint as a handler would, for every n.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from native_helpers import BY_NAME, assert_identical, drawn, members, parameters
+
+import clr_optim
+
+OURS = str(Path(clr_optim.__file__).parent)
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipped": {"max_grad_norm": 0.5},
+    "cycled momentum": {"cycle_momentum": True},
+}
+
+
+def make(name: str, **options: Any) -> Any:
+    weights = parameters(drawn([(4, 3), (5,)], torch.float64))
+    return BY_NAME[name].ours(weights, step_size_up=3, **options)
+
+
+def gradients(opt: Any, seed: int) -> None:
+    shapes = [p.shape for p in members(opt)]
+    for p, grad in zip(members(opt), drawn(shapes, torch.float64, seed), strict=True):
+        p.grad = grad
+
+
+def at_line(number: int, act: Callable[[], None], step: Callable[[], object]) -> bool:
+    """Do something at the n-th line of our code within a step; whether there was such a line."""
+    left = number
+
+    def watch(frame: Any, event: str, _: object) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(OURS):
+            return None
+        if event == "line":
+            left -= 1
+            if left == -1:
+                sys.settrace(None)
+                act()
+        return watch
+
+    sys.settrace(watch)
+    try:
+        step()
+    finally:
+        sys.settrace(None)
+    return left < 0
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def counters(opt: Any) -> set[float]:
+    return {float(state["step"]) for state in opt.state.values() if "step" in state}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("started", [True, False], ids=["", "first step"])
+@pytest.mark.parametrize("name", ["adam-wd", "sgd-mom"])
+def test_ctrl_c_at_any_line_finds_the_step_done_or_not_begun(name, started, settings):
+    done = {False: 0, True: 0}
+    for number in range(10**6):
+        opt, twin = (make(name, **SETTINGS[settings]) for _ in range(2))
+        if started:
+            for each in (opt, twin):
+                gradients(each, 1)
+                each.step()
+        before = opt.iteration
+        gradients(opt, 2)
+        gradients(twin, 2)
+        try:
+            if not at_line(number, interrupt, opt.step):
+                break
+        except KeyboardInterrupt:
+            pass
+        # The groups are right at once, for those who save the wrapped optimizer.
+        position = opt.param_groups[0]["clr_step"]
+        assert opt.iteration == position
+        assert position in (before, before + 1)
+        done[position > before] += 1
+        if position > before:
+            twin.step()
+        assert_identical(opt, twin)
+        assert counters(opt) <= {float(position)}
+        for each in (opt, twin):
+            gradients(each, 3)
+            each.step()
+            gradients(each, 4)
+            each.step()
+        assert_identical(opt, twin)
+        assert opt.iteration == twin.iteration
+        assert opt.get_last_lr() == twin.get_last_lr()
+        assert opt.param_groups[0]["lr"] == twin.param_groups[0]["lr"]
+    assert min(done.values()) > 10, done
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_two_interrupts_in_one_step(settings):
+    """The second comes while the first is dealt with."""
+    first = 0
+    while True:
+        second = 0
+        while True:
+            opt, twin = (make("adam-wd", **SETTINGS[settings]) for _ in range(2))
+            for each in (opt, twin):
+                gradients(each, 1)
+                each.step()
+            gradients(opt, 2)
+            hits = []
+
+            def watch(frame, event, _, counts=[first, second], hits=hits):  # noqa: B006
+                if not frame.f_code.co_filename.startswith(OURS):
+                    return None
+                if event == "line" and len(hits) < 2:
+                    counts[len(hits)] -= 1
+                    if counts[len(hits)] < 0:
+                        hits.append(frame.f_lineno)
+                        if len(hits) == 1:
+                            # An exception ends tracing: the next one needs a trace of its own.
+                            sys.settrace(watch)
+                        raise KeyboardInterrupt
+                return watch
+
+            sys.settrace(watch)
+            try:
+                opt.step()
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(None)
+            position = opt.iteration
+            assert position in (1, 2)
+            if position == 2:
+                gradients(twin, 2)
+                twin.step()
+            assert_identical(opt, twin)
+            for each in (opt, twin):
+                gradients(each, 3)
+                each.step()
+            assert_identical(opt, twin)
+            assert opt.iteration == twin.iteration
+            if len(hits) < 2:
+                break
+            second += 1
+        if not hits:
+            break
+        first += 7  # each line alone is the other test's
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", ["adam-wd", "sgd-mom"])
+def test_a_handler_that_saves_at_any_line_saves_one_consistent_step(name, settings):
+    saved_at = set()
+    number = 0
+    while True:
+        opt, twin = (make(name, **SETTINGS[settings]) for _ in range(2))
+        for each in (opt, twin):
+            gradients(each, 1)
+            each.step()
+        values = {}
+        for step in (1, 2):
+            values[step] = [p.detach().clone() for p in members(twin)], twin.get_last_lr()
+            gradients(twin, 2)
+            twin.step()
+        gradients(opt, 2)
+        found: list[Any] = []
+
+        def save(opt=opt, found=found):
+            found.append((copy.deepcopy(opt.state_dict()), opt.iteration))
+            found.append([p.detach().clone() for p in members(opt)])
+
+        if not at_line(number, save, opt.step):
+            break
+        (checkpoint, position), params = found
+        saved_at.add(position)
+        right, rates = values[position]
+        assert all(map(torch.equal, params, right))
+        assert [g["clr_step"] for g in checkpoint["param_groups"]] == [position]
+        assert [g["lr"] for g in checkpoint["param_groups"]] == rates
+        assert {float(s.get("step", position)) for s in checkpoint["state"].values()} == {position}
+        # And the step goes on as if it had not been asked.
+        assert opt.iteration == opt.param_groups[0]["clr_step"] == 2
+        for each, seeds in ((opt, (2, 3)), (twin, (3,))):
+            for seed in seeds[each is opt :]:
+                gradients(each, seed)
+                each.step()
+        number += 1
+    assert saved_at == {1, 2}
+
+
+def test_a_handler_that_changes_the_course_within_a_step_is_obeyed():
+    number = 0
+    while True:
+        opt = make("sgd-mom")
+        gradients(opt, 1)
+        opt.step()
+        if not at_line(number, lambda opt=opt: opt.set_iteration(10), opt.step):
+            break
+        # The step that was under way counts if the handler came before it had happened.
+        assert opt.iteration in (10, 11)
+        assert opt.param_groups[0]["clr_step"] == opt.iteration
+        assert [opt.param_groups[0]["lr"]] == opt.get_last_lr() == opt.lr_at(opt.iteration)
+        number += 1
+    assert number > 50
+
+
+def test_an_exception_in_the_middle_leaves_no_gradient_held():
+    import weakref
+
+    opt = make("adam-wd")
+    gradients(opt, 1)
+    opt.step()
+    for number in range(0, 200, 5):
+        gradients(opt, 2)
+        held = [weakref.ref(p.grad) for p in members(opt)]
+        try:
+            if not at_line(number, interrupt, opt.step):
+                break
+        except KeyboardInterrupt:
+            pass
+        opt.step()
+        opt.zero_grad()
+        assert [grad() for grad in held] == [None] * len(held)
+    assert number > 50
