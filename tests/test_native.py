@@ -36,6 +36,7 @@ from native_helpers import (
     assert_close,
     assert_first_gradient_is_whole,
     assert_identical,
+    assert_nan_and_inf_where_torch_has_them,
     assert_pattern,
     drawn,
     feed,
@@ -365,6 +366,27 @@ def test_nan_and_inf(case, dtype):
         # torch's own step in 16 bits may overflow on the way where float64 does not.
         for key, t in tensors_of(own).items() if dtype not in HALF else ():
             assert_pattern(tensors_of(contract.ours)[key], t, (k, key))
+
+
+@dtypes
+@cases
+def test_nan_and_inf_of_extreme_values(case, dtype):
+    assert_nan_and_inf_where_torch_has_them(case, dtype, "native")
+
+
+@dtypes
+@kernels
+@pytest.mark.parametrize("lr", [1e-10, 1e3])
+def test_nan_and_inf_of_extreme_values_at_other_rates(case, dtype, lr):
+    assert_nan_and_inf_where_torch_has_them(case, dtype, "native", lr=lr)
+
+
+def test_a_centered_rmsprop_keeps_the_parameter_where_squares_overflow():
+    p = torch.nn.Parameter(torch.ones(16))
+    rmsprop = torch.optim.RMSprop([p], lr=0.1, centered=True, alpha=0.5)
+    p.grad = torch.full((16,), 1e20)
+    wrapped(rmsprop, backend="native").step()
+    assert p.tolist() == [1.0] * 16
 
 
 # ---- threads

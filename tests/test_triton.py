@@ -31,6 +31,7 @@ from native_helpers import (
     assert_close,
     assert_first_gradient_is_whole,
     assert_identical,
+    assert_nan_and_inf_where_torch_has_them,
     assert_pattern,
     feed,
     held,
@@ -273,6 +274,12 @@ def test_nan_and_inf(cell):
         contract.step([like(g, p) for g, p in zip(grads, members(contract.ours), strict=True)])
         _, _, mine, theirs = contract.segments[-1]
         assert_pattern(mine[-1], theirs[-1].to(dtype), k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("case", KERNELS, ids=name_of)
+def test_nan_and_inf_of_extreme_values(case, dtype):
+    assert_nan_and_inf_where_torch_has_them(case, dtype, "triton", DEVICE)
 
 
 # ---- gradients that come and go, and the launches

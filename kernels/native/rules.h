@@ -121,7 +121,7 @@ template <class A, bool AMSGRAD> struct Adam {
         g = gradient(g, p);
         p *= shrink;
         const A m = lerp(s0, g);
-        const A v = s1 * beta2 + rest2 * g * g;
+        const A v = fmadd(rest2 * g, g, s1 * beta2);
         s0 = m;
         s1 = v;
         A second = v;
@@ -143,7 +143,7 @@ template <class A> struct Adagrad {
     void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
                     [[maybe_unused]] A& s2) const {
         g = gradient(g, p);
-        const A sum = s0 + g * g;
+        const A sum = fmadd(g, g, s0);
         s0 = sum;
         p += rate * g / (root(sum) + eps);
     }
@@ -159,10 +159,10 @@ template <class A> struct Adadelta {
     void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
                     [[maybe_unused]] A& s2) const {
         g = gradient(g, p);
-        const A square = s0 * rho + rest * g * g;
+        const A square = fmadd(rest * g, g, s0 * rho);
         const A delta = root(s1 + eps) / root(square + eps) * g;
         s0 = square;
-        s1 = s1 * rho + rest * delta * delta;
+        s1 = fmadd(rest * delta, delta, s1 * rho);
         p = fmadd(lr, delta, p);
     }
 };
@@ -178,13 +178,15 @@ template <class A, bool MOMENTUM, bool CENTERED> struct RmsProp {
     void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
                     [[maybe_unused]] A& s2) const {
         g = gradient(g, p);
-        const A square = s0 * alpha + rest * g * g;
+        const A square = fmadd(rest * g, g, s0 * alpha);
         s0 = square;
         A spread = square;
         if (CENTERED) {
             A& mean = MOMENTUM ? s2 : s1;
             mean = lerp(mean, g);
-            spread -= mean * mean;
+            // One rounding, as torch's addcmul has: if the square of the mean alone is rounded, it
+            // may overflow, and inf - inf is NaN.
+            spread = fmadd(-mean, mean, spread);
         }
         spread = root(spread) + eps;
         if (MOMENTUM) {

@@ -93,7 +93,7 @@ def adam(
 ):
     p = p * shrink
     s0 = _lerp(s0, g, weight)
-    s1 = s1 * beta2 + rest2 * g * g
+    s1 = tl.fma(rest2 * g, g, s1 * beta2)
     second = s1
     if AMSGRAD:  # NaN wins, as in torch.maximum
         s2 = tl.where((s2 > s1) | (s2 != s2), s2, s1)
@@ -117,7 +117,7 @@ def adagrad_constants(own, rate, decay, step, momentum, cycles):
 
 @triton.jit
 def adagrad(p, g, s0, lr, eps):
-    s0 = s0 + g * g
+    s0 = tl.fma(g, g, s0)
     return p + _divide(lr * g, _root(s0) + eps), s0
 
 
@@ -129,9 +129,9 @@ def adadelta_constants(own, rate, decay, step, momentum, cycles):
 
 @triton.jit
 def adadelta(p, g, s0, s1, lr, rho, rest, eps):
-    s0 = s0 * rho + rest * g * g
+    s0 = tl.fma(rest * g, g, s0 * rho)
     delta = _divide(_root(s1 + eps), _root(s0 + eps)) * g
-    s1 = s1 * rho + rest * delta * delta
+    s1 = tl.fma(rest * delta, delta, s1 * rho)
     return tl.fma(lr, delta, p), s0, s1
 
 
@@ -157,15 +157,17 @@ def rmsprop(
     MOMENTUM: tl.constexpr,
     CENTERED: tl.constexpr,
 ):
-    s0 = s0 * alpha + rest * g * g
+    s0 = tl.fma(rest * g, g, s0 * alpha)
     spread = s0
+    # One rounding, as torch's addcmul has: if the square of the mean alone is rounded, it may
+    # overflow, and inf - inf is NaN.
     if CENTERED:
         if MOMENTUM:
             s2 = _lerp(s2, g, rest)
-            spread = spread - s2 * s2
+            spread = tl.fma(-s2, s2, spread)
         else:
             s1 = _lerp(s1, g, rest)
-            spread = spread - s1 * s1
+            spread = tl.fma(-s1, s1, spread)
     spread = _root(spread) + eps
     if MOMENTUM:
         s1 = s1 * momentum + _divide(g, spread)
