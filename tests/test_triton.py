@@ -144,6 +144,18 @@ SCHEDULES = {
             (schedule.exp_range(step_size_up=3, gamma=0.9), None),
         ]
     ),
+    "rises-for-ever": Schedule("x", [Phase(window="constant", base_gamma=1.5, steps=10)]),
+    "rises-from-0": Schedule(
+        "x", [Phase(step_size_up=3, base_gamma=3.0, steps=4, base_lr=0.0, max_lr=1.0)]
+    ),
+    "ends-beyond-floats": Schedule(
+        "x",
+        [
+            Phase(step_size_up=3, steps=7, base_lr=1e200, max_lr=1e300, lower=(1e200, 1e10)),
+            Phase(step_size_up=3, steps=9, base_lr=1e200, max_lr=1e300, upper=(0.0, 1e10)),
+            Phase(step_size_up=2, base_lr=1e300, max_lr=1e308, lower=(0.0, 9.0), upper=(1e9, 9.0)),
+        ],
+    ),
     "own-bounds": Schedule(
         "x",
         [
