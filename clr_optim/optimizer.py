@@ -1793,7 +1793,9 @@ def _initial_bounds(
 
 @torch.no_grad()
 def _fill(tensor: Tensor, value: float) -> None:
-    tensor.fill_(value)
+    """Write a rate or momentum, at most the largest number of the tensor's dtype."""
+    largest = torch.finfo(tensor.dtype).max
+    tensor.fill_(max(-largest, min(value, largest)))
 
 
 def _separate_defaults(optimizer: Optimizer) -> None:

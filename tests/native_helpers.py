@@ -225,6 +225,21 @@ def assert_nan_and_inf_where_torch_has_them(
             assert_pattern(found[key].cpu(), wanted.to(found[key].dtype).cpu(), (k, key))
 
 
+def assert_no_nan_at_a_rate_beyond_all_floats(
+    case: Case, dtype: torch.dtype, backend: str, device: Any = "cpu"
+) -> None:
+    """Step at a rate that float32 cannot hold, on gradients of 0; then resume from a checkpoint."""
+    params = parameters([torch.zeros(5, dtype=torch.float64)], dtype)
+    params = [torch.nn.Parameter(p.detach().to(device)) for p in params]
+    ours = case.ours(params, backend=backend, base_lr=1e306, max_lr=1e308)
+    for _ in range(3):
+        params[0].grad = torch.zeros_like(params[0])
+        ours.step()
+        ours.load_state_dict(ours.state_dict())
+    for tensor in tensors_of(ours).values():
+        assert tensor.isfinite().all()
+
+
 def assert_alike(
     ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, tolerance: float = 1e-12
 ) -> None:

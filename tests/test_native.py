@@ -37,6 +37,7 @@ from native_helpers import (
     assert_first_gradient_is_whole,
     assert_identical,
     assert_nan_and_inf_where_torch_has_them,
+    assert_no_nan_at_a_rate_beyond_all_floats,
     assert_pattern,
     drawn,
     feed,
@@ -387,6 +388,24 @@ def test_a_centered_rmsprop_keeps_the_parameter_where_squares_overflow():
     p.grad = torch.full((16,), 1e20)
     wrapped(rmsprop, backend="native").step()
     assert p.tolist() == [1.0] * 16
+
+
+@dtypes
+@kernels
+def test_no_nan_at_a_rate_beyond_all_floats(case, dtype):
+    assert_no_nan_at_a_rate_beyond_all_floats(case, dtype, "native")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_a_tensor_lr_is_held_at_its_own_largest_number(dtype):
+    p = torch.nn.Parameter(torch.zeros(3))
+    sgd = torch.optim.SGD([p], lr=torch.tensor(0.1, dtype=dtype))
+    opt = CyclicalOptimizer(sgd, base_lr=1e300, max_lr=1e308, backend="native")
+    assert opt.param_groups[0]["lr"].item() == min(torch.finfo(dtype).max, 1e300)
+    p.grad = torch.zeros(3)
+    opt.step()
+    opt.load_state_dict(opt.state_dict())
+    assert p.tolist() == [0.0] * 3
 
 
 # ---- threads

@@ -32,6 +32,7 @@ from native_helpers import (
     assert_first_gradient_is_whole,
     assert_identical,
     assert_nan_and_inf_where_torch_has_them,
+    assert_no_nan_at_a_rate_beyond_all_floats,
     assert_pattern,
     feed,
     held,
@@ -292,6 +293,12 @@ def test_nan_and_inf(cell):
 @pytest.mark.parametrize("case", KERNELS, ids=name_of)
 def test_nan_and_inf_of_extreme_values(case, dtype):
     assert_nan_and_inf_where_torch_has_them(case, dtype, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=name_of)
+@kernels
+def test_no_nan_at_a_rate_beyond_all_floats(case, dtype):
+    assert_no_nan_at_a_rate_beyond_all_floats(case, dtype, "triton", DEVICE)
 
 
 # ---- gradients that come and go, and the launches

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["constants", "update"]
+__all__ = ["constants", "held", "update"]
 
 
 @triton.jit
@@ -44,15 +44,28 @@ def _lerp(start, end, weight):
 
 
 @triton.jit
+def held(x, A: tl.constexpr):
+    """A float64 within the range of the arithmetic type: beyond it, a rate would be infinite, and
+    infinity times a gradient of 0 is NaN.
+    """
+    if tl.float64 == A:
+        largest = 1.7976931348623157e308
+    else:
+        largest = 3.4028234663852886e38
+    return tl.where(x > largest, largest, tl.where(x < -largest, -largest, x))
+
+
+@triton.jit
 def _power(base, exponent):
     # 0 to a positive power is 0 here too: its logarithm is minus infinity.
     return tl.exp2(exponent * tl.log2(base))
 
 
 @triton.jit
-def sgd_constants(own, rate, decay, step, momentum, cycles):
+def sgd_constants(own, rate, decay, step, momentum, cycles, A: tl.constexpr):
     m = tl.where(cycles, momentum, tl.load(own))
-    return -rate, m, 1.0 - tl.load(own + 1), tl.load(own + 2), rate, rate, rate
+    lr = held(-rate, A)
+    return lr, held(m, A), 1.0 - tl.load(own + 1), tl.load(own + 2), lr, lr, lr
 
 
 @triton.jit
@@ -65,14 +78,22 @@ def sgd(p, g, s0, first, lr, momentum, keep, nesterov, MOMENTUM: tl.constexpr):
 
 
 @triton.jit
-def adam_constants(own, rate, decay, step, momentum, cycles):
+def adam_constants(own, rate, decay, step, momentum, cycles, A: tl.constexpr):
     beta1 = tl.where(cycles, momentum, tl.load(own))
     beta2 = tl.load(own + 1)
     # Decoupled: the weights shrink, the gradient stays.
-    shrink = tl.where(tl.load(own + 3) != 0, 1.0 - rate * decay, 1.0)
+    shrink = held(tl.where(tl.load(own + 3) != 0, 1.0 - rate * decay, 1.0), A)
     correction2 = tl.sqrt(1.0 - _power(beta2, step))
-    step_size = -(rate / (1.0 - _power(beta1, step)))
-    return 1.0 - beta1, beta2, 1.0 - beta2, shrink, correction2, tl.load(own + 2), step_size
+    step_size = held(-(rate / (1.0 - _power(beta1, step))), A)
+    return (
+        held(1.0 - beta1, A),
+        beta2,
+        1.0 - beta2,
+        shrink,
+        correction2,
+        tl.load(own + 2),
+        step_size,
+    )
 
 
 @triton.jit
@@ -103,16 +124,9 @@ def adam(
 
 
 @triton.jit
-def adagrad_constants(own, rate, decay, step, momentum, cycles):
-    return (
-        -(rate / (1.0 + (step - 1.0) * tl.load(own))),
-        tl.load(own + 1),
-        rate,
-        rate,
-        rate,
-        rate,
-        rate,
-    )
+def adagrad_constants(own, rate, decay, step, momentum, cycles, A: tl.constexpr):
+    lr = held(-(rate / (1.0 + (step - 1.0) * tl.load(own))), A)
+    return lr, tl.load(own + 1), lr, lr, lr, lr, lr
 
 
 @triton.jit
@@ -122,9 +136,10 @@ def adagrad(p, g, s0, lr, eps):
 
 
 @triton.jit
-def adadelta_constants(own, rate, decay, step, momentum, cycles):
+def adadelta_constants(own, rate, decay, step, momentum, cycles, A: tl.constexpr):
     rho = tl.load(own)
-    return -rate, rho, 1.0 - rho, tl.load(own + 1), rate, rate, rate
+    lr = held(-rate, A)
+    return lr, rho, 1.0 - rho, tl.load(own + 1), lr, lr, lr
 
 
 @triton.jit
@@ -136,10 +151,11 @@ def adadelta(p, g, s0, s1, lr, rho, rest, eps):
 
 
 @triton.jit
-def rmsprop_constants(own, rate, decay, step, momentum, cycles):
+def rmsprop_constants(own, rate, decay, step, momentum, cycles, A: tl.constexpr):
     alpha = tl.load(own)
     m = tl.where(cycles, momentum, tl.load(own + 2))
-    return -rate, alpha, 1.0 - alpha, tl.load(own + 1), m, rate, rate
+    lr = held(-rate, A)
+    return lr, alpha, 1.0 - alpha, tl.load(own + 1), held(m, A), lr, lr
 
 
 @triton.jit
@@ -178,18 +194,23 @@ def rmsprop(
 
 
 @triton.jit
-def constants(own, rate, decay, step, momentum, cycles, KERNEL: tl.constexpr):
-    """Seven float64 constants of a kernel, by its name in :data:`clr_optim.rules.KERNELS`."""
+def constants(
+    own, rate, decay, step, momentum, cycles, KERNEL: tl.constexpr, A: tl.constexpr
+):  # fmt: skip
+    """Seven float64 constants of a kernel, by its name in :data:`clr_optim.rules.KERNELS`.
+
+    Those that the rate decides are within the range of the arithmetic type ``A``.
+    """
     if KERNEL == "sgd" or KERNEL == "sgd_momentum":
-        return sgd_constants(own, rate, decay, step, momentum, cycles)
+        return sgd_constants(own, rate, decay, step, momentum, cycles, A)
     elif KERNEL == "adam" or KERNEL == "adam_amsgrad":
-        return adam_constants(own, rate, decay, step, momentum, cycles)
+        return adam_constants(own, rate, decay, step, momentum, cycles, A)
     elif KERNEL == "adagrad":
-        return adagrad_constants(own, rate, decay, step, momentum, cycles)
+        return adagrad_constants(own, rate, decay, step, momentum, cycles, A)
     elif KERNEL == "adadelta":
-        return adadelta_constants(own, rate, decay, step, momentum, cycles)
+        return adadelta_constants(own, rate, decay, step, momentum, cycles, A)
     else:
-        return rmsprop_constants(own, rate, decay, step, momentum, cycles)
+        return rmsprop_constants(own, rate, decay, step, momentum, cycles, A)
 
 
 @triton.jit
