@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["KERNELS", "RULES", "STATE_SLOTS", "Slot", "StateSlots", "UpdateRule"]
+__all__ = ["KERNELS", "RULES", "STATE_SLOTS", "Slot", "StateSlots", "UpdateRule", "class_name"]
 
 Group = Mapping[str, Any]
 Shape = tuple[int, ...]
@@ -89,6 +89,12 @@ class UpdateRule:
         """All scalars of a group, in the kernels' order; the learning rate is left to the step."""
         sign = -1.0 if group["maximize"] else 1.0
         return (0.0, float(group["weight_decay"]), sign, *self.scalars(group))
+
+
+def class_name(cls: type[torch.optim.Optimizer]) -> str:
+    """A class's name, with its module where torch has another class of that name."""
+    torchs = getattr(torch.optim, cls.__name__, cls)
+    return cls.__name__ if torchs is cls else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _sgd_kernel(group: Group) -> str:

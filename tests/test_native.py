@@ -892,13 +892,30 @@ def test_clipping_sparse_gradients_fails_as_in_torch_and_changes_nothing():
     try:
         torch.nn.utils.clip_grad_norm_([p, q], 0.5)
     except NotImplementedError:
-        with pytest.raises(NotImplementedError):
+        with pytest.raises(NotImplementedError, match=r"max_grad_norm=0\.5 cannot clip sparse"):
             pair.ours.step()
     else:
         pytest.skip("this torch clips sparse gradients")
     assert (p.grad, q.grad) == grads
     assert pair.ours.iteration == 1
     assert all(torch.equal(t, before[k]) for k, t in tensors_of(pair.ours).items())
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "torch"])
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_clipping_sparse_gradients_says_what_to_do(backend, with_closure):
+    rows, dense = torch.nn.Parameter(torch.ones(4, 2)), torch.nn.Parameter(torch.ones(3))
+    adagrad = torch.optim.Adagrad([rows, dense], lr=0.1)
+    opt = CyclicalOptimizer(adagrad, max_grad_norm=2.0, backend=backend)
+    rows.grad = sparse(torch.ones(4, 2), 1)
+    dense.grad = torch.ones(3)
+    before = copy.deepcopy(opt.state_dict())
+    message = r"max_grad_norm=2\.0 cannot clip sparse .*shape \[4, 2\].*without max_grad_norm"
+    with pytest.raises(NotImplementedError, match=message):
+        opt.step(*([lambda: torch.ones(())] if with_closure else []))
+    assert str(opt.state_dict()) == str(before)
+    assert (rows.tolist(), dense.tolist()) == ([[1.0] * 2] * 4, [1.0] * 3)
+    assert rows.grad.layout is torch.sparse_coo
 
 
 # ---- conversions
