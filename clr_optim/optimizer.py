@@ -57,6 +57,7 @@ from clr_optim.schedule import (
     check_bool,
     check_bounds,
     check_choice,
+    check_growth,
     check_int,
     check_momenta,
     check_number,
@@ -1717,6 +1718,7 @@ def _make_schedule(policy: object, **options: Any) -> Schedule:
                     f"{name}={options[name]!r} has no effect with policy={policy.name!r}, a "
                     f"Schedule: give {name} to the schedule's constructor"
                 )
+        check_growth(policy)
         return policy
     if not isinstance(policy, str) or policy not in POLICIES:
         raise ValueError(

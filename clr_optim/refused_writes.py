@@ -72,8 +72,7 @@ def refuse_writes(cls: type[T]) -> type[T]:
     for name in _REMEDIES:
         known = vars(cls).get(name)
         if isinstance(known, property):
-            refused: Any = known.setter(lambda self, value, name=name: _refuse(self, name, value))
+            setattr(cls, name, known.setter(_NoAttribute(name).__set__))
         else:
-            refused = _NoAttribute(name)
-        setattr(cls, name, refused)
+            setattr(cls, name, _NoAttribute(name))
     return cls

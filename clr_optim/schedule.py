@@ -253,8 +253,9 @@ class Phase:
         steps: how many steps the phase lasts; ``None``, in the last phase only, is without end.
         gamma: factor of the amplitude per step.
         cycle_gamma: factor of the amplitude per cycle.
-        base_gamma: factor of the lower bound per step; above 1 only where ``steps`` is given,
-            and ``base_gamma**steps`` a finite number. The other two are in (0, 1].
+        base_gamma: factor of the lower bound per step; above 1 only where ``steps`` is given, and
+            an optimizer takes the phase only if ``base_gamma**steps`` is a finite number. The
+            other two are in (0, 1].
         base_lr, max_lr: bounds of the phase's own, instead of each group's.
         lower, upper: the phase's ends as multiples ``(of base_lr, of max_lr)``, summed;
             ``(1, 0)`` and ``(0, 1)`` are the bounds themselves.
@@ -314,11 +315,6 @@ class Phase:
             rises = name == "base_gamma" and self.steps is not None
             top = math.inf if rises else 1.0
             put(name, check_number(name, getattr(self, name), open_minimum=True, maximum=top))
-        if self.steps is not None and _power(self.base_gamma, self.steps - 1) == _LARGEST:
-            raise ValueError(
-                f"base_gamma={self.base_gamma!r} and steps={self.steps}: base_gamma**steps is "
-                "beyond the largest float, and the rate with it: lower one of the two"
-            )
         if (self.base_lr is None) != (self.max_lr is None):
             raise ValueError(
                 f"base_lr={self.base_lr!r} and max_lr={self.max_lr!r}: a phase has both bounds of "
@@ -467,6 +463,18 @@ def _each(
         )
     values = [function(check_int("step", s, minimum=0)) for s in steps.ravel().tolist()]
     return np.array(values, dtype=np.float64).reshape(steps.shape)
+
+
+def check_growth(schedule: Schedule) -> None:
+    """Raise if a lower bound grows beyond all floats before its phase is over."""
+    for i, phase in enumerate(schedule.phases):
+        if phase.steps is not None and _power(phase.base_gamma, phase.steps - 1) == _LARGEST:
+            raise ValueError(
+                f"phases[{i}] of the schedule {schedule.name!r} has "
+                f"base_gamma={phase.base_gamma!r} and steps={phase.steps}: base_gamma**steps is "
+                "beyond the largest float, and the rate would put infinities into the weights; "
+                "lower one of the two"
+            )
 
 
 def _end_of_one_cycle(name: str, phases: Sequence[Phase], start_of_last: int) -> int | None:
