@@ -34,8 +34,8 @@ inline double fmadd(double a, double b, double c) {
     return a * b + c;
 #endif
 }
-// x in the arithmetic type, at most its largest number. A rate beyond it would be infinite, and
-// infinity times a gradient of 0 is NaN.
+// Returns x in the arithmetic type; NaN stays NaN. A rate beyond the type's largest number would be
+// infinite, and infinity times a gradient of 0 is NaN.
 template <class A> A held(double x) {
     const double largest = double(std::numeric_limits<A>::max());
     return A(x > largest ? largest : x < -largest ? -largest : x);

@@ -45,8 +45,9 @@ def _lerp(start, end, weight):
 
 @triton.jit
 def held(x, A: tl.constexpr):
-    """A float64 within the range of the arithmetic type: beyond it, a rate would be infinite, and
-    infinity times a gradient of 0 is NaN.
+    """Return a float64 that the arithmetic type can hold; NaN stays NaN.
+
+    A rate beyond the type's largest number would be infinite, and infinity times 0 is NaN.
     """
     if tl.float64 == A:
         largest = 1.7976931348623157e308

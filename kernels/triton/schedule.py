@@ -121,8 +121,8 @@ def rate_and_momentum(ints, floats, phases, step, base_lr, max_lr, base_momentum
     own = tl.load(floats + 3) != 0.0
     base_lr = tl.where(own, tl.load(floats + 4), base_lr)
     max_lr = tl.where(own, tl.load(floats + 5), max_lr)
-    # Each term is held at the largest float, as on the host: infinity times 0 is NaN. The
-    # difference of the ends is none of them, since neither is negative.
+    # Hold each term at the largest float, as the host does: infinity times 0 is NaN. The difference
+    # of the ends needs no limit, since both have the same sign.
     lower = tl.minimum(tl.load(floats + 6) * base_lr + tl.load(floats + 7) * max_lr, _LARGEST)
     upper = tl.minimum(tl.load(floats + 8) * base_lr + tl.load(floats + 9) * max_lr, _LARGEST)
     growth = tl.minimum(tl.exp2(time * tl.load(floats + 2)), _LARGEST)
