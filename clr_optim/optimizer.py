@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -28,6 +30,7 @@ from clr_optim.backends.base import Course, FusedBackend, Gradients
 from clr_optim.backends.native import BuildError, NativeBackend, rule_for
 from clr_optim.backends.torch import (
     ClippedGradients,
+    check_clippable,
     hidden_gradients,
     is_profiled,
     is_wrapped_by_torch,
@@ -48,7 +51,8 @@ from clr_optim.checkpoint import (
     shown,
 )
 from clr_optim.eligible import classify
-from clr_optim.rules import STATE_SLOTS
+from clr_optim.refused_writes import refuse_writes
+from clr_optim.rules import STATE_SLOTS, class_name
 from clr_optim.schedule import (
     SCALE_MODES,
     ScaleFn,
@@ -56,6 +60,7 @@ from clr_optim.schedule import (
     check_bool,
     check_bounds,
     check_choice,
+    check_growth,
     check_int,
     check_momenta,
     check_number,
@@ -63,6 +68,7 @@ from clr_optim.schedule import (
     exp_range_bounds,
     triangular,
     triangular2,
+    values_of,
 )
 from clr_optim.sharding import local_part, no_sums, spread_of, spreads, sum_over_ranks
 from clr_optim.torch_schedulers import read_scheduler
@@ -88,7 +94,8 @@ _LOW_MOMENTUM, _HIGH_MOMENTUM = 0.8, 0.9
 
 _AS_THEY_ARE = Gradients()
 
-_Number = float | Sequence[float]
+#: a bound: a number, or one per group
+_Number = float | Tensor | Sequence[float | Tensor] | npt.NDArray[Any]
 
 
 class _Shared:
@@ -174,13 +181,14 @@ def _alone(
 
 def _per_group(name: str, value: object, groups: int, **limits: Any) -> list[float]:
     """A number, or one per group, as a list of floats."""
-    if isinstance(value, (list, tuple)):
-        if len(value) != groups:
+    values = values_of(value)
+    if values is not None:
+        if len(values) != groups:
             raise ValueError(
-                f"{name} has {len(value)} values and the optimizer {groups} parameter groups: "
+                f"{name} has {len(values)} values and the optimizer {groups} parameter groups: "
                 f"give one number, or one per group; got {value!r}"
             )
-        return [check_number(f"{name}[{i}]", v, **limits) for i, v in enumerate(value)]
+        return [check_number(f"{name}[{i}]", v, **limits) for i, v in enumerate(values)]
     return [check_number(name, value, **limits)] * groups
 
 
@@ -190,6 +198,7 @@ def _is_zero(grad: Tensor) -> bool:
     return not bool(grad.any())
 
 
+@refuse_writes
 class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
     """Wraps a torch optimizer and cycles its learning rate, with nothing else to step or save.
 
@@ -211,7 +220,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         policy: ``"triangular"``, ``"triangular2"``, ``"exp_range"``, ``"exp_range_bounds"`` or a
             :class:`~clr_optim.schedule.Schedule` (which brings its own step sizes, gamma, window
             and scale function).
-        base_lr: lower bound, a number or one per group; ``None`` is ``max_lr / 4``, the paper's
+        base_lr: lower bound, a number or one per group (a list, a tuple, an array or a tensor; a
+            tensor of one element is a number); ``None`` is ``max_lr / 4``, the paper's
             guideline.
         max_lr: upper bound, a number or one per group; ``None`` is the group's own ``lr``: the
             rate chosen for the optimizer becomes the top of the cycle.
@@ -317,7 +327,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         ]
         if max_lr is None and not schedule.has_bounds:
             _warn_scheduled_rates(groups)
-        check_bool("cycle_momentum", cycle_momentum)
+        cycle_momentum = check_bool("cycle_momentum", cycle_momentum)
         low = _per_group("base_momentum", base_momentum, len(groups), maximum=1.0)
         high = _per_group("max_momentum", max_momentum, len(groups), maximum=1.0)
         for i, (group, b, m) in enumerate(zip(groups, low, high, strict=True)):
@@ -528,7 +538,15 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             [0.1, 0.2]
         """
         if not isinstance(param_group, dict):
-            raise TypeError(f"param_group must be a dict, got {param_group!r}")
+            raise TypeError(
+                f"param_group must be a dict, one group a call, got {shown(param_group)}"
+            )
+        torchs_own = type(self._inner).add_param_group is Optimizer.add_param_group
+        if torchs_own and isinstance(self.param_groups, tuple):
+            raise TypeError(
+                "param_groups is a tuple, to which no group can be added: write "
+                "opt.param_groups = list(opt.param_groups) first"
+            )
         if "params" not in param_group:
             raise ValueError(
                 f"param_group lacks 'params': give it the tensors to train; it has "
@@ -817,9 +835,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                     served.setdefault(by, []).append(param)
         else:
             served = {(name, reason): list(self._params())}
+        of_class = class_name(type(self._inner))
         return "\n".join(
-            f"{name}: {len(params)} parameter tensors, {sum(p.numel() for p in params):,} values, "
-            f"{type(self._inner).__name__}: {why}"
+            f"{name}: {len(params)} parameter tensors, {_values_in(params)}, {of_class}: {why}"
             for (name, why), params in served.items()
         )
 
@@ -1160,6 +1178,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             self._overrule()  # another thread has just added a group
         rest = plan.rest and [(p, why) for p, why in plan.rest if p.grad is not None]
         if rest and (self._backend in ("native", "triton") or capturing):
+            if self._max_grad_norm is not None and not capturing:
+                check_clippable(self._params(), self._max_grad_norm)
             plan.forget()  # whatever the reason is, it may be gone by the next step
             if capturing:
                 raise self._no_capture(f"no kernel serves {len(rest)} parameters: {rest[0][1]}")
@@ -1963,6 +1983,7 @@ def _make_schedule(policy: object, **options: Any) -> Schedule:
                     f"{name}={options[name]!r} has no effect with policy={policy.name!r}, a "
                     f"Schedule: give {name} to the schedule's constructor"
                 )
+        check_growth(policy)
         return policy
     if not isinstance(policy, str) or policy not in POLICIES:
         raise ValueError(
@@ -2056,9 +2077,19 @@ def _initial_bounds(
     return base_lr, max_lr
 
 
+def _values_in(params: Sequence[Tensor]) -> str:
+    """How many values there are, in words; a lazy module's parameters have none yet."""
+    there = [p for p in params if not is_lazy(p)]
+    text = f"{sum(p.numel() for p in there):,} values"
+    lazy = len(params) - len(there)
+    return f"{text} ({lazy} uninitialized until the model's first forward)" if lazy else text
+
+
 @torch.no_grad()
 def _fill(tensor: Tensor, value: float) -> None:
-    tensor.fill_(value)
+    """Write a rate or momentum, at most the largest number of the tensor's dtype."""
+    largest = torch.finfo(tensor.dtype).max
+    tensor.fill_(max(-largest, min(value, largest)))
 
 
 def _separate_defaults(optimizer: Optimizer) -> None:

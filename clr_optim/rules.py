@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["KERNELS", "RULES", "STATE_SLOTS", "Slot", "StateSlots", "UpdateRule"]
+__all__ = ["KERNELS", "RULES", "STATE_SLOTS", "Slot", "StateSlots", "UpdateRule", "class_name"]
 
 Group = Mapping[str, Any]
 Shape = tuple[int, ...]
@@ -103,6 +103,12 @@ _SUM = Slot("sum", lambda defaults: float(defaults["initial_accumulator_value"])
 _SQUARE_AVG, _GRAD_AVG, _ACC_DELTA = Slot("square_avg"), Slot("grad_avg"), Slot("acc_delta")
 _ADAM = (Slot("exp_avg"), Slot("exp_avg_sq"))
 _AMSGRAD = (*_ADAM, Slot("max_exp_avg_sq"))
+
+
+def class_name(cls: type[torch.optim.Optimizer]) -> str:
+    """A class's name, with its module where torch has another class of that name."""
+    torchs = getattr(torch.optim, cls.__name__, cls)
+    return cls.__name__ if torchs is cls else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _sgd_kernel(group: Group) -> str:

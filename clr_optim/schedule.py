@@ -26,8 +26,9 @@ import numbers
 import os
 import pickle
 import reprlib
+import sys
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, overload
@@ -63,6 +64,9 @@ SCALE_MODES = ("cycle", "iterations")
 # Periods of warm restarts are unrolled: this many phases reach past any step an int64 can count.
 _MAX_PHASES = 62
 
+# No rate is beyond it: an infinite one would be NaN in the weights as soon as a gradient is 0.
+_LARGEST = sys.float_info.max
+
 ScaleFn = Callable[[float], float]
 
 
@@ -70,12 +74,37 @@ ScaleFn = Callable[[float], float]
 LAST_STEP = 2**63 - 1
 
 
+def _number_in(value: object) -> object:
+    """Return the number in a tensor or an array of one element; other values as they are."""
+    take = None if isinstance(value, numbers.Number) else getattr(value, "item", None)
+    if take is None:
+        return value
+    try:
+        return take()
+    except (TypeError, ValueError, RuntimeError):  # several elements, none, or no data
+        return value
+
+
+def values_of(value: object) -> list[Any] | None:
+    """Return the values of a list, tuple, array or other sequence; None for a single value."""
+    if isinstance(value, (str, bytes, Mapping, Set)) or isinstance(_number_in(value), numbers.Real):
+        # An array of one element is that number; a list of one is a list.
+        return None
+    if getattr(value, "ndim", 1) == 0 or not hasattr(value, "__len__"):
+        return None
+    return list(value) if isinstance(value, Iterable) else None
+
+
 def check_int(name: str, value: object, *, minimum: int, maximum: int | None = None) -> int:
-    """``value`` as an int within the bounds; whole floats pass, as they do in CyclicLR."""
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        number = int(value)
-    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
-        as_float = float(value)
+    """``value`` as an int within the bounds; whole floats pass, as they do in CyclicLR.
+
+    So do tensors and arrays of one element.
+    """
+    given = _number_in(value)
+    if isinstance(given, numbers.Integral) and not isinstance(given, bool):
+        number = int(given)
+    elif isinstance(given, numbers.Real) and not isinstance(given, bool):
+        as_float = float(given)
         if not as_float.is_integer():  # NaN and infinities included
             raise ValueError(f"{name} must be a whole number of steps, got {reprlib.repr(value)}")
         number = int(as_float)
@@ -98,15 +127,19 @@ def check_number(
     open_minimum: bool = False,
     finite: bool = True,
 ) -> float:
-    """``value`` as a float within the bounds, finite unless told otherwise."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    """``value`` as a float within the bounds, finite unless told otherwise.
+
+    A tensor or an array of one element is the number in it.
+    """
+    given = _number_in(value)
+    if isinstance(given, bool) or not isinstance(given, numbers.Real):
         raise TypeError(
             f"{name} must be a number, got {reprlib.repr(value)} of type {type(value).__name__}"
         )
     try:
-        number = float(value)
+        number = float(given)
     except OverflowError:  # an integer beyond them
-        number = -math.inf if value < 0 else math.inf
+        number = -math.inf if given < 0 else math.inf
     below = number <= minimum if open_minimum else number < minimum
     if math.isnan(number) or (finite and math.isinf(number)) or below or number > maximum:
         limits = []
@@ -129,6 +162,8 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
 
 def check_bool(name: str, value: object) -> bool:
     """``value`` if it is True or False; a number or a string is more likely a slip."""
+    if isinstance(value, np.bool_):
+        return bool(value)
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
@@ -169,14 +204,19 @@ def _step(step: object) -> int:
 
 
 def _power(gamma: float, exponent: int) -> float:
-    """gamma^exponent in float64, 0.0 or inf where that is all float64 has."""
+    """gamma^exponent in float64: at most the largest float, so that 0 times it is 0."""
     if gamma == 1.0 or exponent == 0:
         return 1.0
     try:
         power = exponent * math.log2(gamma)
     except OverflowError:  # an exponent beyond float64 itself
         power = -math.inf if gamma < 1.0 else math.inf
-    return 2.0**power if power < 1024.0 else math.inf
+    return 2.0**power if power < 1024.0 else _LARGEST
+
+
+def _held(value: float) -> float:
+    """Return the value, or the largest float of its sign where the value is infinite."""
+    return max(-_LARGEST, min(value, _LARGEST))
 
 
 def _window(kind: str, x: float) -> float:
@@ -191,11 +231,12 @@ def _window(kind: str, x: float) -> float:
 
 
 def _check_ends(name: str, value: object) -> tuple[float, float]:
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
+    ends = values_of(value)
+    if ends is None or len(ends) != 2:
         raise TypeError(
             f"{name} must be a pair (multiple of base_lr, multiple of max_lr), got {value!r}"
         )
-    return (check_number(f"{name}[0]", value[0]), check_number(f"{name}[1]", value[1]))
+    return (check_number(f"{name}[0]", ends[0]), check_number(f"{name}[1]", ends[1]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,8 +253,9 @@ class Phase:
         steps: how many steps the phase lasts; ``None``, in the last phase only, is without end.
         gamma: factor of the amplitude per step.
         cycle_gamma: factor of the amplitude per cycle.
-        base_gamma: factor of the lower bound per step; above 1 only where ``steps`` is given.
-            The other two are in (0, 1].
+        base_gamma: factor of the lower bound per step; above 1 only where ``steps`` is given, and
+            an optimizer takes the phase only if ``base_gamma**steps`` is a finite number. The
+            other two are in (0, 1].
         base_lr, max_lr: bounds of the phase's own, instead of each group's.
         lower, upper: the phase's ends as multiples ``(of base_lr, of max_lr)``, summed;
             ``(1, 0)`` and ``(0, 1)`` are the bounds themselves.
@@ -284,7 +326,7 @@ class Phase:
             check_bounds(self.base_lr, self.max_lr)
         put("lower", _check_ends("lower", self.lower))
         put("upper", _check_ends("upper", self.upper))
-        check_bool("cycle_momentum", self.cycle_momentum)
+        put("cycle_momentum", check_bool("cycle_momentum", self.cycle_momentum))
         if self.scale_fn is not None and not callable(self.scale_fn):
             raise TypeError(f"scale_fn must be a callable of one number, got {self.scale_fn!r}")
         check_choice("scale_mode", self.scale_mode, SCALE_MODES)
@@ -423,6 +465,29 @@ def _each(
     return np.array(values, dtype=np.float64).reshape(steps.shape)
 
 
+def check_growth(schedule: Schedule) -> None:
+    """Raise if a lower bound grows beyond all floats before its phase is over."""
+    for i, phase in enumerate(schedule.phases):
+        if phase.steps is not None and _power(phase.base_gamma, phase.steps - 1) == _LARGEST:
+            raise ValueError(
+                f"phases[{i}] of the schedule {schedule.name!r} has "
+                f"base_gamma={phase.base_gamma!r} and steps={phase.steps}: base_gamma**steps is "
+                "beyond the largest float, and the rate would put infinities into the weights; "
+                "lower one of the two"
+            )
+
+
+def _end_of_one_cycle(name: str, phases: Sequence[Phase], start_of_last: int) -> int | None:
+    """Return the step at which a ``one_cycle``'s only cycle is complete; None of other schedules.
+
+    Its phases rise, fall and fall further, and the last one holds the rate of the last step.
+    Told by the name, since a checkpoint that stores the phases has no other word for it.
+    """
+    last = phases[-1]
+    holds = last.window == "constant" and last.steps is None and last.scale_fn is None
+    return start_of_last + 1 if name == "one_cycle" and holds and start_of_last else None
+
+
 def _no_pairs(name: str, pair: str, value: object, error: Exception) -> TypeError:
     return TypeError(f"{name} must be a list of pairs {pair} of numbers, got {value!r} ({error})")
 
@@ -437,7 +502,8 @@ class Schedule:
     dictionary (:meth:`to_dict`, :meth:`from_dict`).
 
     Args:
-        name: what the schedule is called in messages.
+        name: what the schedule is called in messages. The phases of a schedule that is called
+            ``"one_cycle"`` are a single cycle, if the last one holds its rate.
         phases: at least one; all but the last have ``steps``.
 
     Raises:
@@ -453,12 +519,13 @@ class Schedule:
         True
     """
 
-    __slots__ = ("_cycles", "_starts", "name", "phases")
+    __slots__ = ("_cycles", "_only_end", "_starts", "name", "phases")
 
     name: str
     phases: tuple[Phase, ...]
     _starts: list[int]
     _cycles: list[int]
+    _only_end: int | None
 
     def __init__(self, name: str, phases: Sequence[Phase]) -> None:
         if not isinstance(name, str) or not name:
@@ -486,6 +553,7 @@ class Schedule:
             ("phases", tuple(phases)),
             ("_starts", starts),
             ("_cycles", cycles),
+            ("_only_end", _end_of_one_cycle(name, phases, starts[-1])),
         ):
             object.__setattr__(self, slot, value)
 
@@ -609,6 +677,8 @@ class Schedule:
     def rates(self, step: int, bounds: Sequence[tuple[float, float]]) -> list[float]:
         """The learning rates at one step for several groups, as an optimizer asks for them.
 
+        A rate that would be infinite is the largest float.
+
         Args:
             step: an integer >= 0.
             bounds: ``(base_lr, max_lr)`` of each group.
@@ -630,7 +700,13 @@ class Schedule:
         try:
             for base_lr, max_lr in bounds:
                 lower, upper = phase.ends(base_lr, max_lr)
-                rates.append(b * lower + (upper - lower) * w * a)
+                rate = b * lower + (upper - lower) * w * a
+                if not -_LARGEST <= rate <= _LARGEST:
+                    check_number("base_lr", base_lr, minimum=-math.inf)
+                    check_number("max_lr", max_lr, minimum=-math.inf)
+                    lower, upper = _held(lower), _held(upper)
+                    rate = _held(_held(b * lower) + _held((upper - lower) * w * a))
+                rates.append(rate)
         except (TypeError, ValueError, OverflowError) as error:
             raise _no_pairs("bounds", "(base_lr, max_lr)", bounds, error) from error
         return rates
@@ -708,7 +784,7 @@ class Schedule:
         """Cycles done at a step, of which 2.5 is half-way through the third; 0.0 without any.
 
         In a sequence the cycles of all phases count on; one cut off by the end of its phase counts
-        as done there.
+        as done there. A :func:`one_cycle` is one cycle as long as the whole of it.
 
         Args:
             step: an integer >= 0.
@@ -721,6 +797,11 @@ class Schedule:
             2.5
         """
         step = check_int("step", step, minimum=0)
+        if self._only_end is not None:
+            if step >= self._only_end:
+                return 1.0
+            # The quotient of a very long one is rounded to 1.0 before its end.
+            return min(step / self._only_end, math.nextafter(1.0, 0.0))
         index, local = self.locate(step)
         phase = self.phases[index]
         if phase.period == 0:
@@ -745,8 +826,8 @@ class Schedule:
             [4, 8]
         """
         step = check_int("step", step, minimum=0)
-        if step == 0:
-            return False
+        if step == 0 or self._only_end is not None:
+            return step > 0 and step == self._only_end
         # Asked of the step just done, so that a cycle that ends with its phase belongs to it.
         index, local = self.locate(step - 1)
         period = self.phases[index].period
@@ -769,6 +850,8 @@ class Schedule:
             3
         """
         step = check_int("step", step, minimum=0)
+        if self._only_end is not None:
+            return self._only_end - step if step < self._only_end else None
         index, local = self.locate(step)
         start = step - local
         for i in range(index, len(self.phases)):
@@ -1136,7 +1219,7 @@ def one_cycle(
     The rate rises from ``base_lr`` to ``max_lr`` for ``pct_start`` of the steps, falls back for as
     many, and in those left falls on to ``base_lr / final_div_factor``, which the last step,
     ``total_steps − 1``, uses (and any after it). Momentum mirrors the cycle and stays at its
-    maximum during the annealing.
+    maximum during the annealing. All of it is one cycle, which ends after ``total_steps`` steps.
 
     Args:
         total_steps: length of the training in steps, an integer >= 3.
@@ -1279,6 +1362,11 @@ def ramp(
     else:
         if start_lr is not None and end_lr is not None:
             ratio = end_lr / start_lr
+            if math.isinf(ratio):
+                raise ValueError(
+                    f"end_lr={end_lr!r} is more times start_lr={start_lr!r} than a float can say: "
+                    "raise start_lr"
+                )
         if ratio is None:
             raise ValueError(
                 "start_lr=None and end_lr=None: an exponential ramp needs both ends as numbers, "

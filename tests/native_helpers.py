@@ -179,6 +179,67 @@ def assert_pattern(ours: Tensor, theirs: Tensor, what: object = "") -> None:
     assert torch.equal(ours.isneginf(), theirs.isneginf()), (what, ours, theirs)
 
 
+def _extremes(dtype: torch.dtype) -> Tensor:
+    """Zeros, ones, the ends of the dtype's range, values whose squares leave it, Inf and NaN."""
+    info = torch.finfo(dtype)
+    tiny, root, largest = info.tiny, info.max**0.5, info.max
+    sizes = [
+        0.0, 0.7 * tiny, tiny**0.75, tiny**0.5, 1e-7, 1.0, 2.5, root**0.5, 0.9 * root, 1.1 * root,
+        30 * root, largest**0.75, largest / 3, largest, float("inf"),
+    ]  # fmt: skip
+    values = [sign * size for size in sizes for sign in (1.0, -1.0)]
+    return torch.tensor([*values, float("nan")], dtype=torch.float64).to(dtype)
+
+
+def assert_nan_and_inf_where_torch_has_them(
+    case: Case, dtype: torch.dtype, backend: str, device: Any = "cpu", lr: float | None = None
+) -> None:
+    """Step over extreme parameters and gradients, each step of torch's from our values.
+
+    For 16-bit storage torch's step runs in float32, the arithmetic of the kernels.
+    """
+    arithmetic = torch.float32 if dtype in HALF else dtype
+    extremes = _extremes(dtype).to(device)
+    count = len(extremes)
+    bounds = {} if lr is None else {"base_lr": lr, "max_lr": lr}
+    ours = case.ours(parameters([extremes.repeat_interleave(count)]), backend=backend, **bounds)
+    (p,) = members(ours)
+    generator = torch.Generator().manual_seed(5)
+    for k in range(5):
+        chosen = torch.arange(count).repeat(count)
+        if k in (1, 2):
+            chosen = torch.randint(0, count, (count * count,), generator=generator)
+        p.grad = extremes[chosen.to(device)] if k < 4 else torch.full_like(p, 0.5)
+        twin = torch.nn.Parameter(p.detach().to(arithmetic, copy=True))
+        twin.grad = p.grad.to(arithmetic)
+        theirs = case.make([twin])
+        for name, value in ours.state.get(p, {}).items():
+            where = "cpu" if name == "step" else device
+            kind = value.dtype if name == "step" else arithmetic
+            theirs.state[twin][name] = value.to(where, kind, copy=True)
+        feed(theirs, ours)
+        theirs.step()
+        ours.step()
+        found = tensors_of(ours)
+        for key, wanted in tensors_of(theirs).items():
+            assert_pattern(found[key].cpu(), wanted.to(found[key].dtype).cpu(), (k, key))
+
+
+def assert_no_nan_at_a_rate_beyond_all_floats(
+    case: Case, dtype: torch.dtype, backend: str, device: Any = "cpu"
+) -> None:
+    """Step at a rate that float32 cannot hold, on gradients of 0; then resume from a checkpoint."""
+    params = parameters([torch.zeros(5, dtype=torch.float64)], dtype)
+    params = [torch.nn.Parameter(p.detach().to(device)) for p in params]
+    ours = case.ours(params, backend=backend, base_lr=1e306, max_lr=1e308)
+    for _ in range(3):
+        params[0].grad = torch.zeros_like(params[0])
+        ours.step()
+        ours.load_state_dict(ours.state_dict())
+    for tensor in tensors_of(ours).values():
+        assert tensor.isfinite().all()
+
+
 def assert_alike(
     ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, tolerance: float = 1e-12
 ) -> None:

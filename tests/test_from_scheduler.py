@@ -175,10 +175,10 @@ def test_a_one_cycle_of_whole_steps_is_phases_alone(epochs, per_epoch, three_pha
     top = round(0.3 * total) - 1
     assert opt.lr_at(top) == [0.5, 0.5]
     assert opt.lr_at(total - 1) == pytest.approx([0.5 / 25 / 1e4] * 2, rel=1e-12)
-    # The rate has come down: at the top no cycle is over.
+    # One cycle, which ends after the last step.
     ends = [step for step in range(1, total + 3) if opt.schedule.is_cycle_end(step)]
-    assert ends == ([2 * top, total - 1] if three_phase else [total - 1])
-    assert opt.steps_to_cycle_end == ends[0]
+    assert ends == [total]
+    assert opt.steps_to_cycle_end == total
 
 
 def test_a_one_cycle_between_steps_resumes_pickles_and_copies():

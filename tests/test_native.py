@@ -36,6 +36,8 @@ from native_helpers import (
     assert_close,
     assert_first_gradient_is_whole,
     assert_identical,
+    assert_nan_and_inf_where_torch_has_them,
+    assert_no_nan_at_a_rate_beyond_all_floats,
     assert_pattern,
     drawn,
     feed,
@@ -365,6 +367,45 @@ def test_nan_and_inf(case, dtype):
         # torch's own step in 16 bits may overflow on the way where float64 does not.
         for key, t in tensors_of(own).items() if dtype not in HALF else ():
             assert_pattern(tensors_of(contract.ours)[key], t, (k, key))
+
+
+@dtypes
+@cases
+def test_nan_and_inf_of_extreme_values(case, dtype):
+    assert_nan_and_inf_where_torch_has_them(case, dtype, "native")
+
+
+@dtypes
+@kernels
+@pytest.mark.parametrize("lr", [1e-10, 1e3])
+def test_nan_and_inf_of_extreme_values_at_other_rates(case, dtype, lr):
+    assert_nan_and_inf_where_torch_has_them(case, dtype, "native", lr=lr)
+
+
+def test_a_centered_rmsprop_keeps_the_parameter_where_squares_overflow():
+    p = torch.nn.Parameter(torch.ones(16))
+    rmsprop = torch.optim.RMSprop([p], lr=0.1, centered=True, alpha=0.5)
+    p.grad = torch.full((16,), 1e20)
+    wrapped(rmsprop, backend="native").step()
+    assert p.tolist() == [1.0] * 16
+
+
+@dtypes
+@kernels
+def test_no_nan_at_a_rate_beyond_all_floats(case, dtype):
+    assert_no_nan_at_a_rate_beyond_all_floats(case, dtype, "native")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_a_tensor_lr_is_held_at_its_own_largest_number(dtype):
+    p = torch.nn.Parameter(torch.zeros(3))
+    sgd = torch.optim.SGD([p], lr=torch.tensor(0.1, dtype=dtype))
+    opt = CyclicalOptimizer(sgd, base_lr=1e300, max_lr=1e308, backend="native")
+    assert opt.param_groups[0]["lr"].item() == min(torch.finfo(dtype).max, 1e300)
+    p.grad = torch.zeros(3)
+    opt.step()
+    opt.load_state_dict(opt.state_dict())
+    assert p.tolist() == [0.0] * 3
 
 
 # ---- threads
@@ -851,13 +892,30 @@ def test_clipping_sparse_gradients_fails_as_in_torch_and_changes_nothing():
     try:
         torch.nn.utils.clip_grad_norm_([p, q], 0.5)
     except NotImplementedError:
-        with pytest.raises(NotImplementedError):
+        with pytest.raises(NotImplementedError, match=r"max_grad_norm=0\.5 cannot clip sparse"):
             pair.ours.step()
     else:
         pytest.skip("this torch clips sparse gradients")
     assert (p.grad, q.grad) == grads
     assert pair.ours.iteration == 1
     assert all(torch.equal(t, before[k]) for k, t in tensors_of(pair.ours).items())
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "torch"])
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_clipping_sparse_gradients_says_what_to_do(backend, with_closure):
+    rows, dense = torch.nn.Parameter(torch.ones(4, 2)), torch.nn.Parameter(torch.ones(3))
+    adagrad = torch.optim.Adagrad([rows, dense], lr=0.1)
+    opt = CyclicalOptimizer(adagrad, max_grad_norm=2.0, backend=backend)
+    rows.grad = sparse(torch.ones(4, 2), 1)
+    dense.grad = torch.ones(3)
+    before = copy.deepcopy(opt.state_dict())
+    message = r"max_grad_norm=2\.0 cannot clip sparse .*shape \[4, 2\].*without max_grad_norm"
+    with pytest.raises(NotImplementedError, match=message):
+        opt.step(*([lambda: torch.ones(())] if with_closure else []))
+    assert str(opt.state_dict()) == str(before)
+    assert (rows.tolist(), dense.tolist()) == ([[1.0] * 2] * 4, [1.0] * 3)
+    assert rows.grad.layout is torch.sparse_coo
 
 
 # ---- conversions

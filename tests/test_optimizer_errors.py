@@ -40,6 +40,27 @@ CONSTRUCTOR = {
     "base_lr of wrong length": (
         {"base_lr": [0.1, 0.2]}, ValueError, "base_lr has 2 values and the optimizer 1 param.*one per group",
     ),
+    "base_lr an array of wrong length": (
+        {"base_lr": np.array([0.1, 0.2])}, ValueError, "base_lr has 2 values and the optimizer 1 param",
+    ),
+    "base_lr a tensor of wrong length": (
+        {"base_lr": torch.ones(2)}, ValueError, "base_lr has 2 values and the optimizer 1 param",
+    ),
+    "base_lr a matrix": ({"base_lr": np.ones((1, 2))}, TypeError, r"base_lr\[0\] must be a number"),
+    "base_lr a tensor that is NaN": ({"base_lr": torch.tensor(NAN)}, ValueError, "base_lr must be a finite"),
+    "base_lr on meta": (
+        {"base_lr": torch.ones((), device="meta")}, TypeError, "base_lr must be a number, got tensor",
+    ),
+    "base_lr a dictionary": ({"base_lr": {0: 0.1}}, TypeError, "base_lr must be a number"),
+    "base_lr a set": ({"base_lr": {0.1}}, TypeError, "base_lr must be a number"),
+    "base_lr complex in a tensor": ({"base_lr": torch.tensor(1j)}, TypeError, "base_lr must be a number"),
+    "a phase beyond floats": (
+        {"policy": Schedule("rise", [Phase(window="constant", base_gamma=10, steps=1000)])},
+        ValueError, r"phases\[0\] of .*'rise' has base_gamma=10.0 and steps=1000: .*beyond .*lower one",
+    ),
+    "a scale_fn that gives NaN": (
+        {"scale_fn": lambda cycle: NAN}, ValueError, r"scale_fn\(1\) must be a finite number, got nan",
+    ),
     "base_lr with a bad entry": ({"base_lr": [NAN]}, ValueError, r"base_lr\[0\] must be"),
     "max_lr infinite": ({"max_lr": math.inf}, ValueError, "max_lr must be a finite number"),
     "max_lr a bool": ({"max_lr": True}, TypeError, "max_lr must be a number, got True"),
@@ -188,6 +209,10 @@ METHODS = {
     "lr_at None": (lambda o: o.lr_at(None), TypeError, "step must be an integer"),
     "hook not callable": (lambda o: o.register_cycle_end_hook(3), TypeError, "hook must be a callable.*got 3"),
     "group not a dict": (lambda o: o.add_param_group([torch.ones(1)]), TypeError, "param_group must be a dict"),
+    "group in a tuple": (
+        lambda o: o.add_param_group(({"params": [torch.ones(1)]},)),
+        TypeError, "param_group must be a dict, one group a call, got",
+    ),
     "group with bad bounds": (
         lambda o: o.add_param_group({"params": [torch.ones(1)], "base_lr": 1.0, "max_lr": 0.1}),
         ValueError, "base_lr=1.0 is above max_lr=0.1 in param_group",
@@ -430,6 +455,9 @@ SCHEDULES = {
         lambda: Phase(window="constant", scale_fn=math.sqrt), ValueError, "scale_fn=.* scales the amplitude of a cycle.*'iterations'",
     ),
     "Phase gamma": (lambda: Phase(step_size_up=1, base_gamma=-1), ValueError, "base_gamma must be"),
+    "ramp beyond floats": (
+        lambda: ramp(5, 1e-300, 1e300, mode="exponential"), ValueError, "end_lr=1e.300 is more times start_lr.*raise",
+    ),
     "Phase ends": (lambda: Phase(step_size_up=1, lower=1), TypeError, "lower must be a pair"),
     "call with a fraction": (lambda: fixed()(0.5), ValueError, "step must be a whole number"),
     "call with floats": (lambda: fixed()([0.5]), TypeError, "step must be an integer or an array of integers"),

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
+import re
 import warnings
+from collections import deque
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
@@ -277,3 +282,138 @@ def test_explain_tells_what_only_a_step_finds_out():
     assert native.startswith("native: 1 parameter")
     assert rest.startswith("torch: 2 parameter")
     assert "share memory" in rest
+
+
+# ---- bounds of other types
+
+
+class ListConfig(Sequence):
+    """A sequence that is no list, as omegaconf's."""
+
+    def __init__(self, *values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, index):
+        return self.values[index]
+
+
+def two_groups(**options):
+    groups = [{"params": [weight()]}, {"params": [weight()]}]
+    return CyclicalOptimizer(torch.optim.SGD(groups, lr=0.5, momentum=0.5), **options)
+
+
+PER_GROUP = {
+    "list": list,
+    "tuple": tuple,
+    "deque": deque,
+    "ListConfig": lambda values: ListConfig(*values),
+    "array": np.array,
+    "float32 array": lambda values: np.array(values, dtype=np.float32),
+    "tensor": torch.tensor,
+    "list of tensors": lambda values: [torch.tensor(v) for v in values],
+    "list of numpy's numbers": lambda values: [np.float32(v) for v in values],
+    "trainable tensor": lambda values: torch.tensor(values, requires_grad=True),
+}
+
+
+@pytest.mark.parametrize("kind", PER_GROUP)
+def test_a_bound_per_group_in_any_sequence(kind):
+    make = PER_GROUP[kind]
+    opt = two_groups(
+        base_lr=make([0.125, 0.25]),
+        max_lr=make([0.5, 1.0]),
+        cycle_momentum=True,
+        base_momentum=make([0.25, 0.5]),
+        max_momentum=make([0.5, 0.75]),
+        step_size_up=2,
+    )
+    assert [opt.lr_at(k) for k in (0, 2)] == [[0.125, 0.25], [0.5, 1.0]]
+    assert [group["momentum"] for group in opt.param_groups] == [0.5, 0.75]
+    opt.set_bounds(base_lr=make([0.25, 0.5]))
+    assert opt.lr_at(0) == [0.25, 0.5]
+    torch.save(opt.state_dict(), saved := io.BytesIO())
+    saved.seek(0)
+    opt.load_state_dict(torch.load(saved, weights_only=True))
+    assert opt.lr_at(0) == [0.25, 0.5]
+
+
+ONE_NUMBER = [
+    torch.tensor, lambda x: torch.tensor([x]), np.array, np.float32, lambda x: np.array([x]),
+    lambda x: torch.tensor(x, requires_grad=True), lambda x: torch.nn.Parameter(torch.tensor(x)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", ONE_NUMBER)
+def test_a_bound_in_a_tensor_of_one_element(number):
+    """As in torch's own test_constant_initial_params: the tensors stay as they were."""
+    given = [number(value) for value in (0.125, 0.5, 0.25, 0.75)]
+    kept = [value.item() for value in given]
+    opt = two_groups(
+        base_lr=given[0],
+        max_lr=given[1],
+        cycle_momentum=True,
+        base_momentum=given[2],
+        max_momentum=given[3],
+        step_size_up=number(2.0),
+        max_grad_norm=number(1.0),
+    )
+    step(opt, *(p for group in opt.param_groups for p in group["params"]))
+    assert opt.get_last_lr() == [0.3125, 0.3125]
+    assert [type(group[key]) for group in opt.param_groups for key in ("lr", "momentum")] == [
+        float
+    ] * 4
+    opt.set_bounds(max_lr=number(1.0))
+    assert opt.lr_at(2) == [1.0, 1.0]
+    opt.add_param_group({"params": [weight()], "base_lr": number(0.25), "max_lr": number(0.5)})
+    assert opt.lr_at(2) == [1.0, 1.0, 0.5]
+    assert [value.item() for value in given] == kept
+
+
+def test_a_flag_of_numpys():
+    assert "clr_max_momentum" in two_groups(cycle_momentum=np.bool_(True)).param_groups[0]
+    assert "clr_max_momentum" not in two_groups(cycle_momentum=np.bool_(False)).param_groups[0]
+
+
+# ---- what explain() tells
+
+
+def test_explain_of_parameters_that_have_no_values_yet():
+    model = torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.Linear(3, 2))
+    opt = CyclicalOptimizer(torch.optim.Adam(model.parameters()))
+    uninitialized = r"torch: 2 parameter tensors, 0 values \(2 uninitialized until .*\), Adam: "
+    assert re.search(uninitialized, opt.explain())
+    model(torch.ones(1, 4)).sum().backward()
+    opt.step()
+    assert opt.explain().count("4 parameter tensors, 23 values") == 1
+    plain = CyclicalOptimizer(
+        torch.optim.Adam(torch.nn.LazyLinear(3).parameters()), backend="torch"
+    )
+    assert re.search(uninitialized, plain.explain())
+
+
+def test_explain_tells_classes_of_one_name_apart():
+    class Adam(torch.optim.Adam):
+        pass
+
+    name = f"{__name__}.{Adam.__qualname__}"
+    told = CyclicalOptimizer(Adam([weight()])).explain()
+    assert told.endswith(f" values, {name}: no fused kernel for {name}")
+    assert ", Adam: " in CyclicalOptimizer(torch.optim.Adam([weight()])).explain()
+
+
+# ---- groups in a tuple
+
+
+def test_no_group_can_be_added_to_a_tuple():
+    _, opt = stepped(adam, backend="torch")
+    opt.param_groups = tuple(opt.param_groups)
+    before = str(opt.param_groups)
+    with pytest.raises(TypeError, match=r"write opt.param_groups = list\(opt.param_groups\) first"):
+        opt.add_param_group({"params": [weight()]})
+    assert str(opt.param_groups) == before
+    opt.param_groups = list(opt.param_groups)
+    opt.add_param_group({"params": [weight()]})
+    assert len(opt.get_last_lr()) == 2

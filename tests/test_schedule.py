@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import sys
 import warnings
 from fractions import Fraction
 
@@ -176,12 +177,46 @@ def test_one_cycle():
     assert momenta[0] == momenta[80] == momenta[99] == 0.95
     assert momenta[40] == pytest.approx(0.85)
     assert (np.diff(momenta[:41]) < 0).all()
-    assert schedule.is_cycle_end(80)
     # odd lengths and the extremes of pct_start still reach the end on the last step
     for total in range(3, 30):
         for pct in (1e-6, 0.3, 0.45, 0.5):
             s = one_cycle(total, pct_start=pct, final_div_factor=10)
             assert s(total - 1, 1.0, 2.0) == pytest.approx(0.1)
+
+
+@given(
+    total=st.integers(3, 60) | st.sampled_from([1000, 2**53 + 5, 2**63 - 1]),
+    pct_start=st.floats(1e-6, 0.5),
+    final_div_factor=st.sampled_from([1.0, 10.0, 1e4, 1e300]),
+    window=st.sampled_from(["triangle", "welch", "hann"]),
+)
+def test_one_cycle_is_one_cycle(total, pct_start, final_div_factor, window):
+    """It ends after its last step, and at no other."""
+    schedule = one_cycle(
+        total, pct_start=pct_start, final_div_factor=final_div_factor, window=window
+    )
+    stored = Schedule.from_json(schedule.to_json())
+    probes = range(2 * total) if total < 100 else [0, 1, total // 2, total - 1, total, total + 1]
+    for step in probes:
+        for each in (schedule, stored):
+            assert each.is_cycle_end(step) == (step == total)
+            assert each.steps_to_cycle_end(step) == (total - step if step < total else None)
+    cycles = [schedule.cycle(step) for step in probes]
+    assert cycles == sorted(cycles)
+    assert [cycle == 1.0 for cycle in cycles] == [step >= total for step in probes]
+    assert cycles[0] == 0.0
+
+
+def test_a_one_cycle_is_stored_as_before():
+    """A checkpoint of an earlier version resumes without a warning of another policy."""
+    assert one_cycle(20).to_json() == (
+        '{"format":1,"name":"one_cycle","phases":['
+        '{"step_size_down":9,"step_size_up":9,"steps":18},'
+        '{"cycle_momentum":false,"lower":[0.0001,0.0],"step_size_down":1,"steps":1,'
+        '"upper":[1.0,0.0]},'
+        '{"cycle_momentum":false,"lower":[0.0001,0.0],"step_size_down":0,"upper":[0.0001,0.0],'
+        '"window":"constant"}]}'
+    )
 
 
 @pytest.mark.parametrize("multiplier", [1, 2, 3])
@@ -462,3 +497,111 @@ def test_a_phase_of_ones_own():
     rest = Phase(window="constant", lower=(0.0, 1.0), upper=(0.0, 1.0))
     schedule = Schedule("warm-up", [rise, rest])
     assert schedule([0, 2, 4, 100], 0.1, 1.0).tolist() == pytest.approx([0.01, 0.505, 1.0, 1.0])
+
+
+# ---- rates that would be infinite
+
+
+LARGEST = sys.float_info.max
+
+
+def test_ends_of_a_ramp_too_far_apart_are_refused():
+    with pytest.raises(ValueError, match=r"end_lr=1e\+300 is more times start_lr=1e-300 than"):
+        ramp(5, 1e-300, 1e300, mode="exponential")
+
+
+def test_a_phase_that_rises_beyond_all_floats_stays_at_the_largest():
+    rises = Phase(window="constant", base_gamma=10.0, steps=1000, upper=(1.0, 0.0))
+    schedule = Schedule("rises", [rises, Phase(window="constant")])
+    assert schedule([300, 500, 999], 1.0, 2.0).tolist() == [approx(1e300), LARGEST, LARGEST]
+    assert schedule([300, 500, 999], 0.0, 2.0).tolist() == [0.0] * 3
+
+
+def approx(value):
+    return pytest.approx(value, rel=1e-12)
+
+
+def test_the_last_phase_goes_on_at_the_largest_float():
+    rises = Phase(window="constant", base_gamma=10.0, steps=10, upper=(1.0, 0.0))
+    schedule = Schedule("rises", [rises])
+    assert schedule([5, 400, 10**12], 1.0, 2.0).tolist() == [approx(1e5), LARGEST, LARGEST]
+    assert schedule([5, 400, 10**12], 0.0, 2.0).tolist() == [0.0] * 3
+    assert schedule.rates(400, [(0.0, 1.0), (1e-9, 1.0)]) == [0.0, approx(1e-9 * LARGEST)]
+
+
+@pytest.mark.parametrize(
+    ("of_step", "expected"),
+    [
+        (lambda step: 1e308, LARGEST),
+        (lambda step: -1e308, -LARGEST),
+        (lambda step: -1.0, -100.0),  # below the base, as in torch
+        (lambda step: torch.tensor(0.5), 50.0),
+        (lambda step: np.float32(0.5), 50.0),
+    ],
+)
+def test_what_a_scale_fn_returns_gives_a_finite_rate(of_step, expected):
+    schedule = triangular(2, scale_fn=of_step, scale_mode="iterations")
+    assert schedule(2, 0.0, 100.0) == expected
+    assert schedule(0, 0.0, 100.0) == 0.0
+
+
+factors = st.sampled_from([0.0, 1e-300, 0.5, 1.0, 2.0, 1e200, 1e308, LARGEST])
+
+
+@given(
+    step=st.integers(0, 12) | st.integers(10**3, 10**15),
+    base_gamma=st.sampled_from([1e-300, 0.5, 1.0, 1.5, 1e30, 1e150]),
+    lower=st.tuples(factors, factors),
+    upper=st.tuples(factors, factors),
+    bounds=st.tuples(factors, factors),
+    scale=st.none() | st.sampled_from([-LARGEST, -1.0, -0.0, 1e-300, LARGEST]),
+)
+def test_no_rate_is_infinite_or_nan(step, base_gamma, lower, upper, bounds, scale):
+    phase = Phase(
+        step_size_up=2,
+        step_size_down=1,
+        steps=3,
+        base_gamma=base_gamma,
+        lower=lower,
+        upper=upper,
+        scale_fn=None if scale is None else lambda cycle: scale,
+    )
+    schedule = Schedule("extreme", [phase])
+    assert math.isfinite(schedule.rates(step, [tuple(sorted(bounds))])[0])
+    assert math.isfinite(schedule.momenta(step, [(0.0, 1.0)])[0])
+
+
+def test_rates_of_bounds_that_are_nan_or_infinite_are_refused():
+    for bad in (math.nan, math.inf):
+        with pytest.raises(TypeError, match=r"bounds must be a list of pairs .*finite number"):
+            triangular(2).rates(1, [(0.0, bad)])
+
+
+# ---- numbers of other types
+
+
+@pytest.mark.parametrize(
+    "number", [np.float64, np.float32, np.array, torch.tensor, lambda x: torch.tensor([x])]
+)
+def test_numbers_may_be_numpys_or_in_tensors(number):
+    assert triangular(number(2), base_lr=number(0.5), max_lr=number(1.0)) == triangular(
+        2, base_lr=0.5, max_lr=1.0
+    )
+    assert exp_range(4, gamma=number(0.5)) == exp_range(4, gamma=0.5)
+    assert fixed(number(0.25)) == fixed(0.25)
+    assert ramp(number(5), number(0.25), number(0.5)) == ramp(5, 0.25, 0.5)
+    assert triangular(2)(number(3), number(0.25), number(0.5)) == triangular(2)(3, 0.25, 0.5)
+    pair = Phase(step_size_up=2, lower=[number(0.5), number(0.25)])
+    assert pair.lower == (0.5, 0.25)
+    assert Schedule.from_json(fixed(number(0.25)).to_json()) == fixed(0.25)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [True, torch.tensor(True), np.bool_(True), torch.tensor([0.1, 0.2]), np.array([]), 1j,
+     torch.tensor(1j), torch.ones((), device="meta"), "0.1", None, {"lr": 0.1}],
+    ids=repr,
+)  # fmt: skip
+def test_what_is_no_number_is_none_in_a_tensor_either(value):
+    with pytest.raises(TypeError, match="max_lr must be a number, got"):
+        triangular(2)(0, 0.0, value)

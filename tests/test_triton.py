@@ -31,6 +31,8 @@ from native_helpers import (
     assert_close,
     assert_first_gradient_is_whole,
     assert_identical,
+    assert_nan_and_inf_where_torch_has_them,
+    assert_no_nan_at_a_rate_beyond_all_floats,
     assert_pattern,
     feed,
     held,
@@ -142,6 +144,18 @@ SCHEDULES = {
             (schedule.warm_restarts(4, period_multiplier=2), 50),
             (schedule.exp_range(step_size_up=3, gamma=0.9), None),
         ]
+    ),
+    "rises-for-ever": Schedule("x", [Phase(window="constant", base_gamma=1.5, steps=10)]),
+    "rises-from-0": Schedule(
+        "x", [Phase(step_size_up=3, base_gamma=3.0, steps=4, base_lr=0.0, max_lr=1.0)]
+    ),
+    "ends-beyond-floats": Schedule(
+        "x",
+        [
+            Phase(step_size_up=3, steps=7, base_lr=1e200, max_lr=1e300, lower=(1e200, 1e10)),
+            Phase(step_size_up=3, steps=9, base_lr=1e200, max_lr=1e300, upper=(0.0, 1e10)),
+            Phase(step_size_up=2, base_lr=1e300, max_lr=1e308, lower=(0.0, 9.0), upper=(1e9, 9.0)),
+        ],
     ),
     "own-bounds": Schedule(
         "x",
@@ -273,6 +287,18 @@ def test_nan_and_inf(cell):
         contract.step([like(g, p) for g, p in zip(grads, members(contract.ours), strict=True)])
         _, _, mine, theirs = contract.segments[-1]
         assert_pattern(mine[-1], theirs[-1].to(dtype), k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("case", KERNELS, ids=name_of)
+def test_nan_and_inf_of_extreme_values(case, dtype):
+    assert_nan_and_inf_where_torch_has_them(case, dtype, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=name_of)
+@kernels
+def test_no_nan_at_a_rate_beyond_all_floats(case, dtype):
+    assert_no_nan_at_a_rate_beyond_all_floats(case, dtype, "triton", DEVICE)
 
 
 # ---- gradients that come and go, and the launches

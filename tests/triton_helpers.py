@@ -36,7 +36,8 @@ def mend_the_interpreter() -> None:
     """Have Triton's interpreter round as GPUs do, and take half the time.
 
     It cuts float32 off to bfloat16, and garbles subnormal numbers on the way back; GPUs round to
-    nearest even and keep those. For every call of a function from a kernel it prepares all of
+    nearest even and keep those. It rounds the product of a fused multiply-add, which may then be
+    infinite; GPUs round once. For every call of a function from a kernel it prepares all of
     Triton's language anew, though what it did for the kernel is still in place.
     """
     import triton.language as tl
@@ -60,7 +61,15 @@ def mend_the_interpreter() -> None:
             return interpreter._LangPatchScope()
         return prepare(function)
 
+    def fused(_: Any, x: Any, y: Any, z: Any) -> Any:
+        narrow = z.data.dtype
+        wide = np.float64 if narrow == np.float32 else np.longdouble
+        with np.errstate(all="ignore"):
+            sums = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
+            return interpreter.TensorHandle(sums.astype(narrow), z.dtype.scalar)
+
     interpreter._convert_float, interpreter._patch_lang = rounded, once
+    interpreter.InterpreterBuilder.create_fma = fused
 
 
 if INTERPRETED:

@@ -14,6 +14,7 @@ from clr_optim.backends.triton import (
     why_no_triton,
     why_not_unasked,
 )
+from clr_optim.rules import class_name
 
 __all__ = ["BACKENDS", "devices", "is_capturing", "plan_device", "resolve"]
 
@@ -69,7 +70,7 @@ def resolve(backend: object, optimizer: Optimizer) -> tuple[str, str]:
     if wish:
         return "torch", reason
     raise ValueError(
-        f"{source} cannot serve {type(optimizer).__name__}: {reason}; use backend='auto'"
+        f"{source} cannot serve {class_name(type(optimizer))}: {reason}; use backend='auto'"
     )
 
 

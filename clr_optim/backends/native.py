@@ -16,7 +16,7 @@ from clr_optim.backends.torch import has_own_step
 from clr_optim.kernels.native import build
 from clr_optim.kernels.native.build import BuildError
 from clr_optim.plan import Plan, View
-from clr_optim.rules import RULES, UpdateRule
+from clr_optim.rules import RULES, UpdateRule, class_name
 from clr_optim.sharding import no_sums, sum_over_ranks
 
 __all__ = ["BuildError", "NativeBackend", "library", "rule_for"]
@@ -26,7 +26,7 @@ def rule_for(optimizer: Optimizer) -> UpdateRule | str:
     """The rule of a fused kernel for this optimizer, or why there is none."""
     rule = RULES.get(type(optimizer))
     if rule is None:
-        return f"no fused kernel for {type(optimizer).__name__}"
+        return f"no fused kernel for {class_name(type(optimizer))}"
     if has_own_step(optimizer):
         return "its step was replaced"
     return rule

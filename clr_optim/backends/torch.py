@@ -14,6 +14,7 @@ from clr_optim.sharding import global_norm, is_wide, local_part, spreads, whole
 
 __all__ = [
     "ClippedGradients",
+    "check_clippable",
     "has_own_step",
     "hidden_gradients",
     "is_profiled",
@@ -61,6 +62,11 @@ def raw_step(optimizer: Optimizer) -> Callable[..., Any]:
     return bound
 
 
+_SPARSE = (
+    torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc,
+)  # fmt: skip
+
+
 class ClippedGradients:
     """Clips the gradients for the length of a step and puts the user's own back afterwards.
 
@@ -94,7 +100,21 @@ class ClippedGradients:
                 copies.append(own)
         ways = spreads(params)
         if not any(ways):
-            return torch.nn.utils.clip_grad_norm_([p for p, _ in self._originals], self._max_norm)
+            try:
+                return torch.nn.utils.clip_grad_norm_(
+                    [p for p, _ in self._originals], self._max_norm
+                )
+            except (NotImplementedError, RuntimeError) as error:
+                self.restore()
+                sparse = [p for p in params if p.grad is not None and p.grad.layout in _SPARSE]
+                if not sparse:
+                    raise
+                raise NotImplementedError(
+                    f"max_grad_norm={self._max_norm} cannot clip sparse gradients, of which torch "
+                    f"takes no norm: a parameter of shape {list(sparse[0].shape)} has one. "
+                    "Construct CyclicalOptimizer without max_grad_norm, or have dense gradients, "
+                    "as torch.nn.Embedding(..., sparse=False) does"
+                ) from error
         # torch's own takes DTensors of one mesh, and none beside other tensors.
         norm = global_norm(copies, ways, is_wide(params))
         factor = (self._max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -107,6 +127,15 @@ class ClippedGradients:
         for param, grad in self._originals:
             param.grad = grad
         self._originals.clear()
+
+
+def check_clippable(params: Iterable[Tensor], max_norm: float) -> None:
+    """Raise where the gradients have no norm to clip by."""
+    clipped = ClippedGradients(max_norm)
+    try:
+        clipped.clip(params)
+    finally:
+        clipped.restore()
 
 
 @contextmanager

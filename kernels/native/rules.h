@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 namespace clr {
@@ -32,6 +33,12 @@ inline double fmadd(double a, double b, double c) {
 #else
     return a * b + c;
 #endif
+}
+// Returns x in the arithmetic type; NaN stays NaN. A rate beyond the type's largest number would be
+// infinite, and infinity times a gradient of 0 is NaN.
+template <class A> A held(double x) {
+    const double largest = double(std::numeric_limits<A>::max());
+    return A(x > largest ? largest : x < -largest ? -largest : x);
 }
 inline float root(float x) { return __builtin_sqrtf(x); }
 inline double root(double x) { return __builtin_sqrt(x); }
@@ -57,7 +64,7 @@ template <class A> struct Lerp {
     A coefficient;
     Switch<A> from_start;
     explicit Lerp(double weight)
-        : coefficient(std::abs(A(weight)) < A(0.5) ? A(weight) : A(weight) - A(1)),
+        : coefficient(std::abs(A(weight)) < A(0.5) ? A(weight) : held<A>(weight) - A(1)),
           from_start(std::abs(A(weight)) < A(0.5)) {}
     A operator()(A start, A end) const {
         return fmadd(coefficient, end - start, from_start(start, end));
@@ -87,7 +94,8 @@ template <class A, bool MOMENTUM> struct Sgd {
     A lr, momentum, keep;
     Switch<A> nesterov, first;
     Sgd(const double* s, double grad_scale, double, bool first)
-        : gradient(s, grad_scale), lr(A(-s[LR])), momentum(A(s[OWN])), keep(A(1 - s[OWN + 1])),
+        : gradient(s, grad_scale), lr(held<A>(-s[LR])), momentum(held<A>(s[OWN])),
+          keep(A(1 - s[OWN + 1])),
           nesterov(s[OWN + 2] != 0), first(first) {}
     void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
                     [[maybe_unused]] A& s2) const {
@@ -110,10 +118,10 @@ template <class A, bool AMSGRAD> struct Adam {
     Adam(const double* s, double grad_scale, double step, bool)
         : gradient(s, grad_scale), lerp(1 - s[OWN]), shrink(1), beta2(A(s[OWN + 1])),
           rest2(A(1 - s[OWN + 1])), correction2(A(std::sqrt(1 - std::pow(s[OWN + 1], step)))),
-          eps(A(s[OWN + 2])), step_size(A(-(s[LR] / (1 - std::pow(s[OWN], step))))) {
+          eps(A(s[OWN + 2])), step_size(held<A>(-(s[LR] / (1 - std::pow(s[OWN], step))))) {
         if (s[OWN + 3] != 0) {  // decoupled: the weights shrink, the gradient stays
             gradient.decays = Switch<A>(false);
-            shrink = A(1 - s[LR] * s[WEIGHT_DECAY]);
+            shrink = held<A>(1 - s[LR] * s[WEIGHT_DECAY]);
         }
     }
     void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
@@ -121,7 +129,7 @@ template <class A, bool AMSGRAD> struct Adam {
         g = gradient(g, p);
         p *= shrink;
         const A m = lerp(s0, g);
-        const A v = s1 * beta2 + rest2 * g * g;
+        const A v = fmadd(rest2 * g, g, s1 * beta2);
         s0 = m;
         s1 = v;
         A second = v;
@@ -138,12 +146,12 @@ template <class A> struct Adagrad {
     Gradient<A> gradient;
     A rate, eps;
     Adagrad(const double* s, double grad_scale, double step, bool)
-        : gradient(s, grad_scale), rate(A(-(s[LR] / (1 + (step - 1) * s[OWN])))),
+        : gradient(s, grad_scale), rate(held<A>(-(s[LR] / (1 + (step - 1) * s[OWN])))),
           eps(A(s[OWN + 1])) {}
     void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
                     [[maybe_unused]] A& s2) const {
         g = gradient(g, p);
-        const A sum = s0 + g * g;
+        const A sum = fmadd(g, g, s0);
         s0 = sum;
         p += rate * g / (root(sum) + eps);
     }
@@ -154,15 +162,15 @@ template <class A> struct Adadelta {
     Gradient<A> gradient;
     A lr, rho, rest, eps;
     Adadelta(const double* s, double grad_scale, double, bool)
-        : gradient(s, grad_scale), lr(A(-s[LR])), rho(A(s[OWN])), rest(A(1 - s[OWN])),
+        : gradient(s, grad_scale), lr(held<A>(-s[LR])), rho(A(s[OWN])), rest(A(1 - s[OWN])),
           eps(A(s[OWN + 1])) {}
     void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
                     [[maybe_unused]] A& s2) const {
         g = gradient(g, p);
-        const A square = s0 * rho + rest * g * g;
+        const A square = fmadd(rest * g, g, s0 * rho);
         const A delta = root(s1 + eps) / root(square + eps) * g;
         s0 = square;
-        s1 = s1 * rho + rest * delta * delta;
+        s1 = fmadd(rest * delta, delta, s1 * rho);
         p = fmadd(lr, delta, p);
     }
 };
@@ -173,18 +181,20 @@ template <class A, bool MOMENTUM, bool CENTERED> struct RmsProp {
     Lerp<A> lerp;
     A lr, alpha, rest, eps, momentum;
     RmsProp(const double* s, double grad_scale, double, bool)
-        : gradient(s, grad_scale), lerp(1 - s[OWN]), lr(A(-s[LR])), alpha(A(s[OWN])),
-          rest(A(1 - s[OWN])), eps(A(s[OWN + 1])), momentum(A(s[OWN + 2])) {}
+        : gradient(s, grad_scale), lerp(1 - s[OWN]), lr(held<A>(-s[LR])), alpha(A(s[OWN])),
+          rest(A(1 - s[OWN])), eps(A(s[OWN + 1])), momentum(held<A>(s[OWN + 2])) {}
     void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
                     [[maybe_unused]] A& s2) const {
         g = gradient(g, p);
-        const A square = s0 * alpha + rest * g * g;
+        const A square = fmadd(rest * g, g, s0 * alpha);
         s0 = square;
         A spread = square;
         if (CENTERED) {
             A& mean = MOMENTUM ? s2 : s1;
             mean = lerp(mean, g);
-            spread -= mean * mean;
+            // One rounding, as torch's addcmul has: if the square of the mean alone is rounded, it
+            // may overflow, and inf - inf is NaN.
+            spread = fmadd(-mean, mean, spread);
         }
         spread = root(spread) + eps;
         if (MOMENTUM) {

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from clr_optim.kernels.triton.rules import constants, update
+from clr_optim.kernels.triton.rules import constants, held, update
 from clr_optim.kernels.triton.schedule import rate_and_momentum
 
 __all__ = [
@@ -214,7 +214,7 @@ def multi_tensor(
     decay = tl.load(groups + 5)
     own = groups + _OWN
     c0, c1, c2, c3, c4, c5, c6 = constants(
-        own, rate, decay, step, momentum, tl.load(groups + 4) != 0, KERNEL
+        own, rate, decay, step, momentum, tl.load(groups + 4) != 0, KERNEL, A
     )
     c0, c1, c2, c3, c4, c5, c6 = (
         c0.to(A), c1.to(A), c2.to(A), c3.to(A), c4.to(A), c5.to(A), c6.to(A)
@@ -357,5 +357,7 @@ def advance(
             if tl.load(rates + 3 * i + 1) != 0:
                 tl.store(place.to(tl.pointer_type(tl.float64)), rate)
             else:
-                tl.store(place.to(tl.pointer_type(tl.float32)), rate.to(tl.float32))
+                tl.store(
+                    place.to(tl.pointer_type(tl.float32)), held(rate, tl.float32).to(tl.float32)
+                )
         tl.store(control, position)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["constants", "update"]
+__all__ = ["constants", "held", "update"]
 
 
 @triton.jit
@@ -44,15 +44,29 @@ def _lerp(start, end, weight):
 
 
 @triton.jit
+def held(x, A: tl.constexpr):
+    """Return a float64 that the arithmetic type can hold; NaN stays NaN.
+
+    A rate beyond the type's largest number would be infinite, and infinity times 0 is NaN.
+    """
+    if tl.float64 == A:
+        largest = 1.7976931348623157e308
+    else:
+        largest = 3.4028234663852886e38
+    return tl.where(x > largest, largest, tl.where(x < -largest, -largest, x))
+
+
+@triton.jit
 def _power(base, exponent):
     # 0 to a positive power is 0 here too: its logarithm is minus infinity.
     return tl.exp2(exponent * tl.log2(base))
 
 
 @triton.jit
-def sgd_constants(own, rate, decay, step, momentum, cycles):
+def sgd_constants(own, rate, decay, step, momentum, cycles, A: tl.constexpr):
     m = tl.where(cycles, momentum, tl.load(own))
-    return -rate, m, 1.0 - tl.load(own + 1), tl.load(own + 2), rate, rate, rate
+    lr = held(-rate, A)
+    return lr, held(m, A), 1.0 - tl.load(own + 1), tl.load(own + 2), lr, lr, lr
 
 
 @triton.jit
@@ -65,14 +79,22 @@ def sgd(p, g, s0, first, lr, momentum, keep, nesterov, MOMENTUM: tl.constexpr):
 
 
 @triton.jit
-def adam_constants(own, rate, decay, step, momentum, cycles):
+def adam_constants(own, rate, decay, step, momentum, cycles, A: tl.constexpr):
     beta1 = tl.where(cycles, momentum, tl.load(own))
     beta2 = tl.load(own + 1)
     # Decoupled: the weights shrink, the gradient stays.
-    shrink = tl.where(tl.load(own + 3) != 0, 1.0 - rate * decay, 1.0)
+    shrink = held(tl.where(tl.load(own + 3) != 0, 1.0 - rate * decay, 1.0), A)
     correction2 = tl.sqrt(1.0 - _power(beta2, step))
-    step_size = -(rate / (1.0 - _power(beta1, step)))
-    return 1.0 - beta1, beta2, 1.0 - beta2, shrink, correction2, tl.load(own + 2), step_size
+    step_size = held(-(rate / (1.0 - _power(beta1, step))), A)
+    return (
+        held(1.0 - beta1, A),
+        beta2,
+        1.0 - beta2,
+        shrink,
+        correction2,
+        tl.load(own + 2),
+        step_size,
+    )
 
 
 @triton.jit
@@ -93,7 +115,7 @@ def adam(
 ):
     p = p * shrink
     s0 = _lerp(s0, g, weight)
-    s1 = s1 * beta2 + rest2 * g * g
+    s1 = tl.fma(rest2 * g, g, s1 * beta2)
     second = s1
     if AMSGRAD:  # NaN wins, as in torch.maximum
         s2 = tl.where((s2 > s1) | (s2 != s2), s2, s1)
@@ -103,43 +125,38 @@ def adam(
 
 
 @triton.jit
-def adagrad_constants(own, rate, decay, step, momentum, cycles):
-    return (
-        -(rate / (1.0 + (step - 1.0) * tl.load(own))),
-        tl.load(own + 1),
-        rate,
-        rate,
-        rate,
-        rate,
-        rate,
-    )
+def adagrad_constants(own, rate, decay, step, momentum, cycles, A: tl.constexpr):
+    lr = held(-(rate / (1.0 + (step - 1.0) * tl.load(own))), A)
+    return lr, tl.load(own + 1), lr, lr, lr, lr, lr
 
 
 @triton.jit
 def adagrad(p, g, s0, lr, eps):
-    s0 = s0 + g * g
+    s0 = tl.fma(g, g, s0)
     return p + _divide(lr * g, _root(s0) + eps), s0
 
 
 @triton.jit
-def adadelta_constants(own, rate, decay, step, momentum, cycles):
+def adadelta_constants(own, rate, decay, step, momentum, cycles, A: tl.constexpr):
     rho = tl.load(own)
-    return -rate, rho, 1.0 - rho, tl.load(own + 1), rate, rate, rate
+    lr = held(-rate, A)
+    return lr, rho, 1.0 - rho, tl.load(own + 1), lr, lr, lr
 
 
 @triton.jit
 def adadelta(p, g, s0, s1, lr, rho, rest, eps):
-    s0 = s0 * rho + rest * g * g
+    s0 = tl.fma(rest * g, g, s0 * rho)
     delta = _divide(_root(s1 + eps), _root(s0 + eps)) * g
-    s1 = s1 * rho + rest * delta * delta
+    s1 = tl.fma(rest * delta, delta, s1 * rho)
     return tl.fma(lr, delta, p), s0, s1
 
 
 @triton.jit
-def rmsprop_constants(own, rate, decay, step, momentum, cycles):
+def rmsprop_constants(own, rate, decay, step, momentum, cycles, A: tl.constexpr):
     alpha = tl.load(own)
     m = tl.where(cycles, momentum, tl.load(own + 2))
-    return -rate, alpha, 1.0 - alpha, tl.load(own + 1), m, rate, rate
+    lr = held(-rate, A)
+    return lr, alpha, 1.0 - alpha, tl.load(own + 1), held(m, A), lr, lr
 
 
 @triton.jit
@@ -157,15 +174,17 @@ def rmsprop(
     MOMENTUM: tl.constexpr,
     CENTERED: tl.constexpr,
 ):
-    s0 = s0 * alpha + rest * g * g
+    s0 = tl.fma(rest * g, g, s0 * alpha)
     spread = s0
+    # One rounding, as torch's addcmul has: if the square of the mean alone is rounded, it may
+    # overflow, and inf - inf is NaN.
     if CENTERED:
         if MOMENTUM:
             s2 = _lerp(s2, g, rest)
-            spread = spread - s2 * s2
+            spread = tl.fma(-s2, s2, spread)
         else:
             s1 = _lerp(s1, g, rest)
-            spread = spread - s1 * s1
+            spread = tl.fma(-s1, s1, spread)
     spread = _root(spread) + eps
     if MOMENTUM:
         s1 = s1 * momentum + _divide(g, spread)
@@ -176,18 +195,23 @@ def rmsprop(
 
 
 @triton.jit
-def constants(own, rate, decay, step, momentum, cycles, KERNEL: tl.constexpr):
-    """Seven float64 constants of a kernel, by its name in :data:`clr_optim.rules.KERNELS`."""
+def constants(
+    own, rate, decay, step, momentum, cycles, KERNEL: tl.constexpr, A: tl.constexpr
+):  # fmt: skip
+    """Seven float64 constants of a kernel, by its name in :data:`clr_optim.rules.KERNELS`.
+
+    Those that the rate decides are within the range of the arithmetic type ``A``.
+    """
     if KERNEL == "sgd" or KERNEL == "sgd_momentum":
-        return sgd_constants(own, rate, decay, step, momentum, cycles)
+        return sgd_constants(own, rate, decay, step, momentum, cycles, A)
     elif KERNEL == "adam" or KERNEL == "adam_amsgrad":
-        return adam_constants(own, rate, decay, step, momentum, cycles)
+        return adam_constants(own, rate, decay, step, momentum, cycles, A)
     elif KERNEL == "adagrad":
-        return adagrad_constants(own, rate, decay, step, momentum, cycles)
+        return adagrad_constants(own, rate, decay, step, momentum, cycles, A)
     elif KERNEL == "adadelta":
-        return adadelta_constants(own, rate, decay, step, momentum, cycles)
+        return adadelta_constants(own, rate, decay, step, momentum, cycles, A)
     else:
-        return rmsprop_constants(own, rate, decay, step, momentum, cycles)
+        return rmsprop_constants(own, rate, decay, step, momentum, cycles, A)
 
 
 @triton.jit

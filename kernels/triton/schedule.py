@@ -7,6 +7,7 @@ tensors' own arithmetic differs from it.
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,8 @@ _WINDOWS = ("constant", "triangle", "welch", "hann")
 
 _N_INTS: tl.constexpr = tl.constexpr(len(INTS))
 _N_FLOATS: tl.constexpr = tl.constexpr(len(FLOATS))
+
+_LARGEST: tl.constexpr = tl.constexpr(sys.float_info.max)
 
 
 def phase_tables(schedule: Schedule) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
@@ -118,9 +121,13 @@ def rate_and_momentum(ints, floats, phases, step, base_lr, max_lr, base_momentum
     own = tl.load(floats + 3) != 0.0
     base_lr = tl.where(own, tl.load(floats + 4), base_lr)
     max_lr = tl.where(own, tl.load(floats + 5), max_lr)
-    lower = tl.load(floats + 6) * base_lr + tl.load(floats + 7) * max_lr
-    upper = tl.load(floats + 8) * base_lr + tl.load(floats + 9) * max_lr
-    rate = tl.exp2(time * tl.load(floats + 2)) * lower + (upper - lower) * amplitude
+    # Hold each term at the largest float, as the host does: infinity times 0 is NaN. The difference
+    # of the ends needs no limit, since both have the same sign.
+    lower = tl.minimum(tl.load(floats + 6) * base_lr + tl.load(floats + 7) * max_lr, _LARGEST)
+    upper = tl.minimum(tl.load(floats + 8) * base_lr + tl.load(floats + 9) * max_lr, _LARGEST)
+    growth = tl.minimum(tl.exp2(time * tl.load(floats + 2)), _LARGEST)
+    rate = tl.minimum(growth * lower, _LARGEST) + (upper - lower) * amplitude
+    rate = tl.minimum(rate, _LARGEST)
     cycles = tl.load(floats + 10) != 0.0
     momentum = max_momentum - (max_momentum - base_momentum) * amplitude
     return rate, tl.where(cycles, momentum, max_momentum)
