@@ -115,7 +115,9 @@ class _Shared:
         self.bounds: list[tuple[float, float]] = []
         #: groups that somebody put there since, and the bounds that were found for them
         self.seen: tuple[Sequence[dict[str, Any]], list[tuple[float, float]]] | None = None
+        #: the bounds of each group's momentum, and the object that holds it
         self.momenta: list[tuple[float, float]] = []
+        self.held_momenta: list[object] = []
         self.rates: list[tuple[object, float]] = []
         self.warned = False
         self.grad_norm: Tensor | None = None
@@ -875,7 +877,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         else:
             loss = None
             if closure is not None:
-                self._prepare()
+                with self._shared.lock:
+                    self._catch_up()
+                    self._prepare()
                 with torch.enable_grad():
                     loss = closure()
             with self._shared.lock:
@@ -937,7 +941,6 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
     # Else torch puts its wrapper around this one.
     step.hooked = True  # type: ignore[attr-defined]
 
-    @_alone
     def _prepare(self, at_zero: bool = False) -> None:
         """Have the groups hold what this step uses; a ``scale_fn`` that raises does so here."""
         if not at_zero:
@@ -1104,7 +1107,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             # Still a float in the step after which a group has become capturable.
             if isinstance(lr, Tensor) and self._is_kept(self._inner.param_groups[i])
         ]
-        return Course(shared.position, rates, shared.bounds, momenta, kept, not at_zero)
+        return Course(shared.counted[0], rates, shared.bounds, momenta, kept, not at_zero)
 
     def _fused_step(self, fused: FusedBackend, capturing: bool, evaluated: bool) -> int:
         """One call per bucket; what the kernels do not serve goes through the wrapped step.
@@ -1336,7 +1339,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             )
             if self._is_foreign(group, held, value)
         ]
-        if not foreign and not self._cycle_momentum:
+        if not foreign and self._is_momentum_ours():
             return
         written = {i: _written_rate(self.param_groups[i]["lr"], i) for i in foreign}
         written = {i: lr for i, lr in written.items() if lr != shared.rates[i][1]}
@@ -1351,6 +1354,19 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 stacklevel=_callers_level(),
             )
         self._go_to(shared.position, stepped=True)
+
+    def _is_momentum_ours(self) -> bool:
+        """Whether the groups hold the momenta and their bounds that we wrote, if they cycle."""
+        if not self._cycle_momentum:
+            return True
+        shared, groups = self._shared, self.param_groups
+        if len(groups) != len(shared.momenta) or shared.momenta != self._read_momenta(groups):
+            return False
+        # A tensor may have been filled, which does not show.
+        return all(
+            _momentum_of(group) is held and type(held) is not Tensor
+            for group, held in zip(groups, shared.held_momenta, strict=False)
+        )
 
     # ---- keeping the groups in line
 
@@ -1485,8 +1501,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             group[_STEP] = position
         shared.rates = [(rate, rate) for rate in rates]
         # A signal handler may have gone elsewhere up to here, but not within this line.
-        shared.counted = (position, steps) if shared.counted is before else shared.counted
-        if shared.counted != (position, steps):
+        counted = (position, steps)
+        shared.counted = counted if shared.counted is before else shared.counted
+        if shared.counted is not counted:
             self._go_to(shared.position)
 
     def _change_course(self, position: int) -> None:
@@ -1513,9 +1530,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         for i, (group, rate) in enumerate(zip(groups, rates, strict=True)):
             lr = before[i][0] if i < len(before) else group["lr"]
             held.append(self._write_rate(group, position, lr, rate, taken, stepped))
-        if momenta:
-            self._write_momenta(groups, position, momenta, set())
-        shared.groups, shared.bounds, shared.momenta = all_groups, bounds, momenta
+        held_momenta = self._write_momenta(groups, position, momenta, set()) if momenta else []
+        shared.groups, shared.bounds = all_groups, bounds
+        shared.momenta, shared.held_momenta = momenta, held_momenta
         shared.rates, shared.seen = held, None
         shared.counted = (position, shared.steps)
         if shared.fused is not None and not stepped and self._only_the_device_knows():
@@ -1532,7 +1549,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         held = self._write_rate(group, position, group["lr"], rate, taken, stepped=False)
         if momenta:
             betas = [each["betas"] for each in groups[:-1] if "betas" in each]
-            self._write_momenta([group], position, momenta, {id(beta) for beta, *_ in betas})
+            taken = {id(beta) for beta, *_ in betas}
+            shared.held_momenta += self._write_momenta([group], position, momenta, taken)
         shared.groups = groups
         shared.bounds.append(bounds)
         shared.momenta += momenta
@@ -1591,7 +1609,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         position: int,
         bounds: Sequence[tuple[float, float]],
         taken: set[int],
-    ) -> None:
+    ) -> list[object]:
         """Write the momenta of a step into groups.
 
         Args:
@@ -1599,6 +1617,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             position: the step's number.
             bounds: those of each group's momentum.
             taken: ids of what other groups have for their ``betas[0]``; tensors are added to it.
+
+        Returns:
+            The object that holds each group's momentum now, see :func:`_momentum_of`.
         """
         momenta = self._schedule.momenta(position, bounds)
         for group, momentum in zip(groups, momenta, strict=True):
@@ -1614,6 +1635,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 _fill(beta, momentum)
             else:
                 group["betas"] = (momentum, *others)
+        return list(map(_momentum_of, groups))
 
     # ---- checkpoints and copies
 
@@ -2083,6 +2105,14 @@ def _values_in(params: Sequence[Tensor]) -> str:
     text = f"{sum(p.numel() for p in there):,} values"
     lazy = len(params) - len(there)
     return f"{text} ({lazy} uninitialized until the model's first forward)" if lazy else text
+
+
+def _momentum_of(group: Mapping[str, Any]) -> object:
+    """The object that holds a group's momentum: a number, the betas, or the first of them."""
+    betas = group.get("betas")
+    if betas is None:
+        return group.get("momentum")
+    return betas[0] if isinstance(betas[0], Tensor) else betas
 
 
 @torch.no_grad()
