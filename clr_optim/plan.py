@@ -484,12 +484,14 @@ class Plan:
             return
         with self._lock:
             for _ in range(_ATTEMPTS):
-                if self._groups is None or self._rest_changed() or not self._adopt():
+                if self._rest_changed():
+                    self._groups = None
+                if self.is_current():
+                    return
+                if self._groups is None or not self._adopt():
                     self._build()
                     if self._groups is None:
                         return  # nothing for a kernel to do
-                if self.is_current():
-                    return
             # Other threads change things all the time. Each row is right for one reading of them.
             self._build()
             self.view.ready = 1
@@ -529,7 +531,11 @@ class Plan:
         """
         optimizer = self._optimizer
         self._answer = 0
-        if optimizer.param_groups is not self._groups or optimizer.state is not self._state:
+        if (
+            self._groups is None
+            or optimizer.param_groups is not self._groups
+            or optimizer.state is not self._state
+        ):
             return False
         # A list (of betas, say) may change within itself, which no comparison of objects shows.
         changed = self._lists and any(_contents(now) != then for now, then in self._lists)
@@ -539,6 +545,12 @@ class Plan:
         if answer == _SETTINGS_CHANGED and self._take_settings():
             answer = self._ask()
         self.partial = answer == _SOME_IDLE
+        if (
+            self.pending
+            and self.partial
+            and not all(bucket.table["active"][index] for bucket, index in self._unfilled)
+        ):
+            return False  # a row whose state was not filled yet has lost its gradient
         self._answer = answer
         return answer in (_ALL_ACTIVE, _SOME_IDLE)
 

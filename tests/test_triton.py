@@ -818,17 +818,16 @@ def test_ctrl_c_between_device_and_host(first, monkeypatch):
 
 def test_a_device_that_joins_stands_where_the_others_do(monkeypatch):
     """Though the host may not know where that is; another device is played by another index."""
-    from clr_optim.plan import Plan
+    from clr_optim.plan import Bucket
 
-    build = Plan._build
+    begin = Bucket.begin
 
-    def on_two(self):
-        build(self)
-        for bucket in self.buckets:
-            if bucket.dtype == torch.float64 and DEVICE.type == "cpu":
-                bucket.device = torch.device("cpu", 1)
+    def on_two(self, first):
+        begin(self, first)
+        if self.dtype == torch.float64 and DEVICE.type == "cpu":
+            self.device = torch.device("cpu", 1)
 
-    monkeypatch.setattr(Plan, "_build", on_two)
+    monkeypatch.setattr(Bucket, "begin", on_two)
     weights = parameters(drawn([(4,)], torch.float32)) + parameters(drawn([(4,)], torch.float64))
     opt = wrapped(torch.optim.SGD(weights[:1], lr=0.1), backend="triton", step_size_up=4)
     for overflow in (0.0, 0.0, 1.0, 0.0, 1.0):

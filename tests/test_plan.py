@@ -1,0 +1,367 @@
+"""What a plan takes in without being made anew, and what it leaves to torch."""
+
+from __future__ import annotations
+
+import collections
+import threading
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from native_helpers import (
+    BY_NAME,
+    KERNELS,
+    Twins,
+    assert_alike,
+    drawn,
+    members,
+    parameters,
+    threads,
+    wrapped,
+)
+
+from clr_optim.overlap import Memory, sharing
+from clr_optim.plan import Plan
+from clr_optim.rules import RULES
+
+
+def twins(name: str, count: int = 3, **wrap: Any) -> Twins:
+    case = BY_NAME[name]
+    shapes = [(3, 2), (4,), ()]
+    return Twins(
+        lambda: case.make(parameters(drawn([shapes[i % 3] for i in range(count)], torch.float64))),
+        **wrap,
+    )
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """How often a plan is made anew."""
+    made = []
+    build = Plan._build
+    monkeypatch.setattr(Plan, "_build", lambda self: made.append(self) or build(self))
+    return made
+
+
+def step(pair: Twins, missing: set[int] | None = None) -> None:
+    pair.draw()
+    for opt in pair.both():
+        for i, p in enumerate(members(opt)):
+            if i in (missing or ()):
+                p.grad = None
+    pair.step()
+
+
+# ---- what comes later
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside the others"])
+@pytest.mark.parametrize("case", KERNELS, ids=lambda case: case.name)
+def test_first_gradients_one_after_the_other_are_taken_in(case, alone, builds):
+    count = 9
+    pair = twins(case.name, count)
+    for last in range(count):
+        there = {last} if alone else set(range(last + 1))
+        step(pair, set(range(count)) - there)
+    for _ in range(2):
+        step(pair)
+    assert len(builds) <= 1
+
+
+@pytest.mark.parametrize("beneath", [True, False], ids=["beneath", "ours"])
+def test_groups_one_after_the_other_are_taken_in(beneath, builds):
+    pair = twins("adam-wd")
+    for k in range(6):
+        step(pair)
+        for opt in pair.both():
+            inner = opt.optimizer if beneath and opt is pair.ours else opt
+            inner.add_param_group({"params": parameters(drawn([(2,), (3,)], torch.float64, k))})
+    step(pair)
+    assert len(builds) == 1
+    assert pair.ours.iteration == 7
+
+
+def test_parameters_appended_to_a_group_are_taken_in(builds):
+    pair = twins("sgd-mom")
+    for k in range(5):
+        step(pair)
+        for opt in pair.both():
+            opt.param_groups[0]["params"] += parameters(drawn([(k + 1,)], torch.float64, k))
+    step(pair)
+    assert len(builds) == 1
+
+
+def test_state_of_parameters_that_torch_serves_is_taken_in(builds):
+    """Sparse gradients: each has its first step after the plan was made."""
+    pair = Twins(
+        lambda: torch.optim.SGD(parameters(drawn([(3, 2)] * 6, torch.float64)), momentum=0.9)
+    )
+    for last in range(6):
+        pair.draw()
+        for opt in pair.both():
+            for i, p in enumerate(members(opt)):
+                if i > last:
+                    p.grad = None
+                elif i:
+                    p.grad = p.grad.to_sparse()
+        pair.step()
+    assert len(builds) <= 2
+
+
+def test_alternating_sets_of_gradients_need_one_plan(builds):
+    pair = twins("adam-wd", 8)
+    for k in range(8):
+        step(pair, {i for i in range(8) if i % 2 == k % 2})
+    assert len(builds) == 1
+
+
+def test_a_setting_switched_together_with_a_first_gradient():
+    pair = twins("adam-wd")
+    step(pair, {1, 2})
+    for opt in pair.both():
+        opt.param_groups[0]["amsgrad"] = True
+        opt.state.clear()
+    step(pair, {2})
+    step(pair)
+
+
+def test_memory_that_a_latecomer_shares_is_left_to_torch():
+    def make() -> torch.optim.Optimizer:
+        (base,) = drawn([(6,)], torch.float64)
+        return torch.optim.SGD(
+            parameters([base[:4]]) + parameters([base[3:]]), lr=0.1, momentum=0.5
+        )
+
+    pair = Twins(make)
+    for opt in pair.both():
+        a, b = members(opt)
+        b.data = a.detach()[2:]
+    step(pair, {1})
+    step(pair)
+    assert "share memory" in pair.ours.explain()
+    step(pair)
+
+
+# ---- unusual structures, which torch's step takes
+
+
+class Missing(collections.UserDict):
+    """A mapping that is no dict."""
+
+    def __missing__(self, key: Any) -> Any:
+        self.data[key] = {}
+        return self.data[key]
+
+
+UNUSUAL: dict[str, Any] = {
+    "params in a tuple": lambda o: o.param_groups[0].update(params=tuple(members(o))),
+    "groups in a tuple": lambda o: setattr(o, "param_groups", tuple(o.param_groups)),
+    "state in no dict": lambda o: setattr(o, "state", Missing()),
+    "state in an ordered dict": lambda o: setattr(
+        o, "state", type("D", (collections.defaultdict,), {})(dict)
+    ),
+    "betas in a list": lambda o: o.param_groups[0].update(betas=[0.8, 0.9]),
+}
+
+
+@pytest.mark.parametrize("started", [True, False], ids=["", "at first"])
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_structures(name, started, builds):
+    pair = twins("adam-wd")
+    if started:
+        step(pair)
+    for opt in pair.both():
+        UNUSUAL[name](opt)
+    for _ in range(2):
+        step(pair)
+    del builds[:]
+    for _ in range(4):
+        step(pair)
+    assert name == "state in no dict" or not builds
+
+
+def test_a_list_of_settings_that_changes_within_itself():
+    class Config(collections.UserList):
+        pass
+
+    for kind in (list, Config):
+        pair = twins("adam-wd")
+        for opt in pair.both():
+            opt.param_groups[0]["betas"] = kind([0.5, 0.9])
+        for beta in (0.5, 0.6, 0.7):
+            for opt in pair.both():
+                opt.param_groups[0]["betas"][0] = beta
+            step(pair)
+
+
+# ---- lazy negations
+
+
+def test_negated_gradients_of_any_size():
+    pair = twins("adam-wd")
+    for k in range(4):
+        pair.draw()
+        for opt in pair.both():
+            for p in members(opt):
+                if k % 2:
+                    p.grad = torch._neg_view(p.grad.neg())
+        pair.step()
+
+
+@pytest.mark.parametrize("started", [True, False], ids=["", "at first"])
+def test_negated_parameters_are_left_to_torch(started):
+    pair = twins("sgd-mom")
+    if started:
+        step(pair)
+    for opt in pair.both():
+        for p in members(opt)[1:]:
+            p.data = torch._neg_view(p.detach().clone())
+    step(pair)
+    assert "lazy negations" in pair.ours.explain()
+    step(pair)
+
+
+def test_a_parameter_negated_in_its_place_is_noticed():
+    """Its pointer and layout stay the same."""
+    pair = twins("sgd-mom")
+    step(pair)
+    for opt in pair.both():
+        for p in members(opt):
+            p.data = torch._neg_view(p.data)
+    step(pair)
+    step(pair)
+
+
+def test_negated_state_is_left_to_torch():
+    pair = twins("adam-wd")
+    step(pair)
+    for opt in pair.both():
+        for state in opt.state.values():
+            state["exp_avg"] = torch._neg_view(state["exp_avg"].neg())
+    step(pair)
+    step(pair)
+
+
+# ---- settings are read once
+
+
+@pytest.mark.parametrize("flag", ["amsgrad", "maximize"])
+def test_a_setting_that_another_thread_switches(flag):
+    params = parameters(drawn([(3,), (2, 2)], torch.float64))
+    opt = wrapped(torch.optim.Adam(params, lr=0.1))
+    group, stop = opt.param_groups[0], threading.Event()
+
+    def switch() -> None:
+        while not stop.is_set():
+            group[flag] = not group[flag]
+
+    thread = threading.Thread(target=switch, daemon=True)
+    thread.start()
+    try:
+        for k in range(300):
+            for p, grad in zip(
+                params, drawn([p.shape for p in params], torch.float64, k), strict=True
+            ):
+                p.grad = grad
+            try:
+                opt.step()
+            except (KeyError, RuntimeError):  # as torch: state for another setting
+                opt.state.clear()
+            if k % 50 == 0:
+                opt.state.clear()
+    finally:
+        stop.set()
+        thread.join()
+    assert all(p.isfinite().all() for p in params)
+
+
+def test_kernel_and_slots_come_from_one_reading(monkeypatch):
+    import dataclasses
+
+    (p,) = parameters(drawn([(3,)], torch.float64))
+    p.grad = torch.ones_like(p)
+    opt = wrapped(torch.optim.Adam([p], lr=0.1, amsgrad=True))
+    rule = RULES[torch.optim.Adam]
+
+    def slots(settings: Any) -> Any:
+        opt.param_groups[0]["amsgrad"] = False  # as another thread may do just now
+        return rule.slots(settings)
+
+    monkeypatch.setitem(RULES, torch.optim.Adam, dataclasses.replace(rule, slots=slots))
+    opt.step()
+    assert p.isfinite().all()
+
+
+# ---- memory
+
+
+SPANS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 6)), max_size=12)
+
+
+@given(SPANS, SPANS)
+@settings(deadline=None, max_examples=200)
+def test_memory_by_brute_force(first, later):
+    base = torch.zeros(64)
+
+    def places(spans: list[tuple[int, int]]) -> list[torch.Tensor]:
+        return [base[begin : begin + length] for begin, length in spans]
+
+    def cells(span: tuple[int, int]) -> set[int]:
+        return set(range(span[0], span[0] + span[1]))
+
+    owners = [places([span]) for span in first]
+    right = {
+        i
+        for i, one in enumerate(first)
+        for j, other in enumerate(first)
+        if i != j and cells(one) & cells(other)
+    }
+    assert sharing(owners) == right
+    memory = Memory(places(first))
+    taken = set().union(*map(cells, first)) if first else set()
+    for span in later:
+        free = not cells(span) & taken
+        assert memory.add(places([span])) == free
+        taken |= cells(span) if free else set()
+
+
+def test_memory_of_strides_and_of_nothing():
+    base = torch.zeros(4, 6)
+    assert sharing([[base[:, 1::2]], [base[:, ::2]]]) == {0, 1}  # by their reach
+    assert (
+        sharing([[base[:2]], [base[2:]], [torch.zeros(0)], [torch.zeros(3).to_sparse()]]) == set()
+    )
+    assert sharing([[base[0], base[0]], [base[1]]]) == {0}
+
+
+# ---- the same result whatever the order of events
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sets(st.integers(0, 5)), st.sampled_from(["", "group", "append", "clear", "list"])
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
+@settings(deadline=None, max_examples=40)
+def test_any_order_of_latecomers(events):
+    with threads(1):
+        pair = twins("adam-wd", 4)
+        for seed, (there, what) in enumerate(events):
+            for opt in pair.both():
+                more = parameters(drawn([(2,)], torch.float64, seed))
+                if what == "group":
+                    opt.add_param_group({"params": more})
+                elif what == "append":
+                    opt.param_groups[0]["params"].extend(more)
+                elif what == "clear":
+                    opt.state.pop(members(opt)[0], None)
+                elif what == "list":
+                    opt.param_groups[-1]["params"] = list(opt.param_groups[-1]["params"])
+            step(pair, set(range(len(members(pair.ours)))) - there)
+        assert_alike(pair.ours, pair.theirs)
