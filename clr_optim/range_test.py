@@ -415,11 +415,15 @@ class RangeTest:
         """The curve, if there is something to be seen in it."""
         n = len(self.values)
         if n < _MIN_POINTS:
-            advice = (
-                "the rates are too large from the start: divide start_lr and end_lr by 10 or more"
-                if self.diverged
-                else "raise num_steps or epochs, or validate more often (validate_every)"
-            )
+            if self.diverged:
+                which = "start_lr and end_lr" if self._starts_above_0 else "end_lr"
+                advice = f"the rates are too large from the start: divide {which} by 10 or more"
+            elif self.interrupted:
+                advice = "the test was interrupted: let it run longer"
+            elif self.metric.startswith("validation"):
+                advice = "raise num_steps or epochs, or validate more often (validate_every)"
+            else:
+                advice = "raise num_steps or epochs"
             raise ValueError(
                 f"the curve has {n} points, and nothing can be read from fewer than {_MIN_POINTS}: "
                 f"{advice}"
@@ -446,15 +450,30 @@ class RangeTest:
             f"{self._show(curve.start - curve.drop)} (noise ± {curve.noise:.2g} a value)"
         )
         if self.diverged or float(smooth[-1]) - curve.start > least:
+            which = "start_lr" if self._starts_above_0 else "end_lr"
             raise ValueError(
                 f"the curve gets worse and has not improved before, beyond its noise: {seen}. "
-                "Lower start_lr (by 10 or more) so that the test begins with rates that train, or "
+                f"Lower {which} (by 10 or more) so that the test begins with rates that train, or "
                 "give it more steps"
+            )
+        if self.interrupted:
+            raise ValueError(
+                f"the curve is flat: {seen}. The test was interrupted at lr {self.lrs[-1]:.3g}. "
+                "Let it run to its end"
+            )
+        if curve.drop > 0.5 * least and curve.smooth_noise > 0.0:
+            raise ValueError(
+                f"the curve is flat, as far as its noise shows: {seen}. Give it more steps or less "
+                "noise (larger batches, or accumulate), or widen the range (raise end_lr)"
             )
         raise ValueError(
             f"the curve is flat: {seen}. Widen the range (raise end_lr), or give it more steps so "
             "that a change can be told from the noise"
         )
+
+    @property
+    def _starts_above_0(self) -> bool:
+        return not self.lrs or self.lrs[0] > 0.0
 
     def _show(self, value: float) -> str:
         value *= self._sign
@@ -649,6 +668,17 @@ def _noise(y: _Floats) -> float:
     return 1.4826 * float(np.median(np.abs(_second_differences(y))))
 
 
+def _spread(y: _Floats) -> float:
+    """Standard deviation of losses about what they do in all, whatever the last of them do.
+
+    Losses of both signs have no scale but their own: how far they are from their median.
+    """
+    spread = float(np.quantile(np.abs(_second_differences(y)), 0.75)) / 1.15
+    if y.min() < 0.0 < y.max():
+        spread = max(spread, 1.4826 * float(np.median(np.abs(y - np.median(y)))))
+    return spread
+
+
 def _raggedness(y: _Floats, width: float) -> _Floats:
     """The same in the neighbourhood of each point."""
     size = np.pad(np.abs(_second_differences(y)), 1, mode="edge")
@@ -716,9 +746,10 @@ def lr_range_test(
     of the group with the largest, and the others stay below. A model in eval mode is put in train
     mode; of one in train mode, submodules in eval mode stay so.
 
-    The loss is that of each step's batch before its update. If it grows to ``diverge_factor``
-    times its lowest, or is no longer finite, the test ends (``result.diverged``); Ctrl-C ends it
-    too and keeps what was measured (``result.interrupted``).
+    The loss is that of each step's batch before its update. If the mean of the last ten or so grows
+    to ``diverge_factor`` times its lowest and out of the losses' noise, or a loss is no longer
+    finite, the test ends (``result.diverged``); Ctrl-C ends it too and keeps what was measured
+    (``result.interrupted``).
 
     Under DistributedDataParallel and FSDP2 every rank calls this with its part of the data;
     measurements are averaged, so that all ranks get the same result. (Ctrl-C or an exception on
@@ -752,9 +783,10 @@ def lr_range_test(
             that it skips are not counted.
         max_grad_norm, backend: as in :class:`~clr_optim.CyclicalOptimizer`.
         offload: keep the copy of all that is put back in the CPU's memory.
-        diverge_factor: > 1. Of a small minimum this is too little to go by: what is lost must be
-            as many times what had been gained, too. ``math.inf`` waits for a loss that is not
-            finite.
+        diverge_factor: > 1. Of a small minimum this is too little to go by: the mean must rise by
+            ``diverge_factor - 1`` times its largest fall, too, and by six standard deviations of
+            the losses' noise. Losses of both signs, and all losses before the tenth, have no other
+            scale. ``math.inf`` waits for a loss that is not finite.
         smoothing: of the result.
         average_ranks: whether to average over all ranks; ``None`` does so for
             DistributedDataParallel and DTensors, over theirs.
@@ -845,9 +877,11 @@ def lr_range_test(
         [], [], mode=mode, metric=metric, num_steps=steps, smoothing=smoothing, ratios=ratios
     )
     forward = _Forward(model, loss_fn, step_fn, target_key, metric.endswith("accuracy"), here)
-    modules = [m for m in (model, loss_fn, step_fn) if isinstance(m, nn.Module)]
+    called = [getattr(function, "__self__", function) for function in (loss_fn, step_fn)]
+    modules = [m for m in (model, *called) if isinstance(m, nn.Module)]
     snapshot = _Snapshot(modules, optimizer, [loader, val_loader], here, offload)
     try:
+        snapshot.set_workers_aside()
         # A cycle that the optimizer is in the middle of is not the ramp's.
         for group in groups:
             for key in [key for key in group if key.startswith("clr_")]:
@@ -1045,23 +1079,30 @@ class _Divergence:
 
     def __init__(self, factor: float) -> None:
         self._factor = factor
+        self._losses: list[float] = []
         self._mean = 0.0
         self._weight = 0.0
-        self._first = self._lowest = math.inf
+        self._highest, self._lowest = -math.inf, math.inf
+        self._fall = 0.0
 
     def is_reached(self, loss: float) -> bool:
         """Whether this loss, the next, ends the test."""
         if not math.isfinite(loss):
             return True
+        self._losses.append(loss)
         # Over the last ten or so; the first ones weigh no more than the others.
         self._mean = 0.9 * self._mean + 0.1 * loss
         self._weight = 0.9 * self._weight + 0.1
         mean = self._mean / self._weight
-        if self._first == math.inf:
-            self._first = mean
+        self._highest = max(self._highest, mean)
         self._lowest = min(self._lowest, mean)
-        scale = max(abs(self._lowest), self._first - self._lowest)
-        return mean > self._lowest + (self._factor - 1.0) * scale
+        self._fall = max(self._fall, self._highest - mean)
+        scale = max(abs(self._lowest), self._fall)
+        rise = mean - self._lowest
+        # The spread of fewer losses is unknown, and no bounds can be read from them.
+        if len(self._losses) < _MIN_POINTS or not rise > (self._factor - 1.0) * scale:
+            return False
+        return rise > 6.0 * _spread(np.array(self._losses))
 
 
 class _Forward:
@@ -1151,51 +1192,39 @@ class _Forward:
 
     def _outcome(self, batch: Any) -> tuple[Any, Any, Any]:
         if self._step_fn is not None:
-            outcome = self._step_fn(self._model, batch)
-            if isinstance(outcome, Mapping):
-                outcome = outcome["loss"]
-            if isinstance(outcome, (tuple, list)):
-                if len(outcome) != 3:
-                    raise ValueError(
-                        "step_fn must return the loss or (loss, correct, count), got "
-                        f"{len(outcome)} values"
-                    )
-                return outcome[0], outcome[1], outcome[2]
-            if self._wants_accuracy:
-                raise ValueError(
-                    "step_fn must return (loss, correct, count) where accuracy is the metric, got "
-                    "a loss alone"
-                )
-            return outcome, 0.0, 1.0
+            return self._outcome_of_step_fn(self._step_fn(self._model, batch))
         target: Any
         if isinstance(batch, Mapping):
             if self._loss_fn is None:
-                output = self._model(**batch)
-                loss = output["loss"] if isinstance(output, Mapping) else output.loss
                 if self._wants_accuracy:
                     raise ValueError(
                         "accuracy needs a loss_fn, or a step_fn that returns (loss, correct, "
                         "count): the model's own loss says nothing of it"
                     )
-                return loss, 0.0, 1.0
+                return self._loss_of_model(self._called((), batch)), 0.0, 1.0
             if self._target_key not in batch:
                 raise ValueError(
                     f"target_key={self._target_key!r} is not in the batch, which has "
-                    f"{sorted(map(str, batch))}: name the one that loss_fn is to compare with"
+                    f"{sorted(map(str, batch))}: name the one that loss_fn is to compare with, or "
+                    "give a step_fn"
                 )
             target = batch[self._target_key]
-            output = self._model(**{k: v for k, v in batch.items() if k != self._target_key})
+            named = {k: v for k, v in batch.items() if k != self._target_key}
+            output = self._called((), named)
         elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
             target = batch[-1]
-            output = self._model(*batch[:-1])
+            output = self._called(batch[:-1], {})
         else:
+            size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
             raise ValueError(
-                f"a batch is a {type(batch).__name__}, and neither a tuple (*inputs, target) nor a "
-                "dictionary: give step_fn=lambda model, batch: ... that returns the loss"
+                f"a batch is a {type(batch).__name__}{size}, and neither a tuple (*inputs, target) "
+                "nor a dictionary: give step_fn=lambda model, batch: ... that returns the loss"
             )
         if self._loss_fn is None:
             raise ValueError("loss_fn=None needs a step_fn, or dictionaries and a model's own loss")
-        loss = self._loss_fn(output, target)
+        place = -1 if isinstance(batch, (tuple, list)) else self._target_key
+        with _noting(f"loss_fn(output, batch[{place!r}])"):
+            loss = self._loss_fn(output, target)
         if not self._wants_accuracy:
             return loss, 0.0, 1.0
         if (
@@ -1211,17 +1240,81 @@ class _Forward:
         right = (output.detach().argmax(dim=1) == target).sum()
         return loss, right, target.numel()
 
+    def _outcome_of_step_fn(self, outcome: Any) -> tuple[Any, Any, Any]:
+        if outcome is None:
+            raise ValueError("step_fn returned None: it must return the loss, a scalar tensor")
+        if isinstance(outcome, Mapping):
+            if "loss" not in outcome:
+                raise ValueError(
+                    f"step_fn returned a dictionary with no 'loss', but with "
+                    f"{sorted(map(str, outcome))}: return the loss, or a dictionary with it"
+                )
+            outcome = outcome["loss"]
+        if isinstance(outcome, (tuple, list)):
+            if len(outcome) != 3:
+                raise ValueError(
+                    "step_fn must return the loss or (loss, correct, count), got "
+                    f"{len(outcome)} values"
+                )
+            return outcome[0], outcome[1], outcome[2]
+        if self._wants_accuracy:
+            raise ValueError(
+                "step_fn must return (loss, correct, count) where accuracy is the metric, got "
+                "a loss alone"
+            )
+        return outcome, 0.0, 1.0
+
+    def _called(self, inputs: Sequence[Any], named: Mapping[Any, Any]) -> Any:
+        """What the model returns for a batch, if it takes such inputs at all."""
+        signature = None
+        with contextlib.suppress(TypeError, ValueError):  # not every callable has one
+            signature = inspect.signature(self._model.forward)
+        try:
+            if signature is not None:
+                signature.bind(*inputs, **named)
+        except TypeError as error:
+            given = [*(type(value).__name__ for value in inputs), *map(str, named)]
+            raise ValueError(
+                f"a batch does not fit {type(self._model).__name__}.forward{signature}, which was "
+                f"to be called with {', '.join(given)} ({error}): give "
+                "step_fn=lambda model, batch: ... that returns the loss"
+            ) from error
+        with _noting("model(*batch[:-1])" if inputs else "model(**batch)"):
+            return self._model(*inputs, **named)
+
+    def _loss_of_model(self, output: Any) -> Any:
+        found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if found is None:
+            raise ValueError(
+                f"{type(self._model).__name__} returned a {type(output).__name__} without a loss: "
+                "give a loss_fn, or step_fn=lambda model, batch: ... that returns the loss"
+            )
+        return found
+
+
+@contextlib.contextmanager
+def _noting(call: str) -> Iterator[None]:
+    """Tell with an error how the function was called."""
+    try:
+        yield
+    except Exception as error:
+        if sys.version_info >= (3, 11):
+            error.add_note(f"lr_range_test called {call}: for other batches give step_fn")
+        raise
+
 
 def _moved(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on the device."""
     if callable(getattr(batch, "to", None)):
-        return batch.to(device)
+        moved = batch.to(device)
+        return batch if moved is None else moved  # it may have moved itself
     if isinstance(batch, Mapping):
         return {key: _moved(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(_moved(value, device) for value in batch))
     if isinstance(batch, (tuple, list)):
-        return type(batch)(_moved(value, device) for value in batch)
+        values = [_moved(value, device) for value in batch]
+        return tuple(values) if isinstance(batch, tuple) else values
     return batch
 
 

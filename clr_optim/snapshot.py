@@ -1,8 +1,24 @@
-"""A copy of all that training changes: model, optimizer, gradients, random states."""
+"""A copy of all that training changes: model, optimizer, gradients, loaders, random states.
+
+Every value goes back into the object that holds it, so that no reference goes stale: neither an
+optimizer's, nor a captured graph's. :class:`Snapshot` says what is looked into.
+"""
 
 from __future__ import annotations
 
+import array
+import concurrent.futures
+import copy
+import copyreg
+import functools
+import multiprocessing.process
 import random
+import struct
+import threading
+import types
+import warnings
+import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,17 +26,62 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from clr_optim.sharding import DTensor, local_part
+from clr_optim.optimizer import _callers_level
+from clr_optim.sharding import DTensor
 
 __all__ = ["Snapshot"]
 
+_PutBack = Callable[[], object]
+
+# Arrays and tensors of a loader or of an object count as its data, and are not copied, where they
+# are larger than this and than the model.
+_LARGE = 64 * 2**20
+
+_ATOMS: tuple[type, ...] = (
+    type(None), bool, int, float, complex, str, bytes, range, slice, type, property,
+    types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType,
+    functools.partial, weakref.ReferenceType, *weakref.ProxyTypes,
+    torch.dtype, torch.layout, torch.memory_format, np.generic, np.memmap,
+)  # fmt: skip
+_GENERATORS = (
+    torch.Generator, random.Random, np.random.Generator, np.random.BitGenerator,
+    np.random.RandomState,
+)  # fmt: skip
+_CONTAINERS = (dict, list, tuple, deque, set)
+_BUFFERS = (bytearray, array.array)
+# Who owns one of these has other threads or processes, which a copy would contradict.
+_RUNNING = (
+    threading.Thread, type(threading.Lock()), type(threading.RLock()), threading.Condition,
+    multiprocessing.process.BaseProcess, concurrent.futures.Executor,
+)  # fmt: skip
+# Objects of these modules have state that Python does not see.
+_PARTLY_NATIVE = ("torch.distributed.", "torch._dynamo.", "clr_optim.")
+_WRAPPERS: tuple[type, ...] = (nn.parallel.DistributedDataParallel,)
+if torch.distributed.is_available():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    _WRAPPERS += (FullyShardedDataParallel,)
+_OF_WRAPPERS = ("_parameters", "_buffers", "_modules", "training")
+
 
 class Snapshot:
-    """All that a training changes, and how to put it back.
+    """Looks into all that training changes, and puts it back.
 
-    Everything goes back into the objects that hold it, so that no reference to any of them goes
-    stale: not an optimizer's, not a captured graph's.
+    Looked into: tensors, arrays, containers and generators of random numbers that the modules and
+    the optimizer lead to; attributes of modules and optimizers; and objects of any other class
+    that lead to nothing but such data, ``large`` bytes of it at most. In the optimizer's state all
+    objects are looked into, and those that cannot be are copied deeply. Loaders, samplers and
+    datasets are looked into as far as they are not large.
+
+    Args:
+        modules: what is trained, and whatever else has parameters.
+        optimizer: its optimizer.
+        loaders: where batches come from.
+        device: where it is trained.
+        offload: whether tensors are copied into the CPU's memory.
     """
 
     def __init__(
@@ -32,44 +93,79 @@ class Snapshot:
         offload: bool,
     ) -> None:
         self._offload = offload
-        self._memo: dict[int, Callable[[], Any]] = {}
-        self._held: list[Any] = []  # or a number of the memo might come to mean another object
+        self._kept: dict[int, Any] = {}
+        self._left: dict[int, Any] = {}
+        self._copies: dict[int, Any] = {}
+        self._put_back: list[_PutBack] = []
         self._modules = list(dict.fromkeys(m for module in modules for m in module.modules()))
         self._reshard()
-        self._flags = [module.training for module in self._modules]
-        # The tensors that stand under these names, and what is in them.
-        self._tensors = [
-            self._keep(tensors)
-            for module in self._modules
-            for tensors in (module._parameters, module._buffers)
-        ]
-        self._optimizer = self._keep(vars(optimizer))
         grouped = [p for group in optimizer.param_groups for p in group["params"]]
         modular = [p for module in modules for p in module.parameters()]
         #: all parameters
         self.params: list[Tensor] = list(dict.fromkeys([*modular, *grouped]))
-        self._leaves = [
-            (param, param.requires_grad, param.grad, self._keep(param.grad))
-            for param in self.params
-        ]
-        self._random = self._keep_random(loaders, {device, *(p.device for p in self.params)})
+        buffers = [buffer for module in self._modules for buffer in module.buffers(recurse=False)]
+        size = sum(_bytes(tensor) for tensor in [*self.params, *buffers])
+        self._large = max(_LARGE, size)
+        self._flags = [(module, module.training) for module in self._modules]
+        self._has_extra_state: set[int] = set()
+        self._extra = list(filter(None, map(self._keep_extra_state, self._modules)))
+        for tensor in [*self.params, *buffers]:
+            self._keep(tensor)
+        self._leaves = [(param, param.requires_grad, param.grad) for param in self.params]
+        for _, _, grad in self._leaves:
+            self._keep(grad)
+        self._keep(optimizer.state, everything=True)
+        self._keep(optimizer.param_groups, everything=True)
+        self._keep(optimizer)
+        for module in self._modules:
+            self._keep(module)
+        self._persistent: list[Any] = []
+        for loader in loaders:
+            self._keep_loader(loader)
+        self._keep_global_random({device, *(p.device for p in self.params)})
+
+    def set_workers_aside(self) -> None:
+        """Have loaders start workers anew, so that persistent ones keep what they have come to."""
+        for loader in self._persistent:
+            if "_iterator" in vars(loader):
+                vars(loader)["_iterator"] = None
+            else:
+                warnings.warn(
+                    f"the workers of the loader {type(loader).__name__} persist, and their state "
+                    "cannot be put back: give lr_range_test a loader with persistent_workers=False",
+                    UserWarning,
+                    stacklevel=_callers_level(),
+                )
 
     def restore(self) -> None:
         """Put everything back; may be called again."""
         self._reshard()
+        errors: list[Exception] = []
+
+        def attempt(put_back: _PutBack) -> None:
+            try:
+                put_back()
+            except Exception as error:  # the rest is put back all the same
+                errors.append(error)
+
         with torch.no_grad():
-            for put_back in self._tensors:
-                put_back()
-            self._optimizer()
-            for param, requires_grad, grad, put_back in self._leaves:
-                put_back()
-                param.grad = grad
+            for put_back in [*self._extra, *self._put_back]:
+                attempt(put_back)
+            for param, requires_grad, grad in self._leaves:
+                attempt(functools.partial(setattr, param, "grad", grad))
                 if param.requires_grad != requires_grad:
-                    param.requires_grad_(requires_grad)
-        for module, flag in zip(self._modules, self._flags, strict=True):
-            module.training = flag
-        for put_back in self._random:
-            put_back()
+                    attempt(functools.partial(param.requires_grad_, requires_grad))
+        for module, flag in self._flags:
+            if module.training != flag:
+                module.training = flag
+        if errors:
+            told = "; ".join(dict.fromkeys(f"{type(e).__name__}: {e}" for e in errors))
+            warnings.warn(
+                f"the range test could not put back {len(errors)} of {len(self._kept)} objects "
+                f"({told}): load a checkpoint before training on",
+                RuntimeWarning,
+                stacklevel=_callers_level(),
+            )
 
     def _reshard(self) -> None:
         """Give FSDP's modules their sharded parameters: a forward without backward leaves others.
@@ -81,108 +177,381 @@ class Snapshot:
             if hasattr(module, "set_requires_gradient_sync") and hasattr(module, "reshard"):
                 module.reshard()
 
-    def _keep(self, value: Any) -> Callable[[], Any]:
-        """A function that puts back what is in ``value`` now, and returns that very object.
+    # ---- what is looked into
 
-        Tensors, containers and optimizers inside one are looked into; other objects are only held.
+    def _keep(self, root: Any, everything: bool = False) -> None:
+        """Copy what ``root`` leads to; ``everything``: objects that hold more than data, too."""
+        stack = [root]
+        while stack:
+            value = stack.pop()
+            if self._is_done(value):
+                continue
+            members = _members(value)
+            if members is None:
+                if everything:
+                    self._copy_deeply(value)
+            elif everything or issubclass(
+                type(value), (Tensor, np.ndarray, nn.Module, Optimizer, *_CONTAINERS)
+            ):
+                self._note(value)
+                stack.extend(members)
+            else:
+                self._keep_data(value)
+
+    def _keep_data(self, root: Any, owners: list[Any] | None = None) -> None:
+        """Copy what an object leads to if that is nothing but data, and not large.
+
+        Args:
+            root: the object.
+            owners: takes the loaders, samplers and datasets; without it, they are not data.
         """
-        known = self._memo.get(id(value))
-        if known is not None:
-            return known
-        put_back: Callable[[], Any]
-        if isinstance(value, Tensor):
-            put_back = self._keep_tensor(value)
-        elif isinstance(value, dict):
-            items: list[tuple[Any, Callable[[], Any]]] = []
+        found: dict[int, Any] = {}
+        size = 0
+        stack = [root]
+        while stack:
+            value = stack.pop()
+            if id(value) in found or self._is_done(value):
+                continue
+            if issubclass(type(value), (DataLoader, Sampler, Dataset)) and owners is not None:
+                owners.append(value)
+                continue
+            members = None if id(value) in self._left else _members(value)
+            size += _bytes(value)
+            if (
+                members is None
+                or size > self._large
+                or issubclass(type(value), (DataLoader, Sampler, Dataset))
+            ):
+                self._left[id(root)] = root
+                return
+            found[id(value)] = value
+            stack.extend(members)
+        for value in found.values():
+            self._note(value)
 
-            def put_back() -> Any:
-                now = [(key, keep()) for key, keep in items]
-                value.clear()
-                value.update(now)
-                return value
+    def _keep_loader(self, loader: Any) -> None:
+        stack = [loader]
+        while stack:
+            owner = stack.pop()
+            attributes = _attributes(owner)
+            if attributes is None or self._is_done(owner) or id(owner) in self._left:
+                continue
+            if any(issubclass(type(value), _RUNNING) for value in attributes.values()):
+                continue
+            if attributes.get("persistent_workers") is True:
+                self._persistent.append(owner)
+            self._note(owner)
+            for name, value in attributes.items():
+                kind = type(value)
+                if name == "_iterator":
+                    continue
+                if _is_plain(value) or issubclass(kind, (DataLoader, Sampler, Dataset)):
+                    stack.append(value)
+                elif not issubclass(kind, (nn.Module, Optimizer)):
+                    self._keep_data(value, owners=stack)
 
-            self._memo[id(value)] = put_back  # it may hold itself
-            items += [(key, self._keep(item)) for key, item in value.items()]
-        elif isinstance(value, list):
-            members: list[Callable[[], Any]] = []
+    def _is_done(self, value: Any) -> bool:
+        return issubclass(type(value), _ATOMS) or id(value) in self._kept
 
-            def put_back() -> Any:
-                value[:] = [keep() for keep in members]
-                return value
+    def _copy_deeply(self, value: Any) -> None:
+        """Keep a deep copy of what cannot be looked into, if there can be one."""
+        self._kept[id(value)] = value
+        own = {id(thing): thing for thing in [*self.params, *self._modules]}
+        try:
+            self._copies[id(value)] = copy.deepcopy(value, own)
+        except Exception:  # a lock, a file, a stream, a process group: it stays as it is
+            return
 
-            self._memo[id(value)] = put_back
-            members += [self._keep(item) for item in value]
-        elif isinstance(value, tuple):
-            parts = [self._keep(item) for item in value]
+    def _resolve(self, value: Any) -> Any:
+        """The object itself; its deep copy where there is one, and it has changed."""
+        if id(value) not in self._copies:
+            return value
+        kept = self._copies[id(value)]
+        try:
+            return value if type(value).__eq__(value, kept) is True else kept
+        except Exception:
+            return kept
 
-            def put_back() -> Any:
-                for keep in parts:
-                    keep()
-                return value
+    # ---- how it is put back
 
-        elif isinstance(value, Optimizer):
-            inside = self._keep(vars(value))
+    def _note(self, value: Any) -> None:
+        """Copy what is in a value itself, and remember how to put it back."""
+        if self._is_done(value):
+            return
+        self._kept[id(value)] = value
+        kind = type(value)
+        if issubclass(kind, Tensor):
+            if issubclass(kind, DTensor):
+                self._put_back.append(self._keep_sharded(value))
+            elif not is_traceable_wrapper_subclass(value):
+                self._put_back.append(self._keep_tensor(value))
+        elif issubclass(kind, np.ndarray):
+            self._put_back.append(_keep_array(value))
+        elif issubclass(kind, _GENERATORS):
+            self._put_back.append(_keep_generator(value))
+        elif issubclass(kind, _BUFFERS):
+            saved = value[:]
+            self._put_back.append(lambda: value.__setitem__(slice(None), saved))
+        elif issubclass(kind, dict):
+            self._put_back.append(self._keep_dict(value))
+        elif issubclass(kind, (list, deque, set)):
+            self._put_back.append(self._keep_members(value))
+        attributes = _attributes(value)
+        if attributes is not None:
+            self._put_back.append(self._keep_attributes(value, attributes))
 
-            def put_back() -> Any:
-                inside()
-                return value
+    def _keep_dict(self, value: dict[Any, Any]) -> _PutBack:
+        base: Any = OrderedDict if isinstance(value, OrderedDict) else dict
+        saved = list(base.items(value))
 
-        else:
-            return lambda: value
-        self._memo[id(value)] = put_back
-        self._held.append(value)
+        def put_back() -> None:
+            now = [(key, self._resolve(item)) for key, item in saved]
+            pairs = list(base.items(value))
+            if len(pairs) == len(now) and all(
+                a is b and x is y for (a, x), (b, y) in zip(pairs, now, strict=True)
+            ):
+                return
+            base.clear(value)
+            for key, item in now:
+                base.__setitem__(value, key, item)
+
         return put_back
 
-    def _keep_tensor(self, tensor: Tensor) -> Callable[[], Tensor]:
-        part = local_part(tensor).detach()  # its memory, wherever the tensor may point later
+    def _keep_members(self, value: Any) -> _PutBack:
+        saved = list(value)
+        base: Any = next(kind for kind in (list, deque, set) if isinstance(value, kind))
+        add = base.update if base is set else base.extend
+
+        def put_back() -> None:
+            now = [self._resolve(item) for item in saved]
+            members = list(value)
+            if len(members) != len(now) or any(
+                a is not b for a, b in zip(members, now, strict=True)
+            ):
+                base.clear(value)
+                add(value, now)
+
+        return put_back
+
+    def _keep_attributes(self, value: Any, attributes: dict[str, Any]) -> _PutBack:
+        kind, saved, whole = type(value), dict(attributes), not issubclass(type(value), _WRAPPERS)
+        slots = _slots(kind)
+
+        def put_back() -> None:
+            if type(value) is not kind:
+                value.__class__ = kind
+            now = {name: self._resolve(item) for name, item in saved.items()}
+            own = _dict_of(value)
+            if id(value) in self._has_extra_state:
+                # Objects that are not looked into are as set_extra_state has made them.
+                now |= {name: own[name] for name in now if name in own and self._is_left(now[name])}
+            inside = [name for name in now if name not in slots]
+            if whole and list(own) != inside:
+                own.clear()
+            for name in inside:
+                if name not in own or own[name] is not now[name]:
+                    own[name] = now[name]
+            for name in slots:
+                if name in now:
+                    object.__setattr__(value, name, now[name])
+                elif hasattr(value, name):
+                    object.__delattr__(value, name)
+
+        return put_back
+
+    def _is_left(self, value: Any) -> bool:
+        return not self._is_done(value) and _members(value) != []
+
+    def _keep_tensor(self, tensor: Tensor) -> _PutBack:
+        part = tensor.detach()  # its memory and shape, wherever the tensor may point later
+        if part.layout is not torch.strided or part.is_nested:
+            saved = part.to("cpu", copy=True) if self._offload else part.clone()
+
+            def put_back_other() -> None:
+                tensor.data = saved.to(part.device, copy=True)
+
+            return put_back_other
+        storage = part.untyped_storage()
+        size, place = storage.nbytes(), _place(part)
         alias = part
-        if part.layout is torch.strided and 0 in part.stride():
+        if 0 in part.stride():
             # Elements that share memory, as expanded ones do, are written once.
             sizes = [
                 min(n, 1) if s == 0 else n for n, s in zip(part.shape, part.stride(), strict=True)
             ]
             alias = part.as_strided(sizes, part.stride())
-        # On the CPU `to` alone would be no copy.
-        saved = alias.to("cpu", copy=True) if self._offload else alias.clone()
+        # Memory that is given away, as FSDP's of whole parameters, has no values.
+        has_values = size > 0 or part.numel() == 0 or part.device.type == "meta"
+        content: Tensor | None = None
+        if has_values:
+            # On the CPU `to` alone would be no copy.
+            content = alias.to("cpu", copy=True) if self._offload else alias.clone()
 
-        def put_back() -> Tensor:
-            alias.copy_(saved)
-            if (
-                tensor.layout is torch.strided
-                and type(tensor) is not DTensor
-                and tensor.data_ptr() != part.data_ptr()
-            ):
-                tensor.data = part  # somebody gave it other memory
-            return tensor
+        def put_back() -> None:
+            if storage.nbytes() != size:
+                storage.resize_(size)
+            if content is not None and not _same_bits(alias, content):
+                with torch.inference_mode(alias.is_inference()), torch.no_grad():
+                    alias.copy_(content)
+            if _place(tensor) != place:
+                tensor.data = part
 
         return put_back
 
-    @staticmethod
-    def _keep_random(
-        loaders: Iterable[Any], devices: Iterable[torch.device]
-    ) -> list[Callable[[], Any]]:
-        back: list[Callable[[], Any]] = []
+    def _keep_sharded(self, tensor: Any) -> _PutBack:
+        part = tensor._local_tensor
+        put_back_part = self._keep_tensor(part)
 
-        def add(put: Callable[[Any], Any], state: Any) -> None:
-            back.append(lambda: put(state))
+        def put_back() -> None:
+            put_back_part()
+            if tensor._local_tensor is not part:  # FSDP has moved it, and knows the new place
+                tensor._local_tensor.copy_(part)
+
+        return put_back
+
+    def _keep_extra_state(self, module: nn.Module) -> _PutBack | None:
+        """What ``get_extra_state`` returns, for state that Python does not see."""
+        kind = type(module)
+        if (
+            kind.get_extra_state is nn.Module.get_extra_state
+            or kind.set_extra_state is nn.Module.set_extra_state
+        ):
+            return None
+        try:
+            saved = copy.deepcopy(module.get_extra_state())
+        except Exception:
+            return None
+
+        self._has_extra_state.add(id(module))
+        return lambda: module.set_extra_state(copy.deepcopy(saved))
+
+    def _keep_global_random(self, devices: Iterable[torch.device]) -> None:
+        def add(put: Callable[..., Any], *state: Any) -> None:
+            self._put_back.append(lambda: put(*state))
 
         add(torch.set_rng_state, torch.get_rng_state())
         add(random.setstate, random.getstate())
         add(np.random.set_state, np.random.get_state())
         for device in devices:
-            if device.type == "cuda":
-                state = torch.cuda.get_rng_state(device)
-                back.append(lambda s=state, d=device: torch.cuda.set_rng_state(s, d))  # type: ignore[misc]
-        for loader in loaders:
-            sampler = getattr(loader, "batch_sampler", None)
-            owners = (
-                loader,
-                getattr(loader, "sampler", None),
-                sampler,
-                getattr(sampler, "sampler", None),
-            )
-            generators = {getattr(owner, "generator", None) for owner in owners}
-            for generator in generators:
-                if isinstance(generator, torch.Generator):
-                    add(generator.set_state, generator.get_state())
-        return back
+            if device.type in ("cuda", "xpu"):
+                module = torch.get_device_module(device)
+                add(module.set_rng_state, module.get_rng_state(device), device)
+
+
+def _members(value: Any) -> list[Any] | None:
+    """The values that a value holds; ``None`` where there may be some that Python does not see."""
+    kind = type(value)
+    if issubclass(kind, (DTensor, *_GENERATORS, *_BUFFERS)):
+        return []
+    members: list[Any] = []
+    if issubclass(kind, dict):
+        members += dict.values(value)
+    elif issubclass(kind, _CONTAINERS):
+        members += value
+    elif issubclass(kind, np.ndarray) and value.dtype.hasobject:
+        members += value.ravel().tolist()
+    attributes = _attributes(value)
+    if attributes is not None:
+        return [*members, *attributes.values()]
+    # By convention what has a hash of its own does not change.
+    immutable = kind.__hash__ not in (None, object.__hash__)
+    return members if immutable or issubclass(kind, (np.ndarray, *_CONTAINERS)) else None
+
+
+def _attributes(value: Any) -> dict[str, Any] | None:
+    """The attributes of a value, as far as training may change them; ``None`` if it has none."""
+    kind = type(value)
+    if issubclass(kind, DTensor):
+        return None
+    if not _is_plain(value) and not issubclass(
+        kind, (Tensor, np.ndarray, nn.Module, Optimizer, DataLoader, Sampler, Dataset, *_CONTAINERS)
+    ):
+        return None
+    contents = _dict_of(value)
+    slots = {name: getattr(value, name) for name in _slots(kind) if hasattr(value, name)}
+    if issubclass(kind, _WRAPPERS):
+        contents = {name: contents[name] for name in _OF_WRAPPERS}
+    return {**contents, **slots}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an object's attributes are all of it, and its class has no copying of its own."""
+    kind = type(value)
+    if issubclass(kind, _ATOMS) or f"{kind.__module__}.".startswith(_PARTLY_NATIVE):
+        return False
+    if issubclass(kind, types.SimpleNamespace):
+        return True
+    if (
+        kind.__reduce_ex__ is not object.__reduce_ex__
+        or kind.__reduce__ is not object.__reduce__
+        or hasattr(kind, "__deepcopy__")
+    ):
+        return False
+    # As pickle asks it: an object of C has more in it than what Python gives to each.
+    given = len(_slots(kind)) + (kind.__dictoffset__ > 0) + (kind.__weakrefoffset__ > 0)
+    return kind.__basicsize__ <= object.__basicsize__ + given * struct.calcsize("P")
+
+
+def _dict_of(value: Any) -> dict[str, Any]:
+    try:
+        contents: dict[str, Any] = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return {}
+    return contents
+
+
+def _slots(kind: type) -> list[str]:
+    names: list[str] = copyreg._slotnames(kind)  # type: ignore[attr-defined]
+    return names
+
+
+def _bytes(value: Any) -> int:
+    kind = type(value)
+    if issubclass(kind, Tensor):
+        return int(value.numel() * value.element_size())
+    if issubclass(kind, np.ndarray):
+        return int(value.nbytes)
+    return 8 * len(value) if issubclass(kind, (*_CONTAINERS, *_BUFFERS)) else 0
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """Where a tensor's elements are."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether nothing need be written; only known on the CPU, whose memory may be read-only."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(a.element_size())
+    if a.device.type != "cpu" or whole is None or a.is_quantized or a.is_conj() or a.is_neg():
+        return False
+    return torch.equal(a.view(whole), b.view(whole))
+
+
+def _keep_array(array: Any) -> _PutBack:
+    saved = array.copy()
+
+    def put_back() -> None:
+        if array.shape != saved.shape:
+            array.resize(saved.shape, refcheck=False)
+        if array.flags.writeable:
+            array[...] = saved
+
+    return put_back
+
+
+def _keep_generator(generator: Any) -> _PutBack:
+    if isinstance(generator, torch.Generator):
+        state = generator.get_state()
+        return lambda: generator.set_state(state)
+    if isinstance(generator, np.random.RandomState):
+        numbers = generator.get_state()
+        return lambda: generator.set_state(numbers)
+    if isinstance(generator, random.Random):
+        try:
+            numbers = generator.getstate()
+        except NotImplementedError:  # the system's, which has no state
+            return lambda: None
+        return lambda: generator.setstate(numbers)
+    bits = generator.bit_generator if isinstance(generator, np.random.Generator) else generator
+    saved = copy.deepcopy(bits.state)
+    return lambda: setattr(bits, "state", saved)
