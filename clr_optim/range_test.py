@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from clr_optim.console import show_progress, shows_progress
 from clr_optim.optimizer import CyclicalOptimizer
 from clr_optim.schedule import (
     LAST_STEP,
@@ -734,12 +735,24 @@ def lr_range_test(
 ) -> RangeTest:
     """Train for a while as the rate rises, measure, and put everything back as it was.
 
-    Put back bit for bit, also after an exception or Ctrl-C: parameters and buffers (the same
-    tensors, in place), the optimizer's state and groups, gradients, ``requires_grad``, the mode of
-    every submodule, the random state of torch (CPU and the model's GPUs), Python and NumPy and of
-    the loaders' own generators. No hook is added or removed; those that there are run. What
-    cannot be put back: batches taken from an iterator, and what your own functions keep to
-    themselves.
+    The test puts back bit for bit, also after an exception or Ctrl-C, and into the same objects:
+
+    - parameters and buffers with shape, stride, dtype and memory, gradients, ``requires_grad``;
+    - the optimizer's groups, attributes and state of any type (what Python cannot look into, by a
+      deep copy in its place);
+    - attributes of all submodules: tensors, arrays, containers, generators of random numbers, and
+      objects of other classes that hold nothing but such data; and what ``get_extra_state`` returns;
+    - of loaders, samplers and datasets: attributes, and the data that they lead to;
+    - the random state of torch (CPU and the model's GPUs), Python and NumPy.
+
+    Workers that persist keep their state: the test starts workers of its own, or warns where it
+    cannot. Hooks are kept, and run.
+
+    The test leaves as they are: objects that hold a file, a lock, a thread, a stream, a graph or
+    other things that cannot be copied (if training changes one in a module, give the module
+    ``get_extra_state`` and ``set_extra_state``); data of a loader, or of an object in a module,
+    beyond 64 MiB and the model's own size; batches taken from an iterator; global variables, and
+    variables of your functions. A warning names what could not be put back.
 
     The optimizer's step runs in :class:`~clr_optim.CyclicalOptimizer`, on the kernels that will
     train. Parameter groups keep the ratio of their rates; ``start_lr`` and ``end_lr`` are those
@@ -1372,7 +1385,7 @@ class _Line:
         if wanted is None:
             dist = torch.distributed
             first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-            wanted = first and sys.stderr.isatty()
+            wanted = first and shows_progress()
         self._wanted = wanted
         self._shown = False
 
@@ -1385,9 +1398,8 @@ class _Line:
         text = (
             f"range test {done}  lr {result.lrs[-1]:.3g}  {result.metric} {result.values[-1]:.4g}"
         )
-        sys.stderr.write(f"\r{text:<70}")
-        sys.stderr.flush()
+        show_progress(f"\r{text:<70}")
 
     def close(self) -> None:
         if self._shown:
-            sys.stderr.write("\n")
+            show_progress("\n")
