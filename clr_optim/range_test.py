@@ -741,7 +741,7 @@ def lr_range_test(
     - the optimizer's groups, attributes and state of any type (what Python cannot look into, by a
       deep copy in its place);
     - attributes of all submodules: tensors, arrays, containers, generators of random numbers, and
-      objects of other classes that hold nothing but such data; and what ``get_extra_state`` returns;
+      objects of other classes that hold nothing but such data; and ``get_extra_state``;
     - of loaders, samplers and datasets: attributes, and the data that they lead to;
     - the random state of torch (CPU and the model's GPUs), Python and NumPy.
 

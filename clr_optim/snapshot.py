@@ -6,18 +6,10 @@ optimizer's, nor a captured graph's. :class:`Snapshot` says what is looked into.
 
 from __future__ import annotations
 
-import array
-import concurrent.futures
 import copy
-import copyreg
 import functools
-import multiprocessing.process
 import random
-import struct
-import threading
-import types
 import warnings
-import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -27,8 +19,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.data import DataLoader, Dataset, Sampler
 
+from clr_optim.contents import (
+    ATOMS,
+    BUFFERS,
+    CONTAINERS,
+    GENERATORS,
+    RUNNING,
+    SOURCES,
+    WRAPPERS,
+    attributes_of,
+    bytes_of,
+    dict_of,
+    is_plain,
+    members_of,
+    slots_of,
+)
 from clr_optim.optimizer import _callers_level
 from clr_optim.sharding import DTensor
 
@@ -39,32 +45,6 @@ _PutBack = Callable[[], object]
 # Arrays and tensors of a loader or of an object count as its data, and are not copied, where they
 # are larger than this and than the model.
 _LARGE = 64 * 2**20
-
-_ATOMS: tuple[type, ...] = (
-    type(None), bool, int, float, complex, str, bytes, range, slice, type, property,
-    types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType,
-    functools.partial, weakref.ReferenceType, *weakref.ProxyTypes,
-    torch.dtype, torch.layout, torch.memory_format, np.generic, np.memmap,
-)  # fmt: skip
-_GENERATORS = (
-    torch.Generator, random.Random, np.random.Generator, np.random.BitGenerator,
-    np.random.RandomState,
-)  # fmt: skip
-_CONTAINERS = (dict, list, tuple, deque, set)
-_BUFFERS = (bytearray, array.array)
-# Who owns one of these has other threads or processes, which a copy would contradict.
-_RUNNING = (
-    threading.Thread, type(threading.Lock()), type(threading.RLock()), threading.Condition,
-    multiprocessing.process.BaseProcess, concurrent.futures.Executor,
-)  # fmt: skip
-# Objects of these modules have state that Python does not see.
-_PARTLY_NATIVE = ("torch.distributed.", "torch._dynamo.", "clr_optim.")
-_WRAPPERS: tuple[type, ...] = (nn.parallel.DistributedDataParallel,)
-if torch.distributed.is_available():
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    _WRAPPERS += (FullyShardedDataParallel,)
-_OF_WRAPPERS = ("_parameters", "_buffers", "_modules", "training")
 
 
 class Snapshot:
@@ -104,7 +84,7 @@ class Snapshot:
         #: all parameters
         self.params: list[Tensor] = list(dict.fromkeys([*modular, *grouped]))
         buffers = [buffer for module in self._modules for buffer in module.buffers(recurse=False)]
-        size = sum(_bytes(tensor) for tensor in [*self.params, *buffers])
+        size = sum(bytes_of(tensor) for tensor in [*self.params, *buffers])
         self._large = max(_LARGE, size)
         self._flags = [(module, module.training) for module in self._modules]
         self._has_extra_state: set[int] = set()
@@ -186,12 +166,12 @@ class Snapshot:
             value = stack.pop()
             if self._is_done(value):
                 continue
-            members = _members(value)
+            members = members_of(value)
             if members is None:
                 if everything:
                     self._copy_deeply(value)
             elif everything or issubclass(
-                type(value), (Tensor, np.ndarray, nn.Module, Optimizer, *_CONTAINERS)
+                type(value), (Tensor, np.ndarray, nn.Module, Optimizer, *CONTAINERS)
             ):
                 self._note(value)
                 stack.extend(members)
@@ -212,16 +192,12 @@ class Snapshot:
             value = stack.pop()
             if id(value) in found or self._is_done(value):
                 continue
-            if issubclass(type(value), (DataLoader, Sampler, Dataset)) and owners is not None:
+            if issubclass(type(value), SOURCES) and owners is not None:
                 owners.append(value)
                 continue
-            members = None if id(value) in self._left else _members(value)
-            size += _bytes(value)
-            if (
-                members is None
-                or size > self._large
-                or issubclass(type(value), (DataLoader, Sampler, Dataset))
-            ):
+            members = None if id(value) in self._left else members_of(value)
+            size += bytes_of(value)
+            if members is None or size > self._large or issubclass(type(value), SOURCES):
                 self._left[id(root)] = root
                 return
             found[id(value)] = value
@@ -233,10 +209,10 @@ class Snapshot:
         stack = [loader]
         while stack:
             owner = stack.pop()
-            attributes = _attributes(owner)
+            attributes = attributes_of(owner)
             if attributes is None or self._is_done(owner) or id(owner) in self._left:
                 continue
-            if any(issubclass(type(value), _RUNNING) for value in attributes.values()):
+            if any(issubclass(type(value), RUNNING) for value in attributes.values()):
                 continue
             if attributes.get("persistent_workers") is True:
                 self._persistent.append(owner)
@@ -245,13 +221,13 @@ class Snapshot:
                 kind = type(value)
                 if name == "_iterator":
                     continue
-                if _is_plain(value) or issubclass(kind, (DataLoader, Sampler, Dataset)):
+                if is_plain(value) or issubclass(kind, SOURCES):
                     stack.append(value)
                 elif not issubclass(kind, (nn.Module, Optimizer)):
                     self._keep_data(value, owners=stack)
 
     def _is_done(self, value: Any) -> bool:
-        return issubclass(type(value), _ATOMS) or id(value) in self._kept
+        return issubclass(type(value), ATOMS) or id(value) in self._kept
 
     def _copy_deeply(self, value: Any) -> None:
         """Keep a deep copy of what cannot be looked into, if there can be one."""
@@ -268,7 +244,7 @@ class Snapshot:
             return value
         kept = self._copies[id(value)]
         try:
-            return value if type(value).__eq__(value, kept) is True else kept
+            return value if (value == kept) is True else kept
         except Exception:
             return kept
 
@@ -287,16 +263,16 @@ class Snapshot:
                 self._put_back.append(self._keep_tensor(value))
         elif issubclass(kind, np.ndarray):
             self._put_back.append(_keep_array(value))
-        elif issubclass(kind, _GENERATORS):
+        elif issubclass(kind, GENERATORS):
             self._put_back.append(_keep_generator(value))
-        elif issubclass(kind, _BUFFERS):
+        elif issubclass(kind, BUFFERS):
             saved = value[:]
             self._put_back.append(lambda: value.__setitem__(slice(None), saved))
         elif issubclass(kind, dict):
             self._put_back.append(self._keep_dict(value))
         elif issubclass(kind, (list, deque, set)):
             self._put_back.append(self._keep_members(value))
-        attributes = _attributes(value)
+        attributes = attributes_of(value)
         if attributes is not None:
             self._put_back.append(self._keep_attributes(value, attributes))
 
@@ -334,14 +310,14 @@ class Snapshot:
         return put_back
 
     def _keep_attributes(self, value: Any, attributes: dict[str, Any]) -> _PutBack:
-        kind, saved, whole = type(value), dict(attributes), not issubclass(type(value), _WRAPPERS)
-        slots = _slots(kind)
+        kind, saved, whole = type(value), dict(attributes), not issubclass(type(value), WRAPPERS)
+        slots = slots_of(kind)
 
         def put_back() -> None:
             if type(value) is not kind:
                 value.__class__ = kind
             now = {name: self._resolve(item) for name, item in saved.items()}
-            own = _dict_of(value)
+            own = dict_of(value)
             if id(value) in self._has_extra_state:
                 # Objects that are not looked into are as set_extra_state has made them.
                 now |= {name: own[name] for name in now if name in own and self._is_left(now[name])}
@@ -360,7 +336,7 @@ class Snapshot:
         return put_back
 
     def _is_left(self, value: Any) -> bool:
-        return not self._is_done(value) and _members(value) != []
+        return not self._is_done(value) and members_of(value) != []
 
     def _keep_tensor(self, tensor: Tensor) -> _PutBack:
         part = tensor.detach()  # its memory and shape, wherever the tensor may point later
@@ -438,82 +414,6 @@ class Snapshot:
                 add(module.set_rng_state, module.get_rng_state(device), device)
 
 
-def _members(value: Any) -> list[Any] | None:
-    """The values that a value holds; ``None`` where there may be some that Python does not see."""
-    kind = type(value)
-    if issubclass(kind, (DTensor, *_GENERATORS, *_BUFFERS)):
-        return []
-    members: list[Any] = []
-    if issubclass(kind, dict):
-        members += dict.values(value)
-    elif issubclass(kind, _CONTAINERS):
-        members += value
-    elif issubclass(kind, np.ndarray) and value.dtype.hasobject:
-        members += value.ravel().tolist()
-    attributes = _attributes(value)
-    if attributes is not None:
-        return [*members, *attributes.values()]
-    # By convention what has a hash of its own does not change.
-    immutable = kind.__hash__ not in (None, object.__hash__)
-    return members if immutable or issubclass(kind, (np.ndarray, *_CONTAINERS)) else None
-
-
-def _attributes(value: Any) -> dict[str, Any] | None:
-    """The attributes of a value, as far as training may change them; ``None`` if it has none."""
-    kind = type(value)
-    if issubclass(kind, DTensor):
-        return None
-    if not _is_plain(value) and not issubclass(
-        kind, (Tensor, np.ndarray, nn.Module, Optimizer, DataLoader, Sampler, Dataset, *_CONTAINERS)
-    ):
-        return None
-    contents = _dict_of(value)
-    slots = {name: getattr(value, name) for name in _slots(kind) if hasattr(value, name)}
-    if issubclass(kind, _WRAPPERS):
-        contents = {name: contents[name] for name in _OF_WRAPPERS}
-    return {**contents, **slots}
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether an object's attributes are all of it, and its class has no copying of its own."""
-    kind = type(value)
-    if issubclass(kind, _ATOMS) or f"{kind.__module__}.".startswith(_PARTLY_NATIVE):
-        return False
-    if issubclass(kind, types.SimpleNamespace):
-        return True
-    if (
-        kind.__reduce_ex__ is not object.__reduce_ex__
-        or kind.__reduce__ is not object.__reduce__
-        or hasattr(kind, "__deepcopy__")
-    ):
-        return False
-    # As pickle asks it: an object of C has more in it than what Python gives to each.
-    given = len(_slots(kind)) + (kind.__dictoffset__ > 0) + (kind.__weakrefoffset__ > 0)
-    return kind.__basicsize__ <= object.__basicsize__ + given * struct.calcsize("P")
-
-
-def _dict_of(value: Any) -> dict[str, Any]:
-    try:
-        contents: dict[str, Any] = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        return {}
-    return contents
-
-
-def _slots(kind: type) -> list[str]:
-    names: list[str] = copyreg._slotnames(kind)  # type: ignore[attr-defined]
-    return names
-
-
-def _bytes(value: Any) -> int:
-    kind = type(value)
-    if issubclass(kind, Tensor):
-        return int(value.numel() * value.element_size())
-    if issubclass(kind, np.ndarray):
-        return int(value.nbytes)
-    return 8 * len(value) if issubclass(kind, (*_CONTAINERS, *_BUFFERS)) else 0
-
-
 def _place(tensor: Tensor) -> tuple[object, ...]:
     """Where a tensor's elements are."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
@@ -544,14 +444,14 @@ def _keep_generator(generator: Any) -> _PutBack:
         state = generator.get_state()
         return lambda: generator.set_state(state)
     if isinstance(generator, np.random.RandomState):
-        numbers = generator.get_state()
+        numbers: Any = generator.get_state()
         return lambda: generator.set_state(numbers)
     if isinstance(generator, random.Random):
         try:
-            numbers = generator.getstate()
+            version = generator.getstate()
         except NotImplementedError:  # the system's, which has no state
             return lambda: None
-        return lambda: generator.setstate(numbers)
+        return lambda: generator.setstate(version)
     bits = generator.bit_generator if isinstance(generator, np.random.Generator) else generator
     saved = copy.deepcopy(bits.state)
     return lambda: setattr(bits, "state", saved)
