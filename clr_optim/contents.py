@@ -24,11 +24,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from clr_optim.sharding import DTensor
 
 __all__ = [
-    "ATOMS", "BUFFERS", "CONTAINERS", "GENERATORS", "RUNNING", "SOURCES", "WRAPPERS",
-    "attributes_of", "bytes_of", "dict_of", "is_plain", "members_of", "slots_of",
+    "BUFFERS", "CONTAINERS", "GENERATORS", "RUNNING", "SOURCES", "attributes_of", "bytes_of",
+    "dict_of", "is_atom", "is_plain", "is_wrapper", "members_of", "slots_of",
 ]  # fmt: skip
 
-ATOMS: tuple[type, ...] = (
+_ATOMS: tuple[type, ...] = (
     type(None), bool, int, float, complex, str, bytes, range, slice, type, property,
     types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType,
     functools.partial, weakref.ReferenceType, *weakref.ProxyTypes,
@@ -47,13 +47,25 @@ RUNNING = (
 )  # fmt: skip
 # Objects of these modules have state that Python does not see.
 _PARTLY_NATIVE = ("torch.distributed.", "torch._dynamo.", "clr_optim.")
-WRAPPERS: tuple[type, ...] = (nn.parallel.DistributedDataParallel,)
-if torch.distributed.is_available():
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    WRAPPERS += (FullyShardedDataParallel,)
+_WRAPPERS = ("torch.nn.parallel.distributed", "torch.distributed.fsdp.fully_sharded_data_parallel")
 _OF_WRAPPERS = ("_parameters", "_buffers", "_modules", "training")
 SOURCES = (DataLoader, Sampler, Dataset)
+_WITH_ATTRIBUTES = (Tensor, np.ndarray, nn.Module, Optimizer, *SOURCES, *CONTAINERS)
+_BARE = frozenset(CONTAINERS)  # without attributes
+
+_cached = functools.lru_cache(maxsize=4096)
+
+
+@_cached
+def is_atom(kind: type) -> bool:
+    """Whether values of a class hold no others, and do not change."""
+    return issubclass(kind, _ATOMS)
+
+
+@_cached
+def is_wrapper(kind: type) -> bool:
+    """Whether a class of modules has, beside the wrapped module, state that Python does not see."""
+    return any(base.__module__ in _WRAPPERS for base in kind.__mro__)
 
 
 def members_of(value: Any) -> list[Any] | None:
@@ -61,6 +73,8 @@ def members_of(value: Any) -> list[Any] | None:
     kind: Any = type(value)
     if issubclass(kind, (DTensor, *GENERATORS, *BUFFERS)):
         return []
+    if kind in _BARE:
+        return list(value.values() if kind is dict else value)
     members: list[Any] = []
     if issubclass(kind, dict):
         members += dict.values(value)
@@ -79,23 +93,21 @@ def members_of(value: Any) -> list[Any] | None:
 def attributes_of(value: Any) -> dict[str, Any] | None:
     """The attributes of a value, as far as training may change them; ``None`` if it has none."""
     kind: Any = type(value)
-    if issubclass(kind, DTensor):
-        return None
-    if not is_plain(value) and not issubclass(
-        kind, (Tensor, np.ndarray, nn.Module, Optimizer, *SOURCES, *CONTAINERS)
-    ):
+    if kind in _BARE or issubclass(kind, DTensor):
+        return {} if kind in _BARE else None
+    if not is_plain(kind) and not issubclass(kind, _WITH_ATTRIBUTES):
         return None
     contents = dict_of(value)
-    slots = {name: getattr(value, name) for name in slots_of(kind) if hasattr(value, name)}
-    if issubclass(kind, WRAPPERS):
+    if is_wrapper(kind):
         contents = {name: contents[name] for name in _OF_WRAPPERS}
-    return {**contents, **slots}
+    slots = {name: getattr(value, name) for name in slots_of(kind) if hasattr(value, name)}
+    return {**contents, **slots} if slots else contents
 
 
-def is_plain(value: Any) -> bool:
+@_cached
+def is_plain(kind: Any) -> bool:
     """Whether an object's attributes are all of it, and its class has no copying of its own."""
-    kind: Any = type(value)
-    if issubclass(kind, ATOMS) or f"{kind.__module__}.".startswith(_PARTLY_NATIVE):
+    if is_atom(kind) or f"{kind.__module__}.".startswith(_PARTLY_NATIVE):
         return False
     if issubclass(kind, types.SimpleNamespace):
         return True
@@ -119,6 +131,7 @@ def dict_of(value: Any) -> dict[str, Any]:
     return contents
 
 
+@_cached
 def slots_of(kind: type) -> list[str]:
     names: list[str] = copyreg._slotnames(kind)  # type: ignore[attr-defined]
     return names

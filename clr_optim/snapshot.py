@@ -21,17 +21,17 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from clr_optim.contents import (
-    ATOMS,
     BUFFERS,
     CONTAINERS,
     GENERATORS,
     RUNNING,
     SOURCES,
-    WRAPPERS,
     attributes_of,
     bytes_of,
     dict_of,
+    is_atom,
     is_plain,
+    is_wrapper,
     members_of,
     slots_of,
 )
@@ -221,13 +221,13 @@ class Snapshot:
                 kind = type(value)
                 if name == "_iterator":
                     continue
-                if is_plain(value) or issubclass(kind, SOURCES):
+                if is_plain(kind) or issubclass(kind, SOURCES):
                     stack.append(value)
                 elif not issubclass(kind, (nn.Module, Optimizer)):
                     self._keep_data(value, owners=stack)
 
     def _is_done(self, value: Any) -> bool:
-        return issubclass(type(value), ATOMS) or id(value) in self._kept
+        return is_atom(type(value)) or id(value) in self._kept
 
     def _copy_deeply(self, value: Any) -> None:
         """Keep a deep copy of what cannot be looked into, if there can be one."""
@@ -240,7 +240,7 @@ class Snapshot:
 
     def _resolve(self, value: Any) -> Any:
         """The object itself; its deep copy where there is one, and it has changed."""
-        if id(value) not in self._copies:
+        if not self._copies or id(value) not in self._copies:
             return value
         kept = self._copies[id(value)]
         try:
@@ -256,6 +256,8 @@ class Snapshot:
             return
         self._kept[id(value)] = value
         kind = type(value)
+        if kind is tuple:
+            return
         if issubclass(kind, Tensor):
             if issubclass(kind, DTensor):
                 self._put_back.append(self._keep_sharded(value))
@@ -273,7 +275,7 @@ class Snapshot:
         elif issubclass(kind, (list, deque, set)):
             self._put_back.append(self._keep_members(value))
         attributes = attributes_of(value)
-        if attributes is not None:
+        if attributes is not None and kind not in CONTAINERS:
             self._put_back.append(self._keep_attributes(value, attributes))
 
     def _keep_dict(self, value: dict[Any, Any]) -> _PutBack:
@@ -310,7 +312,7 @@ class Snapshot:
         return put_back
 
     def _keep_attributes(self, value: Any, attributes: dict[str, Any]) -> _PutBack:
-        kind, saved, whole = type(value), dict(attributes), not issubclass(type(value), WRAPPERS)
+        kind, saved, whole = type(value), dict(attributes), not is_wrapper(type(value))
         slots = slots_of(kind)
 
         def put_back() -> None:
@@ -344,7 +346,10 @@ class Snapshot:
             saved = part.to("cpu", copy=True) if self._offload else part.clone()
 
             def put_back_other() -> None:
-                tensor.data = saved.to(part.device, copy=True)
+                if str(part.layout).startswith("torch.sparse"):
+                    tensor.resize_as_sparse_(saved).copy_(saved)
+                else:
+                    tensor.data = saved.to(part.device).clone()
 
             return put_back_other
         storage = part.untyped_storage()
