@@ -751,8 +751,9 @@ def lr_range_test(
     The test leaves as they are: objects that hold a file, a lock, a thread, a stream, a graph or
     other things that cannot be copied (if training changes one in a module, give the module
     ``get_extra_state`` and ``set_extra_state``); data of a loader, or of an object in a module,
-    beyond 64 MiB and the model's own size; batches taken from an iterator; global variables, and
-    variables of your functions. A warning names what could not be put back.
+    beyond 20,000 objects, or beyond both 64 MiB and the model's size; batches taken from an
+    iterator; global variables, and variables of your functions. A warning names what could not be
+    put back.
 
     The optimizer's step runs in :class:`~clr_optim.CyclicalOptimizer`, on the kernels that will
     train. Parameter groups keep the ratio of their rates; ``start_lr`` and ``end_lr`` are those
