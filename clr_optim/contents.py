@@ -13,7 +13,8 @@ import threading
 import types
 import weakref
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -53,17 +54,22 @@ SOURCES = (DataLoader, Sampler, Dataset)
 _WITH_ATTRIBUTES = (Tensor, np.ndarray, nn.Module, Optimizer, *SOURCES, *CONTAINERS)
 _BARE = frozenset(CONTAINERS)  # without attributes
 
-_cached = functools.lru_cache(maxsize=4096)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _cached(function: _Function) -> _Function:
+    """Ask a question about a class once."""
+    return cast(_Function, functools.lru_cache(maxsize=4096)(function))
 
 
 @_cached
-def is_atom(kind: type) -> bool:
+def is_atom(kind: Any) -> bool:
     """Whether values of a class hold no others, and do not change."""
     return issubclass(kind, _ATOMS)
 
 
 @_cached
-def is_wrapper(kind: type) -> bool:
+def is_wrapper(kind: Any) -> bool:
     """Whether a class of modules has, beside the wrapped module, state that Python does not see."""
     return any(base.__module__ in _WRAPPERS for base in kind.__mro__)
 
@@ -119,11 +125,11 @@ def is_plain(kind: Any) -> bool:
         return False
     # As pickle asks it: an object of C has more in it than what Python gives to each.
     given = len(slots_of(kind)) + (kind.__dictoffset__ > 0) + (kind.__weakrefoffset__ > 0)
-    size: int = kind.__basicsize__
-    return size <= object.__basicsize__ + given * struct.calcsize("P")
+    return bool(kind.__basicsize__ <= object.__basicsize__ + given * struct.calcsize("P"))
 
 
 def dict_of(value: Any) -> dict[str, Any]:
+    """The dictionary of a value's attributes; an empty one where it has none."""
     try:
         contents: dict[str, Any] = object.__getattribute__(value, "__dict__")
     except AttributeError:
@@ -132,12 +138,14 @@ def dict_of(value: Any) -> dict[str, Any]:
 
 
 @_cached
-def slots_of(kind: type) -> list[str]:
+def slots_of(kind: Any) -> list[str]:
+    """The names of the attributes that a class's objects have outside of a dictionary."""
     names: list[str] = copyreg._slotnames(kind)  # type: ignore[attr-defined]
     return names
 
 
 def bytes_of(value: Any) -> int:
+    """The memory that a copy of a value itself would take, without what it leads to."""
     kind: Any = type(value)
     if issubclass(kind, Tensor):
         return int(value.numel() * value.element_size())
