@@ -36,11 +36,10 @@ from clr_optim.contents import (
     slots_of,
 )
 from clr_optim.optimizer import _callers_level
+from clr_optim.put_back import PutBack, array_back, generator_back, sharded_back, tensor_back
 from clr_optim.sharding import DTensor
 
 __all__ = ["Snapshot"]
-
-_PutBack = Callable[[], object]
 
 # Arrays and tensors of a loader or of an object count as its data, and are not copied, where they
 # are larger than this and than the model.
@@ -78,7 +77,7 @@ class Snapshot:
         self._kept: dict[int, Any] = {}
         self._left: dict[int, Any] = {}
         self._copies: dict[int, Any] = {}
-        self._put_back: list[_PutBack] = []
+        self._put_back: list[PutBack] = []
         self._lenient = False
         self._modules = list(dict.fromkeys(m for module in modules for m in module.modules()))
         self._reshard()
@@ -127,7 +126,7 @@ class Snapshot:
         self._reshard()
         errors: list[Exception] = []
 
-        def attempt(put_back: _PutBack) -> None:
+        def attempt(put_back: PutBack) -> None:
             try:
                 put_back()
             except Exception as error:  # the rest is put back all the same
@@ -275,18 +274,18 @@ class Snapshot:
                 raise
             self._left[id(value)] = value
 
-    def _ways_back(self, value: Any) -> list[_PutBack]:
+    def _ways_back(self, value: Any) -> list[PutBack]:
         kind = type(value)
-        ways: list[_PutBack] = []
+        ways: list[PutBack] = []
         if issubclass(kind, Tensor):
             if issubclass(kind, DTensor):
-                ways.append(self._keep_sharded(value))
+                ways.append(sharded_back(value, self._offload))
             elif not is_traceable_wrapper_subclass(value):
-                ways.append(self._keep_tensor(value))
+                ways.append(tensor_back(value, self._offload))
         elif issubclass(kind, np.ndarray):
-            ways.append(_keep_array(value))
+            ways.append(array_back(value))
         elif issubclass(kind, GENERATORS):
-            ways.append(_keep_generator(value))
+            ways.append(generator_back(value))
         elif issubclass(kind, BUFFERS):
             saved = value[:]
             ways.append(lambda: value.__setitem__(slice(None), saved))
@@ -299,7 +298,7 @@ class Snapshot:
             ways.append(self._keep_attributes(value, attributes))
         return ways
 
-    def _keep_dict(self, value: dict[Any, Any]) -> _PutBack:
+    def _keep_dict(self, value: dict[Any, Any]) -> PutBack:
         base: Any = OrderedDict if isinstance(value, OrderedDict) else dict
         saved = list(base.items(value))
 
@@ -316,7 +315,7 @@ class Snapshot:
 
         return put_back
 
-    def _keep_members(self, value: Any) -> _PutBack:
+    def _keep_members(self, value: Any) -> PutBack:
         saved = list(value)
         base: Any = next(kind for kind in (list, deque, set) if isinstance(value, kind))
         add = base.update if base is set else base.extend
@@ -332,7 +331,7 @@ class Snapshot:
 
         return put_back
 
-    def _keep_attributes(self, value: Any, attributes: dict[str, Any]) -> _PutBack:
+    def _keep_attributes(self, value: Any, attributes: dict[str, Any]) -> PutBack:
         kind, saved, whole = type(value), dict(attributes), not is_wrapper(type(value))
         slots = slots_of(kind)
 
@@ -361,57 +360,7 @@ class Snapshot:
     def _is_left(self, value: Any) -> bool:
         return not self._is_done(value) and members_of(value) != []
 
-    def _keep_tensor(self, tensor: Tensor) -> _PutBack:
-        part = tensor.detach()  # its memory and shape, wherever the tensor may point later
-        if part.layout is not torch.strided or part.is_nested:
-            saved = part.to("cpu", copy=True) if self._offload else part.clone()
-
-            def put_back_other() -> None:
-                if str(part.layout).startswith("torch.sparse"):
-                    tensor.resize_as_sparse_(saved).copy_(saved)
-                else:
-                    tensor.data = saved.to(part.device).clone()
-
-            return put_back_other
-        storage = part.untyped_storage()
-        size, place = storage.nbytes(), _place(part)
-        alias = part
-        if 0 in part.stride():
-            # Elements that share memory, as expanded ones do, are written once.
-            sizes = [
-                min(n, 1) if s == 0 else n for n, s in zip(part.shape, part.stride(), strict=True)
-            ]
-            alias = part.as_strided(sizes, part.stride())
-        # Memory that is given away, as FSDP's of whole parameters, has no values.
-        has_values = size > 0 or part.numel() == 0 or part.device.type == "meta"
-        content: Tensor | None = None
-        if has_values:
-            # On the CPU `to` alone would be no copy.
-            content = alias.to("cpu", copy=True) if self._offload else alias.clone()
-
-        def put_back() -> None:
-            if storage.nbytes() != size:
-                storage.resize_(size)
-            if content is not None and not _same_bits(alias, content):
-                with torch.inference_mode(alias.is_inference()), torch.no_grad():
-                    alias.copy_(content)
-            if _place(tensor) != place:
-                tensor.data = part
-
-        return put_back
-
-    def _keep_sharded(self, tensor: Any) -> _PutBack:
-        part = tensor._local_tensor
-        put_back_part = self._keep_tensor(part)
-
-        def put_back() -> None:
-            put_back_part()
-            if tensor._local_tensor is not part:  # FSDP has moved it, and knows the new place
-                tensor._local_tensor.copy_(part)
-
-        return put_back
-
-    def _keep_extra_state(self, module: nn.Module) -> _PutBack | None:
+    def _keep_extra_state(self, module: nn.Module) -> PutBack | None:
         """What ``get_extra_state`` returns, for state that Python does not see."""
         kind = type(module)
         if (
@@ -438,46 +387,3 @@ class Snapshot:
             if device.type in ("cuda", "xpu"):
                 module = torch.get_device_module(device)
                 add(module.set_rng_state, module.get_rng_state(device), device)
-
-
-def _place(tensor: Tensor) -> tuple[object, ...]:
-    """Where a tensor's elements are."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether nothing need be written; only known on the CPU, whose memory may be read-only."""
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(a.element_size())
-    if a.device.type != "cpu" or whole is None or a.is_quantized or a.is_conj() or a.is_neg():
-        return False
-    return torch.equal(a.view(whole), b.view(whole))
-
-
-def _keep_array(array: Any) -> _PutBack:
-    saved = array.copy()
-
-    def put_back() -> None:
-        if array.shape != saved.shape:
-            array.resize(saved.shape, refcheck=False)
-        if array.flags.writeable:
-            array[...] = saved
-
-    return put_back
-
-
-def _keep_generator(generator: Any) -> _PutBack:
-    if isinstance(generator, torch.Generator):
-        state = generator.get_state()
-        return lambda: generator.set_state(state)
-    if isinstance(generator, np.random.RandomState):
-        numbers: Any = generator.get_state()
-        return lambda: generator.set_state(numbers)
-    if isinstance(generator, random.Random):
-        try:
-            version = generator.getstate()
-        except NotImplementedError:  # the system's, which has no state
-            return lambda: None
-        return lambda: generator.setstate(version)
-    bits = generator.bit_generator if isinstance(generator, np.random.Generator) else generator
-    saved = copy.deepcopy(bits.state)
-    return lambda: setattr(bits, "state", saved)

@@ -313,14 +313,16 @@ def test_what_cannot_be_put_back_is_said_and_the_rest_is_put_back():
     assert model.scale == 1.0
 
 
-def test_memory_that_is_given_away_is_given_away_again():
+@pytest.mark.parametrize("size", [0, 4])
+def test_memory_that_is_given_away_is_given_away_again(size):
     """As FSDP does with whole parameters."""
     model = ANumber()
     model.register_buffer("whole", torch.ones(5))
-    model.whole.untyped_storage().resize_(0)
+    model.whole.untyped_storage().resize_(size)
     model.register_forward_hook(lambda m, x, y: m.whole.untyped_storage().resize_(20) and None)
     run(model, torch.optim.SGD(model.parameters(), lr=0.1), LOADERS["list"]())
-    assert model.whole.untyped_storage().nbytes() == 0
+    assert model.whole.untyped_storage().nbytes() == size
+    assert model.whole.shape == (5,)
 
 
 def test_memory_that_cannot_be_written_is_not_written():
