@@ -74,9 +74,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         results = _measure(args, digits_task(), Plan(args.cycles), folder)
     finally:
         torch.set_num_threads(threads)
-    (folder / "bounds.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    (folder / "bounds.json").write_text(text, encoding="utf-8")
     text = report(results)
-    (folder / "bounds.md").write_text(text)
+    (folder / "bounds.md").write_text(text, encoding="utf-8")
     print(text)
     return results
 

@@ -721,7 +721,8 @@ def _write(path: str | None, results: Mapping[str, Any]) -> None:
     """What was there stays until the new is whole."""
     if path:
         beside = Path(f"{path}.new")
-        beside.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+        beside.write_text(text, encoding="utf-8")
         beside.replace(path)
 
 

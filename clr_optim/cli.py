@@ -15,6 +15,7 @@ from clr_optim import backends, schedule
 from clr_optim._version import __version__
 from clr_optim.backends.native import BuildError, library
 from clr_optim.bench import bounds, long_run, paper, throughput
+from clr_optim.console import printing
 from clr_optim.demo.train import OPTIMIZERS
 from clr_optim.kernels.native import build as native_build
 from clr_optim.range_test import BASES, METHODS, METRICS, MODES
@@ -36,6 +37,7 @@ _OPTIMIZERS_HELP = f"{', '.join(OPTIMIZERS)} (SGD, with momentum 0.9)"
 _SHAPE_OPTIONS = ("step_size_up", "step_size_down", "gamma", "window", "period")
 
 
+@printing()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 

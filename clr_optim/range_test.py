@@ -12,7 +12,6 @@ import csv
 import inspect
 import json
 import math
-import random
 import reprlib
 import sys
 import time
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from clr_optim.console import show_progress, shows_progress
 from clr_optim.optimizer import CyclicalOptimizer
 from clr_optim.schedule import (
     LAST_STEP,
@@ -39,7 +39,8 @@ from clr_optim.schedule import (
     check_path,
     ramp,
 )
-from clr_optim.sharding import DTensor, local_part
+from clr_optim.sharding import DTensor
+from clr_optim.snapshot import Snapshot as _Snapshot
 
 __all__ = ["Bounds", "BoundsDict", "RangeTest", "lr_range_test"]
 
@@ -415,11 +416,15 @@ class RangeTest:
         """The curve, if there is something to be seen in it."""
         n = len(self.values)
         if n < _MIN_POINTS:
-            advice = (
-                "the rates are too large from the start: divide start_lr and end_lr by 10 or more"
-                if self.diverged
-                else "raise num_steps or epochs, or validate more often (validate_every)"
-            )
+            if self.diverged:
+                which = "start_lr and end_lr" if self._starts_above_0 else "end_lr"
+                advice = f"the rates are too large from the start: divide {which} by 10 or more"
+            elif self.interrupted:
+                advice = "the test was interrupted: let it run longer"
+            elif self.metric.startswith("validation"):
+                advice = "raise num_steps or epochs, or validate more often (validate_every)"
+            else:
+                advice = "raise num_steps or epochs"
             raise ValueError(
                 f"the curve has {n} points, and nothing can be read from fewer than {_MIN_POINTS}: "
                 f"{advice}"
@@ -446,15 +451,30 @@ class RangeTest:
             f"{self._show(curve.start - curve.drop)} (noise ± {curve.noise:.2g} a value)"
         )
         if self.diverged or float(smooth[-1]) - curve.start > least:
+            which = "start_lr" if self._starts_above_0 else "end_lr"
             raise ValueError(
                 f"the curve gets worse and has not improved before, beyond its noise: {seen}. "
-                "Lower start_lr (by 10 or more) so that the test begins with rates that train, or "
+                f"Lower {which} (by 10 or more) so that the test begins with rates that train, or "
                 "give it more steps"
+            )
+        if self.interrupted:
+            raise ValueError(
+                f"the curve is flat: {seen}. The test was interrupted at lr {self.lrs[-1]:.3g}. "
+                "Let it run to its end"
+            )
+        if curve.drop > 0.5 * least and curve.smooth_noise > 0.0:
+            raise ValueError(
+                f"the curve is flat, as far as its noise shows: {seen}. Give it more steps or less "
+                "noise (larger batches, or accumulate), or widen the range (raise end_lr)"
             )
         raise ValueError(
             f"the curve is flat: {seen}. Widen the range (raise end_lr), or give it more steps so "
             "that a change can be told from the noise"
         )
+
+    @property
+    def _starts_above_0(self) -> bool:
+        return not self.lrs or self.lrs[0] > 0.0
 
     def _show(self, value: float) -> str:
         value *= self._sign
@@ -649,6 +669,17 @@ def _noise(y: _Floats) -> float:
     return 1.4826 * float(np.median(np.abs(_second_differences(y))))
 
 
+def _spread(y: _Floats) -> float:
+    """Standard deviation of losses about what they do in all, whatever the last of them do.
+
+    Losses of both signs have no scale but their own: how far they are from their median.
+    """
+    spread = float(np.quantile(np.abs(_second_differences(y)), 0.75)) / 1.15
+    if y.min() < 0.0 < y.max():
+        spread = max(spread, 1.4826 * float(np.median(np.abs(y - np.median(y)))))
+    return spread
+
+
 def _raggedness(y: _Floats, width: float) -> _Floats:
     """The same in the neighbourhood of each point."""
     size = np.pad(np.abs(_second_differences(y)), 1, mode="edge")
@@ -704,21 +735,35 @@ def lr_range_test(
 ) -> RangeTest:
     """Train for a while as the rate rises, measure, and put everything back as it was.
 
-    Put back bit for bit, also after an exception or Ctrl-C: parameters and buffers (the same
-    tensors, in place), the optimizer's state and groups, gradients, ``requires_grad``, the mode of
-    every submodule, the random state of torch (CPU and the model's GPUs), Python and NumPy and of
-    the loaders' own generators. No hook is added or removed; those that there are run. What
-    cannot be put back: batches taken from an iterator, and what your own functions keep to
-    themselves.
+    The test puts back bit for bit, also after an exception or Ctrl-C, and into the same objects:
+
+    - parameters and buffers with shape, stride, dtype and memory, gradients, ``requires_grad``;
+    - the optimizer's groups, attributes and state of any type (what Python cannot look into, by a
+      deep copy in its place);
+    - attributes of all submodules: tensors, arrays, containers, generators of random numbers, and
+      objects of other classes that hold nothing but such data; and ``get_extra_state``;
+    - of loaders, samplers and datasets: attributes, and the data that they lead to;
+    - the random state of torch (CPU and the model's GPUs), Python and NumPy.
+
+    Workers that persist keep their state: the test starts workers of its own, or warns where it
+    cannot. Hooks are kept, and run.
+
+    The test leaves as they are: objects that hold a file, a lock, a thread, a stream, a graph or
+    other things that cannot be copied (if training changes one in a module, give the module
+    ``get_extra_state`` and ``set_extra_state``); data of a loader, or of an object in a module,
+    beyond 20,000 objects, or beyond both 64 MiB and the model's size; batches taken from an
+    iterator; global variables, and variables of your functions. A warning names what could not be
+    put back.
 
     The optimizer's step runs in :class:`~clr_optim.CyclicalOptimizer`, on the kernels that will
     train. Parameter groups keep the ratio of their rates; ``start_lr`` and ``end_lr`` are those
     of the group with the largest, and the others stay below. A model in eval mode is put in train
     mode; of one in train mode, submodules in eval mode stay so.
 
-    The loss is that of each step's batch before its update. If it grows to ``diverge_factor``
-    times its lowest, or is no longer finite, the test ends (``result.diverged``); Ctrl-C ends it
-    too and keeps what was measured (``result.interrupted``).
+    The loss is that of each step's batch before its update. If the mean of the last ten or so grows
+    to ``diverge_factor`` times its lowest and out of the losses' noise, or a loss is no longer
+    finite, the test ends (``result.diverged``); Ctrl-C ends it too and keeps what was measured
+    (``result.interrupted``).
 
     Under DistributedDataParallel and FSDP2 every rank calls this with its part of the data;
     measurements are averaged, so that all ranks get the same result. (Ctrl-C or an exception on
@@ -752,9 +797,10 @@ def lr_range_test(
             that it skips are not counted.
         max_grad_norm, backend: as in :class:`~clr_optim.CyclicalOptimizer`.
         offload: keep the copy of all that is put back in the CPU's memory.
-        diverge_factor: > 1. Of a small minimum this is too little to go by: what is lost must be
-            as many times what had been gained, too. ``math.inf`` waits for a loss that is not
-            finite.
+        diverge_factor: > 1. Of a small minimum this is too little to go by: the mean must rise by
+            ``diverge_factor - 1`` times its largest fall, too, and by six standard deviations of
+            the losses' noise. Losses of both signs, and all losses before the tenth, have no other
+            scale. ``math.inf`` waits for a loss that is not finite.
         smoothing: of the result.
         average_ranks: whether to average over all ranks; ``None`` does so for
             DistributedDataParallel and DTensors, over theirs.
@@ -845,9 +891,11 @@ def lr_range_test(
         [], [], mode=mode, metric=metric, num_steps=steps, smoothing=smoothing, ratios=ratios
     )
     forward = _Forward(model, loss_fn, step_fn, target_key, metric.endswith("accuracy"), here)
-    modules = [m for m in (model, loss_fn, step_fn) if isinstance(m, nn.Module)]
+    called = [getattr(function, "__self__", function) for function in (loss_fn, step_fn)]
+    modules = [m for m in (model, *called) if isinstance(m, nn.Module)]
     snapshot = _Snapshot(modules, optimizer, [loader, val_loader], here, offload)
     try:
+        snapshot.set_workers_aside()
         # A cycle that the optimizer is in the middle of is not the ramp's.
         for group in groups:
             for key in [key for key in group if key.startswith("clr_")]:
@@ -1045,23 +1093,30 @@ class _Divergence:
 
     def __init__(self, factor: float) -> None:
         self._factor = factor
+        self._losses: list[float] = []
         self._mean = 0.0
         self._weight = 0.0
-        self._first = self._lowest = math.inf
+        self._highest, self._lowest = -math.inf, math.inf
+        self._fall = 0.0
 
     def is_reached(self, loss: float) -> bool:
         """Whether this loss, the next, ends the test."""
         if not math.isfinite(loss):
             return True
+        self._losses.append(loss)
         # Over the last ten or so; the first ones weigh no more than the others.
         self._mean = 0.9 * self._mean + 0.1 * loss
         self._weight = 0.9 * self._weight + 0.1
         mean = self._mean / self._weight
-        if self._first == math.inf:
-            self._first = mean
+        self._highest = max(self._highest, mean)
         self._lowest = min(self._lowest, mean)
-        scale = max(abs(self._lowest), self._first - self._lowest)
-        return mean > self._lowest + (self._factor - 1.0) * scale
+        self._fall = max(self._fall, self._highest - mean)
+        scale = max(abs(self._lowest), self._fall)
+        rise = mean - self._lowest
+        # The spread of fewer losses is unknown, and no bounds can be read from them.
+        if len(self._losses) < _MIN_POINTS or not rise > (self._factor - 1.0) * scale:
+            return False
+        return rise > 6.0 * _spread(np.array(self._losses))
 
 
 class _Forward:
@@ -1151,51 +1206,39 @@ class _Forward:
 
     def _outcome(self, batch: Any) -> tuple[Any, Any, Any]:
         if self._step_fn is not None:
-            outcome = self._step_fn(self._model, batch)
-            if isinstance(outcome, Mapping):
-                outcome = outcome["loss"]
-            if isinstance(outcome, (tuple, list)):
-                if len(outcome) != 3:
-                    raise ValueError(
-                        "step_fn must return the loss or (loss, correct, count), got "
-                        f"{len(outcome)} values"
-                    )
-                return outcome[0], outcome[1], outcome[2]
-            if self._wants_accuracy:
-                raise ValueError(
-                    "step_fn must return (loss, correct, count) where accuracy is the metric, got "
-                    "a loss alone"
-                )
-            return outcome, 0.0, 1.0
+            return self._outcome_of_step_fn(self._step_fn(self._model, batch))
         target: Any
         if isinstance(batch, Mapping):
             if self._loss_fn is None:
-                output = self._model(**batch)
-                loss = output["loss"] if isinstance(output, Mapping) else output.loss
                 if self._wants_accuracy:
                     raise ValueError(
                         "accuracy needs a loss_fn, or a step_fn that returns (loss, correct, "
                         "count): the model's own loss says nothing of it"
                     )
-                return loss, 0.0, 1.0
+                return self._loss_of_model(self._called((), batch)), 0.0, 1.0
             if self._target_key not in batch:
                 raise ValueError(
                     f"target_key={self._target_key!r} is not in the batch, which has "
-                    f"{sorted(map(str, batch))}: name the one that loss_fn is to compare with"
+                    f"{sorted(map(str, batch))}: name the one that loss_fn is to compare with, or "
+                    "give a step_fn"
                 )
             target = batch[self._target_key]
-            output = self._model(**{k: v for k, v in batch.items() if k != self._target_key})
+            named = {k: v for k, v in batch.items() if k != self._target_key}
+            output = self._called((), named)
         elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
             target = batch[-1]
-            output = self._model(*batch[:-1])
+            output = self._called(batch[:-1], {})
         else:
+            size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
             raise ValueError(
-                f"a batch is a {type(batch).__name__}, and neither a tuple (*inputs, target) nor a "
-                "dictionary: give step_fn=lambda model, batch: ... that returns the loss"
+                f"a batch is a {type(batch).__name__}{size}, and neither a tuple (*inputs, target) "
+                "nor a dictionary: give step_fn=lambda model, batch: ... that returns the loss"
             )
         if self._loss_fn is None:
             raise ValueError("loss_fn=None needs a step_fn, or dictionaries and a model's own loss")
-        loss = self._loss_fn(output, target)
+        place = -1 if isinstance(batch, (tuple, list)) else self._target_key
+        with _noting(f"loss_fn(output, batch[{place!r}])"):
+            loss = self._loss_fn(output, target)
         if not self._wants_accuracy:
             return loss, 0.0, 1.0
         if (
@@ -1211,17 +1254,81 @@ class _Forward:
         right = (output.detach().argmax(dim=1) == target).sum()
         return loss, right, target.numel()
 
+    def _outcome_of_step_fn(self, outcome: Any) -> tuple[Any, Any, Any]:
+        if outcome is None:
+            raise ValueError("step_fn returned None: it must return the loss, a scalar tensor")
+        if isinstance(outcome, Mapping):
+            if "loss" not in outcome:
+                raise ValueError(
+                    f"step_fn returned a dictionary with no 'loss', but with "
+                    f"{sorted(map(str, outcome))}: return the loss, or a dictionary with it"
+                )
+            outcome = outcome["loss"]
+        if isinstance(outcome, (tuple, list)):
+            if len(outcome) != 3:
+                raise ValueError(
+                    "step_fn must return the loss or (loss, correct, count), got "
+                    f"{len(outcome)} values"
+                )
+            return outcome[0], outcome[1], outcome[2]
+        if self._wants_accuracy:
+            raise ValueError(
+                "step_fn must return (loss, correct, count) where accuracy is the metric, got "
+                "a loss alone"
+            )
+        return outcome, 0.0, 1.0
+
+    def _called(self, inputs: Sequence[Any], named: Mapping[Any, Any]) -> Any:
+        """What the model returns for a batch, if it takes such inputs at all."""
+        signature = None
+        with contextlib.suppress(TypeError, ValueError):  # not every callable has one
+            signature = inspect.signature(self._model.forward)
+        try:
+            if signature is not None:
+                signature.bind(*inputs, **named)
+        except TypeError as error:
+            given = [*(type(value).__name__ for value in inputs), *map(str, named)]
+            raise ValueError(
+                f"a batch does not fit {type(self._model).__name__}.forward{signature}, which was "
+                f"to be called with {', '.join(given)} ({error}): give "
+                "step_fn=lambda model, batch: ... that returns the loss"
+            ) from error
+        with _noting("model(*batch[:-1])" if inputs else "model(**batch)"):
+            return self._model(*inputs, **named)
+
+    def _loss_of_model(self, output: Any) -> Any:
+        found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if found is None:
+            raise ValueError(
+                f"{type(self._model).__name__} returned a {type(output).__name__} without a loss: "
+                "give a loss_fn, or step_fn=lambda model, batch: ... that returns the loss"
+            )
+        return found
+
+
+@contextlib.contextmanager
+def _noting(call: str) -> Iterator[None]:
+    """Tell with an error how the function was called."""
+    try:
+        yield
+    except Exception as error:
+        if sys.version_info >= (3, 11):
+            error.add_note(f"lr_range_test called {call}: for other batches give step_fn")
+        raise
+
 
 def _moved(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on the device."""
     if callable(getattr(batch, "to", None)):
-        return batch.to(device)
+        moved = batch.to(device)
+        return batch if moved is None else moved  # it may have moved itself
     if isinstance(batch, Mapping):
         return {key: _moved(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(_moved(value, device) for value in batch))
     if isinstance(batch, (tuple, list)):
-        return type(batch)(_moved(value, device) for value in batch)
+        values = [_moved(value, device) for value in batch]
+        return tuple(values) if isinstance(batch, tuple) else values
     return batch
 
 
@@ -1279,7 +1386,7 @@ class _Line:
         if wanted is None:
             dist = torch.distributed
             first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-            wanted = first and sys.stderr.isatty()
+            wanted = first and shows_progress()
         self._wanted = wanted
         self._shown = False
 
@@ -1292,184 +1399,8 @@ class _Line:
         text = (
             f"range test {done}  lr {result.lrs[-1]:.3g}  {result.metric} {result.values[-1]:.4g}"
         )
-        sys.stderr.write(f"\r{text:<70}")
-        sys.stderr.flush()
+        show_progress(f"\r{text:<70}")
 
     def close(self) -> None:
         if self._shown:
-            sys.stderr.write("\n")
-
-
-# ---- putting it all back
-
-
-class _Snapshot:
-    """All that a training changes, and how to put it back.
-
-    Everything goes back into the objects that hold it, so that no reference to any of them goes
-    stale: not an optimizer's, not a captured graph's.
-    """
-
-    def __init__(
-        self,
-        modules: Sequence[nn.Module],
-        optimizer: Optimizer,
-        loaders: Sequence[Any],
-        device: torch.device,
-        offload: bool,
-    ) -> None:
-        self._offload = offload
-        self._memo: dict[int, Callable[[], Any]] = {}
-        self._held: list[Any] = []  # or a number of the memo might come to mean another object
-        self._modules = list(dict.fromkeys(m for module in modules for m in module.modules()))
-        self._reshard()
-        self._flags = [module.training for module in self._modules]
-        # The tensors that stand under these names, and what is in them.
-        self._tensors = [
-            self._keep(tensors)
-            for module in self._modules
-            for tensors in (module._parameters, module._buffers)
-        ]
-        self._optimizer = self._keep(vars(optimizer))
-        grouped = [p for group in optimizer.param_groups for p in group["params"]]
-        modular = [p for module in modules for p in module.parameters()]
-        #: all parameters
-        self.params: list[Tensor] = list(dict.fromkeys([*modular, *grouped]))
-        self._leaves = [
-            (param, param.requires_grad, param.grad, self._keep(param.grad))
-            for param in self.params
-        ]
-        self._random = self._keep_random(loaders, {device, *(p.device for p in self.params)})
-
-    def restore(self) -> None:
-        """Put everything back; may be called again."""
-        self._reshard()
-        with torch.no_grad():
-            for put_back in self._tensors:
-                put_back()
-            self._optimizer()
-            for param, requires_grad, grad, put_back in self._leaves:
-                put_back()
-                param.grad = grad
-                if param.requires_grad != requires_grad:
-                    param.requires_grad_(requires_grad)
-        for module, flag in zip(self._modules, self._flags, strict=True):
-            module.training = flag
-        for put_back in self._random:
-            put_back()
-
-    def _reshard(self) -> None:
-        """Give FSDP's modules their sharded parameters: a forward without backward leaves others.
-
-        Whole ones are theirs only for a while.
-        """
-        modules: list[Any] = self._modules
-        for module in modules:
-            if hasattr(module, "set_requires_gradient_sync") and hasattr(module, "reshard"):
-                module.reshard()
-
-    def _keep(self, value: Any) -> Callable[[], Any]:
-        """A function that puts back what is in ``value`` now, and returns that very object.
-
-        Tensors, containers and optimizers inside one are looked into; other objects are only held.
-        """
-        known = self._memo.get(id(value))
-        if known is not None:
-            return known
-        put_back: Callable[[], Any]
-        if isinstance(value, Tensor):
-            put_back = self._keep_tensor(value)
-        elif isinstance(value, dict):
-            items: list[tuple[Any, Callable[[], Any]]] = []
-
-            def put_back() -> Any:
-                now = [(key, keep()) for key, keep in items]
-                value.clear()
-                value.update(now)
-                return value
-
-            self._memo[id(value)] = put_back  # it may hold itself
-            items += [(key, self._keep(item)) for key, item in value.items()]
-        elif isinstance(value, list):
-            members: list[Callable[[], Any]] = []
-
-            def put_back() -> Any:
-                value[:] = [keep() for keep in members]
-                return value
-
-            self._memo[id(value)] = put_back
-            members += [self._keep(item) for item in value]
-        elif isinstance(value, tuple):
-            parts = [self._keep(item) for item in value]
-
-            def put_back() -> Any:
-                for keep in parts:
-                    keep()
-                return value
-
-        elif isinstance(value, Optimizer):
-            inside = self._keep(vars(value))
-
-            def put_back() -> Any:
-                inside()
-                return value
-
-        else:
-            return lambda: value
-        self._memo[id(value)] = put_back
-        self._held.append(value)
-        return put_back
-
-    def _keep_tensor(self, tensor: Tensor) -> Callable[[], Tensor]:
-        part = local_part(tensor).detach()  # its memory, wherever the tensor may point later
-        alias = part
-        if part.layout is torch.strided and 0 in part.stride():
-            # Elements that share memory, as expanded ones do, are written once.
-            sizes = [
-                min(n, 1) if s == 0 else n for n, s in zip(part.shape, part.stride(), strict=True)
-            ]
-            alias = part.as_strided(sizes, part.stride())
-        # On the CPU `to` alone would be no copy.
-        saved = alias.to("cpu", copy=True) if self._offload else alias.clone()
-
-        def put_back() -> Tensor:
-            alias.copy_(saved)
-            if (
-                tensor.layout is torch.strided
-                and type(tensor) is not DTensor
-                and tensor.data_ptr() != part.data_ptr()
-            ):
-                tensor.data = part  # somebody gave it other memory
-            return tensor
-
-        return put_back
-
-    @staticmethod
-    def _keep_random(
-        loaders: Iterable[Any], devices: Iterable[torch.device]
-    ) -> list[Callable[[], Any]]:
-        back: list[Callable[[], Any]] = []
-
-        def add(put: Callable[[Any], Any], state: Any) -> None:
-            back.append(lambda: put(state))
-
-        add(torch.set_rng_state, torch.get_rng_state())
-        add(random.setstate, random.getstate())
-        add(np.random.set_state, np.random.get_state())
-        for device in devices:
-            if device.type == "cuda":
-                state = torch.cuda.get_rng_state(device)
-                back.append(lambda s=state, d=device: torch.cuda.set_rng_state(s, d))  # type: ignore[misc]
-        for loader in loaders:
-            sampler = getattr(loader, "batch_sampler", None)
-            owners = (
-                loader,
-                getattr(loader, "sampler", None),
-                sampler,
-                getattr(sampler, "sampler", None),
-            )
-            generators = {getattr(owner, "generator", None) for owner in owners}
-            for generator in generators:
-                if isinstance(generator, torch.Generator):
-                    add(generator.set_state, generator.get_state())
-        return back
+            show_progress("\n")

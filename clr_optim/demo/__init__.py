@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from clr_optim.console import printing
 from clr_optim.demo.train import (
     Plan,
     Run,
@@ -35,6 +36,7 @@ COMPARED = ("SGD", "Adam")
 Results = dict[tuple[str, str], list[Run]]
 
 
+@printing()
 def run_demo(
     *, seed: int = 0, seeds: int | None = None, out: str | Path = "demo-out", quick: bool = False
 ) -> Results:
