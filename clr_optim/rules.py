@@ -209,6 +209,12 @@ class StateSlots:
         """All of them."""
         return self.numbers | self.others | frozenset(self.tensors)
 
+    def used(self, group: Group) -> frozenset[str]:
+        """The tensors that a step with these settings reads, once they are there."""
+        if self.rule is None:
+            return frozenset(self.tensors)
+        return frozenset(slot.name for slot in self.rule.slots(group))
+
     def needed(self, group: Group, shape: Shape) -> frozenset[str]:
         """Those without which a step would fail, for a parameter of this shape in this group."""
         if self.rule is None:
