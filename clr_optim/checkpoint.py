@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clr_optim.rules import STATE_SLOTS, StateSlots
+from clr_optim.rules import STATE_SLOTS, Shape, StateSlots
 from clr_optim.schedule import LAST_STEP, check_int, check_number
 from clr_optim.sharding import local_part
 
@@ -420,27 +420,47 @@ def _check_state(
     # A class of the user's own may keep a tensor, or an object, for each parameter.
     if slots is None and not any(isinstance(state[index], Mapping) for index in known):
         return
-    places: dict[int, str] = {}
+    forms: dict[object, tuple[frozenset[str], dict[str, Shape]]] = {}
+    places: dict[int, tuple[object, str]] = {}
     for index in known:
-        where, values = f"state_dict['state'][{index!r}]", state[index]
-        check_mapping(where, values)
-        if slots is not None and values:
-            param, group = owners[index]
-            _check_state_of(optimizer, slots, where, param, group, values, places)
+        values = state[index]
+        if type(values) is not dict:
+            check_mapping(f"state_dict['state'][{index!r}]", values)
+        if slots is None or not values:
+            continue
+        param, group = owners[index]
+        kind = (param.shape, None if slots.rule is None else slots.rule.kernel(group))
+        if kind not in forms:
+            shape = tuple(param.shape)
+            forms[kind] = slots.needed(group, shape), slots.used(group, shape)
+        needed, used = forms[kind]
+        _check_complete(optimizer, slots, index, values, needed)
+        for name, shape in used.items():
+            # SGD's buffer may be None until it is the first gradient.
+            if name not in values or (values[name] is None and name not in needed):
+                continue
+            value = values[name]
+            if not _is_plain(value, param, shape):
+                _check_state_tensor(index, name, value, param, shape, sparse=name not in needed)
+            part = local_part(value)
+            at = part.data_ptr() if part.layout is torch.strided else id(value)
+            if at and places.setdefault(at, (index, name)) != (index, name):
+                first = "state_dict['state'][{!r}][{!r}]".format(*places[at])
+                raise ValueError(
+                    f"state_dict['state'][{index!r}][{name!r}] is the very memory of {first}: each "
+                    "needs its own; clone one of them"
+                )
 
 
-def _check_state_of(
+def _check_complete(
     optimizer: Optimizer,
     slots: StateSlots,
-    where: str,
-    param: Tensor,
-    group: Mapping[str, Any],
+    index: object,
     values: Mapping[str, Any],
-    places: dict[int, str],
+    needed: frozenset[str],
 ) -> None:
-    """Raise unless the state of one parameter is complete and of the right form."""
-    shape = tuple(param.shape)
-    needed = slots.needed(group, shape)
+    """Raise unless the state of one parameter has all that a step needs, and its numbers are."""
+    where = f"state_dict['state'][{index!r}]"
     if not needed <= values.keys():
         absent = sorted(needed - set(values))
         others = frozenset().union(*(each.names for each in STATE_SLOTS.values())) - slots.names
@@ -453,26 +473,11 @@ def _check_state_of(
             f"{where} lacks {absent}, and has {sorted(map(str, values))}: without all of it "
             "the optimizer cannot step; leave a parameter's state out as a whole to begin anew"
         )
-    for name in slots.numbers & values.keys():
-        if name == "step":
+    for name in slots.numbers:
+        if name == "step" and name in values:
             check_int(f"{where}[{name!r}]", item(values[name]), minimum=0)
-        else:
+        elif name in values:
             check_number(f"{where}[{name!r}]", item(values[name]), minimum=-math.inf)
-    # An entry under a name that these settings do not use is the user's own.
-    used = slots.used(group)
-    for name, value in values.items():
-        form = slots.tensors[name](shape) if name in used else None
-        # SGD's buffer may be None until it is the first gradient.
-        if form is None or (value is None and name not in needed):
-            continue
-        here = f"{where}[{name!r}]"
-        _check_state_tensor(here, value, param, form, sparse=name not in needed)
-        place = local_part(value)
-        at = place.data_ptr() if place.layout is torch.strided else id(value)
-        if at and places.setdefault(at, here) != here:
-            raise ValueError(
-                f"{here} is the very memory of {places[at]}: each needs its own; clone one of them"
-            )
 
 
 def _check_strays(
@@ -526,19 +531,32 @@ def own_counters(state: Mapping[Any, Any]) -> dict[Any, Any]:
     return own
 
 
+def _is_plain(value: object, param: Tensor, shape: Shape) -> bool:
+    """Whether a state tensor is certainly right: dense, and of the parameter's dtype."""
+    return (
+        type(value) is Tensor
+        and value.dtype is param.dtype
+        and value.shape == shape
+        and value.layout is torch.strided
+        and value.is_contiguous()
+        and value.is_floating_point()
+        and not value.is_meta
+    )
+
+
 def _check_state_tensor(
-    name: str, value: object, param: Tensor, shape: tuple[int, ...], *, sparse: bool
+    index: object, name: str, value: object, param: Tensor, shape: Shape, *, sparse: bool
 ) -> None:
     """Raise unless a state tensor fits its parameter.
 
     Args:
-        name: the tensor in messages.
-        value: the tensor.
-        param: its parameter.
-        shape: the shape that it must have.
+        index: the parameter's number.
+        name: the tensor.
+        value: the tensor itself.
+        param: the parameter.
+        shape: the shape that the tensor must have.
         sparse: whether torch keeps it as sparse as the first gradient was.
     """
-    kind = "complex" if param.is_complex() else "floating point"
     if (
         not isinstance(value, Tensor)
         or tuple(value.shape) != shape
@@ -548,9 +566,11 @@ def _check_state_tensor(
         or (value.is_meta and not param.is_meta)
         or _is_expanded(value)
     ):
+        kind = "complex" if param.is_complex() else "floating point"
         raise ValueError(
-            f"{name} must be a dense {kind} tensor of shape {list(shape)}, got {shown(value)}: "
-            "give the state of an optimizer of the same parameters in the same order"
+            f"state_dict['state'][{index!r}][{name!r}] must be a dense {kind} tensor of shape "
+            f"{list(shape)}, got {shown(value)}: give the state of an optimizer of the same "
+            "parameters in the same order"
         )
 
 

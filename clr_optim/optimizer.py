@@ -1989,21 +1989,23 @@ def _written_rates(
         groups: groups, or our keys of each.
         schedule: the policy of those that name the same.
     """
-    policies: dict[str, Schedule | None] = {schedule.to_json(): schedule}
+    policies: dict[object, Schedule | None] = {schedule.to_json(): schedule}
+    rates: dict[object, float | None] = {}
     for group in groups:
-        rate = None
-        if all(key in group for key in (_STEP, _BASE, _MAX, _SCHEDULE)):
-            text = group[_SCHEDULE]
-            if text not in policies:
-                policies[text] = _schedule_of(text)
-            policy = policies[text]
-            if policy is not None:
-                try:
-                    position = as_position(group[_STEP], _STEP)
-                    (rate,) = policy.rates(position, [(group[_BASE], group[_MAX])])
-                except (ArithmeticError, LookupError, TypeError, ValueError):
-                    rate = None
-        yield rate
+        if any(key not in group for key in (_STEP, _BASE, _MAX, _SCHEDULE)):
+            yield None
+            continue
+        text, step = group[_SCHEDULE], group[_STEP]
+        course = (group[_BASE], group[_MAX], step, text)
+        try:
+            if course not in rates:
+                if text not in policies:
+                    policies[text] = _schedule_of(text)
+                policy, position = policies[text], as_position(step, _STEP)
+                rates[course] = policy and policy.rates(position, [course[:2]])[0]
+            yield rates[course]
+        except (ArithmeticError, LookupError, TypeError, ValueError):
+            yield None
 
 
 def _schedule_of(text: str) -> Schedule | None:
@@ -2028,7 +2030,9 @@ def _is_rate(lr: object, rate: float) -> bool:
 
 def _are_close(one: tuple[float, float], other: tuple[float, float]) -> bool:
     """Whether bounds are the same but for the rounding of a file format."""
-    return all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(one, other, strict=True))
+    return one == other or all(
+        math.isclose(a, b, rel_tol=1e-6) for a, b in zip(one, other, strict=True)
+    )
 
 
 def _edited_rates(
