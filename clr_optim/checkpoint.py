@@ -342,7 +342,7 @@ def _is_like(value: object, like: object) -> bool:
 
 def _is_sequence(value: object) -> bool:
     """Whether a setting holds several values, whatever its type: a list, an array, a tensor."""
-    if isinstance(value, (str, bytes, bytearray, Mapping)):
+    if isinstance(value, (str, bytes, bytearray, Mapping, np.generic)):
         return False
     if isinstance(value, (Tensor, np.ndarray)):
         return len(value.shape) == 1

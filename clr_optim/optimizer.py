@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import numbers
 import sys
 import warnings
 import weakref
@@ -2028,6 +2029,11 @@ def _is_rate(lr: object, rate: float) -> bool:
         return False
 
 
+def _number_shown(lr: object) -> str:
+    number = item(lr)
+    return f"{number:g}" if isinstance(number, numbers.Real) else shown(number)
+
+
 def _are_close(one: tuple[float, float], other: tuple[float, float]) -> bool:
     """Whether bounds are the same but for the rounding of a file format."""
     return one == other or all(
@@ -2047,7 +2053,7 @@ def _edited_rates(
     """
     lrs = [group["lr"] for group in groups] if lrs is None else lrs
     edited = [
-        f"{i} ({item(lr)!r} instead of {rate:g})"
+        f"{i} ({_number_shown(lr)} instead of {rate:g})"
         for i, (lr, rate) in enumerate(zip(lrs, _written_rates(groups, schedule), strict=False))
         if rate is not None and not _is_rate(lr, rate)
     ]
