@@ -121,13 +121,13 @@ def undone_on_error(optimizer: Optimizer, *objects: object) -> Iterator[None]:
         if isinstance(state, dict):
             written += [state, *(values for values in state.values() if isinstance(values, dict))]
         written += [group for group in getattr(each, "param_groups", ()) if type(group) is dict]
-    kept = [(each, dict(each)) for each in written]
+    kept = [(items, dict(items)) for items in written]
     try:
         yield
     except BaseException:
-        for each, items in kept:
-            each.clear()
-            each.update(items)
+        for items, before in kept:
+            items.clear()
+            items.update(before)
         raise
 
 
@@ -256,7 +256,7 @@ def _check_settings(
 ) -> None:
     """Raise unless groups have all settings, each of a kind that torch's class works with."""
     name_of_class, defaults = type(optimizer).__name__, optimizer.defaults
-    initial = _initial_settings(type(optimizer))
+    initial = _initial_settings(cast("Any", type(optimizer)))
     required = frozenset(defaults) - _NEWER_DEFAULTS
     names = [name for name in defaults if name != "lr"]
     for i, (group, saved, whole) in enumerate(
@@ -428,11 +428,11 @@ def _check_state(
             check_mapping(f"state_dict['state'][{index!r}]", values)
         if slots is None or not values:
             continue
-        param, group = owners[index]
-        kind = (param.shape, None if slots.rule is None else slots.rule.kernel(group))
+        param, settings_of = owners[index]
+        kind = (param.shape, None if slots.rule is None else slots.rule.kernel(settings_of))
         if kind not in forms:
             shape = tuple(param.shape)
-            forms[kind] = slots.needed(group, shape), slots.used(group, shape)
+            forms[kind] = slots.needed(settings_of, shape), slots.used(settings_of, shape)
         needed, used = forms[kind]
         _check_complete(optimizer, slots, index, values, needed)
         for name, shape in used.items():
@@ -481,37 +481,64 @@ def _check_complete(
 
 
 def _check_strays(
-    owners: Mapping[object, object], slots: StateSlots | None, state: Mapping[Any, Any]
+    owners: Mapping[object, tuple[Tensor, Mapping[str, Any]]],
+    slots: StateSlots | None,
+    state: Mapping[Any, Any],
 ) -> None:
     """Raise if a parameter's state is under a number that no parameter has.
 
     Users keep entries of their own in ``state``, and those load as in torch. An entry is taken for
-    a parameter's only if a parameter lacks its state.
+    a parameter's only if it fits a parameter that lacks its state.
     """
     strays = state.keys() - owners.keys()
     absent = owners.keys() - state.keys()
     if not strays or not absent:
         return
-    known = [values for index in owners.keys() & state.keys() if (values := state[index])]
+    known = [
+        values
+        for index in owners.keys() & state.keys()
+        if isinstance(values := state[index], Mapping) and values
+    ]
     for index in strays:
-        named = any(type(owner) is type(index) for owner in owners)
-        if (named or not known) and _is_a_parameters(state[index], slots, known):
-            raise ValueError(
-                f"state_dict['state'][{index!r}] belongs to no parameter: the 'params' of the "
-                f"groups are {shown(list(owners))}"
-            )
+        values, named = state[index], any(type(owner) is type(index) for owner in owners)
+        if isinstance(values, Mapping) and (named or not known):
+            names = [set(each) for each in known]
+            if any(_fits(values, *owners[owner], slots, names) for owner in absent):
+                raise ValueError(
+                    f"state_dict['state'][{index!r}] belongs to no parameter: the 'params' of the "
+                    f"groups are {shown(list(owners))}"
+                )
 
 
-def _is_a_parameters(values: object, slots: StateSlots | None, known: Sequence[Any]) -> bool:
-    """Whether an entry of ``state`` looks like the state of a parameter."""
-    if not isinstance(values, Mapping):
-        return False
-    names = set(values)
-    if slots is not None:
-        return bool(names & slots.names)
-    if known:
-        return any(isinstance(each, Mapping) and names == set(each) for each in known)
-    return any(isinstance(value, Tensor) for value in values.values())
+def _fits(
+    values: Mapping[str, Any],
+    param: Tensor,
+    settings: Mapping[str, Any],
+    slots: StateSlots | None,
+    names: Sequence[set[str]],
+) -> bool:
+    """Whether an entry of ``state`` could be the state of a parameter.
+
+    Args:
+        values: the entry.
+        param: the parameter.
+        settings: the settings of its group.
+        slots: what the optimizer's class keeps, if that is known.
+        names: what the checkpoint holds for other parameters.
+    """
+    if slots is None:
+        shapes = [value.shape for value in values.values() if isinstance(value, Tensor)]
+        return set(values) in names or (not names and param.shape in shapes)
+    used = slots.used(settings, tuple(param.shape))
+    if not used:
+        return bool(slots.others & set(values))
+    shapes_fit = [
+        isinstance(values[name], Tensor) and tuple(values[name].shape) == shape
+        for name, shape in used.items()
+        if name in values
+    ]
+    needed = slots.needed(settings, tuple(param.shape))
+    return needed <= values.keys() and bool(shapes_fit) and all(shapes_fit)
 
 
 def own_counters(state: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -2003,7 +2003,7 @@ def _written_rates(
                 if text not in policies:
                     policies[text] = _schedule_of(text)
                 policy, position = policies[text], as_position(step, _STEP)
-                rates[course] = policy and policy.rates(position, [course[:2]])[0]
+                rates[course] = None if policy is None else policy.rates(position, [course[:2]])[0]
             yield rates[course]
         except (ArithmeticError, LookupError, TypeError, ValueError):
             yield None
