@@ -490,14 +490,12 @@ def _check_strays(
     Users keep entries of their own in ``state``, and those load as in torch. An entry is taken for
     a parameter's only if it fits a parameter that lacks its state.
     """
-    strays = state.keys() - owners.keys()
-    absent = owners.keys() - state.keys()
+    strays = [index for index in state if index not in owners]
+    absent = [index for index in owners if index not in state]
     if not strays or not absent:
         return
     known = [
-        values
-        for index in owners.keys() & state.keys()
-        if isinstance(values := state[index], Mapping) and values
+        values for index in owners if isinstance(values := state.get(index), Mapping) and values
     ]
     for index in strays:
         values, named = state[index], any(type(owner) is type(index) for owner in owners)

@@ -109,8 +109,8 @@ class _Shared:
         self.groups: list[dict[str, Any]] | None = None
         self.position = 0
         self.bounds: list[tuple[float, float]] = []
-        #: the constructor's bounds, for a warning if a checkpoint has others
-        self.given: list[tuple[float, float]] = []
+        #: bounds by the constructor's arguments and the groups' own lr; None is the default base_lr
+        self.given: list[tuple[float | None, float]] = []
         #: groups that somebody put there since, and the bounds that were found for them
         self.seen: tuple[list[dict[str, Any]], list[tuple[float, float]]] | None = None
         self.momenta: list[tuple[float, float]] = []
@@ -317,7 +317,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             if cycle_momentum:
                 group[_BASE_MOMENTUM], group[_MAX_MOMENTUM] = b, m
         self._change_course(position)
-        self._shared.given = bounds
+        self._shared.given = [(None if base_lr is None else base, top) for base, top in bounds]
         _take_note(optimizer, own, schedule, position if resumed else None)
         if saved is not None:
             self._warn_other_policy(saved, "the wrapped optimizer")
@@ -1581,15 +1581,19 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         for i, (old, new) in enumerate(zip(before, keys, strict=False)):
             if _BASE not in new:
                 continue
-            bounds = (new[_BASE], new[_MAX])
-            of_code = [(old[_BASE], old[_MAX]), *given[i : i + 1]]
-            if not any(_are_close(bounds, each) for each in of_code):
-                base, top = of_code[-1]
+            base, top = new[_BASE], new[_MAX]
+            code_base, code_top = given[i] if i < len(given) else (old[_BASE], old[_MAX])
+            as_code = _are_close(top, code_top) and (
+                code_base is None or _are_close(base, code_base)
+            )
+            if not as_code and not (_are_close(base, old[_BASE]) and _are_close(top, old[_MAX])):
+                code_base = code_top / _BASE_FRACTION if code_base is None else code_base
                 return (
-                    f"state_dict has the bounds base_lr={bounds[0]:g}, max_lr={bounds[1]:g} in "
-                    f"parameter group {i}, and this optimizer has base_lr={base:g}, "
-                    f"max_lr={top:g}: the checkpoint's bounds hold from here on. To train with "
-                    f"the others, call set_bounds(base_lr={base:g}, max_lr={top:g}) after loading."
+                    f"state_dict has the bounds base_lr={base:g}, max_lr={top:g} in parameter "
+                    f"group {i}, and this optimizer was given base_lr={code_base:g}, "
+                    f"max_lr={code_top:g}: the checkpoint's bounds hold from here on. To train "
+                    f"with the others, call set_bounds(base_lr={code_base:g}, "
+                    f"max_lr={code_top:g}) after loading."
                 )
         return None
 
@@ -2034,11 +2038,9 @@ def _number_shown(lr: object) -> str:
     return f"{number:g}" if isinstance(number, numbers.Real) else shown(number)
 
 
-def _are_close(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    """Whether bounds are the same but for the rounding of a file format."""
-    return one == other or all(
-        math.isclose(a, b, rel_tol=1e-6) for a, b in zip(one, other, strict=True)
-    )
+def _are_close(one: float, other: float) -> bool:
+    """Whether two bounds are the same but for the rounding of a file format."""
+    return one == other or math.isclose(one, other, rel_tol=1e-6)
 
 
 def _edited_rates(
@@ -2076,7 +2078,7 @@ def _other_arguments(
     for i, (group, (base, top)) in enumerate(zip(groups, bounds, strict=True)):
         if _BASE in group and _MAX in group:
             saved = float(group[_BASE]), float(group[_MAX])
-            if not _are_close(saved, (base, top)):
+            if not (_are_close(saved[0], base) and _are_close(saved[1], top)):
                 return (
                     f"the wrapped optimizer's checkpoint has the bounds base_lr={saved[0]:g}, "
                     f"max_lr={saved[1]:g} in parameter group {i}, and the arguments give "
