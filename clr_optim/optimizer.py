@@ -1391,7 +1391,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict; the position is in its ``param_groups``.
 
-        Loads under ``torch.load(weights_only=True)``, and into the plain optimizer too.
+        If the wrapped optimizer's layout drops what groups hold, our keys are in an entry
+        ``"clr_optim"`` beside it. Loads under ``torch.load(weights_only=True)``, and into the plain optimizer too.
 
         Returns:
             ``"state"`` and ``"param_groups"``, with torch's names, shapes and dtypes.
@@ -1432,7 +1433,11 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
 
         With our keys in its groups, position and bounds are the checkpoint's. Without them the
         bounds stay, and the position is 0: :meth:`set_iteration` moves it. The policy is always
-        this object's; a checkpoint written under another one warns.
+        this object's; a checkpoint written under another one warns. So do a checkpoint whose bounds
+        are not the constructor's, and one whose ``lr`` is not the rate of its own position:
+        :meth:`set_bounds` changes them.
+
+        The load hooks of the wrapped optimizer run before anything is checked.
 
         Args:
             state_dict: what :meth:`state_dict` returned, or the plain optimizer's.
@@ -1472,14 +1477,10 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                         "it had when it was saved"
                     )
             position, resumed = _read_position(keys, "state_dict['param_groups']")
-            if saved_keys is None:
-                lrs = [group["lr"] for group in loaded]
-                warned = [
-                    _edited_rates(keys, self._schedule, lrs),
-                    self._other_bounds(before, keys),
-                ]
-            else:
-                warned = [self._other_bounds(before, keys)]
+            warned = [self._other_bounds(before, keys)]
+            if saved_keys is None and not _fills_in_our_keys():
+                lrs = [group.get("lr") for group in loaded]
+                warned.append(_edited_rates(keys, self._schedule, lrs))
             for group, old, new in zip_longest(self.param_groups, before, keys):
                 if group is not None:
                     group.update({**(old or {}), **(new or {})})
@@ -1735,6 +1736,20 @@ def _callers_level() -> int:
     while frame.f_back and f"{frame.f_globals.get('__name__')}.".startswith(ours):
         level, frame = level + 1, frame.f_back
     return level
+
+
+def _fills_in_our_keys() -> bool:
+    """Whether ``torch.distributed.checkpoint`` is loading.
+
+    Where a plain optimizer's checkpoint lacks our keys, it leaves this optimizer's own in place.
+    """
+    frame = sys._getframe(1)
+    ours = ("clr_optim.", "torch.")
+    while frame.f_back and f"{frame.f_globals.get('__name__')}.".startswith(ours):
+        if frame.f_globals["__name__"].startswith("torch.distributed.checkpoint"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _warn_scheduled_rates(groups: Sequence[Mapping[str, Any]]) -> None:
@@ -2057,7 +2072,7 @@ def _edited_rates(
     edited = [
         f"{i} ({_number_shown(lr)} instead of {rate:g})"
         for i, (lr, rate) in enumerate(zip(lrs, _written_rates(groups, schedule), strict=False))
-        if rate is not None and not _is_rate(lr, rate)
+        if rate is not None and lr is not None and not _is_rate(lr, rate)
     ]
     if not edited:
         return None
