@@ -1392,7 +1392,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         """The wrapped optimizer's state dict; the position is in its ``param_groups``.
 
         If the wrapped optimizer's layout drops what groups hold, our keys are in an entry
-        ``"clr_optim"`` beside it. Loads under ``torch.load(weights_only=True)``, and into the plain optimizer too.
+        ``"clr_optim"`` beside it. Loads under ``torch.load(weights_only=True)``, and into the plain
+        optimizer too.
 
         Returns:
             ``"state"`` and ``"param_groups"``, with torch's names, shapes and dtypes.
