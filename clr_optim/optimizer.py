@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import numbers
 import operator
 import os
 import sys
@@ -14,6 +15,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
 import numpy.typing as npt
@@ -37,22 +39,27 @@ from clr_optim.backends.torch import (
     raw_step,
 )
 from clr_optim.checkpoint import (
-    NEWER_DEFAULTS,
+    after_load_hooks,
+    are_groups,
     as_position,
+    check_for,
+    check_layout,
     check_mapping,
     check_momentum_state,
-    check_settings,
-    check_state,
     check_tensor_lr,
+    holds_key,
+    in_our_words,
     item,
-    other_class,
+    loads_as_torch,
     own_counters,
     policy_name,
     shown,
+    undone_on_error,
+    without_load_hooks,
 )
 from clr_optim.eligible import classify
 from clr_optim.refused_writes import refuse_writes
-from clr_optim.rules import STATE_SLOTS, class_name
+from clr_optim.rules import class_name
 from clr_optim.schedule import (
     SCALE_MODES,
     ScaleFn,
@@ -83,6 +90,13 @@ POLICIES = ("triangular", "triangular2", "exp_range", "exp_range_bounds")
 # checkpointers carry across. Not torch's own `max_lr`: OneCycleLR writes that.
 _STEP, _BASE, _MAX, _SCHEDULE = "clr_step", "clr_base_lr", "clr_max_lr", "clr_schedule"
 _BASE_MOMENTUM, _MAX_MOMENTUM = "clr_base_momentum", "clr_max_momentum"
+_OUR_KEYS = (_STEP, _BASE, _MAX, _SCHEDULE, _BASE_MOMENTUM, _MAX_MOMENTUM)
+
+# Where our keys stand in a state dict whose layout drops what groups hold: one dictionary a group.
+_ENTRY = "clr_optim"
+
+# Where an optimizer keeps the note of its last wrapper. Copies and pickles leave the note out.
+_NOTE = "_clr_optim_note"
 
 _BOUNDS_OF, _RATE_OF = operator.itemgetter(_BASE, _MAX), operator.itemgetter("lr")
 
@@ -113,6 +127,8 @@ class _Shared:
         # the object in `lr` and the value it was given.
         self.groups: Sequence[dict[str, Any]] | None = None
         self.bounds: list[tuple[float, float]] = []
+        #: bounds by the constructor's arguments and the groups' own lr; None is the default base_lr
+        self.given: list[tuple[float | None, float]] = []
         #: groups that somebody put there since, and the bounds that were found for them
         self.seen: tuple[Sequence[dict[str, Any]], list[tuple[float, float]]] | None = None
         #: the bounds of each group's momentum, and the object that holds it
@@ -213,6 +229,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
     ``defaults`` are the wrapped optimizer's own; the position sits in the groups, and so in every
     checkpoint.
 
+    The cycle starts at step 0, whatever an earlier wrapper of this optimizer left in the groups. If
+    the optimizer has loaded a checkpoint of ours before it is wrapped, the cycle goes on there.
+
     A step without any gradient advances the cycle; one that did not happen (an exception in the
     closure or a pre-hook, an overflow under AMP) does not. Other code that writes ``lr`` is
     overruled, with one warning: use :meth:`set_bounds` and :meth:`set_iteration`.
@@ -226,7 +245,10 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             tensor of one element is a number); ``None`` is ``max_lr / 4``, the paper's
             guideline.
         max_lr: upper bound, a number or one per group; ``None`` is the group's own ``lr``: the
-            rate chosen for the optimizer becomes the top of the cycle.
+            rate chosen for the optimizer becomes the top of the cycle. If an earlier wrapper cycled
+            this optimizer, the own ``lr`` is the one from before, or the one that other code has
+            written since. If the optimizer has loaded a checkpoint of ours, ``None`` is that
+            checkpoint's bound, for ``base_lr`` too.
         step_size_up: steps of the rising half of a cycle; the paper advises 2 to 10 epochs.
         step_size_down: steps of the falling half; ``None`` is ``step_size_up``. Not both 0.
         gamma: decay per step of the ``exp_range`` policies, in (0, 1].
@@ -315,12 +337,14 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 f"schedule {schedule.name!r} has bounds of its own; leave them out"
             )
         # A checkpoint may have been loaded before the optimizer was wrapped.
-        position, resumed = _read_position(groups, "optimizer")
+        leftover = _leftover(optimizer)
+        position, resumed = _read_position(groups, "optimizer") if leftover is None else (0, False)
+        own = _own_settings(optimizer, schedule, leftover, max_lr is not None)
         bounds = [
             _initial_bounds(group, f" in parameter group {i}", base, top)
             for i, (group, base, top) in enumerate(
                 zip(
-                    groups,
+                    groups if leftover is None else own,
                     _optional_per_group("base_lr", base_lr, len(groups)),
                     _optional_per_group("max_lr", max_lr, len(groups)),
                     strict=True,
@@ -350,17 +374,30 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         schedule.rates(position, bounds)  # a scale_fn may raise
         chosen = backends.resolve(backend, optimizer)
         saved = groups[0].get(_SCHEDULE) if resumed and groups else None
+        warned: list[str | None] = []
+        if leftover is not None:
+            warned = [_starts_anew(groups, leftover["loaded"])]
+        elif resumed and not schedule.has_bounds:
+            given = base_lr is not None or max_lr is not None
+            warned = [
+                _other_arguments(groups, bounds) if given else _edited_rates(groups, schedule)
+            ]
 
         # Nothing has changed up to here, and nothing raises from here on.
         _separate_defaults(optimizer)
         self._set_up(optimizer, schedule, cycle_momentum, max_grad_norm, backend, chosen)
+        if leftover is not None:
+            _clear_leftover(groups, own)
         for group, (base, top), b, m in zip(groups, bounds, low, high, strict=True):
             group[_BASE], group[_MAX] = base, top
             if cycle_momentum:
                 group[_BASE_MOMENTUM], group[_MAX_MOMENTUM] = b, m
         self._change_course(position)
+        self._shared.given = [(None if base_lr is None else base, top) for base, top in bounds]
+        _take_note(optimizer, own, schedule, position if resumed else None)
         if saved is not None:
             self._warn_other_policy(saved, "the wrapped optimizer")
+        _warn_of(warned)
 
     @classmethod
     def from_scheduler(
@@ -419,15 +456,27 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             low, high = zip(*course.momenta, strict=True)
             options = {"cycle_momentum": True, "base_momentum": low, "max_momentum": high}
         base, top = zip(*course.bounds, strict=True)
-        opt = cast("type[CyclicalOptimizer[Optimizer]]", cls)(
-            scheduler.optimizer,
-            course.schedule,
-            base_lr=base,
-            max_lr=top,
-            max_grad_norm=max_grad_norm,
-            backend=backend,
-            **options,
-        )
+        # The scheduler says where the cycle is, not the keys of an earlier wrapper or a checkpoint.
+        groups = scheduler.optimizer.param_groups
+        before = [dict(group) for group in groups]
+        for group in groups:
+            for key in _OUR_KEYS:
+                group.pop(key, None)
+        try:
+            opt = cast("type[CyclicalOptimizer[Optimizer]]", cls)(
+                scheduler.optimizer,
+                course.schedule,
+                base_lr=base,
+                max_lr=top,
+                max_grad_norm=max_grad_norm,
+                backend=backend,
+                **options,
+            )
+        except BaseException:
+            for group, items in zip(groups, before, strict=True):
+                group.clear()
+                group.update(items)
+            raise
         opt.set_iteration(course.position)
         return opt
 
@@ -1642,7 +1691,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict; the position is in its ``param_groups``.
 
-        Loads under ``torch.load(weights_only=True)``, and into the plain optimizer too.
+        If the wrapped optimizer's layout drops what groups hold, our keys are in an entry
+        ``"clr_optim"`` beside it. Loads under ``torch.load(weights_only=True)``, and into the plain
+        optimizer too.
 
         Returns:
             ``"state"`` and ``"param_groups"``, with torch's names, shapes and dtypes.
@@ -1669,7 +1720,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         self._settle()
         self._overrule()
         state_dict: dict[str, Any] = self._inner.state_dict()
-        if any(isinstance(group["lr"], Tensor) for group in self.param_groups):
+        if not isinstance(state_dict, dict) or "param_groups" not in state_dict:
+            pass  # a layout of its own
+        elif any(isinstance(group["lr"], Tensor) for group in self.param_groups):
             # Ours to fill, and not for others who fill a state dict, as checkpointers do.
             state_dict["param_groups"] = [
                 {**group, "lr": group["lr"].detach().clone()}
@@ -1679,7 +1732,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             ]
         if self._shared.chosen[0] == "triton":
             state_dict["state"] = _with_counters_where_torch_has_them(state_dict)
-        return state_dict
+        whole: dict[str, Any] = _with_our_entry(state_dict, self.param_groups)
+        return whole
 
     @_alone
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -1687,7 +1741,11 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
 
         With our keys in its groups, position and bounds are the checkpoint's. Without them the
         bounds stay, and the position is 0: :meth:`set_iteration` moves it. The policy is always
-        this object's; a checkpoint written under another one warns.
+        this object's; a checkpoint written under another one warns. So do a checkpoint whose bounds
+        are not the constructor's, and one whose ``lr`` is not the rate of its own position:
+        :meth:`set_bounds` changes them.
+
+        The load hooks of the wrapped optimizer run before anything is checked.
 
         Args:
             state_dict: what :meth:`state_dict` returned, or the plain optimizer's.
@@ -1705,126 +1763,148 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             >>> opt.get_last_lr()
             [0.8]
         """
-        state_dict = dict(check_mapping("state_dict", state_dict))
+        state_dict = _shallow_copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, state_dict)
             if result is not None:
                 state_dict = result
-        state_dict = dict(check_mapping("state_dict", state_dict))
-        self._check_checkpoint(state_dict)
-        saved_groups = state_dict["param_groups"]
-        position, resumed = _read_position(saved_groups, "state_dict['param_groups']")
-        saved = saved_groups[0].get(_SCHEDULE) if resumed else None
-
-        self._write_bounds()  # of a group added beneath us, too
-        ours = [
-            {k: group[k] for k in (_BASE, _MAX, _BASE_MOMENTUM, _MAX_MOMENTUM) if k in group}
-            for group in self.param_groups
-        ]
-        state_dict["state"] = own_counters(state_dict["state"])
-        with self._undone_on_error():
-            self._inner.load_state_dict(state_dict)
-            self._check_migrated()
-            for group, kept in zip(self.param_groups, ours, strict=True):
-                for key, value in kept.items():
-                    group.setdefault(key, value)
-            self._change_course(position)
-        if saved is not None:
-            self._warn_other_policy(saved, "state_dict")
+        inner = self._inner
+        with undone_on_error(inner, self._shared):
+            state_dict, saved_keys = _without_our_entry(_shallow_copy(state_dict))
+            before = self._kept_keys()
+            if loads_as_torch(inner):
+                loaded, keys = self._load_as_torch(state_dict)
+            else:
+                loaded, keys = self._load_own_layout(state_dict)
+            if saved_keys is not None:
+                keys = self._checked_keys(saved_keys, f"state_dict[{_ENTRY!r}]")
+                if len(keys) != len(self.param_groups):
+                    raise ValueError(
+                        f"state_dict[{_ENTRY!r}] is of {len(keys)} parameter groups, the optimizer "
+                        f"has {len(self.param_groups)}: build the optimizer with the groups that "
+                        "it had when it was saved"
+                    )
+            position, resumed = _read_position(keys, "state_dict['param_groups']")
+            warned = [self._other_bounds(before, keys)]
+            if saved_keys is None and not _fills_in_our_keys():
+                lrs = [group.get("lr") for group in loaded]
+                warned.append(_edited_rates(keys, self._schedule, lrs))
+            for i, (group, old, new) in enumerate(zip_longest(self.param_groups, before, keys)):
+                if group is not None:
+                    group.update({**(old or {}), **(new or {})})
+                    if _BASE in group and _MAX in group:
+                        self._set_group_bounds(i, group, (group[_BASE], group[_MAX]))
+            with in_our_words(inner):
+                self._change_course(position)
+        own = vars(inner).get(_NOTE, {}).get("own", ())
+        _take_note(inner, own, self._schedule, position if resumed else None)
+        if resumed and _SCHEDULE in keys[0]:
+            self._warn_other_policy(keys[0][_SCHEDULE], "state_dict")
+        _warn_of(warned)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    @contextmanager
-    def _undone_on_error(self) -> Iterator[None]:
-        """Put both objects back if loading fails half-way, and say so in words of our own."""
-        objects = (self._inner, self._shared)
-        kept = [dict(each.__dict__) for each in objects]
-        try:
-            yield
-        except BaseException as error:
-            for each, attributes in zip(objects, kept, strict=True):
-                each.__dict__.clear()
-                each.__dict__.update(attributes)
-            if isinstance(
-                error, (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
-            ):
-                raise ValueError(
-                    f"state_dict does not load into {type(self._inner).__name__} "
-                    f"({type(error).__name__}: {error}): give what the state_dict() of such an "
-                    "optimizer returned"
-                ) from error
-            raise
+    def _load_as_torch(self, state_dict: Any) -> tuple[Sequence[Any], list[dict[str, Any]]]:
+        """Load a checkpoint of torch's layout, checked once the wrapped optimizer's hooks have run.
 
-    def _check_migrated(self) -> None:
-        """Raise where a group still lacks a setting, once the class has filled in newer ones."""
-        if type(self._inner) in STATE_SLOTS:
-            for i, group in enumerate(self.param_groups):
-                absent = sorted(set(self.defaults) - set(group) - NEWER_DEFAULTS)
-                if absent:
-                    raise ValueError(
-                        f"state_dict['param_groups'][{i}] lacks {absent}, without which "
-                        f"{type(self._inner).__name__} cannot step: give what its state_dict() "
-                        "returned"
-                    )
+        Returns:
+            The checkpoint's groups, and our keys in each.
+        """
+        inner = self._inner
+        state_dict = dict(check_mapping("state_dict", after_load_hooks(inner, state_dict)))
+        check_layout(state_dict)
+        groups = state_dict["param_groups"]
+        keys = self._checked_keys(groups, "state_dict['param_groups']")
+        check_for(inner, state_dict, self._cycle_momentum)
+        state_dict["state"] = own_counters(state_dict["state"])
+        with in_our_words(inner), without_load_hooks(inner):
+            inner.load_state_dict(state_dict)
+        return groups, keys
 
-    def _check_checkpoint(self, state_dict: Mapping[str, Any]) -> None:
-        missing = [k for k in ("state", "param_groups") if k not in state_dict]
-        if missing:
-            raise ValueError(
-                f"state_dict lacks {missing} (it has {sorted(map(str, state_dict))}): give what "
-                "an optimizer's state_dict() returned"
-            )
-        saved_groups, groups = state_dict["param_groups"], self.param_groups
-        if not isinstance(saved_groups, (list, tuple)) or not all(
-            isinstance(group, Mapping) for group in saved_groups
-        ):
-            raise ValueError(
-                f"state_dict['param_groups'] must be a list of dictionaries, got "
-                f"{shown(saved_groups)}"
-            )
-        check_mapping("state_dict['state']", state_dict["state"])
-        for i, group in enumerate(saved_groups):
-            where = f"state_dict['param_groups'][{i}]"
-            if "lr" not in group or not isinstance(group.get("params"), (list, tuple)):
-                raise ValueError(
-                    f"{where} needs 'lr' and a list of 'params', and has {sorted(map(str, group))}"
-                )
-            check_tensor_lr(group["lr"], f"{where}['lr']")
-            check_number(f"{where}['lr']", item(group["lr"]), minimum=-math.inf)
-            if self._cycle_momentum and "betas" not in group and "momentum" not in group:
-                raise ValueError(
-                    f"{where} has neither 'betas' nor 'momentum', which are cycled here"
-                )
-            if _BASE_MOMENTUM in group or _MAX_MOMENTUM in group:
+    def _load_own_layout(self, state_dict: Any) -> tuple[Sequence[Any], list[dict[str, Any]]]:
+        """Load a checkpoint by a method that is the wrapped class's own, which knows the layout.
+
+        Returns:
+            The groups as loaded, and our keys in each, which come from the checkpoint alone.
+        """
+        groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+        if groups is not None and are_groups(groups):
+            self._checked_keys(groups, "state_dict['param_groups']")
+        if isinstance(state_dict, dict) and isinstance(state_dict.get("state"), Mapping):
+            state_dict["state"] = own_counters(state_dict["state"])
+        for group in self.param_groups:
+            for key in _OUR_KEYS:
+                group.pop(key, None)
+        with in_our_words(self._inner):
+            self._inner.load_state_dict(state_dict)
+        # Groups may be other objects now.
+        loaded = self.param_groups
+        return loaded, self._checked_keys(loaded, "state_dict['param_groups']")
+
+    def _kept_keys(self) -> list[dict[str, Any]]:
+        """Our keys of each group for a checkpoint that has none: bounds of rate and momentum."""
+        return [
+            {
+                **{key: group[key] for key in (_BASE_MOMENTUM, _MAX_MOMENTUM) if key in group},
+                _BASE: base,
+                _MAX: top,
+            }
+            for group, (base, top) in zip(self.param_groups, self._bounds(), strict=True)
+        ]
+
+    def _checked_keys(self, groups: Sequence[Mapping[str, Any]], name: str) -> list[dict[str, Any]]:
+        """Our keys in each group of a checkpoint. Raise for values that we could not have written.
+
+        Args:
+            groups: the checkpoint's groups, or dictionaries of our keys alone.
+            name: the groups in messages.
+        """
+        found = [{key: group[key] for key in _OUR_KEYS if key in group} for group in groups]
+        for i, keys in enumerate(found):
+            if _BASE_MOMENTUM in keys or _MAX_MOMENTUM in keys:
                 low, high = (
-                    check_number(f"{where}[{key!r}]", group.get(key), maximum=1.0)
+                    check_number(f"{name}[{i}][{key!r}]", item(keys.get(key)), maximum=1.0)
                     for key in (_BASE_MOMENTUM, _MAX_MOMENTUM)
                 )
-                beta = self._cycle_momentum and "betas" in group
-                check_momenta(low, high, f" in {where}", beta=beta)
-            if _BASE in group or _MAX in group:
-                base = check_number(f"{where}[{_BASE!r}]", group.get(_BASE))
-                check_bounds(
-                    base, check_number(f"{where}[{_MAX!r}]", group.get(_MAX)), f" in {where}"
+                beta = self._cycle_momentum and "betas" in groups[i]
+                check_momenta(low, high, f" in {name}[{i}]", beta=beta)
+                keys.update({_BASE_MOMENTUM: low, _MAX_MOMENTUM: high})
+            base, top = keys.get(_BASE), keys.get(_MAX)
+            if type(base) is type(top) is float and 0.0 <= base <= top < math.inf:
+                continue
+            if _BASE in keys or _MAX in keys:
+                base = check_number(f"{name}[{i}][{_BASE!r}]", item(base))
+                top = check_number(f"{name}[{i}][{_MAX!r}]", item(top))
+                check_bounds(base, top, f" in {name}[{i}]")
+                keys.update({_BASE: base, _MAX: top})
+        _read_position(found, name)
+        return found
+
+    def _other_bounds(
+        self, before: Sequence[Mapping[str, Any]], keys: Sequence[Mapping[str, Any]]
+    ) -> str | None:
+        """What to say if a checkpoint's bounds are neither those in use nor those of the code."""
+        if self._schedule.has_bounds:
+            return None
+        given = self._shared.given
+        for i, (old, new) in enumerate(zip(before, keys, strict=False)):
+            if _BASE not in new:
+                continue
+            base, top = new[_BASE], new[_MAX]
+            code_base, code_top = given[i] if i < len(given) else (old[_BASE], old[_MAX])
+            as_code = _are_close(top, code_top) and (
+                code_base is None or _are_close(base, code_base)
+            )
+            if not as_code and not (_are_close(base, old[_BASE]) and _are_close(top, old[_MAX])):
+                code_base = code_top / _BASE_FRACTION if code_base is None else code_base
+                return (
+                    f"state_dict has the bounds base_lr={base:g}, max_lr={top:g} in parameter "
+                    f"group {i}, and this optimizer was given base_lr={code_base:g}, "
+                    f"max_lr={code_top:g}: the checkpoint's bounds hold from here on. To train "
+                    f"with the others, call set_bounds(base_lr={code_base:g}, "
+                    f"max_lr={code_top:g}) after loading."
                 )
-        if type(self._inner).load_state_dict is not Optimizer.load_state_dict:
-            return  # its own layout, its own checks
-        sizes = [len(group["params"]) for group in groups]
-        saved_sizes = [len(group["params"]) for group in saved_groups]
-        if sizes != saved_sizes:
-            raise ValueError(
-                f"state_dict has groups of {saved_sizes} parameters, the optimizer of {sizes}: "
-                "build the optimizer with the groups that it had when it was saved"
-            )
-        reason = other_class(self._inner, state_dict)
-        if reason:
-            raise ValueError(
-                f"state_dict is of another optimizer class than {type(self._inner).__name__}: "
-                f"{reason}; load it into an optimizer of the class that wrote it"
-            )
-        for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
-            check_settings(self._inner, group, saved, f"state_dict['param_groups'][{i}]")
-        check_state(self._inner, state_dict, self._cycle_momentum)
+        return None
 
     def _warn_other_policy(self, saved: object, source: str) -> None:
         if saved == self._schedule_json:
@@ -1849,6 +1929,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             "cycle_momentum": self._cycle_momentum,
             "max_grad_norm": self._max_grad_norm,
             "backend": self._backend,
+            "own": vars(self._inner).get(_NOTE, {}).get("own"),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -1865,6 +1946,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             backends.resolve(state["backend"], state["optimizer"]),
         )
         self._change_course(_read_position(self.param_groups, "param_groups")[0])
+        own = state.get("own") or _own_settings(self._inner, self._schedule, None, False)
+        _take_note(self._inner, own, self._schedule, None)
 
 
 class CyclicalScheduler(LRScheduler):
@@ -1964,6 +2047,20 @@ def _callers_level() -> int:
     return level
 
 
+def _fills_in_our_keys() -> bool:
+    """Whether ``torch.distributed.checkpoint`` is loading.
+
+    Where a plain optimizer's checkpoint lacks our keys, it leaves this optimizer's own in place.
+    """
+    frame = sys._getframe(1)
+    ours = ("clr_optim.", "torch.")
+    while frame.f_back and f"{frame.f_globals.get('__name__')}.".startswith(ours):
+        if frame.f_globals["__name__"].startswith("torch.distributed.checkpoint"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _warn_scheduled_rates(groups: Sequence[Mapping[str, Any]]) -> None:
     """Say that what becomes the top of the cycle is what a torch scheduler has come to."""
     for i, group in enumerate(groups):
@@ -1977,6 +2074,12 @@ def _warn_scheduled_rates(groups: Sequence[Mapping[str, Any]]) -> None:
                 stacklevel=_callers_level(),
             )
             return
+
+
+def _warn_of(messages: Iterable[str | None]) -> None:
+    for message in messages:
+        if message is not None:
+            warnings.warn(message, UserWarning, stacklevel=_callers_level())
 
 
 _warned_no_kernels = False
@@ -2092,9 +2195,11 @@ def _initial_bounds(
         max_lr = check_number(f"{name}{where}", remembered)
     if base_lr is None:
         base_lr = max_lr / _BASE_FRACTION
-        # A remembered one that a new max_lr has left above itself is of no more use.
-        if _BASE in group and check_number(f"{_BASE}{where}", group[_BASE]) <= max_lr:
-            base_lr = float(group[_BASE])
+        # A remembered one belongs to the remembered max_lr.
+        if _BASE in group:
+            remembered = check_number(f"{_BASE}{where}", group[_BASE])
+            if remembered <= max_lr and max_lr == group.get(_MAX, max_lr):
+                base_lr = remembered
     check_bounds(base_lr, max_lr, where)
     return base_lr, max_lr
 
@@ -2127,13 +2232,17 @@ def _separate_defaults(optimizer: Optimizer) -> None:
 
     A group's are filled at every step; a group added later is to begin with the user's value.
     """
-    defaults = optimizer.defaults
+    defaults = getattr(optimizer, "defaults", None)
+    if not isinstance(defaults, dict):
+        return
     if isinstance(defaults.get("lr"), Tensor):
         defaults["lr"] = defaults["lr"].detach().clone()
-    if any(isinstance(beta, Tensor) for beta in defaults.get("betas", ())):
+    betas = defaults.get("betas")
+    if isinstance(betas, Tensor):
+        defaults["betas"] = betas.detach().clone()
+    elif isinstance(betas, (list, tuple)) and any(isinstance(beta, Tensor) for beta in betas):
         defaults["betas"] = tuple(
-            beta.detach().clone() if isinstance(beta, Tensor) else beta
-            for beta in defaults["betas"]
+            beta.detach().clone() if isinstance(beta, Tensor) else beta for beta in betas
         )
 
 
@@ -2171,12 +2280,280 @@ def _read_position(groups: Sequence[Mapping[str, Any]], name: str) -> tuple[int,
         for i, group in enumerate(groups)
         if _STEP in group
     }
+    known: set[str] = set()
     for i, group in enumerate(groups):
         if _SCHEDULE in group:
-            policy_name(group[_SCHEDULE], f"{name}[{i}][{_SCHEDULE!r}]")
+            text = group[_SCHEDULE]
+            if not isinstance(text, str) or text not in known:
+                policy_name(text, f"{name}[{i}][{_SCHEDULE!r}]")
+                known.add(text)
     if len(set(steps.values())) > 1:
         raise ValueError(
             f"{name} disagree on {_STEP}: {steps} by group; all groups share one position, "
             "so set them all to it"
         )
     return (next(iter(steps.values())), True) if steps else (0, False)
+
+
+# ---- a state dict of a layout that is not torch's
+
+
+def _shallow_copy(state_dict: Any) -> Any:
+    """What torch hands to load hooks: a copy, or for what has none the thing itself."""
+    if isinstance(state_dict, Mapping):
+        return dict(state_dict)
+    return state_dict.copy() if isinstance(state_dict, list) else state_dict
+
+
+def _with_our_entry(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> Any:
+    """Put our keys beside a state dict that has dropped the groups' own."""
+    if not groups or not isinstance(state_dict, dict) or holds_key(state_dict, _STEP):
+        return state_dict
+    entry = [{key: group[key] for key in _OUR_KEYS if key in group} for group in groups]
+    return {**state_dict, _ENTRY: entry}
+
+
+def _without_our_entry(state_dict: Any) -> tuple[Any, Any]:
+    """What :func:`_with_our_entry` was given, and the keys that it put beside, if any."""
+    if not isinstance(state_dict, dict) or _ENTRY not in state_dict:
+        return state_dict, None
+    keys = state_dict.pop(_ENTRY)
+    if not are_groups(keys):
+        raise ValueError(
+            f"state_dict[{_ENTRY!r}] must be a list of dictionaries, got {shown(keys)}"
+        )
+    return state_dict, keys
+
+
+# ---- rates and bounds that a checkpoint, or an earlier wrapper, left in groups
+
+
+def _written_rates(
+    groups: Sequence[Mapping[str, Any]], schedule: Schedule
+) -> Iterator[float | None]:
+    """The rate that each group's own position, bounds and policy give, if all are known.
+
+    Args:
+        groups: groups, or our keys of each.
+        schedule: the policy of those that name the same.
+    """
+    policies: dict[object, Schedule | None] = {schedule.to_json(): schedule}
+    rates: dict[object, float | None] = {}
+    for group in groups:
+        if any(key not in group for key in (_STEP, _BASE, _MAX, _SCHEDULE)):
+            yield None
+            continue
+        text, step = group[_SCHEDULE], group[_STEP]
+        course = (group[_BASE], group[_MAX], step, text)
+        try:
+            if course not in rates:
+                if text not in policies:
+                    policies[text] = _schedule_of(text)
+                policy, position = policies[text], as_position(step, _STEP)
+                rates[course] = None if policy is None else policy.rates(position, [course[:2]])[0]
+            yield rates[course]
+        except (ArithmeticError, LookupError, TypeError, ValueError):
+            yield None
+
+
+def _schedule_of(text: str) -> Schedule | None:
+    """The schedule that a checkpoint remembers, if this version can read it."""
+    try:
+        return Schedule.from_json(text)
+    except (ArithmeticError, LookupError, TypeError, ValueError):
+        return None
+
+
+def _is_rate(lr: object, rate: float) -> bool:
+    """Whether ``lr`` is a rate up to the rounding of the type that holds it."""
+    error, smallest = 1e-5, 1e-30
+    if isinstance(lr, Tensor):
+        kind = torch.finfo(lr.dtype)
+        error, smallest = max(error, 4 * kind.eps), kind.smallest_normal * kind.eps
+    try:
+        return math.isclose(float(cast("float", lr)), rate, rel_tol=error, abs_tol=smallest)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
+
+
+def _number_shown(lr: object) -> str:
+    number = item(lr)
+    return f"{number:g}" if isinstance(number, numbers.Real) else shown(number)
+
+
+def _are_close(one: float, other: float) -> bool:
+    """Whether two bounds are the same but for the rounding of a file format."""
+    return one == other or math.isclose(one, other, rel_tol=1e-6)
+
+
+def _edited_rates(
+    groups: Sequence[Mapping[str, Any]], schedule: Schedule, lrs: Sequence[object] | None = None
+) -> str | None:
+    """What to say if an ``lr`` of a checkpoint is not the rate of its own position and bounds.
+
+    Args:
+        groups: the checkpoint's groups, or our keys of each.
+        schedule: the policy of the optimizer that has loaded it.
+        lrs: the checkpoint's rates, if the groups lack them.
+    """
+    lrs = [group["lr"] for group in groups] if lrs is None else lrs
+    edited = [
+        f"{i} ({_number_shown(lr)} instead of {rate:g})"
+        for i, (lr, rate) in enumerate(zip(lrs, _written_rates(groups, schedule), strict=False))
+        if rate is not None and lr is not None and not _is_rate(lr, rate)
+    ]
+    if not edited:
+        return None
+    remedy = "set_bounds(base_lr=..., max_lr=...) after loading"
+    if schedule.has_bounds:
+        remedy = "the constructor with another policy: set_bounds cannot change this one's bounds"
+    return (
+        f"the checkpoint's lr is not the rate of its own position, bounds and policy in parameter "
+        f"group {', '.join(edited)}; the policy {schedule.name!r} decides instead. To train at "
+        f"other rates, call {remedy}."
+    )
+
+
+def _other_arguments(
+    groups: Sequence[Mapping[str, Any]], bounds: Sequence[tuple[float, float]]
+) -> str | None:
+    """What to say if a checkpoint's bounds differ from the constructor's arguments."""
+    for i, (group, (base, top)) in enumerate(zip(groups, bounds, strict=True)):
+        if _BASE in group and _MAX in group:
+            saved = float(group[_BASE]), float(group[_MAX])
+            if not (_are_close(saved[0], base) and _are_close(saved[1], top)):
+                return (
+                    f"the wrapped optimizer's checkpoint has the bounds base_lr={saved[0]:g}, "
+                    f"max_lr={saved[1]:g} in parameter group {i}, and the arguments give "
+                    f"base_lr={base:g}, max_lr={top:g}: the arguments hold. To train with the "
+                    f"checkpoint's, call set_bounds(base_lr={saved[0]:g}, max_lr={saved[1]:g})."
+                )
+    return None
+
+
+# ---- what an earlier wrapper of the same optimizer left behind
+
+
+def _take_note(
+    optimizer: Optimizer,
+    own: Sequence[Mapping[str, Any]],
+    schedule: Schedule,
+    loaded: int | None,
+) -> None:
+    """Note with an optimizer what is being cycled, for a wrapper that comes later.
+
+    Args:
+        optimizer: the wrapped optimizer.
+        own: the settings that each group had before it was cycled.
+        schedule: the policy.
+        loaded: the position of the checkpoint that was loaded, if any.
+    """
+    vars(optimizer)[_NOTE] = {
+        "groups": list(optimizer.param_groups),
+        "own": list(own),
+        "schedule": schedule,
+        "loaded": loaded,
+    }
+
+
+def _leftover(optimizer: Optimizer) -> dict[str, Any] | None:
+    """The note of an earlier wrapper, if the groups hold what that wrapper left there.
+
+    A checkpoint that was loaded since brings groups of its own, and is one that goes on.
+    """
+    note: dict[str, Any] | None = vars(optimizer).get(_NOTE)
+    groups = optimizer.param_groups
+    if note is None or not any(_STEP in group for group in groups):
+        return None
+    noted = {id(group) for group in note["groups"]}
+    if not any(id(group) in noted for group in groups):
+        return None
+    loaded = note["loaded"]
+    steps = [group.get(_STEP) for group in groups]
+    if loaded is not None and all(type(step) is int and step == loaded for step in steps):
+        return None  # nothing has been trained since the checkpoint was loaded
+    return note
+
+
+def _own_settings(
+    optimizer: Optimizer, schedule: Schedule, leftover: Mapping[str, Any] | None, given: bool
+) -> list[dict[str, Any]]:
+    """Each group's ``lr`` and momentum as the user chose them, whatever a cycle made of them.
+
+    Args:
+        optimizer: the optimizer that is being wrapped.
+        schedule: the policy.
+        leftover: the note of an earlier wrapper whose rates are in the groups.
+        given: whether the user gives bounds, and so leaves ``lr`` to the cycle.
+    """
+    groups = optimizer.param_groups
+    note = vars(optimizer).get(_NOTE, {"groups": [], "own": []})
+    noted = {id(group) for group in note["groups"]}
+    cycling = schedule if leftover is None else leftover["schedule"]
+    settings = []
+    for i, (group, rate) in enumerate(zip(groups, _written_rates(groups, cycling), strict=True)):
+        own = {"lr": item(group["lr"])}
+        before = note["own"][i] if id(group) in noted and i < len(note["own"]) else {}
+        # Other code may have written another rate since, which is then the user's.
+        cycled = _STEP in group and (rate is None or _is_rate(group["lr"], rate))
+        if "lr" in before and (cycled or (given and _STEP not in group)):
+            own["lr"] = before["lr"]
+        elif cycled and _MAX in group:
+            own["lr"] = item(group[_MAX])
+        momentum = _momentum(group)
+        if momentum is not None:
+            own["momentum"] = momentum
+            if leftover is not None and _is_cycled(group, cycling, momentum):
+                own["momentum"] = before.get("momentum", momentum)
+        settings.append(own)
+    return settings
+
+
+def _momentum(group: Mapping[str, Any]) -> Any:
+    """A group's ``momentum`` or ``betas[0]``; ``None`` where it has neither."""
+    if "betas" not in group:
+        return item(group.get("momentum"))
+    try:
+        return item(group["betas"][0])
+    except (TypeError, LookupError):
+        return None
+
+
+def _is_cycled(group: Mapping[str, Any], schedule: Schedule, momentum: object) -> bool:
+    """Whether a momentum is the one that a schedule has written."""
+    try:
+        ends = (float(group[_BASE_MOMENTUM]), float(group[_MAX_MOMENTUM]))
+        (written,) = schedule.momenta(as_position(group[_STEP], _STEP), [ends])
+        return math.isclose(float(cast("float", momentum)), written, rel_tol=1e-6)
+    except (ArithmeticError, LookupError, TypeError, ValueError):
+        return False
+
+
+def _clear_leftover(groups: Sequence[dict[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
+    """Take an earlier wrapper's keys out of the groups, and put back the momentum it cycled."""
+    for group, settings in zip(groups, own, strict=True):
+        if _BASE_MOMENTUM in group and settings.get("momentum") != _momentum(group):
+            if "betas" not in group:
+                group["momentum"] = settings["momentum"]
+            elif isinstance(group["betas"][0], Tensor):
+                _fill(group["betas"][0], settings["momentum"])
+            else:
+                group["betas"] = (settings["momentum"], *group["betas"][1:])
+        for key in _OUR_KEYS:
+            group.pop(key, None)
+
+
+def _starts_anew(groups: Sequence[Mapping[str, Any]], loaded: int | None) -> str | None:
+    """What to say if a cycle that went on from a checkpoint is not the one that goes on now.
+
+    Args:
+        groups: the groups, with the keys of the earlier wrapper.
+        loaded: the position of the checkpoint that the earlier wrapper went on from, if any.
+    """
+    if loaded is None:
+        return None
+    step = next(group[_STEP] for group in groups if _STEP in group)
+    return (
+        f"an earlier CyclicalOptimizer went on from a checkpoint of step {loaded}, and has come to "
+        f"step {step}: this one starts at step 0. To go on from there, call set_iteration({step})."
+    )

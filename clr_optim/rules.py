@@ -226,6 +226,12 @@ class StateSlots:
         """All of them."""
         return self.numbers | self.others | frozenset(self.tensors)
 
+    def used(self, group: Group, shape: Shape) -> dict[str, Shape]:
+        """The shapes of the tensors that a step with these settings reads, once they are there."""
+        names = self.tensors if self.rule is None else [s.name for s in self.rule.slots(group)]
+        forms = {name: self.tensors[name](shape) for name in names}
+        return {name: form for name, form in forms.items() if form is not None}
+
     def needed(self, group: Group, shape: Shape) -> frozenset[str]:
         """Those without which a step would fail, for a parameter of this shape in this group."""
         if self.rule is None:

@@ -241,13 +241,14 @@ ATTACKS: dict[str, tuple[Any, str]] = {
     "policy of the second group": (set_group(1, clr_schedule="?"), r"\[1\]\['clr_schedule'\] must"),
     # ---- state
     "state of nobody": (
-        lambda s: s["state"].update({7: s["state"][0]}), r"\['state'\]\[7\] belongs to no parameter",
+        lambda s: s["state"].update({7: s["state"].pop(0)}), r"\['state'\]\[7\] belongs to no param",
     ),
     "state of a negative number": (
-        lambda s: s["state"].update({-1: {}}), r"\['state'\]\[-1\] belongs to no parameter",
+        lambda s: s["state"].update({-1: s["state"].pop(2)}), r"\['state'\]\[-1\] belongs to no param",
     ),
-    "state under a name": (
-        lambda s: s["state"].update(weight={}), r"\['state'\]\['weight'\] belongs to no parameter",
+    "state under names": (
+        lambda s: s.update(state={f"w{i}": values for i, values in s["state"].items()}),
+        r"\['state'\]\['w0'\] belongs to no parameter",
     ),
     "a parameter's state None": (
         lambda s: s["state"].update({0: None}), f"{STATE_OF_0} must be a dictionary .*got None",
@@ -263,7 +264,8 @@ ATTACKS: dict[str, tuple[Any, str]] = {
     "no step": (lambda s: s["state"][0].pop("step"), rf"{STATE_OF_0} lacks \['step'\], and has"),
     "no max_exp_avg_sq": (set_group(amsgrad=True), rf"{STATE_OF_0} lacks \['max_exp_avg_sq'\]"),
     "another class's state": (
-        lambda s: s["state"][0].update(square_avg=torch.ones(4, 3)), r"has the state \['square_avg'\]",
+        lambda s: s["state"][0].update(exp_inf=s["state"][0].pop("exp_avg_sq")),
+        r"another optimizer class than Adam: it has the state \['exp_inf'\]",
     ),
     "transposed": (set_state("exp_avg", lambda t: t.T), r"\['exp_avg'\] must be .* of shape \[4, 3\]"),
     "flat": (set_state("exp_avg_sq", lambda t: t.flatten()), r"of shape \[4, 3\], got .* \[12\]"),
@@ -408,6 +410,10 @@ def test_a_policy_of_another_version_warns_and_loads(change, words, backend):
     assert all(map(torch.equal, problem.params, twins_problem.params))
 
 
+def set_own(**entries: Any) -> Callable[[Checkpoint], None]:
+    return lambda s: s["state"][0].update(entries)
+
+
 HARMLESS: dict[str, Callable[[Checkpoint], None]] = {
     "other dtypes, which torch casts": lambda s: (
         [
@@ -417,6 +423,18 @@ HARMLESS: dict[str, Callable[[Checkpoint], None]] = {
         and None
     ),
     "keys of a user's own": lambda s: s["state"][0].update(note="hello", mean=torch.ones(3)),
+    "a user's own state, under a name of another class": lambda s: s["state"][0].update(
+        prev=0.5, sum=torch.ones(2), momentum_buffer=None, square_avg={}
+    ),
+    "a user's own state, under a name that these settings do not use": set_own(
+        max_exp_avg_sq="mine"
+    ),
+    "entries of no parameter": lambda s: s["state"].update(
+        {7: {}, -1: 3, "weight": {}, "ema": {"step": 4, "exp_avg": torch.ones(2)}, ("a", 1): [1]}
+    ),
+    "a copy of a parameter's state": lambda s: s["state"].update(
+        {"kept": dict(s["state"][0]), 99: dict(s["state"][1])}
+    ),
     "keys beside": lambda s: s.update(epoch=3, note=None),
     "steps as numbers": set_state("step", lambda t: t.item()),
     "numbers of torch's": lambda s: s["param_groups"][0].update(
@@ -448,7 +466,7 @@ def test_what_only_looks_odd_loads_and_goes_on_bit_for_bit(name, backend):
         problem.step(opt, k)
         twins_problem.step(twin, k)
     assert all(map(torch.equal, problem.params, twins_problem.params))
-    assert [float(s["step"]) for s in opt.state.values()] == [6.0] * 3
+    assert [float(opt.state[p]["step"]) for p in problem.params] == [6.0] * 3
 
 
 # ---- classes that nobody here knows

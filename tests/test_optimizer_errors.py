@@ -350,7 +350,6 @@ FOREIGN = {
     "Adam into SGD": (_optim.Adam, {}, _optim.SGD, {}),
     "Adam into Adamax": (_optim.Adam, {}, _optim.Adamax, {}),
     "Adamax into Adam": (_optim.Adamax, {}, _optim.Adam, {}),
-    "NAdam into Adam": (_optim.NAdam, {}, _optim.Adam, {}),
     "RMSprop into Adadelta": (_optim.RMSprop, {}, _optim.Adadelta, {}),
     "Adadelta into RMSprop": (_optim.Adadelta, {}, _optim.RMSprop, {}),
     "Adagrad into RMSprop": (_optim.Adagrad, {}, _optim.RMSprop, {}),
@@ -391,6 +390,21 @@ def test_checkpoints_that_only_look_foreign_load():
     opt = CyclicalOptimizer(torch.optim.Adam([p], lr=0.1))
     opt.load_state_dict(state)
     assert opt.param_groups[0]["my_own_key"] == "head"
+
+
+@pytest.mark.parametrize("target", [_optim.Adam, _optim.AdamW, _optim.RAdam])
+def test_another_classs_checkpoint_that_torch_can_step_with_loads(target):
+    """torch fills in the settings that it lacks; those that it has beside do no harm."""
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    saved = stepped(_optim.NAdam, lr=0.1)
+    saved["param_groups"][0].pop("decoupled_weight_decay", None)
+    ours, theirs = CyclicalOptimizer(target([p], lr=0.1), fixed(0.1)), target([q], lr=0.1)
+    for each, opt in ((p, ours), (q, theirs)):
+        opt.load_state_dict(copy.deepcopy(saved))
+        each.grad = torch.ones(2)
+        opt.step()
+    assert torch.allclose(p, q, rtol=1e-6)
+    assert ours.param_groups[0]["momentum_decay"] == theirs.param_groups[0]["momentum_decay"]
 
 
 def test_positions_that_disagree():

@@ -87,7 +87,7 @@ def test_state_of_no_parameter_goes_with_the_rest(backend):
     assert resumed.state["global_step"] == 5
     resumed.state["mine"] = saved["state"]["mine"] = {}
     resumed.load_state_dict(saved)
-    saved["state"][7] = {}
+    saved["state"][7] = saved["state"].pop(0)
     with pytest.raises(ValueError, match=r"\['state'\]\[7\] belongs to no parameter"):
         resumed.load_state_dict(saved)
 

@@ -480,7 +480,8 @@ def test_bounds_come_with_our_checkpoints():
     case = BY_NAME["adam"]
     opt = wrap(case, Problem(case), base_lr=0.001, max_lr=0.002)
     other = wrap(case, Problem(case), base_lr=0.1, max_lr=0.2)
-    other.load_state_dict(opt.state_dict())
+    with pytest.warns(UserWarning, match=r"checkpoint's bounds hold .* set_bounds\(base_lr=0.1"):
+        other.load_state_dict(opt.state_dict())
     assert (other.param_groups[0]["clr_base_lr"], other.param_groups[0]["clr_max_lr"]) == (
         0.001,
         0.002,

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import cases
+import numpy as np
 import pytest
 import torch
 from native_helpers import (
@@ -200,6 +201,28 @@ KEYS: dict[str, list[Any]] = {
     "differentiable": [False, True],
     "decoupled_weight_decay": [False, True],
 }
+
+
+class Settings(Sequence[float]):
+    """A sequence of the user's own, as ListConfig is one."""
+
+    def __init__(self, values: Sequence[float]) -> None:
+        self.values = tuple(values)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.values[i]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+#: kinds of settings: the type that is replaced, and what replaces it
+ODD: dict[str, tuple[type, Callable[[Any], Any]]] = {
+    "list": (tuple, list),
+    "sequence": (tuple, Settings),
+    "number": (float, np.float64),
+    "flag": (bool, np.bool_),
+}
 #: Optimizers that no kernel serves, for the torch backend.
 OTHERS = {
     case.name: case
@@ -280,6 +303,10 @@ def surroundings(backend: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setenv("CLR_OPTIM_BACKEND", backend)
         warnings.filterwarnings("ignore", "lr was written from outside", UserWarning)
+        warnings.filterwarnings("ignore", "state_dict has the bounds", UserWarning)
+        warnings.filterwarnings("ignore", "an earlier CyclicalOptimizer went on", UserWarning)
+        # Nobody edits a checkpoint here.
+        warnings.filterwarnings("error", "the checkpoint's lr is not", UserWarning)
         warnings.filterwarnings("ignore", "Sparse invariant checks")
         warnings.filterwarnings("ignore", "grad and param do not obey", UserWarning)
         # numpy's, of what the interpreter computes and nobody reads: an SGD's empty first buffer.
@@ -373,6 +400,8 @@ class Machine:
         self.listen()
         self.others: list[Any] = []
         self.saved: Any = None
+        #: whether settings are of types that only a trusted file may hold
+        self.odd = False
         #: whether the groups' rates are somebody else's at the moment
         self.overwritten = False
         #: steps since the gradients were new; after too many a centered average is all rounding
@@ -692,19 +721,21 @@ class Machine:
         """Load both; ours may refuse state that torch takes and then cannot step with."""
         error = failure(lambda opt: opt.load_state_dict(ours), self.ours)
         if error is not None:
-            if not self.is_refusal(error):
+            if not self.is_refusal(error, theirs):
                 raise error
             return False
         self.theirs.load_state_dict(theirs)
         return True
 
-    def is_refusal(self, error: Exception) -> bool:
-        """Whether ours refused state that torch would take and could not step with."""
-        told = str(error)
-        return isinstance(error, ValueError) and (
-            "the optimizer cannot step" in told
-            or ("must be a dense" in told and self.case.cls in _HAVE_SPARSE)
-        )
+    def is_refusal(self, error: Exception, theirs: Any) -> bool:
+        """Whether ours refused a checkpoint that torch takes and then cannot step with."""
+        if not isinstance(error, ValueError):
+            return False
+        twin = copy.deepcopy(self.theirs)
+        twin.load_state_dict(copy.deepcopy(theirs))
+        for p in members(twin):
+            p.grad = torch.zeros_like(p)
+        return failure(lambda opt: opt.step(), twin) is not None
 
     def from_torch(self) -> Any:
         """Torch's checkpoint, for ours: with the flags that ours was built with."""
@@ -790,7 +821,7 @@ class Machine:
         if self.saved is None or self.saved[2] != self.shapes():
             return False
         files, then, _ = self.saved
-        states = [torch.load(io.BytesIO(file), weights_only=True) for file in files]
+        states = [torch.load(io.BytesIO(file), weights_only=not self.odd) for file in files]
         if not self.loads(*states):
             return False
         self.overwritten = False
@@ -814,9 +845,10 @@ class Machine:
             inner, **{**self.wrap, "backend": "torch" if to_torch else "auto"}
         )
         self.overwritten = False
-        assert self.ours.iteration == self.expected.position
+        # Unless it has loaded a checkpoint and not stepped since, it starts anew.
+        assert self.ours.iteration in (0, self.expected.position)
         error = failure(lambda opt: opt.load_state_dict(saved), self.ours)
-        if error is not None and not self.is_refusal(error):
+        if error is not None and not self.is_refusal(error, self.theirs.state_dict()):
             raise error
         self.ours.set_iteration(self.expected.position)
         self.listen()
@@ -894,6 +926,30 @@ class Machine:
             group[key] = KEYS[key][choice % len(KEYS[key])]
         if key in ("momentum", "betas") and self.expected.momenta is not None:
             self.overwritten = True  # until the cycle writes its own at the next step
+        return None
+
+    @event(0.7, i=WHICH, key=sorted(KEYS), kind=sorted(ODD))
+    def write_an_odd_setting(self, i: int, key: str, kind: str) -> bool | None:
+        """The same value of another type: as configurations and arrays give it."""
+        for opt in self.pair():
+            group = opt.param_groups[i % len(opt.param_groups)]
+            takes, make = ODD[kind]
+            if not isinstance(group.get(key), takes) or (key == "betas" and self.expected.momenta):
+                return False
+            group[key] = make(group[key])
+        self.odd = True
+        return None
+
+    @event(0.5, i=WHICH)
+    def keep_own_state(self, i: int) -> None:
+        """As users do, for a parameter and for none, under names of other classes' too."""
+        if self.case.cls is torch.optim.Adagrad:
+            return False  # which takes each entry for a parameter's when it loads
+        for opt, p in self.pick(i):
+            opt.state["of the user"] = {"step": 2, "exp_avg": torch.ones(2)}
+            opt.state["epoch"] = i
+            if opt.state.get(p):
+                opt.state[p].update(prev=2.5, mu_product=i)
         return None
 
     @event(0.7, top=(0.001, 0.004, 0.02, 0.1), i=WHICH)

@@ -1,0 +1,87 @@
+"""A run that is saved and loaded in its middle, of an optimizer wrapped or plain."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clr_optim import CyclicalOptimizer
+
+#: Steps before the checkpoint and after: the cycle of four steps is cut on its way down.
+BEFORE, AFTER = 3, 5
+
+Make = Callable[[Any], torch.optim.Optimizer]
+
+
+def wrap(optimizer: torch.optim.Optimizer) -> CyclicalOptimizer[Any]:
+    return CyclicalOptimizer(optimizer, "triangular2", step_size_up=2, backend="torch")
+
+
+def with_own_entries(opt: Any) -> None:
+    """What users keep in ``state`` and in groups, under names of other classes' settings too."""
+    opt.state["epochs"] = 3
+    opt.state["averages"] = {"step": 2, "exp_avg": torch.ones(2)}
+    opt.state[("a", 1)] = [torch.zeros(1), "text"]
+    for group in opt.param_groups:
+        group["decay_rate_of_mine"] = 0.5
+        for param in group["params"]:
+            if isinstance(opt.state.get(param), dict):
+                opt.state[param].update(mine=torch.ones(5), prev_of_mine="text", sum_of_mine=None)
+
+
+def resumes(
+    make: Make,
+    problem: Callable[[], Any],
+    step: Callable[[Any, Any, int], object],
+    *,
+    wrapped: bool,
+    own: bool,
+    tensors: Callable[[Any], list[Tensor]],
+) -> bool:
+    """Whether a run that resumes from a checkpoint goes on as the run that wrote it, to the bit.
+
+    Args:
+        make: the optimizer of a problem.
+        problem: a new problem, the same each time.
+        step: one training step of a problem by an optimizer.
+        wrapped: whether the optimizer is wrapped.
+        own: whether a user keeps entries of their own in state and groups.
+        tensors: a problem's parameters.
+    """
+    first, second = problem(), problem()
+    whole, resumed = make(first), make(second)
+    if wrapped:
+        whole, resumed = wrap(whole), wrap(resumed)
+    for k in range(BEFORE):
+        step(first, whole, k)
+    if own:
+        with_own_entries(whole)
+    resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+    for mine, other in zip(tensors(second), tensors(first), strict=True):
+        mine.data.copy_(other)
+    if wrapped:
+        assert resumed.iteration == BEFORE
+        assert resumed.get_last_lr() == whole.get_last_lr()
+    for k in range(BEFORE, BEFORE + AFTER):
+        step(first, whole, k)
+        step(second, resumed, k)
+    if own and resumed.state.get("epochs") != 3:
+        return False
+    return all(map(torch.equal, tensors(first), tensors(second)))
+
+
+def assert_resumes_as_unwrapped(*args: Any, **kwargs: Any) -> None:
+    """What the plain optimizer can do, the wrapped one can."""
+    try:
+        plain = resumes(*args, wrapped=False, **kwargs)
+    except Exception:
+        plain = False
+    try:
+        assert resumes(*args, wrapped=True, **kwargs) or not plain
+    except Exception:
+        if plain:
+            raise
