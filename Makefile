@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 DISTRIBUTED := tests/test_distributed.py tests/test_distributed_checkpoint.py \
 	tests/test_dtensor.py tests/test_examples.py
 
-.PHONY: demo test format lint types check interpreted fuzz fuzz-kill distributed test-frameworks package docs pictures errors gpu-check gpu-sanitize gpu-paper clean FORCE
+.PHONY: demo test format lint types check interpreted fuzz fuzz-kill fuzz-threads distributed test-frameworks package docs pictures errors gpu-check gpu-sanitize gpu-paper clean FORCE
 
 demo: $(VENV)/.demo
 	$(BIN)/clr-optim demo $(ARGS)
@@ -89,6 +89,11 @@ fuzz: $(VENV)/.test
 KILLS ?= 100
 fuzz-kill: $(VENV)/.test
 	PYTHONPATH=tests $(BIN)/python -m fuzz.kill_and_resume --kills $(KILLS) $(ARGS)
+
+# Threads that step, save, ask, add groups and fork at once, for so many SECONDS, freed memory filled.
+SECONDS ?= 120
+fuzz-threads: $(VENV)/.test
+	MALLOC_PERTURB_=165 PYTHONPATH=tests $(BIN)/python -m fuzz.threads --seconds $(SECONDS) $(ARGS)
 
 # Wheel and sdist, and a step taken with the wheel alone in an environment that has nothing else.
 package: $(VENV)/.test

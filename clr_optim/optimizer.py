@@ -108,6 +108,9 @@ _LOW_MOMENTUM, _HIGH_MOMENTUM = 0.8, 0.9
 
 _AS_THEY_ARE = Gradients()
 
+# How often groups that other threads change meanwhile are read again.
+_ATTEMPTS = 8
+
 #: a bound: a number, or one per group
 _Number = float | Tensor | Sequence[float | Tensor] | npt.NDArray[Any]
 
@@ -1717,9 +1720,13 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
     @_alone
     def _read_state_dict(self) -> dict[str, Any]:
         """:meth:`state_dict` without this object's own hooks."""
-        self._settle()
-        self._overrule()
-        state_dict: dict[str, Any] = self._inner.state_dict()
+        state_dict: dict[str, Any] = {}
+        for _ in range(_ATTEMPTS):
+            self._settle()
+            self._overrule()
+            state_dict = self._inner.state_dict()
+            if len(self._shared.rates) == len(self.param_groups):
+                break  # no other thread has added a group meanwhile, which would lack our keys
         if not isinstance(state_dict, dict) or "param_groups" not in state_dict:
             pass  # a layout of its own
         elif any(isinstance(group["lr"], Tensor) for group in self.param_groups):

@@ -22,6 +22,7 @@ import functools
 import io
 import os
 import pickle
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -1159,6 +1160,62 @@ class Machine:
         self.zero_grad(True)
         self.backward(seed)
         self.step()
+
+    @event(2.0, seed=SEEDS, i=WHICH)
+    def train_one_alone(self, seed: int, i: int) -> None:
+        """As an adapter or an expert: no other parameter has a gradient."""
+        self.backward(seed)
+        for opt in self.pair():
+            chosen = members(opt)[i % len(members(opt))]
+            for p in members(opt):
+                if p is not chosen:
+                    p.grad = None
+        self.step()
+
+    @event(0.5, seed=SEEDS)
+    def step_while_others_save(self, seed: int) -> bool | None:
+        """In a thread of their own, as asynchronous checkpointing and logging do."""
+        if self.backend == "triton":
+            return False
+        self.backward(seed)
+        raised: list[BaseException] = []
+        over = threading.Event()
+
+        def save() -> None:
+            try:
+                while not over.is_set():
+                    groups = self.ours.state_dict()["param_groups"]
+                    assert len({group["clr_step"] for group in groups}) <= 1
+                    assert self.ours.iteration >= 0
+            except BaseException as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=save, daemon=True)
+        thread.start()
+        try:
+            for _ in range(3):
+                self.take(lambda opt: opt.step())
+        finally:
+            over.set()
+            thread.join()
+        if raised:
+            raise raised[0]
+        return None
+
+    @event(0.2)
+    def step_in_a_fork(self) -> bool | None:
+        """Of the copy there; here nothing moves."""
+        if self.backend == "triton" or not hasattr(os, "fork"):
+            return False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)
+            failure(lambda opt: opt.step(), self.ours)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        return None
 
     @event(1.5, seed=SEEDS)
     def step_with_closure(self, seed: int) -> None:

@@ -90,19 +90,15 @@ class Round:
         self.opt.explain()
 
     def add(self) -> None:
-        """A group, by the wrapper or beneath it, or a parameter for a group that there is."""
+        """A group, by the wrapper or beneath it."""
         time.sleep(0.01)
         if len(self.late) > 30:
             return
         more = tensors((1, 7))
-        how = self.random.randrange(3)
-        if how == 2:
-            self.opt.param_groups[-1]["params"].extend(more)
+        if self.random.random() < 0.5:
+            self.opt.add_param_group({"params": more, "base_lr": LR, "max_lr": LR})
         else:
-            opt = self.opt if how else self.opt.optimizer
-            opt.add_param_group(
-                {"params": more, "lr": LR, "base_lr": LR} if how else {"params": more}
-            )
+            self.opt.optimizer.add_param_group({"params": more})
         self.late += more
 
     def fork(self) -> None:
