@@ -2,13 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 FRAMEWORKS := .venv-frameworks
+NEWEST := .venv-newest
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 DISTRIBUTED := tests/test_distributed.py tests/test_distributed_checkpoint.py \
 	tests/test_dtensor.py tests/test_examples.py
 
-.PHONY: demo test format lint types check interpreted fuzz fuzz-kill fuzz-threads distributed test-frameworks package docs pictures errors gpu-check gpu-sanitize gpu-paper clean FORCE
+INTERPRETED := tests/test_triton.py tests/test_triton_graphs.py tests/test_triton_machine.py \
+	tests/test_triton_memory.py tests/test_hostile_checkpoints.py tests/fuzz/test_fuzz.py
+
+.PHONY: demo test format lint types check interpreted fuzz fuzz-kill fuzz-threads distributed test-frameworks test-newest package docs pictures errors gpu-check gpu-sanitize gpu-paper clean FORCE
 
 demo: $(VENV)/.demo
 	$(BIN)/clr-optim demo $(ARGS)
@@ -70,12 +74,21 @@ distributed: $(VENV)/.test
 test-frameworks: $(FRAMEWORKS)/.test
 	$(FRAMEWORKS)/bin/python -m pytest tests/frameworks $(ARGS)
 
+# The suite with the torch and Triton that users get today: by hand, as it downloads gigabytes.
+$(NEWEST)/.test: pyproject.toml
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e ".[test]"
+	@touch $@
+
+test-newest: $(NEWEST)/.test
+	$(NEWEST)/bin/python -c "import torch, triton; print(torch.__version__, triton.__version__)"
+	$(NEWEST)/bin/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(NEWEST)/bin/python -m pytest $(INTERPRETED) $(ARGS)
+
 # The Triton kernels on the CPU, watched for what they read and write (tests/triton_memory.py); a
 # process of its own, since Triton decides when it is imported.
 interpreted: $(VENV)/.test
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py tests/test_triton_graphs.py \
-		tests/test_triton_machine.py tests/test_triton_memory.py tests/test_hostile_checkpoints.py \
-		tests/fuzz/test_fuzz.py $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) $(ARGS)
 
 # Random events beside plain torch, for long: MINUTES, BACKEND (native, torch or triton), SEED (the
 # first; without it, on from the last run), REPLAY (a file that was kept of a divergence).
@@ -174,4 +187,4 @@ gpu-paper: build/tree
 		--together 8 --resume $(ARGS) --out bench/results/paper-gpu
 
 clean:
-	rm -rf $(VENV) $(FRAMEWORKS) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FRAMEWORKS) $(NEWEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

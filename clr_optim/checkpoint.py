@@ -502,7 +502,7 @@ def _check_strays(
     ]
     for index in strays:
         values, named = state[index], any(type(owner) is type(index) for owner in owners)
-        if isinstance(values, Mapping) and (named or not known):
+        if isinstance(values, Mapping) and (named or not (known or slots is None)):
             names = [set(each) for each in known]
             if any(_fits(values, *owners[owner], slots, names) for owner in absent):
                 raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
@@ -32,8 +33,8 @@ from clr_optim.backends.base import Course, FusedBackend, Gradients
 from clr_optim.backends.native import BuildError, NativeBackend, rule_for
 from clr_optim.backends.torch import (
     ClippedGradients,
+    HiddenGradients,
     check_clippable,
-    hidden_gradients,
     is_profiled,
     is_wrapped_by_torch,
     raw_step,
@@ -107,6 +108,9 @@ _BASE_FRACTION = 4.0
 _LOW_MOMENTUM, _HIGH_MOMENTUM = 0.8, 0.9
 
 _AS_THEY_ARE = Gradients()
+
+#: What keeps the user's gradients while copies, or nothing, stand in their place.
+_Borrowed = list[ClippedGradients | HiddenGradients]
 
 # How often groups that other threads change meanwhile are read again.
 _ATTEMPTS = 8
@@ -638,6 +642,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                     "group has yet"
                 ) from error
             raise
+        _note_group(self._inner, self.param_groups[-1])
         self._set_group_bounds(len(self.param_groups) - 1, self.param_groups[-1], bounds)
         if known:
             self._join()
@@ -1025,24 +1030,57 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             if self._only_the_device_knows():  # and it will not notice this step
                 self._settle()
             before = shared.counted
-        loss, happened = self._torch_step(closure, *args, **kwargs)
-        if not happened or at_zero or capturing:
-            return loss, 0
-        with shared.lock:
-            if rates is not None and shared.fused is None and shared.counted is before:
-                self._advance(before, rates, 0)
-            else:
-                self._go_to(shared.position + 1, stepped=shared.fused is None)
-            return loss, shared.position
+        borrowed: _Borrowed = []
+        losses: list[float | None] = []
+        advanced = at_zero or capturing
+
+        def advance() -> None:
+            nonlocal advanced
+            with shared.lock:
+                if advanced:
+                    return
+                if rates is not None and shared.fused is None and shared.counted is before:
+                    self._advance(before, rates, 0)
+                else:
+                    self._go_to(before[0] + 1, stepped=shared.fused is None)
+                advanced = True
+
+        try:
+            if self._overflowed():
+                return None, 0
+            self._torch_step(losses, borrowed, closure, *args, **kwargs)
+            if advanced:
+                return losses[0], 0
+            advance()
+            return losses[0], before[0] + 1
+        except BaseException:
+            _give_back(borrowed)
+            self._forget_scale()
+            if losses:  # the step was taken
+                advance()
+            raise
 
     def _torch_step(
-        self, closure: Callable[[], float] | None, *args: Any, **kwargs: Any
-    ) -> tuple[float | None, bool]:
-        """The wrapped optimizer's own step: ``(loss, whether the step happened)``."""
-        if self._overflowed():
-            return None, False
+        self,
+        losses: list[float | None],
+        borrowed: _Borrowed,
+        closure: Callable[[], float] | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """The wrapped optimizer's own step.
+
+        Args:
+            losses: takes what the step returns, as soon as it has been taken.
+            borrowed: takes what gradients are kept by while others stand in their place.
+            closure: as in torch.
+            *args: for a ``step`` that takes more.
+            **kwargs: likewise.
+        """
         inner: Any = self._inner
         clipped = None if self._max_grad_norm is None else ClippedGradients(self._max_grad_norm)
+        if clipped is not None:
+            borrowed.append(clipped)
 
         def clip() -> None:
             if clipped is not None:
@@ -1059,23 +1097,18 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             return loss
 
         inner._opt_called = True  # a scheduler built on it before it was wrapped looks at this
-        loss: float | None
-        try:
-            with self._handed_down(scaled=clipped is None):
-                step = raw_step(inner)
-                if closure is None:
-                    clip()
-                    loss = step(*((None, *args) if args else ()), **kwargs)
-                elif args:
-                    loss = step(reevaluate, *args, **kwargs)
-                elif _takes_closure_by_name(step):
-                    loss = step(closure=reevaluate, **kwargs)
-                else:
-                    loss = step(reevaluate, **kwargs)
-        finally:
-            if clipped is not None:
-                clipped.restore()
-        return loss, True
+        with self._handed_down(scaled=clipped is None):
+            step = raw_step(inner)
+            # Each in one line, so that no interrupt comes between the step and its note.
+            if closure is None:
+                clip()
+                given = (None, *args) if args else ()
+                losses.append(step(*given, **kwargs))
+            elif args or not _takes_closure_by_name(step):
+                losses.append(step(reevaluate, *args, **kwargs))
+            else:
+                losses.append(step(closure=reevaluate, **kwargs))
+        _give_back(borrowed)
 
     # GradScaler's fused path hands what it knows to the object that it knows, which is this one.
 
@@ -1092,6 +1125,11 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         """
         found_inf: Tensor | None = self.__dict__.get("found_inf")
         return found_inf is not None and bool(found_inf)
+
+    def _forget_scale(self) -> None:
+        """Take from the wrapped optimizer what an interrupt left there of a GradScaler's."""
+        for name in ("grad_scale", "found_inf"):
+            vars(self._inner).pop(name, None)
 
     @contextmanager
     def _handed_down(self, scaled: bool) -> Iterator[None]:
@@ -1195,8 +1233,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             ):
                 self._settle()  # momentum is then the host's to say
         self._inner._opt_called = True  # type: ignore[attr-defined]
+        borrowed: _Borrowed = []
         try:
-            happened = self._launched(fused, at_zero, capturing)
+            happened = self._launched(fused, at_zero, capturing, borrowed)
             if not happened or at_zero or capturing:  # the device counts a graph's replays
                 return 0
             # Unless a group came in between, or a signal handler went elsewhere.
@@ -1206,6 +1245,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 self._catch_up()
             return shared.counted[0]
         except BaseException:
+            _give_back(borrowed)
+            self._forget_scale()
             self._catch_up()
             fused.plan.release()
             if capturing:
@@ -1225,7 +1266,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             shared.fused.plan.commit_if_called()
             self._go_to(position, stepped=True)
 
-    def _launched(self, fused: FusedBackend, at_zero: bool, capturing: bool) -> bool:
+    def _launched(
+        self, fused: FusedBackend, at_zero: bool, capturing: bool, borrowed: _Borrowed
+    ) -> bool:
         """The step itself; whether it happened, as far as the host knows."""
         plan = fused.plan
         plan.refresh()
@@ -1256,26 +1299,28 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             found_inf = None
         if acts and fused.uncertain and not capturing and not at_zero:
             self._settle()
-        clipped, gradients = None, _AS_THEY_ARE
+        gradients = _AS_THEY_ARE
         if scale is not None or found_inf is not None or self._max_grad_norm is not None:
             gradients = Gradients(scale, found_inf, self._max_grad_norm)
-        try:
-            if rest and self._max_grad_norm is not None:
-                # One norm over both: copies, which both then work on.
-                clipped = ClippedGradients(self._max_grad_norm)
-                self._shared.grad_norm = clipped.clip(self._params(), gradients.scale)
-                gradients = _AS_THEY_ARE
-                plan.refresh()
-            if rest:
-                hidden = hidden_gradients(p for bucket in plan.buckets for p in bucket.params)
-                with hidden, self._handed_down(scaled=clipped is None):
-                    raw_step(self._inner)()
-            norm = fused.step(self._course(at_zero), gradients)
-            if norm is not None:
-                self._shared.grad_norm = norm
-        finally:
-            if clipped is not None:
-                clipped.restore()
+        if rest and self._max_grad_norm is not None:
+            # One norm over both: copies, which both then work on.
+            clipped = ClippedGradients(self._max_grad_norm)
+            borrowed.append(clipped)
+            self._shared.grad_norm = clipped.clip(self._params(), gradients.scale)
+            gradients = _AS_THEY_ARE
+            plan.refresh()
+        if rest:
+            hidden = HiddenGradients(p for bucket in plan.buckets for p in bucket.params)
+            with self._handed_down(scaled=not borrowed):
+                borrowed.append(hidden)
+                hidden.hide()
+                raw_step(self._inner)()
+            hidden.restore()
+        norm = fused.step(self._course(at_zero), gradients)
+        if norm is not None:
+            self._shared.grad_norm = norm
+        if borrowed:
+            _give_back(borrowed)
         return True
 
     def _check_capture(self) -> None:
@@ -1493,6 +1538,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             position = self.iteration
         if self._is_settled(position):
             return position
+        for group in self.param_groups:
+            if _STEP not in group:
+                _note_group(self._inner, group)
         self._write_bounds()
         if position == self._shared.position:
             position = self.iteration  # what changed is not where the device is
@@ -1776,6 +1824,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             if result is not None:
                 state_dict = result
         inner = self._inner
+        own = _noted_settings(inner)
         with undone_on_error(inner, self._shared):
             state_dict, saved_keys = _without_our_entry(_shallow_copy(state_dict))
             before = self._kept_keys()
@@ -1803,7 +1852,6 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                         self._set_group_bounds(i, group, (group[_BASE], group[_MAX]))
             with in_our_words(inner):
                 self._change_course(position)
-        own = vars(inner).get(_NOTE, {}).get("own", ())
         _take_note(inner, own, self._schedule, position if resumed else None)
         if resumed and _SCHEDULE in keys[0]:
             self._warn_other_policy(keys[0][_SCHEDULE], "state_dict")
@@ -1936,8 +1984,15 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             "cycle_momentum": self._cycle_momentum,
             "max_grad_norm": self._max_grad_norm,
             "backend": self._backend,
-            "own": vars(self._inner).get(_NOTE, {}).get("own"),
+            "own": _noted_settings(self._inner),
         }
+
+    @_alone
+    def __deepcopy__(self, memo: dict[int, Any]) -> CyclicalOptimizer[OptimizerT]:
+        # Under the lock: another thread may step meanwhile, and the copy must be of one step.
+        new = memo[id(self)] = type(self).__new__(type(self))
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "optimizer" not in state:  # torch's own partial form
@@ -2219,6 +2274,13 @@ def _values_in(params: Sequence[Tensor]) -> str:
     return f"{text} ({lazy} uninitialized until the model's first forward)" if lazy else text
 
 
+def _give_back(borrowed: _Borrowed) -> None:
+    """Put the user's gradients back, the last that were taken first; may be called again."""
+    while borrowed:
+        borrowed[-1].restore()
+        borrowed.pop()
+
+
 def _momentum_of(group: Mapping[str, Any]) -> object:
     """The object that holds a group's momentum: a number, the betas, or the first of them."""
     betas = group.get("betas")
@@ -2456,11 +2518,26 @@ def _take_note(
         loaded: the position of the checkpoint that was loaded, if any.
     """
     vars(optimizer)[_NOTE] = {
-        "groups": list(optimizer.param_groups),
-        "own": list(own),
+        # By the groups' ids: a reference would keep the parameters of a removed group alive.
+        "own": dict(zip(map(id, optimizer.param_groups), own, strict=False)),
         "schedule": schedule,
         "loaded": loaded,
     }
+
+
+def _note_group(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
+    """Note the own settings of a group that was added while the optimizer is cycled."""
+    if _NOTE in vars(optimizer):
+        own: dict[str, Any] = {"lr": item(group["lr"])}
+        if _momentum(group) is not None:
+            own["momentum"] = _momentum(group)
+        vars(optimizer)[_NOTE]["own"][id(group)] = own
+
+
+def _noted_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The own settings of each group, as far as they were noted."""
+    own = vars(optimizer).get(_NOTE, {"own": {}})["own"]
+    return [own.get(id(group), {}) for group in optimizer.param_groups]
 
 
 def _leftover(optimizer: Optimizer) -> dict[str, Any] | None:
@@ -2472,8 +2549,7 @@ def _leftover(optimizer: Optimizer) -> dict[str, Any] | None:
     groups = optimizer.param_groups
     if note is None or not any(_STEP in group for group in groups):
         return None
-    noted = {id(group) for group in note["groups"]}
-    if not any(id(group) in noted for group in groups):
+    if not any(id(group) in note["own"] for group in groups):
         return None
     loaded = note["loaded"]
     steps = [group.get(_STEP) for group in groups]
@@ -2494,13 +2570,12 @@ def _own_settings(
         given: whether the user gives bounds, and so leaves ``lr`` to the cycle.
     """
     groups = optimizer.param_groups
-    note = vars(optimizer).get(_NOTE, {"groups": [], "own": []})
-    noted = {id(group) for group in note["groups"]}
+    noted = _noted_settings(optimizer)
     cycling = schedule if leftover is None else leftover["schedule"]
     settings = []
     for i, (group, rate) in enumerate(zip(groups, _written_rates(groups, cycling), strict=True)):
         own = {"lr": item(group["lr"])}
-        before = note["own"][i] if id(group) in noted and i < len(note["own"]) else {}
+        before = noted[i]
         # Other code may have written another rate since, which is then the user's.
         cycled = _STEP in group and (rate is None or _is_rate(group["lr"], rate))
         if "lr" in before and (cycled or (given and _STEP not in group)):

@@ -40,18 +40,15 @@ _BUCKET = _int64s("scan", "rows", "count", "active", "kernel", "dtype", "wide_co
 
 # In step with Answer in multi_tensor.cpp.
 _ALL_ACTIVE, _SETTINGS_CHANGED, _SOME_IDLE = 0, 1, 2
-_BUSY, _GROUPS_CHANGED, _STATE_CHANGED, _WOKEN = -2, -3, -4, -5
+_BUSY, _GROUPS_CHANGED, _STATE_CHANGED, _WOKEN, _NESTED = -2, -3, -4, -5, -6
 
 _PAUSE_S = 1e-4
 
 # So few parameters are taken out of a list one by one, more by making the list anew.
 _FEW = 16
 
-# How often a plan that other code changes while it is made is made again within one step.
-_ATTEMPTS = 8
-
-# Keys of a group that change at every step.
-_MOVING = frozenset({"params", "lr", "clr_step"})
+# How often a plan that other code changes while it is made is made within one step.
+_BUILDS = 3
 
 # DLPack's code and bits of DTYPES.
 _DLPACK = {
@@ -167,7 +164,7 @@ class View(ctypes.Structure):
             (name, ctypes.py_object)
             for name in (
                 "groups", "members", "keys", "settings", "state", "dicts", "idle",
-                "params", "grad", "none",
+                "params", "grad", "none", "has_mode", "no",
             )
         ),
         ("buckets", ctypes.c_void_p),
@@ -366,6 +363,14 @@ class Bucket:
         self.grads[:] = [None] * len(self.grads)
 
 
+def _is_other(now: object, before: object) -> bool:
+    """Whether contents have changed, or cannot be compared (arrays in a list)."""
+    try:
+        return bool(now != before)
+    except (ValueError, TypeError, RuntimeError):
+        return True
+
+
 _Array = TypeVar("_Array", bound=np.ndarray[Any, Any])
 
 
@@ -387,7 +392,7 @@ class _Reading(NamedTuple):
     slots: tuple[Slot, ...]
     scalars: tuple[float, ...]  #: the kernel's, the learning rate left out; empty without one
     fused: bool  #: torch's flag
-    keys: list[str]  #: names of all settings but those that change at every step
+    keys: list[str]  #: names of the settings, see :attr:`UpdateRule.settings`
     values: list[Any]  #: and what they are
 
 
@@ -480,15 +485,15 @@ class Plan:
 
     def refresh(self) -> None:
         """Bring the plan up to date: at least the gradients' pointers, at most all of it."""
-        if not self._odd and self.is_current():
-            return
         with self._lock:
-            for _ in range(_ATTEMPTS):
-                if self._rest_changed():
+            builds = 0
+            while builds < _BUILDS:
+                if self._odd and self._rest_changed():
                     self._groups = None
                 if self.is_current():
                     return
                 if self._groups is None or not self._adopt():
+                    builds += 1
                     self._build()
                     if self._groups is None:
                         return  # nothing for a kernel to do
@@ -538,7 +543,7 @@ class Plan:
         ):
             return False
         # A list (of betas, say) may change within itself, which no comparison of objects shows.
-        changed = self._lists and any(_contents(now) != then for now, then in self._lists)
+        changed = self._lists and any(_is_other(_contents(now), was) for now, was in self._lists)
         if changed and not self._take_settings():
             return False
         answer = self._ask()
@@ -559,6 +564,11 @@ class Plan:
         view = self.view
         while True:
             answer: int = self._lib.clr_current(view.address)
+            if answer == _NESTED:
+                raise RuntimeError(
+                    "step() was called within a step of the same optimizer, by a finalizer or a "
+                    "signal handler: call it after that step"
+                )
             if answer != _BUSY:
                 return answer
             time.sleep(_PAUSE_S)
@@ -592,15 +602,15 @@ class Plan:
         }.get(self._answer)
         if adopt is None:
             return False
-        view = self.view
-        view.ready = 0
-        while view.busy:
+        self.view.ready = 0  # no step begins while the tables grow
+        while self.view.busy:
             time.sleep(_PAUSE_S)
-        view.busy = 1  # no other thread reads the tables while they grow
-        try:
-            return adopt()
-        finally:
-            view.busy = 0
+        # An interrupt may leave it half done anywhere: then all is made anew.
+        groups, self._groups = self._groups, None
+        if not adopt():
+            return False
+        self._groups = groups
+        return True
 
     def _adopt_members(self) -> bool:
         """Take in groups at the end of all groups, and parameters at the end of a group's."""
@@ -668,7 +678,7 @@ class Plan:
     def _read(self, group: Mapping[str, Any]) -> _Reading:
         settings, rule = dict(group), self._rule
         why = rule.not_fused(settings, capturable=self._capturable)
-        own = {name: value for name, value in settings.items() if name not in _MOVING}
+        own = {name: value for name, value in settings.items() if name in rule.settings}
         slots = rule.slots(settings) if why is None else ()
         return _Reading(
             why,
@@ -757,6 +767,7 @@ class Plan:
                     type(counter) is not Tensor
                     or counter.device.type not in ("cpu", self._device)
                     or counter.numel() != 1
+                    or counter.is_neg()
                     or counter.dtype not in (torch.float32, torch.float64)
                 ):
                     return "a step counter that is no float tensor on the CPU"
@@ -843,6 +854,8 @@ class Plan:
             params="params",
             grad="grad",
             none=None,
+            has_mode=torch._C._is_torch_function_mode_enabled,
+            no=False,
             tally=ctypes.addressof(self.tally),
         )
         view.address = ctypes.addressof(view)
@@ -893,13 +906,18 @@ def _is_aligned(row: Row, grad: Tensor) -> bool:
 
 def _why_unreadable(groups: object, state: object) -> str | None:
     """Why native code cannot look through these groups and this state, or None."""
-    if not isinstance(state, dict):
-        return f"state in a {type(state).__name__}, which is no dict"
+    if not _reads_as_a_dict(state):
+        return f"state in a {type(state).__name__}, which is no plain dict"
     if not isinstance(groups, (list, tuple)):
         return f"param_groups in a {type(groups).__name__}, which is no list"
     for group in groups:
-        if not isinstance(group, dict):
-            return f"a parameter group that is a {type(group).__name__} and no dict"
+        if not _reads_as_a_dict(group):
+            return f"a parameter group that is a {type(group).__name__} and no plain dict"
         if not isinstance(group["params"], (list, tuple)):
             return f"params in a {type(group['params']).__name__}, which is no list"
     return None
+
+
+def _reads_as_a_dict(value: object) -> bool:
+    """Whether native code, which looks past methods of a class's own, finds what Python finds."""
+    return isinstance(value, dict) and type(value).__getitem__ is dict.__getitem__

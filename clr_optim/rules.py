@@ -6,6 +6,8 @@ per kernel language, and one row in the tests' table.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +74,13 @@ class UpdateRule:
     state_order: tuple[str, ...]
     momentum: int | None = None
 
+    @functools.cached_property
+    def settings(self) -> frozenset[str]:
+        """The names of the class's settings, but for the rate. Users may keep keys of their own."""
+        names = inspect.signature(self.optimizer).parameters
+        # An argument of Adam's base class alone, by which torch tells AdamW.
+        return frozenset({*names, "decoupled_weight_decay"}) - {"params", "lr"}
+
     def not_fused(self, group: Group, *, capturable: bool = False) -> str | None:
         """Why this group's settings are left to torch, or None.
 
@@ -83,10 +92,10 @@ class UpdateRule:
             if group.get(flag):
                 return f"{flag}=True"
         for name, value in group.items():
-            if type(value) in _NO_TENSORS:  # nearly all
+            if type(value) in _NO_TENSORS or name not in self.settings:
                 continue
             values = value if isinstance(value, Sequence) else (value,)
-            if name not in ("params", "lr") and any(isinstance(v, Tensor) for v in values):
+            if any(isinstance(v, Tensor) for v in values):
                 return f"{name} is a tensor"
         return None
 

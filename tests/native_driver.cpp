@@ -28,12 +28,14 @@ extern "C" {
 }
 PyObject* PyObject_GetAttr(PyObject*, PyObject*) { never(__func__); }
 PyObject* PyObject_CallMethodObjArgs(PyObject*, PyObject*, ...) { never(__func__); }
+PyObject* PyObject_CallFunctionObjArgs(PyObject*, ...) { never(__func__); }
 PyObject* PyObject_Type(PyObject*) { never(__func__); }
 int PyObject_RichCompareBool(PyObject*, PyObject*, int) { never(__func__); }
 int PyList_SetItem(PyObject*, ptrdiff_t, PyObject*) { never(__func__); }
 ptrdiff_t PyList_Size(PyObject*) { never(__func__); }
 PyObject* PyTuple_GetItem(PyObject*, ptrdiff_t) { never(__func__); }
 ptrdiff_t PyTuple_Size(PyObject*) { never(__func__); }
+unsigned long PyThread_get_thread_ident() { return 7; }
 int PyGC_Disable() { never(__func__); }
 int PyGC_Enable() { never(__func__); }
 PyObject* PyDict_GetItemWithError(PyObject*, PyObject*) { never(__func__); }
@@ -195,6 +197,8 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
     view.busy = 1;
     require(clr_step(&view, scalars, WIDTH, 1, threads, 1) == 2, "two at once", kernel, dtype);
     require(clr_current(&view) == -2, "a scan within a step", kernel, dtype);
+    view.busy = 7;
+    require(clr_current(&view) == -6, "a scan within a step of this thread", kernel, dtype);
     view.busy = 0;
     clr::release(bucket);
 

@@ -237,3 +237,130 @@ def test_an_exception_in_the_middle_leaves_no_gradient_held():
         opt.zero_grad()
         assert [grad() for grad in held] == [None] * len(held)
     assert number > 50
+
+
+# ---- what a step takes in, and what it borrows
+
+
+def latecomers(name: str) -> tuple[Any, list[torch.nn.Parameter]]:
+    """An optimizer that has stepped two of its parameters, and is to meet something new."""
+    weights = parameters(drawn([(3,)] * 6, torch.float64))
+    opt = BY_NAME["adam-wd"].ours(weights[:4], step_size_up=3)
+    for p in weights[:2]:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    if name == "first gradients":
+        weights = weights[:4]
+    elif name == "appended parameters":
+        opt.param_groups[0]["params"] += weights[4:]
+    elif name == "a group beneath":
+        opt.optimizer.add_param_group({"params": weights[4:]})
+    elif name == "a setting":
+        opt.param_groups[0]["weight_decay"] = 0.5
+        weights = weights[:2]
+    else:
+        weights[0].data = weights[0].detach().clone()
+        weights = weights[:2]
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    return opt, weights
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["first gradients", "appended parameters", "a group beneath", "a setting", "moved memory"],
+)
+def test_ctrl_c_while_a_plan_takes_something_in(name):
+    number = 0
+    while True:
+        opt, weights = latecomers(name)
+        before = opt.iteration
+        try:
+            if not at_line(number, interrupt, opt.step):
+                break
+        except KeyboardInterrupt:
+            pass
+        more = opt.iteration - before
+        for _ in range(2):
+            opt.step()
+        taken = [float(opt.state[p]["step"]) for p in weights]
+        assert taken == [(1 if i < 2 else 0) + more + 2 for i in range(len(weights))], number
+        number += 1
+    assert number > 100
+
+
+@pytest.mark.parametrize("clip", [None, 1e9], ids=["", "clipped"])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_ctrl_c_takes_no_gradient_away(backend, clip):
+    """Beside a kernel, torch's own step finds gradients hidden or copies in their place."""
+    number = 0
+    while True:
+        weights = parameters(drawn([(2, 3)] * 4, torch.float64))
+        opt = BY_NAME["sgd-mom"].ours(weights, max_grad_norm=clip, backend=backend)
+        for i, p in enumerate(weights):
+            p.grad = torch.ones(3, 2, dtype=p.dtype).t() if i < 2 else torch.ones_like(p)
+        opt.step()
+        grads = [p.grad for p in weights]
+        try:
+            if not at_line(number, interrupt, opt.step):
+                break
+        except KeyboardInterrupt:
+            pass
+        assert all(p.grad is grad for p, grad in zip(weights, grads, strict=True)), number
+        number += 1
+    assert number > 50
+
+
+@pytest.mark.parametrize("clip", [None, 1e9], ids=["", "clipped"])
+def test_ctrl_c_after_torchs_own_step_counts_it(clip):
+    """Within torch's step an interrupt finds what it finds in torch; from there on it is whole."""
+    number = 0
+    while True:
+        (weight,) = parameters(drawn([(3,)], torch.float64))
+        opt = BY_NAME["adam"].ours([weight], max_grad_norm=clip, backend="torch")
+        weight.grad = torch.ones_like(weight)
+        opt.step()
+        try:
+            if not at_line(number, interrupt, opt.step):
+                break
+        except KeyboardInterrupt:
+            pass
+        steps = float(opt.state[weight]["step"])
+        assert opt.iteration == opt.param_groups[0]["clr_step"] == steps, number
+        number += 1
+    assert number > 50
+
+
+def test_a_finalizer_that_steps_is_refused_and_hangs_nothing():
+    import warnings
+    import weakref
+
+    opt = make("sgd-mom")
+    gradients(opt, 1)
+    opt.step()
+    gradients(opt, 2)
+    calls: list[Any] = []
+
+    def finalizer() -> None:
+        try:
+            opt.step()
+        except RuntimeError as error:
+            calls.append(error)
+
+    for p in members(opt):
+        weakref.finalize(p.grad, finalizer)
+        p.grad.add_(0)  # only the step holds it below
+
+    step = type(opt._shared.fused).step
+
+    def dropped(self, course, grads):
+        for p in members(opt):
+            p.grad = None
+        return step(self, course, grads)
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(type(opt._shared.fused), "step", dropped)
+        opt.step()
+    assert len(calls) == 2
+    assert "within a step of the same optimizer" in str(calls[0])
+    assert opt.iteration == 2

@@ -365,3 +365,106 @@ def test_any_order_of_latecomers(events):
                     opt.param_groups[-1]["params"] = list(opt.param_groups[-1]["params"])
             step(pair, set(range(len(members(pair.ours)))) - there)
         assert_alike(pair.ours, pair.theirs)
+
+
+# ---- from an attack
+
+
+def test_an_empty_gradient_of_other_strides_needs_one_plan(builds):
+    pair = Twins(
+        lambda: torch.optim.SGD(parameters([torch.zeros(0, 3), torch.ones(4)]), momentum=0.9)
+    )
+    for _ in range(4):
+        pair.draw()
+        for opt in pair.both():
+            members(opt)[0].grad = torch.zeros(3, 0).t()
+        pair.step()
+    assert len(builds) == 1
+
+
+def test_a_negated_step_counter_is_left_to_torch():
+    pair = twins("adam-wd")
+    step(pair)
+    for opt in pair.both():
+        for state in opt.state.values():
+            state["step"] = torch._neg_view(-state["step"] * 100)
+    step(pair)
+    step(pair)
+
+
+def test_keys_of_a_users_own_are_none_of_the_kernels_business(builds):
+    pair = twins("adam-wd")
+    for k in range(4):
+        for opt in pair.both():
+            opt.param_groups[0]["of the user"] = [torch.ones(2), k]
+            opt.param_groups[0]["history"] = [torch.zeros(3)] * k
+        step(pair)
+    assert len(builds) == 1
+    assert "native" in pair.ours.explain()
+
+
+def test_a_group_that_reads_otherwise_is_left_to_torch():
+    class Live(dict):
+        decay = 0.0
+
+        def __getitem__(self, key):
+            return self.decay if key == "weight_decay" else super().__getitem__(key)
+
+    pair = twins("sgd-mom")
+    for opt in pair.both():
+        opt.param_groups[0] = Live(opt.param_groups[0])
+    for decay in (0.0, 0.5, 0.1):
+        for opt in pair.both():
+            opt.param_groups[0].decay = decay
+        step(pair)
+
+
+def test_python_code_at_each_gradient_runs_before_pointers_are_read():
+    """A torch function mode sees every `p.grad`; here it gives another parameter other memory."""
+    from torch.overrides import TorchFunctionMode
+
+    class Mode(TorchFunctionMode):
+        done = False
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if not self.done and args and args[0] is params[-1]:
+                self.done = True
+                with torch._C.DisableTorchFunction():
+                    params[0].data = torch.full((8,), 100.0)
+            return result
+
+    params = parameters([torch.zeros(8) for _ in range(20)])
+    opt = wrapped(torch.optim.SGD(params, lr=0.5), base_lr=0.5, max_lr=0.5)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    old = params[0].data
+    with Mode():
+        opt.step()
+    assert old.tolist() == [-0.5] * 8
+    assert params[0].tolist() == [99.5] * 8
+    assert params[1].tolist() == [-1.0] * 8
+
+
+def test_a_copy_made_while_another_thread_steps_is_of_one_step():
+    import copy
+
+    params = parameters(drawn([(3,)] * 30, torch.float64))
+    opt = wrapped(torch.optim.SGD([{"params": [p]} for p in params], lr=0.1, momentum=0.9))
+    for p in params:
+        p.grad = torch.ones_like(p)
+    stop = threading.Event()
+
+    def steps() -> None:
+        while not stop.is_set():
+            opt.step()
+
+    thread = threading.Thread(target=steps, daemon=True)
+    thread.start()
+    try:
+        for _ in range(30):
+            assert copy.deepcopy(opt).iteration >= 0
+    finally:
+        stop.set()
+        thread.join()

@@ -204,3 +204,20 @@ def test_nothing_is_kept_alive_and_nothing_is_saved():
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_groups_that_came_later_get_their_own_settings_back():
+    first, second, third = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    sgd = torch.optim.SGD([first], lr=0.1, momentum=0.9)
+    opt = CyclicalOptimizer(
+        sgd, step_size_up=3, cycle_momentum=True, base_momentum=0.5, max_momentum=0.95
+    )
+    opt.add_param_group({"params": [second], "lr": 0.3})
+    sgd.add_param_group({"params": [third], "lr": 0.2})
+    for _ in range(2):
+        opt.step()
+    opt.set_bounds(max_lr=0.7)
+    again = CyclicalOptimizer(sgd, step_size_up=3)
+    assert [group["momentum"] for group in sgd.param_groups] == [0.9] * 3
+    assert again.lr_at(3) == [0.1, 0.3, 0.2]
+    assert again.iteration == 0

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,9 +13,9 @@ from clr_optim.sharding import global_norm, is_wide, local_part, spreads, whole
 
 __all__ = [
     "ClippedGradients",
+    "HiddenGradients",
     "check_clippable",
     "has_own_step",
-    "hidden_gradients",
     "is_profiled",
     "is_wrapped_by_torch",
     "raw_step",
@@ -138,14 +137,23 @@ def check_clippable(params: Iterable[Tensor], max_norm: float) -> None:
         clipped.restore()
 
 
-@contextmanager
-def hidden_gradients(params: Iterable[Tensor]) -> Iterator[None]:
-    """Hide these parameters from the wrapped step: it passes over those without a gradient."""
-    hidden = [(p, p.grad) for p in params if p.grad is not None]
-    try:
-        for param, _ in hidden:
+class HiddenGradients:
+    """Hides parameters from the wrapped step, which passes over those without a gradient.
+
+    Args:
+        params: the parameters to hide.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self._hidden = [(p, p.grad) for p in params if p.grad is not None]
+
+    def hide(self) -> None:
+        """Take the gradients away."""
+        for param, _ in self._hidden:
             param.grad = None
-        yield
-    finally:
-        for param, grad in hidden:
+
+    def restore(self) -> None:
+        """Put the gradients back; may be called again."""
+        for param, grad in self._hidden:
             param.grad = grad
+        self._hidden.clear()

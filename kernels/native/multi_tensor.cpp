@@ -385,7 +385,7 @@ bool is_long(const clr::View& view) {
 extern "C" {
 
 // Raised whenever a signature or a layout changes; build.py refuses any other.
-int clr_abi_version() { return 6; }
+int clr_abi_version() { return 7; }
 
 // Updates all active rows of all buckets, and their counters, and lets go of the gradients. Returns
 // 0; or, before anything has changed, 1 if a kernel or dtype is unknown, 2 if the rows must be scanned
@@ -454,14 +454,16 @@ enum Answer {
     GROUPS_CHANGED = -3,
     STATE_CHANGED = -4,
     WOKEN = -5,  // a parameter that was idle has a gradient
+    NESTED = -6,  // this very thread uses the rows, and has called itself by way of a finalizer
 };
 
 static Answer scan(clr::View& view) {
     // What may run Python code, or give the GIL away, comes before all else.
     for (int64_t b = 0; b < view.count; ++b) clr::release(view.buckets[b]);
     if (!clr::still_idle(view)) return WOKEN;
+    const bool every = clr::has_mode(view);
     for (int64_t b = 0; b < view.count; ++b)
-        if (!clr::ask(view.buckets[b])) return CHANGED;
+        if (!clr::ask(view.buckets[b], every)) return CHANGED;
     const clr::NoCollection no_collection;
     if (!clr::same_groups(view)) return GROUPS_CHANGED;
     if (!clr::same_settings(view)) return SETTINGS_CHANGED;
@@ -469,7 +471,7 @@ static Answer scan(clr::View& view) {
     bool all = true;
     for (int64_t b = 0; b < view.count; ++b) {
         clr::Bucket& bucket = view.buckets[b];
-        if (!clr::same_rows(bucket)) return CHANGED;
+        if (!clr::same_rows(bucket, every)) return CHANGED;
         all = all && bucket.active == bucket.count;
     }
     return all ? ALL_ACTIVE : SOME_IDLE;
@@ -480,7 +482,7 @@ static Answer scan(clr::View& view) {
 // strides) means that something changed. Needs the GIL.
 int clr_current(clr::View* view) {
     const clr::Hold hold(*view);
-    if (!hold) return BUSY;
+    if (!hold) return hold.is_nested() ? NESTED : BUSY;
     view->ready = 0;
     const Answer answer = scan(*view);
     view->ready = answer == ALL_ACTIVE || answer == SOME_IDLE;

@@ -22,6 +22,7 @@ extern "C" {
 typedef struct _object PyObject;
 PyObject* PyObject_GetAttr(PyObject*, PyObject*);
 PyObject* PyObject_CallMethodObjArgs(PyObject*, PyObject*, ...);
+PyObject* PyObject_CallFunctionObjArgs(PyObject*, ...);
 PyObject* PyObject_Type(PyObject*);
 int PyObject_RichCompareBool(PyObject*, PyObject*, int);
 PyObject* PyList_GetItem(PyObject*, ptrdiff_t);  // borrowed
@@ -30,6 +31,7 @@ int PyList_SetSlice(PyObject*, ptrdiff_t, ptrdiff_t, PyObject*);
 ptrdiff_t PyList_Size(PyObject*);
 PyObject* PyTuple_GetItem(PyObject*, ptrdiff_t);  // borrowed
 ptrdiff_t PyTuple_Size(PyObject*);
+unsigned long PyThread_get_thread_ident();
 int PyGC_Disable();
 int PyGC_Enable();
 PyObject* PyDict_GetItemWithError(PyObject*, PyObject*);  // borrowed
@@ -120,15 +122,17 @@ inline bool is_kind(const Scan& scan, const DLTensor& t, int64_t code, int64_t b
            t.device_type == scan.device_type && t.device_id == scan.device_id;
 }
 
-// Sizes, and strides where they matter: any stride will do for a size of 1.
+// Sizes, and strides where they matter: any stride will do for a size of 1, and for no elements.
 inline bool has_layout(const DLTensor& t, const int64_t* layout) {
     const int64_t ndim = *layout++;
     if (t.ndim != ndim) return false;
+    bool same = true, empty = false;
     for (int64_t d = 0; d < ndim; ++d) {
         if (t.shape[d] != layout[d]) return false;
-        if (layout[d] != 1 && t.strides[d] != layout[ndim + d]) return false;
+        empty = empty || layout[d] == 0;
+        same = same && (layout[d] == 1 || t.strides[d] == layout[ndim + d]);
     }
-    return true;
+    return same || empty;
 }
 
 // What a whole plan was built from. In step with _View in plan.py.
@@ -141,10 +145,11 @@ struct View {
     PyObject* dicts;     // list of its values
     PyObject* idle;      // list of tensors that had no gradient and nothing to update
     PyObject *params, *grad, *none;  // the names "params" and "grad", and None
+    PyObject *has_mode, *no;  // whether a torch function mode sees every `p.grad`: asks it; and False
     Bucket* buckets;
     int64_t count;
     int64_t* tally;  // kernel calls, and those of them that count as steps
-    int64_t busy;    // a scan or a step uses the rows
+    int64_t busy;    // the thread whose scan or step uses the rows, or 0
     int64_t ready;   // a scan has found the rows right, and no step has used them since
 };
 
@@ -315,15 +320,23 @@ inline void release(Bucket& bucket) {
     PyList_SetSlice(scan.grads, 0, bucket.count, scan.nones);
 }
 
-// Asks all that may run Python code or give the GIL away, and holds the gradients it asked about.
-inline bool ask(Bucket& bucket) {
+// A torch function mode (torch.device as a context is one) runs Python code at every `p.grad`.
+inline bool has_mode(const View& view) {
+    const Ref answer(PyObject_CallFunctionObjArgs(view.has_mode, nullptr));
+    return answer.get() != view.no;
+}
+
+// Asks all that may run Python code or give the GIL away, and holds the gradients it asked about:
+// all of them if `every`.
+inline bool ask(Bucket& bucket, bool every) {
     const Scan& scan = *bucket.scan;
     bucket.held = 1;
     for (ptrdiff_t i = 0; i < bucket.count; ++i) {
-        if (!needs_asking(scan, bucket.rows[i])) continue;
+        const bool asks = needs_asking(scan, bucket.rows[i]);
+        if (!asks && !every) continue;
         PyObject* grad = PyObject_GetAttr(PyList_GetItem(scan.params, i), scan.grad);
         if (!grad || PyList_SetItem(scan.grads, i, grad)) return false;
-        if (grad == scan.none) continue;
+        if (grad == scan.none || !asks) continue;
         const Ref part(scan.dtensor ? PyObject_GetAttr(grad, scan.local) : nullptr);
         if (scan.dtensor && (!part.get() || !same_spreads(scan, i) || !same_spread(scan, grad, i, 0)))
             return false;
@@ -437,7 +450,8 @@ inline bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff
         const bool same = k < scan.slots
                               ? view(held) && t.data == row.state[k]
                               : !api.view(held, &t) && t.data == row.step && t.ndim == 0 &&
-                                    is_kind(scan, t, 2, scan.counter_bits);
+                                    is_kind(scan, t, 2, scan.counter_bits) &&
+                                    !is_negated(scan, held);
         if (!same) return false;
     }
 
@@ -448,20 +462,21 @@ inline bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff
     return true;
 }
 
-// Whether all rows of a bucket that have a gradient still describe their tensors.
-inline bool same_rows(Bucket& bucket) {
+// Whether all rows of a bucket that have a gradient still describe their tensors; `every`: as asked.
+inline bool same_rows(Bucket& bucket, bool every) {
     const Scan& scan = *bucket.scan;
     const ExchangeApi* api = exchange_api(scan.capsule);
     if (!api) return false;
-    Ahead ahead(scan, bucket.rows, bucket.count);
+    every = every || scan.dtensor;
+    Ahead ahead(scan, bucket.rows, every ? 0 : bucket.count);
     const int64_t* layout = scan.layout;
     bucket.active = 0;
     for (ptrdiff_t i = 0; i < bucket.count; ++i) {
-        PyObject* grad = ahead.next_grad(i);
-        if (!grad) return false;
         Row& row = bucket.rows[i];
-        if (needs_asking(scan, row)) {
-            Py_DecRef(grad);
+        PyObject* grad = every ? nullptr : ahead.next_grad(i);
+        if (!every && !grad) return false;
+        if (every || needs_asking(scan, row)) {
+            if (grad) Py_DecRef(grad);
             grad = PyList_GetItem(scan.grads, i);  // the one that was asked about
         } else if (PyList_SetItem(scan.grads, i, grad)) {
             return false;
@@ -490,15 +505,18 @@ private:
 class Hold {
 public:
     explicit Hold(View& view) : view_(view), has_(!view.busy) {
-        if (has_) view.busy = 1;
+        if (has_) view.busy = this_thread();
     }
     Hold(const Hold&) = delete;
     ~Hold() {
         if (has_) view_.busy = 0;
     }
     explicit operator bool() const { return has_; }  // false if another one has the rows
+    bool is_nested() const { return !has_ && view_.busy == this_thread(); }
 
 private:
+    static int64_t this_thread() { return int64_t(PyThread_get_thread_ident()); }
+
     View& view_;
     bool has_;
 };
