@@ -403,9 +403,9 @@ def test_what_cannot_be_captured_says_why():
     assert "on backend 'torch'" in message
     assert "use backend='triton'" in message
 
-    # It goes on eagerly as if nothing had been.
+    # It goes on eagerly as if nothing had been: two steps since the optimizer was wrapped again.
     run.eager(2)
-    assert run.opt.iteration == 3
+    assert run.opt.iteration == 2
 
 
 def test_gradients_better_aligned_than_before_can_be_captured():
