@@ -349,7 +349,9 @@ def _is_sequence(value: object) -> bool:
         return False
     if isinstance(value, (Tensor, np.ndarray)):
         return len(value.shape) == 1
-    return isinstance(value, Iterable) or hasattr(type(value), "__getitem__")
+    # Not hasattr: a class of enumerated numbers has one for its members.
+    has_items = any("__getitem__" in vars(cls) for cls in type(value).__mro__)
+    return isinstance(value, Iterable) or has_items
 
 
 def _is_number(value: object) -> bool:

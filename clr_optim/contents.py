@@ -31,8 +31,8 @@ __all__ = [
 
 _ATOMS: tuple[type, ...] = (
     type(None), bool, int, float, complex, str, bytes, range, slice, type, property,
-    types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType,
-    functools.partial, weakref.ReferenceType, *weakref.ProxyTypes,
+    types.FunctionType, types.BuiltinFunctionType, types.ModuleType,
+    weakref.ReferenceType, *weakref.ProxyTypes,
     torch.dtype, torch.layout, torch.memory_format, np.generic, np.memmap,
 )  # fmt: skip
 GENERATORS = (
@@ -81,6 +81,10 @@ def members_of(value: Any) -> list[Any] | None:
         return []
     if kind in _BARE:
         return list(value.values() if kind is dict else value)
+    if issubclass(kind, types.MethodType):
+        return [value.__self__]
+    if issubclass(kind, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
     members: list[Any] = []
     if issubclass(kind, dict):
         members += dict.values(value)

@@ -698,16 +698,12 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         """:attr:`iteration` as far as the host knows, without waiting."""
         shared, groups = self._shared, self.param_groups
         seen = shared.position
-        here = False
-        for group in groups:
-            step = group.get(_STEP)
-            if step is not None:
-                here = True
-                # Written from outside, as a sharded optimizer's restore does?
-                if type(step) is not int or step != seen:
-                    position = as_position(step, f"param_groups: {_STEP}")
-                    if position != seen:
-                        return position
+        steps = [group[_STEP] for group in groups if _STEP in group]
+        # Written from outside, as a sharded restore does: into all of them. A group that
+        # was taken out for a while, or copied earlier, shows a position that is over.
+        if steps and not any(type(step) is int and step == seen for step in steps):
+            return as_position(steps[0], f"param_groups: {_STEP}")
+        here = bool(steps)
         # A checkpoint without a position, loaded beneath us, starts at 0.
         return seen if here or shared.are_ours(groups) else 0
 
@@ -1541,6 +1537,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         for group in self.param_groups:
             if _STEP not in group:
                 _note_group(self._inner, group)
+        _forget_removed_groups(self._inner)
         self._write_bounds()
         if position == self._shared.position:
             position = self.iteration  # what changed is not where the device is
@@ -1648,8 +1645,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         taken = {id(lr) for lr, _ in shared.rates} if isinstance(group["lr"], Tensor) else set()
         held = self._write_rate(group, position, group["lr"], rate, taken, stepped=False)
         if momenta:
-            betas = [each["betas"] for each in groups[:-1] if "betas" in each]
-            taken = {id(beta) for beta, *_ in betas}
+            taken = set()
+            if isinstance(_momentum_of(group), Tensor):
+                taken = {id(held) for held in shared.held_momenta}
             shared.held_momenta += self._write_momenta([group], position, momenta, taken)
         shared.groups = groups
         shared.bounds.append(bounds)
@@ -1985,6 +1983,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             "max_grad_norm": self._max_grad_norm,
             "backend": self._backend,
             "own": _noted_settings(self._inner),
+            # Another thread may step before all groups are pickled.
+            "position": self._shared.position,
         }
 
     @_alone
@@ -2007,7 +2007,10 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             state["backend"],
             backends.resolve(state["backend"], state["optimizer"]),
         )
-        self._change_course(_read_position(self.param_groups, "param_groups")[0])
+        position = state.get("position")
+        if position is None:
+            position = _read_position(self.param_groups, "param_groups")[0]
+        self._change_course(position)
         own = state.get("own") or _own_settings(self._inner, self._schedule, None, False)
         _take_note(self._inner, own, self._schedule, None)
 
@@ -2517,9 +2520,10 @@ def _take_note(
         schedule: the policy.
         loaded: the position of the checkpoint that was loaded, if any.
     """
+    groups = optimizer.param_groups
     vars(optimizer)[_NOTE] = {
-        # By the groups' ids: a reference would keep the parameters of a removed group alive.
-        "own": dict(zip(map(id, optimizer.param_groups), own, strict=False)),
+        # The groups by their ids, which are no other's as long as the groups are kept.
+        "own": {id(group): (group, each) for group, each in zip(groups, own, strict=False)},
         "schedule": schedule,
         "loaded": loaded,
     }
@@ -2531,13 +2535,21 @@ def _note_group(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
         own: dict[str, Any] = {"lr": item(group["lr"])}
         if _momentum(group) is not None:
             own["momentum"] = _momentum(group)
-        vars(optimizer)[_NOTE]["own"][id(group)] = own
+        vars(optimizer)[_NOTE]["own"][id(group)] = group, own
+
+
+def _forget_removed_groups(optimizer: Optimizer) -> None:
+    """Keep no group in the note that the optimizer has no more: its parameters may be freed."""
+    if _NOTE in vars(optimizer):
+        noted = vars(optimizer)[_NOTE]["own"]
+        for key in noted.keys() - set(map(id, optimizer.param_groups)):
+            del noted[key]
 
 
 def _noted_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
     """The own settings of each group, as far as they were noted."""
     own = vars(optimizer).get(_NOTE, {"own": {}})["own"]
-    return [own.get(id(group), {}) for group in optimizer.param_groups]
+    return [own.get(id(group), (group, {}))[1] for group in optimizer.param_groups]
 
 
 def _leftover(optimizer: Optimizer) -> dict[str, Any] | None:

@@ -125,6 +125,7 @@ class _Scan(ctypes.Structure):
                 "none",
                 "capsule",
                 "tensor",
+                "parameter",
                 "is_neg",
                 "no",
                 "dtensor",
@@ -269,6 +270,7 @@ class Bucket:
             none=None,
             capsule=Tensor.__dlpack_c_exchange_api__,
             tensor=Tensor,
+            parameter=torch.nn.Parameter,
             is_neg="is_neg",
             no=False,
             grads=self.grads,
@@ -766,7 +768,7 @@ class Plan:
                 if (
                     type(counter) is not Tensor
                     or counter.device.type not in ("cpu", self._device)
-                    or counter.numel() != 1
+                    or counter.dim() != 0
                     or counter.is_neg()
                     or counter.dtype not in (torch.float32, torch.float64)
                 ):
@@ -911,7 +913,7 @@ def _why_unreadable(groups: object, state: object) -> str | None:
     if not isinstance(groups, (list, tuple)):
         return f"param_groups in a {type(groups).__name__}, which is no list"
     for group in groups:
-        if not _reads_as_a_dict(group):
+        if not _reads_as_a_dict(group) or hasattr(type(group), "__missing__"):
             return f"a parameter group that is a {type(group).__name__} and no plain dict"
         if not isinstance(group["params"], (list, tuple)):
             return f"params in a {type(group['params']).__name__}, which is no list"

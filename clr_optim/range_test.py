@@ -1111,10 +1111,13 @@ class _Divergence:
         self._highest = max(self._highest, mean)
         self._lowest = min(self._lowest, mean)
         self._fall = max(self._fall, self._highest - mean)
-        scale = max(abs(self._lowest), self._fall)
         rise = mean - self._lowest
+        allowed = (self._factor - 1.0) * max(abs(self._lowest), self._fall)
         # The spread of fewer losses is unknown, and no bounds can be read from them.
-        if len(self._losses) < _MIN_POINTS or not rise > (self._factor - 1.0) * scale:
+        if len(self._losses) < _MIN_POINTS or not rise > allowed:
+            return False
+        # A hard batch is no divergence: it lifts the mean for long, and most of the losses never.
+        if not float(np.median(self._losses[-5:])) > self._lowest + allowed:
             return False
         return rise > 6.0 * _spread(np.array(self._losses))
 

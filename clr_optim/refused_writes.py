@@ -22,6 +22,10 @@ _ANEW = (
 _SCHEDULE = _ANEW.replace("{name}", "policy")
 _STEP_SIZE = _ANEW.replace("{name}", "step_size_up")
 _GROUPS = "groups hold the settings; write group[{name!r}] for each group of opt.param_groups"
+_MOMENTUM = (
+    _GROUPS + "; with cycle_momentum=True the cycle writes it, between the constructor's "
+    "base_momentum and max_momentum"
+)
 _READ_ONLY = "it tells what the optimizer has done, and is for reading only"
 
 #: What would work in place of ``opt.NAME = value``, by name.
@@ -38,7 +42,14 @@ _REMEDIES = {
     "schedule": _SCHEDULE,
     "step_size": _STEP_SIZE,
     "optimizer": "construct another CyclicalOptimizer around the other one",
-    **dict.fromkeys(("momentum", "betas", "weight_decay", "eps"), _GROUPS),
+    **dict.fromkeys(("momentum", "betas"), _MOMENTUM),
+    **dict.fromkeys(
+        (
+            "weight_decay", "eps", "nesterov", "dampening", "maximize", "amsgrad", "alpha", "rho",
+            "lr_decay", "centered",
+        ),
+        _GROUPS,
+    ),
     **dict.fromkeys(("grad_norm", "scheduler"), _READ_ONLY),
 }  # fmt: skip
 

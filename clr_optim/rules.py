@@ -137,7 +137,7 @@ def _adam(optimizer: type[torch.optim.Optimizer], decoupled: bool) -> UpdateRule
         beta1, beta2 = group["betas"]
         # torch before 2.12 tells AdamW by its class alone.
         is_decoupled = group.get("decoupled_weight_decay", decoupled)
-        return (beta1, beta2, group["eps"], float(is_decoupled))
+        return (beta1, beta2, group["eps"], float(bool(is_decoupled)))
 
     return UpdateRule(
         optimizer,
@@ -173,7 +173,7 @@ RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
             kernel=_sgd_kernel,
             slots=_sgd_slots,
             has_step=False,
-            scalars=lambda g: (g["momentum"], g["dampening"], float(g["nesterov"])),
+            scalars=lambda g: (g["momentum"], g["dampening"], float(bool(g["nesterov"]))),
             state_order=("momentum_buffer",),
             momentum=0,
         ),

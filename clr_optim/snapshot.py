@@ -98,7 +98,7 @@ class Snapshot:
             self._keep(grad)
         self._keep(optimizer.state, everything=True)
         self._keep(optimizer.param_groups, everything=True)
-        self._keep(optimizer)
+        self._keep(optimizer, everything=True)
         # What more there is need not be copied for the test to be run.
         self._lenient = True
         for module in self._modules:
@@ -173,7 +173,7 @@ class Snapshot:
                 continue
             members = members_of(value)
             if members is None:
-                if everything:
+                if everything or type(value).__module__ == "itertools":
                     self._copy_deeply(value)
             elif everything or issubclass(
                 type(value), (Tensor, np.ndarray, nn.Module, Optimizer, *CONTAINERS)
@@ -218,6 +218,8 @@ class Snapshot:
             self._note(value)
 
     def _keep_loader(self, loader: Any) -> None:
+        if issubclass(type(loader), CONTAINERS):
+            self._keep_data(loader, owners=[])  # batches, which a model may change in place
         stack = [loader]
         while stack:
             owner = stack.pop()

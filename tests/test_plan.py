@@ -468,3 +468,72 @@ def test_a_copy_made_while_another_thread_steps_is_of_one_step():
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_gradient_that_is_a_parameter_needs_one_plan(builds):
+    pair = twins("sgd-mom")
+    for _ in range(4):
+        pair.draw()
+        for opt in pair.both():
+            for p in members(opt):
+                p.grad = torch.nn.Parameter(p.grad)
+        pair.step()
+    assert len(builds) == 1
+
+
+def test_a_step_counter_of_one_dimension_is_left_to_torch():
+    pair = twins("adam-wd")
+    step(pair)
+    for opt in pair.both():
+        for state in opt.state.values():
+            state["step"] = state["step"].reshape(1)
+    step(pair)
+    assert "step counter" in pair.ours.explain()
+
+
+def test_a_group_that_supplies_what_is_missing_is_left_to_torch():
+    class Supplying(dict):
+        def __missing__(self, key):
+            return 0.25
+
+    pair = twins("sgd-mom")
+    for opt in pair.both():
+        opt.param_groups[0] = Supplying(opt.param_groups[0])
+        del opt.param_groups[0]["weight_decay"]
+    step(pair)
+    step(pair)
+
+
+@pytest.mark.parametrize("how", ["put back", "replaced by an earlier copy"])
+def test_a_group_from_an_earlier_step_does_not_turn_the_cycle_back(how):
+    first, second = (parameters(drawn([(3,)], torch.float64)) for _ in range(2))
+    opt = wrapped(torch.optim.SGD([{"params": first}, {"params": second}], lr=0.1))
+    opt.step()
+    group = opt.param_groups[1]
+    if how == "put back":
+        del opt.param_groups[1]
+    earlier = dict(group)
+    for _ in range(10):
+        opt.step()
+    opt.param_groups[1:] = [group if how == "put back" else earlier]
+    assert opt.iteration == 11
+    opt.step()
+    assert opt.iteration == 12
+    assert [group["clr_step"] for group in opt.param_groups] == [12, 12]
+    assert opt.get_last_lr() == [group["lr"] for group in opt.param_groups]
+
+
+def test_a_pickle_made_while_another_thread_steps_is_of_one_step():
+    import pickle
+
+    params = parameters(drawn([(3,)] * 30, torch.float64))
+    opt = wrapped(torch.optim.SGD([{"params": [p]} for p in params], lr=0.1))
+    data = opt.__getstate__()
+    opt.step()
+    new = pickle.loads(pickle.dumps(opt))
+    assert new.iteration == 1
+    for group in data["optimizer"].param_groups[:7]:
+        group["clr_step"] = 0  # as if it had been pickled earlier than the others
+    other = type(opt).__new__(type(opt))
+    other.__setstate__(data)
+    assert {group["clr_step"] for group in other.param_groups} == {other.iteration}

@@ -33,6 +33,7 @@ NOISE = {
     "first one at 0": lambda g, n: np.append(0.0, g.random(n - 1)),
     "about a level": lambda g, n: 2.0 + g.standard_normal(n),
     "about a level below 0": lambda g, n: -2.0 + g.standard_normal(n),
+    "one hard batch an epoch": lambda g, n: np.resize([*[0.01] * 39, 50.0], n),
 }
 
 
@@ -68,7 +69,8 @@ GROWTH = [
     pytest.param(1.1**STEPS, 0.01, 18, id="from the first step on"),
     pytest.param(3.0 ** STEPS[:100], 0.01, 10, id="at once"),
     pytest.param(0.5 + 0.05 * STEPS, 0.05, 40, id="in a line"),
-    pytest.param(np.where(STEPS < 50, 1.0, 1e6), 0.0, 50, id="a jump"),
+    # The third loss after it tells a jump from a hard batch.
+    pytest.param(np.where(STEPS < 50, 1.0, 1e6), 0.0, 52, id="a jump"),
     pytest.param(np.where(STEPS < 50, 0.0, 1.0), 0.0, 60, id="a jump from 0"),
 ]
 

@@ -126,7 +126,7 @@ class NativeBackend:
 
     def _launch(self, view: View, course: Course, factor: float) -> int:
         scalars = view.scalars
-        for i, rate in enumerate(course.rates):
+        for i, rate in zip(range(len(scalars)), course.rates, strict=False):
             scalars[i, 0] = rate
         answer: int = self._lib.clr_step(
             view.address,

@@ -385,7 +385,7 @@ bool is_long(const clr::View& view) {
 extern "C" {
 
 // Raised whenever a signature or a layout changes; build.py refuses any other.
-int clr_abi_version() { return 7; }
+int clr_abi_version() { return 8; }
 
 // Updates all active rows of all buckets, and their counters, and lets go of the gradients. Returns
 // 0; or, before anything has changed, 1 if a kernel or dtype is unknown, 2 if the rows must be scanned

@@ -83,7 +83,7 @@ struct Scan {
     PyObject* grad;         // the attribute's name
     PyObject* none;
     PyObject* capsule;      // of the exchange API
-    PyObject* tensor;       // the class torch.Tensor
+    PyObject *tensor, *parameter;  // the classes of torch that a gradient may be of
     PyObject *is_neg, *no;  // the name "is_neg", and False
     // For DTensors, else null: the class, a list of what says how each is divided over ranks (of the
     // parameter and of each slot, a row each), and the attributes' names.
@@ -247,7 +247,7 @@ inline bool still_idle(const View& view) {
 inline bool is_tensor(const Scan& scan, PyObject* object) {
     PyObject* type = PyObject_Type(object);
     Py_DecRef(type);
-    return type == scan.tensor;
+    return type == scan.tensor || type == scan.parameter;
 }
 
 // A reference, given back at the end.
