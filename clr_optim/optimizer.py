@@ -1028,31 +1028,29 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             before = shared.counted
         borrowed: _Borrowed = []
         losses: list[float | None] = []
-        advanced = at_zero or capturing
+        reached = 0
 
         def advance() -> None:
-            nonlocal advanced
+            """Go on by one step; called again after an interrupt, go where the first call went."""
+            nonlocal reached
             with shared.lock:
-                if advanced:
-                    return
+                reached = reached or shared.position + 1  # other threads step, too
                 if rates is not None and shared.fused is None and shared.counted is before:
                     self._advance(before, rates, 0)
-                else:
-                    self._go_to(before[0] + 1, stepped=shared.fused is None)
-                advanced = True
+                elif shared.position != reached:
+                    self._go_to(reached, stepped=shared.fused is None)
 
         try:
             if self._overflowed():
                 return None, 0
             self._torch_step(losses, borrowed, closure, *args, **kwargs)
-            if advanced:
-                return losses[0], 0
-            advance()
-            return losses[0], before[0] + 1
+            if not (at_zero or capturing):
+                advance()
+            return losses[0], reached
         except BaseException:
             _give_back(borrowed)
             self._forget_scale()
-            if losses:  # the step was taken
+            if losses and not (at_zero or capturing):  # the step was taken
                 advance()
             raise
 

@@ -43,10 +43,9 @@ class Round:
 
     Args:
         seed: what the round is drawn from.
-        backend: where steps run.
     """
 
-    def __init__(self, seed: int, backend: str) -> None:
+    def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         momentum = self.random.choice([0.0, 0.5])
         clip = self.random.choice([None, 1e9])
@@ -55,7 +54,7 @@ class Round:
             torch.optim.SGD(self.params, lr=LR, momentum=momentum),
             fixed(LR),
             max_grad_norm=clip,
-            backend=backend,
+            backend="native",
         )
         self.momentum = momentum
         self.late: list[nn.Parameter] = []
@@ -158,14 +157,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--round", type=float, default=4.0, help="seconds of one round")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--backend", default="native", choices=("native", "torch"))
     parser.add_argument("--no-fork", action="store_true", help="sanitizers may not survive a fork")
     args = parser.parse_args(argv)
     sys.setswitchinterval(1e-5)
     torch.set_num_threads(1)
     end, seed, steps = time.monotonic() + args.seconds, args.seed, 0
     while time.monotonic() < end:
-        turn = Round(seed, args.backend)
+        turn = Round(seed)
         works = [turn.step, turn.step, turn.backward, turn.save, turn.ask, turn.add]
         works += [] if args.no_fork else [turn.fork]
         left = min(args.round, max(0.1, end - time.monotonic()))
