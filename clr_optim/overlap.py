@@ -40,6 +40,15 @@ class Memory:
             insort(self._spans, span)
         return True
 
+    def remove(self, spans: Iterable[tuple[int, int]]) -> bool:
+        """Remove spans up to the first that is not one of these; return whether all were."""
+        for span in spans:
+            place = bisect_left(self._spans, span)
+            if self._spans[place : place + 1] != [span]:
+                return False
+            del self._spans[place]
+        return True
+
 
 def sharing(owners: Sequence[Sequence[Tensor]]) -> set[int]:
     """Return which owners share memory with another one, or have two tensors in one place.

@@ -40,9 +40,12 @@ _BUCKET = _int64s("scan", "rows", "count", "active", "kernel", "dtype", "wide_co
 
 # In step with Answer in multi_tensor.cpp.
 _ALL_ACTIVE, _SETTINGS_CHANGED, _SOME_IDLE = 0, 1, 2
-_BUSY, _GROUPS_CHANGED, _STATE_CHANGED, _WOKEN, _NESTED = -2, -3, -4, -5, -6
+_CHANGED, _BUSY, _GROUPS_CHANGED, _STATE_CHANGED, _WOKEN, _NESTED = -1, -2, -3, -4, -5, -6
 
 _PAUSE_S = 1e-4
+
+# So few rows are replaced one by one within one step; for more the plan is made anew.
+_FEW_ROWS = 8
 
 # So few parameters are taken out of a list one by one, more by making the list anew.
 _FEW = 16
@@ -173,6 +176,8 @@ class View(ctypes.Structure):
         ("tally", ctypes.c_void_p),
         ("busy", ctypes.c_int64),
         ("ready", ctypes.c_int64),
+        ("bucket", ctypes.c_int64),
+        ("row", ctypes.c_int64),
     ]  # fmt: skip
 
     # Who holds the view may use all of it though another thread has the plan rebuilt.
@@ -230,6 +235,7 @@ class Bucket:
     # Arrays with room for more rows than there are.
     _table: np.ndarray[Any, np.dtype[np.void]] = field(init=False)
     _layout: np.ndarray[Any, np.dtype[np.int64]] = field(init=False)
+    _begins: list[int] = field(default_factory=list)  # where each row's layout begins
     _words: int = field(init=False, default=0)  # of the layout
 
     @property
@@ -297,12 +303,12 @@ class Bucket:
             grad: its gradient.
             entry: the dictionary that holds its state.
         """
-        count, part = len(self.rows), local_part(row.param)
-        words = (part.dim(), *part.shape, *part.stride())
+        count, words = len(self.rows), _layout_of(row.param)
         self._table = _with_room(self._table, count + 1)
         self._layout = _with_room(self._layout, self._words + len(words))
         self._table[count] = self._line(row, grad)
         self._layout[self._words : self._words + len(words)] = words
+        self._begins.append(self._words)
         self._words += len(words)
         scan = self.scan
         scan.layout = self._layout.ctypes.data
@@ -310,11 +316,46 @@ class Bucket:
             scan.dicts.append(entry)
             scan.tensors.extend(row.held)
         if self.spread is not None:
-            scan.specs.extend(tensor._spec for tensor in (row.param, *row.slots))  # type: ignore[attr-defined]
+            scan.specs.extend(_specs_of(row))
         scan.nones.append(None)
         self.grads.append(grad)
         self.params.append(row.param)
         self.rows.append(row)
+
+    def replace(self, index: int, row: Row, grad: Tensor, entry: dict[str, Any]) -> bool:
+        """Put a row in the place of another one of the same parameter; False if it does not fit.
+
+        Args:
+            index: the place.
+            row: the parameter with its state.
+            grad: its gradient.
+            entry: the dictionary that holds its state.
+        """
+        begin, words, line = self._begins[index], _layout_of(row.param), self._line(row, grad)
+        if self._layout[begin] != words[0] or self._table["numel"][index] != line[6]:
+            return False
+        self._layout[begin : begin + len(words)] = words
+        self._table[index] = line
+        scan, keys = self.scan, len(self.scan.keys)
+        if keys:
+            scan.dicts[index] = entry
+            scan.tensors[index * keys : (index + 1) * keys] = row.held
+        if self.spread is not None:
+            specs = _specs_of(row)
+            scan.specs[index * len(specs) : (index + 1) * len(specs)] = specs
+        self.grads[index] = grad
+        self.rows[index] = row
+        return True
+
+    def spans(self, index: int) -> list[tuple[int, int]]:
+        """The memory that a row points to: parameter, slots and counter."""
+        line = self._table[index]
+        size = int(line["numel"]) * self.dtype.itemsize
+        names = ("param", "state0", "state1", "state2")
+        spans = [(int(line[name]), int(line[name]) + size) for name in names if size]
+        counter = int(line["counter"])
+        spans.append((counter, counter + (8 if self.wide_counter else 4)))
+        return [span for span in spans if span[0]]
 
     def fill(self, index: int, entry: dict[str, Any]) -> None:
         """Take note that a row's pending state was filled and is now in this dictionary."""
@@ -371,6 +412,18 @@ def _is_other(now: object, before: object) -> bool:
         return bool(now != before)
     except (ValueError, TypeError, RuntimeError):
         return True
+
+
+def _layout_of(param: Tensor) -> tuple[int, ...]:
+    """Dimensions, sizes and strides, as the scan compares them."""
+    part = local_part(param)
+    return (part.dim(), *part.shape, *part.stride())
+
+
+def _specs_of(row: Row) -> list[Any]:
+    """What says how a row's DTensors are divided over the ranks."""
+    tensors: list[Any] = [row.param, *row.slots]
+    return [tensor._spec for tensor in tensors]
 
 
 _Array = TypeVar("_Array", bound=np.ndarray[Any, Any])
@@ -488,13 +541,14 @@ class Plan:
     def refresh(self) -> None:
         """Bring the plan up to date: at least the gradients' pointers, at most all of it."""
         with self._lock:
-            builds = 0
+            builds = replaced = 0
             while builds < _BUILDS:
                 if self._odd and self._rest_changed():
                     self._groups = None
                 if self.is_current():
                     return
-                if self._groups is None or not self._adopt():
+                replaced += self._answer == _CHANGED
+                if self._groups is None or replaced > _FEW_ROWS or not self._adopt():
                     builds += 1
                     self._build()
                     if self._groups is None:
@@ -538,11 +592,7 @@ class Plan:
         """
         optimizer = self._optimizer
         self._answer = 0
-        if (
-            self._groups is None
-            or optimizer.param_groups is not self._groups
-            or optimizer.state is not self._state
-        ):
+        if optimizer.state is not self._state or not self._are_planned(optimizer.param_groups):
             return False
         # A list (of betas, say) may change within itself, which no comparison of objects shows.
         changed = self._lists and any(_is_other(_contents(now), was) for now, was in self._lists)
@@ -560,6 +610,18 @@ class Plan:
             return False  # a row whose state was not filled yet has lost its gradient
         self._answer = answer
         return answer in (_ALL_ACTIVE, _SOME_IDLE)
+
+    def _are_planned(self, groups: Any) -> bool:
+        """Whether these are the plan's groups; another list of the same ones is taken in."""
+        known = self._groups
+        if groups is known or known is None:
+            return known is not None
+        if type(groups) not in (list, tuple) or len(groups) != len(known):
+            return False
+        if not all(map(operator.is_, groups, known)):
+            return False
+        self._groups = self.view.groups = groups
+        return True
 
     def _ask(self) -> int:
         """What ``clr_current`` says, once no other thread is in the middle of a step."""
@@ -601,6 +663,7 @@ class Plan:
             _GROUPS_CHANGED: self._adopt_members,
             _STATE_CHANGED: self._adopt_state,
             _WOKEN: self._adopt_gradients,
+            _CHANGED: self._adopt_row,
         }.get(self._answer)
         if adopt is None:
             return False
@@ -641,12 +704,42 @@ class Plan:
         self._write_scalars(self.view)
         return True
 
+    def _adopt_row(self) -> bool:
+        """Take in other tensors of the row at which the scan stopped."""
+        return self._replace(self.buckets[self.view.bucket], self.view.row)
+
     def _adopt_state(self) -> bool:
-        """Take in state that torch's own step, or other code, has made of other parameters."""
-        entries = list(self._optimizer.state.values())
-        if len(entries) <= len(self._dicts) or not all(map(operator.is_, self._dicts, entries)):
+        """Take in state that was made, replaced or taken away; of a few rows, or of none."""
+        state = self._optimizer.state
+        entries = list(state.values())
+        others = [
+            (bucket, index)
+            for bucket in self.buckets
+            if bucket.scan.keys
+            for index, (row, entry) in enumerate(zip(bucket.rows, bucket.scan.dicts, strict=True))
+            if state.get(row.param) is not entry and not row.pending
+        ]
+        if len(others) > _FEW_ROWS or not all(self._replace(*other) for other in others):
             return False
         self._dicts[:] = entries
+        return True
+
+    def _replace(self, bucket: Bucket, index: int) -> bool:
+        """Look at a row's parameter again; False if that leads to another bucket, or to none."""
+        old = bucket.rows[index]
+        grad = old.param.grad
+        # A captured launch remembers more of a row than its line.
+        if self._capturable or old.pending or grad is None:
+            return False
+        row = self._place(old.param, grad, old.group)
+        if row is None or self._by_key.get(self._key_of(row, grad)) is not bucket:
+            return False
+        tensors = [row.param, *row.held]
+        if not (self._memory.remove(bucket.spans(index)) and self._memory.add(tensors)):
+            return False
+        if not bucket.replace(index, row, grad, self._entry_of(row)):
+            return False
+        self._note_pending(row, bucket, index)
         return True
 
     def _adopt_gradients(self) -> bool:
@@ -703,7 +796,8 @@ class Plan:
         groups, state = optimizer.param_groups, optimizer.state
         why = _why_unreadable(groups, state)
         snapshot = list(groups)
-        self._readings = [self._read(group) for group in snapshot]
+        unread = _Reading(why, "", (), (), False, [], [])
+        self._readings = [self._read(group) if why is None else unread for group in snapshot]
         self._members = [list(group["params"]) for group in snapshot]
         self.buckets, self._by_key, self._params = [], {}, []
         self._unfilled, self.pending = [], False
@@ -809,22 +903,34 @@ class Plan:
 
     def _append(self, row: Row, grad: Tensor) -> None:
         """Put a row into its bucket."""
-        reading, param = self._readings[row.group], row.param
-        wide = row.counter is not None and row.counter.dtype == torch.float64
-        aligned = self._by_alignment and _is_aligned(row, grad)
-        key = _Key(reading.kernel, param.dtype, wide, param.device, aligned, spread_of(param))
+        key = self._key_of(row, grad)
         bucket = self._by_key.get(key)
         if bucket is None:
-            bucket = self._by_key[key] = Bucket(*key, reading.slots)
+            bucket = self._by_key[key] = Bucket(*key, self._readings[row.group].slots)
             bucket.begin(row)
             self.buckets.append(bucket)
+        self._note_pending(row, bucket, len(bucket.rows))
+        self._params.append(row.param)
+        bucket.add(row, grad, self._entry_of(row))
+
+    def _key_of(self, row: Row, grad: Tensor) -> _Key:
+        param = row.param
+        wide = row.counter is not None and row.counter.dtype == torch.float64
+        aligned = self._by_alignment and _is_aligned(row, grad)
+        kernel = self._readings[row.group].kernel
+        return _Key(kernel, param.dtype, wide, param.device, aligned, spread_of(param))
+
+    def _entry_of(self, row: Row) -> dict[str, Any]:
+        """The dictionary of a row's state, or what will be in it once it is filled."""
+        state: dict[str, Any] = self._optimizer.state.get(row.param, {})
+        return {**state, **row.pending} if row.pending else state
+
+    def _note_pending(self, row: Row, bucket: Bucket, index: int) -> None:
+        """Remember a row whose state the next step fills."""
         if row.pending:
             if not self.pending:
                 self.pending, self._calls_before_pending = True, self.tally[0]
-            self._unfilled.append((bucket, len(bucket.rows)))
-        self._params.append(param)
-        state = self._optimizer.state.get(param, {})
-        bucket.add(row, grad, {**state, **row.pending} if row.pending else state)
+            self._unfilled.append((bucket, index))
 
     def _write_scalars(self, view: View) -> None:
         """Write the kernel's scalars, a row per group."""

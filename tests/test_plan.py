@@ -537,3 +537,116 @@ def test_a_pickle_made_while_another_thread_steps_is_of_one_step():
     other = type(opt).__new__(type(opt))
     other.__setstate__(data)
     assert {group["clr_step"] for group in other.param_groups} == {other.iteration}
+
+
+# ---- a row at a time
+
+
+def _new_memory(opt: Any, p: torch.Tensor) -> None:
+    p.data = p.detach().clone()
+
+
+def _new_state(opt: Any, p: torch.Tensor) -> None:
+    opt.state[p] = dict(opt.state[p])
+
+
+def _new_tensors(opt: Any, p: torch.Tensor) -> None:
+    for name, value in opt.state[p].items():
+        opt.state[p][name] = value.clone()
+
+
+def _no_state(opt: Any, p: torch.Tensor) -> None:
+    opt.state.pop(p)
+
+
+def _other_entry(opt: Any, p: torch.Tensor) -> None:
+    opt.state["of the user"] = [len(opt.state)]
+
+
+def _another_list(opt: Any, p: torch.Tensor) -> None:
+    opt.param_groups = list(opt.param_groups)
+
+
+def _other_strides(opt: Any, p: torch.Tensor) -> None:
+    if p.dim() == 2:
+        p.data = p.detach().t().contiguous().t()
+        p.grad = p.grad.t().contiguous().t()
+        for name, value in opt.state[p].items():
+            if value.dim() == 2:
+                opt.state[p][name] = value.t().contiguous().t()
+
+
+CHANGES = {
+    change.__name__.strip("_"): change
+    for change in (
+        _new_memory, _new_state, _new_tensors, _no_state, _other_entry, _another_list,
+        _other_strides,
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("case", KERNELS, ids=lambda case: case.name)
+def test_one_row_that_changes_at_each_step_needs_one_plan(case, change, builds):
+    if (
+        change in ("new_state", "new_tensors", "no_state", "other_strides")
+        and case.name == "sgd-wd"
+    ):
+        pytest.skip("plain SGD keeps no state")
+    pair = twins(case.name, 6)
+    for k in range(8):
+        pair.draw()
+        if k:
+            for opt in pair.both():
+                CHANGES[change](opt, members(opt)[k % 6])
+        pair.step()
+    assert len(builds) == 1
+
+
+def test_more_rows_than_a_few_need_a_new_plan(builds):
+    pair = twins("adam-wd", 12)
+    for _ in range(4):
+        pair.draw()
+        for opt in pair.both():
+            for p in members(opt):
+                p.data = p.detach().clone()
+        pair.step()
+    assert len(builds) == 4
+
+
+def test_a_resized_row_needs_another_place():
+    pair = twins("adam-wd", 6)
+    for k in range(4):
+        pair.draw()
+        for opt in pair.both():
+            p = members(opt)[1]
+            if p.numel() > 1 and k:
+                p.grad = None
+                p.data = p.detach()[:-1].clone()
+                p.grad = torch.ones_like(p)
+                for name, value in opt.state[p].items():
+                    if value.dim():
+                        opt.state[p][name] = value[:-1].clone()
+        pair.step()
+
+
+def test_a_row_that_comes_to_share_memory_is_left_to_torch():
+    pair = twins("sgd-mom", 6)
+    for k in range(3):
+        pair.draw()
+        for opt in pair.both():
+            a, b = members(opt)[1], members(opt)[4]
+            if k:
+                b.data = a.data
+        pair.step()
+    assert "share memory" in pair.ours.explain()
+
+
+def test_state_popped_of_a_parameter_without_a_gradient():
+    pair = twins("adam-wd", 3)
+    step(pair)
+    for opt in pair.both():
+        opt.state.pop(members(opt)[1])
+    step(pair, {1})
+    step(pair)
+    step(pair)

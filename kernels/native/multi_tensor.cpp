@@ -385,7 +385,7 @@ bool is_long(const clr::View& view) {
 extern "C" {
 
 // Raised whenever a signature or a layout changes; build.py refuses any other.
-int clr_abi_version() { return 8; }
+int clr_abi_version() { return 9; }
 
 // Updates all active rows of all buckets, and their counters, and lets go of the gradients. Returns
 // 0; or, before anything has changed, 1 if a kernel or dtype is unknown, 2 if the rows must be scanned
@@ -449,7 +449,7 @@ enum Answer {
     ALL_ACTIVE = 0,
     SETTINGS_CHANGED = 1,
     SOME_IDLE = 2,  // as it was, but some rows have no gradient
-    CHANGED = -1,
+    CHANGED = -1,  // a row: see View::bucket and View::row
     BUSY = -2,  // another thread uses the rows
     GROUPS_CHANGED = -3,
     STATE_CHANGED = -4,
@@ -462,8 +462,12 @@ static Answer scan(clr::View& view) {
     for (int64_t b = 0; b < view.count; ++b) clr::release(view.buckets[b]);
     if (!clr::still_idle(view)) return WOKEN;
     const bool every = clr::has_mode(view);
+    const auto stops = [&view](int64_t bucket, ptrdiff_t row) {
+        view.bucket = bucket, view.row = row;
+        return row >= 0;
+    };
     for (int64_t b = 0; b < view.count; ++b)
-        if (!clr::ask(view.buckets[b], every)) return CHANGED;
+        if (stops(b, clr::ask(view.buckets[b], every))) return CHANGED;
     const clr::NoCollection no_collection;
     if (!clr::same_groups(view)) return GROUPS_CHANGED;
     if (!clr::same_settings(view)) return SETTINGS_CHANGED;
@@ -471,7 +475,7 @@ static Answer scan(clr::View& view) {
     bool all = true;
     for (int64_t b = 0; b < view.count; ++b) {
         clr::Bucket& bucket = view.buckets[b];
-        if (!clr::same_rows(bucket, every)) return CHANGED;
+        if (stops(b, clr::other_row(bucket, every))) return CHANGED;
         all = all && bucket.active == bucket.count;
     }
     return all ? ALL_ACTIVE : SOME_IDLE;

@@ -151,6 +151,7 @@ struct View {
     int64_t* tally;  // kernel calls, and those of them that count as steps
     int64_t busy;    // the thread whose scan or step uses the rows, or 0
     int64_t ready;   // a scan has found the rows right, and no step has used them since
+    int64_t bucket, row;  // where the last scan stopped, if at a row
 };
 
 // In step with _BUCKET in plan.py: eight 64-bit integers.
@@ -327,25 +328,25 @@ inline bool has_mode(const View& view) {
 }
 
 // Asks all that may run Python code or give the GIL away, and holds the gradients it asked about:
-// all of them if `every`.
-inline bool ask(Bucket& bucket, bool every) {
+// all of them if `every`. Returns the first row that is not as it was, or -1.
+inline ptrdiff_t ask(Bucket& bucket, bool every) {
     const Scan& scan = *bucket.scan;
     bucket.held = 1;
     for (ptrdiff_t i = 0; i < bucket.count; ++i) {
         const bool asks = needs_asking(scan, bucket.rows[i]);
         if (!asks && !every) continue;
         PyObject* grad = PyObject_GetAttr(PyList_GetItem(scan.params, i), scan.grad);
-        if (!grad || PyList_SetItem(scan.grads, i, grad)) return false;
+        if (!grad || PyList_SetItem(scan.grads, i, grad)) return i;
         if (grad == scan.none || !asks) continue;
         const Ref part(scan.dtensor ? PyObject_GetAttr(grad, scan.local) : nullptr);
         if (scan.dtensor && (!part.get() || !same_spreads(scan, i) || !same_spread(scan, grad, i, 0)))
-            return false;
+            return i;
         PyObject* const plain = scan.dtensor ? part.get() : grad;
-        if (!is_tensor(scan, plain)) return false;
+        if (!is_tensor(scan, plain)) return i;
         if ((!scan.negative || bucket.rows[i].numel == 1) && is_negated_says_torch(scan, plain))
-            return false;
+            return i;
     }
-    return true;
+    return -1;
 }
 
 // A thousand small tensors' objects have mostly left the caches by the time of a step, and to look
@@ -462,11 +463,12 @@ inline bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff
     return true;
 }
 
-// Whether all rows of a bucket that have a gradient still describe their tensors; `every`: as asked.
-inline bool same_rows(Bucket& bucket, bool every) {
+// Returns the first row that has a gradient and does not describe its tensors any more, or -1;
+// `every`: as asked.
+inline ptrdiff_t other_row(Bucket& bucket, bool every) {
     const Scan& scan = *bucket.scan;
     const ExchangeApi* api = exchange_api(scan.capsule);
-    if (!api) return false;
+    if (!api) return 0;
     every = every || scan.dtensor;
     Ahead ahead(scan, bucket.rows, every ? 0 : bucket.count);
     const int64_t* layout = scan.layout;
@@ -474,18 +476,18 @@ inline bool same_rows(Bucket& bucket, bool every) {
     for (ptrdiff_t i = 0; i < bucket.count; ++i) {
         Row& row = bucket.rows[i];
         PyObject* grad = every ? nullptr : ahead.next_grad(i);
-        if (!every && !grad) return false;
+        if (!every && !grad) return i;
         if (every || needs_asking(scan, row)) {
             if (grad) Py_DecRef(grad);
             grad = PyList_GetItem(scan.grads, i);  // the one that was asked about
         } else if (PyList_SetItem(scan.grads, i, grad)) {
-            return false;
+            return i;
         }
-        if (!same_row(scan, *api, row, i, layout, grad)) return false;
+        if (!same_row(scan, *api, row, i, layout, grad)) return i;
         bucket.active += row.active;
         layout += 1 + 2 * *layout;
     }
-    return true;
+    return -1;
 }
 
 // Keeps finalizers, which may be any Python code, out of what happens while this lives.
