@@ -11,6 +11,7 @@ import copy
 import gc
 import pickle
 import random
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -297,7 +298,11 @@ class Machine:
                 if "capturable" in group:
                     group["capturable"] = bool(self.own) and opt is self.ours
                 group["lr"] = float(group["lr"])  # the twin's is no float32
-            (opt.optimizer if self.chance.random() < 0.2 else opt).load_state_dict(own)
+            loading = opt.optimizer if self.chance.random() < 0.2 else opt
+            with warnings.catch_warnings():
+                # set_bounds() since it was saved
+                warnings.filterwarnings("ignore", "state_dict has the bounds", UserWarning)
+                loading.load_state_dict(own)
         self.graphs.clear()
         return None
 
