@@ -133,6 +133,8 @@ class _Shared:
         # What was last written into the groups, to tell other code's writes from ours; per group
         # the object in `lr` and the value it was given.
         self.groups: Sequence[dict[str, Any]] | None = None
+        #: the groups that were in that list then
+        self.members: list[dict[str, Any]] = []
         self.bounds: list[tuple[float, float]] = []
         #: bounds by the constructor's arguments and the groups' own lr; None is the default base_lr
         self.given: list[tuple[float | None, float]] = []
@@ -698,12 +700,25 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         """:attr:`iteration` as far as the host knows, without waiting."""
         shared, groups = self._shared, self.param_groups
         seen = shared.position
-        steps = [group[_STEP] for group in groups if _STEP in group]
-        # Written from outside, as a sharded restore does: into all of them. A group that
-        # was taken out for a while, or copied earlier, shows a position that is over.
-        if steps and not any(type(step) is int and step == seen for step in steps):
-            return as_position(steps[0], f"param_groups: {_STEP}")
-        here = bool(steps)
+        here = False
+        known: set[int] | None = None
+        for group in groups:
+            step = group.get(_STEP)
+            if step is None:
+                continue
+            here = True
+            if type(step) is int and step == seen:
+                continue
+            # Written from outside, as a sharded restore does? A group that was taken out
+            # for a while, or copied earlier, shows a position that is over, beside those we wrote.
+            if known is None:
+                known = set(map(id, shared.members))
+                known = known if any(id(each) in known for each in groups) else set()
+            if known and id(group) not in known:
+                continue
+            position = as_position(step, f"param_groups: {_STEP}")
+            if position != seen:
+                return position
         # A checkpoint without a position, loaded beneath us, starts at 0.
         return seen if here or shared.are_ours(groups) else 0
 
@@ -1626,7 +1641,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             lr = before[i][0] if i < len(before) else group["lr"]
             held.append(self._write_rate(group, position, lr, rate, taken, stepped))
         held_momenta = self._write_momenta(groups, position, momenta, set()) if momenta else []
-        shared.groups, shared.bounds = all_groups, bounds
+        shared.groups, shared.members, shared.bounds = all_groups, groups, bounds
         shared.momenta, shared.held_momenta = momenta, held_momenta
         shared.rates, shared.seen = held, None
         shared.counted = (position, shared.steps)
@@ -1648,6 +1663,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 taken = {id(held) for held in shared.held_momenta}
             shared.held_momenta += self._write_momenta([group], position, momenta, taken)
         shared.groups = groups
+        shared.members.append(group)
         shared.bounds.append(bounds)
         shared.momenta += momenta
         shared.rates.append(held)
@@ -2439,6 +2455,7 @@ def _is_rate(lr: object, rate: float) -> bool:
     error, smallest = 1e-5, 1e-30
     if isinstance(lr, Tensor):
         kind = torch.finfo(lr.dtype)
+        rate = min(rate, kind.max)
         error, smallest = max(error, 4 * kind.eps), kind.smallest_normal * kind.eps
     try:
         return math.isclose(float(cast("float", lr)), rate, rel_tol=error, abs_tol=smallest)
