@@ -1519,19 +1519,11 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         groups = list(self.param_groups) if groups is None else groups
         # After a load beneath us, groups without our keys keep the bounds they had, or that
         # somebody had written into the groups which were there before.
-        known = []
+        known: list[tuple[float, float]] = []
         before, had = shared.seen or (shared.groups, shared.bounds)
         if before is not None and not shared.are_ours(groups):
-            known = [
-                _written_bounds(group, i) if _BASE in group and _MAX in group else bounds
-                for i, (group, bounds) in enumerate(zip(before, had, strict=False))
-            ]
-        found = [
-            _written_bounds(group, i)
-            if _BASE in group and _MAX in group
-            else (known[i] if i < len(known) else _initial_bounds(group, f" in group {i}"))
-            for i, group in enumerate(groups)
-        ]
+            known = _found_bounds(before, had)
+        found = _found_bounds(groups, known)
         shared.seen = None if shared.are_ours(groups) else (groups, found)
         return found
 
@@ -2248,6 +2240,18 @@ def _written_bounds(group: Mapping[str, Any], index: int) -> tuple[float, float]
         base, top = check_number(_BASE + where, base), check_number(_MAX + where, top)
         check_bounds(base, top, where)
     return base, top
+
+
+def _found_bounds(
+    groups: Sequence[Mapping[str, Any]], known: Sequence[tuple[float, float]]
+) -> list[tuple[float, float]]:
+    """Each group's bounds: those written in it, else those known by its place, else its own."""
+    return [
+        _written_bounds(group, i)
+        if _BASE in group and _MAX in group
+        else (known[i] if i < len(known) else _initial_bounds(group, f" in group {i}"))
+        for i, group in enumerate(groups)
+    ]
 
 
 def _written_rate(lr: object, index: int) -> float:
