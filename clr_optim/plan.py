@@ -501,6 +501,8 @@ class Plan:
         self._params: list[Tensor] = []  # of all buckets
         #: parameters with a gradient that torch's own step must serve, and why
         self.rest: list[tuple[Tensor, str]] = []
+        # Whether state of theirs is the reason for one of them.
+        self._left_by_state = False
         #: those of them whose own gradient or layout is the reason
         self._odd: list[tuple[Tensor, str]] = []
         # Parameters without a gradient and the numbers of their groups.
@@ -719,7 +721,9 @@ class Plan:
             for index, (row, entry) in enumerate(zip(bucket.rows, bucket.scan.dicts, strict=True))
             if state.get(row.param) is not entry and not row.pending
         ]
-        if len(others) > _FEW_ROWS or not all(self._replace(*other) for other in others):
+        if self._left_by_state or len(others) > _FEW_ROWS:
+            return False  # other state may let a kernel serve what was left to torch
+        if not all(self._replace(*other) for other in others):
             return False
         self._dicts[:] = entries
         return True
@@ -802,6 +806,7 @@ class Plan:
         self.buckets, self._by_key, self._params = [], {}, []
         self._unfilled, self.pending = [], False
         self.rest, self._odd, self._idle, self._idle_groups = [], [], [], []
+        self._left_by_state = False
         placed: list[tuple[Row, Tensor]] = []
         for number, members in enumerate(self._members):
             for param in members:
@@ -836,6 +841,7 @@ class Plan:
         self.rest.append((param, reading.why or own or row or ""))
         if own:
             self._odd.append((param, own))
+        self._left_by_state = self._left_by_state or row is not None
         return None
 
     def _row(self, param: Tensor, number: int, reading: _Reading) -> Row | str:
@@ -897,6 +903,7 @@ class Plan:
         for index, (row, grad) in enumerate(placed, len(others)):
             if index in shared:
                 self.rest.append((row.param, "tensors that share memory"))
+                self._left_by_state = True
             else:
                 own.append((row, grad))
         return own

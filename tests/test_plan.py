@@ -653,3 +653,17 @@ def test_state_popped_of_a_parameter_without_a_gradient():
     step(pair, {1})
     step(pair)
     step(pair)
+
+
+def test_what_was_left_for_its_state_is_served_once_the_state_is_gone():
+    pair = twins("adam-wd", 3)
+    step(pair)
+    for opt in pair.both():
+        for state in opt.state.values():
+            state["step"] = state["step"].reshape(1)
+    step(pair)
+    assert "torch" in pair.ours.explain()
+    for opt in pair.both():
+        opt.state.clear()
+    step(pair)
+    assert "torch" not in pair.ours.explain()
