@@ -37,7 +37,7 @@ _NEWER_DEFAULTS = frozenset(
 
 
 def item(value: object) -> object:
-    """The number in a tensor or an array of one element; anything else, and no number, as it is."""
+    """Return the number in a tensor or an array of one element, and any other value unchanged."""
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 and not value.is_meta else value
     if isinstance(value, (np.ndarray, np.bool_)) and value.size == 1:
@@ -492,7 +492,7 @@ def _check_strays(
 ) -> None:
     """Raise if a parameter's state is under a number that no parameter has.
 
-    Users keep entries of their own in ``state``, and those load as in torch. An entry is taken for
+    Users may add entries to ``state``, and those load as in torch. An entry is taken for
     a parameter's only if it fits a parameter that lacks its state.
     """
     strays = [index for index in state if index not in owners]

@@ -95,7 +95,7 @@ def members_of(value: Any) -> list[Any] | None:
     attributes = attributes_of(value)
     if attributes is not None:
         return [*members, *attributes.values()]
-    # By convention what has a hash of its own does not change.
+    # By convention an object whose class defines a hash does not change.
     immutable = kind.__hash__ not in (None, object.__hash__)
     return members if immutable or issubclass(kind, (np.ndarray, *CONTAINERS)) else None
 
@@ -116,7 +116,7 @@ def attributes_of(value: Any) -> dict[str, Any] | None:
 
 @_cached
 def is_plain(kind: Any) -> bool:
-    """Whether an object's attributes are all of it, and its class has no copying of its own."""
+    """Whether an object's attributes are all of it, and its class defines no copying."""
     if is_atom(kind) or f"{kind.__module__}.".startswith(_PARTLY_NATIVE):
         return False
     if issubclass(kind, types.SimpleNamespace):

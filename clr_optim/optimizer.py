@@ -1017,8 +1017,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             self._next_rates()
 
     def _next_rates(self) -> list[float]:
-        """The rates of the step after the one that comes."""
-        return self._schedule.rates(self._shared.position + 1, self._shared.bounds)
+        """Return the rates of the step after the next one."""
+        shared = self._shared
+        return self._schedule.rates(shared.counted[0] + 1, shared.bounds)
 
     def _wrapped_step(
         self, capturing: bool, closure: Callable[[], float] | None, *args: Any, **kwargs: Any
@@ -1196,9 +1197,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         shared = self._shared
         momenta = None
         if self._cycle_momentum:
-            groups = self._inner.param_groups
-            known = groups[: len(shared.rates)]
-            momenta = [(group[_BASE_MOMENTUM], group[_MAX_MOMENTUM]) for group in known]
+            momenta = self._read_momenta(self._inner.param_groups[: len(shared.rates)])
         rates = [0.0 if at_zero else value for _, value in shared.rates]
         kept = [
             (i, lr)
@@ -1229,7 +1228,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         at_zero = False
         rates: list[float] | None = None
         if self._is_untouched():
-            rates = self._schedule.rates(before[0] + 1, shared.bounds)
+            rates = self._next_rates()
         else:
             # A checkpointer's step has no closure. Asked before anything below writes a rate.
             at_zero = not evaluated and not capturing and self._is_zero_rate_step()
@@ -1780,7 +1779,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             if len(self._shared.rates) == len(self.param_groups):
                 break  # no other thread has added a group meanwhile, which would lack our keys
         if not isinstance(state_dict, dict) or "param_groups" not in state_dict:
-            pass  # a layout of its own
+            pass  # a layout that only the wrapped class knows
         elif any(isinstance(group["lr"], Tensor) for group in self.param_groups):
             # Ours to fill, and not for others who fill a state dict, as checkpointers do.
             state_dict["param_groups"] = [

@@ -501,7 +501,7 @@ class Plan:
         self._params: list[Tensor] = []  # of all buckets
         #: parameters with a gradient that torch's own step must serve, and why
         self.rest: list[tuple[Tensor, str]] = []
-        # Whether state of theirs is the reason for one of them.
+        # Whether a parameter's state is the reason for one of them.
         self._left_by_state = False
         #: those of them whose own gradient or layout is the reason
         self._odd: list[tuple[Tensor, str]] = []

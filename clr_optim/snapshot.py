@@ -249,7 +249,7 @@ class Snapshot:
         own = {id(thing): thing for thing in [*self.params, *self._modules]}
         try:
             self._copies[id(value)] = copy.deepcopy(value, own)
-        except Exception:  # a lock, a file, a stream, a process group: it stays as it is
+        except Exception:  # a lock, a file, a stream, a process group: leave it unchanged
             return
 
     def _resolve(self, value: Any) -> Any:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,14 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
+def interrupted(number: int, step: Callable[[], object]) -> bool:
+    """Interrupt a step at its n-th line; whether there was such a line."""
+    try:
+        return at_line(number, interrupt, step)
+    except KeyboardInterrupt:
+        return True
+
+
 def counters(opt: Any) -> set[float]:
     return {float(state["step"]) for state in opt.state.values() if "step" in state}
 
@@ -83,11 +93,8 @@ def test_ctrl_c_at_any_line_finds_the_step_done_or_not_begun(name, started, sett
         before = opt.iteration
         gradients(opt, 2)
         gradients(twin, 2)
-        try:
-            if not at_line(number, interrupt, opt.step):
-                break
-        except KeyboardInterrupt:
-            pass
+        if not interrupted(number, opt.step):
+            break
         # The groups are right at once, for those who save the wrapped optimizer.
         position = opt.param_groups[0]["clr_step"]
         assert opt.iteration == position
@@ -220,19 +227,14 @@ def test_a_handler_that_changes_the_course_within_a_step_is_obeyed():
 
 
 def test_an_exception_in_the_middle_leaves_no_gradient_held():
-    import weakref
-
     opt = make("adam-wd")
     gradients(opt, 1)
     opt.step()
     for number in range(0, 200, 5):
         gradients(opt, 2)
         held = [weakref.ref(p.grad) for p in members(opt)]
-        try:
-            if not at_line(number, interrupt, opt.step):
-                break
-        except KeyboardInterrupt:
-            pass
+        if not interrupted(number, opt.step):
+            break
         opt.step()
         opt.zero_grad()
         assert [grad() for grad in held] == [None] * len(held)
@@ -275,11 +277,8 @@ def test_ctrl_c_while_a_plan_takes_something_in(name):
     while True:
         opt, weights = latecomers(name)
         before = opt.iteration
-        try:
-            if not at_line(number, interrupt, opt.step):
-                break
-        except KeyboardInterrupt:
-            pass
+        if not interrupted(number, opt.step):
+            break
         more = opt.iteration - before
         for _ in range(2):
             opt.step()
@@ -301,11 +300,8 @@ def test_ctrl_c_takes_no_gradient_away(backend, clip):
             p.grad = torch.ones(3, 2, dtype=p.dtype).t() if i < 2 else torch.ones_like(p)
         opt.step()
         grads = [p.grad for p in weights]
-        try:
-            if not at_line(number, interrupt, opt.step):
-                break
-        except KeyboardInterrupt:
-            pass
+        if not interrupted(number, opt.step):
+            break
         assert all(p.grad is grad for p, grad in zip(weights, grads, strict=True)), number
         number += 1
     assert number > 50
@@ -320,11 +316,8 @@ def test_ctrl_c_after_torchs_own_step_counts_it(clip):
         opt = BY_NAME["adam"].ours([weight], max_grad_norm=clip, backend="torch")
         weight.grad = torch.ones_like(weight)
         opt.step()
-        try:
-            if not at_line(number, interrupt, opt.step):
-                break
-        except KeyboardInterrupt:
-            pass
+        if not interrupted(number, opt.step):
+            break
         steps = float(opt.state[weight]["step"])
         assert opt.iteration == opt.param_groups[0]["clr_step"] == steps, number
         number += 1
@@ -332,9 +325,6 @@ def test_ctrl_c_after_torchs_own_step_counts_it(clip):
 
 
 def test_a_finalizer_that_steps_is_refused_and_hangs_nothing():
-    import warnings
-    import weakref
-
     opt = make("sgd-mom")
     gradients(opt, 1)
     opt.step()
