@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import re
 import threading
 import warnings
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -23,6 +25,8 @@ from native_helpers import (
     wrapped,
 )
 
+import clr_optim.kernels
+import clr_optim.plan
 from clr_optim.overlap import Memory, sharing
 from clr_optim.plan import Plan
 from clr_optim.rules import RULES
@@ -667,3 +671,11 @@ def test_what_was_left_for_its_state_is_served_once_the_state_is_gone():
         opt.state.clear()
     step(pair)
     assert "torch" not in pair.ours.explain()
+
+
+def test_python_and_c_know_the_same_answers_of_a_scan():
+    source = Path(clr_optim.kernels.__path__[0], "native", "multi_tensor.cpp").read_text()
+    (body,) = re.findall(r"enum Answer {(.*?)};", source, re.DOTALL)
+    found = {f"_{name}": int(value) for name, value in re.findall(r"(\w+) = (-?\d+),", body)}
+    assert len(found) == 9
+    assert found == {name: getattr(clr_optim.plan, name) for name in found}
