@@ -14,6 +14,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 import weakref
 
 import numpy as np
@@ -67,7 +68,7 @@ pytestmark = [
         not RUNS,
         reason="runs with TRITON_INTERPRET=1 (`make interpreted`) or on a GPU, with Triton",
     ),
-    # numpy's, of what the interpreter computes and nobody reads: an SGD's empty first buffer.
+    # The interpreter computes with numpy, which warns of every NaN and Inf.
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
     pytest.mark.filterwarnings("ignore:Sparse invariant checks"),
 ]
@@ -346,6 +347,21 @@ def test_a_buffer_of_none_is_a_first_step():
         for p in members(opt):
             opt.state[p]["momentum_buffer"] = None
     pair.run(3)
+
+
+def test_memory_that_nothing_has_written_is_not_computed_with(monkeypatch):
+    empty_like = torch.empty_like
+
+    def garbage(like, **options):
+        tensor = empty_like(like, **options)
+        tensor.view(torch.int64).fill_(0x7FF4 << 48)  # a signaling NaN
+        return tensor
+
+    monkeypatch.setattr(torch, "empty_like", garbage)
+    pair = twins(BY_NAME["sgd-nest-wd"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pair.run(2)
 
 
 def test_3000_tensors():

@@ -72,7 +72,9 @@ def sgd_constants(own, rate, decay, step, momentum, cycles, A: tl.constexpr):
 @triton.jit
 def sgd(p, g, s0, first, lr, momentum, keep, nesterov, MOMENTUM: tl.constexpr):
     if MOMENTUM:
-        # The first gradient goes in whole, without dampening; the buffer then holds nothing yet.
+        # The first gradient goes in whole, without dampening. Memory that nothing has written may
+        # hold a signaling NaN, so the buffer is not read before it is filled.
+        s0 = tl.where(first, 0.0, s0)
         s0 = tl.where(first, g, tl.fma(g, keep, s0 * momentum))
         g = tl.where(nesterov != 0, tl.fma(s0, momentum, g), s0)
     return tl.fma(lr, g, p), s0
