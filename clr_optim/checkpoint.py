@@ -11,7 +11,6 @@ import inspect
 import json
 import math
 import numbers
-import reprlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from clr_optim.checks import check_int, check_number, item, shown
 from clr_optim.rules import STATE_SLOTS, Shape, StateSlots
-from clr_optim.schedule import LAST_STEP, check_int, check_number
 from clr_optim.sharding import local_part
 
 # Schedulers and this library write these keys into groups: they tell nothing about the class.
@@ -34,22 +33,6 @@ _NOT_HYPER_PARAMETERS = frozenset(
 _NEWER_DEFAULTS = frozenset(
     {"maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
 )
-
-
-def item(value: object) -> object:
-    """Return the number in a tensor or an array of one element, and any other value unchanged."""
-    if isinstance(value, Tensor):
-        return value.item() if value.numel() == 1 and not value.is_meta else value
-    if isinstance(value, (np.ndarray, np.bool_)) and value.size == 1:
-        return value.item()
-    return value
-
-
-def as_position(step: object, name: str) -> int:
-    """A step's number that host and devices can count on from."""
-    if type(step) is int and 0 <= step <= LAST_STEP:
-        return step
-    return check_int(name, item(step), minimum=0, maximum=LAST_STEP)
 
 
 def check_mapping(name: str, value: object) -> Mapping[str, Any]:
@@ -610,11 +593,3 @@ def _is_expanded(value: Tensor) -> bool:
     if part.layout is not torch.strided or part.is_contiguous():
         return False
     return any(n > 1 and s == 0 for n, s in zip(part.shape, part.stride(), strict=True))
-
-
-def shown(value: object) -> str:
-    """A value in a message, briefly: checkpoints are large."""
-    if isinstance(value, Tensor) and (value.numel() != 1 or value.is_meta):
-        kind = f"{value.dtype}, {value.layout} on {value.device}"
-        return f"a tensor of shape {list(value.shape)}, {kind}"
-    return reprlib.repr(value)

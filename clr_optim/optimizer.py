@@ -42,7 +42,6 @@ from clr_optim.backends.torch import (
 from clr_optim.checkpoint import (
     after_load_hooks,
     are_groups,
-    as_position,
     check_for,
     check_layout,
     check_mapping,
@@ -50,33 +49,38 @@ from clr_optim.checkpoint import (
     check_tensor_lr,
     holds_key,
     in_our_words,
-    item,
     loads_as_torch,
     own_counters,
     policy_name,
-    shown,
     undone_on_error,
     without_load_hooks,
 )
+from clr_optim.checks import (
+    as_position,
+    check_bool,
+    check_bounds,
+    check_choice,
+    check_int,
+    check_momenta,
+    check_number,
+    item,
+    shown,
+    values_of,
+)
+from clr_optim.core.warn import callers_level, warn_each
 from clr_optim.eligible import classify
+from clr_optim.keys import BASE, BASE_MOMENTUM, ENTRY, KEYS, MAX, MAX_MOMENTUM, NOTE, SCHEDULE, STEP
 from clr_optim.refused_writes import refuse_writes
 from clr_optim.rules import class_name
 from clr_optim.schedule import (
     SCALE_MODES,
     ScaleFn,
     Schedule,
-    check_bool,
-    check_bounds,
-    check_choice,
     check_growth,
-    check_int,
-    check_momenta,
-    check_number,
     exp_range,
     exp_range_bounds,
     triangular,
     triangular2,
-    values_of,
 )
 from clr_optim.sharding import local_part, no_sums, spread_of, spreads, sum_over_ranks
 from clr_optim.torch_schedulers import read_scheduler
@@ -87,19 +91,7 @@ OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
 POLICIES = ("triangular", "triangular2", "exp_range", "exp_range_bounds")
 
-# What we remember sits in the groups under these keys: groups are all that sharded optimizers and
-# checkpointers carry across. Not torch's own `max_lr`: OneCycleLR writes that.
-_STEP, _BASE, _MAX, _SCHEDULE = "clr_step", "clr_base_lr", "clr_max_lr", "clr_schedule"
-_BASE_MOMENTUM, _MAX_MOMENTUM = "clr_base_momentum", "clr_max_momentum"
-_OUR_KEYS = (_STEP, _BASE, _MAX, _SCHEDULE, _BASE_MOMENTUM, _MAX_MOMENTUM)
-
-# Where our keys stand in a state dict whose layout drops what groups hold: one dictionary a group.
-_ENTRY = "clr_optim"
-
-# Where an optimizer keeps the note of its last wrapper. Copies and pickles leave the note out.
-_NOTE = "_clr_optim_note"
-
-_BOUNDS_OF, _RATE_OF = operator.itemgetter(_BASE, _MAX), operator.itemgetter("lr")
+_BOUNDS_OF, _RATE_OF = operator.itemgetter(BASE, MAX), operator.itemgetter("lr")
 
 # The paper's guideline for the lower bound: a third or a quarter of the upper one.
 _BASE_FRACTION = 4.0
@@ -382,7 +374,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             )
         schedule.rates(position, bounds)  # a scale_fn may raise
         chosen = backends.resolve(backend, optimizer)
-        saved = groups[0].get(_SCHEDULE) if resumed and groups else None
+        saved = groups[0].get(SCHEDULE) if resumed and groups else None
         warned: list[str | None] = []
         if leftover is not None:
             warned = [_starts_anew(groups, leftover["loaded"])]
@@ -398,15 +390,15 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         if leftover is not None:
             _clear_leftover(groups, own)
         for group, (base, top), b, m in zip(groups, bounds, low, high, strict=True):
-            group[_BASE], group[_MAX] = base, top
+            group[BASE], group[MAX] = base, top
             if cycle_momentum:
-                group[_BASE_MOMENTUM], group[_MAX_MOMENTUM] = b, m
+                group[BASE_MOMENTUM], group[MAX_MOMENTUM] = b, m
         self._change_course(position)
         self._shared.given = [(None if base_lr is None else base, top) for base, top in bounds]
         _take_note(optimizer, own, schedule, position if resumed else None)
         if saved is not None:
             self._warn_other_policy(saved, "the wrapped optimizer")
-        _warn_of(warned)
+        warn_each(warned)
 
     @classmethod
     def from_scheduler(
@@ -469,7 +461,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         groups = scheduler.optimizer.param_groups
         before = [dict(group) for group in groups]
         for group in groups:
-            for key in _OUR_KEYS:
+            for key in KEYS:
                 group.pop(key, None)
         try:
             opt = cast("type[CyclicalOptimizer[Optimizer]]", cls)(
@@ -655,7 +647,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         inner = "\n".join(
             line
             for line in repr(self._inner).splitlines()
-            if not line.strip().startswith(f"{_SCHEDULE}:")
+            if not line.strip().startswith(f"{SCHEDULE}:")
         )
         return (
             f"{type(self).__name__} ({self._schedule.name}, iteration {self.iteration}, "
@@ -703,7 +695,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         here = False
         known: set[int] | None = None
         for group in groups:
-            step = group.get(_STEP)
+            step = group.get(STEP)
             if step is None:
                 continue
             here = True
@@ -716,7 +708,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 known = known if any(id(each) in known for each in groups) else set()
             if known and id(group) not in known:
                 continue
-            position = as_position(step, f"param_groups: {_STEP}")
+            position = as_position(step, f"param_groups: {STEP}")
             if position != seen:
                 return position
         # A checkpoint without a position, loaded beneath us, starts at 0.
@@ -822,7 +814,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             check_bounds(base, top, f" in parameter group {i}")
             bounds.append((base, top))
         for group, (base, top) in zip(groups, bounds, strict=True):
-            group[_BASE], group[_MAX] = base, top
+            group[BASE], group[MAX] = base, top
         self._change_course(position)
 
     def register_cycle_end_hook(self, hook: Callable[[Any], None]) -> RemovableHandle:
@@ -1371,9 +1363,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         Their steps without momentum leave the buffer as it was, and have a kernel of their own.
         """
         return self._cycle_momentum and any(
-            "betas" not in group and group[_BASE_MOMENTUM] <= 0.0 < group[_MAX_MOMENTUM]
+            "betas" not in group and group[BASE_MOMENTUM] <= 0.0 < group[MAX_MOMENTUM]
             for group in self._inner.param_groups
-            if _BASE_MOMENTUM in group and _MAX_MOMENTUM in group
+            if BASE_MOMENTUM in group and MAX_MOMENTUM in group
         )
 
     @staticmethod
@@ -1456,7 +1448,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 + f"; the policy {self._schedule.name!r} decides instead, here and from now on. "
                 "Remove the other scheduler, or change course with set_bounds or set_iteration.",
                 UserWarning,
-                stacklevel=_callers_level(),
+                stacklevel=callers_level(),
             )
         self._go_to(shared.position, stepped=True)
 
@@ -1488,10 +1480,10 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
                 group["lr"] is not held
                 or type(held) is not float
                 or group.get("capturable")
-                or type(group.get(_STEP)) is not int
-                or group[_STEP] != position
-                or group.get(_BASE) is not base
-                or group.get(_MAX) is not top
+                or type(group.get(STEP)) is not int
+                or group[STEP] != position
+                or group.get(BASE) is not base
+                or group.get(MAX) is not top
             ):
                 return False
         return True
@@ -1506,7 +1498,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             return False
         try:
             bounds = list(map(_BOUNDS_OF, groups))
-            same = bounds == shared.bounds and groups[0][_STEP] == shared.position
+            same = bounds == shared.bounds and groups[0][STEP] == shared.position
         except LookupError:  # a group without our keys; no groups at all
             return False
         rates = (held for held, _ in shared.rates)
@@ -1539,7 +1531,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         if self._is_settled(position):
             return position
         for group in self.param_groups:
-            if _STEP not in group:
+            if STEP not in group:
                 _note_group(self._inner, group)
         _forget_removed_groups(self._inner)
         self._write_bounds()
@@ -1556,10 +1548,10 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             and len(shared.rates) == len(groups)
             and position == shared.position
             and all(
-                _STEP in group
-                and isinstance(group.get(_BASE), float)
-                and isinstance(group.get(_MAX), float)
-                and (group[_BASE], group[_MAX]) == bounds
+                STEP in group
+                and isinstance(group.get(BASE), float)
+                and isinstance(group.get(MAX), float)
+                and (group[BASE], group[MAX]) == bounds
                 for group, bounds in zip(groups, shared.bounds, strict=False)
             )
         )
@@ -1578,14 +1570,14 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         self, index: int, group: dict[str, Any], bounds: tuple[float, float]
     ) -> None:
         """Write a group's bounds; those of momentum, where it has none, as they were."""
-        group[_BASE], group[_MAX] = bounds
-        if self._cycle_momentum and not (_BASE_MOMENTUM in group and _MAX_MOMENTUM in group):
+        group[BASE], group[MAX] = bounds
+        if self._cycle_momentum and not (BASE_MOMENTUM in group and MAX_MOMENTUM in group):
             # Known of the first group at least, which may have lost its keys to a load beneath us.
             known = self._shared.momenta
             if not known:  # all groups were taken away
                 known = [(_LOW_MOMENTUM, _HIGH_MOMENTUM)]
             low, high = known[index if index < len(known) else 0]
-            group[_BASE_MOMENTUM], group[_MAX_MOMENTUM] = low, high
+            group[BASE_MOMENTUM], group[MAX_MOMENTUM] = low, high
 
     def _advance(self, before: tuple[int, int], rates: list[float], steps: int) -> None:
         """:meth:`_go_to` the next step, for groups that are as we left them, rates as floats.
@@ -1599,7 +1591,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         position = before[0] + 1
         for group, rate in zip(self._inner.param_groups, rates, strict=False):
             group["lr"] = rate
-            group[_STEP] = position
+            group[STEP] = position
         shared.rates = [(rate, rate) for rate in rates]
         # A signal handler may have gone elsewhere up to here, but not within this line.
         counted = (position, steps)
@@ -1643,7 +1635,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         """:meth:`_go_to` where the groups are, for one that was added to them."""
         shared, groups = self._shared, self.param_groups
         group, position = groups[-1], shared.position
-        bounds = (group[_BASE], group[_MAX])
+        bounds = (group[BASE], group[MAX])
         [rate] = self._schedule.rates(position, [bounds])
         momenta = self._read_momenta([group])
         taken = {id(lr) for lr, _ in shared.rates} if isinstance(group["lr"], Tensor) else set()
@@ -1683,8 +1675,8 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             The object that is in ``lr`` now, and the value that it was given.
         """
         shared = self._shared
-        group[_STEP] = position
-        group[_SCHEDULE] = self._schedule_json
+        group[STEP] = position
+        group[SCHEDULE] = self._schedule_json
         kept = self._is_kept(group)
         if kept and not isinstance(lr, Tensor):
             lr = torch.tensor(rate, device=group["params"][0].device, dtype=torch.float32)
@@ -1704,7 +1696,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         """The bounds of each group's momentum; empty where it does not cycle."""
         if not self._cycle_momentum:
             return []
-        return [(group[_BASE_MOMENTUM], group[_MAX_MOMENTUM]) for group in groups]
+        return [(group[BASE_MOMENTUM], group[MAX_MOMENTUM]) for group in groups]
 
     def _write_momenta(
         self,
@@ -1836,10 +1828,10 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             else:
                 loaded, keys = self._load_own_layout(state_dict)
             if saved_keys is not None:
-                keys = self._checked_keys(saved_keys, f"state_dict[{_ENTRY!r}]")
+                keys = self._checked_keys(saved_keys, f"state_dict[{ENTRY!r}]")
                 if len(keys) != len(self.param_groups):
                     raise ValueError(
-                        f"state_dict[{_ENTRY!r}] is of {len(keys)} parameter groups, the optimizer "
+                        f"state_dict[{ENTRY!r}] is of {len(keys)} parameter groups, the optimizer "
                         f"has {len(self.param_groups)}: build the optimizer with the groups that "
                         "it had when it was saved"
                     )
@@ -1851,14 +1843,14 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             for i, (group, old, new) in enumerate(zip_longest(self.param_groups, before, keys)):
                 if group is not None:
                     group.update({**(old or {}), **(new or {})})
-                    if _BASE in group and _MAX in group:
-                        self._set_group_bounds(i, group, (group[_BASE], group[_MAX]))
+                    if BASE in group and MAX in group:
+                        self._set_group_bounds(i, group, (group[BASE], group[MAX]))
             with in_our_words(inner):
                 self._change_course(position)
         _take_note(inner, own, self._schedule, position if resumed else None)
-        if resumed and _SCHEDULE in keys[0]:
-            self._warn_other_policy(keys[0][_SCHEDULE], "state_dict")
-        _warn_of(warned)
+        if resumed and SCHEDULE in keys[0]:
+            self._warn_other_policy(keys[0][SCHEDULE], "state_dict")
+        warn_each(warned)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -1891,7 +1883,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         if isinstance(state_dict, dict) and isinstance(state_dict.get("state"), Mapping):
             state_dict["state"] = own_counters(state_dict["state"])
         for group in self.param_groups:
-            for key in _OUR_KEYS:
+            for key in KEYS:
                 group.pop(key, None)
         with in_our_words(self._inner):
             self._inner.load_state_dict(state_dict)
@@ -1903,9 +1895,9 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
         """Our keys of each group for a checkpoint that has none: bounds of rate and momentum."""
         return [
             {
-                **{key: group[key] for key in (_BASE_MOMENTUM, _MAX_MOMENTUM) if key in group},
-                _BASE: base,
-                _MAX: top,
+                **{key: group[key] for key in (BASE_MOMENTUM, MAX_MOMENTUM) if key in group},
+                BASE: base,
+                MAX: top,
             }
             for group, (base, top) in zip(self.param_groups, self._bounds(), strict=True)
         ]
@@ -1917,24 +1909,24 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             groups: the checkpoint's groups, or dictionaries of our keys alone.
             name: the groups in messages.
         """
-        found = [{key: group[key] for key in _OUR_KEYS if key in group} for group in groups]
+        found = [{key: group[key] for key in KEYS if key in group} for group in groups]
         for i, keys in enumerate(found):
-            if _BASE_MOMENTUM in keys or _MAX_MOMENTUM in keys:
+            if BASE_MOMENTUM in keys or MAX_MOMENTUM in keys:
                 low, high = (
                     check_number(f"{name}[{i}][{key!r}]", item(keys.get(key)), maximum=1.0)
-                    for key in (_BASE_MOMENTUM, _MAX_MOMENTUM)
+                    for key in (BASE_MOMENTUM, MAX_MOMENTUM)
                 )
                 beta = self._cycle_momentum and "betas" in groups[i]
                 check_momenta(low, high, f" in {name}[{i}]", beta=beta)
-                keys.update({_BASE_MOMENTUM: low, _MAX_MOMENTUM: high})
-            base, top = keys.get(_BASE), keys.get(_MAX)
+                keys.update({BASE_MOMENTUM: low, MAX_MOMENTUM: high})
+            base, top = keys.get(BASE), keys.get(MAX)
             if type(base) is type(top) is float and 0.0 <= base <= top < math.inf:
                 continue
-            if _BASE in keys or _MAX in keys:
-                base = check_number(f"{name}[{i}][{_BASE!r}]", item(base))
-                top = check_number(f"{name}[{i}][{_MAX!r}]", item(top))
+            if BASE in keys or MAX in keys:
+                base = check_number(f"{name}[{i}][{BASE!r}]", item(base))
+                top = check_number(f"{name}[{i}][{MAX!r}]", item(top))
                 check_bounds(base, top, f" in {name}[{i}]")
-                keys.update({_BASE: base, _MAX: top})
+                keys.update({BASE: base, MAX: top})
         _read_position(found, name)
         return found
 
@@ -1946,14 +1938,14 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             return None
         given = self._shared.given
         for i, (old, new) in enumerate(zip(before, keys, strict=False)):
-            if _BASE not in new:
+            if BASE not in new:
                 continue
-            base, top = new[_BASE], new[_MAX]
-            code_base, code_top = given[i] if i < len(given) else (old[_BASE], old[_MAX])
+            base, top = new[BASE], new[MAX]
+            code_base, code_top = given[i] if i < len(given) else (old[BASE], old[MAX])
             as_code = _are_close(top, code_top) and (
                 code_base is None or _are_close(base, code_base)
             )
-            if not as_code and not (_are_close(base, old[_BASE]) and _are_close(top, old[_MAX])):
+            if not as_code and not (_are_close(base, old[BASE]) and _are_close(top, old[MAX])):
                 code_base = code_top / _BASE_FRACTION if code_base is None else code_base
                 return (
                     f"state_dict has the bounds base_lr={base:g}, max_lr={top:g} in parameter "
@@ -1974,7 +1966,7 @@ class CyclicalOptimizer(Optimizer, Generic[OptimizerT]):
             f"{self._shared.position}. To go on with the old one, construct with "
             "policy=Schedule.from_json(...) of it; to begin anew, set_iteration(0).",
             UserWarning,
-            stacklevel=_callers_level(),
+            stacklevel=callers_level(),
         )
 
     @_alone
@@ -2108,15 +2100,6 @@ class CyclicalScheduler(LRScheduler):
         self.step()
 
 
-def _callers_level() -> int:
-    """The ``stacklevel`` by which a warning names the caller's line, not one of ours or torch's."""
-    level, frame = 1, sys._getframe(1)
-    ours = ("clr_optim.", "torch.")
-    while frame.f_back and f"{frame.f_globals.get('__name__')}.".startswith(ours):
-        level, frame = level + 1, frame.f_back
-    return level
-
-
 def _fills_in_our_keys() -> bool:
     """Whether ``torch.distributed.checkpoint`` is loading.
 
@@ -2135,21 +2118,15 @@ def _warn_scheduled_rates(groups: Sequence[Mapping[str, Any]]) -> None:
     """Say that what becomes the top of the cycle is what a torch scheduler has come to."""
     for i, group in enumerate(groups):
         lr, initial = item(group["lr"]), item(group.get("initial_lr"))
-        if _MAX not in group and isinstance(initial, float) and initial != lr:
+        if MAX not in group and isinstance(initial, float) and initial != lr:
             warnings.warn(
                 f"lr in parameter group {i} is {lr!r}, to which a scheduler has brought it from "
                 f"the initial_lr {initial!r}, and becomes the top of the cycle: give the rate that "
                 f"is meant, as max_lr={initial!r}",
                 UserWarning,
-                stacklevel=_callers_level(),
+                stacklevel=callers_level(),
             )
             return
-
-
-def _warn_of(messages: Iterable[str | None]) -> None:
-    for message in messages:
-        if message is not None:
-            warnings.warn(message, UserWarning, stacklevel=_callers_level())
 
 
 _warned_no_kernels = False
@@ -2164,7 +2141,7 @@ def _warn_no_kernels(error: BuildError) -> None:
             f"the fused kernels cannot be compiled, so each wrapped optimizer's own step runs, "
             f"more slowly and otherwise the same: {error}",
             RuntimeWarning,
-            stacklevel=_callers_level(),
+            stacklevel=callers_level(),
         )
 
 
@@ -2233,10 +2210,10 @@ def _optional_per_group(name: str, value: object, groups: int) -> list[float | N
 
 def _written_bounds(group: Mapping[str, Any], index: int) -> tuple[float, float]:
     """A group's bounds, as whoever wrote them last left them."""
-    base, top = group[_BASE], group[_MAX]
+    base, top = group[BASE], group[MAX]
     if type(base) is not float or type(top) is not float or not 0.0 <= base <= top < math.inf:
         where = f" in parameter group {index}"
-        base, top = check_number(_BASE + where, base), check_number(_MAX + where, top)
+        base, top = check_number(BASE + where, base), check_number(MAX + where, top)
         check_bounds(base, top, where)
     return base, top
 
@@ -2247,7 +2224,7 @@ def _found_bounds(
     """Each group's bounds: those written in it, else those known by its place, else its own."""
     return [
         _written_bounds(group, i)
-        if _BASE in group and _MAX in group
+        if BASE in group and MAX in group
         else (known[i] if i < len(known) else _initial_bounds(group, f" in group {i}"))
         for i, group in enumerate(groups)
     ]
@@ -2270,7 +2247,7 @@ def _initial_bounds(
     """A group's bounds: the given ones, else those it remembers, else from its own ``lr``."""
     if max_lr is None:
         # A mid-cycle rate that we wrote is not the rate the user chose.
-        name = _MAX if _MAX in group else "lr"
+        name = MAX if MAX in group else "lr"
         remembered = group[name]
         if isinstance(remembered, Tensor):
             remembered = remembered.item()
@@ -2278,9 +2255,9 @@ def _initial_bounds(
     if base_lr is None:
         base_lr = max_lr / _BASE_FRACTION
         # A remembered one belongs to the remembered max_lr.
-        if _BASE in group:
-            remembered = check_number(f"{_BASE}{where}", group[_BASE])
-            if remembered <= max_lr and max_lr == group.get(_MAX, max_lr):
+        if BASE in group:
+            remembered = check_number(f"{BASE}{where}", group[BASE])
+            if remembered <= max_lr and max_lr == group.get(MAX, max_lr):
                 base_lr = remembered
     check_bounds(base_lr, max_lr, where)
     return base_lr, max_lr
@@ -2365,20 +2342,20 @@ def _takes_closure_by_name(step: Callable[..., Any]) -> bool:
 def _read_position(groups: Sequence[Mapping[str, Any]], name: str) -> tuple[int, bool]:
     """``(position, whether any group holds one)``; they must agree, and name a policy."""
     steps = {
-        i: as_position(group[_STEP], f"{name}[{i}][{_STEP!r}]")
+        i: as_position(group[STEP], f"{name}[{i}][{STEP!r}]")
         for i, group in enumerate(groups)
-        if _STEP in group
+        if STEP in group
     }
     known: set[str] = set()
     for i, group in enumerate(groups):
-        if _SCHEDULE in group:
-            text = group[_SCHEDULE]
+        if SCHEDULE in group:
+            text = group[SCHEDULE]
             if not isinstance(text, str) or text not in known:
-                policy_name(text, f"{name}[{i}][{_SCHEDULE!r}]")
+                policy_name(text, f"{name}[{i}][{SCHEDULE!r}]")
                 known.add(text)
     if len(set(steps.values())) > 1:
         raise ValueError(
-            f"{name} disagree on {_STEP}: {steps} by group; all groups share one position, "
+            f"{name} disagree on {STEP}: {steps} by group; all groups share one position, "
             "so set them all to it"
         )
     return (next(iter(steps.values())), True) if steps else (0, False)
@@ -2396,21 +2373,19 @@ def _shallow_copy(state_dict: Any) -> Any:
 
 def _with_our_entry(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> Any:
     """Put our keys beside a state dict that has dropped the groups' own."""
-    if not groups or not isinstance(state_dict, dict) or holds_key(state_dict, _STEP):
+    if not groups or not isinstance(state_dict, dict) or holds_key(state_dict, STEP):
         return state_dict
-    entry = [{key: group[key] for key in _OUR_KEYS if key in group} for group in groups]
-    return {**state_dict, _ENTRY: entry}
+    entry = [{key: group[key] for key in KEYS if key in group} for group in groups]
+    return {**state_dict, ENTRY: entry}
 
 
 def _without_our_entry(state_dict: Any) -> tuple[Any, Any]:
     """What :func:`_with_our_entry` was given, and the keys that it put beside, if any."""
-    if not isinstance(state_dict, dict) or _ENTRY not in state_dict:
+    if not isinstance(state_dict, dict) or ENTRY not in state_dict:
         return state_dict, None
-    keys = state_dict.pop(_ENTRY)
+    keys = state_dict.pop(ENTRY)
     if not are_groups(keys):
-        raise ValueError(
-            f"state_dict[{_ENTRY!r}] must be a list of dictionaries, got {shown(keys)}"
-        )
+        raise ValueError(f"state_dict[{ENTRY!r}] must be a list of dictionaries, got {shown(keys)}")
     return state_dict, keys
 
 
@@ -2429,16 +2404,16 @@ def _written_rates(
     policies: dict[object, Schedule | None] = {schedule.to_json(): schedule}
     rates: dict[object, float | None] = {}
     for group in groups:
-        if any(key not in group for key in (_STEP, _BASE, _MAX, _SCHEDULE)):
+        if any(key not in group for key in (STEP, BASE, MAX, SCHEDULE)):
             yield None
             continue
-        text, step = group[_SCHEDULE], group[_STEP]
-        course = (group[_BASE], group[_MAX], step, text)
+        text, step = group[SCHEDULE], group[STEP]
+        course = (group[BASE], group[MAX], step, text)
         try:
             if course not in rates:
                 if text not in policies:
                     policies[text] = _schedule_of(text)
-                policy, position = policies[text], as_position(step, _STEP)
+                policy, position = policies[text], as_position(step, STEP)
                 rates[course] = None if policy is None else policy.rates(position, [course[:2]])[0]
             yield rates[course]
         except (ArithmeticError, LookupError, TypeError, ValueError):
@@ -2509,8 +2484,8 @@ def _other_arguments(
 ) -> str | None:
     """What to say if a checkpoint's bounds differ from the constructor's arguments."""
     for i, (group, (base, top)) in enumerate(zip(groups, bounds, strict=True)):
-        if _BASE in group and _MAX in group:
-            saved = float(group[_BASE]), float(group[_MAX])
+        if BASE in group and MAX in group:
+            saved = float(group[BASE]), float(group[MAX])
             if not (_are_close(saved[0], base) and _are_close(saved[1], top)):
                 return (
                     f"the wrapped optimizer's checkpoint has the bounds base_lr={saved[0]:g}, "
@@ -2539,7 +2514,7 @@ def _take_note(
         loaded: the position of the checkpoint that was loaded, if any.
     """
     groups = optimizer.param_groups
-    vars(optimizer)[_NOTE] = {
+    vars(optimizer)[NOTE] = {
         # The groups by their ids, which are no other's as long as the groups are kept.
         "own": {id(group): (group, each) for group, each in zip(groups, own, strict=False)},
         "schedule": schedule,
@@ -2549,24 +2524,24 @@ def _take_note(
 
 def _note_group(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
     """Note the own settings of a group that was added while the optimizer is cycled."""
-    if _NOTE in vars(optimizer):
+    if NOTE in vars(optimizer):
         own: dict[str, Any] = {"lr": item(group["lr"])}
         if _momentum(group) is not None:
             own["momentum"] = _momentum(group)
-        vars(optimizer)[_NOTE]["own"][id(group)] = group, own
+        vars(optimizer)[NOTE]["own"][id(group)] = group, own
 
 
 def _forget_removed_groups(optimizer: Optimizer) -> None:
     """Keep no group in the note that the optimizer has no more: its parameters may be freed."""
-    if _NOTE in vars(optimizer):
-        noted = vars(optimizer)[_NOTE]["own"]
+    if NOTE in vars(optimizer):
+        noted = vars(optimizer)[NOTE]["own"]
         for key in noted.keys() - set(map(id, optimizer.param_groups)):
             del noted[key]
 
 
 def _noted_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
     """The own settings of each group, as far as they were noted."""
-    own = vars(optimizer).get(_NOTE, {"own": {}})["own"]
+    own = vars(optimizer).get(NOTE, {"own": {}})["own"]
     return [own.get(id(group), (group, {}))[1] for group in optimizer.param_groups]
 
 
@@ -2575,14 +2550,14 @@ def _leftover(optimizer: Optimizer) -> dict[str, Any] | None:
 
     A checkpoint that was loaded since brings groups of its own, and is one that goes on.
     """
-    note: dict[str, Any] | None = vars(optimizer).get(_NOTE)
+    note: dict[str, Any] | None = vars(optimizer).get(NOTE)
     groups = optimizer.param_groups
-    if note is None or not any(_STEP in group for group in groups):
+    if note is None or not any(STEP in group for group in groups):
         return None
     if not any(id(group) in note["own"] for group in groups):
         return None
     loaded = note["loaded"]
-    steps = [group.get(_STEP) for group in groups]
+    steps = [group.get(STEP) for group in groups]
     if loaded is not None and all(type(step) is int and step == loaded for step in steps):
         return None  # nothing has been trained since the checkpoint was loaded
     return note
@@ -2607,11 +2582,11 @@ def _own_settings(
         own = {"lr": item(group["lr"])}
         before = noted[i]
         # Other code may have written another rate since, which is then the user's.
-        cycled = _STEP in group and (rate is None or _is_rate(group["lr"], rate))
-        if "lr" in before and (cycled or (given and _STEP not in group)):
+        cycled = STEP in group and (rate is None or _is_rate(group["lr"], rate))
+        if "lr" in before and (cycled or (given and STEP not in group)):
             own["lr"] = before["lr"]
-        elif cycled and _MAX in group:
-            own["lr"] = item(group[_MAX])
+        elif cycled and MAX in group:
+            own["lr"] = item(group[MAX])
         momentum = _momentum(group)
         if momentum is not None:
             own["momentum"] = momentum
@@ -2634,8 +2609,8 @@ def _momentum(group: Mapping[str, Any]) -> Any:
 def _is_cycled(group: Mapping[str, Any], schedule: Schedule, momentum: object) -> bool:
     """Whether a momentum is the one that a schedule has written."""
     try:
-        ends = (float(group[_BASE_MOMENTUM]), float(group[_MAX_MOMENTUM]))
-        (written,) = schedule.momenta(as_position(group[_STEP], _STEP), [ends])
+        ends = (float(group[BASE_MOMENTUM]), float(group[MAX_MOMENTUM]))
+        (written,) = schedule.momenta(as_position(group[STEP], STEP), [ends])
         return math.isclose(float(cast("float", momentum)), written, rel_tol=1e-6)
     except (ArithmeticError, LookupError, TypeError, ValueError):
         return False
@@ -2644,14 +2619,14 @@ def _is_cycled(group: Mapping[str, Any], schedule: Schedule, momentum: object) -
 def _clear_leftover(groups: Sequence[dict[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
     """Take an earlier wrapper's keys out of the groups, and put back the momentum it cycled."""
     for group, settings in zip(groups, own, strict=True):
-        if _BASE_MOMENTUM in group and settings.get("momentum") != _momentum(group):
+        if BASE_MOMENTUM in group and settings.get("momentum") != _momentum(group):
             if "betas" not in group:
                 group["momentum"] = settings["momentum"]
             elif isinstance(group["betas"][0], Tensor):
                 _fill(group["betas"][0], settings["momentum"])
             else:
                 group["betas"] = (settings["momentum"], *group["betas"][1:])
-        for key in _OUR_KEYS:
+        for key in KEYS:
             group.pop(key, None)
 
 
@@ -2664,7 +2639,7 @@ def _starts_anew(groups: Sequence[Mapping[str, Any]], loaded: int | None) -> str
     """
     if loaded is None:
         return None
-    step = next(group[_STEP] for group in groups if _STEP in group)
+    step = next(group[STEP] for group in groups if STEP in group)
     return (
         f"an earlier CyclicalOptimizer went on from a checkpoint of step {loaded}, and has come to "
         f"step {step}: this one starts at step 0. To go on from there, call set_iteration({step})."

@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from clr_optim.optimizer import CyclicalOptimizer
-from clr_optim.range_test import Bounds, RangeTest
-from clr_optim.schedule import (
-    WINDOWS,
-    Schedule,
+from clr_optim.checks import (
     check_bool,
     check_bounds,
     check_int,
     check_number,
     check_path,
+)
+from clr_optim.optimizer import CyclicalOptimizer
+from clr_optim.range_test import Bounds, RangeTest
+from clr_optim.schedule import (
+    WINDOWS,
+    Schedule,
     exp_range,
     exp_range_bounds,
     one_cycle,

@@ -28,15 +28,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from clr_optim.console import show_progress, shows_progress
-from clr_optim.optimizer import CyclicalOptimizer
-from clr_optim.schedule import (
+from clr_optim.checks import (
     LAST_STEP,
     check_bool,
     check_choice,
     check_int,
     check_number,
     check_path,
+)
+from clr_optim.console import show_progress, shows_progress
+from clr_optim.optimizer import CyclicalOptimizer
+from clr_optim.schedule import (
     ramp,
 )
 from clr_optim.sharding import DTensor

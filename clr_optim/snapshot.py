@@ -35,7 +35,7 @@ from clr_optim.contents import (
     members_of,
     slots_of,
 )
-from clr_optim.optimizer import _callers_level
+from clr_optim.core.warn import callers_level
 from clr_optim.put_back import PutBack, array_back, generator_back, sharded_back, tensor_back
 from clr_optim.sharding import DTensor
 
@@ -118,7 +118,7 @@ class Snapshot:
                     f"the workers of the loader {type(loader).__name__} persist, and their state "
                     "cannot be put back: give lr_range_test a loader with persistent_workers=False",
                     UserWarning,
-                    stacklevel=_callers_level(),
+                    stacklevel=callers_level(),
                 )
 
     def restore(self) -> None:
@@ -149,7 +149,7 @@ class Snapshot:
                 f"the range test could not put back {len(errors)} of {len(self._kept)} objects "
                 f"({told}): load a checkpoint before training on",
                 RuntimeWarning,
-                stacklevel=_callers_level(),
+                stacklevel=callers_level(),
             )
 
     def _reshard(self) -> None:

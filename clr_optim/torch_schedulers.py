@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
+from clr_optim.checks import check_int, check_number
 from clr_optim.schedule import (
     _BOTTOM,
     _TOP,
@@ -18,8 +19,6 @@ from clr_optim.schedule import (
     Schedule,
     _hold,
     _window,
-    check_int,
-    check_number,
     exp_range,
     triangular,
     triangular2,

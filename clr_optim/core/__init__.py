@@ -1,0 +1,1 @@
+"""What a CyclicalOptimizer is made of."""

@@ -1,0 +1,21 @@
+"""The keys that the library keeps in parameter groups, in checkpoints and on wrapped optimizers."""
+
+#: The number of the next step, and the group's bounds of the rate. Sharded optimizers and
+#: checkpointers carry groups across, and nothing else. torch's OneCycleLR writes "max_lr".
+STEP, BASE, MAX = "clr_step", "clr_base_lr", "clr_max_lr"
+
+#: The policy as JSON, see :meth:`clr_optim.schedule.Schedule.to_json`.
+SCHEDULE = "clr_schedule"
+
+#: The bounds of the group's momentum, if momentum cycles.
+BASE_MOMENTUM, MAX_MOMENTUM = "clr_base_momentum", "clr_max_momentum"
+
+#: All keys of a group.
+KEYS = (STEP, BASE, MAX, SCHEDULE, BASE_MOMENTUM, MAX_MOMENTUM)
+
+#: The entry of a state dict that holds the keys of each group, if the layout drops unknown keys.
+ENTRY = "clr_optim"
+
+#: The attribute of a wrapped optimizer that holds the note of the last wrapper. Copies and pickles
+#: leave the note out.
+NOTE = "_clr_optim_note"
