@@ -11,6 +11,7 @@ import torch
 from cases import BY_NAME, Problem
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from internals import backend_of
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
     CyclicLR,
@@ -285,7 +286,7 @@ def test_hooks_fire_once_and_the_kernels_serve(backend):
     finally:
         for handle in handles:
             handle.remove()
-    assert (opt._shared.fused is not None) == (backend == "native")
+    assert (backend_of(opt) is not None) == (backend == "native")
 
 
 @pytest.mark.parametrize("build", [SCHEDULERS["CyclicLR"], SCHEDULERS["OneCycleLR"]])
