@@ -256,7 +256,7 @@ def _plot_future(
     optimizer: CyclicalOptimizer[Any], steps: int, title: str | None, log: bool
 ) -> Figure:
     schedule, groups, begin = optimizer.schedule, optimizer.param_groups, optimizer.iteration
-    bounds = optimizer._bounds()
+    bounds = optimizer._shared.mirror.bounds()
     names: dict[tuple[float, float], list[str]] = {}  # groups with the same bounds share a curve
     for i, pair in enumerate(bounds):
         names.setdefault(pair, []).append(str(i))

@@ -886,8 +886,10 @@ def lr_range_test(
     reference = ratios.index(1.0)
     given = optimizer if isinstance(optimizer, CyclicalOptimizer) else None
     if given is not None:
-        max_grad_norm = given._max_grad_norm if max_grad_norm is None else max_grad_norm
-        backend = given._backend if backend is None else backend
+        max_grad_norm = (
+            given._shared.settings.max_grad_norm if max_grad_norm is None else max_grad_norm
+        )
+        backend = given._shared.settings.backend if backend is None else backend
 
     result = RangeTest(
         [], [], mode=mode, metric=metric, num_steps=steps, smoothing=smoothing, ratios=ratios

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from clr_optim import CyclicalOptimizer
 from clr_optim.backends.base import Course, FusedBackend, Gradients
 from clr_optim.backends.native import NativeBackend, rule_for
+from clr_optim.core.groups import GroupMirror
 from clr_optim.plan import Plan
 
 Wrapped = CyclicalOptimizer[Any]
@@ -22,12 +23,13 @@ Wrapped = CyclicalOptimizer[Any]
 
 def backend_of(opt: Wrapped) -> FusedBackend | None:
     """Return the fused backend that has served the steps so far; None if torch's step did."""
-    return opt._shared.fused
+    return opt._shared.serving.fused
 
 
 def plan_of(opt: Wrapped) -> Plan:
     """Return the plan, and make the backend first if no step has done so."""
-    backend = opt._fused_backend()
+    shared = opt._shared
+    backend = shared.serving.make(shared.lock)
     assert backend is not None
     return backend.plan
 
@@ -37,17 +39,24 @@ def notes_of(opt: Wrapped) -> dict[str, Any]:
 
     Tests compare these values by ``repr``: an object that hides its fields must be opened here.
     """
-    return vars(opt._shared)
+    shared = opt._shared
+    notes = {"lock": shared.lock, "given": shared.given, "grad_norm": shared.grad_norm}
+    for each in (shared.serving, shared.position):
+        notes.update(vars(each))
+    for i, record in enumerate(shared.mirror.records):
+        notes.update({f"{name} {i}": getattr(record, name) for name in type(record).__slots__})
+    return {**notes, "groups": shared.mirror.groups}
 
 
 def is_next_step_ordinary(opt: Wrapped) -> bool:
     """Return whether the groups hold what we wrote, so that the next step takes the short way."""
-    return opt._is_untouched()
+    shared = opt._shared
+    return shared.mirror.is_untouched(shared.position.number)
 
 
 def overlook_outside_writes(patch: pytest.MonkeyPatch) -> None:
     """Have every optimizer believe that no other code wrote into its groups."""
-    patch.setattr(CyclicalOptimizer, "_is_untouched", lambda self: True)
+    patch.setattr(GroupMirror, "is_untouched", lambda self, position: True)
 
 
 def drop_cycle_end_hooks(opt: Wrapped) -> None:
