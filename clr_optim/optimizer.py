@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast, overload
 
@@ -372,8 +373,13 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
 
     # ---- a step
 
+    def _step(
+        self, closure: Callable[[], float] | None = None, *args: Any, **kwargs: Any
+    ) -> float | None:
+        return take_step(self, closure, *args, **kwargs)
+
     # torch's hooks and its range for profilers cost more than a step of a small model.
-    _observed_step = Optimizer.profile_hook_step(take_step)
+    _observed_step = Optimizer.profile_hook_step(_step)
 
     @overload
     def step(self, closure: None = None, *args: Any, **kwargs: Any) -> None: ...
@@ -381,9 +387,8 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
     def step(self, closure: Callable[[], float], *args: Any, **kwargs: Any) -> float: ...
     # Not traced by torch.compile: a graph break here, and nothing to recompile as the rate moves.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def step(
-        self, closure: Callable[[], float] | None = None, *args: Any, **kwargs: Any
-    ) -> float | None:
+    @functools.wraps(_step, assigned=())
+    def step(self, *args: Any, **kwargs: Any) -> float | None:
         """One step of the wrapped optimizer, at the policy's rate; then the cycle advances.
 
         Args:
@@ -415,8 +420,8 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
         )
         # Around a subclass's own step torch has put its wrapper, which has seen to them.
         if observed and not is_wrapped_by_torch(type(self)):
-            return self._observed_step(closure, *args, **kwargs)
-        return take_step(self, closure, *args, **kwargs)
+            return self._observed_step(*args, **kwargs)
+        return take_step(self, *args, **kwargs)
 
     # Else torch puts its wrapper around this one.
     step.hooked = True  # type: ignore[attr-defined]

@@ -21,7 +21,7 @@ from clr_optim.core.saved import found_bounds
 from clr_optim.core.settings import HIGH_MOMENTUM, LOW_MOMENTUM, Settings
 from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM, SCHEDULE, STEP
 
-__all__ = ["UNCHANGED", "Changes", "GroupMirror", "Record"]
+__all__ = ["UNCHANGED", "Changes", "GroupMirror", "Record", "Values"]
 
 _BOUNDS_OF, _RATE_OF = operator.itemgetter(BASE, MAX), operator.itemgetter("lr")
 
@@ -59,6 +59,25 @@ class Changes(NamedTuple):
     momentum: bool
 
 
+class Values(NamedTuple):
+    """What the groups hold at a position.
+
+    Args:
+        position: the number of the step.
+        bounds: ``(base_lr, max_lr)`` of each group.
+        momentum_bounds: ``(base_momentum, max_momentum)`` of each group; empty if momentum does
+            not cycle.
+        rates: the rate of each group.
+        momenta: the momentum of each group; empty if momentum does not cycle.
+    """
+
+    position: int
+    bounds: list[tuple[float, float]]
+    momentum_bounds: list[tuple[float, float]]
+    rates: list[float]
+    momenta: list[float]
+
+
 #: The answer of :meth:`GroupMirror.changes` if other code has written nothing.
 UNCHANGED = Changes(course=False, rates=(), momentum=False)
 
@@ -81,6 +100,8 @@ class GroupMirror:
         #: the list of groups that was last written; some optimizers make a new list at each access
         self.groups: Sequence[dict[str, Any]] | None = None
         self.records: list[Record] = []
+        # What the last look ahead found, for the write that follows it.
+        self._ahead: Values | None = None
 
     # ---- the question
 
@@ -100,12 +121,12 @@ class GroupMirror:
         return Changes(course, rates, momentum) if course or rates or momentum else UNCHANGED
 
     def is_untouched(self, position: int) -> bool:
-        """Return whether all groups certainly hold what we wrote: a float rate, and no momentum.
+        """Return whether all groups certainly hold what we wrote, without any tensor.
 
-        A step of a small model costs as much as this question, so the answer False is cheap too.
+        A step of a small model asks this question and little more, so the answer must be cheap.
         """
         records, groups = self.records, self._optimizer.param_groups
-        if len(records) != len(groups) or self._settings.cycle_momentum:
+        if len(records) != len(groups):
             return False
         if self.groups is not groups and not self.are_ours(groups):
             return False
@@ -120,6 +141,21 @@ class GroupMirror:
                 or group[STEP] != position
                 or group.get(BASE) is not base
                 or group.get(MAX) is not top
+            ):
+                return False
+        return not self._settings.cycle_momentum or self._is_momentum_untouched()
+
+    def _is_momentum_untouched(self) -> bool:
+        """Return whether all groups certainly hold the momentum that we wrote, without a tensor."""
+        for record in self.records:
+            group, momentum = record.group, record.momentum
+            betas = group.get("betas")
+            if (
+                (group.get("momentum") if betas is None else betas) is not momentum
+                or type(momentum) not in (float, tuple)
+                or record.momenta is None
+                or group.get(BASE_MOMENTUM) is not record.momenta[0]
+                or group.get(MAX_MOMENTUM) is not record.momenta[1]
             ):
                 return False
         return True
@@ -244,6 +280,35 @@ class GroupMirror:
             )
             group[BASE_MOMENTUM], group[MAX_MOMENTUM] = low, high
 
+    # ---- values
+
+    def look_ahead(self, position: int) -> Values:
+        """Return what :meth:`write` will write at a position, if the bounds stay the same.
+
+        A step asks before the kernels change anything, since a user's ``scale_fn`` may raise.
+        """
+        records = self.records
+        momenta: list[Any] = []
+        if self._settings.cycle_momentum:
+            momenta = [record.momenta for record in records]
+        return self._values(position, [record.bounds for record in records], momenta)
+
+    def _values(
+        self,
+        position: int,
+        bounds: list[tuple[float, float]],
+        momentum_bounds: list[tuple[float, float]],
+    ) -> Values:
+        """Evaluate the policy, or return the last look ahead if it was at the same values."""
+        ahead = self._ahead
+        if ahead is not None and ahead[:3] == (position, bounds, momentum_bounds):
+            return ahead
+        schedule = self._settings.schedule
+        rates = schedule.rates(position, bounds)
+        momenta = schedule.momenta(position, momentum_bounds) if momentum_bounds else []
+        self._ahead = Values(position, bounds, momentum_bounds, rates, momenta)
+        return self._ahead
+
     # ---- the three verbs
 
     def adopt(self) -> None:
@@ -265,54 +330,53 @@ class GroupMirror:
             position: the number of the step.
             is_driven: returns whether the device has already written the rate into a tensor.
         """
-        settings, all_groups = self._settings, self._optimizer.param_groups
+        all_groups = self._optimizer.param_groups
         groups = list(all_groups)  # another thread may add a group meanwhile
-        bounds = self.bounds(groups)
-        rates = settings.schedule.rates(position, bounds)
         momenta: list[tuple[float, float]] = []
-        if settings.cycle_momentum:
+        if self._settings.cycle_momentum:
             momenta = [*map(momentum_bounds, groups)]
+        values = self._values(position, self.bounds(groups), momenta)
         before = self.records if self.are_ours(all_groups) else []
         records: list[Record] = []
         taken: set[int] = set()
-        for i, (group, rate) in enumerate(zip(groups, rates, strict=True)):
+        for i, (group, rate) in enumerate(zip(groups, values.rates, strict=True)):
             lr = before[i].lr if i < len(before) else group["lr"]
             lr, rate = self._write_rate(group, position, lr, rate, taken, is_driven)
-            records.append(Record(group, bounds[i], lr, rate))
-        if momenta:
-            self._write_momenta(records, position, momenta, set())
-        self.groups, self.records = all_groups, records
+            records.append(Record(group, values.bounds[i], lr, rate))
+        _write_momenta(records, values, set())
+        self.groups, self.records, self._ahead = all_groups, records, None
 
-    def advance(self, position: int, rates: Sequence[float]) -> None:
+    def advance(self, values: Values) -> None:
         """:meth:`write` the next step into groups that other code has not touched.
 
         Args:
-            position: the number of the next step.
-            rates: its rate in each group.
+            values: what :meth:`look_ahead` returned for the next step.
         """
-        for group, record, rate in zip(
-            self._optimizer.param_groups, self.records, rates, strict=False
-        ):
+        position, rates = values.position, values.rates
+        for record, rate in zip(self.records, rates, strict=False):
+            group = record.group
             group["lr"] = rate
             group[STEP] = position
             record.lr = record.rate = rate
+        if values.momenta:
+            _write_momenta(self.records, values, set())
 
     def join(self, position: int) -> None:
         """:meth:`write` the last group alone, which was added to those that we know."""
         groups = self._optimizer.param_groups
         group = groups[-1]
         bounds = (group[BASE], group[MAX])
-        [rate] = self._settings.schedule.rates(position, [bounds])
+        momenta = [momentum_bounds(group)] if self._settings.cycle_momentum else []
+        values = self._values(position, [bounds], momenta)
         taken: set[int] = set()
         if isinstance(group["lr"], Tensor):
             taken = {id(record.lr) for record in self.records}
-        lr, rate = self._write_rate(group, position, group["lr"], rate, taken, _never)
+        lr, rate = self._write_rate(group, position, group["lr"], values.rates[0], taken, _never)
         record = Record(group, bounds, lr, rate)
-        if self._settings.cycle_momentum:
-            taken = set()
-            if isinstance(momentum_of(group), Tensor):
-                taken = {id(each.momentum) for each in self.records}
-            self._write_momenta([record], position, [momentum_bounds(group)], taken)
+        taken = set()
+        if momenta and isinstance(momentum_of(group), Tensor):
+            taken = {id(each.momentum) for each in self.records}
+        _write_momenta([record], values, taken)
         self.groups = groups
         self.records.append(record)
 
@@ -352,23 +416,18 @@ class GroupMirror:
         group["lr"] = lr
         return lr, lr.item() if lr.device.type == "cpu" and not kept else rate
 
-    def _write_momenta(
-        self,
-        records: Sequence[Record],
-        position: int,
-        bounds: Sequence[tuple[float, float]],
-        taken: set[int],
-    ) -> None:
-        """Write the momenta of a step into the groups of some records.
 
-        Args:
-            records: the records, which take note of the momenta.
-            position: the number of the step.
-            bounds: the bounds of each group's momentum.
-            taken: ids of what other groups have for their ``betas[0]``; tensors are added.
-        """
-        momenta = self._settings.schedule.momenta(position, bounds)
-        for record, each, momentum in zip(records, bounds, momenta, strict=True):
-            write_momentum(record.group, momentum, taken)
-            record.momenta = each
-            record.momentum = momentum_of(record.group)
+def _write_momenta(records: Sequence[Record], values: Values, taken: set[int]) -> None:
+    """Write the momenta of a step, if momentum cycles, into the groups of some records.
+
+    Args:
+        records: the records, which take note of the momenta.
+        values: the momenta and their bounds.
+        taken: ids of what other groups have for their ``betas[0]``; tensors are added.
+    """
+    for record, each, momentum in zip(
+        records, values.momentum_bounds, values.momenta, strict=False
+    ):
+        write_momentum(record.group, momentum, taken)
+        record.momenta = each
+        record.momentum = momentum_of(record.group)

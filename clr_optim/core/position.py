@@ -8,14 +8,13 @@ device. The host then asks when a user asks, and never within a step.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from clr_optim.backends.base import Course
 from clr_optim.core import leftover
-from clr_optim.core.groups import UNCHANGED, GroupMirror
+from clr_optim.core.groups import UNCHANGED, GroupMirror, Values
 from clr_optim.core.rates import momentum_bounds
 from clr_optim.core.serving import Serving
 from clr_optim.core.settings import Settings
@@ -178,23 +177,21 @@ class Position:
         if fused is not None and fused.uncertain:
             fused.move_to(self.course(), there=is_told)
 
-    def next_rates(self) -> list[float]:
-        """Return the rates of the step after the next one."""
-        bounds = [record.bounds for record in self._mirror.records]
-        return self._settings.schedule.rates(self.counted[0] + 1, bounds)
+    def look_ahead(self) -> Values:
+        """Return what the groups will hold after the next step."""
+        return self._mirror.look_ahead(self.counted[0] + 1)
 
-    def advance(self, before: tuple[int, int], rates: Sequence[float], steps: int) -> None:
+    def advance(self, before: tuple[int, int], values: Values, steps: int) -> None:
         """Go on by one step in groups that other code has not touched.
 
         Args:
             before: :attr:`counted` before the step.
-            rates: the rates of the next step.
+            values: what :meth:`look_ahead` returned before the step.
             steps: the kernels' count of steps.
         """
-        position = before[0] + 1
-        self._mirror.advance(position, rates)
+        self._mirror.advance(values)
         # A signal handler may have gone elsewhere before this line, and cannot within it.
-        counted = (position, steps)
+        counted = (values.position, steps)
         self.counted = counted if self.counted is before else self.counted
         if self.counted is not counted:
             self._write(self.counted[0])

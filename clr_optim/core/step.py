@@ -25,7 +25,7 @@ from clr_optim.backends.torch import (
 from clr_optim.checks import shown
 from clr_optim.core import amp
 from clr_optim.core.capture import cannot_capture, check_capture, momentum_vanishes
-from clr_optim.core.groups import GroupMirror
+from clr_optim.core.groups import GroupMirror, Values
 from clr_optim.core.rates import written_rate
 from clr_optim.core.serving import parameters_of
 from clr_optim.core.shared import Shared
@@ -142,8 +142,7 @@ def _run_pre_hooks(
 def _prepare(shared: Shared) -> None:
     """Make the groups hold what this step uses. A ``scale_fn`` that raises does so here."""
     shared.position.overrule()
-    if shared.settings.has_scale_fn:
-        shared.position.next_rates()
+    shared.position.look_ahead()
 
 
 # ---- the kernels' step
@@ -163,9 +162,9 @@ def _fused_step(context: StepContext, fused: FusedBackend) -> int:
     if tally[1] != position.counted[1]:
         position.catch_up()
     before = position.counted
-    rates: list[float] | None = None
+    ahead: Values | None = None
     if shared.mirror.is_untouched(before[0]):
-        rates = position.next_rates()
+        ahead = position.look_ahead()
     elif _is_checkpointers_step(context):
         _create_state(context)
         return 0
@@ -179,8 +178,8 @@ def _fused_step(context: StepContext, fused: FusedBackend) -> int:
         if not happened or context.capturing:  # the device counts a graph's replays
             return 0
         # Unless a group was added meanwhile, or a signal handler went elsewhere.
-        if rates is not None and position.counted is before:
-            position.advance(before, rates, tally[1])
+        if ahead is not None and position.counted is before:
+            position.advance(before, ahead, tally[1])
         else:
             position.catch_up()
         return position.counted[0]
@@ -309,11 +308,11 @@ def _wrapped_step(
     """
     shared = context.shared
     position, serving = shared.position, shared.serving
-    rates: list[float] | None = None
+    ahead: Values | None = None
     with shared.lock:
         position.catch_up()
         if closure is None and shared.mirror.is_untouched(position.number):
-            rates = position.next_rates()
+            ahead = position.look_ahead()
         elif _is_checkpointers_step(context):
             return _create_state(context, args, kwargs), 0
         else:
@@ -330,8 +329,8 @@ def _wrapped_step(
         nonlocal reached
         with shared.lock:
             reached = reached or position.number + 1  # other threads step, too
-            if rates is not None and serving.fused is None and position.counted is before:
-                position.advance(before, rates, 0)
+            if ahead is not None and serving.fused is None and position.counted is before:
+                position.advance(before, ahead, 0)
             elif position.number != reached:
                 position.reach(reached)
 
