@@ -33,53 +33,53 @@ _Number = float | Tensor | Sequence[float | Tensor] | npt.NDArray[Any]
 
 @refuse_writes
 class CyclicalOptimizer(Wrapper[OptimizerT]):
-    """Wraps a torch optimizer and cycles its learning rate, with nothing else to step or save.
+    """Wrap a torch optimizer and cycle its learning rate, with nothing else to step or save.
 
     For the ``t``-th ``step()``, counted from 0 (see :mod:`clr_optim.schedule`)::
 
         lr(t) = b(t)·base_lr + a(t)·(max_lr − base_lr)·w(x(t))
 
-    Between steps ``param_groups[i]["lr"]`` holds the rate that the next step will use, as it does
-    with a torch scheduler stepped after every optimizer step. ``param_groups``, ``state`` and
-    ``defaults`` are the wrapped optimizer's own; the position sits in the groups, and so in every
-    checkpoint.
+    Between steps ``param_groups[i]["lr"]`` holds the rate of the next step, as if a torch scheduler
+    were stepped after every optimizer step. ``param_groups``, ``state`` and ``defaults`` are those
+    of the wrapped optimizer. The groups hold the position, and so does every checkpoint.
 
-    The cycle starts at step 0, whatever an earlier wrapper of this optimizer left in the groups. If
-    the optimizer has loaded a checkpoint of ours before it is wrapped, the cycle goes on there.
+    The cycle starts at step 0. If the optimizer has loaded a checkpoint of this library before it
+    is wrapped, the cycle starts at the checkpoint's position.
 
-    A step without any gradient advances the cycle; one that did not happen (an exception in the
-    closure or a pre-hook, an overflow under AMP) does not. Other code that writes ``lr`` is
-    overruled, with one warning: use :meth:`set_bounds` and :meth:`set_iteration`.
+    A step without any gradient advances the cycle. A step that did not happen (an exception in the
+    closure or a pre-hook, an overflow under AMP) does not. If other code writes ``lr``, the policy
+    overrules it, with one warning: use :meth:`set_bounds` and :meth:`set_iteration`.
 
     Args:
         optimizer: any :class:`torch.optim.Optimizer` instance.
         policy: ``"triangular"``, ``"triangular2"``, ``"exp_range"``, ``"exp_range_bounds"`` or a
-            :class:`~clr_optim.schedule.Schedule` (which brings its own step sizes, gamma, window
-            and scale function).
+            :class:`~clr_optim.schedule.Schedule`, which brings step sizes, gamma, window and scale
+            function.
         base_lr: lower bound, a number or one per group (a list, a tuple, an array or a tensor; a
             tensor of one element is a number); ``None`` is ``max_lr / 4``, the paper's
             guideline.
-        max_lr: upper bound, a number or one per group; ``None`` is the group's own ``lr``: the
+        max_lr: upper bound, a number or one per group; ``None`` is the group's ``lr``, so that the
             rate chosen for the optimizer becomes the top of the cycle. If an earlier wrapper cycled
-            this optimizer, the own ``lr`` is the one from before, or the one that other code has
-            written since. If the optimizer has loaded a checkpoint of ours, ``None`` is that
+            the optimizer, ``None`` is the ``lr`` before that, or a rate that other code has written
+            since. If the optimizer has loaded a checkpoint of this library, ``None`` is the
             checkpoint's bound, for ``base_lr`` too.
         step_size_up: steps of the rising half of a cycle; the paper advises 2 to 10 epochs.
         step_size_down: steps of the falling half; ``None`` is ``step_size_up``. Not both 0.
         gamma: decay per step of the ``exp_range`` policies, in (0, 1].
         window: ``"triangle"``, ``"welch"`` or ``"hann"``.
-        scale_fn, scale_mode: as in :class:`torch.optim.lr_scheduler.CyclicLR`; with ``scale_fn``
-            the policy's own decay is not used.
+        scale_fn, scale_mode: as in :class:`torch.optim.lr_scheduler.CyclicLR`; ``scale_fn``
+            replaces the policy's decay.
         cycle_momentum: cycle ``momentum``, or ``betas[0]``, against the rate.
-        base_momentum, max_momentum: its bounds, a number or one per group, in [0, 1]; as in torch
-            of no effect without ``cycle_momentum``, which is not the default here.
-        max_grad_norm: clip by the global norm as :func:`torch.nn.utils.clip_grad_norm_` before
-            each step would; gradients in memory stay as they were. See :attr:`grad_norm`.
-        backend: ``"torch"`` (the wrapped optimizer's own step, for everything), ``"native"`` (C++
-            kernels for CPU tensors) and ``"triton"`` (kernels for GPU tensors), both equal to
-            torch's for-loop step up to rounding, or ``"auto"``: where parameters are on NVIDIA GPUs
-            that Triton compiles for ``"triton"``, else ``"native"``, where they have a kernel, and
-            for the rest the optimizer's own step. See :meth:`explain`.
+        base_momentum, max_momentum: the bounds of momentum, a number or one per group, in [0, 1];
+            used only with ``cycle_momentum=True``.
+        max_grad_norm: clip by the global norm before each step, as
+            :func:`torch.nn.utils.clip_grad_norm_` does; gradients in memory keep their values. See
+            :attr:`grad_norm`.
+        backend: ``"torch"`` (the wrapped optimizer's step), ``"native"`` (C++ kernels for CPU
+            tensors), ``"triton"`` (kernels for GPU tensors) or ``"auto"``: ``"triton"`` for
+            parameters on NVIDIA GPUs that Triton compiles for, ``"native"`` on the CPU, and the
+            wrapped optimizer's step for all that has no kernel. The kernels equal torch's for-loop
+            step up to rounding. See :meth:`explain`.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right, before
@@ -141,7 +141,7 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
             max_grad_norm=max_grad_norm,
             backend=backend,
         )
-        # Nothing has changed before this line, and nothing raises after it.
+        # Nothing has changed up to here, and nothing raises from here on.
         self._set_up(start.settings, start.chosen)
         course.begin(self._shared, start)
 
@@ -155,17 +155,16 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
     ) -> CyclicalOptimizer[Optimizer]:
         """Take over a torch ``CyclicLR`` or ``OneCycleLR`` and its optimizer, in mid-run or before.
 
-        The rates go on as the scheduler's would, and so do ``momentum`` or ``betas[0]`` where it
-        cycles them: ``iteration`` is the number of scheduler steps taken. Call it between a
-        ``scheduler.step()`` and the next ``optimizer.step()``; from then on step only what it
-        returns. The scheduler is left as it is, and so is what it put into groups and optimizer.
+        The rates continue the scheduler's, and so do ``momentum`` or ``betas[0]`` if it cycles
+        them: ``iteration`` is the number of scheduler steps taken. Call it between a
+        ``scheduler.step()`` and the next ``optimizer.step()``, and then step the returned optimizer
+        only. The scheduler, and what the scheduler put into groups and optimizer, do not change.
 
-        Where a ``OneCycleLR`` turns between two steps (``pct_start * total_steps`` is no whole
-        number), the rates are the same too, but computed by a ``scale_fn``: a step cannot then be
-        captured into a CUDA graph, and there is no cycle to count. To resume, build scheduler and
-        optimizer anew, take them over, and load the checkpoint. After its last step,
-        ``total_steps - 1``, the lowest rate stays, where torch would overshoot it once and then
-        raise.
+        If a ``OneCycleLR`` turns between two steps (``pct_start * total_steps`` is no whole
+        number), a ``scale_fn`` computes the same rates: such a step cannot be captured into a CUDA
+        graph, and there is no cycle to count. To resume, build scheduler and optimizer anew, take
+        them over, and load the checkpoint. After the last step, ``total_steps - 1``, the lowest
+        rate stays; torch would overshoot it once and then raise.
 
         Args:
             scheduler: an instance of :class:`torch.optim.lr_scheduler.CyclicLR` (whole step sizes,
@@ -177,9 +176,9 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
             An optimizer around ``scheduler.optimizer``.
 
         Raises:
-            TypeError: for any other scheduler, and for a subclass that computes rates of its own.
-            ValueError: for settings that no policy here has, and where a group's ``lr`` or momentum
-                is not what the scheduler says: naming both, before anything has changed.
+            TypeError: for any other scheduler, and for a subclass with other rates.
+            ValueError: for settings that no policy here has, and if a group's ``lr`` or momentum
+                differs from the scheduler's: naming both, before anything has changed.
 
         Example:
             >>> model = torch.nn.Linear(2, 1)
@@ -197,35 +196,27 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
             [0.5]
         """
         taken = read_scheduler(scheduler)
-        options: dict[str, Any] = {}
-        if taken.momenta is not None:
-            low, high = zip(*taken.momenta, strict=True)
-            options = {"cycle_momentum": True, "base_momentum": low, "max_momentum": high}
-        base, top = zip(*taken.bounds, strict=True)
         # The scheduler knows the position; the keys of an earlier wrapper or checkpoint are old.
         with course.without_our_keys(scheduler.optimizer.param_groups):
             opt = cast("type[CyclicalOptimizer[Optimizer]]", cls)(
                 scheduler.optimizer,
-                taken.schedule,
-                base_lr=base,
-                max_lr=top,
                 max_grad_norm=max_grad_norm,
                 backend=backend,
-                **options,
+                **course.arguments_of(taken),
             )
         opt.set_iteration(taken.position)
         return opt
 
     @alone
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group in mid-training; it joins the cycle where the others are.
+        """Add a group in mid-training; the group joins the cycle at the position of the others.
 
         Args:
-            param_group: as in torch. ``"max_lr"`` and ``"base_lr"`` in it are its bounds; without
-                them the top is its own ``lr`` and the bottom a quarter of that.
+            param_group: as in torch, perhaps with its bounds ``"max_lr"`` and ``"base_lr"``. The
+                defaults are the group's ``lr`` and a quarter of ``max_lr``.
 
         Raises:
-            TypeError, ValueError: for what torch refuses, and for bounds that are none.
+            TypeError, ValueError: for what torch refuses, and for impossible bounds.
 
         Example:
             >>> model, head = torch.nn.Linear(4, 2), torch.nn.Linear(2, 1)
@@ -256,10 +247,10 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
 
     @property
     def iteration(self) -> int:
-        """Steps taken, and so the number that the next ``step()`` has, counted from 0.
+        """Steps taken, which is the number of the next ``step()``, counted from 0.
 
-        Waits for the device where only that knows: after steps that a GradScaler's fused path may
-        have skipped, and once a step was captured into a graph.
+        If only the device knows the number, the host waits for the device: after steps that a
+        GradScaler's fused path may have skipped, and after a capture into a CUDA graph.
         """
         shared = self._shared
         if shared.position.is_certain:
@@ -269,25 +260,25 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
 
     @property
     def cycle(self) -> float:
-        """Cycles done, of which 2.5 is half-way through the third."""
+        """Cycles done; 2.5 is half-way through the third cycle."""
         return self.schedule.cycle(self.iteration)
 
     @property
     def steps_to_cycle_end(self) -> int | None:
-        """Steps until the cycle is complete; ``None`` where there is no cycle."""
+        """Steps until the cycle is complete; ``None`` if there is no cycle."""
         return self.schedule.steps_to_cycle_end(self.iteration)
 
     def lr_at(self, step: int) -> list[float]:
-        """The rates that a step uses.
+        """Return the rates that a step uses.
 
         Args:
-            step: its number, an integer >= 0, counted from 0.
+            step: the number of the step, an integer >= 0, counted from 0.
 
         Returns:
             One rate per group.
 
         Raises:
-            TypeError, ValueError: for a step that is none.
+            TypeError, ValueError: naming the value and what would be right.
 
         Example:
             >>> model = torch.nn.Linear(2, 1)
@@ -299,16 +290,12 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
         return self.schedule.rates(step, self._shared.mirror.bounds())
 
     def get_last_lr(self) -> list[float]:
-        """The rates that the next step will use; the name is that of torch's schedulers.
-
-        Returns:
-            One rate per group.
-        """
+        """Return the rates of the next step, one per group, as torch's schedulers do."""
         return self.lr_at(self.iteration)
 
     @alone
     def set_iteration(self, iteration: int) -> None:
-        """Go to a step of the schedule. Fires no cycle-end hook.
+        """Go to a step of the schedule, without calling cycle-end hooks.
 
         Args:
             iteration: the number of the next step, an integer >= 0.
@@ -332,11 +319,11 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
         """Change the bounds, from the next step on.
 
         Args:
-            base_lr, max_lr: a number or one per group; ``None`` leaves what there is.
+            base_lr, max_lr: a number or one per group; ``None`` keeps the present bound.
 
         Raises:
-            TypeError, ValueError: for bounds that are none, and where every phase of the schedule
-                has bounds of its own.
+            TypeError, ValueError: for impossible bounds, and if every phase of the schedule brings
+                its bounds.
 
         Example:
             >>> model = torch.nn.Linear(2, 1)
@@ -349,16 +336,16 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Global gradient norm before clipping, of the last step with ``max_grad_norm``.
+        """Global gradient norm of the last step, before clipping: a 0-dim tensor.
 
-        A 0-dim tensor; ``None`` before the first such step.
+        ``None`` before the first step with ``max_grad_norm``.
         """
         norm = self._shared.grad_norm
         # On the device the norm of the next step goes to the same place.
         return norm.clone() if norm is not None and self._shared.serving.is_on_device else norm
 
     def explain(self) -> str:
-        """Which backend serves which parameters, and why, in words.
+        """Return which backend serves which parameters, and why, in words.
 
         Returns:
             A line for each backend and reason.
@@ -385,23 +372,23 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
     def step(self, closure: None = None, *args: Any, **kwargs: Any) -> None: ...
     @overload
     def step(self, closure: Callable[[], float], *args: Any, **kwargs: Any) -> float: ...
-    # Not traced by torch.compile: a graph break here, and nothing to recompile as the rate moves.
+    # torch.compile does not trace a step, so a new rate needs no new compilation.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @functools.wraps(_step, assigned=())
     def step(self, *args: Any, **kwargs: Any) -> float | None:
-        """One step of the wrapped optimizer, at the policy's rate; then the cycle advances.
+        """Take a step of the wrapped optimizer at the policy's rate, and advance the cycle.
 
         Args:
             closure: reevaluates the model and returns the loss, as in torch.
-            *args: for a wrapped ``step`` that takes more than a closure.
+            *args: further arguments of the wrapped ``step``.
             **kwargs: likewise.
 
         Returns:
             What the wrapped ``step`` returns, which is the closure's loss.
 
         Raises:
-            RuntimeError: if a backend asked for by name cannot serve all parameters, and where the
-                step cannot be captured into a graph, saying why.
+            RuntimeError: if a backend that was asked for by name cannot serve all parameters, and
+                if the step cannot be captured into a CUDA graph, saying why.
 
         Example:
             >>> weight = torch.ones(3, requires_grad=True)
@@ -418,22 +405,22 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
             or _global_optimizer_post_hooks
             or torch.autograd.profiler._is_profiler_enabled
         )
-        # Around a subclass's own step torch has put its wrapper, which has seen to them.
+        # torch wraps a subclass's own step, and that wrapper runs the hooks.
         if observed and not is_wrapped_by_torch(type(self)):
             return self._observed_step(*args, **kwargs)
         return take_step(self, *args, **kwargs)
 
-    # Else torch puts its wrapper around this one.
+    # This mark keeps torch from wrapping the method.
     step.hooked = True  # type: ignore[attr-defined]
 
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state dict; the position is in its ``param_groups``.
+        """Return the wrapped optimizer's state dict, whose ``param_groups`` hold the position.
 
-        If the wrapped optimizer's layout drops what groups hold, our keys are in an entry
-        ``"clr_optim"`` beside it. Loads under ``torch.load(weights_only=True)``, and into the plain
-        optimizer too.
+        If the layout of the wrapped optimizer drops what groups hold, an entry ``"clr_optim"``
+        holds our keys. The dictionary loads under ``torch.load(weights_only=True)``, and into the
+        plain optimizer too.
 
         Returns:
             ``"state"`` and ``"param_groups"``, with torch's names, shapes and dtypes.
@@ -462,20 +449,20 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class, or of the plain wrapped optimizer.
 
-        With our keys in its groups, position and bounds are the checkpoint's. Without them the
-        bounds stay, and the position is 0: :meth:`set_iteration` moves it. The policy is always
-        this object's; a checkpoint written under another one warns. So do a checkpoint whose bounds
-        are not the constructor's, and one whose ``lr`` is not the rate of its own position:
-        :meth:`set_bounds` changes them.
+        A checkpoint of this class brings position and bounds. A checkpoint of the plain optimizer
+        keeps the bounds and starts at position 0: :meth:`set_iteration` changes that. The policy is
+        always this object's. A warning comes if the checkpoint was written under another policy, if
+        its bounds are not the constructor's, or if its ``lr`` is not the rate of its position:
+        :meth:`set_bounds` changes the bounds.
 
-        The load hooks of the wrapped optimizer run before anything is checked.
+        The load hooks of the wrapped optimizer run before the checks.
 
         Args:
             state_dict: what :meth:`state_dict` returned, or the plain optimizer's.
 
         Raises:
             TypeError, ValueError: for what is no checkpoint, or one of another optimizer class or
-                other groups; the optimizer is then as it was.
+                other groups; the optimizer has then not changed.
 
         Example:
             >>> model = torch.nn.Linear(2, 1)

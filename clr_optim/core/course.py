@@ -17,8 +17,9 @@ from clr_optim.core.settings import Start, optional_number, optional_per_group, 
 from clr_optim.core.shared import Shared
 from clr_optim.core.warn import warn_each
 from clr_optim.keys import BASE, BASE_MOMENTUM, KEYS, MAX, MAX_MOMENTUM
+from clr_optim.torch_schedulers import TorchsCourse
 
-__all__ = ["add_param_group", "begin", "set_bounds", "without_our_keys"]
+__all__ = ["add_param_group", "arguments_of", "begin", "set_bounds", "without_our_keys"]
 
 
 def begin(shared: Shared, start: Start) -> None:
@@ -40,6 +41,16 @@ def begin(shared: Shared, start: Start) -> None:
     if start.saved_policy is not None:
         warn_other_policy(shared, start.saved_policy, "the wrapped optimizer")
     warn_each(start.warned)
+
+
+def arguments_of(taken: TorchsCourse) -> dict[str, Any]:
+    """Return the constructor's arguments that continue a torch scheduler."""
+    base, top = zip(*taken.bounds, strict=True)
+    arguments = {"policy": taken.schedule, "base_lr": base, "max_lr": top}
+    if taken.momenta is not None:
+        low, high = zip(*taken.momenta, strict=True)
+        arguments.update(cycle_momentum=True, base_momentum=low, max_momentum=high)
+    return arguments
 
 
 @contextmanager

@@ -8,16 +8,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from clr_optim.checks import as_position
 from clr_optim.core.rates import (
-    fill,
-    kept_rate,
     momentum_bounds,
     momentum_of,
     write_momentum,
+    write_rate,
     written_rate,
 )
-from clr_optim.core.saved import found_bounds
+from clr_optim.core.saved import found_bounds, written_position
 from clr_optim.core.settings import HIGH_MOMENTUM, LOW_MOMENTUM, Settings
 from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM, SCHEDULE, STEP
 
@@ -231,27 +229,12 @@ class GroupMirror:
             believed: the position that we last wrote.
         """
         groups = self._optimizer.param_groups
-        is_written = False
-        known: set[int] | None = None
-        for group in groups:
-            step = group.get(STEP)
-            if step is None:
-                continue
-            is_written = True
-            if type(step) is int and step == believed:
-                continue
-            # A sharded restore writes into our groups, or replaces all of them. A group that was
-            # taken out for a while, or copied earlier, shows an old position beside ours.
-            if known is None:
-                known = {id(record.group) for record in self.records}
-                known = known if any(id(each) in known for each in groups) else set()
-            if known and id(group) not in known:
-                continue
-            position = as_position(step, f"param_groups: {STEP}")
-            if position != believed:
-                return position
-        # A checkpoint without a position that was loaded into the wrapped optimizer starts at 0.
-        return believed if is_written or self.are_ours(groups) else 0
+        ours = (record.group for record in self.records)
+        position = written_position(groups, believed, ours)
+        if position is None:
+            # Groups that were loaded from a checkpoint without a position start at 0.
+            return believed if self.are_ours(groups) else 0
+        return position
 
     # ---- bounds
 
@@ -391,30 +374,11 @@ class GroupMirror:
     ) -> tuple[object, float]:
         """Write position, policy and rate into a group; return the object in ``lr`` and its value.
 
-        Args:
-            group: the group.
-            position: the number of the step.
-            lr: the object for ``group["lr"]``. A tensor is filled in place; another object is
-                replaced by a float, even if other code has put a tensor there.
-            rate: the rate.
-            taken: ids of the tensors that serve other groups; the group's tensor is added.
-            is_driven: returns whether the device has already written the rate into a tensor.
+        The arguments are those of :func:`write_rate`.
         """
         group[STEP] = position
         group[SCHEDULE] = self._settings.schedule_json
-        kept = self._is_kept(group)
-        if kept and not isinstance(lr, Tensor):
-            lr = kept_rate(group, rate)
-        if not isinstance(lr, Tensor):
-            group["lr"] = rate
-            return rate, rate
-        if id(lr) in taken:  # torch's default, which groups share
-            lr = lr.detach().clone()
-        taken.add(id(lr))
-        if not (kept and is_driven(lr)):
-            fill(lr, rate)
-        group["lr"] = lr
-        return lr, lr.item() if lr.device.type == "cpu" and not kept else rate
+        return write_rate(group, lr, rate, taken, is_driven, kept=self._is_kept(group))
 
 
 def _write_momenta(records: Sequence[Record], values: Values, taken: set[int]) -> None:

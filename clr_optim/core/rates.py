@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -14,11 +14,11 @@ from clr_optim.keys import BASE_MOMENTUM, MAX_MOMENTUM
 __all__ = [
     "check_tensor_lr",
     "fill",
-    "kept_rate",
     "momentum_bounds",
     "momentum_number",
     "momentum_of",
     "write_momentum",
+    "write_rate",
     "written_rate",
 ]
 
@@ -54,9 +54,38 @@ def fill(tensor: Tensor, value: float) -> None:
     tensor.fill_(max(-largest, min(value, largest)))
 
 
-def kept_rate(group: Mapping[str, Any], rate: float) -> Tensor:
-    """Return a float32 tensor beside a group's parameters, for the device to keep current."""
-    return torch.tensor(rate, device=group["params"][0].device, dtype=torch.float32)
+def write_rate(
+    group: dict[str, Any],
+    lr: object,
+    rate: float,
+    taken: set[int],
+    is_driven: Callable[[Tensor], bool],
+    *,
+    kept: bool,
+) -> tuple[object, float]:
+    """Write a rate into a group; return the object in ``lr`` and its value.
+
+    Args:
+        group: the group.
+        lr: the object for ``group["lr"]``. A tensor is filled in place; another object is replaced
+            by a float, even if other code has put a tensor there.
+        rate: the rate.
+        taken: ids of the tensors that serve other groups; the group's tensor is added.
+        is_driven: returns whether the device has already written the rate into a tensor.
+        kept: whether the device keeps the rate current, so that ``lr`` must be a tensor.
+    """
+    if kept and not isinstance(lr, Tensor):
+        lr = torch.tensor(rate, device=group["params"][0].device, dtype=torch.float32)
+    if not isinstance(lr, Tensor):
+        group["lr"] = rate
+        return rate, rate
+    if id(lr) in taken:  # torch's default, which groups share
+        lr = lr.detach().clone()
+    taken.add(id(lr))
+    if not (kept and is_driven(lr)):
+        fill(lr, rate)
+    group["lr"] = lr
+    return lr, lr.item() if lr.device.type == "cpu" and not kept else rate
 
 
 def momentum_of(group: Mapping[str, Any]) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "is_rate",
     "policy_name",
     "read_position",
+    "written_position",
     "written_rates",
 ]
 
@@ -55,6 +56,39 @@ def read_position(groups: Sequence[Mapping[str, Any]], name: str) -> tuple[int, 
             "so set them all to it"
         )
     return (next(iter(steps.values())), True) if steps else (0, False)
+
+
+def written_position(
+    groups: Sequence[Mapping[str, Any]], believed: int, ours: Iterable[Mapping[str, Any]]
+) -> int | None:
+    """Return the position that groups hold, or ``None`` if no group holds one.
+
+    A position other than the believed one was written by other code, and counts. A sharded restore
+    writes into our groups, or replaces all of them. A group that was taken out for a while, or
+    copied earlier, shows an old position beside our groups, and does not count.
+
+    Args:
+        groups: the groups.
+        believed: the position that we last wrote.
+        ours: the groups into which we wrote it.
+    """
+    is_written = False
+    known: set[int] | None = None
+    for group in groups:
+        step = group.get(STEP)
+        if step is None:
+            continue
+        is_written = True
+        if type(step) is int and step == believed:
+            continue
+        if known is None:
+            known = set(map(id, ours))
+            known = known if any(id(each) in known for each in groups) else set()
+        if not known or id(group) in known:
+            position = as_position(step, f"param_groups: {STEP}")
+            if position != believed:
+                return position
+    return believed if is_written else None
 
 
 def policy_name(saved: object, where: str) -> str:
