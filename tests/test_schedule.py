@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import math
 import pickle
+import re
 import sys
 import warnings
 from fractions import Fraction
@@ -384,6 +386,29 @@ def test_a_scale_fn_is_named_not_stored():
     assert pickle.loads(pickle.dumps(schedule)) == schedule
     with pytest.raises(pickle.PicklingError, match=r"scale_fn=.*lambda.*cannot be pickled"):
         pickle.dumps(triangular(2, scale_fn=lambda x: x))
+
+
+# Written before `clr_optim.schedule` became a package. Phases are stored with a cached period.
+OLD_PICKLE = (
+    "gASV8QEAAAAAAACMEmNscl9vcHRpbS5zY2hlZHVsZZSMCFNjaGVkdWxllJOUjARtaW5llGgAjAVQaGFzZZSTlCmBlH2U"
+    "KIwMc3RlcF9zaXplX3VwlEsCjA5zdGVwX3NpemVfZG93bpRLAowGd2luZG93lIwEaGFubpSMBXN0ZXBzlEsFjAVnYW1t"
+    "YZRHP/AAAAAAAACMC2N5Y2xlX2dhbW1hlEc/8AAAAAAAAIwKYmFzZV9nYW1tYZRHP/AAAAAAAACMB2Jhc2VfbHKURz+5"
+    "mZmZmZmajAZtYXhfbHKURz/JmZmZmZmajAVsb3dlcpRHP/AAAAAAAABHAAAAAAAAAACGlIwFdXBwZXKURwAAAAAAAAAA"
+    "Rz/wAAAAAAAAhpSMDmN5Y2xlX21vbWVudHVtlIiMCHNjYWxlX2ZulE6MCnNjYWxlX21vZGWUjAVjeWNsZZSMBnBlcmlv"
+    "ZJRLBHViaAUpgZR9lChoCEsDaAlLA2gKjAh0cmlhbmdsZZRoDE5oDUc/4AAAAAAAAGgORz/wAAAAAAAAaA9HP/AAAAAA"
+    "AABoEE5oEU5oEkc/8AAAAAAAAEcAAAAAAAAAAIaUaBRHAAAAAAAAAABHP/AAAAAAAACGlGgWiGgXjARtYXRolIwEc3Fy"
+    "dJSTlGgYaBloGksGdWKGlIaUUpRoBoaULg=="
+)
+
+
+def test_an_old_pickle_loads_and_a_new_one_names_the_public_module():
+    schedule, phase = pickle.loads(base64.b64decode(OLD_PICKLE))
+    first = Phase(step_size_up=2, window="hann", steps=5, base_lr=0.1, max_lr=0.2)
+    second = Phase(step_size_up=3, gamma=0.5, scale_fn=math.sqrt)
+    assert (schedule, phase) == (Schedule("mine", [first, second]), first)
+    assert schedule.rates(13, [(0.0, 3.0)]) == [2 * math.sqrt(2)]
+    modules = set(re.findall(rb"clr_optim[.a-z]*", pickle.dumps((schedule, phase), protocol=4)))
+    assert modules == {b"clr_optim.schedule"}
 
 
 steps = st.integers(0, 2**62)
