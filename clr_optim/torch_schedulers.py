@@ -12,17 +12,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from clr_optim.checks import check_int, check_number
-from clr_optim.schedule import (
-    _BOTTOM,
-    _TOP,
-    Phase,
-    Schedule,
-    _hold,
-    _window,
-    exp_range,
-    triangular,
-    triangular2,
-)
+from clr_optim.schedule import Phase, Schedule, exp_range, triangular, triangular2
+from clr_optim.schedule.phase import BOTTOM, TOP, hold, window_value
 
 __all__ = ["TorchsCourse", "read_scheduler"]
 
@@ -201,7 +192,7 @@ class _Stretch:
 
     def __call__(self, step: float) -> float:
         x = (min(self.first + step, self.last) - self.start) / (self.end - self.start)
-        return _window(self.window, x if self.rises else 1.0 - x)
+        return window_value(self.window, x if self.rises else 1.0 - x)
 
 
 def _torch_one_cycle(
@@ -235,11 +226,11 @@ def _torch_one_cycle(
             fall = Phase(window=window, lower=end, **options)
         else:
             rise = Phase(step_size_up=top, window=window, steps=fallen)
-            fall = Phase(window=window, lower=end, upper=_BOTTOM, cycle_momentum=False, **options)
-        return Schedule("one_cycle", [rise, fall, _hold(end)])
-    ends = [(_BOTTOM, _TOP), (end, _TOP)]
+            fall = Phase(window=window, lower=end, upper=BOTTOM, cycle_momentum=False, **options)
+        return Schedule("one_cycle", [rise, fall, hold(end)])
+    ends = [(BOTTOM, TOP), (end, TOP)]
     if len(turns) == 2:
-        ends = [(_BOTTOM, _TOP), (_BOTTOM, _TOP), (end, _BOTTOM)]
+        ends = [(BOTTOM, TOP), (BOTTOM, TOP), (end, BOTTOM)]
     phases = []
     first, start = 0, 0.0
     for i, ((lower, upper), turn) in enumerate(zip(ends, [*turns, float(last)], strict=True)):
