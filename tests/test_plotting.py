@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from clr_optim import Bounds, CyclicalOptimizer, RangeTest, plotting
+from clr_optim.plotting import canvas
 from clr_optim.schedule import fixed, sequence, triangular, triangular2
 
 
@@ -111,11 +112,11 @@ def test_policies_are_pictures_of_modest_size(tmp_path):
         contents.add(path.read_bytes())
         pixels = _pixels(path)
         assert pixels.shape == (280, 640, 3)
-        assert _has_color(pixels, plotting._BLUE)
+        assert _has_color(pixels, canvas.BLUE)
     assert len(contents) == len(paths)
     windows = _pixels(tmp_path / "docs" / "windows.png")
-    assert _has_color(windows, plotting._ORANGE)
-    assert _has_color(windows, plotting._GREEN)
+    assert _has_color(windows, canvas.ORANGE)
+    assert _has_color(windows, canvas.GREEN)
     # The same pictures are the same files, so that drawing them again changes no checkout.
     again = plotting.plot_policies(tmp_path / "again")
     assert {path.read_bytes() for path in again} == contents
