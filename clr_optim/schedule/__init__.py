@@ -36,7 +36,7 @@ from clr_optim.schedule.policies import (
 )
 from clr_optim.schedule.schedule import Schedule
 from clr_optim.schedule.schedule import check_growth as check_growth
-from clr_optim.schedule.schedule import describe_callable as describe_callable
+from clr_optim.schedule.store import describe_callable as describe_callable
 
 __all__ = [
     "WINDOWS",

@@ -1,11 +1,15 @@
-"""One phase of a schedule: its window, its decay and its ends."""
+"""The formula of the learning rate: :class:`Phase` states the formula, :func:`rates` computes it.
+
+Steps are exact integers. The position in a cycle is an integer modulo, never a sum, so that step
+10**12 is as exact as step 10.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,86 +21,58 @@ from clr_optim.checks import (
     check_number,
     values_of,
 )
+from clr_optim.schedule.steps import check_step
 
+#: The windows of cycles. A phase may also have ``"constant"`` (w = 1), which has no cycle.
 WINDOWS = ("triangle", "welch", "hann")
 
+#: What ``scale_fn`` is called with: the number of the cycle, or of the step.
 SCALE_MODES = ("cycle", "iterations")
-
-# No rate is beyond it: an infinite one would be NaN in the weights as soon as a gradient is 0.
-LARGEST = sys.float_info.max
 
 ScaleFn = Callable[[float], float]
 
+#: The ends of a phase, as multiples of ``base_lr`` and ``max_lr``.
+TOP, BOTTOM = (0.0, 1.0), (1.0, 0.0)
 
-def check_step(step: object) -> int:
-    """A step of somebody else's; ints of our own come by here at every step of an optimizer."""
-    if type(step) is int and step >= 0:
-        return step
-    return check_int("step", step, minimum=0)
-
-
-def power(gamma: float, exponent: int) -> float:
-    """gamma^exponent in float64: at most the largest float, so that 0 times it is 0."""
-    if gamma == 1.0 or exponent == 0:
-        return 1.0
-    try:
-        power = exponent * math.log2(gamma)
-    except OverflowError:  # an exponent beyond float64 itself
-        power = -math.inf if gamma < 1.0 else math.inf
-    return 2.0**power if power < 1024.0 else LARGEST
-
-
-def clamp(value: float) -> float:
-    """Return the value, or the largest float of its sign where the value is infinite."""
-    return max(-LARGEST, min(value, LARGEST))
-
-
-def window_value(kind: str, x: float) -> float:
-    if kind == "triangle":
-        return x
-    if kind == "welch":
-        return x * (2.0 - x)
-    if kind == "hann":
-        # Half a period of 1 − cos, written so that it does not cancel near x = 0.
-        return math.sin(0.5 * math.pi * x) ** 2
-    return 1.0
-
-
-def _check_ends(name: str, value: object) -> tuple[float, float]:
-    ends = values_of(value)
-    if ends is None or len(ends) != 2:
-        raise TypeError(
-            f"{name} must be a pair (multiple of base_lr, multiple of max_lr), got {value!r}"
-        )
-    return (check_number(f"{name}[0]", ends[0]), check_number(f"{name}[1]", ends[1]))
+# Rates are finite: an infinite rate times a gradient of 0 would write NaN into the weights.
+LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A stretch of a schedule with one window, one cycle length and one decay.
+    """A part of a schedule, with one window, one cycle length and one decay.
 
-    Steps inside a phase count from its own start, and so do its cycles.
+    At step ``t``, counted from the start of the phase, the learning rate is::
+
+        lr(t) = b(t)·lower + a(t)·(upper − lower)·w(x(t))
+
+    - ``lower`` and ``upper`` are the group's ``base_lr`` and ``max_lr``, unless the arguments of
+      these names say otherwise.
+    - ``x(t)``, from 0 to 1, is the position in the cycle. The position rises for ``step_size_up``
+      steps and falls for ``step_size_down`` steps.
+    - ``w`` is the window, the form of the rise.
+    - ``a(t) = cycle_gamma^cycle · gamma^t`` is the decay of the amplitude.
+    - ``b(t) = base_gamma^t`` is the decay of the lower end.
 
     Args:
         step_size_up: steps of the rising half of a cycle, an integer >= 0.
-        step_size_down: steps of the falling half; ``None`` is ``step_size_up``. Not both may be 0,
-            except with ``window="constant"``, which has no cycle.
+        step_size_down: steps of the falling half; ``None`` is ``step_size_up``. At least one half
+            has a step, except with ``window="constant"``, which has no cycle.
         window: ``"triangle"``, ``"welch"`` (parabolic), ``"hann"`` (sinusoidal) or ``"constant"``.
-        steps: how many steps the phase lasts; ``None``, in the last phase only, is without end.
-        gamma: factor of the amplitude per step.
-        cycle_gamma: factor of the amplitude per cycle.
-        base_gamma: factor of the lower bound per step; above 1 only where ``steps`` is given, and
-            an optimizer takes the phase only if ``base_gamma**steps`` is a finite number. The
-            other two are in (0, 1].
-        base_lr, max_lr: bounds of the phase's own, instead of each group's.
-        lower, upper: the phase's ends as multiples ``(of base_lr, of max_lr)``, summed;
-            ``(1, 0)`` and ``(0, 1)`` are the bounds themselves.
-        cycle_momentum: whether momentum moves in this phase, where it is cycled at all;
-            otherwise it stays at its maximum.
-        scale_fn, scale_mode: as in :class:`torch.optim.lr_scheduler.CyclicLR`: the amplitude is
-            multiplied by ``scale_fn(cycle)``, cycles counted from 1, or by
-            ``scale_fn(step)`` for ``scale_mode="iterations"``, the only one of the two that goes
-            with ``window="constant"``.
+        steps: the length of the phase; ``None``, in the last phase only, is without end.
+        gamma: factor of the amplitude per step, in (0, 1].
+        cycle_gamma: factor of the amplitude per cycle, in (0, 1].
+        base_gamma: factor of the lower end per step, above 0. A factor above 1 needs ``steps``, and
+            an optimizer refuses the phase if ``base_gamma**steps`` is not a finite number.
+        base_lr, max_lr: bounds of the phase, both or neither; neither takes each group's bounds.
+        lower, upper: the ends of the rate. Each is a pair of factors, of ``base_lr`` and of
+            ``max_lr``, whose products are summed: ``(1, 0)`` is ``base_lr``, ``(0, 1)`` is
+            ``max_lr``.
+        cycle_momentum: whether momentum cycles in this phase, if the optimizer cycles momentum;
+            otherwise momentum stays at its maximum.
+        scale_fn, scale_mode: as in :class:`torch.optim.lr_scheduler.CyclicLR`. The amplitude is
+            multiplied by ``scale_fn(cycle)``, with cycles counted from 1, or by ``scale_fn(step)``
+            for ``scale_mode="iterations"``. With ``window="constant"``, use ``"iterations"``.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right.
@@ -123,8 +99,8 @@ class Phase:
     base_gamma: float = 1.0
     base_lr: float | None = None
     max_lr: float | None = None
-    lower: tuple[float, float] = (1.0, 0.0)
-    upper: tuple[float, float] = (0.0, 1.0)
+    lower: tuple[float, float] = BOTTOM
+    upper: tuple[float, float] = TOP
     cycle_momentum: bool = True
     scale_fn: ScaleFn | None = None
     scale_mode: str = "cycle"
@@ -146,7 +122,7 @@ class Phase:
         if self.steps is not None:
             put("steps", check_int("steps", self.steps, minimum=1))
         for name in ("gamma", "cycle_gamma", "base_gamma"):
-            # The lower bound of a phase that ends may rise; without end it would overflow.
+            # The lower end may rise in a phase that ends. In an endless phase it would overflow.
             rises = name == "base_gamma" and self.steps is not None
             top = math.inf if rises else 1.0
             put(name, check_number(name, getattr(self, name), open_minimum=True, maximum=top))
@@ -159,8 +135,8 @@ class Phase:
             put("base_lr", check_number("base_lr", self.base_lr))
             put("max_lr", check_number("max_lr", self.max_lr))
             check_bounds(self.base_lr, self.max_lr)
-        put("lower", _check_ends("lower", self.lower))
-        put("upper", _check_ends("upper", self.upper))
+        put("lower", _check_end("lower", self.lower))
+        put("upper", _check_end("upper", self.upper))
         put("cycle_momentum", check_bool("cycle_momentum", self.cycle_momentum))
         if self.scale_fn is not None and not callable(self.scale_fn):
             raise TypeError(f"scale_fn must be a callable of one number, got {self.scale_fn!r}")
@@ -173,20 +149,20 @@ class Phase:
 
     @functools.cached_property
     def period(self) -> int:
-        """Steps of one cycle; 0 where there is none."""
+        """Steps of one cycle; 0 in a phase without cycles."""
         down = self.step_size_up if self.step_size_down is None else self.step_size_down
         return self.step_size_up + down
 
     @property
     def has_bounds(self) -> bool:
-        """Whether the phase has bounds of its own."""
+        """Whether the phase has its own bounds, so that it ignores the bounds of groups."""
         return self.base_lr is not None
 
     def position(self, step: int) -> float:
-        """How far up the cycle a step is: 0 at its ends, 1 at its top (and where there is none).
+        """Return the position in the cycle: 0 at both ends, 1 at the top and without a cycle.
 
         Args:
-            step: an integer >= 0, counted from the phase's start.
+            step: an integer >= 0, counted from the start of the phase.
 
         Returns:
             x(step), in [0, 1].
@@ -201,36 +177,35 @@ class Phase:
         return offset / up if offset < up else (period - offset) / (period - up)
 
     def amplitude(self, step: int) -> float:
-        """What is left of the amplitude at a step: 1 at first.
+        """Return the decay of the amplitude: 1 at step 0.
 
         Args:
-            step: an integer >= 0, counted from the phase's start.
+            step: an integer >= 0, counted from the start of the phase.
 
         Returns:
-            a(step), or what ``scale_fn`` returns.
+            a(step), or the value that ``scale_fn`` returns.
 
         Raises:
-            TypeError, ValueError: if ``scale_fn`` returns no finite number.
+            TypeError, ValueError: if ``scale_fn`` does not return a finite number.
         """
         step = check_step(step)
         if self.scale_fn is not None:
             x = step // self.period + 1 if self.scale_mode == "cycle" else step
-            # Whatever comes back goes into the weights: None or NaN must not.
+            # The value goes into the weights: refuse None and NaN.
             return check_number(f"scale_fn({x})", self.scale_fn(x), minimum=-math.inf)
-        scale = power(self.gamma, step)
+        scale = _power(self.gamma, step)
         if self.cycle_gamma != 1.0:
-            scale *= power(self.cycle_gamma, step // self.period if self.period else 0)
+            scale *= _power(self.cycle_gamma, step // self.period if self.period else 0)
         return scale
 
     def ends(self, base_lr: float, max_lr: float) -> tuple[float, float]:
-        """The lower and the upper end of the rate for a group.
+        """Return the ends of the rate for a group.
 
         Args:
-            base_lr, max_lr: the group's bounds; a phase with bounds of its own does not look at
-                them.
+            base_lr, max_lr: the bounds of the group; a phase with its own bounds ignores them.
 
         Returns:
-            ``(lower, upper)`` of the module's formula.
+            ``(lower, upper)`` of the formula.
 
         Raises:
             TypeError, ValueError: naming the argument, its value and what would be right.
@@ -253,32 +228,107 @@ class Phase:
             raise
 
     def shape(self, step: int) -> tuple[float, float, float]:
-        """All of the module's formula that does not depend on the bounds.
+        """Return the parts of the formula that do not depend on the bounds.
 
         Args:
-            step: an integer >= 0, counted from the phase's start.
+            step: an integer >= 0, counted from the start of the phase.
 
         Returns:
-            b, w and a, the decay of the lower bound, the window, what is left of the amplitude.
+            ``(b, w, a)``, the decay of the lower end, the window, the decay of the amplitude.
 
         Example:
             >>> Phase(step_size_up=2, gamma=0.5).shape(1)
             (1.0, 0.5, 0.5)
         """
         return (
-            power(self.base_gamma, step),
+            _power(self.base_gamma, step),
             window_value(self.window, self.position(step)),
             self.amplitude(step),
         )
 
 
-TOP = (0.0, 1.0)
-BOTTOM = (1.0, 0.0)
-
-
-def hold(at: tuple[float, float] = TOP, **options: Any) -> Phase:
-    return Phase(window="constant", lower=at, upper=at, cycle_momentum=False, **options)
-
-
-# doctest finds a class by its __module__, which is the public one.
+# doctest finds a class by its __module__, which is the public module.
 __test__ = {"Phase": Phase}
+
+
+def rates(phase: Phase, step: int, bounds: Sequence[tuple[float, float]]) -> list[float]:
+    """Return the learning rate of each group at a step of a phase, by the formula of Phase."""
+    b, w, a = phase.shape(step)
+    rates = []
+    try:
+        for base_lr, max_lr in bounds:
+            lower, upper = phase.ends(base_lr, max_lr)
+            rate = b * lower + (upper - lower) * w * a
+            if not -LARGEST <= rate <= LARGEST:
+                check_number("base_lr", base_lr, minimum=-math.inf)
+                check_number("max_lr", max_lr, minimum=-math.inf)
+                lower, upper = _clamp(lower), _clamp(upper)
+                rate = _clamp(_clamp(b * lower) + _clamp((upper - lower) * w * a))
+            rates.append(rate)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _not_pairs("(base_lr, max_lr)", bounds, error) from error
+    return rates
+
+
+def momenta(phase: Phase, step: int, bounds: Sequence[tuple[float, float]]) -> list[float]:
+    """Return the momentum of each group at a step of a phase: it falls as the rate rises."""
+    _, w, a = phase.shape(step) if phase.cycle_momentum else (0.0, 0.0, 0.0)
+    try:
+        return [high - (high - low) * w * a for low, high in bounds]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _not_pairs("(base_momentum, max_momentum)", bounds, error) from error
+
+
+def hold(at: tuple[float, float] = TOP, **settings: Any) -> Phase:
+    """Return a phase of constant rate, at these multiples of ``base_lr`` and ``max_lr``."""
+    return Phase(window="constant", lower=at, upper=at, cycle_momentum=False, **settings)
+
+
+def window_value(window: str, x: float) -> float:
+    """Return w(x) for a position x in [0, 1]."""
+    if window == "triangle":
+        return x
+    if window == "welch":
+        return x * (2.0 - x)
+    if window == "hann":
+        # Equal to (1 − cos(πx))/2, without cancellation near x = 0.
+        return math.sin(0.5 * math.pi * x) ** 2
+    return 1.0
+
+
+def overflows(phase: Phase) -> bool:
+    """Return whether the lower end of a phase grows beyond the largest float before it is over."""
+    return phase.steps is not None and _power(phase.base_gamma, phase.steps - 1) == LARGEST
+
+
+def _power(gamma: float, exponent: int) -> float:
+    """Return gamma^exponent as 2^(exponent·log2(gamma)), at most the largest float.
+
+    Infinity would not do: a lower end of 0 times the power must be 0.
+    """
+    if gamma == 1.0 or exponent == 0:
+        return 1.0
+    try:
+        power = exponent * math.log2(gamma)
+    except OverflowError:  # an exponent that no float can hold
+        power = -math.inf if gamma < 1.0 else math.inf
+    return 2.0**power if power < 1024.0 else LARGEST
+
+
+def _clamp(value: float) -> float:
+    """Return the value, or the largest float of its sign if the value is infinite."""
+    return max(-LARGEST, min(value, LARGEST))
+
+
+def _check_end(name: str, value: object) -> tuple[float, float]:
+    """Return an end of a phase as two factors."""
+    factors = values_of(value)
+    if factors is None or len(factors) != 2:
+        raise TypeError(
+            f"{name} must be a pair (multiple of base_lr, multiple of max_lr), got {value!r}"
+        )
+    return (check_number(f"{name}[0]", factors[0]), check_number(f"{name}[1]", factors[1]))
+
+
+def _not_pairs(pair: str, bounds: object, error: Exception) -> TypeError:
+    return TypeError(f"bounds must be a list of pairs {pair} of numbers, got {bounds!r} ({error})")
