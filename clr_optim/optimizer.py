@@ -73,14 +73,12 @@ from clr_optim.keys import BASE, BASE_MOMENTUM, ENTRY, KEYS, MAX, MAX_MOMENTUM, 
 from clr_optim.refused_writes import refuse_writes
 from clr_optim.rules import class_name
 from clr_optim.schedule import (
+    POLICIES,
     SCALE_MODES,
     ScaleFn,
     Schedule,
     check_growth,
-    exp_range,
-    exp_range_bounds,
     triangular,
-    triangular2,
 )
 from clr_optim.sharding import local_part, no_sums, spread_of, spreads, sum_over_ranks
 from clr_optim.torch_schedulers import read_scheduler
@@ -88,8 +86,6 @@ from clr_optim.torch_schedulers import read_scheduler
 __all__ = ["CyclicalOptimizer", "CyclicalScheduler"]
 
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
-
-POLICIES = ("triangular", "triangular2", "exp_range", "exp_range_bounds")
 
 _BOUNDS_OF, _RATE_OF = operator.itemgetter(BASE, MAX), operator.itemgetter("lr")
 
@@ -2168,11 +2164,10 @@ def _make_schedule(policy: object, **options: Any) -> Schedule:
     if scale_fn is not None:
         schedule = triangular(**options, scale_fn=scale_fn, scale_mode=scale_mode)
         return Schedule(policy, schedule.phases)
-    if policy == "triangular":
-        return triangular(**options)
-    if policy == "triangular2":
-        return triangular2(**options)
-    return (exp_range if policy == "exp_range" else exp_range_bounds)(**options, gamma=gamma)
+    make = POLICIES[policy]
+    if "gamma" in inspect.signature(make).parameters:
+        options["gamma"] = gamma
+    return make(**options)
 
 
 def _with_counters_where_torch_has_them(state_dict: Mapping[str, Any]) -> dict[Any, Any]:

@@ -25,10 +25,9 @@ from clr_optim.plotting.canvas import (
     save,
 )
 from clr_optim.schedule import (
+    POLICIES,
     WINDOWS,
     Schedule,
-    exp_range,
-    exp_range_bounds,
     one_cycle,
     sequence,
     triangular,
@@ -40,8 +39,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The bounds, step size and decay of the paper's CIFAR-10 runs.
-_BASE_LR, _MAX_LR, _STEP_SIZE, _GAMMA = 0.001, 0.006, 2000, 0.99994
+# The bounds and the step size of the paper's CIFAR-10 runs.
+_BASE_LR, _MAX_LR, _STEP_SIZE = 0.001, 0.006, 2000
 
 # Every step is computed: of a choice of steps, cycles could all be missed. This many take seconds.
 _MOST_STEPS = 1_000_000
@@ -202,10 +201,7 @@ def plot_policies(folder: str | Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     length = 10 * _STEP_SIZE
     policies = [
-        triangular(_STEP_SIZE),
-        triangular2(_STEP_SIZE),
-        exp_range(_STEP_SIZE, gamma=_GAMMA),
-        exp_range_bounds(_STEP_SIZE, gamma=_GAMMA),
+        *(policy(_STEP_SIZE) for policy in POLICIES.values()),
         one_cycle(length),
         warm_restarts(_STEP_SIZE, period_multiplier=2),
     ]

@@ -1,23 +1,15 @@
 """Learning rate and momentum as pure functions of the integer step.
 
-Every policy is a sequence of phases, and one formula serves them all::
+Functions such as :func:`triangular` return a :class:`Schedule`, which is a sequence of
+:class:`Phase` objects. One formula serves all phases: :class:`Phase` states it.
 
-    lr(t) = b(t)·lower + a(t)·(upper − lower)·w(x(t))
+Steps are exact integers, so that step 10**12 is as exact as step 10.
 
-``lower`` and ``upper`` are the group's ``base_lr`` and ``max_lr`` unless the phase says otherwise,
-``w`` is the window, ``x(t)`` in [0, 1] the position in the cycle (rising for ``step_size_up``
-steps, falling for ``step_size_down``), ``a`` and ``b`` the decay of amplitude and lower bound::
-
-    a(t) = cycle_gamma^cycle · gamma^t          b(t) = base_gamma^t
-
-Steps are exact integers: the position is an integer modulo, never a sum, so that step 10**12 is as
-right as step 10. Powers are taken as 2^(t·log2(gamma)) in float64, which overflows for no cycle.
-
-Source: L. N. Smith, *Cyclical Learning Rates for Training Neural Networks*, arXiv 1506.01186; the
-argument names are those of :class:`torch.optim.lr_scheduler.CyclicLR`.
+Source: L. N. Smith, *Cyclical Learning Rates for Training Neural Networks*, arXiv 1506.01186. The
+arguments have the names of :class:`torch.optim.lr_scheduler.CyclicLR`.
 """
 
-from clr_optim.schedule import phase
+from clr_optim.schedule import phase, policies
 from clr_optim.schedule.phase import SCALE_MODES as SCALE_MODES
 from clr_optim.schedule.phase import Phase
 from clr_optim.schedule.phase import ScaleFn as ScaleFn
@@ -39,6 +31,7 @@ from clr_optim.schedule.schedule import check_growth as check_growth
 from clr_optim.schedule.store import describe_callable as describe_callable
 
 __all__ = [
+    "POLICIES",
     "WINDOWS",
     "Phase",
     "Schedule",
@@ -55,5 +48,10 @@ __all__ = [
     "warm_restarts",
 ]
 
-#: The windows a user may choose; ``"constant"`` (w = 1, no cycle) is for phases without one.
+# The API reference reads the descriptions of constants here.
+
+#: The policies that an optimizer takes by name: name to function.
+POLICIES = policies.POLICIES
+
+#: The windows of cycles: ``"triangle"``, ``"welch"`` (parabolic) and ``"hann"`` (sinusoidal).
 WINDOWS = phase.WINDOWS

@@ -1,9 +1,12 @@
-"""The policies: constructors of schedules."""
+"""The policies: functions that return schedules, and POLICIES, those that go by name.
+
+Each policy arranges phases. The formula of the phases is in ``phase.py``; no policy has its own.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,33 +14,8 @@ from clr_optim.checks import LAST_STEP, check_choice, check_int, check_number
 from clr_optim.schedule.phase import BOTTOM, TOP, WINDOWS, Phase, ScaleFn, hold
 from clr_optim.schedule.schedule import Schedule
 
-# Periods of warm restarts are unrolled: this many phases reach past any step an int64 can count.
+# Warm restarts have a phase per period: so many phases reach beyond the last step of an int64.
 _MAX_PHASES = 62
-
-
-def _cyclic(
-    name: str,
-    step_size_up: int,
-    step_size_down: int | None,
-    window: str,
-    base_lr: float | None,
-    max_lr: float | None,
-    **options: Any,
-) -> Schedule:
-    check_choice("window", window, WINDOWS)
-    phase = Phase(
-        step_size_up=step_size_up,
-        step_size_down=step_size_down,
-        window=window,
-        base_lr=base_lr,
-        max_lr=max_lr,
-        **options,
-    )
-    return Schedule(name, [phase])
-
-
-def _check_gamma(gamma: object) -> float:
-    return check_number("gamma", gamma, open_minimum=True, maximum=1.0)
 
 
 def triangular(
@@ -50,16 +28,16 @@ def triangular(
     scale_fn: ScaleFn | None = None,
     scale_mode: str = "cycle",
 ) -> Schedule:
-    """The rate rises from ``base_lr`` to ``max_lr`` and falls back, for ever.
+    """Cycle between ``base_lr`` and ``max_lr`` without end.
 
     Args:
         step_size_up: steps of the rising half, an integer >= 0.
         step_size_down: steps of the falling half, ``step_size_up`` if ``None``; not both 0.
         window: ``"triangle"``, ``"welch"`` (parabolic) or ``"hann"`` (sinusoidal).
-        base_lr, max_lr: absolute bounds, both or neither; neither takes each group's own.
-        scale_fn, scale_mode: as in :class:`torch.optim.lr_scheduler.CyclicLR`: multiplies the
-            amplitude by ``scale_fn(cycle)`` (counted from 1) or ``scale_fn(step)``
-            (``scale_mode="iterations"``).
+        base_lr, max_lr: absolute bounds, both or neither; neither takes each group's bounds.
+        scale_fn, scale_mode: as in :class:`torch.optim.lr_scheduler.CyclicLR`. The amplitude is
+            multiplied by ``scale_fn(cycle)``, with cycles counted from 1, or by ``scale_fn(step)``
+            for ``scale_mode="iterations"``.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right.
@@ -84,7 +62,7 @@ def triangular2(
     base_lr: float | None = None,
     max_lr: float | None = None,
 ) -> Schedule:
-    """As :func:`triangular`, the amplitude halved after each cycle (right at any cycle).
+    """Cycle as :func:`triangular`, and halve the amplitude after each cycle.
 
     Args:
         step_size_up, step_size_down, window, base_lr, max_lr: as in :func:`triangular`.
@@ -112,13 +90,13 @@ def exp_range(
     base_lr: float | None = None,
     max_lr: float | None = None,
 ) -> Schedule:
-    """As :func:`triangular`, the amplitude multiplied by gamma^step: max falls towards base.
+    """Cycle as :func:`triangular`, and multiply the amplitude by gamma^step.
 
-    This is the reading of :class:`torch.optim.lr_scheduler.CyclicLR`. The paper's words, that each
-    boundary declines, are :func:`exp_range_bounds`.
+    The upper bound falls towards ``base_lr``, as in :class:`torch.optim.lr_scheduler.CyclicLR`. In
+    the words of the paper both bounds fall: use :func:`exp_range_bounds`.
 
     Args:
-        gamma: factor per step, in (0, 1]; the paper's is 0.99994.
+        gamma: factor per step, in (0, 1]; the paper's value is 0.99994.
         step_size_up, step_size_down, window, base_lr, max_lr: as in :func:`triangular`.
 
     Raises:
@@ -145,13 +123,13 @@ def exp_range_bounds(
     base_lr: float | None = None,
     max_lr: float | None = None,
 ) -> Schedule:
-    """As :func:`triangular`, both boundaries multiplied by gamma^step.
+    """Cycle as :func:`triangular`, and multiply both bounds by gamma^step.
 
-    What the paper says ("each boundary value declines by an exponential factor of gamma^iteration")
-    and what its figures show; :func:`exp_range` is torch's reading.
+    The paper says so: "each boundary value declines by an exponential factor of gamma^iteration".
+    Its figures agree. torch reads the paper as :func:`exp_range`.
 
     Args:
-        gamma: factor per step, in (0, 1]; the paper's is 0.99994.
+        gamma: factor per step, in (0, 1]; the paper's value is 0.99994.
         step_size_up, step_size_down, window, base_lr, max_lr: as in :func:`triangular`.
 
     Raises:
@@ -170,17 +148,17 @@ def exp_range_bounds(
     )  # fmt: skip
 
 
-def _own(lr: float | None) -> dict[str, Any]:
-    lr = None if lr is None else check_number("lr", lr)
-    return {"base_lr": lr, "max_lr": lr}
+#: The policies that an optimizer and the command take by name.
+POLICIES: Mapping[str, Callable[..., Schedule]] = {
+    policy.__name__: policy for policy in (triangular, triangular2, exp_range, exp_range_bounds)
+}
 
 
 def fixed(lr: float | None = None) -> Schedule:
-    """A constant rate.
+    """Keep the rate constant.
 
     Args:
-        lr: the rate, >= 0; ``None`` is each group's ``max_lr`` (the rate the user gave it, unless
-            told otherwise).
+        lr: the rate, >= 0; ``None`` is each group's ``max_lr``.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right.
@@ -189,18 +167,18 @@ def fixed(lr: float | None = None) -> Schedule:
         >>> fixed()([0, 10**12], base_lr=0.1, max_lr=0.4).tolist()
         [0.4, 0.4]
     """
-    return Schedule("fixed", [hold(**_own(lr))])
+    return Schedule("fixed", [hold(**_both_bounds(lr))])
 
 
 def decay(steps: int, *, base_lr: float | None = None, max_lr: float | None = None) -> Schedule:
-    """The rate falls in a straight line from ``max_lr`` to ``base_lr``, and stays there.
+    """Lower the rate in a straight line from ``max_lr`` to ``base_lr``, and keep it there.
 
-    The paper's ``decay``, which shows that falling alone does not do what cycling does
-    (its Table 1: from 0.007 to 0.001 over 4,000 iterations).
+    The paper compares cycles with this policy: a fall alone does not do what cycles do (Table 1,
+    from 0.007 to 0.001 over 4,000 iterations).
 
     Args:
         steps: length of the fall, an integer >= 1; ``lr(steps)`` is ``base_lr``.
-        base_lr, max_lr: absolute bounds, both or neither; neither takes each group's own.
+        base_lr, max_lr: absolute bounds, both or neither; neither takes each group's bounds.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right.
@@ -217,7 +195,7 @@ def decay(steps: int, *, base_lr: float | None = None, max_lr: float | None = No
 
 
 def exp(lr: float | None = None, *, gamma: float = 0.99994) -> Schedule:
-    """The rate falls exponentially, as ``lr``·gamma^step.
+    """Lower the rate exponentially, to ``lr``·gamma^step.
 
     Args:
         lr: the rate of step 0, >= 0; ``None`` is each group's ``max_lr``.
@@ -226,13 +204,13 @@ def exp(lr: float | None = None, *, gamma: float = 0.99994) -> Schedule:
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right.
 
-    Source: arXiv 1506.01186, which compares cycles with it.
+    Source: arXiv 1506.01186, which compares cycles with this policy.
 
     Example:
         >>> exp(gamma=0.5)([0, 1, 2], max_lr=2.0).tolist()
         [2.0, 1.0, 0.5]
     """
-    return Schedule("exp", [hold(base_gamma=_check_gamma(gamma), **_own(lr))])
+    return Schedule("exp", [hold(base_gamma=_check_gamma(gamma), **_both_bounds(lr))])
 
 
 def one_cycle(
@@ -244,16 +222,17 @@ def one_cycle(
     base_lr: float | None = None,
     max_lr: float | None = None,
 ) -> Schedule:
-    """One cycle, then annealing far below it.
+    """Run one cycle, then anneal far below it.
 
-    The rate rises from ``base_lr`` to ``max_lr`` for ``pct_start`` of the steps, falls back for as
-    many, and in those left falls on to ``base_lr / final_div_factor``, which the last step,
-    ``total_steps − 1``, uses (and any after it). Momentum mirrors the cycle and stays at its
-    maximum during the annealing. All of it is one cycle, which ends after ``total_steps`` steps.
+    The rate rises from ``base_lr`` to ``max_lr`` for ``pct_start`` of the steps and falls back for
+    as many. In the remaining steps the rate falls to ``base_lr / final_div_factor``. The last step,
+    ``total_steps − 1``, uses that rate, and so does any step after it. Momentum mirrors the cycle
+    and stays at its maximum during the annealing. The whole schedule is one cycle, which ends after
+    ``total_steps`` steps.
 
     Args:
         total_steps: length of the training in steps, an integer >= 3.
-        pct_start: the rising part of it, in (0, 0.5].
+        pct_start: the share of the rising part, in (0, 0.5].
         final_div_factor: ``base_lr`` divided by the last rate, >= 1.
         window, base_lr, max_lr: as in :func:`triangular`.
 
@@ -272,17 +251,17 @@ def one_cycle(
     final_div_factor = check_number("final_div_factor", final_div_factor, minimum=1.0)
     check_choice("window", window, WINDOWS)
     half = min(max(1, round(pct_start * total_steps)), (total_steps - 1) // 2)
-    left = total_steps - 1 - 2 * half
+    annealing = total_steps - 1 - 2 * half
     bounds: dict[str, Any] = {"base_lr": base_lr, "max_lr": max_lr}
     end = (1.0 / final_div_factor, 0.0)
     phases = [Phase(step_size_up=half, window=window, steps=2 * half, **bounds)]
-    if left:
+    if annealing:
         phases.append(
             Phase(
                 step_size_up=0,
-                step_size_down=left,
+                step_size_down=annealing,
                 window=window,
-                steps=left,
+                steps=annealing,
                 lower=end,
                 upper=BOTTOM,
                 cycle_momentum=False,
@@ -300,13 +279,14 @@ def warm_restarts(
     base_lr: float | None = None,
     max_lr: float | None = None,
 ) -> Schedule:
-    """The rate falls from ``max_lr`` to ``base_lr`` along half a cosine, then starts again.
+    """Lower the rate from ``max_lr`` to ``base_lr`` along half a cosine, then start again.
 
     Args:
         period: steps of the first fall, an integer >= 1.
-        period_multiplier: each fall is this many times as long as the one before, an integer >= 1.
-            (At most 62 are unrolled, which reaches past 2**62 steps; the last one then repeats.)
-        base_lr, max_lr: absolute bounds, both or neither; neither takes each group's own.
+        period_multiplier: the length of each fall divided by the length of the fall before, an
+            integer >= 1. With a multiplier above 1, at most 62 falls grow (they reach beyond step
+            2**62); the last one then repeats.
+        base_lr, max_lr: absolute bounds, both or neither; neither takes each group's bounds.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right.
@@ -345,16 +325,16 @@ def ramp(
     mode: str = "linear",
     ratio: float | None = None,
 ) -> Schedule:
-    """The LR range test's ramp: the rate rises once, from step 0 to step ``num_steps − 1``.
+    """Raise the rate once, from step 0 to step ``num_steps − 1``: the ramp of the LR range test.
 
     Args:
-        num_steps: an integer >= 2; the last of them, and any after it, uses the upper end.
+        num_steps: an integer >= 2; the last of these steps, and any later step, uses the upper end.
         start_lr, end_lr: the ends, both or neither; neither takes each group's ``base_lr`` and
             ``max_lr``.
-        mode: ``"linear"``, as in the paper, or ``"exponential"`` for searches over decades
-            (``start_lr`` must then be above 0; momentum, if cycled, then stays at its maximum).
-        ratio: where an exponential ramp is to take each group's bounds: how many times its
-            ``base_lr`` each group's ``max_lr`` is, a number above 1, the same for all groups.
+        mode: ``"linear"``, as in the paper, or ``"exponential"`` for searches over decades.
+            ``"exponential"`` needs a ``start_lr`` above 0, and keeps momentum at its maximum.
+        ratio: each group's ``max_lr`` divided by its ``base_lr``, a number above 1, the same for
+            all groups. Only for an exponential ramp between the bounds of groups.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right.
@@ -394,7 +374,7 @@ def ramp(
             ratio = end_lr / start_lr
             if math.isinf(ratio):
                 raise ValueError(
-                    f"end_lr={end_lr!r} is more times start_lr={start_lr!r} than a float can say: "
+                    f"end_lr={end_lr!r} is more times start_lr={start_lr!r} than a float can hold: "
                     "raise start_lr"
                 )
         if ratio is None:
@@ -408,10 +388,10 @@ def ramp(
 
 
 def sequence(parts: Sequence[tuple[Schedule, int | None]]) -> Schedule:
-    """Schedules one after the other, each for so many steps.
+    """Run schedules one after the other, each for a number of steps.
 
-    Each part counts its steps and cycles from its own start, as in the paper's code. The last may
-    have ``None`` for its steps; it goes on in any case.
+    Each part counts steps and cycles from its own start, as in the code of the paper. The last part
+    goes on after its steps, which may be ``None``.
 
     Args:
         parts: ``[(schedule, steps), …]``, at least one, ``steps`` integers >= 1.
@@ -449,7 +429,7 @@ def sequence(parts: Sequence[tuple[Schedule, int | None]]) -> Schedule:
             )
         left = None if steps is None else check_int(f"parts[{i}][1]", steps, minimum=1)
         if last and len(schedule.phases) > 1:
-            phases += schedule.phases  # cut off nowhere: it goes on
+            phases += schedule.phases  # all phases, since the last part goes on after its steps
             break
         for j, phase in enumerate(schedule.phases):
             if left == 0:
@@ -460,3 +440,35 @@ def sequence(parts: Sequence[tuple[Schedule, int | None]]) -> Schedule:
                 left -= length
             phases.append(replace(phase, steps=length))
     return Schedule("sequence", phases)
+
+
+def _cyclic(
+    name: str,
+    step_size_up: int,
+    step_size_down: int | None,
+    window: str,
+    base_lr: float | None,
+    max_lr: float | None,
+    **settings: Any,
+) -> Schedule:
+    """Return a schedule of one endless phase."""
+    check_choice("window", window, WINDOWS)
+    phase = Phase(
+        step_size_up=step_size_up,
+        step_size_down=step_size_down,
+        window=window,
+        base_lr=base_lr,
+        max_lr=max_lr,
+        **settings,
+    )
+    return Schedule(name, [phase])
+
+
+def _check_gamma(gamma: object) -> float:
+    return check_number("gamma", gamma, open_minimum=True, maximum=1.0)
+
+
+def _both_bounds(lr: float | None) -> dict[str, Any]:
+    """Return both bounds of a phase of one rate; None leaves them to the groups."""
+    lr = None if lr is None else check_number("lr", lr)
+    return {"base_lr": lr, "max_lr": lr}
