@@ -1,7 +1,7 @@
 """Every picture of the project: schedules, range tests, trainings, the benchmark's results.
 
-Pictures are :class:`matplotlib.figure.Figure` objects of their own: nothing here touches pyplot,
-its settings or its windows, so that it works without a display and beside a user's own plots.
+Each function returns a new :class:`matplotlib.figure.Figure`. No function uses pyplot, its settings
+or its windows: pictures need no display, and leave the plots of the user alone.
 """
 
 from clr_optim.plotting.canvas import check_picture, require_matplotlib, save

@@ -1,4 +1,4 @@
-"""Figures, axes, colours and files: what all pictures share."""
+"""The parts that all pictures share: figures, axes, colours and files."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Okabe and Ito's colours, which colour-blind people can tell apart.
+# The colours of Okabe and Ito: colour-blind people can tell them apart.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5F5F5F"
 COLORS = (BLUE, ORANGE, GREEN, GREY)
 MORE_COLORS = (*COLORS, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def require_matplotlib() -> None:
-    """See to it that pictures can be drawn.
+    """Raise an error if matplotlib is missing.
 
     Raises:
-        ImportError: without matplotlib, saying what to install.
+        ImportError: without matplotlib; the message names the package to install.
 
     Example:
         >>> require_matplotlib()
@@ -38,15 +38,15 @@ def require_matplotlib() -> None:
 
 
 def check_picture(path: str | Path) -> None:
-    """Raise the error that :func:`save` would, before there is anything to draw.
+    """Raise the error that :func:`save` would raise, before the picture is drawn.
 
     Args:
-        path: where the picture is to go.
+        path: the file to write.
 
     Raises:
         ImportError: without matplotlib.
-        TypeError: for what is no path.
-        OSError: naming the path, if its folder is not there or its suffix is no picture's.
+        TypeError: if ``path`` is not a path.
+        OSError: naming the path, if its folder is missing or its suffix is not a picture's.
 
     Example:
         >>> check_picture("schedule.png")
@@ -69,14 +69,14 @@ def save(figure: Figure, path: str | Path) -> Path:
 
     Args:
         figure: the picture.
-        path: the file; its suffix says the format, and without one it gets ``.png``.
+        path: the file. Its suffix gives the format; without a suffix, ``.png`` is added.
 
     Returns:
         The path, with its suffix.
 
     Raises:
-        TypeError: for what is no figure, or no path.
-        OSError: naming the path, if the file cannot be written or its suffix is no picture's.
+        TypeError: if ``figure`` is not a figure, or ``path`` is not a path.
+        OSError: naming the path, if the file cannot be written or its suffix is not a picture's.
 
     Example:
         >>> import tempfile
@@ -99,9 +99,9 @@ def save(figure: Figure, path: str | Path) -> Path:
     if path.suffix != ".png":
         figure.savefig(path)
         return path
-    from PIL import Image  # matplotlib's own dependency
+    from PIL import Image  # installed with matplotlib
 
-    # 64 colours are plenty for lines and text, and make half as large a file.
+    # 64 colours suffice for lines and text, and halve the size of the file.
     drawn = BytesIO()
     figure.savefig(drawn, format="png")
     Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
@@ -109,12 +109,13 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 
 def check_title(title: object) -> None:
+    """Raise unless the title is a string or None."""
     if title is not None and not isinstance(title, str):
         raise TypeError(f"title must be a string, got {title!r}")
 
 
 def check_numbers(name: str, values: object) -> None:
-    """Raise unless these are numbers; NaN and infinities leave a gap in a curve."""
+    """Raise unless the values are numbers. NaN and infinities pass: they leave a gap in a curve."""
     if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, np.ndarray)):
         raise TypeError(f"{name} must be a list of numbers, got {values!r}")
     for value in values:
@@ -122,26 +123,32 @@ def check_numbers(name: str, values: object) -> None:
             raise TypeError(f"{name} must be a list of numbers, got {value!r} in it")
 
 
-def make_row(
-    columns: int, *, width: int, height: int, sharey: bool = False
+def make_figure(
+    rows: int = 1,
+    columns: int = 1,
+    *,
+    width: float,
+    height: float,
+    sharex: bool = False,
+    sharey: bool = False,
 ) -> tuple[Figure, list[Axes]]:
+    """Return a figure of this size in pixels, and its panels line by line."""
     require_matplotlib()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
-    return figure, list(figure.subplots(1, columns, squeeze=False, sharey=sharey)[0])
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
+    return figure, list(panels.flat)
 
 
-def make_stack(rows: int, *, width: int, height: int) -> tuple[Figure, list[Axes]]:
-    """Panels above each other, with one axis of iterations."""
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
-    return figure, list(figure.subplots(rows, 1, squeeze=False, sharex=True)[:, 0])
+def grid_of(panels: int) -> tuple[int, int]:
+    """Return the rows and columns of a grid with at most two columns."""
+    columns = min(2, panels)
+    return -(-panels // columns), columns
 
 
 def label_axes(axes: Axes, title: str, y: str = "learning rate", x: str = "iteration") -> None:
+    """Write the title and the names of both axes; iterations get whole numbers."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     axes.set_title(title, fontsize=11)
@@ -154,6 +161,7 @@ def label_axes(axes: Axes, title: str, y: str = "learning rate", x: str = "itera
 
 
 def label_stack(panels: Sequence[Axes], title: str) -> None:
+    """Label panels that stand above each other and share the axis of iterations."""
     for axes in panels:
         label_axes(axes, "", axes.get_ylabel())
         axes.label_outer()
@@ -161,7 +169,7 @@ def label_stack(panels: Sequence[Axes], title: str) -> None:
 
 
 def draw_guides(axes: Axes, base_lr: float, max_lr: float) -> None:
-    """Name the bounds at the right-hand edge, where no curve is."""
+    """Draw a line at each bound, with its name right of the axes."""
     apart = max_lr - base_lr > 0.08 * max_lr
     names = {"base_lr": base_lr, "max_lr": max_lr} if apart else {"bounds": max_lr}
     for name, value in names.items():
@@ -179,17 +187,19 @@ def draw_guides(axes: Axes, base_lr: float, max_lr: float) -> None:
 
 
 def mark_cycles(axes: Axes, period: int, length: int) -> None:
+    """Write a number at the end of each cycle, and shade every other cycle."""
     axes.set_xticks(range(0, length + 1, period))
     shade_cycles(axes, range(0, length + 1, period), length)
 
 
 def shade_cycles(axes: Axes, ends: Sequence[int], length: int) -> None:
-    """Shade every other cycle, from ``ends[0]`` on, the last one as far as it was run."""
+    """Shade every other cycle from ``ends[0]`` on; an unfinished last cycle ends at ``length``."""
     for begin, end in list(zip(ends, [*ends[1:], length], strict=True))[1::2]:
         if begin < length:
             axes.axvspan(begin, min(end, length), color="#EEEEEE", linewidth=0, zorder=0)
 
 
 def add_shared_legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """Add one legend for all panels, above them."""
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)

@@ -19,8 +19,7 @@ from clr_optim.plotting.canvas import (
     draw_guides,
     label_axes,
     label_stack,
-    make_row,
-    make_stack,
+    make_figure,
     require_matplotlib,
     save,
 )
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 # The bounds and the step size of the paper's CIFAR-10 runs.
 _BASE_LR, _MAX_LR, _STEP_SIZE = 0.001, 0.006, 2000
 
-# Every step is computed: of a choice of steps, cycles could all be missed. This many take seconds.
+# Every step is drawn, since a choice of steps could miss all cycles. So many steps take seconds.
 _MOST_STEPS = 1_000_000
 
 
@@ -55,17 +54,17 @@ def plot_schedule(
     title: str | None = None,
     log: bool = False,
 ) -> Figure:
-    """Learning rate against iteration, of a schedule or of what lies before an optimizer.
+    """Draw the learning rate against iteration, of schedules or of an optimizer's next steps.
 
     Args:
-        schedule: one schedule; several by the name that the legend gives them; or an optimizer, of
-            which the next ``steps`` iterations are drawn: the rates of its groups where they
-            differ, and below them the momentum (``betas[0]``) if it cycles.
-        steps: iterations to show, an integer from 1 to 1,000,000. The last point is the rate after
-            so many, so that a whole number of cycles ends where it began.
-        base_lr, max_lr: the bounds, of a schedule only: an optimizer has its own. 0.001 and 0.006
-            unless told otherwise; phases with bounds of their own do not look at them.
-        title: above the picture; ``None`` is the schedule's name, or nothing for several.
+        schedule: one schedule; a dictionary of schedules by their name in the legend; or an
+            optimizer. For an optimizer, groups with different bounds have a curve each, and a
+            second panel shows the momentum (``betas[0]``) if it cycles.
+        steps: iterations to show, an integer from 1 to 1,000,000. The picture includes the rate
+            after the last one, so that a whole number of cycles ends where it began.
+        base_lr, max_lr: the bounds, for schedules only, since an optimizer has bounds. The defaults
+            are 0.001 and 0.006; phases with their own bounds ignore these.
+        title: the title; ``None`` is the name of the schedule, or no title for several.
         log: draw the rate on a logarithmic axis.
 
     Raises:
@@ -92,7 +91,7 @@ def plot_schedule(
                     f"or change them by opt.set_bounds({name}=...)"
                 )
         return _plot_future(schedule, steps, title, log)
-    # max_lr first: callers tend to compute base_lr from it.
+    # Check max_lr first: callers often compute base_lr from max_lr.
     max_lr = check_number("max_lr", _MAX_LR if max_lr is None else max_lr)
     base_lr = check_number("base_lr", _BASE_LR if base_lr is None else base_lr)
     check_bounds(base_lr, max_lr)
@@ -110,7 +109,7 @@ def plot_schedule(
         )
     x = np.arange(steps + 1)
     rates = {label: curve(x, base_lr, max_lr) for label, curve in schedule.items()}
-    figure, (axes,) = make_row(1, width=640, height=280)
+    figure, (axes,) = make_figure(width=640, height=280)
     guides = not all(curve.has_bounds for curve in schedule.values())
     _draw_rates(axes, x, rates, (base_lr, max_lr) if guides else None, log)
     label_axes(axes, title or "")
@@ -122,17 +121,18 @@ def plot_schedule(
 def _plot_future(
     optimizer: CyclicalOptimizer[Any], steps: int, title: str | None, log: bool
 ) -> Figure:
+    """Draw the next steps of an optimizer; groups with the same bounds share a curve."""
     schedule, groups, begin = optimizer.schedule, optimizer.param_groups, optimizer.iteration
     bounds = optimizer._bounds()
-    names: dict[tuple[float, float], list[str]] = {}  # groups with the same bounds share a curve
+    members: dict[tuple[float, float], list[str]] = {}
     for i, pair in enumerate(bounds):
-        names.setdefault(pair, []).append(str(i))
+        members.setdefault(pair, []).append(str(i))
     x = np.arange(begin, begin + steps + 1)
     if schedule.has_bounds:
-        names = {bounds[0]: []}
+        members = {bounds[0]: []}
     rates = {
-        f"group{'s' * (len(members) > 1)} {', '.join(members)}": schedule(x, *pair)
-        for pair, members in names.items()
+        f"group{'s' * (len(indices) > 1)} {', '.join(indices)}": schedule(x, *pair)
+        for pair, indices in members.items()
     }
     if len(rates) == 1:
         rates = {"": next(iter(rates.values()))}
@@ -141,7 +141,9 @@ def _plot_future(
         label = "betas[0]" if "betas" in groups[0] else "momentum"
         first = groups[0]
         momenta[label] = schedule.momentum(x, first["clr_base_momentum"], first["clr_max_momentum"])
-    figure, panels = make_stack(1 + len(momenta), width=640, height=280 + 140 * len(momenta))
+    figure, panels = make_figure(
+        1 + len(momenta), width=640, height=280 + 140 * len(momenta), sharex=True
+    )
     guides = len(rates) == 1 and not schedule.has_bounds
     _draw_rates(panels[0], x, rates, bounds[0] if guides else None, log)
     for axes, (label, values) in zip(panels[1:], momenta.items(), strict=True):
@@ -162,6 +164,7 @@ def _draw_rates(
     bounds: tuple[float, float] | None,
     log: bool,
 ) -> None:
+    """Draw a curve per label, with guides at the bounds."""
     highest = 0.0
     for color, (label, values) in zip(cycle(COLORS), rates.items(), strict=False):
         axes.plot(x, values, color=color, linewidth=1.8, label=label)
@@ -181,7 +184,7 @@ def plot_policies(folder: str | Path) -> list[Path]:
     """Draw the README's pictures, one per policy, as PNG of 640 × 280 pixels.
 
     Args:
-        folder: made if it is not there.
+        folder: the folder to write to; a missing folder is made.
 
     Returns:
         The paths of the pictures.

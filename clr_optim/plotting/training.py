@@ -22,8 +22,7 @@ from clr_optim.plotting.canvas import (
     check_title,
     label_axes,
     label_stack,
-    make_row,
-    make_stack,
+    make_figure,
     mark_cycles,
     shade_cycles,
 )
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Widths and dashes too, so that curves that coincide for a while all stay to be seen.
+# Widths and dashes differ too, so that curves remain visible where they coincide.
 _POLICY_STYLES: dict[str, dict[str, Any]] = {
     "fixed": {"color": GREY, "linewidth": 1.4, "linestyle": "--"},
     "triangular": {"color": BLUE, "linewidth": 3.2, "alpha": 0.55},
@@ -52,19 +51,19 @@ _METRIC_LABELS = {
 def plot_range_test(
     result: RangeTest, bounds: Bounds | None = None, *, title: str | None = None
 ) -> Figure:
-    """A range test's curve, as measured and smoothed, with both bounds marked.
+    """Draw the curve of a range test, measured and smoothed, and mark both bounds.
 
     The axis of rates is logarithmic for ``mode="exponential"``.
 
     Args:
-        result: what :func:`~clr_optim.range_test.lr_range_test` returned.
-        bounds: ``None`` asks ``result.suggest()``; where that finds none, there are none to see,
-            and the picture says so.
-        title: above the picture; ``None`` is the two bounds.
+        result: the result of :func:`~clr_optim.range_test.lr_range_test`.
+        bounds: the bounds to mark; ``None`` takes those of ``result.suggest()``. If the curve has
+            none, the title says so.
+        title: the title; ``None`` is the two bounds.
 
     Raises:
         ImportError: without matplotlib.
-        TypeError, ValueError: for a result that is none, or has no point.
+        TypeError, ValueError: naming the argument and what would be right.
 
     Example:
         >>> curve = RangeTest([0.1, 0.2, 0.3], [2.0, 1.0, 1.5])
@@ -86,31 +85,12 @@ def plot_range_test(
             bounds = result.suggest()
     if bounds is not None:
         found = f"base_lr {bounds.base_lr:.3g}, max_lr {bounds.max_lr:.3g}"
-    figure, (axes,) = make_row(1, width=640, height=320)
+    figure, (axes,) = make_figure(width=640, height=320)
     values, smooth = np.array(result.values), np.array(result.smoothed())
     axes.plot(result.lrs, values, color=BLUE, linewidth=0.8, alpha=0.35, label="measured")
     axes.plot(result.lrs, smooth, color=BLUE, linewidth=2.2, label="smoothed")
     if bounds is not None:
-        axes.axvspan(bounds.base_lr, bounds.max_lr, color=GREEN, alpha=0.12, linewidth=0)
-        places = {bounds.base_lr: ("right", -4, -3), bounds.max_lr: ("left", 4, -3)}
-        if _share_of_axis(result, bounds.base_lr) < 0.2:  # there is no room on its left
-            places[bounds.base_lr] = ("left", 4, -17)
-        if _share_of_axis(result, bounds.max_lr) > 0.8:
-            places[bounds.max_lr] = ("right", -4, -31)
-        for name, value in (("base_lr", bounds.base_lr), ("max_lr", bounds.max_lr)):
-            side, right, up = places[value]
-            axes.axvline(value, color=ORANGE, linewidth=1.4, linestyle="--")
-            axes.annotate(
-                f"{name} {value:.3g}",
-                (value, 1),
-                xycoords=axes.get_xaxis_transform(),
-                xytext=(right, up),
-                textcoords="offset points",
-                ha=side,
-                va="top",
-                color=ORANGE,
-                fontsize=9,
-            )
+        _mark_bounds(axes, result, bounds)
     label_axes(
         axes, found if title is None else title, _METRIC_LABELS[result.metric], "learning rate"
     )
@@ -118,23 +98,47 @@ def plot_range_test(
         axes.set_xscale("log")
     if len(result.lrs) > 1:
         axes.set_xlim(result.lrs[0] if result.mode == "exponential" else 0, result.lrs[-1])
-    _limit_to_what_matters(axes, values, smooth)
+    _limit_values(axes, values, smooth)
     axes.legend(frameon=False, loc="best", fontsize=9)
     return figure
 
 
-def _share_of_axis(result: RangeTest, lr: float) -> float:
-    """Where a rate stands on the axis, from 0 on the left to 1."""
+def _mark_bounds(axes: Axes, result: RangeTest, bounds: Bounds) -> None:
+    """Draw a line and a name at each bound, with the names inside the picture."""
+    axes.axvspan(bounds.base_lr, bounds.max_lr, color=GREEN, alpha=0.12, linewidth=0)
+    places = {bounds.base_lr: ("right", -4, -3), bounds.max_lr: ("left", 4, -3)}
+    if _place_on_axis(result, bounds.base_lr) < 0.2:  # no room on the left of the line
+        places[bounds.base_lr] = ("left", 4, -17)
+    if _place_on_axis(result, bounds.max_lr) > 0.8:
+        places[bounds.max_lr] = ("right", -4, -31)
+    for name, value in (("base_lr", bounds.base_lr), ("max_lr", bounds.max_lr)):
+        side, right, up = places[value]
+        axes.axvline(value, color=ORANGE, linewidth=1.4, linestyle="--")
+        axes.annotate(
+            f"{name} {value:.3g}",
+            (value, 1),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(right, up),
+            textcoords="offset points",
+            ha=side,
+            va="top",
+            color=ORANGE,
+            fontsize=9,
+        )
+
+
+def _place_on_axis(result: RangeTest, lr: float) -> float:
+    """Return the place of a rate on the axis, from 0 on the left to 1 on the right."""
     first, last = result.lrs[0], result.lrs[-1]
     if result.mode == "exponential":
         return math.log(lr / first) / math.log(last / first) if last > first else 0.0
     return lr / last if last > 0.0 else 0.0
 
 
-def _limit_to_what_matters(
+def _limit_values(
     axes: Axes, values: npt.NDArray[np.float64], smooth: npt.NDArray[np.float64]
 ) -> None:
-    """Leave room above for the bounds' names; a loss that blows up may leave the picture."""
+    """Leave room above for the names of the bounds; a diverging loss may leave the picture."""
     low = float(min(np.quantile(values, 0.01), smooth.min()))
     begin = float(np.median(values[: max(3, len(values) // 20)]))
     high = max(begin, float(np.quantile(values, 0.6)))
@@ -149,12 +153,12 @@ def plot_history(
     *,
     title: str = "",
 ) -> Figure:
-    """What a training measured, a panel per quantity, every other cycle shaded.
+    """Draw the history of a training, a panel per quantity, and shade every other cycle.
 
     Args:
-        curves: by the axis' label (with its unit), iterations and values, of the same length.
+        curves: a pair (iterations, values), of the same length, by label of the axis with its unit.
         cycle_ends: iterations at which a cycle was complete, rising; the first cycle begins at 0.
-        title: above the picture.
+        title: the title.
 
     Raises:
         ImportError: without matplotlib.
@@ -187,7 +191,7 @@ def plot_history(
             )
     if any(b <= a for a, b in zip([0, *cycle_ends], cycle_ends, strict=False)):
         raise ValueError(f"cycle_ends must rise from above 0, got {list(cycle_ends)!r}")
-    figure, panels = make_stack(len(curves), width=640, height=60 + 170 * len(curves))
+    figure, panels = make_figure(len(curves), width=640, height=60 + 170 * len(curves), sharex=True)
     begin = min(int(iterations[0]) for iterations, _ in curves.values())
     end = max(int(iterations[-1]) for iterations, _ in curves.values())
     ends = [0, *cycle_ends]
@@ -199,7 +203,7 @@ def plot_history(
             iterations,
             values,
             color=color,
-            # Many points are noise, of which a thick line would be a block.
+            # A thick line through many noisy points would look like a block.
             linewidth=0.8 if len(values) > 300 and label != "learning rate" else 1.8,
             marker="o" if len(values) < 40 else None,
             markersize=3,
@@ -213,7 +217,7 @@ def plot_history(
 
 
 def plot_demo_rates(rates: Mapping[str, Mapping[str, Sequence[float]]], period: int) -> Figure:
-    """The demo's learning rates against iteration, a panel per optimizer.
+    """Draw the demo's learning rates against iteration, a panel per optimizer.
 
     Args:
         rates: by optimizer and policy (``"fixed"``, ``"triangular"``, ``"triangular2"`` or
@@ -228,7 +232,7 @@ def plot_demo_rates(rates: Mapping[str, Mapping[str, Sequence[float]]], period: 
         >>> figure.axes[0].get_title()
         'SGD'
     """
-    figure, panels = make_row(len(rates), width=900, height=360)
+    figure, panels = make_figure(1, len(rates), width=900, height=360)
     for axes, (optimizer, curves) in zip(panels, rates.items(), strict=True):
         for policy, values in curves.items():
             axes.plot(np.arange(len(values)), values, label=policy, **_POLICY_STYLES[policy])
@@ -247,14 +251,14 @@ def plot_demo_accuracies(
     period: int,
     seeds: int = 1,
 ) -> Figure:
-    """The demo's test accuracies against iteration, a panel per optimizer.
+    """Draw the demo's test accuracies against iteration, a panel per optimizer.
 
     Args:
         accuracies: by optimizer and policy, as for :func:`plot_demo_rates`, in percent, shape
             (evaluations,).
         every: iterations from one evaluation to the next; the first is after ``every``.
         period: iterations of one cycle, for the marks on the axis.
-        seeds: how many the accuracies are means over.
+        seeds: the number of seeds of which the accuracies are means.
 
     Raises:
         ImportError: without matplotlib.
@@ -265,7 +269,7 @@ def plot_demo_accuracies(
         >>> figure.axes[0].get_ylabel()
         'test accuracy in %, mean of 3 seeds'
     """
-    figure, panels = make_row(len(accuracies), width=900, height=360, sharey=True)
+    figure, panels = make_figure(1, len(accuracies), width=900, height=360, sharey=True)
     over = f", mean of {seeds} seeds" if seeds > 1 else ""
     everything = np.concatenate([v for curves in accuracies.values() for v in curves.values()])
     for axes, (optimizer, curves) in zip(panels, accuracies.items(), strict=True):
@@ -278,7 +282,7 @@ def plot_demo_accuracies(
             )
         length = every * max(map(len, curves.values()))
         axes.set_xlim(0, length)
-        # The first epochs climb from chance; all that differs between policies is above them.
+        # Cut off the climb from chance, which is the same for all policies.
         axes.set_ylim(float(np.percentile(everything, 8)) - 2, float(everything.max()) + 1)
         label_axes(axes, optimizer, "test accuracy in %" + over)
         mark_cycles(axes, period, length)
