@@ -128,7 +128,13 @@ def check_bounds(base_lr: float, max_lr: float, where: str = "") -> None:
 
 
 def check_momenta(low: float, high: float, where: str = "", *, beta: bool = False) -> None:
-    """Raise unless momentum can cycle between ``low`` and ``high``; ``beta``: below 1 only."""
+    """Raise unless momentum can cycle between ``low`` and ``high``.
+
+    Args:
+        low, high: the bounds.
+        where: the group, for the message.
+        beta: whether the momentum is ``betas[0]``, which must stay below 1.
+    """
     if low > high:
         raise ValueError(
             f"base_momentum={low!r} is above max_momentum={high!r}{where}: "

@@ -60,7 +60,7 @@ def plot_paper_curves(
     figure, grid = make_figure(lines, columns, width=700, height=height)
     labels = dict.fromkeys(label for curves in panels.values() for label in curves)
     # There are more curves than distinguishable colours: vary the dashes and markers too.
-    styles = {
+    styles: dict[str, dict[str, Any]] = {
         label: {"color": color, "linestyle": dashes, "marker": marker}
         for label, color, dashes, marker in zip(
             labels,
