@@ -31,27 +31,16 @@ from clr_optim.core.saved import (
 )
 from clr_optim.core.warn import callers_level
 from clr_optim.keys import BASE, MAX, SCHEDULE
-from clr_optim.schedule import (
-    SCALE_MODES,
-    Schedule,
-    check_growth,
-    exp_range,
-    exp_range_bounds,
-    triangular,
-    triangular2,
-)
+from clr_optim.schedule import POLICIES, SCALE_MODES, Schedule, check_growth, triangular
 
 __all__ = [
     "HIGH_MOMENTUM",
     "LOW_MOMENTUM",
-    "POLICIES",
     "Settings",
     "Start",
     "check_arguments",
     "optional_per_group",
 ]
-
-POLICIES = ("triangular", "triangular2", "exp_range", "exp_range_bounds")
 
 #: The bounds of momentum in torch's CyclicLR.
 LOW_MOMENTUM, HIGH_MOMENTUM = 0.8, 0.9
@@ -243,11 +232,10 @@ def make_schedule(policy: object, constructor: Callable[..., Any], **options: An
     if scale_fn is not None:
         schedule = triangular(**options, scale_fn=scale_fn, scale_mode=scale_mode)
         return Schedule(policy, schedule.phases)
-    if policy == "triangular":
-        return triangular(**options)
-    if policy == "triangular2":
-        return triangular2(**options)
-    return (exp_range if policy == "exp_range" else exp_range_bounds)(**options, gamma=gamma)
+    make = POLICIES[policy]
+    if "gamma" in inspect.signature(make).parameters:
+        options["gamma"] = gamma
+    return make(**options)
 
 
 # ---- bounds
