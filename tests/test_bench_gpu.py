@@ -136,7 +136,7 @@ def test_without_a_gpu_it_says_what_to_do(capsys, h200, monkeypatch):
     assert "Triton is not installed" in error(capsys, "--device", "cuda")
     monkeypatch.setattr(h200.cuda, "is_available", lambda: False)
     said = error(capsys, "--device", "cuda")
-    assert "--device: 'cuda': torch 2.11.0 finds no GPU here; run this where there is" in said
+    assert "--device: 'cuda': torch 2.11.0 finds no GPU here; use a machine with a GPU" in said
     assert "--device cpu" in said
     assert gpu.main() == 2
     assert "finds no GPU" in capsys.readouterr().err

@@ -172,8 +172,14 @@ WRONG_PLOTS = [
     (["--policy", "triangular", "--max-lr", "nan"], "max_lr must be a finite number"),
     (["--policy", "triangular", "--steps", "0"], "steps must be an integer >= 1"),
     (["--policy", "one_cycle", "--steps", "2"], "total_steps must be an integer >= 3"),
-    (["--policy", "triangular", "--gamma", "0.9"], "--gamma: of no effect"),
-    (["--policy", "one_cycle", "--step-size-up", "9"], "--step-size-up: of no effect"),
+    (
+        ["--policy", "triangular", "--gamma", "0.9"],
+        "--gamma has no effect with --policy triangular",
+    ),
+    (
+        ["--policy", "one_cycle", "--step-size-up", "9"],
+        "--step-size-up has no effect with --policy one_cycle",
+    ),
     (["--steps", "9", "--base-lr", "1"], "--base-lr, --steps: only together with --policy"),
     (["--policy", "triangular", "--out", "picture.nonsense"], "nonsense"),
     (["--policy", "triangular", "--out", "no/such/folder/a.png"], "no/such/folder/a.png"),

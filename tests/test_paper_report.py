@@ -155,7 +155,9 @@ def test_without_matplotlib_there_are_results_and_no_pictures(tmp_path, capsys, 
     Store(tmp_path).append(result_of())
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["bench", "paper", "--report", "--out", str(tmp_path)]) == 0
-    assert "pip install clr-optim[plot]; then --report draws them" in capsys.readouterr().err
+    assert (
+        "pip install clr-optim[plot]; then --report draws the pictures" in capsys.readouterr().err
+    )
     assert sorted(os.listdir(tmp_path)) == ["paper.json", "paper.md", "results.jsonl"]
 
 
@@ -184,7 +186,7 @@ def test_the_readmes_table_is_renewed_between_its_marks(tmp_path, capsys):
     readme.write_text("nothing")
     with pytest.raises(SystemExit):
         main([*options, str(readme)])
-    assert "has no place for the table: put these lines in" in capsys.readouterr().err
+    assert "has no place for the table: add these two lines" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["bench", "paper", "--data", "x", "--table", "1", "--readme", str(readme)])
     assert "only with --report" in capsys.readouterr().err

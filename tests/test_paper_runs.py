@@ -233,7 +233,7 @@ def test_the_last_accuracy_is_over_all_test_images(data, monkeypatch):
     counts = []
     monkeypatch.setattr(one_run, "accuracy", lambda model, images, mean: counts.append(len(images)))
     run = Run(ROWS["window-hann"], 0, Scale(Fraction("1/400")), data)
-    monkeypatch.setattr(run, "_one", lambda: None)
+    monkeypatch.setattr(run, "_iterate_eagerly", lambda: None)
     assert not train([run], lambda run: None, lambda: 0, lambda run: None, 1e9)
     assert counts == [30] * 19 + [100]  # 60 iterations, every 3
 

@@ -100,7 +100,7 @@ def test_all_variants_take_the_same_steps(name):
 
     def after(variant):
         tensors = Tensors([(4, 3), (5,)], torch.float64)
-        own = variants.ours(RULES["adam"], tensors.params)
+        own = variants.our_optimizer(RULES["adam"], tensors.params)
         steps = {**variants.torch_steps(RULES["adam"], tensors.params), "ours": own.step}
         for _ in range(5):
             tensors.move_gradients()
@@ -189,13 +189,13 @@ def test_filter_and_choices(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--filter", "nonsense"], "--filter nonsense: no cell has it in its name"),
+        (["--filter", "nonsense"], "--filter nonsense: no cell's name contains it"),
         (["--rules", "adam,nonsense"], "no 'nonsense'; there are sgd, sgd_momentum, adam"),
         (["--workloads", "nonsense"], "no 'nonsense'; there are mlp"),
         (["--dtypes", "int8"], "no 'int8'; there are float32"),
         (["--device", "cuda:1"], "must be cpu or cuda, got 'cuda:1'; CUDA_VISIBLE_DEVICES"),
         (["--device", "abacus"], "must be cpu or cuda, got 'abacus'"),
-        (["--workloads", "mlp,1b"], "--workloads 1b: too large for a CPU, only with --device cuda"),
+        (["--workloads", "mlp,1b"], "--workloads 1b: too large for a CPU; add --device cuda"),
         (["--at-most", "-1"], "a number of seconds >= 0, got '-1'"),
         (["--threads", "0"], "from 1 to 4096, got '0'"),
         (["--seconds-per-cell", "nan"], "a number of seconds >= 0, got 'nan'"),

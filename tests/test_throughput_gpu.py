@@ -187,7 +187,7 @@ def test_out_of_memory_is_not_taken_for_a_missing_kernel(variant, h200):
 
     tensors = Tensors([(3,)], torch.float32)
     with pytest.raises(torch.OutOfMemoryError):
-        variants.leave_out_failing({variant: too_much}, [variant], tensors, "cell")
+        variants.drop_failing({variant: too_much}, [variant], tensors, "cell")
 
 
 def test_what_is_measured_on_a_gpu_unless_told_otherwise(h200, monkeypatch):

@@ -1,4 +1,4 @@
-"""Command."""
+"""Run ``clr-optim bench paper``: train, report, or measure the speed."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from clr_optim.bench.paper.unattended import train_all
 
 __all__ = ["DESCRIPTION", "run"]
 
-
 DESCRIPTION = (
     "Reruns the tables of the paper on cyclical learning rates (arXiv 1506.01186): cifar10_full on "
-    "CIFAR-10. Made to run unattended: progress goes to stderr, each finished row to a file, and "
-    "--resume goes on after an interruption."
+    "CIFAR-10. Runs unattended: progress goes to stderr, each finished row goes to a file, and "
+    "--resume continues after an interruption."
 )
 
 
 @contextmanager
-def _surroundings(threads: int | None) -> Iterator[None]:
+def _torch_settings(threads: int | None) -> Iterator[None]:
+    """Set torch's threads and cuDNN's search for the fastest convolutions; restore both."""
     before = torch.get_num_threads(), torch.backends.cudnn.benchmark
     torch.set_num_threads(threads or before[0])
-    # All batches are of one shape: the fastest convolutions for it are worth looking for.
+    # All batches have one shape, so that one search serves all of them.
     torch.backends.cudnn.benchmark = True
     try:
         yield
@@ -42,14 +42,14 @@ def _surroundings(threads: int | None) -> Iterator[None]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the options ask for.
+    """Train the chosen rows, or report on results, or measure the speed.
 
     Returns:
-        The exit code: 0, or 128 + the signal that stopped it.
+        The exit code: 0, or 128 + the signal that stopped the training.
 
     Raises:
-        argparse.ArgumentError: for options, data and results that do not go together.
-        OSError: noticed before anything is trained.
+        argparse.ArgumentError: if options, data and results do not fit together.
+        OSError: if a file cannot be read or written, before any training.
     """
     try:
         if args.report:
@@ -64,9 +64,9 @@ def run(args: argparse.Namespace) -> int:
         if args.together > 1 and args.device == "cpu":
             words = "only on a GPU; on a CPU start a process for each, with --rows and --threads 1"
             raise argparse.ArgumentError(None, f"--together {args.together}: {words}")
-        with _surroundings(args.threads):
+        with _torch_settings(args.threads):
             return _speed(args) if args.speed else _run(chosen_rows(args), args)
-    except ValueError as error:  # in the words of what refused it
+    except ValueError as error:
         raise argparse.ArgumentError(None, str(error)) from error
 
 
@@ -85,12 +85,12 @@ def _run(rows: Sequence[Row], args: argparse.Namespace) -> int:
     if not args.resume and not store.is_empty():
         raise argparse.ArgumentError(
             None,
-            f"--out {args.out}: there are results; add --resume to go on with them, or give "
-            "another folder",
+            f"--out {args.out}: there are results; add --resume to continue them, or give another "
+            "folder",
         )
     if args.table and "2" in args.table:
         print(stages(args.scale) + "\n", flush=True)
-    ended = train_all(rows, args.scale, data, store, args)
+    stop_signal = train_all(rows, args.scale, data, store, args)
     if store.read():
         print(report(args.out))
-    return 128 + ended if ended else 0
+    return 128 + stop_signal if stop_signal else 0

@@ -1,4 +1,4 @@
-"""Comparison."""
+"""Average the runs of each row, and compare rows with each other and with the paper."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from clr_optim.bench.paper.rows import FIXED, ROWS, Row
 __all__ = ["summarize"]
 
 
-#: Points between two of the paper's accuracies that count as none: two standard errors of the
-#: difference, of 10,000 test images at 80 %.
+#: Two of the paper's accuracies count as the same up to this difference, in points: two standard
+#: errors of a difference, for 10,000 test images at 80 %.
 _SAME = 1.1
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of every table that was begun, those not run too: means over seeds.
+    """Average over seeds, for all rows of every table that has results.
 
     Returns:
-        Dictionaries with ``"row"``, ``"table"``, ``"published"``, ``"published_iterations"``, and
-        for what was run ``"accuracy"`` (mean, percent), ``"spread"`` (standard deviation of a
+        Dictionaries with ``"row"``, ``"table"``, ``"published"`` and ``"published_iterations"``. If
+        the row was run: also ``"accuracy"`` (mean, percent), ``"spread"`` (standard deviation of a
         sample, None for one seed), ``"iterations"``, ``"cycles"``, ``"seeds"``, ``"training_s"``
         (mean), ``"curve"`` (means), ``"test_images"``, ``"comparisons"`` (with other rows) and
-        ``"relation"`` (a sentence on them).
+        ``"relation"`` (a sentence on the comparisons).
     """
     by_row: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
@@ -54,7 +54,7 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 test_images=runs[0]["test_images"],
                 training_s=statistics.fmean(run["training_s"] for run in runs),
                 finite=all(run["finite"] for run in runs),
-                # A resumed run's points may lie an iteration or two off the others'.
+                # A resumed run may have points at other iterations: keep those that all runs have.
                 curve=[
                     (iteration, statistics.fmean(curve[iteration] for curve in curves))
                     for iteration in curves[0]
@@ -69,15 +69,16 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _comparisons(row: Row, rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What a row is beside each that it is compared with, here and, where it says so, in the paper.
+    """Compare a row with each of its references, here and in the paper.
 
     Returns:
-        Dictionaries with ``"with"`` (a row's name), ``"difference"`` (points of accuracy),
-        ``"same"`` (how many count as none: two standard errors of it, see :func:`_error`; those
-        of seeds only where there are several), ``"found"`` (a verdict), and where the paper has
-        both rows ``"expected"`` (its verdict), ``"published_difference"`` and ``"holds"``: True,
-        False, ``"in direction"`` for a difference that is another one in size, or ``"and more"``
-        where the same accuracy was expected of fewer iterations, and they gave a higher one.
+        Dictionaries with ``"with"`` (the reference's name), ``"difference"`` (points of accuracy),
+        ``"same"`` (accuracies count as the same up to so many points: two standard errors of the
+        difference, see :func:`_error`) and ``"found"`` (the verdict). If the paper has both rows,
+        also ``"expected"`` (the paper's verdict), ``"published_difference"`` and ``"holds"``: True,
+        False, ``"in direction"`` if the difference has the paper's sign and another size, or
+        ``"and more"`` if the paper has the same accuracy in fewer iterations, and the accuracy
+        here is higher.
     """
     here = rows[row.name]
     comparisons = []
@@ -93,23 +94,23 @@ def _comparisons(row: Row, rows: Mapping[str, Mapping[str, Any]]) -> list[dict[s
             "same": same,
             "found": _verdict(difference, same),
         }
-        # The paper has one "fixed": between the two that it may have been it says nothing.
+        # The paper has one "fixed" row, so it says nothing about our two fixed rows.
         if row.name not in FIXED and row.published is not None and other.published is not None:
-            theirs = round(row.published - other.published, 1)
-            expected = _verdict(theirs, _SAME)
+            published = round(row.published - other.published, 1)
+            expected = _verdict(published, _SAME)
             holds: bool | str = expected == comparison["found"]
-            if holds and abs(difference) > same < abs(difference - theirs):
+            if holds and abs(difference) > same < abs(difference - published):
                 holds = "in direction"
             promised = expected == _AS_ACCURATE and here["iterations"] < there["iterations"]
             if promised and difference > same:
                 holds = "and more"
-            comparison.update(expected=expected, published_difference=theirs, holds=holds)
+            comparison.update(expected=expected, published_difference=published, holds=holds)
         comparisons.append(comparison)
     return comparisons
 
 
 def _relation(row: Row, rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """One sentence on whether what the paper found of a row, beside others, is so here."""
+    """Return a sentence: does the paper's relation between a row and its references hold here?"""
     here = rows[row.name]
     text = f"`{row.name}`: {here['accuracy']:.2f} % after {here['iterations']:,} iterations"
     if here["cycles"] % 1:
@@ -153,7 +154,7 @@ def _relation(row: Row, rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _error(summary: Mapping[str, Any]) -> float:
-    """The standard error of an accuracy, points: by its test images and, where known, its seeds."""
+    """Return the standard error of an accuracy in points: of its test images and its seeds."""
     share = summary["accuracy"] / 100
     by_images = 100 * math.sqrt(share * (1 - share) / summary["test_images"])
     return math.hypot(by_images, (summary["spread"] or 0.0) / math.sqrt(summary["seeds"]))
@@ -163,6 +164,7 @@ _AS_ACCURATE = "as accurate as"
 
 
 def _verdict(difference: float, same: float) -> str:
+    """Put a difference of two accuracies into words."""
     if abs(difference) <= same:
         return _AS_ACCURATE
     return "more accurate than" if difference > 0 else "less accurate than"

@@ -1,4 +1,4 @@
-"""CIFAR-10 for all runs."""
+"""Read the data that all runs share."""
 
 from __future__ import annotations
 
@@ -14,12 +14,21 @@ from clr_optim.bench.cifar10 import Images, mean_image, read_cifar10
 
 __all__ = ["Data", "digest", "read"]
 
+#: Images per batch, as in the paper.
 BATCH_SIZE = 100
 
 
 @dataclass(frozen=True)
 class Data:
-    """What all runs share: images on the device, the training images' mean, a fingerprint."""
+    """The data of all runs.
+
+    Args:
+        training: the images to train on, on the device.
+        test: the images to test with, on the device.
+        mean: the mean over the training images.
+        digest: a fingerprint of all images and labels.
+        batch_size: images per batch.
+    """
 
     training: Images
     test: Images
@@ -29,18 +38,24 @@ class Data:
 
 
 def read(folder: str | Path, device: torch.device | str = "cpu") -> Data:
-    """CIFAR-10 from its official binary layout; errors as in :func:`read_cifar10`."""
+    """Read CIFAR-10 from its official binary layout.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`~clr_optim.bench.cifar10.read_cifar10`, and if
+            there are fewer training images than a batch has.
+    """
     training, test = read_cifar10(folder)
     if len(training) < BATCH_SIZE:
         raise ValueError(
             f"{folder}: {len(training)} training images, fewer than a batch of {BATCH_SIZE}"
         )
     fingerprint = digest([training.pixels, training.labels, test.pixels, test.labels])
-    mean = mean_image(training)  # on the host, so that it is the same wherever one trains
+    mean = mean_image(training)  # on the host: the same bits for every device
     return Data(training.to(device), test.to(device), mean, fingerprint, BATCH_SIZE)
 
 
 def digest(tensors: Sequence[Tensor]) -> str:
+    """Return the SHA-256 of the tensors' bytes."""
     sha = hashlib.sha256()
     for tensor in tensors:
         sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""One run."""
+"""One run: a row of the tables at one seed."""
 
 from __future__ import annotations
 
@@ -28,26 +28,25 @@ from clr_optim.bench.paper.rows import Row, Scale
 __all__ = ["WARM_UP", "Run", "check_settings"]
 
 _EVALUATIONS = 28
-_ON_THE_WAY = 2_000  # test images
+#: Test images for an accuracy before the last iteration.
+_ON_THE_WAY = 2_000
 
-
-#: Iterations before the one that is captured into a graph.
+#: Eager iterations before the graph is captured.
 WARM_UP = 3
 
 
 class Run:
-    """A row at one seed: model, optimizer, batches, and what was measured so far.
+    """A row at one seed: model, optimizer, batches, and the measurements so far.
 
-    The seed decides the weights and the order of the images; the same one means the same of both
-    for every row.
+    The seed decides the first weights and the order of the images, in the same way for every row.
 
     Args:
-        row: what to train.
-        seed: as above.
+        row: the row to train.
+        seed: of weights and batches.
         scale: of lengths and step sizes.
         data: to train on and to test with.
-        device: where.
-        caffe: whether SGD has the rate inside the momentum buffer, as Caffe.
+        device: of model and images.
+        caffe: whether SGD keeps the rate inside the momentum buffer, as Caffe does.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class Run:
         self.model = cifar10_full(seed).to(self.device)
         base_lr, max_lr = row.bounds
         inner = rules[row.rule](parameter_groups(self.model, max_lr))
-        #: whether Triton's kernels serve, so that a graph can be captured
+        #: whether Triton's kernels serve the row, so that a graph can capture the iteration
         self.on_kernels = self.device.type == "cuda" and not isinstance(inner, CaffeSGD)
         self.optimizer: Any = CyclicalOptimizer(
             inner,
@@ -96,7 +95,7 @@ class Run:
         }
         self.every = math.ceil(self.iterations / _EVALUATIONS)
         self.iteration = 0
-        #: ``(iterations, accuracy in percent after so many)``
+        #: the accuracies so far, as ``(iterations, percent)``
         self.curve: list[tuple[int, float]] = []
         self.training_s = self.evaluation_s = 0.0
         self._graph: Callable[[], object] | None = None
@@ -105,56 +104,57 @@ class Run:
             self._stream = Gpu().stream()
             self._stream.wait_stream(torch.cuda.current_stream())
 
-    def apart(self) -> AbstractContextManager[object]:
-        """On a GPU the run's own stream, on which all of it happens: others may be beside it."""
+    def on_stream(self) -> AbstractContextManager[object]:
+        """Use the run's stream on a GPU; every call of the run belongs inside, as runs share it."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     @property
     def is_done(self) -> bool:
-        """Whether the last iteration has been, and its accuracy measured."""
+        """Whether the last iteration is done, and its accuracy is measured."""
         return bool(self.curve) and self.curve[-1][0] == self.iterations
 
-    def _one(self) -> None:
+    def _iterate_eagerly(self) -> None:
         inputs, labels = self.batches.sample()
         self.optimizer.zero_grad()
         functional.cross_entropy(self.model(inputs), labels).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
     def capture(self) -> None:
-        """Make the iteration a graph, after a few that are taken as all others."""
-        # Positions of batches and cycle lie on the device: the host only counts.
-        self._graph = Gpu().capture(self._one, warm_up=WARM_UP)
+        """Capture the iteration as a graph, after a few eager iterations, which count."""
+        # The positions of batches and cycle are on the device; the host only counts.
+        self._graph = Gpu().capture(self._iterate_eagerly, warm_up=WARM_UP)
         self.iteration += WARM_UP
 
     def iterate(self) -> None:
-        """One iteration: a batch, forward, backward, a step."""
-        (self._graph or self._one)()
+        """Do one iteration: a batch, forward, backward, a step."""
+        (self._graph or self._iterate_eagerly)()
         self.iteration += 1
 
     @property
     def next_evaluation(self) -> int:
-        """The iteration after which accuracy is measured: at equal distances, and at the end."""
+        """The iteration before the next accuracy: at equal distances, and at the end."""
         return min((self.curve[-1][0] if self.curve else 0) + self.every, self.iterations)
 
     def evaluate(self) -> None:
-        """Measure the accuracy: at the end on all test images, before on the first 2,000."""
+        """Measure the accuracy: on all test images at the end, before that on the first 2,000."""
         begin = perf_counter()
         test = self.data.test
         if self.iteration < self.iterations:
             test = Images(test.pixels[:_ON_THE_WAY], test.labels[:_ON_THE_WAY])
         value = accuracy(self.model, test, self.data.mean)
         self.curve.append((self.iteration, value))
-        if self.is_done:  # a run that its graph keeps alive would keep its copy of the images
+        if self.is_done:
+            # The graph keeps the run alive, and with the run its copy of the images.
             self._graph = None
         self.evaluation_s += perf_counter() - begin
 
     def synchronize(self) -> None:
-        """Wait until the device has done all that was launched."""
+        """Wait until the device has finished all launched work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that :meth:`load_state_dict` needs to go on as if nothing had been."""
+        """Return the state for :meth:`load_state_dict`, which continues the run exactly."""
         return {
             "settings": self.settings,
             "model": self.model.state_dict(),
@@ -168,10 +168,10 @@ class Run:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint.
+        """Continue from a checkpoint.
 
         Raises:
-            ValueError: if it is another run's.
+            ValueError: if the checkpoint belongs to another run.
         """
         check_settings(self.settings, state["settings"], "the checkpoint")
         self.model.load_state_dict(state["model"])
@@ -182,7 +182,7 @@ class Run:
         self.training_s, self.evaluation_s = state["training_s"], state["evaluation_s"]
 
     def result(self) -> dict[str, Any]:
-        """A finished run as a line of the results."""
+        """Return a finished run as an entry of the results."""
         weights = list(self.model.state_dict().values())
         return {
             **self.settings,
@@ -200,10 +200,15 @@ class Run:
         }
 
 
-def check_settings(ours: Mapping[str, Any], theirs: Mapping[str, Any], whose: str) -> None:
-    for key, value in ours.items():
-        if theirs.get(key) != value:
+def check_settings(wanted: Mapping[str, Any], found: Mapping[str, Any], source: str) -> None:
+    """Refuse results or a checkpoint that other options made.
+
+    Raises:
+        ValueError: naming ``source`` and the setting that differs.
+    """
+    for key, value in wanted.items():
+        if found.get(key) != value:
             raise ValueError(
-                f"{whose} has {key} {theirs.get(key)!r}, and this run {value!r}: give the options "
-                "that it was made with, or another folder with --out"
+                f"{source} has {key} {found.get(key)!r}, and this run {value!r}: repeat the "
+                "options of the first run, or give another folder with --out"
             )

@@ -1,4 +1,4 @@
-"""The optimizers of the rows."""
+"""The optimizers of the rows, and SGD with Caffe's momentum."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ _EPSILON = 1e-8
 
 
 class CaffeSGD(Optimizer):
-    """SGD with momentum as Caffe has it, the rate inside the buffer.
+    """SGD with Caffe's momentum, which keeps the rate inside the buffer.
 
-    ``V = μ·V + lr·(g + decay·W)``, then ``W −= V``, or with Nesterov's
-    ``W −= (1 + μ)·V − μ·V_before``. Under a constant rate that is :class:`torch.optim.SGD`; when
-    the rate changes, what torch multiplies by the new one still has the old one here.
+    ``V = μ·V + lr·(g + decay·W)``, then ``W −= V``, or with Nesterov's momentum
+    ``W −= (1 + μ)·V − μ·V_before``. At a constant rate this equals :class:`torch.optim.SGD`. When
+    the rate changes, torch multiplies the whole buffer by the new rate. Caffe's buffer keeps the
+    rates of the steps that filled it.
 
     Source: Caffe's ``sgd_solver.cpp`` and ``nesterov_solver.cpp``.
     """
@@ -39,7 +40,7 @@ class CaffeSGD(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step; ``closure`` as in torch."""
+        """Take one step; ``closure`` as in torch."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,55 +1,83 @@
-"""Options."""
+"""The options of ``clr-optim bench paper``, and the rows that they choose."""
 
 from __future__ import annotations
 
 import argparse
-import math
 from contextlib import suppress
 from fractions import Fraction
 
 import torch
 
-from clr_optim.bench.gpu import why_no_gpu
+from clr_optim.bench.arguments import device, duration
 from clr_optim.bench.paper.rows import ROWS, Row, Scale
 
 __all__ = ["add_arguments", "chosen_rows"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+    """Add the options of ``clr-optim bench paper``."""
     add = parser.add_argument
-    add("--data", metavar="DIR", help="CIFAR-10, binary version, unpacked")
-    add("--table", type=_tables, metavar="1|2|3|beyond", help="or several, as 1,3; 2 is one of 1")
-    add("--rows", type=_row_names, metavar="A,B", help=f"only these: {', '.join(ROWS)}")
+    add("--data", metavar="DIR", help="folder of CIFAR-10's binary version, unpacked")
+    add(
+        "--table",
+        type=_tables,
+        metavar="1|2|3|beyond",
+        help="one or several, as 1,3; 2 is a row of 1",
+    )
+    add("--rows", type=_row_names, metavar="A,B", help=f"only these rows: {', '.join(ROWS)}")
     add(
         "--scale",
         type=_scale,
         default=Scale(),
         metavar="F",
-        help="multiplies lengths and step sizes; 0.1 or 1/10",
+        help="multiply lengths and step sizes by F, as 0.1 or 1/10 (1)",
     )
-    add("--seeds", type=_count, default=1, metavar="N", help="how many, from 0 (1)")
-    add("--device", type=_device, default="cpu", help="cpu, or cuda, which is ROCm's name too")
-    add("--threads", type=_count, metavar="N", help=f"({torch.get_num_threads()})")
+    add("--seeds", type=_count, default=1, metavar="N", help="how many seeds, from 0 (1)")
+    add("--device", type=device, default="cpu", help="cpu, or cuda (ROCm too)")
+    add("--threads", type=_count, metavar="N", help=f"of torch ({torch.get_num_threads()})")
     add(
         "--together",
         type=_count,
         default=1,
         metavar="N",
-        help="on a GPU, which one such network does not fill: rows trained beside each other (1)",
+        help="rows to train beside each other on a GPU, which one network does not fill (1)",
     )
-    add("--out", default="paper-out", metavar="DIR", help="results and checkpoints (paper-out)")
-    add("--resume", action="store_true", help="go on with what is in there")
-    add("--checkpoint-every", type=_minutes, default=3.0, metavar="MIN", help="minutes (3)")
-    add("--caffe-momentum", action="store_true", help="SGD with the rate inside the buffer")
-    add("--data-note", default="", metavar="TEXT", help="kept with the results and printed by them")
-    add("--report", action="store_true", help="train nothing, only report on what is in --out")
-    add("--readme", metavar="FILE", help="with --report: renew the table between its marks in FILE")
+    add(
+        "--out",
+        default="paper-out",
+        metavar="DIR",
+        help="folder of results and checkpoints (paper-out)",
+    )
+    add("--resume", action="store_true", help="continue the runs in --out")
+    add(
+        "--checkpoint-every",
+        type=duration("minutes"),
+        default=3.0,
+        metavar="MIN",
+        help="minutes between checkpoints (3)",
+    )
+    add(
+        "--caffe-momentum",
+        action="store_true",
+        help="SGD keeps the rate inside the momentum buffer, as in Caffe",
+    )
+    add(
+        "--data-note",
+        default="",
+        metavar="TEXT",
+        help="a note on the data, printed with the results",
+    )
+    add("--report", action="store_true", help="train nothing, only report on the results in --out")
+    add(
+        "--readme",
+        metavar="FILE",
+        help="with --report: renew the table between its two marks in FILE",
+    )
     add(
         "--speed",
         type=_count,
         metavar="N",
-        help="train nothing, only measure iterations per second over N of them",
+        help="train nothing, only measure iterations per second over N iterations",
     )
 
 
@@ -83,22 +111,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _minutes(text: str) -> float:
-    with suppress(ValueError):
-        if 0 <= float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"must be a number of minutes >= 0, got {text!r}")
-
-
-def _device(text: str) -> str:
-    if text not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text!r}")
-    if text == "cuda" and (problem := why_no_gpu()):
-        raise argparse.ArgumentTypeError(f"{text!r}: {problem}")
-    return text
-
-
 def chosen_rows(args: argparse.Namespace) -> list[Row]:
+    """Return the rows that the options choose.
+
+    Raises:
+        argparse.ArgumentError: if no row is chosen, or the scale does not suit a row.
+    """
     if args.table is None and args.rows is None:
         raise argparse.ArgumentError(None, "give --table 1, 2, 3 or beyond, or --rows")
     tables = args.table or ["1", "3", "beyond"]

@@ -1,4 +1,4 @@
-"""Progress."""
+"""Show the progress of the runs on stderr."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["Progress", "duration"]
 
 
 class Progress:
-    """A line on stderr: in place on a terminal, else at most every half a minute.
+    """Write a line on stderr: in place on a terminal, else at most every half a minute.
 
     Args:
-        runs: how many there are to do.
-        iterations: of all of them together.
+        runs: how many runs there are.
+        iterations: of all runs together.
     """
 
     def __init__(self, runs: int, iterations: int) -> None:
@@ -23,16 +23,16 @@ class Progress:
         self._every = 0.5 if self._terminal else 30.0
         self._runs, self._left = runs, iterations
         self._done = 0
-        self._at: dict[tuple[str, int], tuple[int, int]] = {}  # a run's number, and its iteration
+        self._at: dict[tuple[str, int], tuple[int, int]] = {}  # number and iteration of each run
         self._begin = self._shown = perf_counter()
 
     def begin(self, run: Run) -> None:
-        """The next run, of which what its checkpoint holds needs not be done."""
+        """Count a new run; the iterations in its checkpoint are done already."""
         self._left -= run.iteration
         self._at[run.row.name, run.seed] = (len(self._at) + 1, run.iteration)
 
     def show(self, run: Run) -> None:
-        """Say where the run is, if it is time."""
+        """Write the run's progress, if it is time."""
         which = run.row.name, run.seed
         number, at = self._at[which]
         self._done += run.iteration - at
@@ -42,7 +42,7 @@ class Progress:
         if now - self._shown < self._every and not run.is_done:
             return
         self._shown = now
-        rate = max(self._done, 1) / (now - self._begin)  # evaluations count here
+        rate = max(self._done, 1) / (now - self._begin)  # the time includes evaluations
         last = f"{run.curve[-1][1]:.2f} %" if run.curve else "not evaluated yet"
         line = (
             f"[{number}/{self._runs}] {run.row.name}, seed {run.seed}: "
@@ -56,6 +56,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
+    """Format seconds as hours:minutes:seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"

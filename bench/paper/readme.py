@@ -1,4 +1,4 @@
-"""Readme."""
+"""Renew the README's table of all rows."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ BEGIN, END = "<!-- made by clr-optim bench paper --report --readme -->", "<!-- /
 
 
 def write_readme(path: str | Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Put a table of all rows between the two marks that a Markdown file has for it.
+    """Replace the text between a Markdown file's two marks by a table of all rows.
 
     Raises:
         OSError: if the file cannot be read or written.
-        ValueError: if it lacks the marks.
+        ValueError: if the file lacks the marks.
     """
     path = Path(path)
     text = path.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"{path} has no place for the table: put these lines in: {BEGIN} {END}")
+        raise ValueError(f"{path} has no place for the table: add these two lines: {BEGIN} {END}")
     table = "\n".join(readme_table(summarize(results)))
     path.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
 
 
 def readme_table(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Published and measured figures of all rows, and whether the paper's relation holds."""
+    """Return a table of all rows: published and measured figures, and the paper's relations."""
     lines = [
         "| row | the paper, % (iterations) | here, % (iterations) | the paper's relation here |",
         "| --- | --- | --- | --- |",

@@ -1,4 +1,4 @@
-"""Report."""
+"""Write the report on a folder of results: tables, a sentence per row, pictures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from clr_optim.bench.paper.store import Store
 
 __all__ = ["markdown", "report"]
 
-
 _TITLES = {
     "1": "Table 1: policies",
     "3": "Table 3: adaptive methods",
@@ -32,7 +31,7 @@ _TITLES = {
 
 
 def markdown(results: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] | None = None) -> str:
-    """The tables, a sentence for each row, and what they were made with."""
+    """Return the tables, a sentence per row, and the settings and machines of the runs."""
     summaries = summarize(results)
     lines = [*_preamble(results), ""]
     for table in dict.fromkeys(summary["table"] for summary in summaries):
@@ -103,18 +102,18 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def report(folder: str | Path) -> str:
-    """Write ``paper.md``, ``paper.json`` and the pictures of a folder of results.
+    """Write ``paper.md``, ``paper.json`` and the pictures into a folder of results.
 
-    Without matplotlib there are no pictures, and a line on stderr says so: who trained for hours on
-    another machine can have them drawn later.
+    Without matplotlib, the function draws no pictures and says so on stderr. A machine with
+    matplotlib can draw them later.
 
     Returns:
         The Markdown.
 
     Raises:
-        ValueError: if there are no results.
+        ValueError: if the folder has no results.
     """
-    store = Store(folder, made=False)
+    store = Store(folder, create=False)
     results = store.read()
     if not results:
         raise ValueError(f"{store.results}: no finished run to report on")
@@ -130,7 +129,7 @@ def report(folder: str | Path) -> str:
     try:
         plotting.require_matplotlib()
     except ImportError as error:
-        print(f"{error}; then --report draws them", file=sys.stderr)
+        print(f"{error}; then --report draws the pictures", file=sys.stderr)
         return text
     for name, panels in _pictures(summaries).items():
         plotting.save(plotting.plot_paper_curves(panels), store.folder / f"{name}.png")
@@ -141,7 +140,7 @@ Curves = dict[str, list[tuple[int, float]]]
 
 
 def _pictures(summaries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Curves]]:
-    """Curves by picture, panel and label: Table 3 has a panel for each optimizer."""
+    """Return the curves by picture, panel and label. Table 3 has one panel per optimizer."""
     pictures: dict[str, dict[str, Curves]] = {}
     for summary in summaries:
         if "curve" in summary:

@@ -1,4 +1,4 @@
-"""The rows of the paper's tables, and some beyond them, as data."""
+"""The rows of the paper's tables, and rows beyond the paper, as data."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _GAMMA = 0.99994
 
 @dataclass(frozen=True)
 class Scale:
-    """Multiplies lengths and step sizes by a factor, and has decays come as far in them.
-
-    Raises:
-        ValueError: where a length would not be a whole number >= 1.
-    """
+    """Multiply lengths and step sizes by a factor, and adapt decays to the new lengths."""
 
     factor: Fraction = Fraction(1)
 
     def steps(self, count: int) -> int:
-        """``count`` iterations of the paper."""
+        """Return the scaled length for ``count`` iterations of the paper.
+
+        Raises:
+            ValueError: if the scaled length is no whole number >= 1.
+        """
         scaled = count * self.factor
         if scaled.denominator != 1 or scaled < 1:
             raise ValueError(
@@ -46,7 +46,7 @@ class Scale:
         return int(scaled)
 
     def gamma(self, gamma: float) -> float:
-        """The decay per iteration that leaves as much at the end."""
+        """Return the decay per iteration that leaves the same amplitude at the end."""
         return float(gamma ** (1 / self.factor))
 
 
@@ -56,13 +56,13 @@ class Row:
 
     Args:
         table: ``"1"``, ``"3"``, or ``"beyond"`` the paper.
-        name: of its own among all tables.
-        rule: the optimizer, a key of ``RULES``.
-        bounds: ``(base_lr, max_lr)``, for the groups whose rate is not doubled.
-        iterations: the paper's.
-        schedule: from a scale.
-        published: accuracy in percent, if the paper has it.
-        references: the rows, mostly fixed, that it is compared with.
+        name: unique among all tables.
+        rule: the optimizer, a key of :data:`~clr_optim.bench.paper.optimizers.RULES`.
+        bounds: ``(base_lr, max_lr)`` of the groups with the network's rate; others have twice it.
+        iterations: the length in the paper.
+        schedule: makes the schedule at a scale.
+        published: the paper's accuracy in percent, if it has the row.
+        references: the names of the rows to compare this row with.
     """
 
     table: str
@@ -76,12 +76,12 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The name within its picture."""
+        """The name in a picture of one optimizer."""
         return self.name.removeprefix(f"{self.rule}-")
 
 
 def _times(factor: float, schedule: Schedule) -> Schedule:
-    """The schedule with all rates multiplied, whatever each group's bounds."""
+    """Multiply all rates of a schedule by a factor, for any bounds."""
 
     def times(end: tuple[float, float]) -> tuple[float, float]:
         return (factor * end[0], factor * end[1])
@@ -93,7 +93,7 @@ def _times(factor: float, schedule: Schedule) -> Schedule:
 
 
 def _stepped(scale: Scale) -> Schedule:
-    """Caffe's own: 0.001, from iteration 60,000 a tenth of it, from 65,000 a hundredth."""
+    """Caffe's schedule: 0.001, from iteration 60,000 a tenth of 0.001, from 65,000 a hundredth."""
     return sequence(
         [
             (fixed(), scale.steps(60_000)),
@@ -103,12 +103,12 @@ def _stepped(scale: Scale) -> Schedule:
     )
 
 
-#: Table 2: what the bounds 0.001 and 0.005 are multiplied by, step size, start and end.
+#: Table 2: a factor for the bounds 0.001 and 0.005, step size, start and end.
 STAGES = ((1.0, 2_000, 0, 16_000), (0.1, 1_000, 16_000, 22_000), (0.01, 500, 22_000, 25_000))
 
 
 def _table2(scale: Scale) -> Schedule:
-    # Bounds as shares of each group's: with absolute ones no bias would learn twice as fast.
+    # Factors of each group's bounds: with absolute bounds, biases would not have twice the rate.
     return sequence(
         [
             (_times(factor, triangular2(scale.steps(size))), scale.steps(end - start))
@@ -132,7 +132,14 @@ def _fixed(scale: Scale) -> Schedule:
 def _adaptive(
     rule: str, bounds: tuple[float, float], at_fixed: float, *cyclic: tuple[int, float]
 ) -> list[Row]:
-    """Table 3's rows of an optimizer: the lower bound for 70,000 iterations, and cyclic ones."""
+    """Return Table 3's rows of an optimizer: fixed at the lower bound, and cyclic ones.
+
+    Args:
+        rule: the optimizer.
+        bounds: ``(base_lr, max_lr)``.
+        at_fixed: the paper's accuracy at the fixed rate, after 70,000 iterations.
+        cyclic: length and published accuracy of each cyclic row.
+    """
     name = f"{rule}-fixed"
     rows = [Row("3", name, rule, (bounds[0], bounds[0]), 70_000, _fixed, at_fixed)]
     for length, published in cyclic:
@@ -198,7 +205,7 @@ ROWS: dict[str, Row] = {
 
 
 def stages(scale: Scale) -> str:
-    """Table 2 in words."""
+    """Return Table 2 as Markdown."""
     base_lr, max_lr = ROWS["triangular2"].bounds
     return "\n".join(
         [

@@ -1,4 +1,4 @@
-"""Speed."""
+"""Measure iterations per second: ours, and torch's with its CyclicLR."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ _ROUNDS = 10
 def measure_speed(
     data: Data, device: torch.device | str = "cpu", iterations: int = 200
 ) -> dict[str, Any]:
-    """Iterations per second, in turns: ours, as a graph on a GPU, and torch's with its CyclicLR.
+    """Measure iterations per second of each variant, in turns.
+
+    The variants are our optimizer, on a GPU also as one graph, and torch's SGD with ``CyclicLR``.
 
     Args:
         data: to train on.
-        device: where.
-        iterations: of each, in ten turns.
+        device: of model and images.
+        iterations: of each variant, in ten turns.
 
     Returns:
-        The median over turns by variant, under ``"iterations_per_s"``, and the device.
+        The median over turns by variant under ``"iterations_per_s"``, the device and the threads.
     """
     ours = _speed_run(data, device)
     variants: dict[str, Callable[[], None]] = {"clr_optim": ours.iterate}
@@ -67,7 +69,7 @@ def _speed_run(data: Data, device: torch.device | str) -> Run:
 def _torch_iteration(
     data: Data, device: torch.device | str, fused: bool | None
 ) -> Callable[[], None]:
-    """What a user of torch alone would write."""
+    """Make the iteration that a user of torch alone would write."""
     model = cifar10_full(0).to(device)
     base_lr, max_lr = BOUNDS
     optimizer = torch.optim.SGD(parameter_groups(model, max_lr), momentum=MOMENTUM, fused=fused)

@@ -1,4 +1,4 @@
-"""Store."""
+"""Keep results and checkpoints of runs in a folder."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ __all__ = ["Store", "key"]
 
 
 class Store:
-    """The folder of results: a line for each finished run, a checkpoint for each begun one.
+    """A folder of results: one line per finished run, one checkpoint per unfinished run.
 
-    Several processes may share it if their rows or seeds differ.
+    Several processes may share a folder if their rows or seeds differ.
 
     Args:
-        folder: made if it is not there.
-        made: whether it may be made.
+        folder: the folder.
+        create: whether to create a folder that does not exist.
     """
 
-    def __init__(self, folder: str | Path, *, made: bool = True) -> None:
+    def __init__(self, folder: str | Path, *, create: bool = True) -> None:
         self.folder = Path(folder)
-        if made:
+        if create:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.results = self.folder / "results.jsonl"
 
     def is_empty(self) -> bool:
-        """Whether nothing was ever begun here."""
+        """Whether the folder has neither results nor checkpoints."""
         return not self.results.exists() and not list(self.folder.glob("checkpoint-*.pt"))
 
     def read(self) -> list[dict[str, Any]]:
-        """The finished runs; the rest of a line whose writing was cut off is not one.
+        """Return the finished runs; ignore an incomplete last line.
 
         Raises:
-            ValueError: naming the line that is none of ours.
+            ValueError: naming the line that holds no result of a run.
         """
         if not self.results.exists():
             return []
-        *lines, _cut_off = self.results.read_text(encoding="utf-8").split("\n")
+        *lines, _incomplete = self.results.read_text(encoding="utf-8").split("\n")
         runs: list[dict[str, Any]] = []
         for number, line in enumerate(lines, 1):
             try:
@@ -57,23 +57,23 @@ class Store:
         return runs
 
     def append(self, result: Mapping[str, Any]) -> None:
-        """Add a finished run, on the disk when this returns."""
+        """Add a finished run, and wait until the disk has it."""
         line = json.dumps(result, ensure_ascii=False).encode() + b"\n"
         with self.results.open("ab+") as file:
             file.seek(0)
-            whole, newline, cut_off = file.read().rpartition(b"\n")
-            if cut_off:
+            whole, newline, incomplete = file.read().rpartition(b"\n")
+            if incomplete:
                 file.truncate(len(whole + newline))
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
 
     def checkpoint(self, row: str, seed: int) -> Path:
-        """Where a run's checkpoint lies."""
+        """Return the path of a run's checkpoint."""
         return self.folder / f"checkpoint-{row}-{seed}.pt"
 
     def save(self, run: Run) -> None:
-        """Write a checkpoint; whenever the machine stops, this or the one before is whole."""
+        """Write a checkpoint. If the machine stops meanwhile, the old checkpoint stays whole."""
         path = self.checkpoint(run.row.name, run.seed)
         new = path.with_suffix(".new")
         with new.open("wb") as file:
@@ -83,7 +83,14 @@ class Store:
         os.replace(new, path)
 
     def load(self, run: Run) -> bool:
-        """Have ``run`` go on from its checkpoint; whether there is one."""
+        """Continue ``run`` from its checkpoint.
+
+        Returns:
+            Whether the run has a checkpoint.
+
+        Raises:
+            ValueError: naming the file, if it is no checkpoint of this run.
+        """
         path = self.checkpoint(run.row.name, run.seed)
         if not path.exists():
             return False
@@ -100,9 +107,10 @@ class Store:
         return True
 
     def drop_checkpoint(self, row: str, seed: int) -> None:
-        """Remove what a finished run no longer needs."""
+        """Remove the checkpoint of a finished run."""
         self.checkpoint(row, seed).unlink(missing_ok=True)
 
 
 def key(result: Mapping[str, Any]) -> tuple[str, int]:
+    """Return row and seed of a result."""
     return str(result["row"]), int(result["seed"])

@@ -1,4 +1,4 @@
-"""Train runs."""
+"""Train runs to the end, several in turns, with checkpoints by the clock."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["train"]
 
 
 class _Training:
-    """A run on its way, and the clock of its training and its checkpoints."""
+    """A run in training, with the clock of its training and its checkpoints."""
 
     def __init__(self, run: Run, save: Callable[[Run], None], save_every_s: float) -> None:
         self.run, self._save, self._every = run, save, save_every_s
@@ -31,7 +31,7 @@ class _Training:
         self._saved = self._since = perf_counter()
 
     def advance(self) -> None:
-        """One iteration, or one evaluation; a checkpoint before it, if it is time."""
+        """Do one iteration or evaluation; before it, save a checkpoint if it is time."""
         run = self.run
         if perf_counter() - self._saved >= self._every:
             self.save()
@@ -52,38 +52,38 @@ def train(
     together: int = 1,
     finish: Callable[[Run], None] = lambda run: None,
 ) -> list[Run]:
-    """Train runs to the end, saving now and then.
+    """Train runs to the end, and save each of them from time to time.
 
     Args:
-        runs: each is asked for when there is room for it.
+        runs: an iterator may create each run late: the next one is requested when one has ended.
         save: writes a checkpoint.
-        stopped: true as soon as all are to be saved and left.
+        stopped: returns true when all runs are to be saved and left.
         show: called with a run after each of its iterations and evaluations.
         save_every_s: seconds between checkpoints of a run.
-        together: how many are trained beside each other, an iteration each in turn.
-        finish: called with a run that came to its end.
+        together: how many runs train beside each other, one iteration each in turns.
+        finish: called with each finished run.
 
     Returns:
-        The runs that were under way when it was stopped.
+        The unfinished runs, if training was stopped.
     """
     waiting = iter(runs)
-    under_way: list[_Training] = []
+    current: list[_Training] = []
     while True:
-        while len(under_way) < together and (run := next(waiting, None)) is not None:
-            with run.apart():
-                under_way.append(_Training(run, save, save_every_s))
-        if not under_way:
+        while len(current) < together and (run := next(waiting, None)) is not None:
+            with run.on_stream():
+                current.append(_Training(run, save, save_every_s))
+        if not current:
             return []
         if stopped():
-            for training in under_way:
-                with training.run.apart():
+            for training in current:
+                with training.run.on_stream():
                     training.save()
-            return [training.run for training in under_way]
-        for training in tuple(under_way):
+            return [training.run for training in current]
+        for training in tuple(current):
             run = training.run
-            with run.apart():
+            with run.on_stream():
                 training.advance()
                 show(run)
                 if run.is_done:
                     finish(run)
-                    under_way.remove(training)
+                    current.remove(training)

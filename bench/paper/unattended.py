@@ -1,4 +1,4 @@
-"""Unattended."""
+"""Train all rows at all seeds, unattended: signals save the runs, and a restart continues them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ __all__ = ["train_all"]
 
 
 class _Stop:
-    """Notes SIGINT and SIGTERM, so that what is under way can be saved.
+    """Note SIGINT and SIGTERM, so that the current runs can be saved.
 
-    A second SIGINT ends it at once; SIGTERM may come twice of one request, as from ``timeout``.
+    A second SIGINT interrupts at once. One request may send SIGTERM twice, as ``timeout`` does.
     """
 
     def __init__(self) -> None:
@@ -44,19 +44,23 @@ class _Stop:
         if signal.SIGINT in self._before:
             signal.signal(signal.SIGINT, self._before.pop(signal.SIGINT))
 
-    def _put_back(self) -> None:
+    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
 
     def __exit__(self, *error: object) -> None:
-        self._put_back()
+        self._restore()
 
 
 def train_all(
     rows: Sequence[Row], scale: Scale, data: Data, store: Store, args: argparse.Namespace
 ) -> int:
-    """Every row at every seed that is not in the store yet; returns the signal that ended it."""
+    """Train every row at every seed, except those in the store.
+
+    Returns:
+        The signal that stopped the training, or 0.
+    """
     common = {
         "scale": str(scale.factor),
         "momentum": "caffe" if args.caffe_momentum else "torch",
@@ -68,8 +72,8 @@ def train_all(
     for result in store.read():
         check_settings(common, result, str(store.results))
         finished.add(key(result))
-        store.drop_checkpoint(*key(result))  # should it have ended between the two
-    # Seeds outermost: whenever this is stopped, as many rows as can be are whole.
+        store.drop_checkpoint(*key(result))  # left over if a process ended between the two writes
+    # Seeds outermost, so that an early stop leaves all rows at as many seeds as possible.
     jobs = [
         (row, seed)
         for seed in range(args.seeds)
@@ -84,10 +88,10 @@ def train_all(
         machine = {**machine, **Gpu().describe(), **own}
     more = {"data_note": args.data_note, "machine": machine, "together": args.together}
 
-    def begun() -> Iterator[Run]:
+    def begin_runs() -> Iterator[Run]:
         for row, seed in jobs:
             run = Run(row, seed, scale, data, device=args.device, caffe=args.caffe_momentum)
-            with run.apart():  # or the run's own stream might not wait for it
+            with run.on_stream():  # on another stream, the run might start before loading ends
                 store.load(run)
             progress.begin(run)
             yield run
@@ -98,7 +102,7 @@ def train_all(
 
     with _Stop() as stop:
         left = train(
-            begun(),
+            begin_runs(),
             store.save,
             lambda: stop.signal,
             progress.show,
@@ -109,8 +113,8 @@ def train_all(
     for run in left:
         print(
             f"\nstopped after {run.iteration:,} of {run.iterations:,} iterations of "
-            f"{run.row.name}, seed {run.seed}, and saved: the same command with --resume goes on "
-            "from there",
+            f"{run.row.name}, seed {run.seed}, and saved: the same command with --resume "
+            "continues the run",
             file=sys.stderr,
         )
     return stop.signal if left else 0

@@ -1,9 +1,20 @@
-"""Time the step of each rule: ours against torch's own and against the memory's bandwidth.
+"""Time the step of each update rule: ours, torch's own, and the memory's bandwidth as the limit.
 
-Each file does one job: :mod:`.tensors` makes parameters and gradients, :mod:`.variants` the steps
-that are compared, :mod:`.timing` takes them in turns, :mod:`.cells` measures one rule on one
-workload, :mod:`.overhead` and :mod:`.processes` what lies beside the cells, :mod:`.options` reads
-the command line and :mod:`.command` runs it.
+A *cell* is one rule on one workload in one dtype. A *variant* is one way to take the step: torch's
+for-loop, foreach, fused or compiled step, each with its ``CyclicLR``, or our step. All variants of
+a cell share parameters and gradients, keep their own state, and take turns step by step. A slow
+moment of the machine then slows all of them.
+
+Before each step the gradients move to other memory, as ``zero_grad(set_to_none=True)`` makes them
+move in training. That time does not count.
+
+On a GPU each round times a step twice: on the device, and on the host that launches it (see
+:class:`~clr_optim.bench.gpu.Stopwatch`). Captured graphs are timed too; their gradients stay in
+place.
+
+The files: ``tensors`` (parameters and gradients), ``variants`` and ``graphs`` (the steps),
+``timing`` (turns), ``cells`` (one cell), ``overhead`` and ``processes`` (measurements beside the
+cells), ``options`` and ``command`` (the command line).
 """
 
 from clr_optim.bench.throughput.command import DESCRIPTION, exit_code, main, run

@@ -1,4 +1,4 @@
-"""Measure a cell."""
+"""Measure one cell: every variant of a rule's step on one workload in one dtype."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from clr_optim import CyclicalOptimizer
 from clr_optim import rules as fused_rules
 from clr_optim.bench.gpu import Gpu, Stopwatch
 from clr_optim.bench.machine import Limit, last_level_cache
+from clr_optim.bench.throughput.graphs import captured_steps
 from clr_optim.bench.throughput.tensors import Tensors
 from clr_optim.bench.throughput.timing import Step, interleave, orders
 from clr_optim.bench.throughput.variants import (
     ON_GPU,
-    graphs,
-    leave_out_failing,
-    ours,
+    drop_failing,
+    our_optimizer,
     torch_steps,
     wrong_variants,
 )
@@ -27,13 +27,16 @@ __all__ = ["Row", "bytes_per_element", "measure_cell", "measure_cell_on_gpu"]
 
 Row = dict[str, Any]
 
-
-#: A step that moves less than so many times the last cache may find some of it there.
+#: A step is held against the memory's bandwidth only if it moves this many times the last cache's
+#: size. A smaller step could find part of its data in the cache.
 _CACHES_FULL = 4
 
 
 def bytes_per_element(rule: Rule, dtype: torch.dtype) -> int:
-    """What a step must move: parameter and state read and written, gradient read."""
+    """Count the bytes that a step must move per value of a parameter.
+
+    The step reads and writes the parameter and each state tensor, and reads the gradient.
+    """
     group = rule.optimizer([torch.zeros(1)], **rule.settings).param_groups[0]
     slots = len(fused_rules.RULES[rule.optimizer].slots(group))
     return (3 + 2 * slots) * dtype.itemsize
@@ -48,15 +51,18 @@ def measure_cell(
     limit: Limit,
     compiled: bool = False,
 ) -> Row:
-    """One row of the results.
+    """Measure a cell on the CPU.
 
-    Where the caches cannot help, the memory's limit is measured in the same rounds: other tenants
-    of a shared machine change it by half within minutes.
+    If the step moves more than the caches hold, the same rounds measure the memory's bandwidth. On
+    a shared machine, other users can change the bandwidth by half within minutes.
+
+    Returns:
+        One row of the results.
     """
-    own = ours(RULES[rule], tensors.params)
+    own = our_optimizer(RULES[rule], tensors.params)
     steps: dict[str, Step] = {**torch_steps(RULES[rule], tensors.params, compiled)}
     steps["ours"] = own.step
-    leave_out_failing(steps, ["compile"], tensors, f"{rule}/{workload}/{dtype}")
+    drop_failing(steps, ["compile"], tensors, f"{rule}/{workload}/{dtype}")
     moved = tensors.size * bytes_per_element(RULES[rule], DTYPES[dtype])
     from_memory = moved >= _CACHES_FULL * last_level_cache()
     probes = limit.operations if from_memory else {}
@@ -87,7 +93,7 @@ def measure_cell(
 def _described(
     rule: str, workload: str, dtype: str, tensors: Tensors, own: CyclicalOptimizer[Any]
 ) -> Row:
-    """What a row is about."""
+    """Return the part of a row that says what was measured."""
     return {
         "rule": rule,
         "workload": workload,
@@ -110,19 +116,23 @@ def measure_cell_on_gpu(
     compiled: bool = False,
     backward: bool = False,
 ) -> Row:
-    """One row of the results; its ratios and shares are of the time on the device.
+    """Measure a cell on a GPU.
 
-    What the caches could hold, for the better part, has no share: it may not come from the memory,
-    and such a step takes no longer than its launches do. ``waited`` is the share of the rounds in
-    which the device may have waited for the host, so that the host's time counts in the device's.
+    Ratios and shares of the bandwidth are of the time on the device. If the caches can hold a good
+    part of the step's data, the row has no share: the data may come from a cache, and launching
+    such a step takes most of its time. ``waited`` is the share of the rounds in which the device
+    may have waited for the host; in those rounds the device's time includes the host's.
+
+    Returns:
+        One row of the results.
     """
     kind, cell = RULES[rule], f"{rule}/{workload}/{dtype}"
-    own = ours(kind, tensors.params, backend=gpu.backend)
+    own = our_optimizer(kind, tensors.params, backend=gpu.backend)
     steps = torch_steps(kind, tensors.params, compiled, plain=ON_GPU)
-    leave_out_failing(steps, ["fused", "compile"], tensors, cell)
-    rivals = list(steps)
+    drop_failing(steps, ["fused", "compile"], tensors, cell)
+    torch_names = list(steps)
     steps["ours"] = own.step
-    steps.update(graphs(gpu, kind, tensors, "fused" in rivals, cell))
+    steps.update(captured_steps(gpu, kind, tensors, "fused" in torch_names, cell))
     moved = tensors.size * bytes_per_element(kind, DTYPES[dtype])
     from_memory = moved >= _CACHES_FULL * gpu.cache()
     timed = {**steps, **(limit.operations if from_memory else {})}
@@ -133,7 +143,7 @@ def measure_cell_on_gpu(
     host = {name: float(np.median(times[name].host)) for name in steps}
     checked = [name for name in steps if name in ("forloop", "fused", "ours", "ours_graph")]
     wrong = wrong_variants(kind, DTYPES[dtype], checked, gpu)
-    right = [name for name in rivals if name not in wrong]
+    right = [name for name in torch_names if name not in wrong]
     gbps = max(limit.gbps(device).values()) if from_memory else None
     graph = None if "ours_graph" in wrong else device.get("ours_graph")
     return {

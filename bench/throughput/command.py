@@ -1,4 +1,4 @@
-"""Command."""
+"""Run ``clr-optim bench``: measure the chosen cells, print, write and draw the results."""
 
 from __future__ import annotations
 
@@ -27,25 +27,26 @@ from clr_optim.bench.workloads import DTYPES, WORKLOADS
 
 __all__ = ["DESCRIPTION", "exit_code", "main", "run"]
 
-
 DESCRIPTION = (
-    "Times the step of each rule over the shapes of well-known models, ours against torch's "
-    "default, foreach and fused ones, each of those with its CyclicLR. Prints medians, ratios and "
-    "the share of the memory's bandwidth; everything takes about half an hour. With --device cuda "
-    "on a GPU, there with the times of device and host apart, and as a graph that is replayed."
+    "Times the step of each update rule over the shapes of well-known models: ours, and torch's "
+    "default, foreach and fused steps, each with its CyclicLR. Prints medians, ratios and the "
+    "share of the memory's bandwidth. A whole run takes about half an hour. With --device cuda it "
+    "measures a GPU: device and host apart, and captured graphs too."
 )
 
-
-#: Of a GPU's memory, 3 GiB in all.
+#: The length of the arrays that measure a GPU's bandwidth: 3 GiB in all.
 _FLOATS_ON_GPU = 2**28
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the options ask for, print it, and return what ``--json`` writes.
+    """Measure the chosen cells, print the table, write the files.
+
+    Returns:
+        The results, as ``--json`` writes them.
 
     Raises:
-        argparse.ArgumentError: the options leave nothing to measure.
-        ImportError, OSError: a file cannot be written, noticed before anything is measured.
+        argparse.ArgumentError: if the options choose no cell.
+        ImportError, OSError: if a file cannot be written, before anything is measured.
     """
     cells = chosen_cells(args)
     if args.json:
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(path: str | None, results: Mapping[str, Any]) -> None:
-    """What was there stays until the new is whole."""
+    """Write the results; an interruption leaves the old file whole."""
     if path:
         beside = Path(f"{path}.new")
         text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
@@ -97,11 +98,11 @@ def _measure(cells: Sequence[Cell], args: argparse.Namespace) -> dict[str, Any]:
         tensors = Tensors(WORKLOADS[workload], DTYPES[dtype], backward=backward)
         for *_, rule in members:
             rows.append(measure_cell(rule, workload, dtype, tensors, seconds, limit, args.compile))
-            gc.collect()  # optimizers and schedulers hold each other, and gigabytes of state
+            gc.collect()  # optimizers and schedulers form cycles that hold gigabytes of state
             results["not_begun"] = len(cells) - len(rows)
             _write(args.json, results)
         del tensors
-    # The machine may have been busy the first time.
+    # Other work may have slowed the first measurement.
     peak = {name: max(rate, peak[name]) for name, rate in limit.best().items()}
     results.update(limit_gbps=max(peak.values()), limit=peak)
     if not args.cells_only:
@@ -113,7 +114,7 @@ def _measure(cells: Sequence[Cell], args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure_on_gpu(gpu: Gpu, cells: Sequence[Cell], args: argparse.Namespace) -> dict[str, Any]:
-    """The cells, each written when it is done; one that fails is left out, and said to be."""
+    """Measure the cells and write each at once; list a cell that fails under ``left_out``."""
     seconds = args.seconds_per_cell
     if seconds is None:
         seconds = 0.3 if args.quick else 1.0
@@ -147,17 +148,17 @@ def _measure_on_gpu(gpu: Gpu, cells: Sequence[Cell], args: argparse.Namespace) -
                         gpu, rule, workload, dtype, tensors, seconds, limit, args.compile, backward
                     )
                 )
-            except Exception as error:  # of any kind: the other cells are still worth measuring
+            except Exception as error:  # of any kind: measure the other cells all the same
                 why = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
                 left_out.append({"cell": f"{rule}/{workload}/{dtype}", "why": why})
-            gc.collect()  # optimizers and schedulers hold each other, and gigabytes of state
+            gc.collect()  # optimizers and schedulers form cycles that hold gigabytes of state
             results["not_begun"] = len(cells) - len(rows) - len(left_out)
             _write(args.json, results)
     return results
 
 
 def _until(seconds: float | None, cells: Iterable[Cell]) -> Iterator[Cell]:
-    """The cells, until so much time has gone by."""
+    """Yield the cells until the time is up."""
     end = math.inf if seconds is None else perf_counter() + seconds
     for cell in cells:
         if perf_counter() > end:
@@ -166,7 +167,7 @@ def _until(seconds: float | None, cells: Iterable[Cell]) -> Iterator[Cell]:
 
 
 def _progress(cells: Sequence[Cell]) -> Iterable[Cell]:
-    """The cells, with a bar on a terminal if tqdm is there."""
+    """Return the cells, with a progress bar on a terminal if tqdm is installed."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -176,7 +177,7 @@ def _progress(cells: Sequence[Cell]) -> Iterable[Cell]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark by itself, as ``python -m clr_optim.bench``; returns the exit code."""
+    """Run ``python -m clr_optim.bench``; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m clr_optim.bench", description=DESCRIPTION)
     add_arguments(parser)
     args = parser.parse_args(argv)
@@ -190,5 +191,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def exit_code(results: Mapping[str, Any]) -> int:
-    """1 if cells failed, which then are in the results' ``left_out``, else 0."""
+    """Return 1 if a cell failed, else 0."""
     return 1 if results.get("left_out") else 0

@@ -1,4 +1,4 @@
-"""Overhead."""
+"""Measure the cost of a step beside its arithmetic: per call, per tensor, per optimizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from clr_optim import CyclicalOptimizer
 from clr_optim.bench.throughput.tensors import Tensors
 from clr_optim.bench.throughput.timing import Step, interleave
-from clr_optim.bench.throughput.variants import LR, ours
+from clr_optim.bench.throughput.variants import LR, our_optimizer
 from clr_optim.bench.workloads import RULES
 
 __all__ = ["measure_in_backward", "measure_overhead"]
@@ -24,16 +24,20 @@ class _Noop(torch.optim.Optimizer):
         super().__init__(params, {"lr": LR})
 
     def step(self, closure: Any = None) -> Any:
-        """Nothing: what is left is the profiling wrapper and the hooks of torch's base class."""
+        """Do nothing. The call still costs torch's profiling wrapper and hooks."""
 
 
 def measure_overhead(seconds: float, *, backward: bool = False) -> dict[str, float]:
-    """Of Adam: of a step at all, beside one that does nothing, and of each further tensor."""
+    """Measure Adam's step of one tensor, each further tensor, and a step that does nothing.
+
+    Returns:
+        Seconds as ``one_tensor_s``, ``per_tensor_s`` and ``noop_s``.
+    """
     median: dict[str, float] = {}
     for count, size in ((1, 1), (100, 16), (1000, 16)):
-        # Each by itself: a thousand tensors would leave cold caches to the step of one.
+        # In turns, the step of a thousand tensors would empty the caches before the step of one.
         tensors = Tensors([(size,)] * count, torch.float32, backward=backward)
-        steps: dict[str, Step] = {str(count): ours(RULES["adam"], tensors.params).step}
+        steps: dict[str, Step] = {str(count): our_optimizer(RULES["adam"], tensors.params).step}
         if count == 1:
             steps["noop"] = _Noop(tensors.params).step
         for name, times in interleave(steps, tensors.move_gradients, seconds).items():
@@ -46,9 +50,15 @@ def measure_overhead(seconds: float, *, backward: bool = False) -> dict[str, flo
 
 
 def measure_in_backward(seconds: float, count: int = 1000) -> dict[str, float]:
-    """Per optimizer, where each of so many parameters has an Adam of its own, as those have that
-    step while backward runs: what wrapping it costs, its first step, and a later one beside one
-    that does nothing.
+    """Measure many optimizers of one small parameter each, as used to step while backward runs.
+
+    Args:
+        seconds: for the later steps.
+        count: how many optimizers.
+
+    Returns:
+        Seconds per optimizer: ``wrap_s`` to wrap an Adam, ``first_s`` for its first step,
+        ``step_s`` for a later step, ``noop_s`` for a step that does nothing.
     """
     tensors = Tensors([(16,)] * count, torch.float32, backward=False)
     tensors.move_gradients()

@@ -1,4 +1,4 @@
-"""Processes."""
+"""Measure in new processes: the first step of a process, and the peak memory of a step."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ import torch
 
 from clr_optim.bench.throughput.tensors import Tensors
 from clr_optim.bench.throughput.timing import Step
-from clr_optim.bench.throughput.variants import ours, torch_steps
+from clr_optim.bench.throughput.variants import our_optimizer, torch_steps
 from clr_optim.bench.workloads import RULES, WORKLOADS
 
 __all__ = ["measure_first_step", "measure_memory", "probe_first_step", "probe_memory"]
 
 
 def measure_first_step() -> dict[str, Any]:
-    """Seconds of an Adam's first step over the MLP, each in a process of its own.
+    """Measure Adam's first step over the MLP, each time in a new process.
 
-    ``compiled_s`` with an empty cache, so with the compilation; ``cached_s`` with what that left
-    behind; ``torch_s`` by the wrapped optimizer's own step.
+    Returns:
+        Seconds: ``compiled_s`` with an empty cache, which includes the compilation, ``cached_s``
+        with the cache that the first process filled, ``torch_s`` by torch's own step. If the
+        native kernels cannot serve, ``skipped`` with the reason.
     """
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as cache:
@@ -49,10 +51,10 @@ def measure_first_step() -> dict[str, Any]:
 
 
 def probe_first_step() -> dict[str, Any]:
-    """The first step of this process."""
+    """Measure the first step of this process."""
     tensors = Tensors(WORKLOADS["mlp"], torch.float32)
     tensors.move_gradients()
-    optimizer = ours(RULES["adam"], tensors.params)
+    optimizer = our_optimizer(RULES["adam"], tensors.params)
     begin = perf_counter()
     optimizer.step()
     seconds = perf_counter() - begin
@@ -60,10 +62,13 @@ def probe_first_step() -> dict[str, Any]:
 
 
 def measure_memory(workload: str) -> dict[str, Any]:
-    """Bytes that an Adam step takes beyond parameters, gradients and state, at its peak.
+    """Measure the memory that an Adam step takes beyond parameters, gradients and state.
 
-    Of the third step, in a process of its own: the growth of the resident memory's high-water
-    mark, which Linux resets on demand. Accurate to about a megabyte.
+    The figure is the growth of the process's peak resident memory during its third step, in a new
+    process. Linux resets that peak on demand. The figure is accurate to about a megabyte.
+
+    Returns:
+        Bytes by variant, or ``skipped`` with the reason.
     """
     if not Path("/proc/self/clear_refs").exists():
         return {"skipped": "needs /proc/self/clear_refs, which is Linux's"}
@@ -71,20 +76,21 @@ def measure_memory(workload: str) -> dict[str, Any]:
 
 
 def probe_memory(workload: str) -> dict[str, Any]:
-    """The measurement, which would count whatever else a process holds and frees."""
+    """Measure in this process, which must have done nothing else before."""
     tensors = Tensors(WORKLOADS[workload], torch.float32)
     adam = RULES["adam"]
     steps: dict[str, Step] = {**torch_steps(adam, tensors.params)}
-    steps["ours"] = ours(adam, tensors.params).step
+    steps["ours"] = our_optimizer(adam, tensors.params).step
     result: dict[str, Any] = {"workload": workload, "rule": "adam", "dtype": "float32"}
     for name in list(steps):
-        step = steps.pop(name)  # and its state goes when the next one comes
+        step = steps.pop(name)  # the next variant frees the state of this one
         for _ in range(2):
             tensors.move_gradients()
             step()
         tensors.move_gradients()
         gc.collect()
-        with suppress(AttributeError):  # freed memory that glibc kept would hide what is taken
+        # glibc keeps freed memory. A step that reuses such memory would seem to take none.
+        with suppress(AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
         before = _resident("VmRSS")
         try:
@@ -106,7 +112,7 @@ def _resident(key: str) -> int:
 def _in_process(
     function: str, *arguments: object, environment: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """What a function of this module returns in a new Python with as many threads."""
+    """Call a function of this module in a new Python with as many threads; return its result."""
     code = (
         f"import json, torch; torch.set_num_threads({torch.get_num_threads()})\n"
         f"from clr_optim.bench.throughput import processes\n"

@@ -1,4 +1,4 @@
-"""Parameters, and gradients that move."""
+"""The parameters of a workload, and gradients that move before each step."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ __all__ = ["Tensors"]
 
 
 class Tensors:
-    """Parameters, and gradients that move.
+    """Hold the parameters of a workload and move their gradients.
+
+    Two sets of gradients take turns by default. This is easier on every step than training, where
+    each gradient is a new tensor in new memory; ``backward=True`` makes such gradients.
 
     Args:
-        shapes: of the parameters.
+        shapes: one per parameter.
         dtype: of parameters and gradients.
-        backward: have gradients made by a backward pass, as in training: new tensors, of which no
-            step has yet had a Python object, in memory that is new as well. Otherwise two sets
-            are made once and take turns, which spares the machine but is easier on every step.
-        device: where all of them lie.
+        backward: make new gradients by a backward pass before each step, as in training.
+        device: of all tensors.
     """
 
     def __init__(
@@ -46,14 +47,15 @@ class Tensors:
         self._backward = backward
 
     def move_gradients(self) -> None:
-        """Give every parameter another gradient, in other memory than the last."""
+        """Give every parameter a gradient in other memory than its last one."""
         grads = next(self._sets)
         if not self._backward:
             for param, grad in zip(self.params, grads, strict=True):
                 param.grad = grad
             return
-        held = [param.grad for param in self.params]  # or the memory could be the same again
+        # If the old gradients were freed first, the new ones could take their memory.
+        old_grads = [param.grad for param in self.params]
         for param in self.params:
             param.grad = None
         torch.autograd.backward(self.params, grads)
-        del held
+        del old_grads

@@ -1,4 +1,4 @@
-"""Take steps in turns and time each."""
+"""Take steps in turns, in a new order each round, and time each of them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,25 @@ _LEAST_ROUNDS, _MOST_ROUNDS = 5, 300
 
 
 def orders(names: list[str], seconds: float) -> Iterator[list[str]]:
-    """All of the names, in another order each round, until the time is up."""
+    """Yield the names in a new random order, round after round, until the time is up."""
+    # A random order keeps a variant from always running after the same neighbour.
     chance = Random(0)
     end = perf_counter() + seconds
     for number in range(_MOST_ROUNDS):
         if number >= _LEAST_ROUNDS and perf_counter() > end:
             break
-        yield chance.sample(names, len(names))  # nobody always comes after the same one
+        yield chance.sample(names, len(names))
 
 
 def interleave(steps: Mapping[str, Step], prepare: Step, seconds: float) -> dict[str, list[float]]:
-    """Time the steps one by one in turn, in another order each round, each after ``prepare``."""
+    """Time the steps in turns, and call ``prepare`` before each step, untimed.
+
+    Returns:
+        The seconds of each step, one per round, by name.
+    """
     names = list(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for name in names * 2:  # the first creates state
+    for name in names * 2:  # two untimed steps each: the first one creates state
         prepare()
         steps[name]()
     gc.disable()

@@ -1,4 +1,4 @@
-"""The steps that are compared."""
+"""The variants of a step: torch's own ways to take it, and ours."""
 
 from __future__ import annotations
 
@@ -17,20 +17,27 @@ from clr_optim.bench.throughput.tensors import Tensors
 from clr_optim.bench.throughput.timing import Step
 from clr_optim.bench.workloads import Rule
 
-__all__ = ["LR", "ON_GPU", "graphs", "leave_out_failing", "ours", "torch_steps", "wrong_variants"]
+__all__ = [
+    "LR",
+    "ON_GPU",
+    "drop_failing",
+    "our_optimizer",
+    "torch_steps",
+    "with_scheduler",
+    "wrong_variants",
+]
 
 LR, _STEP_SIZE = 1e-3, 2000
 
-
-#: Torch's plain variants; its default is the for-loop on a CPU and foreach on a GPU.
+#: torch's plain variants. The default is the for-loop on a CPU, and foreach on a GPU.
 ON_CPU: dict[str, dict[str, Any]] = {"default": {}, "foreach": {"foreach": True}}
 ON_GPU: dict[str, dict[str, Any]] = {"default": {}, "forloop": {"foreach": False}}
 
 
-def ours(
+def our_optimizer(
     rule: Rule, params: list[Tensor], lr: float = LR, backend: str = "auto"
 ) -> CyclicalOptimizer[Any]:
-    """What the benchmark is about, cycling between the bounds that torch's are given."""
+    """Make the optimizer that the benchmark is about, with the same bounds as torch's variants."""
     inner = rule.optimizer(params, lr=lr, **rule.settings)
     return CyclicalOptimizer(inner, policy="triangular", step_size_up=_STEP_SIZE, backend=backend)
 
@@ -42,31 +49,37 @@ def torch_steps(
     lr: float = LR,
     plain: Mapping[str, dict[str, Any]] = ON_CPU,
 ) -> dict[str, Step]:
-    """Torch's own ways to take the step, each with its scheduler."""
+    """Make torch's variants of a step, each with its own optimizer and scheduler."""
     flags = dict(plain)
     known = inspect.signature(rule.optimizer).parameters
     if "fused" in known:
         flags["fused"] = {"fused": True}
     if compiled:
-        # A rate that is a number would be compiled in anew at each change; and for a tensor torch
-        # asks for capturable, where there is such a flag.
+        # torch.compile would compile a rate that is a number anew at each change. If the rate is a
+        # tensor, torch asks for `capturable`.
         flags["compile"] = {"foreach": True, "lr": torch.tensor(lr, device=params[0].device)}
         if "capturable" in known:
             flags["compile"]["capturable"] = True
 
     def step(name: str) -> Step:
         optimizer = rule.optimizer(params, **{"lr": lr, **rule.settings, **flags[name]})
-        return _scheduled(optimizer, lr, torch.compile if name == "compile" else None)
+        return with_scheduler(optimizer, lr, torch.compile if name == "compile" else None)
 
     return {name: step(name) for name in flags}
 
 
-def _scheduled(
-    optimizer: torch.optim.Optimizer, lr: float, made: Callable[[Step], Step] | None = None
+def with_scheduler(
+    optimizer: torch.optim.Optimizer, lr: float, convert: Callable[[Step], Step] | None = None
 ) -> Step:
-    """The optimizer's step, or what is made of it, and then its scheduler's."""
+    """Return a function that takes the optimizer's step and then its ``CyclicLR``'s.
+
+    Args:
+        optimizer: one of torch's.
+        lr: the upper bound of the cycle.
+        convert: compiles or captures the optimizer's step; ``None`` leaves the step alone.
+    """
     scheduler = CyclicLR(optimizer, lr / 4, lr, step_size_up=_STEP_SIZE, cycle_momentum=False)
-    update: Step = optimizer.step if made is None else made(optimizer.step)
+    update: Step = optimizer.step if convert is None else convert(optimizer.step)
 
     def both() -> None:
         update()
@@ -75,45 +88,10 @@ def _scheduled(
     return both
 
 
-def graphs(gpu: Gpu, rule: Rule, tensors: Tensors, fused: bool, cell: str) -> dict[str, Step]:
-    """The step as a graph: ours, and torch's fused one, or its foreach one where there is no other.
-
-    Torch's only where it can be captured at all, which is said by ``capturable``: its rate is a
-    tensor then, which its ``CyclicLR`` fills after each replay. Each has an optimizer of its own.
-    """
-    captured: dict[str, Step] = {}
-
-    def theirs(flag: str, grads: list[Tensor | None]) -> Step:
-        rate = torch.tensor(LR, device=gpu.device)
-        flags = {"lr": rate, flag: True, "capturable": True, **rule.settings}
-        optimizer = rule.optimizer(tensors.params, **flags)
-        return _scheduled(optimizer, LR, lambda step: gpu.capture(step, grads))
-
-    makers: dict[str, Callable[[list[Tensor | None]], Step]] = {
-        "ours_graph": lambda grads: gpu.capture(
-            ours(rule, tensors.params, backend=gpu.backend).step, grads
-        )
-    }
-    if "capturable" in inspect.signature(rule.optimizer).parameters:
-        flag = "fused" if fused else "foreach"
-        makers[f"{flag}_graph"] = lambda grads: theirs(flag, grads)
-    for name, make in makers.items():
-        tensors.move_gradients()
-        try:
-            captured[name] = make([param.grad for param in tensors.params])
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # the eager steps are still worth measuring
-            print(f"{name} of {cell}: {error}", file=sys.stderr)
-    return captured
-
-
-def leave_out_failing(
-    steps: dict[str, Step], names: Iterable[str], tensors: Tensors, cell: str
-) -> None:
-    """Drop those of torch's that cannot take a first step: there is no kernel, or no compiler."""
+def drop_failing(steps: dict[str, Step], names: Iterable[str], tensors: Tensors, cell: str) -> None:
+    """Remove the named variants whose first step fails, for want of a kernel or a compiler."""
     if "compile" in steps:
-        torch.compiler.reset()  # what other cells compiled counts against a limit
+        torch.compiler.reset()  # torch limits how much one process compiles
     for name in names:
         if name not in steps:
             continue
@@ -122,7 +100,7 @@ def leave_out_failing(
             steps[name]()
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # many kinds; the other variants are still worth measuring
+        except Exception as error:  # of any kind: measure the other variants all the same
             del steps[name]
             title = "torch.compile" if name == "compile" else f"torch's {name}"
             print(f"{title} of {cell}: {error}", file=sys.stderr)
@@ -134,16 +112,17 @@ def wrong_variants(
     among: Collection[str] = ("foreach", "fused", "ours"),
     gpu: Gpu | None = None,
 ) -> list[str]:
-    """Variants whose first steps end, for most values, elsewhere than those of torch's default.
+    """Find variants whose first three steps give other parameters than torch's default.
 
-    What does not do the work has no place among the fastest: torch 2.13's fused SGD leaves most of
-    a 16-bit parameter as it was (pytorch/pytorch issue 191763).
+    A variant that computes wrong values must not count as the fastest. torch 2.13's fused SGD, for
+    one, leaves most of a 16-bit parameter unchanged (pytorch/pytorch issue 191763). A variant is
+    wrong if most values differ: where a gradient is almost 0, rounding in 16 bits decides alone.
 
     Args:
-        rule: with its settings.
+        rule: the optimizer and its settings.
         dtype: of parameters and gradients.
-        among: the variants that are looked at, as far as the rule has them.
-        gpu: where there is one, the steps are taken there.
+        among: the variants to check. A variant that the rule lacks is left out.
+        gpu: the device for the steps; ``None`` is the CPU.
     """
     start = torch.linspace(-1.0, 1.0, 99, dtype=torch.float64).to(dtype)
     if gpu is not None:
@@ -152,7 +131,7 @@ def wrong_variants(
 
     def after_steps(variant: str) -> Tensor:
         param = start.clone().requires_grad_()
-        own = ours(rule, [param], lr=0.5, backend=backend)
+        own = our_optimizer(rule, [param], lr=0.5, backend=backend)
         steps = torch_steps(rule, [param], lr=0.5, plain=plain)
         steps["ours"] = own.step
         if variant == "ours_graph" and gpu is not None:
@@ -174,7 +153,6 @@ def wrong_variants(
     for variant in among:
         known = variant != "fused" or "fused" in inspect.signature(rule.optimizer).parameters
         if known:
-            # Most, since where a gradient is next to nothing rounding in 16 bits decides it all.
             off = ~torch.isclose(after_steps(variant), expected, rtol=0.0, atol=tolerance)
             if 2 * int(off.sum()) > off.numel():
                 wrong.append(variant)
