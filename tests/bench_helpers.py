@@ -97,7 +97,7 @@ class FakeGraph:
 
 @contextmanager
 def fake_capture(graph: FakeGraph, stream: object) -> Iterator[None]:
-    """As CUDA would: what is captured is not done. Here it is, and then undone."""
+    """Capture without effect, as CUDA does. Here the step runs, and is then undone."""
     before = {}
 
     def note(optimizer, args, kwargs):
@@ -122,7 +122,7 @@ H200 = SimpleNamespace(
 
 
 def play_h200(monkeypatch):
-    """``torch.cuda`` as it is where there is a GPU, as far as the benchmark asks it."""
+    """Replace the parts of ``torch.cuda`` that the benchmark calls, as if a GPU were present."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
 
     def unknown_clock():

@@ -16,7 +16,7 @@ SMALL_BATCH = 10
 
 
 def write_slice(folder, per_file=100, seed=0):
-    """Classes that differ in colour, so that there is something to learn, under much noise."""
+    """Write a small CIFAR-10 whose classes differ in colour, under much noise."""
     rng = np.random.default_rng(seed)
     records = {}
     folder.mkdir(exist_ok=True)

@@ -181,7 +181,7 @@ def test_driver(files, version, monkeypatch):
 
 
 def test_real_graph_and_event_are_called_as_torch_has_them():
-    """What is faked above takes the arguments that torch's own take."""
+    """The fakes take the arguments that torch's functions take."""
     import inspect
 
     inspect.signature(torch.cuda.graph).bind("graph")

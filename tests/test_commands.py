@@ -238,7 +238,7 @@ def test_help_has_examples(command, capsys):
     assert f"clr-optim {command} --data cifar-10-batches-bin" in out
 
 
-def test_bench_bounds_measures_and_reports_whoever_wins(tmp_path, capsys, monkeypatch):
+def test_bench_bounds_measures_and_reports_every_outcome(tmp_path, capsys, monkeypatch):
     from clr_optim.bench import bounds
 
     monkeypatch.setattr(bounds, "COMPARED", ("SGD", "Adam"))

@@ -118,7 +118,7 @@ def test_scaled_rows_keep_their_shape(name, data):
     assert whole.iterations == 10 * tenth.iterations
     steps = range(0, tenth.iterations, 97)
     rates = [tenth.optimizer.lr_at(t)[0] for t in steps]
-    # One-cycle's last step is the one that has the last rate, whatever its length.
+    # One-cycle's last step has the last rate at every scale.
     tolerance = 2e-2 if name == "one_cycle" else 1e-9
     assert rates == pytest.approx([whole.optimizer.lr_at(10 * t)[0] for t in steps], rel=tolerance)
 
@@ -163,14 +163,14 @@ def test_stages_are_table_2_scaled():
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_caffes_momentum_is_torchs_at_a_constant_rate(nesterov):
-    ours, theirs = (torch.tensor([1.0, -2.0], dtype=torch.float64) for _ in range(2))
+    ours, expected = (torch.tensor([1.0, -2.0], dtype=torch.float64) for _ in range(2))
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.3, "nesterov": nesterov}
-    caffe, plain = CaffeSGD([ours], **options), torch.optim.SGD([theirs], **options)
+    caffe, plain = CaffeSGD([ours], **options), torch.optim.SGD([expected], **options)
     for k in range(5):
-        for param, optimizer in ((ours, caffe), (theirs, plain)):
+        for param, optimizer in ((ours, caffe), (expected, plain)):
             param.grad = torch.tensor([0.5 + k, -1.0], dtype=torch.float64)
             optimizer.step()
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(("nesterov", "expected"), [(False, -0.36), (True, -0.594)])

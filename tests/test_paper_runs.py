@@ -275,7 +275,7 @@ def test_a_captured_run_trains_as_an_eager_one(data, folder):
 
 @pytest.mark.gpu
 def test_captured_runs_beside_each_other_are_those_alone(folder, monkeypatch):
-    """On streams of their own, none of them reading what another writes."""
+    """Each run has its own stream, and reads no tensor that another run writes."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     there = images.read(folder, "cuda")
     names = ("window-hann", "adam-triangular", "one_cycle", "window-welch", "nesterov-triangular")

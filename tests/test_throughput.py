@@ -85,7 +85,7 @@ def test_every_step_is_taken_equally_often_in_changing_order(monkeypatch):
     assert all(sorted(order) == list("abc") for order in rounds)
     assert len(set(rounds)) == 6
     followed = {before + after for before, after in pairwise(taken[6:])}
-    assert len(followed) == 9  # nobody always comes after the same one, nor never after itself
+    assert len(followed) == 9  # every pair of neighbours, a step after itself too
 
 
 def test_at_least_so_many_rounds_whatever_the_time(monkeypatch):

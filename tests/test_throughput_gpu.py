@@ -54,9 +54,9 @@ def test_cells_on_a_gpu(tmp_path, capsys, h200):
     for row in rows:
         assert row["backend"] == gpu.Gpu.backend
         # RMSprop's foreach step is captured too, but not on this CPU, where torch refuses.
-        theirs = {"fused_graph"} if row["rule"] == "adam" else set()
+        graphs = {"fused_graph"} if row["rule"] == "adam" else set()
         fused = set() if row["rule"] == "rmsprop" else {"fused"}
-        assert set(row["times"]) == {"default", "forloop", "ours", "ours_graph"} | fused | theirs
+        assert set(row["times"]) == {"default", "forloop", "ours", "ours_graph"} | fused | graphs
         for times in row["times"].values():
             assert set(times) == {
                 "device_median_s", "device_p10_s", "device_p90_s", "host_median_s", "waited"

@@ -76,7 +76,7 @@ def _preamble(results: Sequence[Mapping[str, Any]]) -> list[str]:
         for m in (result["machine"] for result in results)
     )
     if any(result["machine"].get("tf32") for result in results):
-        lines.append("Convolutions in TF32, as torch has them on such a GPU unless told otherwise.")
+        lines.append("Convolutions in TF32, torch's default on such a GPU.")
     together = max(result.get("together", 1) for result in results)
     if together > 1:
         lines.append(f"Times are of runs that shared the GPU, {together} beside each other.")

@@ -93,7 +93,7 @@ def measure_cell(
 def _described(
     rule: str, workload: str, dtype: str, tensors: Tensors, own: CyclicalOptimizer[Any]
 ) -> Row:
-    """Return the part of a row that says what was measured."""
+    """Return the part of a row that describes the cell."""
     return {
         "rule": rule,
         "workload": workload,

@@ -148,7 +148,7 @@ def _measure_on_gpu(gpu: Gpu, cells: Sequence[Cell], args: argparse.Namespace) -
                         gpu, rule, workload, dtype, tensors, seconds, limit, args.compile, backward
                     )
                 )
-            except Exception as error:  # of any kind: measure the other cells all the same
+            except Exception as error:  # of any kind: the other cells are measured anyway
                 why = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
                 left_out.append({"cell": f"{rule}/{workload}/{dtype}", "why": why})
             gc.collect()  # optimizers and schedulers form cycles that hold gigabytes of state

@@ -55,6 +55,6 @@ def captured_steps(
             captured[name] = make([param.grad for param in tensors.params])
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # of any kind: measure the other variants all the same
+        except Exception as error:  # of any kind: the other variants are measured anyway
             print(f"{name} of {cell}: {error}", file=sys.stderr)
     return captured

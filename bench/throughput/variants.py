@@ -89,7 +89,7 @@ def with_scheduler(
 
 
 def drop_failing(steps: dict[str, Step], names: Iterable[str], tensors: Tensors, cell: str) -> None:
-    """Remove the named variants whose first step fails, for want of a kernel or a compiler."""
+    """Remove the named variants whose first step fails: no kernel, or no compiler."""
     if "compile" in steps:
         torch.compiler.reset()  # torch limits how much one process compiles
     for name in names:
@@ -100,7 +100,7 @@ def drop_failing(steps: dict[str, Step], names: Iterable[str], tensors: Tensors,
             steps[name]()
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # of any kind: measure the other variants all the same
+        except Exception as error:  # of any kind: the other variants are measured anyway
             del steps[name]
             title = "torch.compile" if name == "compile" else f"torch's {name}"
             print(f"{title} of {cell}: {error}", file=sys.stderr)
