@@ -1,4 +1,4 @@
-"""What the tests of the benchmark share: tiny runs, and a GPU played on the CPU."""
+"""Helpers of the benchmark's tests: tiny runs, and a fake GPU on the CPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TINY = ["--seconds-per-cell", "0", "--cells-only", "--threads", "1"]
 
 
 def shrink(monkeypatch):
-    """Few rounds, and arrays that fit anywhere."""
+    """Make the benchmark small: few rounds, small arrays."""
     real = machine.Limit
     monkeypatch.setattr(command, "Limit", lambda *args: real(2**12))
     monkeypatch.setattr(timing, "_LEAST_ROUNDS", 2)
@@ -65,7 +65,7 @@ def row_of(
 
 
 class FakeEvent:
-    """Knows when it was recorded, which is when all before it is done."""
+    """Records the time; the fake device has then finished all earlier work."""
 
     def __init__(self, enable_timing):
         assert enable_timing
@@ -81,7 +81,7 @@ class FakeEvent:
 
 
 class FakeGraph:
-    """Holds the one optimizer's step that was captured, which has not happened by that."""
+    """Holds a captured step of one optimizer; a replay takes the step."""
 
     step: Any
 
@@ -143,13 +143,13 @@ def play_h200(monkeypatch):
         "CUDAGraph": FakeGraph,
         "graph": fake_capture,
     }
-    # Only for the benchmark: torch itself would take a GPU that it sees for one that it can use.
+    # Only the benchmark's module sees the fake: torch itself would try to use the GPU.
     cuda = SimpleNamespace(**fakes)
     fake_torch = SimpleNamespace(
         cuda=cuda, version=SimpleNamespace(cuda="12.8", hip=None), __version__="2.11.0"
     )
     if is_interpreted():
-        import triton_helpers  # noqa: F401  (which mends the interpreter)
+        import triton_helpers  # noqa: F401  (repairs the interpreter)
     monkeypatch.setattr(gpu, "torch", fake_torch)
     monkeypatch.setattr(gpu.Gpu, "device", torch.device("cpu"))
     monkeypatch.setattr(gpu.Gpu, "backend", "triton" if is_interpreted() else "torch")

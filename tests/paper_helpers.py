@@ -1,4 +1,4 @@
-"""What the tests of the paper's rerun share: a made-up CIFAR-10, and results."""
+"""Helpers of the tests of the paper's rerun: a small CIFAR-10, runs, results."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def results_of(out):
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
-# 25,000 iterations as 200, step size 2,000 as 16: scale 1/125.
+# Scale 1/125 turns 25,000 iterations into 200, and the step size 2,000 into 16.
 TWO_HUNDRED = ("--scale", "1/125", "--data-note", "made up")
 
 

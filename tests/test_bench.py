@@ -49,12 +49,12 @@ def test_limit_counts_the_bytes_that_move():
         "copy": pytest.approx(12.0), "triad": pytest.approx(16.0), "in_place": pytest.approx(8.0)
     }  # fmt: skip
     assert set(limit.best(2)) == set(limit.operations)
-    there = machine.Limit(1000, "meta")  # no CPU: what is written is not read first
-    assert there.gbps(dict.fromkeys(there.operations, 1e-6)) == {
+    elsewhere = machine.Limit(1000, "meta")  # only a CPU reads memory before it writes there
+    assert elsewhere.gbps(dict.fromkeys(elsewhere.operations, 1e-6)) == {
         "copy": pytest.approx(8.0), "triad": pytest.approx(12.0), "in_place": pytest.approx(8.0)
     }  # fmt: skip
-    assert there.best(timed=lambda operation: 1e-6) == there.gbps(
-        dict.fromkeys(there.operations, 1e-6)
+    assert elsewhere.best(timed=lambda operation: 1e-6) == elsewhere.gbps(
+        dict.fromkeys(elsewhere.operations, 1e-6)
     )
 
 

@@ -1,4 +1,4 @@
-"""A GPU as the benchmark sees it: its names, its driver, its times."""
+"""The benchmark's view of a GPU: names, driver, and times by the stopwatch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def h200(monkeypatch):
 
 
 class Clocked:
-    """A device with a queue and a host beside it, each with a clock, in milliseconds.
+    """A fake device with a queue, and a fake host, each with a clock in milliseconds.
 
     Args:
-        patch: pytest's.
-        cuda: what stands for ``torch.cuda``.
-        launches: by name, what a call takes the host and then the device.
+        patch: pytest's monkeypatch.
+        cuda: the fake ``torch.cuda``.
+        launches: by name, the times of a call on the host and on the device.
     """
 
     def __init__(self, patch, cuda, launches):
@@ -72,10 +72,10 @@ def _time(clock, name, again=True, rounds=2):
 @pytest.mark.parametrize(
     ("prepare", "host", "device", "repeats"),
     [
-        (0.001, 0.01, 0.5, 1),  # a large model's: the device is the slower one by itself
+        (0.001, 0.01, 0.5, 1),  # a large model: the device takes longer than the host
         (0.001, 0.4, 0.15, 1),
         (0.001, 0.2, 0.01, 10),
-        (0.15, 0.007, 0.02, 5),  # a graph of a thousand tensors, whose gradients take the host long
+        (0.15, 0.007, 0.02, 5),  # a graph of a thousand tensors; preparing them takes the host long
         (0.15, 4.0, 0.03, 4),
     ],
 )
@@ -100,7 +100,7 @@ def test_where_the_queue_is_too_short_it_is_said_that_the_device_waited(h200, mo
     clock = Clocked(monkeypatch, h200.cuda, launches)
     times = _time(clock, "step")
     assert times.waited == [True, True]
-    assert times.device == pytest.approx([2.1e-3] * 2)  # behind 5 ms of the 7
+    assert times.device == pytest.approx([2.1e-3] * 2)  # the other work covers 5 of the host's 7 ms
     assert clock.calls[:-2].count("busy") <= 1 + 2 + 4 + 5 + 2 * 5
 
 
@@ -152,7 +152,7 @@ def test_names_for_files_and_compilers(capsys, h200, monkeypatch):
     amd = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-", L2_cache_size=4 * 2**20)
     monkeypatch.setattr(h200.cuda, "get_device_properties", lambda device: amd)
     assert gpu.Gpu().target() == "gfx942"
-    assert gpu.Gpu().cache() == 256 * 2**20  # its Infinity Cache
+    assert gpu.Gpu().cache() == 256 * 2**20  # the Infinity Cache
     monkeypatch.setattr(h200.version, "hip", None)
     monkeypatch.setattr(h200.cuda, "get_device_properties", lambda device: SimpleNamespace())
     assert gpu.Gpu().cache() == 64 * 2**20

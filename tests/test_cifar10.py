@@ -131,7 +131,7 @@ def test_accuracy_counts_every_image_in_eval_mode():
     images = _images(7)
 
     class Reads(nn.Module):
-        """Class 3 in eval mode, else class 0."""
+        """Answers class 3 in eval mode, else class 0."""
 
         def forward(self, x):
             scores = torch.zeros(len(x), 10)
@@ -144,7 +144,7 @@ def test_accuracy_counts_every_image_in_eval_mode():
 
 
 def naive_norm(x, size=3, alpha=5e-5, beta=0.75):
-    """Caffe's within-channel LRN: windows reach over the edge, where zeros count."""
+    """Compute Caffe's within-channel LRN: windows reach over the edge, where zeros count."""
     half = size // 2
     out = np.empty_like(x)
     for n, c, i, j in np.ndindex(*x.shape):
@@ -168,7 +168,7 @@ def test_norms_gradient():
 
 
 def naive_pool(x, reduce):
-    """Caffe's 3×3 pooling at every second pixel: ceil, and windows end where the image does."""
+    """Compute Caffe's 3×3 pooling with stride 2: ceil mode, and windows end at the image's edge."""
     height, width = (math.ceil((size - 3) / 2) + 1 for size in x.shape[2:])
     out = np.empty((*x.shape[:2], height, width))
     for i, j in np.ndindex(height, width):
@@ -177,12 +177,12 @@ def naive_pool(x, reduce):
 
 
 def test_the_network_is_caffes():
-    """Every layer in float64, convolutions by torch in another memory layout."""
+    """Every layer equals its definition in float64; convolutions are torch's, contiguous."""
     model = cifar10_full(0).double()
     conv1, conv2, conv3 = (m for m in model.modules() if isinstance(m, nn.Conv2d))
     linear = model[-1]
     with torch.no_grad():
-        for parameter in model.parameters():  # larger ones, or there would be little to compare
+        for parameter in model.parameters():  # larger values, for a sharper comparison
             parameter.mul_(5.0).add_(0.01)
     x = np.random.default_rng(1).uniform(-128, 128, (2, 3, 32, 32))
 

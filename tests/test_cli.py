@@ -1,4 +1,4 @@
-"""The command: its subcommands, its exit codes, its messages."""
+"""The command ``clr-optim``: subcommands, exit codes, messages."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_plot_names_the_file_after_the_policy(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "triangular.png").exists()
 
 
-# (options of plot, words of the message)
+# (options of plot, part of the message)
 WRONG_PLOTS = [
     (["--policy", "triangular", "--step-size-up", "0"], "step_size_up=0"),
     (["--policy", "exp_range", "--gamma", "1.5"], "gamma must be a finite number"),
@@ -195,7 +195,7 @@ def test_plot_refuses_in_the_librarys_words(options, words, tmp_path, capsys, mo
     assert not list(tmp_path.iterdir())
 
 
-# command lines
+# command lines that argparse refuses
 WRONG_COMMANDS = [
     ["nonsense"],
     ["plot", "--policy", "nonsense"],

@@ -1,4 +1,4 @@
-"""The commands that do one part of the demo at a time: range-test, train, and bench bounds."""
+"""The commands ``range-test`` and ``train``, and ``bench bounds``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHORT = ["--cycles", "1", "--epochs-per-step-size", "1", "--threads", "1"]
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
+def in_a_new_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     yield
@@ -28,7 +28,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 @pytest.fixture
 def cifar10(tmp_path):
-    """Six files in the official layout: 40 images each of ten grey levels, which can be learned."""
+    """Write six files in the official layout, of 40 images each: one grey level per class."""
     folder = tmp_path / "cifar-10-batches-bin"
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -162,7 +162,7 @@ def test_both_commands_read_cifar10(cifar10, tmp_path, capsys):
     kept = json.loads((tmp_path / "history.json").read_text())
     assert len(kept["loss"]) == 20
     assert kept["lr"][10] == 1e-3
-    # The paper's weight decays, at one rate for all.
+    # Weight decays are the paper's; all groups have one rate.
     task = cifar10_task(cifar10, batch_size=20)
     groups = task.groups(task.build())
     assert [group["weight_decay"] for group in groups] == [0.004, 0.004, 1.0, 0.0]
@@ -183,7 +183,7 @@ def test_an_interrupted_training_is_kept_and_drawn(tmp_path, monkeypatch, capsys
     assert (tmp_path / "train.png").exists()
 
 
-# (options of range-test and train, words of the message)
+# (options of range-test and train, part of the message)
 IMPOSSIBLE = [
     (["--data", "no-such-folder"], "no-such-folder: there is no data_batch_1.bin"),
     (["--device", "abacus"], "--device abacus"),
@@ -205,7 +205,7 @@ def test_options_that_cannot_be_met_are_refused_before_training(
     assert not list(tmp_path.iterdir())
 
 
-# (command line, words of the message)
+# (command line, part of the message)
 CONTRADICTIONS = [
     (["range-test", "--start-lr", "1", "--end-lr", "0.5"], "start_lr=1.0 must be below"),
     (["range-test", "--start-lr", "0"], "start_lr must be a finite number > 0"),

@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Batches that take a tenth of the time."""
+    """Make batches small: a tenth of the time."""
     monkeypatch.setattr(images, "BATCH_SIZE", SMALL_BATCH)
 
 
@@ -152,7 +152,7 @@ def test_speed_has_its_variants(folder, tmp_path, small, capsys):
 
 
 def test_torchs_iteration_is_the_same_training(data):
-    """What the speed is compared with does the same work."""
+    """The speed is compared with an iteration of torch that does the same work."""
     ours = speed._speed_run(data, "cpu")
     models = []
     with pytest.MonkeyPatch.context() as patch:

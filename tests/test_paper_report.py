@@ -78,7 +78,7 @@ def test_more_than_the_paper_promises_of_fewer_iterations():
     assert sentences["triangular2"].endswith(
         "(81.4 against 81.4 %): its relation holds here, and more."
     )
-    # Of as many iterations it is another relation.
+    # With as many iterations as the reference, the paper's relation does not hold.
     rows = [
         result_of("rmsprop-fixed", accuracy=70.0),
         result_of("rmsprop-triangular-70k", accuracy=75.0),
@@ -99,7 +99,7 @@ def test_spread_over_seeds_widens_what_is_the_same():
     )
     assert (fixed["accuracy"], fixed["seeds"]) == (80.0, 2)
     assert fixed["spread"] == pytest.approx(math.sqrt(8))
-    # Two standard errors of the difference: by 10,000 images at 80 and 78 %, and by the seeds.
+    # Two standard errors of the difference: of 10,000 images at 80 and 78 %, and of the seeds.
     same = 2 * math.sqrt(0.8 * 0.2 + 0.78 * 0.22 + 8 / 2 + 2 / 2)
     assert f"within {same:.2f} being the same" in cyclic["relation"]
     assert "as accurate as `adam-fixed`" in cyclic["relation"]
@@ -107,7 +107,7 @@ def test_spread_over_seeds_widens_what_is_the_same():
 
 
 def test_curves_whose_points_do_not_all_agree():
-    """A resumed run may have been looked at an iteration later."""
+    """A resumed run may have measured its accuracy one iteration later."""
     one, other = result_of(), result_of(seed=1)
     other["curve"] = [[11, 1.0], [35_000, 76.0], [70_000, 80.0]]
     (summary,) = (row for row in summarize([one, other]) if "curve" in row)
@@ -169,7 +169,7 @@ def test_the_readmes_table_is_renewed_between_its_marks(tmp_path, capsys):
     readme = tmp_path / "readme.md"
     readme.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
     options = ["bench", "paper", "--report", "--out", str(store.folder), "--readme"]
-    for _ in range(2):  # the second time over its own
+    for _ in range(2):  # the second time replaces the first table
         assert main([*options, str(readme)]) == 0
     above, begin, *lines, end, below = readme.read_text().splitlines()
     assert (above, begin, end, below) == ("above", BEGIN, END, "below")

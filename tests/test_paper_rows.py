@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Batches that take a tenth of the time."""
+    """Make batches small: a tenth of the time."""
     monkeypatch.setattr(images, "BATCH_SIZE", SMALL_BATCH)
 
 
@@ -33,7 +33,7 @@ def data(folder, small):
 
 
 def cyclic(t, step_size, base_lr, max_lr):
-    """The paper's code."""
+    """Compute a rate and the cycle's number by the paper's code."""
     number = math.floor(1 + t / (2 * step_size))
     x = abs(t / step_size - 2 * number + 1)
     return base_lr + (max_lr - base_lr) * max(0, 1 - x), number
@@ -175,9 +175,9 @@ def test_caffes_momentum_is_torchs_at_a_constant_rate(nesterov):
 
 @pytest.mark.parametrize(("nesterov", "expected"), [(False, -0.36), (True, -0.594)])
 def test_caffes_momentum_keeps_the_rate_of_its_time(nesterov, expected):
-    """By hand, gradients 1 and 0.85 under rates 0.1 and 0.2: V is 0.1, then 0.09 + 0.17 = 0.26.
+    """By hand: gradients 1 and 0.85 at rates 0.1 and 0.2 give V = 0.1, then 0.09 + 0.17 = 0.26.
 
-    Plain that is −0.1 − 0.26, Nesterov's −1.9·0.1 − (1.9·0.26 − 0.9·0.1).
+    Plain momentum moves by −0.1 − 0.26, Nesterov's by −1.9·0.1 − (1.9·0.26 − 0.9·0.1).
     """
     param = torch.zeros(1, dtype=torch.float64)
     optimizer = CaffeSGD([param], lr=0.1, momentum=0.9, nesterov=nesterov)

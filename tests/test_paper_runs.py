@@ -1,4 +1,4 @@
-"""Runs of the paper's rows that survive anything."""
+"""Runs of the paper's rows: interrupted, resumed, beside each other, captured."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Batches that take a tenth of the time."""
+    """Make batches small: a tenth of the time."""
     monkeypatch.setattr(images, "BATCH_SIZE", SMALL_BATCH)
 
 
@@ -37,7 +37,7 @@ def data(folder, small):
 
 
 def _stop_at(monkeypatch, *iterations, signals=(signal.SIGTERM,)):
-    """Have a signal come in while these iterations are taken."""
+    """Raise signals during these iterations."""
     real = Run.iterate
     left = list(iterations)
 
@@ -60,7 +60,7 @@ def test_interrupted_and_resumed_gives_the_same_weights(
     assert run_paper(folder, whole, *options) == 0
     (expected,) = results_of(whole)
     assert expected["iterations"] == 200
-    assert max(value for _, value in expected["curve"]) > 20  # it learns, of ten classes
+    assert max(value for _, value in expected["curve"]) > 20  # it learns; chance is 10
     assert [point[0] for point in expected["curve"]] == [*range(8, 200, 8), 200]
 
     _stop_at(monkeypatch, 83, 160)
@@ -102,7 +102,7 @@ def test_a_second_signal_ends_it_at_once(folder, tmp_path, small, monkeypatch):
 
 
 def test_a_request_to_end_may_come_twice(folder, tmp_path, small, monkeypatch):
-    """As ``timeout`` sends it, to the process and to its group."""
+    """``timeout`` sends SIGTERM to the process and to its group."""
     _stop_at(monkeypatch, 3, signals=(signal.SIGTERM, signal.SIGTERM))
     options = ("--rows", "window-hann", "--scale", "1/400")
     assert run_paper(folder, tmp_path, *options) == 128 + signal.SIGTERM
@@ -134,7 +134,7 @@ def test_checkpoints_come_by_the_clock_and_whole(data, tmp_path, monkeypatch):
 
 
 def test_runs_beside_each_other_are_those_alone(data, tmp_path):
-    """Iterations in turn, three at a time of four, one of which is begun when there is room."""
+    """Three of four runs take turns; the fourth begins when another one has ended."""
     names = ("window-hann", "adam-triangular", "one_cycle", "window-welch")
     scale = Scale(Fraction("1/500"))
     order, weights = [], {}
@@ -179,7 +179,7 @@ def test_all_runs_under_way_are_saved_and_gone_on_with(data, tmp_path):
 
 
 class FakeGraphs:
-    """What stands for a GPU on a CPU: its graph is the step, which it keeps alive."""
+    """A fake GPU on a CPU: its graph calls the step, and keeps the step alive."""
 
     def capture(self, step, warm_up):
         for _ in range(warm_up):
@@ -188,7 +188,7 @@ class FakeGraphs:
 
 
 def test_a_captured_iteration_is_counted_as_any_other(data, monkeypatch):
-    """On a CPU, with what stands for the graph: as many iterations, batches and steps."""
+    """With a fake graph on a CPU: as many iterations, batches and steps as without one."""
 
     monkeypatch.setattr(one_run, "Gpu", FakeGraphs)
     runs = []
@@ -205,7 +205,7 @@ def test_a_captured_iteration_is_counted_as_any_other(data, monkeypatch):
 
 @pytest.mark.parametrize("on_kernels", [False, True])
 def test_a_finished_run_is_gone_with_its_images(on_kernels, data, monkeypatch):
-    """At once: of the seventy runs of three seeds, each has its own copy of 154 MB."""
+    """Python frees the run at once: each of 72 runs has its own copy of 154 MB."""
 
     monkeypatch.setattr(one_run, "Gpu", FakeGraphs)
     finished = []
@@ -235,7 +235,7 @@ def test_the_last_accuracy_is_over_all_test_images(data, monkeypatch):
     run = Run(ROWS["window-hann"], 0, Scale(Fraction("1/400")), data)
     monkeypatch.setattr(run, "_iterate_eagerly", lambda: None)
     assert not train([run], lambda run: None, lambda: 0, lambda run: None, 1e9)
-    assert counts == [30] * 19 + [100]  # 60 iterations, every 3
+    assert counts == [30] * 19 + [100]  # 60 iterations, an accuracy after every third
 
 
 def test_the_same_seed_is_the_same_weights_and_batches_for_all_rows(data):
@@ -262,14 +262,14 @@ def test_a_captured_run_trains_as_an_eager_one(data, folder):
     accuracies = []
     for on_kernels in (False, True):
         run = Run(ROWS["window-hann"], 0, Scale(Fraction("1/400")), there, device="cuda")
-        run.on_kernels = on_kernels  # else no graph
+        run.on_kernels = on_kernels  # without kernels there is no graph
         graphs = []
         show = lambda run: graphs.append(run._graph is not None)  # noqa: E731, B023
         assert not train([run], lambda run: None, lambda: 0, show, 1e9)
         assert any(graphs) is on_kernels
         assert (run.iteration, run.optimizer.iteration, run.batches.position) == (60, 60, 60)
         accuracies.append([value for _, value in run.curve])
-    # Convolutions need not be the same bits from run to run.
+    # cuDNN's convolutions may differ from run to run.
     assert accuracies[1] == pytest.approx(accuracies[0], abs=10)
 
 

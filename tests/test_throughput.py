@@ -1,4 +1,4 @@
-"""The throughput benchmark: what it counts, computes, writes, refuses. No test looks at a time."""
+"""The throughput benchmark on a CPU: figures, files, refusals. No test asserts a time."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_at_least_so_many_rounds_whatever_the_time(monkeypatch):
 
 @pytest.mark.parametrize("name", ["default", "foreach", "fused", "ours"])
 def test_all_variants_take_the_same_steps(name):
-    """Torch's default is the reference of the others: same rule, same rates."""
+    """torch's default is the reference: the others have the same rule and the same rates."""
 
     def after(variant):
         tensors = Tensors([(4, 3), (5,)], torch.float64)
@@ -138,7 +138,9 @@ def test_json_of_tiny_cells(tmp_path, capsys, monkeypatch):
         best = min(time for name, time in median.items() if name not in row["wrong"])
         assert row["ratio_vs_best_torch"] == pytest.approx(best / own)
         assert row["ratio_vs_default_torch"] == pytest.approx(median["default"] / own)
-        assert row["limit_gbps"] is row["fraction_of_limit"] is None  # it fits the caches
+        assert (
+            row["limit_gbps"] is row["fraction_of_limit"] is None
+        )  # the caches hold this step's data
         assert row["rounds"] == 2
     printed = capsys.readouterr().out
     assert "mlp bfloat16: 2 tensors, 7 values" in printed

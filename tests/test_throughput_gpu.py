@@ -1,4 +1,4 @@
-"""The throughput benchmark on a GPU, which the CPU plays."""
+"""The throughput benchmark on a fake GPU, which runs on the CPU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _run_on_gpu(tmp_path, *options):
     return run_tiny(tmp_path, "--device", "cuda", *options)
 
 
-# The interpreter multiplies what a new momentum buffer happens to hold, and then does not take it.
+# The interpreter multiplies the undefined values of a new momentum buffer, and drops the products.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 def test_cells_on_a_gpu(tmp_path, capsys, h200):
     rules = ("sgd_momentum", "adam", "rmsprop")
@@ -53,7 +53,7 @@ def test_cells_on_a_gpu(tmp_path, capsys, h200):
     ]
     for row in rows:
         assert row["backend"] == gpu.Gpu.backend
-        # RMSprop's foreach step is captured too, but not on this CPU, where torch refuses.
+        # A GPU captures RMSprop's foreach step too; torch refuses the capture on this CPU.
         graphs = {"fused_graph"} if row["rule"] == "adam" else set()
         fused = set() if row["rule"] == "rmsprop" else {"fused"}
         assert set(row["times"]) == {"default", "forloop", "ours", "ours_graph"} | fused | graphs
@@ -62,8 +62,8 @@ def test_cells_on_a_gpu(tmp_path, capsys, h200):
                 "device_median_s", "device_p10_s", "device_p90_s", "host_median_s", "waited"
             }  # fmt: skip
             assert all(value > 0 for value in times.values())
-            assert times["waited"] == 1.0  # for this one is no faster than its host
-        assert set(row["wrong"]) <= {"fused"}  # on a CPU, of 16 bits
+            assert times["waited"] == 1.0  # the fake device finishes with the host
+        assert set(row["wrong"]) <= {"fused"}  # torch's fused step on a CPU, in 16 bits
         for where, prefix in (("device", ""), ("host", "host_")):
             median = {n: t[f"{where}_median_s"] for n, t in row["times"].items()}
             own = median["ours"]
@@ -74,7 +74,9 @@ def test_cells_on_a_gpu(tmp_path, capsys, h200):
             ratio = row[f"{prefix}ratio_vs_default_torch"]
             assert ratio == pytest.approx(median["default"] / own)
         assert row["graph_median_s"] == row["times"]["ours_graph"]["device_median_s"]
-        assert row["limit_gbps"] is row["fraction_of_limit"] is None  # it fits the caches
+        assert (
+            row["limit_gbps"] is row["fraction_of_limit"] is None
+        )  # the caches hold this step's data
         assert row["graph_fraction_of_limit"] is None
         assert row["rounds"] == 2
     printed, refused = capsys.readouterr()
@@ -87,7 +89,7 @@ def test_cells_on_a_gpu(tmp_path, capsys, h200):
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, to interpret its kernels")
 def test_cells_on_a_gpu_by_the_kernels():
-    """The same by what a GPU runs, which Triton interprets only if told before it is imported."""
+    """Repeat the test with Triton's interpreter, which must be on before Triton's import."""
     done = subprocess.run(
         [
             *[sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
@@ -117,7 +119,9 @@ def test_shares_on_a_gpu_of_all_that_the_caches_cannot_hold(tmp_path, h200, monk
     assert host.get_title() == "mlp, float32: host"
     speed = row["times"]["default"]["host_median_s"] / row["times"]["ours"]["host_median_s"]
     heights = [bar.get_height() for bar in host.patches]
-    assert len(heights) == 3  # for-loop, fused and ours; its graph's would dwarf them
+    assert (
+        len(heights) == 3
+    )  # for-loop, fused and ours; a graph has no bar, as it would dwarf the others
     assert len(device.patches) == 4
     assert pytest.approx(speed - 1) in heights
 

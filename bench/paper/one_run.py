@@ -105,7 +105,7 @@ class Run:
             self._stream.wait_stream(torch.cuda.current_stream())
 
     def on_stream(self) -> AbstractContextManager[object]:
-        """Use the run's stream on a GPU; every call of the run belongs inside, as runs share it."""
+        """Enter the run's stream on a GPU. Every call of a run belongs into this context."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     @property

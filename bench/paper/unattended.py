@@ -84,8 +84,8 @@ def train_all(
     machine = describe_machine()
     if args.device == "cuda":
         cudnn = torch.backends.cudnn
-        own = {"tf32": cudnn.allow_tf32, "cudnn_benchmark": cudnn.benchmark}
-        machine = {**machine, **Gpu().describe(), **own}
+        switches = {"tf32": cudnn.allow_tf32, "cudnn_benchmark": cudnn.benchmark}
+        machine = {**machine, **Gpu().describe(), **switches}
     more = {"data_note": args.data_note, "machine": machine, "together": args.together}
 
     def begin_runs() -> Iterator[Run]:
