@@ -189,7 +189,10 @@ IMPOSSIBLE = [
     (["--device", "abacus"], "--device abacus"),
     (["--batch-size", "5000"], "batch_size must be from 1 to 1200"),
     (["--save", "curve.txt"], "--save must end in .json or .csv, got 'curve.txt'"),
-    (["--save", "nowhere/curve.csv"], "nowhere/curve.csv: the folder does not exist"),
+    (
+        ["--save", "nowhere/curve.csv"],
+        "nowhere/curve.csv: the folder does not exist; give a path in an existing one",
+    ),
     (["--out", "nowhere/a.png"], "nowhere/a.png: there is no such folder"),
     (["--out", "a.docx"], "a.docx: a picture's name must end in one of"),
     (["--optimizer", "LBFGS"], "invalid choice: 'LBFGS'"),

@@ -171,7 +171,9 @@ def _check_files(out: str | None, save: str | None, kinds: Sequence[str]) -> Non
     if path.suffix not in kinds:
         raise ValueError(f"--save must end in {' or '.join(kinds)}, got {save!r}")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{save}: the folder does not exist")
+        raise FileNotFoundError(
+            f"{save}: the folder does not exist; give a path in an existing one"
+        )
 
 
 def _task(args: Namespace) -> Task:
