@@ -150,7 +150,7 @@ gpu-check: build/tree
 	keep() { for f; do [ -z "$$OUT" ] || [ ! -e "$$f" ] || cp "$$f" "$$OUT/"; done; }; \
 	mkdir -p bench/results; \
 	timeout -k 10 200 $(PYTHON) -m pytest tests/test_gpu.py tests/test_triton.py \
-		tests/test_triton_graphs.py tests/test_paper.py -m "gpu or triton" \
+		tests/test_triton_graphs.py tests/test_paper_runs.py -m "gpu or triton" \
 		tests/test_docs.py::test_the_readmes_captured_step \
 		--junitxml=build/gpu-tests.xml $(ARGS) || failed="tests"; \
 	keep build/gpu-tests.xml; \

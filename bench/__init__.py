@@ -1,1 +1,1 @@
-"""Measurements of the library, installed as ``clr_optim.bench``."""
+"""The benchmarks, installed as ``clr_optim.bench``."""

@@ -1,4 +1,4 @@
-"""``python -m clr_optim.bench``: the throughput benchmark, as ``clr-optim bench``."""
+"""Run the throughput benchmark: ``python -m clr_optim.bench``, the same as ``clr-optim bench``."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""Are the suggested bounds any good? Training with them against ten fixed rates, on the digits.
+"""Test the suggested bounds: train the digits with them, and at ten fixed rates.
 
-Per optimizer a range test finds the bounds; then the same network trains, for the same number of
-iterations from the same first weights, with cycles between them and at each of ten fixed rates,
-spaced evenly in their logarithms over the range that the test searched.
+For each optimizer a range test finds the bounds. The same network then trains with cycles between
+the bounds, and at each of ten fixed rates over the range of the test, evenly spaced in their
+logarithms. All runs start from the same weights and have the same number of iterations.
 """
 
 from __future__ import annotations
@@ -36,32 +36,40 @@ POLICIES = ("triangular", "triangular2")
 _RATES = 10
 
 DESCRIPTION = (
-    "Finds bounds by a range test, on the embedded digits, and trains with them and at ten fixed "
-    "rates over the range that was searched: for SGD with momentum, Adam, RMSprop, Adagrad and "
-    "Adadelta. Writes bounds.json, bounds.md and the pictures of the range tests."
+    "Finds bounds on the embedded digits by a range test. Trains with them, and at ten fixed rates "
+    "over the range of the test, with SGD with momentum, Adam, RMSprop, Adagrad and Adadelta. "
+    "Writes bounds.json, bounds.md and the pictures of the range tests."
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``clr-optim bench bounds``."""
+    """Add the options of ``clr-optim bench bounds``."""
     add = parser.add_argument
-    add("--out", default="bench/results/bounds", metavar="DIR", help="(bench/results/bounds)")
+    add(
+        "--out", default="bench/results/bounds", metavar="DIR", help="folder (bench/results/bounds)"
+    )
     add("--seeds", type=int, default=5, metavar="N", help="how many (5)")
-    add("--start-lr", type=float, default=1e-5, metavar="LR", help="of the range (1e-5)")
-    add("--end-lr", type=float, default=10.0, metavar="LR", help="of the range (10)")
-    add("--steps", type=int, default=500, metavar="N", help="of the range test (500)")
-    add("--cycles", type=int, default=4, metavar="N", help="of the training (4)")
+    add(
+        "--start-lr",
+        type=float,
+        default=1e-5,
+        metavar="LR",
+        help="first rate of the range test (1e-5)",
+    )
+    add("--end-lr", type=float, default=10.0, metavar="LR", help="last rate of the range test (10)")
+    add("--steps", type=int, default=500, metavar="N", help="iterations of the range test (500)")
+    add("--cycles", type=int, default=4, metavar="N", help="cycles of the training (4)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, write the files, print the table.
 
     Returns:
-        What ``bounds.json`` holds.
+        The contents of ``bounds.json``.
 
     Raises:
-        ImportError, OSError: if a picture or file could not be written, before any training.
-        ValueError: for a range or length that is none.
+        ImportError, OSError: if a picture or file cannot be written, before any training.
+        ValueError: if a range or a length is impossible.
     """
     if args.seeds < 1 or args.cycles < 1:
         raise ValueError(f"--seeds {args.seeds}, --cycles {args.cycles}: both must be at least 1")
@@ -69,7 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     plotting.check_picture(folder / "range-test.png")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the demo: so small tensors gain nothing from threads
+    torch.set_num_threads(1)  # as in the demo: tensors of this size gain nothing from threads
     try:
         results = _measure(args, digits_task(), Plan(args.cycles), folder)
     finally:
@@ -86,7 +94,7 @@ def _measure(args: argparse.Namespace, task: Task, plan: Plan, folder: Path) -> 
     rates = np.geomspace(args.start_lr, args.end_lr, _RATES).tolist()
     rows = []
     for name in COMPARED:
-        # Each seed finds its own bounds, as each user has only the one run.
+        # Each seed finds its own bounds: a user has one run as well.
         tests = [
             search_bounds(
                 task, name, seed=seed,
@@ -152,7 +160,10 @@ def _fixed(task: Task, name: str, lr: float) -> _Make:
 
 
 def _accuracy(task: Task, plan: Plan, seed: int, make: _Make) -> float:
-    """On the test images after the last iteration; the seed decides weights and batches."""
+    """Train, and return the accuracy on the test images after the last iteration.
+
+    The seed decides the weights and the batches.
+    """
     torch.manual_seed(seed)
     model = task.build()
     measured = Run(plan.iterations)
@@ -161,7 +172,7 @@ def _accuracy(task: Task, plan: Plan, seed: int, make: _Make) -> float:
 
 
 def report(results: Mapping[str, Any]) -> str:
-    """The table as Markdown, whoever wins."""
+    """Return the table as Markdown, whichever side wins."""
     rates: Sequence[float] = results["fixed_rates"]
     lines = [
         "# Training with suggested bounds against fixed rates",

@@ -1,4 +1,4 @@
-"""CIFAR-10 and the network of the paper's tables: Caffe's ``cifar10_full`` in torch.
+"""Read CIFAR-10 and build the network of the paper's tables, Caffe's ``cifar10_full``, in torch.
 
 Sources: A. Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009; Caffe's
 ``examples/cifar10/cifar10_full_train_test.prototxt``.
@@ -36,17 +36,17 @@ _RECORD = 1 + _PIXELS
 _CLASSES = 10
 _EXPECTED = (
     'the "CIFAR-10 binary version" of https://www.cs.toronto.edu/~kriz/cifar.html, unpacked: '
-    f"{_TRAINING[0]} to {_TRAINING[-1]} and {_TEST}, a record being a label byte from 0 to 9 and "
-    f"{_PIXELS:,} bytes of pixels"
+    f"{_TRAINING[0]} to {_TRAINING[-1]} and {_TEST}, each a row of records of a label byte from 0 "
+    f"to 9 and {_PIXELS:,} bytes of pixels"
 )
 
-#: Of :func:`parameter_groups`: each group's learning rate as a multiple of the network's.
+#: The learning rates of the groups of :func:`parameter_groups`, as multiples of the network's.
 RATE_RATIOS = (1.0, 2.0, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
 class Images:
-    """Pixels, uint8 of shape (n, 3, 32, 32), and labels, int64 of shape (n,), from 0 to 9."""
+    """Images: pixels, uint8 of shape (n, 3, 32, 32), and labels 0 to 9, int64 of shape (n,)."""
 
     pixels: Tensor
     labels: Tensor
@@ -55,24 +55,25 @@ class Images:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> Images:
-        """The same on ``device``."""
+        """Return the images on ``device``."""
         return Images(self.pixels.to(device), self.labels.to(device))
 
 
 def read_cifar10(folder: str | Path) -> tuple[Images, Images]:
     """Read the official binary layout.
 
+    A file may hold any number of records (the official files: 10,000). A record is a label byte,
+    then 1,024 bytes each of red, green and blue, row by row.
+
     Args:
-        folder: where ``data_batch_1.bin`` to ``data_batch_5.bin`` and ``test_batch.bin`` lie, each
-            of any number of records (10,000 in the official ones): a label byte, then 1,024 bytes
-            of red, green and blue each, row by row.
+        folder: with ``data_batch_1.bin`` to ``data_batch_5.bin`` and ``test_batch.bin``.
 
     Returns:
         Training and test images, in the files' order.
 
     Raises:
-        FileNotFoundError: naming the files that are not there.
-        ValueError: for a file that is empty, cut off or something else.
+        FileNotFoundError: if files are missing; the message names them.
+        ValueError: if a file is empty, cut off or no CIFAR-10.
     """
     folder = Path(folder)
     missing = [name for name in (*_TRAINING, _TEST) if not (folder / name).is_file()]
@@ -91,7 +92,7 @@ def _read(path: Path) -> Images:
         whole, rest = divmod(size, _RECORD)
         raise ValueError(
             f"{path} has {size:,} bytes, {whole:,} records of {_RECORD:,} and {rest:,} bytes over: "
-            f"it is cut off, or something else; expected {_EXPECTED}"
+            f"the file is cut off, or no CIFAR-10; expected {_EXPECTED}"
         )
     records = torch.from_numpy(np.fromfile(path, dtype=np.uint8)).view(-1, _RECORD)
     labels = records[:, 0].to(torch.int64)
@@ -99,15 +100,15 @@ def _read(path: Path) -> Images:
     if len(wrong):
         first = int(wrong[0])
         raise ValueError(
-            f"{path}: record {first} has the label {int(labels[first])}, as have {len(wrong):,} of "
-            f"{len(labels):,} one above {_CLASSES - 1}: it is something else; expected {_EXPECTED}"
+            f"{path}: record {first} has the label {int(labels[first])}, and {len(wrong):,} of "
+            f"{len(labels):,} labels are above {_CLASSES - 1}: no CIFAR-10; expected {_EXPECTED}"
         )
     return Images(records[:, 1:].reshape(-1, *_SHAPE), labels)
 
 
 def mean_image(images: Images) -> Tensor:
-    """The mean over all images, float32 of shape (3, 32, 32) in [0, 255], to be subtracted."""
-    # Sums of uint8 are exact in float64, so no order of summation can change the result.
+    """Return the mean over all images, float32 of shape (3, 32, 32) in [0, 255]."""
+    # Sums of uint8 are exact in float64: every order of summation gives the same result.
     total = torch.zeros(_SHAPE, dtype=torch.float64, device=images.pixels.device)
     for part in torch.split(images.pixels, 10_000):
         total += part.sum(dim=0, dtype=torch.float64)
@@ -115,21 +116,22 @@ def mean_image(images: Images) -> Tensor:
 
 
 class Batches:
-    """Batches made on the device from uint8 in its memory: the mean subtracted, nothing else.
+    """Make batches on the device, from uint8 images in its memory: subtract the mean, no more.
 
-    As Caffe reads its database: shuffled once, then gone through again and again in that order, a
-    batch that reaches the end going on at the beginning. The position is a tensor on the device
-    that :meth:`sample` moves on, so that a captured graph samples the next batch at each replay.
+    The images have one random order, as in Caffe's database. Batches follow that order again and
+    again; a batch that reaches the end continues at the beginning. The number of the next batch is
+    a tensor on the device, and :meth:`sample` counts it up. A captured graph therefore samples
+    another batch at each replay.
 
-    It is a loader as well: ``len()`` whole batches, each ``iter()`` starting with the first, which
-    neither looks at the position nor moves it.
+    The object is a loader too: ``len()`` whole batches per epoch. An iteration starts with the
+    first batch, and does not use or change the number of the next one.
 
     Args:
-        images: to draw from.
+        images: the images to draw from.
         mean: of the training images, see :func:`mean_image`.
-        batch_size: images per batch, from 1 to ``len(images)``; the paper's is 100.
+        batch_size: images per batch, from 1 to ``len(images)``; 100 in the paper.
         seed: decides the order.
-        device: where images lie and batches are made.
+        device: of images and batches.
     """
 
     def __init__(
@@ -147,7 +149,7 @@ class Batches:
                 f"got {batch_size!r}"
             )
         self.batch_size = batch_size
-        # Channels last, one image a row: to gather a batch is to copy whole rows.
+        # With channels last and one image per row, gathering a batch copies whole rows.
         rows = images.pixels.permute(0, 2, 3, 1).reshape(len(images), _PIXELS)
         self._rows, self._labels = rows.to(device), images.labels.to(device)
         self._mean = mean.to(device).permute(1, 2, 0).reshape(_PIXELS)
@@ -158,7 +160,7 @@ class Batches:
 
     @property
     def position(self) -> int:
-        """Batches sampled so far; may be set, to resume. Waits for the device."""
+        """Batches sampled so far. Set it to resume. Reading waits for the device."""
         return int(self._position)
 
     @position.setter
@@ -166,13 +168,16 @@ class Batches:
         self._position.fill_(value)
 
     def sample(self) -> tuple[Tensor, Tensor]:
-        """The next batch: float32 of shape (batch_size, 3, 32, 32), channels last, and labels."""
+        """Return the next batch: float32 of shape (batch_size, 3, 32, 32), and its labels.
+
+        The memory layout is channels last.
+        """
         places = (self._position * self.batch_size + self._offsets) % len(self._order)
         self._position += 1
         return self._batch(self._order.index_select(0, places))
 
     def _batch(self, which: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self._rows.index_select(0, which) - self._mean  # uint8 less float32 is float32
+        rows = self._rows.index_select(0, which) - self._mean  # uint8 minus float32 gives float32
         height, width = _SHAPE[1:]
         inputs = rows.view(-1, height, width, _SHAPE[0]).permute(0, 3, 1, 2)
         return inputs, self._labels.index_select(0, which)
@@ -186,16 +191,16 @@ class Batches:
 
 
 class _Normalize(torch.autograd.Function):
-    """``x·s^−β`` with ``s = 1 + α·mean(x²)`` over a window, in half of autograd's passes.
+    """Compute ``x·s^−β`` with ``s = 1 + α·mean(x²)`` over a window, in half of autograd's passes.
 
-    The window is symmetric and zeros around the image count, so that averaging is its own adjoint:
-    ``dx = g·s^−β − 2·α·β·x·mean(g·x·s^(−β−1))``.
+    The window is symmetric, and zeros around the image count. Averaging is therefore its own
+    adjoint: ``dx = g·s^−β − 2·α·β·x·mean(g·x·s^(−β−1))``.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int, alpha: float) -> Tensor:
         scale = _mean(x * x, size).mul_(alpha).add_(1.0)
-        # s^−3/4 by roots: a power costs several times as much.
+        # s^−3/4 by roots: a power takes several times as long.
         root = scale.rsqrt_()
         scale = root.sqrt().mul_(root)
         ctx.save_for_backward(x, root, scale)
@@ -211,19 +216,19 @@ class _Normalize(torch.autograd.Function):
 
 
 def _mean(x: Tensor, size: int) -> Tensor:
-    """Over windows of ``size`` by ``size``, zeros around the image counted, as Caffe does."""
+    """Average over windows of ``size`` by ``size``; zeros around the image count, as in Caffe."""
     return functional.avg_pool2d(x, size, stride=1, padding=size // 2)
 
 
 class LocalResponseNorm(nn.Module):
-    """Caffe's LRN within channels, β = 3/4: ``x / (1 + α·mean(x²))^β``.
+    """Normalize within each channel, as Caffe's LRN: ``x / (1 + α·mean(x²))^β`` with β = 3/4.
 
-    The mean is over a window of ``size`` by ``size`` around each pixel, in which zeros around the
-    image count. (torch's own norm of this name works across channels.)
+    The mean is over a window of ``size`` by ``size`` around each pixel; zeros around the image
+    count. (``torch.nn.LocalResponseNorm`` works across channels.)
 
     Args:
         size: of the window, odd.
-        alpha: as above.
+        alpha: the α of the formula.
     """
 
     def __init__(self, size: int = 3, alpha: float = 5e-5) -> None:
@@ -236,15 +241,15 @@ class LocalResponseNorm(nn.Module):
         return normalized
 
     def extra_repr(self) -> str:
-        """Its settings, for ``print(model)``."""
+        """Return the settings, for ``print(model)``."""
         return f"size={self.size}, alpha={self.alpha}"
 
 
 def cifar10_full(seed: int | None = None) -> nn.Module:
-    """Caffe's ``cifar10_full``, from (n, 3, 32, 32) to (n, 10), with 89,578 parameters.
+    """Build Caffe's ``cifar10_full``, from (n, 3, 32, 32) to (n, 10), with 89,578 parameters.
 
-    Weights are normal with the standard deviations 1e-4, 0.01, 0.01, 0.01, biases 0. Convolutions
-    are channels last, for which CPUs take half the time.
+    Weights are normal with the standard deviations 1e-4, 0.01, 0.01 and 0.01; biases are 0. The
+    memory layout is channels last, which halves the time on a CPU.
 
     Args:
         seed: of the weights; ``None`` draws from torch's global generator.
@@ -279,16 +284,16 @@ def _layers(model: nn.Module) -> list[Any]:
 def parameter_groups(
     model: nn.Module, lr: float = 0.001, weight_decay: float = 0.004
 ) -> list[dict[str, Any]]:
-    """The parameters of :func:`cifar10_full` as groups with the rates and decays Caffe gives them.
+    """Return the parameters of :func:`cifar10_full` as groups with Caffe's rates and decays.
 
-    Biases learn twice as fast, but for the third convolution's; the linear layer's weight decays
-    250 times as much, its bias not at all. The groups' rates are ``lr`` times
-    :data:`RATE_RATIOS`, which is also how bounds are to be given, one per group.
+    Biases have twice the rate, except that of the third convolution. The linear layer's weight has
+    250 times the weight decay, and its bias has none. The groups' rates are ``lr`` times
+    :data:`RATE_RATIOS`. Multiply bounds in the same way, one per group.
 
     Args:
         model: from :func:`cifar10_full`.
         lr: learning rate.
-        weight_decay: an L2 penalty, which goes into the gradient as in torch's ``weight_decay``.
+        weight_decay: an L2 penalty, added to the gradient as torch's ``weight_decay`` is.
     """
     conv1, conv2, conv3, linear = _layers(model)
     members = (
@@ -305,10 +310,10 @@ def parameter_groups(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images, mean: Tensor, batch_size: int = 250) -> float:
-    """Share of ``images`` that ``model`` names right, in percent; in eval mode.
+    """Return the share of ``images`` that ``model`` classifies correctly, in percent.
 
     Args:
-        model: on the device of ``images``; its mode is put back.
+        model: on the device of ``images``. The function sets eval mode and restores the old mode.
         images: all of them count.
         mean: of the training images, see :func:`mean_image`.
         batch_size: images at a time.

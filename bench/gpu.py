@@ -1,7 +1,7 @@
-"""A GPU as the benchmark sees it: what it is, what its work takes, and steps as graphs.
+"""Describe a GPU, time steps on it, and capture steps as graphs.
 
-All of it by ``torch.cuda``, which on ROCm speaks for AMD's GPUs. Run as a module it prints a name
-for files and the architecture to compile for: ``nvidia-h200 sm_90``.
+The module uses ``torch.cuda``, which on ROCm serves AMD's GPUs. Run as a program, it prints the
+GPU's name for files and the architecture to compile for: ``nvidia-h200 sm_90``.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ __all__ = ["Gpu", "Stopwatch", "Times", "slug", "why_no_gpu"]
 
 Step = Callable[[], object]
 
-#: Shorter steps are taken several times between two events, which tell half microseconds.
+#: A shorter step runs several times between two events: events have steps of half a microsecond.
 _SHORT_S, _MOST_REPEATS = 1e-4, 10
-#: So long at most is the device kept busy ahead of a step.
+#: The longest time for which other work keeps the device busy ahead of a step.
 _MOST_AHEAD_S = 0.02
 _WARM_UP = 3
 
-# AMD's Infinity Cache, which torch does not tell of; no GPU's is larger.
+# AMD's largest Infinity Cache. torch does not report it.
 _INFINITY_CACHE = 256 * 2**20
 
 
 class Times(NamedTuple):
-    """Seconds that a step took, once per round: on the device, and on the host to launch it."""
+    """The seconds of a step, one per round: on the device, and on the host to launch the step."""
 
     device: list[float]
     host: list[float]
-    #: whether the device may have waited for the host meanwhile
+    #: whether the device may have waited for the host in between
     waited: list[bool]
 
 
 class _Replay:
-    """Launches a graph, and keeps alive what it reads from and writes to."""
+    """Launch a graph, and keep alive the objects that the graph reads and writes."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, *kept: object) -> None:
-        self._graph, self._kept = graph, kept
+    def __init__(self, graph: torch.cuda.CUDAGraph, *owners: object) -> None:
+        self._graph, self._owners = graph, owners
 
     def __call__(self) -> None:
         self._graph.replay()
@@ -57,30 +57,35 @@ class Gpu:
     """The current device of ``torch.cuda``."""
 
     device = torch.device("cuda")
-    #: that ours runs on
+    #: of our optimizer
     backend = "triton"
 
     def synchronize(self) -> None:
-        """Wait until all that was launched is done."""
+        """Wait until the device has finished all launched work."""
         torch.cuda.synchronize()
 
     def event(self) -> Any:
-        """One that knows when the device came to it."""
-        make: Any = torch.cuda.Event  # which torch leaves without types
+        """Make an event that records when the device reaches it."""
+        make: Any = torch.cuda.Event  # torch gives it no types
         return make(enable_timing=True)
 
     def stream(self) -> Any:
-        """A stream of its own, for work beside other work."""
-        make: Any = torch.cuda.Stream  # which torch leaves without types
+        """Make a new stream, for work beside other work."""
+        make: Any = torch.cuda.Stream  # torch gives it no types
         return make()
 
-    def capture(self, step: Step, *kept: object, warm_up: int = _WARM_UP) -> Step:
-        """A graph of ``step``, which is taken ``warm_up`` times before; ``kept`` lives as long.
+    def capture(self, step: Step, *owners: object, warm_up: int = _WARM_UP) -> Step:
+        """Capture a step as a graph, and return a function that replays it.
 
-        The gradients it is captured with are those that each replay reads. Graphs captured here may
-        be replayed beside each other: each has its own stream, and with it cuBLAS's workspace.
+        Each replay reads the gradients of the capture. Graphs may be replayed beside each other:
+        each has its own stream, and with it its own workspace of cuBLAS.
+
+        Args:
+            step: the step to capture.
+            owners: objects to keep alive as long as the graph.
+            warm_up: how many eager steps to take first.
         """
-        side = self.stream()  # as torch would have it: what warms up is not for the graph
+        side = self.stream()  # torch asks for a side stream, so that the warm-up is not captured
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(warm_up):
@@ -89,27 +94,27 @@ class Gpu:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side):
             step()
-        return _Replay(graph, side, step, *kept)
+        return _Replay(graph, side, step, *owners)
 
     def cache(self) -> int:
-        """Bytes of its last cache."""
+        """Return the size of the last cache in bytes."""
         known = int(getattr(_properties(), "L2_cache_size", 0))
         return max(known, _INFINITY_CACHE) if torch.version.hip else known or 64 * 2**20
 
     def target(self) -> str:
-        """The architecture, as compilers call it: ``sm_90``, ``gfx942``."""
+        """Return the architecture's name for compilers: ``sm_90``, ``gfx942``."""
         if torch.version.hip:
             return str(_properties().gcnArchName).partition(":")[0]
         major, minor = torch.cuda.get_device_capability()
         return f"sm_{major}{minor}"
 
     def describe(self) -> dict[str, object]:
-        """The device, its driver and clocks, as far as torch tells, and Triton's version."""
+        """Return name, driver and clocks, as far as torch reports them, and Triton's version."""
         import triton
 
         properties = _properties()
         clock = None
-        with suppress(Exception):  # needs NVIDIA's or AMD's management library: many kinds
+        with suppress(Exception):  # of many kinds, without the vendor's management library
             clock = torch.cuda.clock_rate()
         return {
             "gpu": torch.cuda.get_device_name(),
@@ -120,8 +125,8 @@ class Gpu:
             "cuda": torch.version.cuda,
             "hip": torch.version.hip,
             "driver": _driver(),
-            "clock_mhz": clock,  # at that moment
-            # Of which only newer versions of torch tell.
+            "clock_mhz": clock,  # at this moment
+            # Only newer versions of torch report the next three.
             "clock_rate_khz": getattr(properties, "clock_rate", None),
             "memory_clock_rate_khz": getattr(properties, "memory_clock_rate", None),
             "memory_bus_bits": getattr(properties, "memory_bus_width", None),
@@ -130,24 +135,24 @@ class Gpu:
 
 
 class Stopwatch:
-    """Times steps on the device and on the host, apart.
+    """Time steps on the device and on the host, apart.
 
-    *On the device*: between two events. First other work keeps it busy for as long as the host
-    takes to launch the step, so that nothing between the events waits for the host; that work is
-    also larger than any cache, and leaves nothing of the step's there. Whether it was enough is
-    seen: the device must not have come to the first event when the host has recorded the second.
-    If it has, the step is taken again behind twice as much, up to 20 ms. Where a step is of more
-    launches than a queue takes (about a thousand) the device may wait all the same, which is noted.
-    A short step is taken several times between the events, and caches may serve all but the first.
+    *On the device*: the time between two events. Other work first keeps the device busy while the
+    host launches the step. The step then does not wait for the host. The other work exceeds every
+    cache, so that the caches hold none of the step's data. It lasted long enough if the device had
+    not reached the first event when the host recorded the second one. Otherwise the step is
+    repeated behind twice as much work, up to 20 ms. A queue takes about a thousand launches. If a
+    step has more launches, the device may still wait; the result records this. A short step runs
+    several times between the events; caches may serve all but its first run.
 
-    *On the host*: the call alone, on an idle device; nothing in it is waited for.
+    *On the host*: the time of the call alone, on an idle device.
 
     Args:
         gpu: the device.
-        busy: the other work, of a tenth of a millisecond or more.
+        busy: the other work, of 0.1 ms or more.
         prepare: gives a step its gradients, untimed.
-        again: whether to prepare is nothing that the device would notice, so that steps may
-            follow each other between two events.
+        again: whether ``prepare`` costs the device no time, so that a step may run several times
+            between two events.
     """
 
     def __init__(self, gpu: Gpu, busy: Step, prepare: Step, *, again: bool = True) -> None:
@@ -157,11 +162,11 @@ class Stopwatch:
         self._most_ahead = max(1, math.ceil(_MOST_AHEAD_S / self._busy_s))
 
     def by_device(self, step: Step) -> float:
-        """Seconds of the device for one step, after a little other work."""
+        """Return the device's seconds for one step, after a little other work."""
         return self._by_device(step, 1, 1)[0]
 
     def by_host(self, step: Step) -> float:
-        """Seconds until the call returns."""
+        """Return the host's seconds for one call."""
         self._prepare()
         self._gpu.synchronize()
         begin = perf_counter()
@@ -171,9 +176,9 @@ class Stopwatch:
     def interleave(
         self, steps: Mapping[str, Step], orders: Iterable[Iterable[str]]
     ) -> dict[str, Times]:
-        """Time the steps in turn, each both ways, in the orders given."""
+        """Time the steps in turns, on device and host, in the given orders."""
         times = {name: Times([], [], []) for name in steps}
-        chosen = {name: self._choose(step) for name, step in steps.items()}  # which warms up, too
+        chosen = {name: self._choose(step) for name, step in steps.items()}  # warms up too
         gc.disable()
         try:
             for order in orders:
@@ -189,15 +194,19 @@ class Stopwatch:
         return times
 
     def _choose(self, step: Step) -> tuple[int, int]:
-        """How much other work goes ahead of a step, and how often it is taken."""
-        for _ in range(2):  # the first of all may compile
+        """Choose how much other work goes ahead of a step, and how often the step runs."""
+        for _ in range(2):  # the first call may compile
             self.by_host(step)
         ahead, seconds, _ = self._covered(step, 1, 1)
         repeats = min(max(1, math.ceil(_SHORT_S / seconds)), self._most_repeats)
         return min(ahead * repeats, self._most_ahead), repeats
 
     def _covered(self, step: Step, ahead: int, repeats: int) -> tuple[int, float, bool]:
-        """What it took of other work, the seconds of a step, and whether it was not enough."""
+        """Time a step behind enough other work.
+
+        Returns:
+            The amount of other work, the seconds of a step, and whether the device still waited.
+        """
         while True:
             seconds, waited = self._by_device(step, ahead, repeats)
             if not waited or ahead >= self._most_ahead:
@@ -205,9 +214,10 @@ class Stopwatch:
             ahead = min(2 * ahead, self._most_ahead)
 
     def _by_device(self, step: Step, ahead: int, repeats: int) -> tuple[float, bool]:
-        """Seconds of the device per step, taken so often after so much other work.
+        """Time ``repeats`` steps on the device, behind ``ahead`` calls of the other work.
 
-        And whether it may have waited for the host, by whose time gradients are prepared, too.
+        Returns:
+            The device's seconds per step, and whether the device may have waited for the host.
         """
         self._gpu.synchronize()
         begin, end = self._gpu.event(), self._gpu.event()
@@ -222,22 +232,22 @@ class Stopwatch:
         end.record()
         waited = bool(begin.query())
         self._gpu.synchronize()
-        # Comes in milliseconds.
+        # elapsed_time() is in milliseconds.
         return max(float(begin.elapsed_time(end)), 1e-6) / 1e3 / repeats, waited
 
 
 def why_no_gpu() -> str | None:
-    """Why nothing can be measured on a GPU here and what would help, or None."""
+    """Return why no GPU can be measured here and what helps, or None."""
     if not torch.cuda.is_available():
         return (
-            f"torch {torch.__version__} finds no GPU here; run this where there is one, with a "
-            "torch built for CUDA or ROCm, or measure with --device cpu"
+            f"torch {torch.__version__} finds no GPU here; use a machine with a GPU and a torch "
+            "for CUDA or ROCm, or measure with --device cpu"
         )
     return why_no_triton()
 
 
 def slug(name: str) -> str:
-    """A device's name for a file: ``"NVIDIA H200"`` is ``"nvidia-h200"``."""
+    """Turn a device's name into a name for files: ``"NVIDIA H200"`` into ``"nvidia-h200"``."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "gpu"
 
 
@@ -246,7 +256,7 @@ def _properties() -> Any:
 
 
 def _driver() -> str:
-    """The kernel module's version, on Linux."""
+    """Return the version of the kernel module, on Linux."""
     with suppress(OSError):
         found = re.search(r"\d+(\.\d+)+", Path("/proc/driver/nvidia/version").read_text())
         return found[0] if found else "unknown"
@@ -256,7 +266,7 @@ def _driver() -> str:
 
 
 def main() -> int:
-    """Print the device's name for files and its architecture; returns the exit code."""
+    """Print the device's name for files and its architecture; return the exit code."""
     if problem := why_no_gpu():
         print(f"error: {problem}", file=sys.stderr)
         return 2

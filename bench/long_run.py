@@ -1,13 +1,13 @@
-"""A very long run of a tiny tensor: does the rate drift, memory grow, or a step become slower?
+"""Take millions of steps: does the rate drift, does memory grow, does a step become slower?
 
-Adam in float64, without epsilon and with a gradient that is always 1, moves by exactly the rate at
-every step, up to rounding. So the way that a value has come is the sum of all rates that the steps
-have really used, which the policy's formula gives as well. That formula is written here anew: the
-library's own would only be compared with itself.
+Adam in float64 with epsilon 0 and a constant gradient of 1 moves each value by exactly the rate, up
+to rounding. The distance that a value has moved is therefore the sum of all rates that the steps
+used. The policy's formula gives the same sum. This file has its own copy of the formula: the
+library's formula would only be compared with itself.
 
-How busy the machine is changes by the minute, and a step's time with it. So every fifth thousand is
-followed by a thousand of a young optimizer: what counts is how many times as much of the CPU's time
-the old one took.
+The load of the machine, and with it the time of a step, changes by the minute. After every fifth
+thousand steps, a young optimizer therefore takes a thousand steps too. The result is the ratio of
+the CPU time of the old optimizer to that of the young one.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from clr_optim.bench.machine import describe_machine
 __all__ = ["add_arguments", "main", "run"]
 
 DESCRIPTION = (
-    "Takes ten million steps of Adam on four values, and compares the learning rate, and the way "
-    "that the values have come, with the policy's formula; tells the process's memory and the "
-    "median time of a step for every million steps."
+    "Takes ten million steps of Adam on four values. Compares the learning rate, and the distance "
+    "that the values moved, with the policy's formula. Prints the process's memory and the median "
+    "time of a step for every million steps."
 )
 _BASE, _MAX, _UP = 1e-4, 1e-3, 2000
-#: Steps that are timed together, after which the rate is looked at.
+#: Steps that are timed together. The rate is checked after each chunk.
 _CHUNK = 1000
-#: So many of them to one of the young optimizer.
+#: Chunks of the old optimizer per chunk of a young one.
 _TO_ONE = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``clr-optim bench long``."""
+    """Add the options of ``clr-optim bench long``."""
     add = parser.add_argument
     add("--steps", type=int, default=10_000_000, metavar="N", help="how many (10,000,000)")
     add("--rows", type=int, default=10, metavar="N", help="parts to report on (10)")
@@ -53,18 +53,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def rate(step: int) -> float:
-    """The rate of a step by the formula of ``"triangular"``."""
+    """Return the rate of a step by the formula of ``"triangular"``."""
     return _BASE + (_MAX - _BASE) * (_UP - abs(step % (2 * _UP) - _UP)) / _UP
 
 
 def way(steps: int) -> float:
-    """The sum of the rates of so many steps."""
+    """Return the sum of the rates of the first ``steps`` steps."""
     cycles, rest = divmod(steps, 2 * _UP)
     return cycles * math.fsum(map(rate, range(2 * _UP))) + math.fsum(map(rate, range(rest)))
 
 
 def resident_kib() -> int | None:
-    """What the process has in memory; None where the system does not tell."""
+    """Return the resident memory of the process, or None if the system does not report it."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:
@@ -76,10 +76,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Take the steps, print a line for each part, write the file.
 
     Returns:
-        What the file holds.
+        The contents of the file.
 
     Raises:
-        ValueError: if the steps do not make whole parts of whole thousands.
+        ValueError: if the steps cannot be parted into rows of whole thousands.
         OSError: if the file cannot be written, before any step.
     """
     steps, rows = args.steps, args.rows
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "which must be at least 1"
         )
     if args.json:
-        Path(args.json).open("a").close()  # that it can be is not to be found out at the end
+        Path(args.json).open("a").close()  # find out before the run whether the file can be written
     torch.set_num_threads(1)
     opt, values = _optimizer(args.backend)
     results: dict[str, Any] = {
@@ -102,13 +102,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     drift = 0.0
     for row in range(1, rows + 1):
         wall, cpu, to_young = [], [], []
-        young, its_values = _optimizer(args.backend)
+        young, young_values = _optimizer(args.backend)
         for chunk in range(steps // rows // _CHUNK):
             took, of_it_cpu = _timed(opt, values)
             wall.append(took)
             cpu.append(of_it_cpu)
             if chunk % _TO_ONE == 0:
-                to_young.append(of_it_cpu / _timed(young, its_values)[1])
+                to_young.append(of_it_cpu / _timed(young, young_values)[1])
             expected = rate(opt.iteration)
             drift = max(drift, abs(opt.param_groups[0]["lr"] - expected) / expected)
         line = {
@@ -166,8 +166,8 @@ def _optimizer(backend: str) -> tuple[CyclicalOptimizer[torch.optim.Adam], torch
 def _timed(
     opt: CyclicalOptimizer[torch.optim.Adam], values: torch.nn.Parameter
 ) -> tuple[float, float]:
-    """Microseconds of a step over a chunk of them, and how many of those on the CPU."""
-    # Gradients come and go in training; these take turns, and are new for every chunk.
+    """Take a chunk of steps; return microseconds per step, and CPU microseconds per step."""
+    # In training each gradient is new. Here two gradients take turns, new ones for each chunk.
     grads = [torch.ones_like(values) for _ in range(2)]
     begin, begin_cpu = perf_counter(), thread_time()
     for k in range(_CHUNK):

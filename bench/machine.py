@@ -1,4 +1,4 @@
-"""The machine that was measured: what it is, and how fast its memory can go."""
+"""Describe the machine of a measurement, and measure the bandwidth of its memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
 def describe_machine() -> dict[str, object]:
-    """CPU, memory, versions and compiler; no host name and no path."""
+    """Return CPU, memory, versions and compiler, without host name or paths."""
     compiler = build.describe()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
@@ -45,24 +45,23 @@ def describe_machine() -> dict[str, object]:
 
 
 def last_level_cache() -> int:
-    """Bytes; 64 MiB where the system does not tell."""
+    """Return the size of the last cache in bytes; 64 MiB if the system does not report it."""
     unit = {"K": 2**10, "M": 2**20}
     sizes = [int(s[:-1]) * unit[s[-1]] for s in _caches().values() if s[-1:] in unit]
     return max(sizes, default=64 * 2**20)
 
 
 class Limit:
-    """What the memory can deliver, in GB/s of bytes that move.
+    """Measure the memory's bandwidth, in GB/s of moved bytes, by three operations.
 
-    On a CPU a store to memory not yet in the cache reads it first (write-allocate), which counts:
-    ``copy`` a = b, 12 bytes per float; ``triad`` a = b + s·c, 16; ``in_place`` a = a + s, 8. Should
-    a machine save the reading for whole lines, copy and triad come out too high, and the shares of
-    the limit too low, never the other way round. A GPU writes whole sectors without reading them:
-    8, 12 and 8 bytes.
+    A CPU reads memory into the cache before it writes there (write-allocate); these reads count.
+    ``copy``, a = b, moves 12 bytes per float; ``triad``, a = b + s·c, 16; ``in_place``, a = a + s,
+    8. If a CPU skips the reads for whole cache lines, the figures of copy and triad are too high,
+    and the shares of the limit too low. A GPU writes whole sectors without reading: 8, 12 and 8.
 
     Args:
-        floats: the length of the arrays, far above the caches.
-        device: where they lie.
+        floats: the length of the arrays, far more than the caches hold.
+        device: of the arrays.
     """
 
     def __init__(self, floats: int = 2**26, device: torch.device | str = "cpu") -> None:
@@ -73,7 +72,7 @@ class Limit:
             "triad": 12 * floats + read_first,
             "in_place": 8 * floats,
         }
-        #: what to time, by name
+        #: the operations to time, by name
         self.operations: dict[str, Callable[[], object]] = {
             "copy": lambda: a.copy_(b),
             "triad": lambda: torch.add(b, c, alpha=0.5, out=a),
@@ -81,17 +80,17 @@ class Limit:
         }
 
     def gbps(self, seconds: Mapping[str, float]) -> dict[str, float]:
-        """The bandwidth by operation, for what each took."""
+        """Return each operation's bandwidth, given the seconds that it took."""
         return {name: self._bytes[name] / seconds[name] / 1e9 for name in self.operations}
 
     def best(
         self, repeats: int = 7, timed: Callable[[Callable[[], object]], float] | None = None
     ) -> dict[str, float]:
-        """The bandwidth by operation, of the fastest of some runs in turn.
+        """Return each operation's best bandwidth over several runs in turns.
 
         Args:
-            repeats: how many.
-            timed: the seconds that a call takes; ``None`` is until it returns.
+            repeats: how many runs.
+            timed: calls an operation and returns its seconds; ``None`` times until it returns.
         """
         timed = timed or _timed
         fastest = dict.fromkeys(self.operations, math.inf)
@@ -128,7 +127,7 @@ def _ram_gib() -> float | None:
 
 
 def _caches() -> dict[str, str]:
-    """Size by level, as ``{"L1d": "32K", ...}``; empty where the system does not tell."""
+    """Return sizes by level, as ``{"L1d": "32K", ...}``; empty if the system reports none."""
     caches = {}
     for index in sorted(_CACHES.glob("index*")):
         kind = {"Data": "d", "Instruction": "i"}.get(_read(index / "type"), "")

@@ -1,4 +1,4 @@
-"""The benchmark's results in words and numbers."""
+"""Format the results of the throughput benchmark as a table and a summary."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import numpy as np
 
 __all__ = ["table"]
 
-# What counts as a lost cell: noise is a few percent.
+# A cell below this ratio counts as lost. Noise is a few percent.
 _LOST = 0.95
 
-# In the order of the columns; a GPU has other plain variants than a CPU, and graphs.
+# The variants of CPU and GPU, in the order of the columns.
 _VARIANTS = (
     "default", "forloop", "foreach", "fused", "compile", "ours", "foreach_graph", "fused_graph",
     "ours_graph",
 )  # fmt: skip
 _ON_GPU = (
-    "Of each step: the time on the device/the time on the host; vs, GB/s and of limit are of the",
-    "device's. Torch's default is foreach. A graph is captured once and replayed, on gradients",
-    "that stay where they are: ours cycles by itself, torch's by a CyclicLR after each replay.",
+    "Each entry: time on the device/time on the host. vs, GB/s and of limit use the device's time.",
+    "torch's default is foreach. A graph is captured once and replayed; its gradients stay in",
+    "place. Our graph cycles the rate; a CyclicLR sets the rate of torch's after each replay.",
     "",
 )
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The results in words and numbers."""
+    """Return the results as text: a line per cell, then the summary."""
     rows = results["rows"]
     on_gpu = _is_on_gpu(results)
     prefix = "device_" if on_gpu else ""
@@ -75,7 +75,7 @@ def _is_on_gpu(results: Mapping[str, Any]) -> bool:
 
 
 def _times(times: Mapping[str, float] | None) -> str:
-    """A variant's median, on a GPU those of device and host."""
+    """Format a variant's median time, on a GPU the medians of device and host."""
     if times is None:
         return "–"
     if "median_s" in times:
@@ -122,12 +122,12 @@ def _summary(results: Mapping[str, Any]) -> list[str]:
     lines.append("")
     limit = ", ".join(f"{name} {value:.1f}" for name, value in results["limit"].items())
     lines.append(
-        f"Memory: {results['limit_gbps']:.1f} GB/s at best (the fastest of {limit}); shares"
+        f"Memory: {results['limit_gbps']:.1f} GB/s at best (the fastest of {limit}). Shares"
     )
-    lines.append("are of what it delivered in the same rounds")
+    lines.append("are of the bandwidth that the same rounds measured")
     if on_gpu:
         cache = results["machine"]["gpu_cache_mib"]
-        lines.append(f"A step that moves less than some times the cache's {cache} MiB has no share")
+        lines.append(f"A step that moves less than four times the cache's {cache} MiB has no share")
         lines += [f"FAILED {cell['cell']}: {cell['why']}" for cell in results["left_out"]]
     if results.get("not_begun"):
         lines.append(f"Not begun, for lack of time: {results['not_begun']} cells")

@@ -1,4 +1,4 @@
-"""What the benchmark steps over: the shapes of the parameters of well-known models, and rules."""
+"""The benchmark's workloads (parameter shapes of well-known models), update rules and dtypes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Rule:
-    """An optimizer class and the settings that choose its rule; the rest is torch's default."""
+    """An optimizer class, and the settings that choose its rule; others have torch's defaults."""
 
     optimizer: Any  # a subclass of torch.optim.Optimizer, whose constructors differ
     settings: dict[str, Any] = field(default_factory=dict)
@@ -40,11 +40,12 @@ RULES = {
 
 
 def _resnet50() -> list[Shape]:
-    """161 tensors, 25,557,032 values, as torchvision's."""
+    """ResNet-50 as in torchvision: 161 tensors, 25,557,032 values."""
     shapes: list[Shape] = []
 
     def convolution(inputs: int, outputs: int, size: int) -> None:
-        shapes.extend([(outputs, inputs, size, size), (outputs,), (outputs,)])  # and its norm
+        norm: list[Shape] = [(outputs,), (outputs,)]
+        shapes.extend([(outputs, inputs, size, size), *norm])
 
     convolution(3, 64, 7)
     inputs = 64
@@ -60,7 +61,7 @@ def _resnet50() -> list[Shape]:
 
 
 def _transformer(layers: int, width: int, transposed: bool) -> list[Shape]:
-    """Blocks of two norms, attention and a four times wider network, and the norm at the end."""
+    """Blocks of two norms, attention and an MLP four times as wide; then a last norm."""
     shapes: list[Shape] = []
     for _ in range(layers):
         for sizes in (
@@ -74,18 +75,18 @@ def _transformer(layers: int, width: int, transposed: bool) -> list[Shape]:
 
 
 def _gpt2() -> list[Shape]:
-    """148 tensors, 124,439,808 values: GPT-2 small, the output tied to the embedding."""
+    """GPT-2 small, the output tied to the embedding: 148 tensors, 124,439,808 values."""
     return [(50257, 768), (1024, 768), *_transformer(12, 768, transposed=False)]
 
 
 def _vit_b() -> list[Shape]:
-    """152 tensors, 86,567,656 values: ViT-B/16, as torchvision's."""
+    """ViT-B/16 as in torchvision: 152 tensors, 86,567,656 values."""
     ends = [(1, 1, 768), (1, 197, 768), (768, 3, 16, 16), (768,), (1000, 768), (1000,)]
     return [*ends, *_transformer(12, 768, transposed=True)]
 
 
 def _1b() -> list[Shape]:
-    """146 tensors, 1,235,814,400 values: Llama 3.2 1B, the output tied to the embedding."""
+    """Llama 3.2 1B, the output tied to the embedding: 146 tensors, 1,235,814,400 values."""
     width, hidden, keys = 2048, 8192, 512
     block: list[Shape] = [
         *[(width, width), (keys, width), (keys, width), (width, width)],
@@ -95,7 +96,7 @@ def _1b() -> list[Shape]:
     return [(128256, width), *block * 16, (width,)]
 
 
-#: What would take most of a computer's memory and minutes for a step.
+#: Workloads that would take most of a computer's memory, and minutes per step, on a CPU.
 ONLY_ON_GPU = ("1b",)
 
 WORKLOADS: dict[str, list[Shape]] = {

@@ -1,4 +1,4 @@
-"""``python -m clr_optim``: the same as the command ``clr-optim``."""
+"""Run the command ``clr-optim`` as ``python -m clr_optim``."""
 
 import sys
 

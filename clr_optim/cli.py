@@ -1,4 +1,4 @@
-"""The command ``clr-optim``: demo, range test, training, pictures, benchmark, and what is here."""
+"""The command ``clr-optim``: demo, range test, training, pictures, benchmarks, build and info."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from clr_optim.range_test import BASES, METHODS, METRICS, MODES
 
 __all__ = ["main"]
 
-#: What ``plot --policy`` draws. A policy takes the options that its constructor has parameters for.
+#: The policies that ``plot --policy`` draws. An option applies if the constructor has it.
 _POLICIES: dict[str, Callable[..., schedule.Schedule]] = {
     **schedule.POLICIES,
     "one_cycle": schedule.one_cycle,
     "warm_restarts": schedule.warm_restarts,
 }
-#: What ``train --policy`` takes: cycles of one length, and what they are held against.
+#: The policies of ``train --policy``: a fixed rate, and cycles of one length.
 _TRAINED = ("fixed", *schedule.POLICIES)
+_POLICIES_HELP = f"{', '.join(_TRAINED)} (triangular2)"
 _OPTIMIZERS_HELP = f"{', '.join(OPTIMIZERS)} (SGD, with momentum 0.9)"
 _SHAPE_OPTIONS = ("step_size_up", "step_size_down", "gamma", "window", "period")
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; ``None`` takes them from ``sys.argv``.
 
     Returns:
-        The exit code. Wrong arguments exit by :class:`SystemExit` with code 2, as argparse does.
+        The exit code. Wrong arguments raise :class:`SystemExit` with code 2, as argparse does.
     """
     parser = _parser()
     args = parser.parse_args(argv)
@@ -54,17 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (_ArgumentError, argparse.ArgumentError, ImportError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        return 130  # 128 + SIGINT, as shells have it
+        return 130  # 128 + SIGINT, the shells' convention
     return code or 0
 
 
 class _ArgumentError(Exception):
-    """What the user typed cannot be done; the message says why."""
+    """Arguments that argparse accepts and the library refuses; the message says why."""
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="clr-optim", description="Cyclical learning rates inside the optimizer's step."
+        prog="clr-optim", description="Cyclical learning rates inside the optimizer step."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
@@ -72,13 +73,15 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="find bounds, and train at a fixed rate and under three policies",
-        description="Finds the bounds of the learning rate by a range test, then trains a small "
-        "network on handwritten digits at a fixed rate and under three cyclic policies, with SGD "
-        "and Adam; prints a table and draws four pictures. Takes about a minute on two cores and "
+        description="Finds the bounds of the learning rate by a range test. Then trains a small "
+        "network on handwritten digits, with SGD and Adam, at a fixed rate and under three cyclic "
+        "policies. Prints a table and draws four pictures. Takes about a minute on two cores and "
         "downloads nothing.",
     )
     demo.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="first seed (0)")
-    demo.add_argument("--seeds", type=_whole(1), metavar="K", help="how many (5; 1 with --quick)")
+    demo.add_argument(
+        "--seeds", type=_whole(1), metavar="K", help="how many seeds (5; 1 with --quick)"
+    )
     demo.add_argument(
         "--out", default="demo-out", metavar="DIR", help="folder for pictures (demo-out)"
     )
@@ -92,15 +95,19 @@ def _parser() -> argparse.ArgumentParser:
 
     plot = commands.add_parser(
         "plot",
-        help="draw the policies, or one schedule of your own",
-        description="Without --policy, draws one picture per policy into the folder --out; with "
-        "it, one schedule into the file --out.",
+        help="draw all policies, or one schedule",
+        description="Without --policy, draws one picture per policy into the folder --out. With "
+        "--policy, draws one schedule into the file --out.",
     )
     plot.add_argument("--policy", choices=_POLICIES, metavar="NAME", help=", ".join(_POLICIES))
     plot.add_argument("--steps", type=int, metavar="N", help="iterations to draw (20000)")
     plot.add_argument("--step-size-up", type=int, metavar="N", help="rising half of a cycle (2000)")
-    plot.add_argument("--step-size-down", type=int, metavar="N", help="falling half (the same)")
-    plot.add_argument("--period", type=int, metavar="N", help="of warm_restarts (2000)")
+    plot.add_argument(
+        "--step-size-down", type=int, metavar="N", help="falling half (as --step-size-up)"
+    )
+    plot.add_argument(
+        "--period", type=int, metavar="N", help="first period of warm_restarts (2000)"
+    )
     plot.add_argument("--base-lr", type=float, metavar="LR", help="lower bound (max_lr / 4)")
     plot.add_argument("--max-lr", type=float, metavar="LR", help="upper bound (0.006)")
     plot.add_argument("--gamma", type=float, help="decay per iteration of exp_range (0.99994)")
@@ -110,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser(
         "bench",
-        help="time steps against torch's own and the memory's bandwidth",
+        help="time our steps, torch's, and the memory's bandwidth",
         description=throughput.DESCRIPTION,
     )
     throughput.add_arguments(bench)
@@ -118,19 +125,21 @@ def _parser() -> argparse.ArgumentParser:
     others = bench.add_subparsers(metavar="OTHER", title="other measurements")
     of_bounds = others.add_parser(
         "bounds",
-        help="suggested bounds against ten fixed rates",
+        help="train with suggested bounds and at ten fixed rates",
         description=bounds.DESCRIPTION,
     )
     bounds.add_arguments(of_bounds)
     of_bounds.set_defaults(run=_bench_bounds)
     of_paper = others.add_parser(
-        "paper", help="the paper's tables, rerun", description=paper.DESCRIPTION
+        "paper", help="rerun the paper's tables", description=paper.DESCRIPTION
     )
     paper.add_arguments(of_paper)
     of_paper.set_defaults(run=paper.run)
 
     of_long = others.add_parser(
-        "long", help="millions of steps: drift, memory, speed", description=long_run.DESCRIPTION
+        "long",
+        help="take millions of steps: drift, memory, speed",
+        description=long_run.DESCRIPTION,
     )
     long_run.add_arguments(of_long)
     of_long.set_defaults(run=_bench_long)
@@ -138,15 +147,15 @@ def _parser() -> argparse.ArgumentParser:
     build = commands.add_parser(
         "build",
         help="compile the kernels ahead of the first step",
-        description="Compiles the C++ kernels for this CPU into the cache, where the first step "
-        "of a process finds them, and prints the file and the compiler.",
+        description="Compiles the C++ kernels for this CPU into the cache, for the first step of "
+        "later processes. Prints the file and the compiler.",
     )
     build.set_defaults(run=_build)
 
     info = commands.add_parser(
         "info",
-        help="versions, devices, and the backend that each optimizer gets",
-        description="Prints versions, devices, and the backend that each optimizer gets, and why.",
+        help="print versions, devices, and each optimizer's backend",
+        description="Prints versions, devices, and each optimizer's backend with the reason.",
     )
     info.set_defaults(run=_info)
     return parser
@@ -170,10 +179,10 @@ _TRAIN_EXAMPLES = """examples:
 def _add_range_test(commands: _Commands) -> None:
     parser = commands.add_parser(
         "range-test",
-        help="find both bounds of the learning rate, and draw why",
-        description="Trains for a while as the learning rate rises, reads both bounds of a cycle "
-        "off the curve, says why, and draws it. On handwritten digits, or on CIFAR-10 with the "
-        "network of Smith's paper.",
+        help="find both bounds of the learning rate, and draw the reason",
+        description="Trains for a while with a rising learning rate and reads both bounds of a "
+        "cycle from the curve. Prints the reason and draws the curve. Trains on handwritten "
+        "digits, or on CIFAR-10 with the network of Smith's paper.",
         epilog=_RANGE_TEST_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -181,35 +190,35 @@ def _add_range_test(commands: _Commands) -> None:
     add = parser.add_argument
     add("--start-lr", type=float, default=1e-5, metavar="LR", help="first rate (1e-5)")
     add("--end-lr", type=float, default=10.0, metavar="LR", help="last rate (10)")
-    add("--mode", choices=MODES, default="exponential", help="how it rises (exponential)")
+    add("--mode", choices=MODES, default="exponential", help="how the rate rises (exponential)")
     add("--steps", type=_whole(2), default=500, metavar="N", help="iterations (500)")
-    add("--metric", choices=METRICS[:2], default="loss", help="what is looked at (loss)")
-    add("--method", choices=METHODS, default="range", help="how max_lr is found (range)")
-    add("--base", choices=BASES, default="curve", help="how base_lr is found (curve)")
+    add("--metric", choices=METRICS[:2], default="loss", help="the curve to read (loss)")
+    add("--method", choices=METHODS, default="range", help="rule for max_lr (range)")
+    add("--base", choices=BASES, default="curve", help="rule for base_lr (curve)")
     add("--epochs-per-step-size", type=_whole(2), default=4, metavar="N", help="2 to 10 (4)")
     add("--out", default="range-test.png", metavar="FILE", help="picture (range-test.png)")
-    add("--save", metavar="FILE", help="the curve, as .csv or .json")
+    add("--save", metavar="FILE", help="write the curve as .csv or .json")
     parser.set_defaults(run=_range_test)
 
 
 def _add_train(commands: _Commands) -> None:
     parser = commands.add_parser(
         "train",
-        help="train a whole number of cycles, with bounds given or found",
+        help="train a whole number of cycles",
         description="Trains a whole number of cycles, on handwritten digits or on CIFAR-10 with "
-        "the network of Smith's paper; prints the accuracy at the end of each cycle and draws "
-        "loss, accuracy and learning rate. Without bounds a range test finds them first.",
+        "the network of Smith's paper. Prints the accuracy at the end of each cycle and draws "
+        "loss, accuracy and learning rate. If no bounds are given, a range test finds them.",
         epilog=_TRAIN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_task(parser)
     add = parser.add_argument
-    add("--policy", choices=_TRAINED, default="triangular2", help="(triangular2)", metavar="NAME")
+    add("--policy", choices=_TRAINED, default="triangular2", metavar="NAME", help=_POLICIES_HELP)
     add("--base-lr", type=float, metavar="LR", help="lower bound")
-    add("--max-lr", type=float, metavar="LR", help="upper bound; fixed is at their geometric mean")
-    add("--cycles", type=_whole(1), default=4, metavar="N", help="how many (4)")
+    add("--max-lr", type=float, metavar="LR", help="upper bound; fixed takes the geometric mean")
+    add("--cycles", type=_whole(1), default=4, metavar="N", help="how many cycles (4)")
     add("--epochs-per-step-size", type=_whole(1), default=4, metavar="N", help="2 to 10 (4)")
-    add("--gamma", type=float, help="of exp_range; a tenth of the amplitude is left at the end")
+    add("--gamma", type=float, help="of exp_range (leaves a tenth of the amplitude)")
     add("--window", choices=schedule.WINDOWS, help="shape of a cycle (triangle)")
     add("--out", default="train.png", metavar="FILE", help="picture (train.png)")
     add("--save", metavar="FILE", help="rate, loss and accuracy per iteration, as .csv or .json")
@@ -221,10 +230,10 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
     add(
         "--data",
         metavar="DIR",
-        help="CIFAR-10's binary version, unpacked; without it, the digits that come along",
+        help="folder of CIFAR-10's binary version, unpacked (the embedded digits)",
     )
     add("--optimizer", choices=OPTIMIZERS, default="SGD", metavar="NAME", help=_OPTIMIZERS_HELP)
-    add("--batch-size", type=_whole(1), metavar="N", help="50, or 100 with --data")
+    add("--batch-size", type=_whole(1), metavar="N", help="images (50, or 100 with --data)")
     add("--seed", type=_whole(0), default=0, metavar="N", help="of weights and batches (0)")
     add("--device", default="cpu", help="cpu, cuda, ... (cpu)")
     add("--backend", choices=backends.BACKENDS, default="auto", help="(auto)")
@@ -232,7 +241,7 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
 
 
 def _whole(minimum: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from ``minimum`` to what seeds may be."""
+    """Make an argparse type for a whole number from ``minimum`` to 2³² − 1, the largest seed."""
 
     def convert(text: str) -> int:
         number = int(text) if text.strip().isdecimal() else -1
@@ -252,21 +261,21 @@ def _demo(args: argparse.Namespace) -> None:
 def _range_test(args: argparse.Namespace) -> int:
     from clr_optim.demo.commands import range_test
 
-    return _told(range_test, args)
+    return _run(range_test, args)
 
 
 def _train(args: argparse.Namespace) -> int:
     from clr_optim.demo.commands import train_once
 
     if args.gamma is not None and not args.policy.startswith("exp_range"):
-        raise _ArgumentError(f"--gamma: of no effect with --policy {args.policy}")
+        raise _ArgumentError(f"--gamma has no effect with --policy {args.policy}")
     if args.window is not None and args.policy == "fixed":
-        raise _ArgumentError("--window: of no effect with --policy fixed")
-    return _told(train_once, args)
+        raise _ArgumentError("--window has no effect with --policy fixed")
+    return _run(train_once, args)
 
 
-def _told(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Run a command; what the library refuses is told in its words."""
+def _run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Run a command, and turn the library's ValueError into a message on the arguments."""
     try:
         return command(args)
     except ValueError as error:
@@ -291,15 +300,16 @@ def _plot(args: argparse.Namespace) -> None:
     steps = given.pop("steps", 20_000)
     max_lr = given.pop("max_lr", 0.006)
     base_lr = given.pop("base_lr", max_lr / 4)
-    useless = set(given) - set(inspect.signature(make).parameters)
-    if useless:
-        raise _ArgumentError(f"{_flags(useless)}: of no effect with --policy {args.policy}")
+    unused = set(given) - set(inspect.signature(make).parameters)
+    if unused:
+        verb = "has" if len(unused) == 1 else "have"
+        raise _ArgumentError(f"{_flags(unused)} {verb} no effect with --policy {args.policy}")
     lengths = {"one_cycle": {"total_steps": steps}, "warm_restarts": {"period": 2000}}
     options: dict[str, Any] = {**lengths.get(args.policy, {}), **given}
     try:
         figure = plotting.plot_schedule(make(**options), steps, base_lr, max_lr)
         path = plotting.save(figure, Path(args.out or f"{args.policy}.png"))
-    except (TypeError, ValueError) as error:  # the schedule's own words, which name the argument
+    except (TypeError, ValueError) as error:  # the message names the argument
         raise _ArgumentError(str(error)) from error
     print(path)
 
@@ -317,7 +327,7 @@ def _bench_bounds(args: argparse.Namespace) -> int:
         bounds.run(args)
         return 0
 
-    return _told(run, args)
+    return _run(run, args)
 
 
 def _bench_long(args: argparse.Namespace) -> int:
@@ -325,7 +335,7 @@ def _bench_long(args: argparse.Namespace) -> int:
         long_run.run(args)
         return 0
 
-    return _told(run, args)
+    return _run(run, args)
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -373,7 +383,7 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _kernels() -> list[tuple[str, str]]:
-    """How the C++ kernels are compiled here, or why they are not."""
+    """Return how the C++ kernels are compiled here, or why they cannot be."""
     import torch
 
     described = native_build.describe()
@@ -384,7 +394,7 @@ def _kernels() -> list[tuple[str, str]]:
         state = f"none: {_line(error)}"
     bits = {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability(), 128)
     if bits == 512 and "512" not in described["flags"]:
-        bits = 256  # what compilers prefer unless told otherwise
+        bits = 256  # compilers prefer 256 bits by default
     return [
         ("kernels", state),
         ("compiler", " ".join(filter(None, (described["compiler"], described["version"])))),
@@ -395,12 +405,12 @@ def _kernels() -> list[tuple[str, str]]:
 
 
 def _served(optimizer: Optimizer) -> str:
-    """The backend of an optimizer, and why, as its first step would find out."""
+    """Return the backend of an optimizer's first step, and the reason."""
     try:
         backend, reason = backends.resolve("auto", optimizer)
         if backend == "native":
             library()
-    except ValueError as error:  # CLR_OPTIM_BACKEND may ask for what cannot be
+    except ValueError as error:  # CLR_OPTIM_BACKEND may name a backend that cannot serve
         return f"none: {_line(error)}"
     except BuildError:
         return "torch: the kernels cannot be compiled, see above"

@@ -1,4 +1,4 @@
-"""The command: its subcommands, its exit codes, its messages."""
+"""The command ``clr-optim``: subcommands, exit codes, messages."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_plot_names_the_file_after_the_policy(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "triangular.png").exists()
 
 
-# (options of plot, words of the message)
+# (options of plot, part of the message)
 WRONG_PLOTS = [
     (["--policy", "triangular", "--step-size-up", "0"], "step_size_up=0"),
     (["--policy", "exp_range", "--gamma", "1.5"], "gamma must be a finite number"),
@@ -172,8 +172,14 @@ WRONG_PLOTS = [
     (["--policy", "triangular", "--max-lr", "nan"], "max_lr must be a finite number"),
     (["--policy", "triangular", "--steps", "0"], "steps must be an integer >= 1"),
     (["--policy", "one_cycle", "--steps", "2"], "total_steps must be an integer >= 3"),
-    (["--policy", "triangular", "--gamma", "0.9"], "--gamma: of no effect"),
-    (["--policy", "one_cycle", "--step-size-up", "9"], "--step-size-up: of no effect"),
+    (
+        ["--policy", "triangular", "--gamma", "0.9"],
+        "--gamma has no effect with --policy triangular",
+    ),
+    (
+        ["--policy", "one_cycle", "--step-size-up", "9"],
+        "--step-size-up has no effect with --policy one_cycle",
+    ),
     (["--steps", "9", "--base-lr", "1"], "--base-lr, --steps: only together with --policy"),
     (["--policy", "triangular", "--out", "picture.nonsense"], "nonsense"),
     (["--policy", "triangular", "--out", "no/such/folder/a.png"], "no/such/folder/a.png"),
@@ -189,7 +195,7 @@ def test_plot_refuses_in_the_librarys_words(options, words, tmp_path, capsys, mo
     assert not list(tmp_path.iterdir())
 
 
-# command lines
+# command lines that argparse refuses
 WRONG_COMMANDS = [
     ["nonsense"],
     ["plot", "--policy", "nonsense"],

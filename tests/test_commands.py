@@ -1,4 +1,4 @@
-"""The commands that do one part of the demo at a time: range-test, train, and bench bounds."""
+"""The commands ``range-test`` and ``train``, and ``bench bounds``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHORT = ["--cycles", "1", "--epochs-per-step-size", "1", "--threads", "1"]
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
+def in_a_new_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     yield
@@ -28,7 +28,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 @pytest.fixture
 def cifar10(tmp_path):
-    """Six files in the official layout: 40 images each of ten grey levels, which can be learned."""
+    """Write six files in the official layout, of 40 images each: one grey level per class."""
     folder = tmp_path / "cifar-10-batches-bin"
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -162,7 +162,7 @@ def test_both_commands_read_cifar10(cifar10, tmp_path, capsys):
     kept = json.loads((tmp_path / "history.json").read_text())
     assert len(kept["loss"]) == 20
     assert kept["lr"][10] == 1e-3
-    # The paper's weight decays, at one rate for all.
+    # Weight decays are the paper's; all groups have one rate.
     task = cifar10_task(cifar10, batch_size=20)
     groups = task.groups(task.build())
     assert [group["weight_decay"] for group in groups] == [0.004, 0.004, 1.0, 0.0]
@@ -183,13 +183,16 @@ def test_an_interrupted_training_is_kept_and_drawn(tmp_path, monkeypatch, capsys
     assert (tmp_path / "train.png").exists()
 
 
-# (options of range-test and train, words of the message)
+# (options of range-test and train, part of the message)
 IMPOSSIBLE = [
     (["--data", "no-such-folder"], "no-such-folder: there is no data_batch_1.bin"),
     (["--device", "abacus"], "--device abacus"),
     (["--batch-size", "5000"], "batch_size must be from 1 to 1200"),
     (["--save", "curve.txt"], "--save must end in .json or .csv, got 'curve.txt'"),
-    (["--save", "nowhere/curve.csv"], "nowhere/curve.csv: there is no such folder"),
+    (
+        ["--save", "nowhere/curve.csv"],
+        "nowhere/curve.csv: the folder does not exist; give a path in an existing one",
+    ),
     (["--out", "nowhere/a.png"], "nowhere/a.png: there is no such folder"),
     (["--out", "a.docx"], "a.docx: a picture's name must end in one of"),
     (["--optimizer", "LBFGS"], "invalid choice: 'LBFGS'"),
@@ -205,7 +208,7 @@ def test_options_that_cannot_be_met_are_refused_before_training(
     assert not list(tmp_path.iterdir())
 
 
-# (command line, words of the message)
+# (command line, part of the message)
 CONTRADICTIONS = [
     (["range-test", "--start-lr", "1", "--end-lr", "0.5"], "start_lr=1.0 must be below"),
     (["range-test", "--start-lr", "0"], "start_lr must be a finite number > 0"),
@@ -214,8 +217,9 @@ CONTRADICTIONS = [
     (["train", "--base-lr", "0.1"], "give both bounds, or neither"),
     (["train", "--base-lr", "2", "--max-lr", "1"], "base_lr=2.0 is above max_lr=1.0"),
     (["train", "--policy", "fixed", "--base-lr", "0", "--max-lr", "1"], "--base-lr 0"),
-    (["train", "--gamma", "0.9"], "--gamma: of no effect with --policy triangular2"),
-    (["train", "--policy", "fixed", "--window", "hann"], "--window: of no effect"),
+    (["train", "--gamma", "0.9"], "--gamma has no effect with --policy triangular2"),
+    (["train", "--policy", "fixed", "--window", "hann"],
+     "--window has no effect with --policy fixed"),
     (["train", "--policy", "exp_range", "--gamma", "2", "--base-lr", "1", "--max-lr", "2"],
      "gamma must be a finite number"),
 ]  # fmt: skip
@@ -237,7 +241,7 @@ def test_help_has_examples(command, capsys):
     assert f"clr-optim {command} --data cifar-10-batches-bin" in out
 
 
-def test_bench_bounds_measures_and_reports_whoever_wins(tmp_path, capsys, monkeypatch):
+def test_bench_bounds_measures_and_reports_every_outcome(tmp_path, capsys, monkeypatch):
     from clr_optim.bench import bounds
 
     monkeypatch.setattr(bounds, "COMPARED", ("SGD", "Adam"))

@@ -1,4 +1,4 @@
-"""The demo: its data, its runs, what it prints and draws."""
+"""The demo: data, runs, printed table, pictures."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def test_data_is_the_uci_test_set():
     assert labels.shape == (1797,)
     assert images.dtype == labels.dtype == np.uint8
     assert (images.min(), images.max()) == (0, 16)
-    # Counts as published with the set.
+    # The counts that were published with the set.
     assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    # A blank or repeated image would mean a broken file.
+    # A blank or repeated image would show a broken file.
     assert len(np.unique(images.reshape(1797, 64), axis=0)) == 1797
 
 
@@ -90,7 +90,7 @@ def test_fixed_is_torchs_own_optimizer_at_the_middle_of_the_bounds(name):
     run = _train_once(task, name, "fixed", BOUNDS, SHORT, 3)
     assert run.rates == [pytest.approx(0.02)] * SHORT.iterations
 
-    # The loop once more, without anything of the library.
+    # The same loop with torch alone.
     data = split_digits()
     torch.manual_seed(3)
     model = build_network()

@@ -11,6 +11,7 @@ import torch
 
 import clr_optim
 from clr_optim.bench import paper
+from clr_optim.bench.paper.readme import BEGIN, END
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -50,7 +51,7 @@ def test_the_readmes_pictures_and_links_exist():
 def test_the_readmes_paper_table_is_of_the_committed_results():
     whole = json.loads((ROOT / "bench/results/paper-gpu/paper.json").read_text())
     table = "\n".join(paper.readme_table(paper.summarize(whole["runs"])))
-    assert f"{paper._BEGIN}\n{table}\n{paper._END}" in README
+    assert f"{BEGIN}\n{table}\n{END}" in README
 
 
 def test_versions_agree():

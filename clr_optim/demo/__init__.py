@@ -1,7 +1,7 @@
-"""The demo: bounds found by a range test, then a fixed rate against three cyclic policies.
+"""The demo: find bounds by a range test, then compare a fixed rate with three cyclic policies.
 
-:func:`run_demo` does all of it; the training loop itself is in :mod:`clr_optim.demo.train`, and
-the commands that do one part at a time are in :mod:`clr_optim.demo.commands`.
+:func:`run_demo` is the demo. The training loop is in :mod:`clr_optim.demo.train`. The commands
+``range-test`` and ``train``, each for one part of the demo, are in :mod:`clr_optim.demo.commands`.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ def run_demo(
     Args:
         seed: the first seed.
         seeds: how many, counted up from ``seed``; ``None`` is 5, or 1 with ``quick``.
-        out: folder for the pictures; made if it is not there.
+        out: folder for the pictures, created if it does not exist.
         quick: train for two cycles of half the length instead of four.
 
     Returns:
-        Every run's measurements.
+        The measurements of every run.
 
     Raises:
         ImportError: without the packages of ``clr-optim[demo]``.
-        OSError: if ``out`` cannot be made or written.
+        OSError: if ``out`` cannot be created or written.
         ValueError: if a range test finds no bounds.
     """
-    # What could go wrong goes wrong here, before a minute of training and not after it.
+    # Check packages and folder now, before a minute of training.
     try:
         from tqdm import tqdm
     except ImportError as error:
@@ -73,19 +73,19 @@ def run_demo(
     task = digits_task()
     plan = Plan(cycles=2, epochs_per_step_size=2) if quick else Plan()
     if quick:
-        print("Quick: fewer and shorter cycles, and one seed unless told otherwise.")
+        print("Quick: fewer and shorter cycles, and one seed by default.")
     which = f"seed {seed}" if seeds == 1 else f"seeds {seed} to {seed + seeds - 1}"
     print(f"{task.summary}; {which}.\n", flush=True)
 
     results: Results = {}
     threads = torch.get_num_threads()
-    # Tensors of this size gain nothing from threads, and lose much where cores are busy.
+    # Tensors of this size gain nothing from threads, and lose much if the cores are busy.
     torch.set_num_threads(1)
     try:
         searches = {name: search_bounds(task, name, seed=seed) for name in COMPARED}
         bounds = {name: search.suggest() for name, search in searches.items()}
         print(_introduction(searches, bounds, plan), flush=True)
-        # Seeds outermost, so that a slow moment of the machine falls on all rows' times alike.
+        # Seeds outermost, so that a slow moment of the machine slows the steps of all rows.
         jobs = [(n, p, s) for s in range(seed, seed + seeds) for n in COMPARED for p in POLICIES]
         with tqdm(total=len(jobs) * plan.iterations, unit="it", leave=False, disable=None) as bar:
             for name, policy, this_seed in jobs:
@@ -116,7 +116,7 @@ def _train_once(
     seed: int,
     on_iteration: Callable[[], object] = lambda: None,
 ) -> Run:
-    """One run: the seed decides the first weights and the order of the batches."""
+    """Train once; the seed decides the first weights and the order of the batches."""
     torch.manual_seed(seed)
     model = task.build()
     optimizer = build_optimizer(
@@ -156,11 +156,10 @@ def _finals(runs: list[Run]) -> npt.NDArray[np.float64]:
 
 
 def table(results: Results, plan: Plan) -> str:
-    """Test accuracy at the end of each cycle and the time of a step, a row per run.
+    """Return a table: test accuracy at the end of each cycle, and the time of a step.
 
-    Accuracies are means over seeds; at the end of the last cycle, which is the end of the run,
-    the standard deviation over seeds (of a sample: n − 1) stands beside it. The fixed rate has no
-    cycles: its accuracies are of the same iterations.
+    Accuracies are means over seeds. The last one has the standard deviation over seeds beside it
+    (of a sample: n − 1). The fixed rate has no cycles; its accuracies are of the same iterations.
     """
     cycles = [f"cycle {i}" for i in range(1, plan.cycles)]
     rows = [["optimizer", "policy", *cycles, f"cycle {plan.cycles}, final", "step() µs"]]
@@ -188,12 +187,12 @@ def table(results: Results, plan: Plan) -> str:
 
 
 def verdict(name: str, finals: Mapping[str, npt.NDArray[np.float64]]) -> str:
-    """One sentence on an optimizer: which policy was best, and which lost against the fixed rate.
+    """Return a sentence: which policy was best, and which lost against the fixed rate.
 
     Args:
-        name: of the optimizer.
-        finals: final accuracies in percent, shape (seeds,), by policy; ``"fixed"`` among them. The
-            i-th of each policy began from the same weights and saw the same batches.
+        name: the optimizer's name.
+        finals: final accuracies in percent, shape (seeds,), by policy, with ``"fixed"`` among them.
+            The runs of one seed started from the same weights and had the same batches.
     """
     means = {policy: float(values.mean()) for policy, values in finals.items()}
     cyclic = max((policy for policy in means if policy != "fixed"), key=means.__getitem__)

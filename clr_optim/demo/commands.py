@@ -1,4 +1,4 @@
-"""The commands ``range-test`` and ``train``: one part of the demo, on data of the user's choice."""
+"""The commands ``range-test`` and ``train``, on the digits or on CIFAR-10."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["range_test", "train_once"]
 
 
 def range_test(args: Namespace) -> int:
-    """Find bounds, say why, draw and keep the curve.
+    """Find bounds, print them with the reason, draw and save the curve.
 
     Args:
         args: the command's options.
@@ -37,7 +37,7 @@ def range_test(args: Namespace) -> int:
         The exit code: 1 if the curve has no usable region, 130 if Ctrl-C ended it early.
 
     Raises:
-        ImportError, OSError, ValueError: for options that cannot be met, before any training.
+        ImportError, OSError, ValueError: for impossible options, before any training.
     """
     _check_files(args.out, args.save, (".json", ".csv"))
     with _Threads(args.threads):
@@ -76,10 +76,10 @@ def train_once(args: Namespace) -> int:
         args: the command's options.
 
     Returns:
-        The exit code: 130 if Ctrl-C ended it early; what was measured is kept.
+        The exit code: 130 if Ctrl-C ended it early. Measurements until then are saved and drawn.
 
     Raises:
-        ImportError, OSError, ValueError: for options that cannot be met, before any training.
+        ImportError, OSError, ValueError: for impossible options, before any training.
     """
     try:
         from tqdm import tqdm
@@ -89,13 +89,13 @@ def train_once(args: Namespace) -> int:
     _check_files(args.out, args.save, (".json", ".csv"))
     if (args.base_lr is None) != (args.max_lr is None):
         raise ValueError(
-            f"--base-lr {args.base_lr} and --max-lr {args.max_lr}: give both bounds, or neither "
-            "for a range test to find them"
+            f"--base-lr {args.base_lr} and --max-lr {args.max_lr}: give both bounds, or neither, "
+            "so that a range test finds them"
         )
     if args.policy == "fixed" and args.base_lr == 0.0:
         raise ValueError(
-            "--base-lr 0 with --policy fixed: the rate is the bounds' geometric mean, which is 0; "
-            "give the rate itself as both"
+            "--base-lr 0 with --policy fixed: the fixed rate would be 0, the geometric mean of the "
+            "bounds; give the rate as both bounds"
         )
     with _Threads(args.threads):
         task = _task(args)
@@ -108,7 +108,7 @@ def train_once(args: Namespace) -> int:
                 options["gamma"] = plan.gamma if args.gamma is None else args.gamma
             if args.window is not None:
                 options["window"] = args.window
-        if base_lr is not None:  # what is wrong is said before anything is run
+        if base_lr is not None:  # refuse wrong bounds before the training
             build_optimizer(
                 args.optimizer, args.policy, task, task.build(),
                 base_lr=base_lr, max_lr=max_lr, **options,
@@ -148,7 +148,7 @@ def train_once(args: Namespace) -> int:
 
 
 class _Threads:
-    """So many of torch's threads, and afterwards as many as before."""
+    """Set the number of torch's threads, and restore the old number afterwards."""
 
     def __init__(self, wanted: int | None) -> None:
         self._wanted = wanted
@@ -171,7 +171,9 @@ def _check_files(out: str | None, save: str | None, kinds: Sequence[str]) -> Non
     if path.suffix not in kinds:
         raise ValueError(f"--save must end in {' or '.join(kinds)}, got {save!r}")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{save}: there is no such folder")
+        raise FileNotFoundError(
+            f"{save}: the folder does not exist; give a path in an existing one"
+        )
 
 
 def _task(args: Namespace) -> Task:

@@ -1,4 +1,4 @@
-"""What the demo and the commands train: a task, an optimizer by its name, and the loop."""
+"""The tasks, the optimizers and the training loop of the demo and the commands."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
 
 _Params = list[dict[str, Any]]
 
-#: By their names in torch; the settings are torch's defaults, but for SGD's momentum.
+#: Constructors by torch's names. Settings are torch's defaults, except for SGD's momentum.
 OPTIMIZERS: dict[str, Callable[[_Params, float], torch.optim.Optimizer]] = {
     "SGD": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
     "Adam": lambda params, lr: torch.optim.Adam(params, lr=lr),
@@ -51,7 +51,7 @@ _TRAIN_PER_DIGIT = 120
 
 
 class Loader(Protocol):
-    """One epoch of (inputs, labels) each time it is gone through."""
+    """Batches of (inputs, labels); each iteration over the loader is one epoch."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
     def __len__(self) -> int: ...
@@ -59,14 +59,14 @@ class Loader(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and on what.
+    """A network and its data.
 
     Args:
         summary: a line on data and network.
-        batches: to train with.
-        build: a new network, its first weights from torch's global generator.
-        groups: its parameters as an optimizer's groups, without rates.
-        accuracy: on the test images, in percent.
+        batches: the training data.
+        build: makes a new network, with first weights from torch's global generator.
+        groups: returns the network's parameters as an optimizer's groups, without rates.
+        accuracy: measures the accuracy on the test images, in percent.
     """
 
     summary: str
@@ -86,7 +86,10 @@ class Digits:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to train, in the paper's terms: it advises a step size of 2 to 10 epochs."""
+    """The length of a training in the paper's terms.
+
+    The paper advises a step size of 2 to 10 epochs.
+    """
 
     cycles: int = 4
     epochs_per_step_size: int = 4
@@ -101,32 +104,32 @@ class Plan:
 
     @property
     def iterations(self) -> int:
-        """Length of a run: it stops at the end of a cycle."""
+        """Iterations of a run, which ends with a whole cycle."""
         return self.cycles * 2 * self.step_size
 
     @property
     def evaluate_every(self) -> int:
-        """Iterations from one evaluation to the next; every cycle ends with one."""
+        """Iterations between two evaluations. Every cycle ends with an evaluation."""
         return max(1, 2 * self.step_size // self.evaluations_per_cycle)
 
     @property
     def cycle_ends(self) -> list[int]:
-        """Iterations at which a cycle is complete."""
+        """The iterations at which a cycle ends."""
         return [2 * self.step_size * (i + 1) for i in range(self.cycles)]
 
     @property
     def gamma(self) -> float:
-        """exp_range's decay per iteration. The paper's 0.99994 is for runs of 70,000 iterations."""
+        """The decay of exp_range per iteration. (The paper's 0.99994 suits 70,000 iterations.)"""
         return float(self.left_at_end ** (1 / self.iterations))
 
 
 @dataclass
 class Run:
-    """What one training run measured.
+    """The measurements of one training run.
 
-    Per iteration: ``rates``, the learning rate; ``losses``, of the batch before the step;
-    ``step_seconds``, the time of ``step()``. After each ``evaluate_every`` iterations:
-    ``accuracies``, in percent on the test images.
+    Per iteration: ``rates``, the learning rate; ``losses``, the batch's loss before the step;
+    ``step_seconds``, the time of ``step()``. Every ``evaluate_every`` iterations: ``accuracies``,
+    in percent on the test images.
     """
 
     evaluate_every: int = 0
@@ -137,12 +140,12 @@ class Run:
 
     @property
     def evaluated(self) -> list[int]:
-        """Iterations done when the accuracies were taken."""
+        """The iterations before each of the accuracies."""
         return [self.evaluate_every * (i + 1) for i in range(len(self.accuracies))]
 
 
 def load_digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """The 1,797 handwritten digits that come with the package.
+    """Load the package's 1,797 handwritten digits.
 
     Returns:
         Images, uint8 of shape (1797, 8, 8) with values 0 to 16, and labels, uint8 of shape (1797,).
@@ -156,10 +159,10 @@ def load_digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
 
 
 def split_digits() -> tuple[Digits, Digits]:
-    """The same 1,200 images to train on and 597 to test with each time.
+    """Return 1,200 images to train on and 597 to test with, the same ones each time.
 
-    The first 120 of each digit train, in the file's order and not shuffled: that leaves the network
-    something to get wrong.
+    The first 120 images of each digit are for training, in the file's order. The order is not
+    shuffled, so that the task stays hard enough for a network to make errors.
     """
     pixels, digits = load_digits()
     images = torch.from_numpy(pixels).to(torch.float32).div(16).unsqueeze(1)
@@ -171,7 +174,7 @@ def split_digits() -> tuple[Digits, Digits]:
 
 
 def build_network() -> nn.Module:
-    """A convolutional network from (n, 1, 8, 8) to (n, 10), with 6,090 parameters."""
+    """Build a convolutional network from (n, 1, 8, 8) to (n, 10), with 6,090 parameters."""
     return nn.Sequential(
         nn.Conv2d(1, 16, kernel_size=3, stride=2, padding=1),
         nn.ReLU(),
@@ -184,13 +187,13 @@ def build_network() -> nn.Module:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Digits) -> float:
-    """Share of ``data`` that ``model`` names right, in percent."""
+    """Return the share of ``data`` that ``model`` classifies correctly, in percent."""
     right = int((model(data.images).argmax(dim=1) == data.labels).sum())
     return 100.0 * right / len(data.labels)
 
 
 class _Shuffled:
-    """The digits in batches, in a new order each time, drawn from torch's global generator."""
+    """The digits in batches, in a new order each epoch, from torch's global generator."""
 
     def __init__(self, data: Digits, batch_size: int) -> None:
         self._data = data
@@ -207,12 +210,12 @@ class _Shuffled:
 
 
 def digits_task(batch_size: int = 50, device: torch.device | str = "cpu") -> Task:
-    """The embedded digits and :func:`build_network`."""
+    """Return the task of the embedded digits and :func:`build_network`."""
     training, test = (Digits(d.images.to(device), d.labels.to(device)) for d in split_digits())
     if not 1 <= batch_size <= len(training.labels):
         raise ValueError(
-            f"batch_size must be from 1 to {len(training.labels)}, the images there are to train "
-            f"on, got {batch_size!r}"
+            f"batch_size must be from 1 to {len(training.labels)}, the number of training images, "
+            f"got {batch_size!r}"
         )
 
     return Task(
@@ -229,16 +232,16 @@ def digits_task(batch_size: int = 50, device: torch.device | str = "cpu") -> Tas
 def cifar10_task(
     folder: str | Path, batch_size: int = 100, device: torch.device | str = "cpu"
 ) -> Task:
-    """CIFAR-10 and the paper's network, Caffe's ``cifar10_full``.
+    """Return the task of CIFAR-10 and the paper's network, Caffe's ``cifar10_full``.
 
-    Its weight decay is the paper's. Biases learn at the rate of the weights: there is one pair of
-    bounds (in Caffe it is twice that). The order of the images is decided by the seed 0 and is the
+    The weight decay is the paper's. Biases have the rate of the weights, since there is one pair of
+    bounds; in Caffe biases have twice that rate. The order of the images is that of seed 0 and the
     same in each epoch, as in Caffe.
 
     Args:
         folder: of the binary version, see :func:`~clr_optim.bench.cifar10.read_cifar10`.
-        batch_size: the paper's is 100.
-        device: where images lie and the network trains.
+        batch_size: 100 in the paper.
+        device: of images and network.
 
     Raises:
         FileNotFoundError, ValueError: naming the file that is missing or no CIFAR-10.
@@ -274,15 +277,15 @@ def build_optimizer(
     max_lr: float,
     **options: Any,
 ) -> torch.optim.Optimizer:
-    """The optimizer ``name``, cycled by ``policy`` between the bounds.
+    """Build the optimizer ``name`` with a policy that cycles between the bounds.
 
-    ``"fixed"`` is torch's own optimizer at their geometric mean: of all single rates the bounds'
-    best guess.
+    ``"fixed"`` is torch's own optimizer at the geometric mean of the bounds, the best guess at a
+    single rate.
     """
     if policy == "fixed":
         return OPTIMIZERS[name](task.groups(model), (base_lr * max_lr) ** 0.5)
     optimizer = OPTIMIZERS[name](task.groups(model), max_lr)
-    # The one line that changes:
+    # The only line that clr_optim adds:
     return CyclicalOptimizer(optimizer, policy, base_lr=base_lr, max_lr=max_lr, **options)
 
 
@@ -296,12 +299,12 @@ def search_bounds(
     num_steps: int = 500,
     **options: Any,
 ) -> RangeTest:
-    """The LR range test of an optimizer: from rates that are too small to ones that are too large.
+    """Run the LR range test of an optimizer, from rates far too small to rates far too large.
 
     Args:
-        task: what to train.
+        task: the network and its data.
         name: a key of :data:`OPTIMIZERS`.
-        seed: of torch's global generator.
+        seed: for torch's global generator.
         start_lr, end_lr, num_steps, options: as in :func:`~clr_optim.lr_range_test`.
     """
     torch.manual_seed(seed)
@@ -329,21 +332,21 @@ def train(
     """Train and measure.
 
     Args:
-        model: from ``task.build``; it is trained.
-        optimizer: of its parameters, cyclical or not.
-        task: what the model is for.
-        iterations: how many.
-        run: what is measured is added to it, so that it is there after an interrupt too.
+        model: the network to train, from ``task.build``.
+        optimizer: of the model's parameters, cyclical or not.
+        task: the model's task.
+        iterations: the number of iterations.
+        run: receives each measurement at once, so that an interruption loses none.
         on_iteration: called after each iteration.
     """
     for inputs, labels in _endless(task.batches, iterations):
-        run.rates.append(float(optimizer.param_groups[0]["lr"]))  # what this step will use
+        run.rates.append(float(optimizer.param_groups[0]["lr"]))  # the rate of this step
 
         loss = functional.cross_entropy(model(inputs), labels)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         start = perf_counter()
-        optimizer.step()  # no scheduler: the cycle moves on in here
+        optimizer.step()  # there is no scheduler: the step advances the cycle
         run.step_seconds.append(perf_counter() - start)
 
         run.losses.append(float(loss.detach()))

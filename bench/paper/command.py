@@ -1,0 +1,96 @@
+"""Run ``clr-optim bench paper``: train, report, or measure the speed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from clr_optim.bench.paper.data import read
+from clr_optim.bench.paper.options import chosen_rows
+from clr_optim.bench.paper.readme import write_readme
+from clr_optim.bench.paper.report import report
+from clr_optim.bench.paper.rows import Row, stages
+from clr_optim.bench.paper.speed import measure_speed
+from clr_optim.bench.paper.store import Store
+from clr_optim.bench.paper.unattended import train_all
+
+__all__ = ["DESCRIPTION", "run"]
+
+DESCRIPTION = (
+    "Reruns the tables of the paper on cyclical learning rates (arXiv 1506.01186): cifar10_full on "
+    "CIFAR-10. Runs unattended: progress goes to stderr, each finished row goes to a file, and "
+    "--resume continues after an interruption."
+)
+
+
+@contextmanager
+def _torch_settings(threads: int | None) -> Iterator[None]:
+    """Set torch's threads and cuDNN's search for the fastest convolutions; restore both."""
+    before = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    torch.set_num_threads(threads or before[0])
+    # All batches have one shape, so that one search serves all of them.
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train the chosen rows, or report on results, or measure the speed.
+
+    Returns:
+        The exit code: 0, or 128 + the signal that stopped the training.
+
+    Raises:
+        argparse.ArgumentError: if options, data and results do not fit together.
+        OSError: if a file cannot be read or written, before any training.
+    """
+    try:
+        if args.report:
+            print(report(args.out))
+            if args.readme:
+                write_readme(args.readme, Store(args.out).read())
+            return 0
+        if args.readme:
+            raise argparse.ArgumentError(None, f"--readme {args.readme}: only with --report")
+        if args.data is None:
+            raise argparse.ArgumentError(None, "--data is missing: the folder of CIFAR-10's files")
+        if args.together > 1 and args.device == "cpu":
+            words = "only on a GPU; on a CPU start a process for each, with --rows and --threads 1"
+            raise argparse.ArgumentError(None, f"--together {args.together}: {words}")
+        with _torch_settings(args.threads):
+            return _speed(args) if args.speed else _run(chosen_rows(args), args)
+    except ValueError as error:
+        raise argparse.ArgumentError(None, str(error)) from error
+
+
+def _speed(args: argparse.Namespace) -> int:
+    store = Store(args.out)
+    speed = measure_speed(read(args.data, args.device), args.device, args.speed)
+    (store.folder / "speed.json").write_text(json.dumps(speed, indent=1) + "\n")
+    for name, rate in speed["iterations_per_s"].items():
+        print(f"{name}: {rate:g} iterations/s")
+    return 0
+
+
+def _run(rows: Sequence[Row], args: argparse.Namespace) -> int:
+    data = read(args.data, args.device)
+    store = Store(args.out)
+    if not args.resume and not store.is_empty():
+        raise argparse.ArgumentError(
+            None,
+            f"--out {args.out}: there are results; add --resume to continue them, or give another "
+            "folder",
+        )
+    if args.table and "2" in args.table:
+        print(stages(args.scale) + "\n", flush=True)
+    stop_signal = train_all(rows, args.scale, data, store, args)
+    if store.read():
+        print(report(args.out))
+    return 128 + stop_signal if stop_signal else 0

@@ -1,0 +1,62 @@
+"""Read the data that all runs share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clr_optim.bench.cifar10 import Images, mean_image, read_cifar10
+
+__all__ = ["Data", "digest", "read"]
+
+#: Images per batch, as in the paper.
+BATCH_SIZE = 100
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data of all runs.
+
+    Args:
+        training: the images to train on, on the device.
+        test: the images to test with, on the device.
+        mean: the mean over the training images.
+        digest: a fingerprint of all images and labels.
+        batch_size: images per batch.
+    """
+
+    training: Images
+    test: Images
+    mean: Tensor
+    digest: str
+    batch_size: int
+
+
+def read(folder: str | Path, device: torch.device | str = "cpu") -> Data:
+    """Read CIFAR-10 from its official binary layout.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`~clr_optim.bench.cifar10.read_cifar10`, and if
+            there are fewer training images than a batch has.
+    """
+    training, test = read_cifar10(folder)
+    if len(training) < BATCH_SIZE:
+        raise ValueError(
+            f"{folder}: {len(training)} training images, fewer than a batch of {BATCH_SIZE}"
+        )
+    fingerprint = digest([training.pixels, training.labels, test.pixels, test.labels])
+    mean = mean_image(training)  # on the host: the same bits for every device
+    return Data(training.to(device), test.to(device), mean, fingerprint, BATCH_SIZE)
+
+
+def digest(tensors: Sequence[Tensor]) -> str:
+    """Return the SHA-256 of the tensors' bytes."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()

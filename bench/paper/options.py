@@ -1,0 +1,146 @@
+"""The options of ``clr-optim bench paper``, and the rows that they choose."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import suppress
+from fractions import Fraction
+
+import torch
+
+from clr_optim.bench.arguments import device, duration
+from clr_optim.bench.paper.rows import ROWS, Row, Scale
+
+__all__ = ["add_arguments", "chosen_rows"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``clr-optim bench paper``."""
+    add = parser.add_argument
+    add("--data", metavar="DIR", help="folder of CIFAR-10's binary version, unpacked")
+    add(
+        "--table",
+        type=_tables,
+        metavar="1|2|3|beyond",
+        help="one or several, as 1,3; 2 is a row of 1",
+    )
+    add("--rows", type=_row_names, metavar="A,B", help=f"only these rows: {', '.join(ROWS)}")
+    add(
+        "--scale",
+        type=_scale,
+        default=Scale(),
+        metavar="F",
+        help="multiply lengths and step sizes by F, as 0.1 or 1/10 (1)",
+    )
+    add("--seeds", type=_count, default=1, metavar="N", help="how many seeds, from 0 (1)")
+    add("--device", type=device, default="cpu", help="cpu, or cuda (ROCm too)")
+    add("--threads", type=_count, metavar="N", help=f"of torch ({torch.get_num_threads()})")
+    add(
+        "--together",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="rows to train beside each other on a GPU, which one network does not fill (1)",
+    )
+    add(
+        "--out",
+        default="paper-out",
+        metavar="DIR",
+        help="folder of results and checkpoints (paper-out)",
+    )
+    add("--resume", action="store_true", help="continue the runs in --out")
+    add(
+        "--checkpoint-every",
+        type=duration("minutes"),
+        default=3.0,
+        metavar="MIN",
+        help="minutes between checkpoints (3)",
+    )
+    add(
+        "--caffe-momentum",
+        action="store_true",
+        help="SGD keeps the rate inside the momentum buffer, as in Caffe",
+    )
+    add(
+        "--data-note",
+        default="",
+        metavar="TEXT",
+        help="a note on the data, printed with the results",
+    )
+    add("--report", action="store_true", help="train nothing, only report on the results in --out")
+    add(
+        "--readme",
+        metavar="FILE",
+        help="with --report: renew the table between its two marks in FILE",
+    )
+    add(
+        "--speed",
+        type=_count,
+        metavar="N",
+        help="train nothing, only measure iterations per second over N iterations",
+    )
+
+
+def _tables(text: str) -> list[str]:
+    known = ("1", "2", "3", "beyond")
+    tables = text.split(",")
+    for table in tables:
+        if table not in known:
+            raise argparse.ArgumentTypeError(f"no table {table!r}; there are {', '.join(known)}")
+    return tables
+
+
+def _row_names(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in ROWS:
+            raise argparse.ArgumentTypeError(f"no row {name!r}; there are {', '.join(ROWS)}")
+    return names
+
+
+def _scale(text: str) -> Scale:
+    with suppress(ValueError, ZeroDivisionError):
+        if 0 < Fraction(text) <= 100:
+            return Scale(Fraction(text))
+    raise argparse.ArgumentTypeError(f"must be a number above 0, as 0.1 or 1/10, got {text!r}")
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= 10**6):
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
+    return int(text)
+
+
+def chosen_rows(args: argparse.Namespace) -> list[Row]:
+    """Return the rows that the options choose.
+
+    Raises:
+        argparse.ArgumentError: if no row is chosen, or the scale does not suit a row.
+    """
+    if args.table is None and args.rows is None:
+        raise argparse.ArgumentError(None, "give --table 1, 2, 3 or beyond, or --rows")
+    tables = args.table or ["1", "3", "beyond"]
+    rows = [
+        row
+        for row in ROWS.values()
+        if row.table in tables or ("2" in tables and row.name == "triangular2")
+    ]
+    if args.rows is not None:
+        for name in args.rows:
+            if ROWS[name] not in rows:
+                raise argparse.ArgumentError(
+                    None, f"--rows {name}: not in table {', '.join(tables)}"
+                )
+        rows = [row for row in rows if row.name in args.rows]
+    for row in rows:
+        _check_lengths(row, args.scale)
+    return rows
+
+
+def _check_lengths(row: Row, scale: Scale) -> None:
+    try:
+        scale.steps(row.iterations)
+        row.schedule(scale)
+    except ValueError as error:
+        words = f"{error}, for row {row.name}: a multiple of 0.01 serves all rows"
+        raise argparse.ArgumentError(None, words) from error

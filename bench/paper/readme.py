@@ -1,0 +1,65 @@
+"""Renew the README's table of all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from clr_optim.bench.paper.comparison import summarize
+
+__all__ = ["BEGIN", "END", "readme_table", "write_readme"]
+
+
+BEGIN, END = "<!-- made by clr-optim bench paper --report --readme -->", "<!-- /made -->"
+
+
+def write_readme(path: str | Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the text between a Markdown file's two marks by a table of all rows.
+
+    Raises:
+        OSError: if the file cannot be read or written.
+        ValueError: if the file lacks the marks.
+    """
+    path = Path(path)
+    text = path.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{path} has no place for the table: add these two lines: {BEGIN} {END}")
+    table = "\n".join(readme_table(summarize(results)))
+    path.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+
+
+def readme_table(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a table of all rows: published and measured figures, and the paper's relations."""
+    lines = [
+        "| row | the paper, % (iterations) | here, % (iterations) | the paper's relation here |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in summaries:
+        published = "–"
+        if row["published"] is not None:
+            published = f"{row['published']} ({row['published_iterations']:,})"
+        if "accuracy" not in row:
+            lines.append(f"| {row['row']} | {published} | not run | |")
+            continue
+        relations = []
+        for comparison in row["comparisons"]:
+            words = {
+                True: "holds: ", False: "**does not hold**: ", None: "",
+                "in direction": "in direction only: ", "and more": "holds, and more: ",
+            }[comparison.get("holds")]  # fmt: skip
+            relation = f"{words}{comparison['found']} {comparison['with']}"
+            if words:
+                relation += (
+                    f" ({comparison['difference']:+.1f} points, "
+                    f"{comparison['published_difference']:+.1f} in the paper)"
+                )
+            relations.append(relation)
+        spread = "" if row["spread"] is None else f" ± {row['spread']:.1f}"
+        lines.append(
+            f"| {row['row']} | {published} | {row['accuracy']:.1f}{spread} ({row['iterations']:,}) "
+            f"| {'; '.join(relations)} |"
+        )
+    return lines

@@ -1,0 +1,152 @@
+"""Write the report on a folder of results: tables, a sentence per row, pictures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from clr_optim import plotting
+from clr_optim.bench.paper.comparison import summarize
+from clr_optim.bench.paper.progress import duration
+from clr_optim.bench.paper.rows import ROWS
+from clr_optim.bench.paper.store import Store
+
+__all__ = ["markdown", "report"]
+
+_TITLES = {
+    "1": "Table 1: policies",
+    "3": "Table 3: adaptive methods",
+    "beyond": "Beyond the paper",
+    "sgd": "SGD",
+    "nesterov": "SGD + Nesterov",
+    "adam": "Adam",
+    "rmsprop": "RMSprop",
+    "adagrad": "AdaGrad",
+    "adadelta": "AdaDelta",
+}
+
+
+def markdown(results: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] | None = None) -> str:
+    """Return the tables, a sentence per row, and the settings and machines of the runs."""
+    summaries = summarize(results)
+    lines = [*_preamble(results), ""]
+    for table in dict.fromkeys(summary["table"] for summary in summaries):
+        rows = [summary for summary in summaries if summary["table"] == table]
+        lines += [
+            f"**{_TITLES[table]}**",
+            "",
+            "| row | published, % | measured, % | iterations | seeds | time |",
+            "| --- | --- | --- | --- | --- | --- |",
+            *map(_line, rows),
+            "",
+            *(f"- {row['relation']}" for row in rows if "relation" in row),
+            "",
+        ]
+    if speed is not None:
+        rates = ", ".join(f"{name} {rate:g}" for name, rate in speed["iterations_per_s"].items())
+        lines += [f"Iterations per second on {speed['device']}: {rates}.", ""]
+    return "\n".join(lines)
+
+
+def _preamble(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    first = results[0]
+    lines = [
+        "Accuracy on CIFAR-10's test images after the last iteration, mean ± standard deviation "
+        f"over seeds; `cifar10_full`, batches of {first['batch_size']}, no augmentation.",
+    ]
+    factor = Fraction(first["scale"])
+    if factor != 1:
+        lines.append(
+            f"All lengths and step sizes are the paper's × {float(factor):g}, and decays come as "
+            "far in them: rows can be compared with each other, and hardly with the paper's."
+        )
+    lines.append(
+        "Momentum as in Caffe, the rate inside the buffer."
+        if first["momentum"] == "caffe"
+        else "Momentum as in torch, the rate outside the buffer (Caffe has it inside)."
+    )
+    lines += [f"Data: {note}" for note in dict.fromkeys(r["data_note"] for r in results) if note]
+    machines = dict.fromkeys(
+        f"{m.get('gpu') or m['cpu']}, {m['threads']} threads, torch {m['torch']}, "
+        f"clr_optim {m['clr_optim']}"
+        for m in (result["machine"] for result in results)
+    )
+    if any(result["machine"].get("tf32") for result in results):
+        lines.append("Convolutions in TF32, torch's default on such a GPU.")
+    together = max(result.get("together", 1) for result in results)
+    if together > 1:
+        lines.append(f"Times are of runs that shared the GPU, {together} beside each other.")
+    return [*lines, f"Machine: {'; '.join(machines)}."]
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    published = "–"
+    if row["published"] is not None:
+        published = f"{row['published']} at {row['published_iterations']:,}"
+    if "accuracy" not in row:
+        return f"| {row['row']} | {published} | not run | | | |"
+    measured = f"{row['accuracy']:.2f}"
+    if row["spread"] is not None:
+        measured += f" ± {row['spread']:.2f}"
+    iterations = f"{row['iterations']:,}"
+    if row["cycles"]:
+        iterations += f" ({row['cycles']:g} cycles)"
+    return (
+        f"| {row['row']} | {published} | {measured} | {iterations} | {row['seeds']} | "
+        f"{duration(row['training_s'])} |"
+    )
+
+
+def report(folder: str | Path) -> str:
+    """Write ``paper.md``, ``paper.json`` and the pictures into a folder of results.
+
+    Without matplotlib, the function draws no pictures and says so on stderr. A machine with
+    matplotlib can draw them later.
+
+    Returns:
+        The Markdown.
+
+    Raises:
+        ValueError: if the folder has no results.
+    """
+    store = Store(folder, create=False)
+    results = store.read()
+    if not results:
+        raise ValueError(f"{store.results}: no finished run to report on")
+    speed_file = store.folder / "speed.json"
+    speed = json.loads(speed_file.read_text()) if speed_file.exists() else None
+    summaries = summarize(results)
+    text = markdown(results, speed)
+    (store.folder / "paper.md").write_text(text, encoding="utf-8")
+    whole = {"rows": summaries, "runs": results, "speed": speed}
+    (store.folder / "paper.json").write_text(
+        json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    try:
+        plotting.require_matplotlib()
+    except ImportError as error:
+        print(f"{error}; then --report draws the pictures", file=sys.stderr)
+        return text
+    for name, panels in _pictures(summaries).items():
+        plotting.save(plotting.plot_paper_curves(panels), store.folder / f"{name}.png")
+    return text
+
+
+Curves = dict[str, list[tuple[int, float]]]
+
+
+def _pictures(summaries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Curves]]:
+    """Return the curves by picture, panel and label. Table 3 has one panel per optimizer."""
+    pictures: dict[str, dict[str, Curves]] = {}
+    for summary in summaries:
+        if "curve" in summary:
+            row = ROWS[summary["row"]]
+            name = "beyond" if row.table == "beyond" else f"table-{row.table}"
+            panel = _TITLES[row.rule if row.table == "3" else row.table]
+            curves = pictures.setdefault(name, {}).setdefault(panel, {})
+            curves[row.label] = summary["curve"]
+    return pictures

@@ -1,0 +1,195 @@
+"""Run ``clr-optim bench``: measure the chosen cells, print, write and draw the results."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from clr_optim import plotting
+from clr_optim.bench.gpu import Gpu, Stopwatch
+from clr_optim.bench.machine import Limit, describe_machine
+from clr_optim.bench.report import table
+from clr_optim.bench.throughput.cells import Row, measure_cell, measure_cell_on_gpu
+from clr_optim.bench.throughput.options import Cell, add_arguments, chosen_cells
+from clr_optim.bench.throughput.overhead import measure_in_backward, measure_overhead
+from clr_optim.bench.throughput.processes import measure_first_step, measure_memory
+from clr_optim.bench.throughput.tensors import Tensors
+from clr_optim.bench.workloads import DTYPES, WORKLOADS
+
+__all__ = ["DESCRIPTION", "exit_code", "main", "run"]
+
+DESCRIPTION = (
+    "Times the step of each update rule over the shapes of well-known models: ours, and torch's "
+    "default, foreach and fused steps, each with its CyclicLR. Prints medians, ratios and the "
+    "share of the memory's bandwidth. A whole run takes about half an hour. With --device cuda it "
+    "measures a GPU: device and host apart, and captured graphs too."
+)
+
+#: The length of the arrays that measure a GPU's bandwidth: 3 GiB in all.
+_FLOATS_ON_GPU = 2**28
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure the chosen cells, print the table, write the files.
+
+    Returns:
+        The results, as ``--json`` writes them.
+
+    Raises:
+        argparse.ArgumentError: if the options choose no cell.
+        ImportError, OSError: if a file cannot be written, before anything is measured.
+    """
+    cells = chosen_cells(args)
+    if args.json:
+        Path(args.json).open("a").close()
+    if args.plot:
+        plotting.check_picture(args.plot)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads or threads)
+    try:
+        results = _measure(cells, args)
+    finally:
+        torch.set_num_threads(threads)
+    print(table(results))
+    _write(args.json, results)
+    if args.plot and results["rows"]:
+        plotting.save(plotting.plot_throughput(results["rows"]), args.plot)
+    return results
+
+
+def _write(path: str | None, results: Mapping[str, Any]) -> None:
+    """Write the results; an interruption leaves the old file whole."""
+    if path:
+        beside = Path(f"{path}.new")
+        text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+
+
+def _measure(cells: Sequence[Cell], args: argparse.Namespace) -> dict[str, Any]:
+    if args.device == "cuda":
+        return _measure_on_gpu(Gpu(), cells, args)
+    seconds = args.seconds_per_cell
+    if seconds is None:
+        seconds = 0.3 if args.quick else 5.0
+    backward = args.gradients == "backward"
+    limit = Limit()
+    peak = limit.best()
+    rows: list[Row] = []
+    results: dict[str, Any] = {
+        "machine": describe_machine(),
+        "gradients": args.gradients,
+        "limit_gbps": max(peak.values()),
+        "limit": peak,
+        "rows": rows,
+        "not_begun": len(cells),
+    }
+    begun = _until(args.at_most, _progress(cells))
+    for (workload, dtype), members in groupby(begun, key=lambda cell: cell[:2]):
+        tensors = Tensors(WORKLOADS[workload], DTYPES[dtype], backward=backward)
+        for *_, rule in members:
+            rows.append(measure_cell(rule, workload, dtype, tensors, seconds, limit, args.compile))
+            gc.collect()  # optimizers and schedulers form cycles that hold gigabytes of state
+            results["not_begun"] = len(cells) - len(rows)
+            _write(args.json, results)
+        del tensors
+    # Other work may have slowed the first measurement.
+    peak = {name: max(rate, peak[name]) for name, rate in limit.best().items()}
+    results.update(limit_gbps=max(peak.values()), limit=peak)
+    if not args.cells_only:
+        results["overhead"] = measure_overhead(seconds, backward=backward)
+        results["in_backward"] = measure_in_backward(seconds)
+        results["first_step"] = measure_first_step()
+        results["memory"] = measure_memory("resnet50" if args.quick else "gpt2")
+    return results
+
+
+def _measure_on_gpu(gpu: Gpu, cells: Sequence[Cell], args: argparse.Namespace) -> dict[str, Any]:
+    """Measure the cells and write each at once; list a cell that fails under ``left_out``."""
+    seconds = args.seconds_per_cell
+    if seconds is None:
+        seconds = 0.3 if args.quick else 1.0
+    backward = args.gradients == "backward"
+    limit = Limit(_FLOATS_ON_GPU, gpu.device)
+    clock = Stopwatch(gpu, limit.operations["in_place"], lambda: None)
+    peak = limit.best(timed=clock.by_device)
+    rows: list[Row] = []
+    left_out: list[dict[str, str]] = []
+    results = {
+        "machine": {**describe_machine(), **gpu.describe()},
+        "device": args.device,
+        "gradients": args.gradients,
+        "limit_gbps": max(peak.values()),
+        "limit": peak,
+        "rows": rows,
+        "left_out": left_out,
+        "not_begun": len(cells),
+    }
+    begun = _until(args.at_most, _progress(cells))
+    for (workload, dtype), members in groupby(begun, key=lambda cell: cell[:2]):
+        tensors = None
+        for *_, rule in members:
+            try:
+                if tensors is None:
+                    tensors = Tensors(
+                        WORKLOADS[workload], DTYPES[dtype], backward=backward, device=gpu.device
+                    )
+                rows.append(
+                    measure_cell_on_gpu(
+                        gpu, rule, workload, dtype, tensors, seconds, limit, args.compile, backward
+                    )
+                )
+            except Exception as error:  # of any kind: the other cells are measured anyway
+                why = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+                left_out.append({"cell": f"{rule}/{workload}/{dtype}", "why": why})
+            gc.collect()  # optimizers and schedulers form cycles that hold gigabytes of state
+            results["not_begun"] = len(cells) - len(rows) - len(left_out)
+            _write(args.json, results)
+    return results
+
+
+def _until(seconds: float | None, cells: Iterable[Cell]) -> Iterator[Cell]:
+    """Yield the cells until the time is up."""
+    end = math.inf if seconds is None else perf_counter() + seconds
+    for cell in cells:
+        if perf_counter() > end:
+            return
+        yield cell
+
+
+def _progress(cells: Sequence[Cell]) -> Iterable[Cell]:
+    """Return the cells, with a progress bar on a terminal if tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return cells
+    bar: Iterable[Cell] = tqdm(cells, unit="cell", leave=False, disable=None)
+    return bar
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``python -m clr_optim.bench``; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m clr_optim.bench", description=DESCRIPTION)
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        results = run(args)
+    except (argparse.ArgumentError, ImportError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        return 130
+    return exit_code(results)
+
+
+def exit_code(results: Mapping[str, Any]) -> int:
+    """Return 1 if a cell failed, else 0."""
+    return 1 if results.get("left_out") else 0

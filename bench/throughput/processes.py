@@ -1,0 +1,130 @@
+"""Measure in new processes: the first step of a process, and the peak memory of a step."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from os import environ
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from clr_optim.bench.throughput.tensors import Tensors
+from clr_optim.bench.throughput.timing import Step
+from clr_optim.bench.throughput.variants import our_optimizer, torch_steps
+from clr_optim.bench.workloads import RULES, WORKLOADS
+
+__all__ = ["measure_first_step", "measure_memory", "probe_first_step", "probe_memory"]
+
+
+def measure_first_step() -> dict[str, Any]:
+    """Measure Adam's first step over the MLP, each time in a new process.
+
+    Returns:
+        Seconds: ``compiled_s`` with an empty cache, which includes the compilation, ``cached_s``
+        with the cache that the first process filled, ``torch_s`` by torch's own step. If the
+        native kernels cannot serve, ``skipped`` with the reason.
+    """
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for name, backend in (
+            ("compiled_s", "native"),
+            ("cached_s", "native"),
+            ("torch_s", "torch"),
+        ):
+            settings = {"CLR_OPTIM_CACHE_DIR": cache, "CLR_OPTIM_BACKEND": backend}
+            taken = _in_process("probe_first_step", environment=settings)
+            if "skipped" in taken:
+                return taken
+            if taken["backend"] != backend:
+                return {"skipped": "the native kernels do not serve here"}
+            result[name] = taken["seconds"]
+    return result
+
+
+def probe_first_step() -> dict[str, Any]:
+    """Measure the first step of this process."""
+    tensors = Tensors(WORKLOADS["mlp"], torch.float32)
+    tensors.move_gradients()
+    optimizer = our_optimizer(RULES["adam"], tensors.params)
+    begin = perf_counter()
+    optimizer.step()
+    seconds = perf_counter() - begin
+    return {"seconds": seconds, "backend": optimizer.explain().partition(":")[0]}
+
+
+def measure_memory(workload: str) -> dict[str, Any]:
+    """Measure the memory that an Adam step takes beyond parameters, gradients and state.
+
+    The figure is the growth of the process's peak resident memory during its third step, in a new
+    process. Linux resets that peak on demand. The figure is accurate to about a megabyte.
+
+    Returns:
+        Bytes by variant, or ``skipped`` with the reason.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        return {"skipped": "needs /proc/self/clear_refs, which is Linux's"}
+    return _in_process("probe_memory", workload)
+
+
+def probe_memory(workload: str) -> dict[str, Any]:
+    """Measure in this process, which must have done nothing else before."""
+    tensors = Tensors(WORKLOADS[workload], torch.float32)
+    adam = RULES["adam"]
+    steps: dict[str, Step] = {**torch_steps(adam, tensors.params)}
+    steps["ours"] = our_optimizer(adam, tensors.params).step
+    result: dict[str, Any] = {"workload": workload, "rule": "adam", "dtype": "float32"}
+    for name in list(steps):
+        step = steps.pop(name)  # the next variant frees the state of this one
+        for _ in range(2):
+            tensors.move_gradients()
+            step()
+        tensors.move_gradients()
+        gc.collect()
+        # glibc keeps freed memory. A step that reuses such memory would seem to take none.
+        with suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+        before = _resident("VmRSS")
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError as error:
+            return {"skipped": f"/proc/self/clear_refs cannot be written ({error.strerror})"}
+        step()
+        result[f"{name}_bytes"] = max(0, _resident("VmHWM") - before)
+    return result
+
+
+def _resident(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def _in_process(
+    function: str, *arguments: object, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Call a function of this module in a new Python with as many threads; return its result."""
+    code = (
+        f"import json, torch; torch.set_num_threads({torch.get_num_threads()})\n"
+        f"from clr_optim.bench.throughput import processes\n"
+        f"print(json.dumps(processes.{function}(*{arguments!r})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        print(done.stderr[-2000:], file=sys.stderr)
+        return {"skipped": f"{function} exited with {done.returncode}"}
+    return dict(json.loads(done.stdout.splitlines()[-1]))
