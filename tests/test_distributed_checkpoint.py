@@ -36,7 +36,7 @@ EXACTLY = {"rtol": 0.0, "atol": 0.0}
 
 def _case(name: str) -> Case:
     if name == TENSOR_RATE:  # a tensor of its own for each: they are filled
-        return Case(name, torch.optim.AdamW, lr=torch.tensor(0.01))
+        return Case(name, torch.optim.AdamW, {"foreach": False}, lr=torch.tensor(0.01))
     return BY_NAME[name]
 
 

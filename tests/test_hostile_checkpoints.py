@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import BY_NAME, CASES, Case, Problem
+from cases import BY_NAME, EVERY_CLASS, Case, Problem
 from internals import notes_of
 from torch import Tensor
 from triton_helpers import INTERPRETED
@@ -30,7 +30,7 @@ from clr_optim.rules import STATE_SLOTS
 
 NAN, INF = math.nan, math.inf
 BACKENDS = ("triton",) if INTERPRETED else ("torch", "native")
-FUSED = ["sgd-momentum", "adam", "adagrad", "adadelta", "rmsprop-momentum-centered"]
+FUSED = ["sgd-momentum", "adam", "adagrad-decay-start", "adadelta", "rmsprop-mom-cent"]
 
 Checkpoint = dict[str, Any]
 
@@ -365,7 +365,7 @@ def damages(case: Case) -> list[tuple[Callable[[Checkpoint], None], str]]:
     return found
 
 
-TORCHS = [case.name for case in CASES if case.cls in STATE_SLOTS]
+TORCHS = [case.name for case in EVERY_CLASS if case.cls in STATE_SLOTS]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,7 +6,14 @@ import warnings
 
 import pytest
 import torch
-from cases import BY_NAME, CASES, Problem, assert_equals_torch_fed_our_rates, assert_same, feed
+from cases import (
+    BY_NAME,
+    EVERY_CLASS,
+    Problem,
+    assert_equals_torch_fed_our_rates,
+    assert_same,
+    feed,
+)
 
 from clr_optim import CyclicalOptimizer
 
@@ -31,7 +38,7 @@ def by_groups(problem):
 
 
 @pytest.mark.parametrize("policy", ["triangular", "triangular2", "exp_range", "scale_fn"])
-@ids(CASES)
+@ids(EVERY_CLASS)
 def test_bit_identical_to_torch_with_cyclic_lr_in_float32(case, policy):
     mine, torchs = Problem(case), Problem(case)
     options = {"scale_fn": lambda x: 1 / (5 ** (x * 0.0001)), "scale_mode": "iterations"}
@@ -65,7 +72,7 @@ def test_bit_identical_to_torch_with_cyclic_lr_in_float32(case, policy):
 @ids(
     [
         c
-        for c in CASES
+        for c in EVERY_CLASS
         if "momentum" in c.make(Problem(c).params).defaults
         or "betas" in c.make(Problem(c).params).defaults
     ]
@@ -88,7 +95,7 @@ def test_bit_identical_with_cycled_momentum(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@ids(CASES)
+@ids(EVERY_CLASS)
 def test_bit_identical_to_plain_torch_fed_our_rates(case, dtype):
     if dtype == torch.bfloat16 and case.name in ("rprop", "lbfgs"):
         # Neither does anything sensible in 16 bits, with or without us; their float32 is tested.
@@ -96,7 +103,7 @@ def test_bit_identical_to_plain_torch_fed_our_rates(case, dtype):
     assert_equals_torch_fed_our_rates(case, dtype)
 
 
-@ids([c for c in CASES if c.name not in ("sparse-adam",)])
+@ids([c for c in EVERY_CLASS if c.name not in ("sparse-adam",)])
 def test_closures_are_called_as_torch_calls_them(case):
     mine, torchs = Problem(case), Problem(case)
     opt = CyclicalOptimizer(case.make(mine.params), step_size_up=3)
@@ -116,7 +123,7 @@ def test_closures_are_called_as_torch_calls_them(case):
     assert_same(mine.values(), torchs.values())
 
 
-@ids([c for c in CASES if not c.sparse])
+@ids([c for c in EVERY_CLASS if not c.sparse])
 def test_max_grad_norm_is_clip_grad_norm_before_the_step(case):
     mine, torchs = Problem(case), Problem(case)
     opt = CyclicalOptimizer(case.make(mine.params), step_size_up=3, max_grad_norm=0.7)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import BY_NAME, CASES, Problem, SignDescent, assert_same, feed
+from cases import BY_NAME, EVERY_CLASS, Problem, SignDescent, assert_same, feed
 from internals import drop_cycle_end_hooks
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -32,7 +32,7 @@ def backend(request, monkeypatch):
 
 
 ROOT = Path(__file__).parent.parent
-ids = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+ids = pytest.mark.parametrize("case", EVERY_CLASS, ids=lambda c: c.name)
 
 
 def wrap(case, problem, **options):
@@ -396,13 +396,13 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from cases import CASES, Problem
+from cases import EVERY_CLASS, Problem
 from clr_optim import CyclicalOptimizer
 
 start, stop, load, save = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
 checkpoint = torch.load(load, weights_only=True) if load != "-" else None
 out = {}
-for case in CASES:
+for case in EVERY_CLASS:
     for closure in (False, True):
         if closure < case.closure:
             continue
@@ -430,7 +430,7 @@ def test_resume_in_a_new_process_with_and_without_closures(tmp_path):
     whole = worker(0, 13, "-", tmp_path / "whole.pt")
     worker(0, 6, "-", tmp_path / "part.pt")
     resumed = worker(6, 13, tmp_path / "part.pt", tmp_path / "resumed.pt")
-    assert len(whole) == 2 * len(CASES) - 1
+    assert len(whole) == 2 * len(EVERY_CLASS) - 1
     for key, run in whole.items():
         assert_same(resumed[key]["params"], run["params"])
         groups = resumed[key]["optimizer"]["param_groups"]

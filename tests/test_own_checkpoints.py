@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from cases import CASES, Problem
+from cases import EVERY_CLASS, Problem
 from resume_helpers import assert_resumes_as_unwrapped, resumes
 from torch import nn
 
@@ -31,7 +31,7 @@ def weight(*shape):
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["", "own"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", EVERY_CLASS, ids=lambda case: case.name)
 def test_a_checkpoint_resumes_as_unwrapped(case, own):
     def step(problem, opt, k):
         problem.step(opt, k, case.closure)
@@ -408,7 +408,7 @@ def test_a_hook_may_make_a_checkpoint_of_anything():
 # ---- older checkpoints
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", EVERY_CLASS, ids=lambda case: case.name)
 def test_settings_that_torch_fills_in_may_be_missing(case):
     """With settings that no class has beside them."""
     problem, other = Problem(case), Problem(case)

@@ -29,10 +29,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import cases
 import numpy as np
 import pytest
 import torch
+from cases import OTHER_IMPLEMENTATIONS, WITHOUT_KERNEL
 from native_helpers import (
     ADAGRAD_LACKS_STATE,
     BY_NAME,
@@ -224,11 +224,11 @@ ODD: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "number": (float, np.float64),
     "flag": (bool, np.bool_),
 }
-#: Optimizers that no kernel serves, for the torch backend.
+#: Rows that are not on torch's for-loop, or that no kernel serves; for the torch backend.
 OTHERS = {
     case.name: case
-    for case in cases.CASES
-    if case.name not in BY_NAME and not (case.sparse or case.closure or case.only_2d)
+    for case in [*OTHER_IMPLEMENTATIONS, *WITHOUT_KERNEL]
+    if not (case.sparse or case.closure or case.only_2d)
 }
 _FLAGS = ("fused", "capturable", "foreach")
 _HAVE_FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
