@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from fuzz.machine import BACKENDS, EVENTS, Machine, compile_kernels, setups, surroundings
+from fuzz.machine import EVENTS, Machine
+from fuzz.setups import BACKENDS, compile_kernels, setups, surroundings
 
 Events = list[list[Any]]
 

@@ -14,7 +14,8 @@ from native_helpers import members
 from triton_helpers import INTERPRETED
 
 from fuzz import run
-from fuzz.machine import BACKENDS, EVENTS, TOLERANCES, Machine, compile_kernels, setups
+from fuzz.machine import EVENTS, Machine
+from fuzz.setups import BACKENDS, TOLERANCES, compile_kernels, setups
 
 HERE = Path(__file__).parent
 FOUND = sorted((HERE / "found").glob("*.json"))
