@@ -14,7 +14,7 @@ from clr_optim import CyclicalOptimizer
 
 
 class SignDescent(torch.optim.Optimizer):
-    """An optimizer that no library has: the sign of a running mean of gradients."""
+    """An optimizer that no library has: it steps by the sign of a running mean of gradients."""
 
     def __init__(self, params, lr=1e-3, decay=0.5):
         super().__init__(params, {"lr": lr, "decay": decay})
@@ -200,7 +200,7 @@ EVERY_KERNEL = list(_of_kernels.values())
 
 
 class Problem:
-    """Parameters pulled towards targets, with noise that depends on the step only.
+    """Parameters that are pulled towards targets, with noise that depends on the step alone.
 
     Two problems of the same case and dtype start equal and give equal gradients.
     """
@@ -240,7 +240,7 @@ class Problem:
         return loss
 
     def step(self, optimizer: torch.optim.Optimizer, step: int, closure: bool = False) -> Any:
-        """One training step, with or without a closure."""
+        """Take one training step, with or without a closure."""
         if closure:
             return optimizer.step(lambda: self.backward(step))
         self.backward(step)
@@ -265,7 +265,7 @@ class Problem:
 
 
 def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    """Bit for bit, NaN counting as equal to NaN."""
+    """Assert equality bit for bit. NaN equals NaN."""
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == b.dtype
         a, b = a.detach(), b.detach()
@@ -282,7 +282,7 @@ def feed(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
 def assert_equals_torch_fed_our_rates(
     case: Case, dtype: torch.dtype, device: str = "cpu", steps: int = 200
 ) -> None:
-    """A run of ours and one of the plain torch optimizer fed `lr_at(k)`: bit for bit the same."""
+    """Compare our run bit for bit with the plain torch optimizer, fed ``lr_at(k)``."""
     mine, torchs = Problem(case, dtype, device), Problem(case, dtype, device)
     opt = CyclicalOptimizer(case.make(mine.params), "triangular2", step_size_up=9, max_lr=case.lr)
     reference = case.make(torchs.params)

@@ -1,4 +1,4 @@
-"""What the tests of DTensors share: two equal optimizers on a rank, parameters and a model."""
+"""Two equal optimizers on a rank, parameters and a model, for the tests of DTensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from torch.distributed.tensor import (
 
 
 def spread(values: Tensor, mesh: DeviceMesh, *placements: Any) -> DTensor:
-    """This rank's part of what every rank holds whole; no rank hears from another."""
+    """Return this rank's part of a tensor that every rank holds whole, without communication."""
     return distribute_tensor(values, mesh, placements, src_data_rank=None)
 
 
@@ -38,7 +38,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def assert_same(ours: Any, theirs: Any, tolerance: float, what: object) -> None:
-    """The same kind of object, divided in the same way; its values on this rank."""
+    """Assert that both have the same type, division and values on this rank."""
     assert type(ours) is type(theirs), what
     if not isinstance(theirs, Tensor):
         assert ours == theirs, what
@@ -56,11 +56,11 @@ def assert_same(ours: Any, theirs: Any, tolerance: float, what: object) -> None:
 
 
 class Pair:
-    """Ours and torch's own on equal parameters, as :class:`native_helpers.Twins`.
+    """Our optimizer and torch's on equal parameters, as :class:`native_helpers.Twins`.
 
     Args:
-        make: makes equal optimizers with parameters of their own at each call.
-        case: tells both how to step.
+        make: makes new, equal parameters at each call.
+        case: the optimizer of both.
     """
 
     def __init__(self, case: Case, make: Callable[[], Any], **wrap: Any) -> None:
@@ -73,18 +73,24 @@ class Pair:
         return plan_of(self.ours)
 
     def each(self, change: Callable[[Any], object]) -> bool:
-        """Do the same to both; what torch raises, ours must raise too. Whether they did not."""
+        """Do the same to both.
+
+        If torch raises, ours must raise too. Return whether neither raised.
+        """
         theirs, ours = failure(change, self.theirs), failure(change, self.ours)
         if type(ours) is not type(theirs):
             raise AssertionError(f"torch raises {theirs!r}, ours {ours!r}") from ours
         return theirs is None
 
     def on(self, index: int, change: Callable[[Any, Any], object]) -> None:
-        """``change(optimizer, parameter)`` on the parameter of this number of both."""
+        """Call ``change(optimizer, parameter)`` with this parameter of both optimizers."""
         assert self.each(lambda opt: change(opt, members(opt)[index]))
 
     def draw(self, idle: Sequence[int] = ()) -> None:
-        """New gradients for all but some parameters, the same for both, divided as they are."""
+        """Draw new gradients for all but the idle parameters.
+
+        Both get equal values, divided as the parameters are.
+        """
         for i, pair in enumerate(zip(members(self.ours), members(self.theirs), strict=True)):
             values = torch.randn(pair[0].shape, generator=self.generator, dtype=torch.float64)
             for p in pair:
@@ -94,7 +100,7 @@ class Pair:
                 p.grad = None if i in idle or not p.requires_grad else whole
 
     def step(self, tolerance: float = 1e-12) -> bool:
-        """One step of both, which then must be alike; or false if both raised."""
+        """Step both and compare them. Return False if both raised."""
         feed(self.theirs, self.ours)
         good = self.each(lambda opt: opt.step())
         if good:
@@ -140,7 +146,7 @@ def dtensors(mesh: DeviceMesh, dtype: torch.dtype = torch.float64) -> list[Any]:
 
 
 class Block(nn.Module):
-    """Layers to divide by rows, by columns, or not at all; a norm's weights, whole on each rank."""
+    """Layers to divide by rows or by columns, and a norm, whose weights every rank holds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +161,7 @@ class Block(nn.Module):
 
 
 def loss(model: nn.Module, step: int, part: int = 0, parts: int = 1) -> Tensor:
-    """Of this part of the step's batch."""
+    """Return the loss of this part of the step's batch."""
     generator = torch.Generator().manual_seed(100 + step)
     x = torch.randn(12, 4, 6, generator=generator)
     y = torch.randn(12, 4, 1, generator=generator)

@@ -42,11 +42,11 @@ from torch.distributed.tensor import (
     Shard,
 )
 
-# ---- the scan: nothing stale
+# ---- the scan: no stale pointer is used
 
 
 def _renewed(tensor: DTensor) -> None:
-    """Other memory beneath a DTensor; the old is spoilt for whoever still reads it."""
+    """Move a DTensor to new memory, and spoil the old memory for stale pointers."""
     old = tensor._local_tensor
     tensor._local_tensor = old.clone()
     old.fill_(float("nan"))
@@ -56,7 +56,7 @@ ATTACKS: dict[str, Callable[[Pair], object]] = {"as_it_was": lambda pair: None}
 
 
 def _attack(change: Callable[[Pair], None]) -> Callable[[Pair], None]:
-    """What happens to both between two steps, the gradients of the next one being there."""
+    """Register a change to both optimizers. It comes after the next step's gradients are set."""
     ATTACKS[change.__name__.strip("_")] = change
     return change
 
@@ -81,7 +81,7 @@ def _local_of_gradient(pair: Pair) -> None:
 
 @_attack
 def _local_of_a_kept_gradient(pair: Pair) -> None:
-    pair.step()  # the gradients that there are, scanned twice
+    pair.step()  # the same gradients, scanned twice
     _local_of_gradient(pair)
 
 
@@ -122,7 +122,7 @@ def _equal_mesh(pair: Pair) -> None:
 
 @_attack
 def _named_mesh(pair: Pair) -> None:
-    """Of other names: not equal, and torch will not mix them."""
+    """Move the gradient to a mesh with other names. torch refuses to mix the two meshes."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("named",))
 
     def moved(_: Any, p: Any) -> None:
@@ -175,7 +175,7 @@ def _gradient_awaited(pair: Pair) -> None:
 
 
 class Odd(Tensor):
-    """A subclass that changes nothing, which nobody can know."""
+    """A subclass that changes nothing. The scan cannot know that."""
 
 
 @_attack
@@ -206,7 +206,7 @@ def _gradient_transposed(pair: Pair) -> None:
 
 @_attack
 def _gradient_negated(pair: Pair) -> None:
-    """Lazily: the scan must see the bit of the part, not of the whole."""
+    """Negate the part lazily. The scan must see the bit of the part, not of the whole."""
 
     def negated(_: Any, p: Any) -> None:
         part = p.grad._local_tensor
@@ -311,7 +311,7 @@ def _frozen_for_a_while(pair: Pair) -> None:
 
 @_attack
 def _shared_memory(pair: Pair) -> None:
-    """A part within a plain parameter: torch updates one after the other."""
+    """Lay a part into a plain parameter's memory. torch updates one after the other."""
 
     def share(opt: Any, p: Any) -> None:
         p._local_tensor = members(opt)[PLAIN].detach()[:3]
@@ -321,7 +321,7 @@ def _shared_memory(pair: Pair) -> None:
 
 @_attack
 def _copied(pair: Pair) -> None:
-    """The copy goes on for the original, whose memory is spoilt."""
+    """Go on with a copy, and spoil the memory of the original."""
     grads = [[p.grad for p in members(opt)] for opt in (pair.ours, pair.theirs)]
     before = [*members(pair.ours), *members(pair.theirs)]
     pair.ours, pair.theirs = copy.deepcopy(pair.ours), copy.deepcopy(pair.theirs)
@@ -366,7 +366,7 @@ def _attacked(name: str) -> None:
     pair.run(2)
     pair.draw()
     ATTACKS[name](pair)
-    if pair.step():  # else who knows which parameters torch has come to
+    if pair.step():  # if torch raised, its parameters are half stepped
         pair.run(2)
 
 
@@ -387,7 +387,7 @@ def _stepped(name: str, dtype: torch.dtype, tolerance: float) -> None:
         pair.draw(missing)
         pair.step(tolerance)
         assert not pair.plan.rest
-        # One more at most, for parameters that come later.
+        # One build more, for parameters that come later.
         assert len(builds) <= 2
     assert "torch:" not in pair.ours.explain()
 
@@ -430,14 +430,14 @@ def _peak() -> int:
 
 
 def _leaked(steps: int) -> tuple[list[int], list[int], int, float]:
-    """Counts of references before and after, objects more, and growth of the peak of memory."""
+    """Return reference counts before and after, the number of new objects, and memory's growth."""
     mesh = init_device_mesh("cpu", (1,))
     params = [nn.Parameter(spread(torch.ones(3, 2), mesh, Shard(0))) for _ in range(2)]
     opt = BY_NAME["adamw-ams"].ours(params)
     same = [torch.ones_like(p) for p in params]
-    # A spec of its own, as tensor parallel gradients have.
+    # A different spec, as tensor parallelism gives to gradients.
     other = [DTensor.from_local(torch.ones(3, 2), mesh, [Shard(0)]) for _ in params]
-    # What the scan turns away at one place or another.
+    # Gradients that the scan refuses, each at another check.
     odd: list[Any] = [DTensor.from_local(torch.ones(3, 2), mesh, [Replicate()]) for _ in params]
     wrong = [DTensor.from_local(torch.ones(2, 3).t(), mesh, [Shard(0)]) for _ in params]
 
@@ -472,4 +472,4 @@ def test_nothing_leaks(ranks):
     ((before, after, objects, memory),) = ranks.run(1, _leaked, 100_000)
     assert after == before
     assert objects < 50
-    assert memory < 1.02  # a leaked object a step would be more
+    assert memory < 1.02  # one leaked object per step would be more

@@ -32,7 +32,7 @@ from torch.distributed.tensor.parallel import (
 STEPS = 5
 
 
-# ---- what one process computes
+# ---- reference: one process
 
 
 def _divided_by_tensor(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -45,8 +45,8 @@ def _divided_by_tensor(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _divided(how: str, shape: tuple[int, ...], **options: Any) -> tuple[Any, int, int]:
-    """``(model, which part of the batch is this rank's, of how many)``."""
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # views, left as they are
+    """Return ``(model, this rank's part of the batch, number of parts)``."""
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # views are not changed
     model = Block()
     if how == "tp":
         _divided_by_tensor(model, init_device_mesh("cpu", shape))
@@ -62,7 +62,7 @@ def _divided(how: str, shape: tuple[int, ...], **options: Any) -> tuple[Any, int
     return model, mesh.get_local_rank("outer"), shape[0]
 
 
-Run = tuple[list[float], list[Tensor]]  # norms, and parameters at the end
+Run = tuple[list[float], list[Tensor]]  # norms, and the parameters at the end
 
 
 def _train(opt: Any, model: nn.Module, part: int = 0, parts: int = 1, steps: int = STEPS) -> Run:
@@ -80,7 +80,7 @@ def _full(tensor: Tensor) -> Tensor:
 
 
 def _undivided(name: str, max_norm: float | None) -> Run:
-    """One process with the plain torch optimizer, fed our rates."""
+    """Train in one process with the plain torch optimizer, fed our rates."""
     model, case = Block(), BY_NAME[name]
     inner = case.make(model.parameters())
     ours = case.ours(copy.deepcopy(model).parameters(), backend="torch", step_size_up=3)
@@ -130,7 +130,7 @@ def test_divided_models_train_as_undivided_ones(ranks, how, shape, backend, name
     results = ranks.run(2, _trained, how, shape, name, backend, max_norm)
     _assert_trained(results, _undivided(name, max_norm))
     if backend == "auto":
-        # Of a norm's weights, with nothing but tensor parallelism, torch leaves sums to be made.
+        # With tensor parallelism alone, torch leaves the gradient of a norm's weights as summands.
         assert [("torch: 2 param" in r[2], "torch:" in r[2]) for r in results] == (
             [(how == "tp", how == "tp")] * 2
         )
@@ -150,7 +150,7 @@ def test_both_dimensions_of_a_mesh(tmp_path):
 
 
 def _orders() -> bool:
-    """Placements that are equal, of parts dealt out in another order: not one beside the other."""
+    """Give a gradient the parameter's placements, but deal its parts out in another order."""
     mesh = init_device_mesh("cpu", (2, 2))
     case = BY_NAME["adamw-ams"]
     pair = Pair(
@@ -174,11 +174,11 @@ def _transposed(mesh: DeviceMesh) -> DeviceMesh:
     return DeviceMesh("cpu", mesh.mesh.t().contiguous())
 
 
-# ---- FSDP2 in all its ways, beside torch's own step
+# ---- FSDP2 with each of its options, beside torch's own step
 
 
 class Mixed(Block):
-    """Its first layer in bfloat16."""
+    """A model whose first layer is in bfloat16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ FSDP: dict[str, dict[str, Any]] = {
 
 def _beside_torch(how: str, name: str, backend: str) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-    warnings.filterwarnings("ignore", message="The .grad attribute")  # torch.compile looks at it
+    warnings.filterwarnings("ignore", message="The .grad attribute")  # torch.compile reads it
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,))
     models: list[nn.Module] = []

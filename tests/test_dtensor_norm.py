@@ -23,7 +23,7 @@ from torch.distributed.tensor import (
 BOTH = pytest.mark.parametrize("backend", ["native", "torch"])
 
 
-# ---- the norm, and who takes part in it
+# ---- the norm, and the ranks that take part
 
 
 def _several_meshes(world: int) -> list[tuple[tuple[int, ...], Any, list[Any]]]:
@@ -49,14 +49,14 @@ def _clipped(
     spaced: Sequence[int] = (),
     huge: float = 1.0,
 ) -> tuple[Any, ...]:
-    """Steps' norms, what they should be and their dtypes, on ranks that may lack gradients.
+    """Return for each step the norm, the expected norm and the norm's dtype.
 
     Args:
         backends: one per rank.
         dtype: of all parameters.
-        missing: ``(rank, number of parameter)`` of gradients that are not there.
-        spaced: ranks on which a gradient lies in memory with gaps, which no kernel takes.
-        huge: one element of a gradient, on one rank.
+        missing: ``(rank, number of the parameter)`` of each missing gradient.
+        spaced: ranks on which a gradient has gaps in memory, which no kernel takes.
+        huge: the value of one element of a gradient, on one rank.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     layouts = _several_meshes(world)
@@ -100,10 +100,10 @@ def _clipped(
                     p.grad = gaps
         mine = [p.grad for p in members(pair.ours)]
         kept = [None if g is None else local(g).clone() for g in mine]
-        if dtype == torch.bfloat16:  # whose factors torch rounds
+        if dtype == torch.bfloat16:  # torch rounds the clipping factors in bfloat16
             pair.ours.step()
         else:
-            pair.step(1e-12 if dtype == torch.float64 else 1e-4)  # sums that cancel
+            pair.step(1e-12 if dtype == torch.float64 else 1e-4)  # float32 sums cancel
         for p, grad, values in zip(members(pair.ours), mine, kept, strict=True):
             assert p.grad is grad
             assert grad is None or torch.equal(local(grad).nan_to_num(), values.nan_to_num())
@@ -132,14 +132,17 @@ def test_the_norm_over_several_meshes_and_plain_tensors(ranks, backend, dtype, w
 @pytest.mark.parametrize("huge", [float("inf"), float("nan"), 1e30])
 @BOTH
 def test_a_norm_that_is_not_finite(ranks, backend, huge):
-    """On one rank's part, yet all ranks know; 1e30 squared is only so in float32."""
+    """One rank's part is not finite, and every rank must notice.
+
+    1e30 squared overflows float32 only.
+    """
     results = ranks.run(2, _clipped, [backend] * 2, torch.float64, (), (), huge)
     expected = [answer[1] for answer in results[0]]
     for result in results:
         assert [answer[0] for answer in result] == pytest.approx(expected, nan_ok=True)
 
 
-#: All of the sharded ones' on a rank, one's, and whatever it has.
+#: Missing gradients: one, all sharded ones of a rank, or different ones on each rank.
 MISSING = {
     "one": [(1, 1)],
     "sharded": [(1, i) for i in (1, 3, 4, 5, 6)],
@@ -169,13 +172,13 @@ def test_a_rank_without_any_gradient_joins_the_norm(ranks, backend, dtype):
     ids=["rest", "backends", "both"],
 )
 def test_ranks_on_different_paths_make_the_same_collectives(ranks, backends, spaced, dtype):
-    """And come to the same norm, or copies that they hold of one parameter would part."""
+    """The ranks come to the same norm. Otherwise their copies of one parameter would differ."""
     results = ranks.run(2, _clipped, backends, dtype, (), spaced)
     _assert_norms(results, 1e-6, exactly=False)
 
 
 def _elsewhere(backend: str, max_norm: float | None) -> tuple[list[float], list[float]]:
-    """A parameter on a mesh that has only the first rank, as between stages of a pipeline."""
+    """Step a parameter on a mesh of the first rank alone, as between stages of a pipeline."""
     mesh, first = init_device_mesh("cpu", (2,)), DeviceMesh("cpu", [0])
     part = spread(torch.ones(2), first, Shard(0))
     params = [nn.Parameter(spread(torch.ones(4), mesh, Shard(0))), nn.Parameter(part)]
@@ -197,11 +200,11 @@ def test_a_mesh_without_this_rank(ranks, backend, max_norm):
     assert without[1] == []
 
 
-# ---- steps that are none
+# ---- steps at rate 0
 
 
 def _at_zero(zero: bool, missing: bool) -> list[int]:
-    """Positions after a step with rate 0, the first rank's gradients being 0 in any case."""
+    """Return the positions after steps at rate 0. The first rank's gradients are always 0."""
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (2,))
     params = dtensors(mesh)
@@ -226,16 +229,16 @@ def _at_zero(zero: bool, missing: bool) -> list[int]:
 @pytest.mark.parametrize("missing", [False, True], ids=["", "missing"])
 @pytest.mark.parametrize("zero", [True, False])
 def test_ranks_agree_on_steps_at_rate_zero(ranks, zero, missing):
-    """A checkpointer's step has no gradient but zeros, on any rank."""
+    """A checkpointer's step has gradients of 0 on every rank."""
     expected = [0, 0] if zero else [1, 2]
     assert ranks.run(2, _at_zero, zero, missing) == [expected] * 2
 
 
-# ---- what cannot be served, and who says so
+# ---- what no kernel serves
 
 
 def _summands() -> tuple[str, str]:
-    """A parameter whose ranks hold summands: ``(explained, what a forced kernel raises)``."""
+    """Return ``(explain(), error of the kernel)`` of a parameter whose ranks hold summands."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
     def make() -> list[Any]:
