@@ -21,7 +21,7 @@ class CheckpointEvents(Pair):
     """Save, load, copy and wrap again."""
 
     def loads(self, ours: Any, theirs: Any) -> bool:
-        """Load both; ours may refuse state that torch takes and then cannot step with."""
+        """Load both. Return False if ours refused state with which torch cannot step."""
         error = failure(lambda opt: opt.load_state_dict(ours), self.ours)
         if error is not None:
             if not self.is_refusal(error, theirs):
@@ -31,7 +31,7 @@ class CheckpointEvents(Pair):
         return True
 
     def is_refusal(self, error: Exception, theirs: Any) -> bool:
-        """Whether ours refused a checkpoint that torch takes and then cannot step with."""
+        """Return whether ours refused a checkpoint that torch loads and then cannot step with."""
         if not isinstance(error, ValueError):
             return False
         twin = copy.deepcopy(self.theirs)
@@ -41,7 +41,7 @@ class CheckpointEvents(Pair):
         return failure(lambda opt: opt.step(), twin) is not None
 
     def from_torch(self) -> Any:
-        """Torch's checkpoint, for ours: with the flags that ours was built with."""
+        """Return torch's checkpoint with the flags that our optimizer was built with."""
         state = copy.deepcopy(self.theirs.state_dict())
         if not self.exact:
             for saved, group in zip(state["param_groups"], self.ours.param_groups, strict=True):
@@ -57,7 +57,7 @@ class CheckpointEvents(Pair):
 
     @event(0.5, sets=FLAG)
     def load_torchs_state_dict(self, sets: bool) -> bool | None:
-        """Without a position it begins at 0."""
+        """A checkpoint without a position starts at 0."""
         state = self.from_torch()
         if not self.loads(state, copy.deepcopy(self.theirs.state_dict())):
             return False
@@ -70,10 +70,10 @@ class CheckpointEvents(Pair):
 
     @event(0.4, own=FLAG)
     def load_beneath(self, own: bool) -> bool | None:
-        """Into the wrapped optimizer, as somebody does who kept hold of it."""
+        """Load into the wrapped optimizer, as code does that still holds a reference to it."""
         rates = self.expected.rates() if own else [g["lr"] for g in self.theirs.param_groups]
         if not any(rates):
-            return False  # with zero gradients, a step at a 0 that was loaded is a checkpointer's
+            return False  # with zero gradients, a loaded rate of 0 looks like a checkpointer's step
         if own:
             state = copy.deepcopy(self.ours.state_dict())
             theirs = copy.deepcopy(self.theirs.state_dict())
@@ -89,10 +89,10 @@ class CheckpointEvents(Pair):
 
     @event(0.5)
     def torch_loads_ours(self) -> bool | None:
-        """And keeps our keys, of which it knows nothing."""
+        """torch keeps our keys, which it does not know."""
         ours = copy.deepcopy(self.ours.state_dict())
         state = copy.deepcopy(self.ours.state_dict())
-        self.overwritten = False  # it wrote the groups' own rates first
+        self.overwritten = False  # state_dict() wrote our rates into the groups
         for saved, group in zip(state["param_groups"], self.theirs.param_groups, strict=True):
             if not self.exact:
                 saved.update({k: group[k] for k in (*FLAGS, "lr") if k in group})
@@ -101,7 +101,7 @@ class CheckpointEvents(Pair):
         return None if self.loads(ours, state) else False
 
     def shapes(self) -> Any:
-        """What a checkpoint must fit; a kernel's state has its parameter's layout, too."""
+        """Return what a checkpoint must fit. A kernel's state also has its parameter's layout."""
         return [
             [(p.shape, p.stride() if self.only_kernels else ()) for p in group["params"]]
             for group in self.theirs.param_groups
@@ -120,7 +120,7 @@ class CheckpointEvents(Pair):
 
     @event(0.7)
     def load(self) -> bool | None:
-        """An older checkpoint, where its shapes still fit."""
+        """Load an older checkpoint if its shapes still fit."""
         if self.saved is None or self.saved[2] != self.shapes():
             return False
         files, then, _ = self.saved
@@ -134,7 +134,7 @@ class CheckpointEvents(Pair):
 
     @event(0.7, to_torch=(False, False, True), own=FLAG)
     def change_backend(self, to_torch: bool, own: bool) -> bool | None:
-        """At a checkpoint, its own or torch's."""
+        """Wrap again for another backend, from our checkpoint or torch's."""
         if self.exact or (to_torch and self.only_kernels):
             return False
         saved = copy.deepcopy(self.ours.state_dict()) if own else self.from_torch()
@@ -143,12 +143,13 @@ class CheckpointEvents(Pair):
             low, high = zip(*bounds, strict=True)
             self.wrap.update(base_lr=list(low), max_lr=list(high))
         inner = self.ours.optimizer
-        self.noticed()  # whoever wraps it anew asks first: only the device may know of an overflow
+        self.noticed()  # only the device may know of an overflow: ask before wrapping again
         self.ours = CyclicalOptimizer(
             inner, **{**self.wrap, "backend": "torch" if to_torch else "auto"}
         )
         self.overwritten = False
-        # Unless it has loaded a checkpoint and not stepped since, it starts anew.
+        # The new wrapper starts at 0, unless the optimizer has loaded a checkpoint and not stepped
+        # since.
         assert self.ours.iteration in (0, self.expected.position)
         error = failure(lambda opt: opt.load_state_dict(saved), self.ours)
         if error is not None and not self.is_refusal(error, self.theirs.state_dict()):
@@ -159,7 +160,7 @@ class CheckpointEvents(Pair):
 
     @event(0.7, pickled=FLAG)
     def keep_a_copy(self, pickled: bool) -> None:
-        """Gradients are not copied along, by torch nor by us; nor are hooks."""
+        """Neither torch nor we copy gradients and hooks."""
         kept = self.ours, self.theirs, self.expected, self.ended
         whole = (*self.pair(), self.expected)
         ours, theirs, expected = (

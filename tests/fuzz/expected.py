@@ -1,4 +1,4 @@
-"""Say where our optimizer must be: its rates by the paper, from the number of steps alone."""
+"""The rates that our optimizer must have, computed by the paper from the number of steps alone."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ Optimizer = torch.optim.Optimizer
 
 
 def halved(cycle: float) -> float:
-    """A ``scale_fn``, at the top of a module so that it can be pickled."""
+    """A ``scale_fn`` of a module, so that it can be pickled."""
     return 0.5**cycle
 
 
 def _paper(
     step_size: int, amplitude: Callable[[int, int], float], floor: Callable[[int], float]
 ) -> Callable[[int, float, float], float]:
-    """The paper's own code, its decays as functions of cycle (counted from 1) and iteration."""
+    """Return the paper's formula.
+
+    Its decays are functions of the cycle (from 1) and the iteration.
+    """
 
     def rate(iteration: int, base_lr: float, max_lr: float) -> float:
         cycle = 1 + iteration // (2 * step_size)
@@ -37,7 +40,7 @@ def _paper(
 
 @dataclass(frozen=True)
 class Policy:
-    """Options of the wrapper, the schedule they come to, and the paper's formula for it, if any."""
+    """Options of the wrapper, the schedule they make, and the paper's formula if it has one."""
 
     options: dict[str, Any]
     schedule: Schedule
@@ -81,17 +84,17 @@ POLICIES = dict(_policies())
 
 @dataclass
 class Expected:
-    """Where our optimizer must be: all that its rates follow from."""
+    """Where our optimizer must be: everything that its rates depend on."""
 
     policy: str
     bounds: list[tuple[float, float]]
     momenta: list[tuple[float, float]] | None
     position: int = 0
-    #: after which steps a cycle ended
+    #: positions at which a cycle ended
     ends: list[int] = field(default_factory=list)
 
     def rates(self) -> list[float]:
-        """To the last bit by the schedule; the paper's formula says whether that is right."""
+        """Return the schedule's rates, exactly. The paper's formula must agree up to rounding."""
         policy = POLICIES[self.policy]
         rates = policy.schedule.rates(self.position, self.bounds)
         if policy.formula is not None:

@@ -32,7 +32,7 @@ class GroupEvents(Pair):
         self.expected.bounds.append((0.001, 0.01) if how == "bounds" else (0.005, 0.02))
         if self.expected.momenta is not None:
             self.expected.momenta.append(self.expected.momenta[0])
-        self.overwritten = how == "beneath"  # that one has its rate at the next step
+        self.overwritten = how == "beneath"  # such a group gets its rate at the next step
         return None
 
     @event(1.0, i=WHICH, free=(False, True, True))
@@ -56,19 +56,19 @@ class GroupEvents(Pair):
         if key == "centered" and not self.centered:
             return False
         if key == "decoupled_weight_decay" and isinstance(self.theirs, torch.optim.AdamW):
-            return False  # torch's writes its own whenever anything is loaded
+            return False  # torch's AdamW writes it at every load
         for opt in self.pair():
             group = opt.param_groups[i % len(opt.param_groups)]
             if key not in group:
                 return False
             group[key] = KEYS[key][choice % len(KEYS[key])]
         if key in ("momentum", "betas") and self.expected.momenta is not None:
-            self.overwritten = True  # until the cycle writes its own at the next step
+            self.overwritten = True  # until the next step writes the cycle's momentum
         return None
 
     @event(0.7, i=WHICH, key=sorted(KEYS), kind=sorted(ODD))
     def write_an_odd_setting(self, i: int, key: str, kind: str) -> bool | None:
-        """The same value of another type: as configurations and arrays give it."""
+        """Write the same value in another type, as configurations and arrays do."""
         for opt in self.pair():
             group = opt.param_groups[i % len(opt.param_groups)]
             takes, make = ODD[kind]
@@ -80,9 +80,9 @@ class GroupEvents(Pair):
 
     @event(0.5, i=WHICH)
     def keep_own_state(self, i: int) -> None:
-        """As users do, for a parameter and for none, under names of other classes' too."""
+        """Keep a user's entries in the state, under names of other classes too."""
         if self.case.cls is torch.optim.Adagrad:
-            return False  # which takes each entry for a parameter's when it loads
+            return False  # Adagrad takes every entry for a parameter's when it loads
         for opt, p in self.pick(i):
             opt.state["of the user"] = {"step": 2, "exp_avg": torch.ones(2)}
             opt.state["epoch"] = i
@@ -92,7 +92,7 @@ class GroupEvents(Pair):
 
     @event(0.7, top=(0.001, 0.004, 0.02, 0.1), i=WHICH)
     def set_bounds(self, top: float, i: int) -> bool | None:
-        """For all groups alike, or each its own."""
+        """Set bounds for all groups alike, or for each group."""
         if POLICIES[self.expected.policy].schedule.has_bounds:
             return False
         tops = [top] * len(self.expected.bounds)
@@ -106,7 +106,7 @@ class GroupEvents(Pair):
 
     @event(0.5, top=(0.003, 0.05))
     def write_bounds(self, top: float) -> bool | None:
-        """As an older script does; the next step takes it in."""
+        """Write bounds into a group, as older scripts do. The next step adopts them."""
         if POLICIES[self.expected.policy].schedule.has_bounds:
             return False
         self.ours.param_groups[0].update(clr_base_lr=top / 3, clr_max_lr=top)
@@ -123,7 +123,7 @@ class GroupEvents(Pair):
 
     @event(0.5, to=range(1000, 1_000_000))
     def write_position(self, to: int) -> None:
-        """As a sharded optimizer's restore does."""
+        """Write a position into the groups, as a sharded optimizer's restore does."""
         for group in self.ours.param_groups:
             group["clr_step"] = to
         self.expected.position = to
@@ -132,10 +132,10 @@ class GroupEvents(Pair):
 
     @event(0.5, i=WHICH)
     def write_lr(self, i: int) -> bool | None:
-        """As a second scheduler does: overruled."""
+        """Write a rate into a group, as a second scheduler does. The step overrules it."""
         group = self.ours.param_groups[i % len(self.ours.param_groups)]
         if "clr_max_lr" not in group:
-            return False  # added beneath: it is still to say which rate it wants
+            return False  # added beneath: the group's lr still says which rate it wants
         held = group["lr"]
         group["lr"] = torch.full_like(held, 0.5) if isinstance(held, Tensor) else 0.5
         self.overwritten = True

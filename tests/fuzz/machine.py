@@ -1,18 +1,20 @@
-"""Two optimizers that live through the same events, ours and plain torch's: they must stay equal.
+"""Two optimizers, ours and plain torch's, go through the same events and must stay equal.
 
-The twin is torch's own step, fed rates that are computed here from nothing but the number of steps
-taken. What may happen is declared once, with the values that an event may take: the fuzzer draws
-from these, and so does the state machine of ``test_native_machine.py``. A setup and its events are
-plain JSON, which plays the same again at any time.
+The twin takes torch's own step. Its rates are computed from nothing but the number of steps. Each
+event is declared once, with the values of its arguments. The fuzzer and the state machine of
+``test_native_machine.py`` draw from these values. A setup and its events are plain JSON, so that a
+run can be replayed at any time.
 
-``native`` and ``triton`` are compared up to rounding: float64 at the end of all steps, narrower
-dtypes after each step, from which both then go on alike; 16-bit parameters with a step of the twin
-in float64. ``torch`` is compared bit for bit.
+``torch`` is compared bit for bit, ``native`` and ``triton`` up to rounding:
 
-A step may amplify rounding without limit: where a gradient and its weight decay cancel and the
-second moment is below what 16 bits can hold, what is left of one is divided by what is left of the
-other. Values that part by more than rounding are therefore held against two more steps of the twin,
-whose gradients are off by no more than float32's rounding.
+- float64 at the end of all steps;
+- narrower dtypes after each step, after which the twin takes over our values;
+- 16-bit parameters with a step of the twin in float64.
+
+A step may amplify rounding without limit. If a gradient and its weight decay cancel, and the second
+moment is below the range of 16 bits, then the step divides one rounding error by another. So values
+that differ by more than rounding are compared with two more steps of the twin, whose gradients are
+off by float32's rounding.
 """
 
 from __future__ import annotations

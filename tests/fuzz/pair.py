@@ -40,17 +40,17 @@ from fuzz.setups import (
 
 
 class Pair:
-    """Ours and torch's, and what may happen to both.
+    """Our optimizer and torch's, and the comparison of both.
 
     Args:
-        backend: the one that is looked at; what a kernel cannot serve goes to torch's own step.
-        case: the optimizer, by the name of its row in the tests' tables.
-        seed, count, big: of the parameters.
+        backend: the backend under test. torch's own step serves what its kernels cannot.
+        case: the name of a row in the table of cases.
+        seed, count, big: choose the parameters.
         clip: ``max_grad_norm``.
         dtype, policy: names of :data:`DTYPES` and :data:`POLICIES`.
-        flag: of the wrapped optimizer; torch's twin has it too where backend is ``"torch"``.
+        flag: a flag of the wrapped optimizer; with backend ``"torch"`` of the twin too.
         tensor_lr: whether ``lr`` is a tensor.
-        hook: whether ends of cycles are listened to, which a GPU's host must then be told.
+        hook: whether a cycle-end hook is registered. A GPU must then tell the host about cycle ends.
     """
 
     def __init__(
@@ -79,16 +79,17 @@ class Pair:
         if flag == "foreach" and tensor_lr:
             flag = None
         if known.options.get("centered") and backend != "torch":
-            dtype = "float64"  # narrower ones lose the difference of two averages to rounding
+            dtype = "float64"  # narrower dtypes lose the difference of two averages to rounding
         self.exact = backend == "torch"
         if self.exact and flag == "fused" and dtype in ("bfloat16", "float16"):
-            dtype = "float32"  # torch's fused SGD reads memory nobody wrote: not twice the same
+            dtype = "float32"  # torch's fused SGD reads uninitialized memory: not reproducible
         self.dtypes = DTYPES[dtype]
-        #: of what all tensors follow from, the norm over all of them, if not their own
+        #: The dtype that limits all tensors: that of the norm, if gradients of several dtypes are
+        #: clipped.
         self.precision = torch.float32 if dtype == "mixed" and clip is not None else None
         self.centered = self.dtypes == (torch.float64,) or self.exact
         self.flag = flag
-        #: torch's own step would not do the same: it rounds otherwise, or refuses
+        #: Whether torch's own step would give other numbers, or refuse.
         self.only_kernels = not self.exact and (dtype in ("bfloat16", "float16") or bool(flag))
         self.numbers = 0
         values = [self.value(seed, i) for i in range(count)]
@@ -121,13 +122,13 @@ class Pair:
         self.listen()
         self.others: list[Any] = []
         self.saved: Any = None
-        #: whether settings are of types that only a trusted file may hold
+        #: Whether settings have types that only a trusted file may hold.
         self.odd = False
-        #: whether the groups' rates are somebody else's at the moment
+        #: Whether other code has written the groups' rates since the last step.
         self.overwritten = False
-        #: steps since the gradients were new; after too many a centered average is all rounding
+        #: Steps since the gradients were new. After many, a centered average is all rounding.
         self.stale = 0
-        #: what rounding alone may come to in the step that is looked at, see :meth:`slack`
+        #: What rounding alone may do in the step under test, see :meth:`slack`.
         self.doubt: Callable[[], Any] | None = None
 
     def value(self, seed: int, i: int) -> Tensor:
@@ -140,7 +141,7 @@ class Pair:
         return value
 
     def listen(self) -> None:
-        """Note the ends of cycles from here on."""
+        """Note the ends of cycles from now on."""
         self.ended = list(self.expected.ends)
         if self.hook:
             ended = self.ended
@@ -152,11 +153,11 @@ class Pair:
         return self.ours, self.theirs
 
     def pick(self, i: int) -> list[tuple[Any, Any]]:
-        """The same parameter of both."""
+        """Return the same parameter of both."""
         return [(opt, members(opt)[i % len(members(opt))]) for opt in self.pair()]
 
     def both(self, change: Callable[[Any], object]) -> bool:
-        """What torch raises, ours must raise."""
+        """Do the same to both. If torch raises, ours must raise too."""
         theirs, ours = failure(change, self.theirs), failure(change, self.ours)
         if type(theirs) is not type(ours):
             raise AssertionError(f"torch raises {theirs!r}, ours {ours!r}") from ours
@@ -168,7 +169,10 @@ class Pair:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     def check(self, before: list[Any] | None = None) -> None:
-        """Parameters and state; where we are, unless asking might change the answer."""
+        """Compare parameters and state.
+
+        Compare the position too, unless the question may change it.
+        """
         for i, (p, q) in enumerate(zip(members(self.ours), members(self.theirs), strict=True)):
             self.compare(p, q, None if before is None else before[i][0], i)
         for i, (mine, other) in enumerate(zip(held(self.ours), held(self.theirs), strict=True)):
@@ -187,7 +191,7 @@ class Pair:
             self.look()
 
     def compare(self, ours: Tensor, theirs: Tensor, before: Tensor | None, what: object) -> None:
-        """Relative to the tensor's largest value, before the step or after: sums may cancel."""
+        """Compare relative to the largest value before or after the step, as sums may cancel."""
         assert ours.shape == theirs.shape, what
         assert ours.dtype == theirs.dtype, what
         a, b = dense(ours.detach()).double(), dense(theirs.detach()).double()
@@ -218,7 +222,7 @@ class Pair:
 
     @event(1.0)
     def look(self) -> None:
-        """What our optimizer says of itself."""
+        """Compare what our optimizer says about itself."""
         opt, expected = self.ours, self.expected
         assert opt.iteration == expected.position
         rates = expected.rates()
@@ -234,7 +238,7 @@ class Pair:
                 assert float(group["lr"]) == close
 
     def lr_error(self, group: dict[str, Any]) -> float:
-        """Relative, of a rate in a group: rounded where it is kept, three ulps where computed."""
+        """Return a rate's relative error: its dtype's rounding, or three ulps on a device."""
         if not isinstance(group["lr"], Tensor):
             return 0.0
         if group["lr"].dtype == torch.float32:
@@ -243,7 +247,7 @@ class Pair:
 
     @event(0.6, number=range(3))
     def write_a_key(self, number: int) -> None:
-        """As a user does, or a scheduler that keeps its initial_lr there."""
+        """Write a key, as users do, or schedulers that keep ``initial_lr``."""
         for opt in self.pair():
             for group in opt.param_groups:
                 group[f"of the user {number}"] = number
@@ -268,15 +272,15 @@ class Pair:
         moves: bool = True,
         late: bool = False,
     ) -> None:
-        """One step of both, of which torch's is plain.
+        """Take one step with both; the twin's step is plain torch.
 
-        A step that torch refuses may leave it half done: both then go back to before it.
+        A step that torch refuses may be half done. Both then return to the state before it.
 
         Args:
-            call: makes our step.
-            rates: those of torch's step, if not the policy's.
-            moves: whether the cycle moves on.
-            late: whether ours is to raise after it has stepped.
+            call: takes our step.
+            rates: rates of torch's step, if they are not the policy's.
+            moves: whether the cycle advances.
+            late: whether ours must raise after it has stepped.
         """
         before = [self.snapshot(opt) for opt in self.pair()]
         self.stale += 1
@@ -305,9 +309,9 @@ class Pair:
                 self.restore(opt, saved)
 
     def slack(self, before: list[Any]) -> dict[object, Tensor]:
-        """How far apart steps of the twin come whose gradients differ by float32's rounding.
+        """Return how far steps of the twin differ if its gradients are off by float32's rounding.
 
-        Of each value, in float64: of parameters by number, of state by number and name.
+        The result holds float64 tensors: of parameters by number, of state by number and name.
         """
         norm, came_to = self.norm, self.snapshot(self.theirs)
         apart: dict[object, Tensor] = {}
@@ -331,11 +335,11 @@ class Pair:
         return apart
 
     def plain_step(self, theirs: Any, off: float = 0.0) -> None:
-        """Torch's, its gradients clipped for its length, 16-bit parameters in float64.
+        """Take torch's step, with gradients clipped by their norm, and 16-bit parameters in float64.
 
         Args:
-            theirs: whose step.
-            off: by how much its gradients are, relative to themselves and their weight decay.
+            theirs: the optimizer.
+            off: the error of the gradients, relative to themselves and their weight decay.
         """
         with self.widened(theirs):
             for group in theirs.param_groups if off else ():
@@ -384,7 +388,7 @@ class Pair:
                         opt.state[p][name] = t.to(data.dtype) if old is None else old.copy_(t)
 
     def meet(self) -> None:
-        """Go on from our values where rounding would pile up."""
+        """Take over our values where rounding would accumulate."""
         if self.exact:
             return
         for p, q in zip(members(self.ours), members(self.theirs), strict=True):
@@ -395,7 +399,7 @@ class Pair:
                         t.copy_(self.ours.state[p][name])
 
     def fill(self, opt: Any, seed: int) -> None:
-        """As :meth:`backward`, for one of them."""
+        """Give one optimizer the gradients of :meth:`backward`."""
         for i, p in enumerate(members(opt)):
             if p.requires_grad:
                 p.grad = like(self.normal(p.shape, seed + i), p)
@@ -419,6 +423,6 @@ class Pair:
                 opt.state[p] = dict(state)
 
     def noticed(self) -> None:
-        """The host of a GPU looks at the groups when it is asked."""
+        """Have a GPU's host read the groups, which it does when asked for the position."""
         if self.backend == "triton":
             assert self.ours.iteration == self.expected.position

@@ -1,4 +1,4 @@
-"""Say what the two optimizers may be made of, and prepare the process for a backend."""
+"""The values of which setups are drawn, and the preparation of a process for a backend."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ DTYPES = {
     "float16": (torch.float16,),
     "mixed": (torch.float64, torch.float32),
 }
-#: relative to a tensor's largest value; float64 over all steps, the others over one
+#: Relative to a tensor's largest value; float64 over all steps, the others over one step.
 TOLERANCES = {
     torch.float64: 1e-10,
     torch.float32: 1e-5,
     torch.bfloat16: 2.0**-7 * 1.01,
     torch.float16: 2.0**-10 * 1.01,
 }
-#: of the gradient with its weight decay, which kernels sum in float32
+#: Of the gradient with its weight decay, which kernels sum in float32.
 ROUNDING = 2.0**-23
 KEYS: dict[str, list[Any]] = {
     "weight_decay": [0.0, 0.1],
@@ -54,7 +54,7 @@ KEYS: dict[str, list[Any]] = {
 
 
 class Settings(Sequence[float]):
-    """A sequence of the user's own, as ListConfig is one."""
+    """A sequence of the user's, as omegaconf's ListConfig is one."""
 
     def __init__(self, values: Sequence[float]) -> None:
         self.values = tuple(values)
@@ -66,14 +66,15 @@ class Settings(Sequence[float]):
         return len(self.values)
 
 
-#: kinds of settings: the type that is replaced, and what replaces it
+#: Kinds of settings: the type that is replaced, and the function that replaces the value.
 ODD: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "list": (tuple, list),
     "sequence": (tuple, Settings),
     "number": (float, np.float64),
     "flag": (bool, np.bool_),
 }
-#: Rows that are not on torch's for-loop, or that no kernel serves; for the torch backend.
+#: Rows that use another implementation than torch's for-loop, or that no kernel serves. For the
+#: torch backend.
 OTHERS = {
     case.name: case
     for case in [*OTHER_IMPLEMENTATIONS, *WITHOUT_KERNEL]
@@ -88,7 +89,7 @@ HAVE_CAPTURABLE = (
 
 
 def setups(backend: str) -> dict[str, Sequence[Any]]:
-    """What an optimizer may be made of: the values of each of the arguments of a machine."""
+    """Return the values that each argument of a machine may take."""
     names = [
         name for name, case in BY_NAME.items()
         if not (case.cls is torch.optim.Adagrad and ADAGRAD_LACKS_STATE)
@@ -119,17 +120,18 @@ def setups(backend: str) -> dict[str, Sequence[Any]]:
 
 @contextmanager
 def surroundings(backend: str) -> Iterator[None]:
-    """What "auto" means, and the warnings that belong to events."""
+    """Set the backend that "auto" means, and ignore the warnings that events cause."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setenv("CLR_OPTIM_BACKEND", backend)
         warnings.filterwarnings("ignore", "lr was written from outside", UserWarning)
         warnings.filterwarnings("ignore", "state_dict has the bounds", UserWarning)
         warnings.filterwarnings("ignore", "an earlier CyclicalOptimizer went on", UserWarning)
-        # Nobody edits a checkpoint here.
+        # No event edits a checkpoint.
         warnings.filterwarnings("error", "the checkpoint's lr is not", UserWarning)
         warnings.filterwarnings("ignore", "Sparse invariant checks")
         warnings.filterwarnings("ignore", "grad and param do not obey", UserWarning)
-        # numpy's, of what the interpreter computes and nobody reads: an SGD's empty first buffer.
+        # numpy warns of values that the interpreter computes and never uses: an SGD's empty first
+        # buffer.
         warnings.filterwarnings("ignore", "", RuntimeWarning, r"triton\.runtime\.interpreter")
         threads = torch.get_num_threads()
         try:
@@ -139,13 +141,13 @@ def surroundings(backend: str) -> Iterator[None]:
 
 
 def compile_kernels(backend: str) -> None:
-    """Without them torch would be compared with itself."""
+    """Compile the kernels. Without them torch would be compared with itself."""
     if backend != "torch":
         from clr_optim.kernels.native import build
 
         build.load()
     if backend == "triton":
         assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
-        import triton_helpers  # mends the interpreter
+        import triton_helpers  # repairs the interpreter
 
         assert triton_helpers.INTERPRETED

@@ -33,7 +33,7 @@ class StepEvents(TensorEvents):
 
     @event(2.0, seed=SEEDS, i=WHICH)
     def train_one_alone(self, seed: int, i: int) -> None:
-        """As an adapter or an expert: no other parameter has a gradient."""
+        """Give a gradient to one parameter only, as with an adapter or an expert."""
         self.backward(seed)
         for opt in self.pair():
             chosen = members(opt)[i % len(members(opt))]
@@ -44,7 +44,7 @@ class StepEvents(TensorEvents):
 
     @event(0.5, seed=SEEDS)
     def step_while_others_save(self, seed: int) -> bool | None:
-        """In a thread of their own, as asynchronous checkpointing and logging do."""
+        """Save in another thread, as asynchronous checkpointing and logging do."""
         if self.backend == "triton":
             return False
         self.backward(seed)
@@ -74,7 +74,7 @@ class StepEvents(TensorEvents):
 
     @event(0.2)
     def step_in_a_fork(self) -> bool | None:
-        """Of the copy there; here nothing moves."""
+        """Step the copy in a fork. Nothing moves in this process."""
         if self.backend == "triton" or not hasattr(os, "fork"):
             return False
         with warnings.catch_warnings():
@@ -139,9 +139,9 @@ class StepEvents(TensorEvents):
 
     @event(0.5)
     def step_at_rate_zero(self) -> bool | None:
-        """As torch's distributed checkpoint creates state."""
+        """Step as torch's distributed checkpoint does to create state."""
         if self.overwritten and self.expected.momenta is not None:
-            return False  # momentum is as it stands in the groups, nothing else is asked
+            return False  # the step reads the momentum from the groups, and nothing else
         for opt in self.pair():
             for p in members(opt):
                 p.grad = torch.zeros_like(p) if p.requires_grad else None
@@ -157,15 +157,15 @@ class StepEvents(TensorEvents):
                     group["lr"] = lr
 
         self.take(call, rates=[0.0] * len(self.ours.param_groups), moves=False)
-        self.expected.feed_rates(self.theirs)  # a checkpoint of it is of a rate that is in use
+        self.expected.feed_rates(self.theirs)  # a checkpoint of the twin must hold a rate in use
         return None
 
     @event(2.0, seed=SEEDS, overflow=(False, False, True), power=range(4), unscales=FLAG)
     def step_by_grad_scaler(self, seed: int, overflow: bool, power: int, unscales: bool) -> Any:
-        """Both of a GradScaler's paths: the optimizer says which it wants."""
+        """Step by a GradScaler, on the path that the optimizer asks for."""
         whole = getattr(self.ours, "_step_supports_amp_scaling", False)
         if torch.float16 in self.dtypes and (unscales or not whole):
-            return False  # it refuses to unscale them
+            return False  # a GradScaler refuses to unscale float16
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (2 * power))
         scaler.scale(torch.zeros(()))
         self.stale = 0
@@ -179,7 +179,7 @@ class StepEvents(TensorEvents):
         if unscales:
             scaler.unscale_(self.ours)
         if overflow:
-            if unscales:  # it has looked at them already
+            if unscales:  # unscale_ has already looked for overflows
                 return False
             bad = grads[seed % len(grads)]
             bad[(0,) * bad.dim()] = float("inf")

@@ -21,7 +21,7 @@ class TensorEvents(Pair):
 
     @event(6.0, seed=SEEDS)
     def backward(self, seed: int) -> None:
-        """New tensors of their own memory for all."""
+        """Give all parameters new gradients."""
         self.stale = 0
         for opt in self.pair():
             for i, p in enumerate(members(opt)):
@@ -30,7 +30,7 @@ class TensorEvents(Pair):
 
     @event(2.0, seed=SEEDS)
     def backward_by_autograd(self, seed: int) -> bool | None:
-        """Added to what there is, wherever autograd puts it."""
+        """Add to the gradients by autograd, which decides about their memory."""
         for opt in self.pair():
             self.own_memory(opt)
             terms = [
@@ -53,7 +53,7 @@ class TensorEvents(Pair):
 
     @staticmethod
     def own_memory(opt: Any) -> None:
-        """Nothing can be added to an expanded gradient in place."""
+        """Copy expanded gradients, to which nothing can be added in place."""
         for p in members(opt):
             if p.grad is not None and p.grad.layout is torch.strided and 0 in p.grad.stride():
                 p.grad = p.grad.clone()
@@ -69,7 +69,7 @@ class TensorEvents(Pair):
 
     @event(1.0, i=WHICH, seed=SEEDS, kind=("transposed", "expanded", "strided"))
     def gradient_of_another_layout(self, i: int, seed: int, kind: str) -> bool | None:
-        # torch's fused steps walk such gradients as if they were their parameter's like.
+        # torch's fused steps read such gradients as if they had their parameter's layout.
         if self.only_kernels or self.flag == "fused":
             return False
         for _, p in self.pick(i):
@@ -85,7 +85,10 @@ class TensorEvents(Pair):
 
     @event(1.0, i=WHICH, seed=SEEDS)
     def sparse_gradient(self, i: int, seed: int) -> bool | None:
-        """As an embedding's; not with weight decay, which torch refuses half-way."""
+        """Give a sparse gradient, as an embedding does.
+
+        With weight decay torch refuses in mid-step.
+        """
         if self.only_kernels or self.clip is not None or self.case.cls not in HAVE_SPARSE:
             return False
         for opt, p in self.pick(i):
@@ -106,7 +109,7 @@ class TensorEvents(Pair):
 
     @event(1.0, i=WHICH, whole=FLAG)
     def transpose_data(self, i: int, whole: bool) -> None:
-        """By itself, or its state with it."""
+        """Transpose a parameter's memory, alone or together with its state."""
         whole = whole or self.only_kernels
         for opt, p in self.pick(i):
             if p.dim() == 2 and (p.grad is None or p.grad.layout is torch.strided):
@@ -119,7 +122,7 @@ class TensorEvents(Pair):
 
     @event(1.0, i=WHICH, length=range(1, 5), move=FLAG)
     def resize(self, i: int, length: int, move: bool) -> None:
-        """With its state, as somebody who prunes does; in the old memory or in new."""
+        """Shrink a parameter and its state, as pruning does, in the old memory or in new memory."""
         for opt, p in self.pick(i):
             if p.dim() == 1 and p.numel() > length:
                 was, p.grad = p.shape, None
@@ -137,7 +140,7 @@ class TensorEvents(Pair):
 
     @event(1.0, i=WHICH, what=("parameter", "gradient", "state"))
     def move_off_alignment(self, i: int, what: str) -> bool | None:
-        """To one element after the beginning of new memory: no multiple of 16 bytes."""
+        """Move a tensor one element past the start of new memory, off a multiple of 16 bytes."""
 
         def movable(t: Any) -> bool:
             strided = isinstance(t, Tensor) and t.layout is torch.strided and t.numel()
@@ -164,9 +167,9 @@ class TensorEvents(Pair):
 
     @event(0.7, i=WHICH)
     def widen_counter(self, i: int) -> bool | None:
-        """As a whole module's ``.double()`` does to what it knows."""
+        """Make the counter float64, as ``.double()`` of a whole module may."""
         if self.flag:
-            return False  # a checkpoint then makes it float32 again, one's own and torch's do not
+            return False  # a checkpoint makes it float32 again: our own does, torch's does not
         for opt, p in self.pick(i):
             counter = opt.state.get(p, {}).get("step")
             if isinstance(counter, Tensor):
@@ -186,7 +189,7 @@ class TensorEvents(Pair):
 
     @event(0.7, i=WHICH)
     def delete_a_buffer(self, i: int) -> None:
-        """Only where torch makes a new one."""
+        """Delete a buffer of SGD, which torch then makes anew."""
         for opt, p in self.pick(i):
             if self.case.cls is torch.optim.SGD and p in opt.state:
                 opt.state[p].pop("momentum_buffer", None)
