@@ -1,4 +1,4 @@
-"""The torch backend, bit for bit: against torch with its CyclicLR, and torch fed our rates."""
+"""The torch backend equals torch with its CyclicLR, and torch fed our rates, bit for bit."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from clr_optim import CyclicalOptimizer
 
 @pytest.fixture(autouse=True)
 def _torch_backend(monkeypatch):
-    # The fused kernels have a contract of their own, in test_native.py: rounding may differ there.
+    # test_native.py compares the kernels, which may round otherwise.
     monkeypatch.setenv("CLR_OPTIM_BACKEND", "torch")
 
 
 CYCLE = {"step_size_up": 7, "step_size_down": 12}
-# The paper's "100 steps" are not enough for a decay to show: a stronger gamma.
+# 100 steps of the paper's gamma would not show a decay. This gamma is stronger.
 GAMMA = 0.99
 
 
@@ -98,7 +98,7 @@ def test_bit_identical_with_cycled_momentum(case):
 @ids(EVERY_CLASS)
 def test_bit_identical_to_plain_torch_fed_our_rates(case, dtype):
     if dtype == torch.bfloat16 and case.name in ("rprop", "lbfgs"):
-        # Neither does anything sensible in 16 bits, with or without us; their float32 is tested.
+        # Both train nothing sensible in 16 bits, wrapped or not. Their float32 is tested.
         dtype = torch.float64
     assert_equals_torch_fed_our_rates(case, dtype)
 

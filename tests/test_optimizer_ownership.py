@@ -1,4 +1,4 @@
-"""D4: the wrapped optimizer keeps all it owns; hooks, checkpoints and copies lose nothing."""
+"""D4: the wrapped optimizer keeps all it owns. Hooks, checkpoints and copies lose nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from clr_optim.schedule import sequence, triangular, triangular2
 
 @pytest.fixture(autouse=True, params=["torch", "native"])
 def backend(request, monkeypatch):
-    """Everything here holds on every backend."""
+    """Run every test on every backend."""
     monkeypatch.setenv("CLR_OPTIM_BACKEND", request.param)
     return request.param
 
@@ -41,7 +41,7 @@ def wrap(case, problem, **options):
 
 
 def saved(optimizer):
-    """The state dict after torch.save and torch.load(weights_only=True)."""
+    """Return the state dict after torch.save and torch.load(weights_only=True)."""
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
@@ -175,7 +175,7 @@ def test_hooks_see_what_torchs_own_see(call, profiled):
             with torch.profiler.profile() if profiled else nullcontext():
                 CALLS[call](opt, closure)
             everything = len(seen)
-            # Each alone is enough.
+            # Each of the two is enough.
             for i, handle in enumerate(handles):
                 handles[i] = None
                 handle.remove()
@@ -203,7 +203,7 @@ def test_hooks_fire_once_around_a_subclasss_step():
     opt.register_step_post_hook(lambda *a: fired.append("post"))
     opt.step()
     assert fired == ["pre", "step", "post"]
-    # And around one that a framework has replaced on the object.
+    # And around a ``step`` that a framework has replaced on the object.
     own = opt.step
     opt.step = lambda: own()
     opt.step()
@@ -224,7 +224,7 @@ def test_a_profiler_finds_the_step_once(profiler):
 
 
 def test_the_steps_signature_is_what_it_takes():
-    # Asked for by GradScaler, which would hand itself over by an argument "grad_scaler".
+    # GradScaler looks for an argument "grad_scaler", and would pass itself.
     opt = wrap(BY_NAME["adam"], Problem(BY_NAME["adam"]))
     assert list(inspect.signature(opt.step).parameters) == ["closure", "args", "kwargs"]
 
@@ -499,7 +499,7 @@ def test_a_checkpoint_loaded_before_wrapping_resumes_too():
     inner.load_state_dict(saved(opt))
     late = CyclicalOptimizer(inner, "triangular2", step_size_up=3)
     assert late.iteration == 4
-    # its lr was a rate in mid-cycle, not the one the user chose
+    # its lr was a rate in mid-cycle, not the user's choice
     assert late.param_groups[0]["clr_max_lr"] == 0.01
     assert late.get_last_lr() == opt.get_last_lr()
     with pytest.warns(UserWarning, match=r"wrapped optimizer was written .* set_iteration\(0\)"):
@@ -571,7 +571,7 @@ def test_copies_keep_position_and_policy(name, how):
 
 
 def other_or(opt):
-    """Drop what no torch optimizer pickles: hooks."""
+    """Return the optimizer without cycle-end hooks, which no torch optimizer pickles."""
     drop_cycle_end_hooks(opt)
     return opt
 
