@@ -1,7 +1,7 @@
 """A step that is interrupted at any line happens whole or not at all.
 
 Ctrl-C and signal handlers run between two lines of Python. A trace function plays them. At the n-th
-line of our code within one step it raises, or it saves a checkpoint as a handler would, for every n.
+line of our code within one step, for every n, it raises or saves a checkpoint as a handler would.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Pair:
         dtype, policy: names of :data:`DTYPES` and :data:`POLICIES`.
         flag: a flag of the wrapped optimizer; with backend ``"torch"`` of the twin too.
         tensor_lr: whether ``lr`` is a tensor.
-        hook: whether a cycle-end hook is registered. A GPU must then tell the host about cycle ends.
+        hook: whether a cycle-end hook is registered. A GPU must then tell the host of each end.
     """
 
     def __init__(
@@ -335,7 +335,7 @@ class Pair:
         return apart
 
     def plain_step(self, theirs: Any, off: float = 0.0) -> None:
-        """Take torch's step, with gradients clipped by their norm, and 16-bit parameters in float64.
+        """Take torch's step: gradients clipped by their norm, 16-bit parameters in float64.
 
         Args:
             theirs: the optimizer.

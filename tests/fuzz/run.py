@@ -52,8 +52,8 @@ def play(setup: dict[str, Any], events: Events) -> int:
     """Play the events. Return how many of them changed something.
 
     Raises:
-        Exception: from the library, or an AssertionError if the two optimizers differ. A note names the
-            last event.
+        Exception: from the library, or an AssertionError if the two optimizers differ. A note names
+            the last event.
     """
     done = 0
     at: Any = ("setup", setup)
