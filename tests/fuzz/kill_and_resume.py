@@ -5,8 +5,8 @@
 This process forks workers. It has imported torch and computed nothing. A worker trains, saves, and
 tells in shared memory what it does. SIGKILL kills the worker at a random moment of a chosen phase.
 The phases are a step, a save, and a compilation of the kernels with an empty cache. The next worker
-resumes from the last complete checkpoint. In the end another worker trains from the beginning and is
-not killed. At every step from which a worker resumed, and at the end, parameters, optimizer and
+resumes from the last complete checkpoint. In the end another worker trains from the beginning and
+is not killed. At every step from which a worker resumed, and at the end, parameters, optimizer and
 random numbers must be the same bits.
 """
 
