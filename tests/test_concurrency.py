@@ -1,7 +1,7 @@
 """Threads, forks and signals run other code during a step. No step is half done.
 
-A long native step releases the GIL. Whatever another thread does then, the kernel's memory must stay
-alive. An interrupt must find the step done or not begun.
+A long native step releases the GIL. The kernel's memory must then stay alive, whichever tensors
+another thread drops. An interrupt must find the step done or not begun.
 """
 
 from __future__ import annotations
@@ -289,8 +289,8 @@ def test_a_model_trained_by_several_optimizers(clip):
 def test_a_model_trained_by_several_optimizers_at_once(size):
     """Values race, as with torch's own. Optimizers, their state and their counters do not.
 
-    The gradients are not replaced: torch 2.13 itself crashes when a thread reads ``p.grad`` while another
-    replaces it, without any code of ours in the process.
+    The gradients are not replaced: torch 2.13 itself crashes when a thread reads ``p.grad`` while
+    another replaces it, without any code of ours in the process.
     """
     params = parameters(drawn([(size,), (9,)], torch.float32))
     for p in params:

@@ -247,7 +247,7 @@ ATTACKS: dict[str, tuple[Any, str]] = {
     "policy nested": (set_group(clr_schedule="[" * 10**6), r"must be a policy .*got '\[\["),
     "policy of the second group": (set_group(1, clr_schedule="?"), r"\[1\]\['clr_schedule'\] must"),
     # ---- state
-    "state of nobody": (
+    "state of no parameter": (
         lambda s: s["state"].update({7: s["state"].pop(0)}), r"\['state'\]\[7\] belongs to no param",
     ),
     "state of a negative number": (

@@ -154,7 +154,7 @@ def test_zero_grad_as_the_wrapped_one_has_it():
 # ---- the scheduler's view
 
 
-def test_the_view_says_the_same_whoever_holds_it():
+def test_the_view_says_the_same_to_every_holder():
     param, opt = stepped(adam, step_size_up=4)
     assert opt.scheduler.get_last_lr() == [0.1]
     held = opt.scheduler

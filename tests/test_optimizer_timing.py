@@ -281,7 +281,7 @@ def test_the_warning_names_the_callers_line(caller):
 
 
 @pytest.mark.parametrize("name", ["__main__", "clr_optim_study", "torchtrainer", None])
-def test_the_warning_names_whatever_module_calls(name):
+def test_the_warning_names_the_calling_module(name):
     problem, opt = wrapped()
     problem.backward(0)
     opt.param_groups[0]["lr"] = 7.0

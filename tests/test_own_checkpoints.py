@@ -410,7 +410,7 @@ def test_a_hook_may_make_a_checkpoint_of_anything():
 
 @pytest.mark.parametrize("case", EVERY_CLASS, ids=lambda case: case.name)
 def test_settings_that_torch_fills_in_may_be_missing(case):
-    """Settings that no class has may stand beside them."""
+    """The groups also hold settings that no class has."""
     problem, other = Problem(case), Problem(case)
     plain = case.make(problem.params)
     problem.run(plain, range(2), closure=case.closure)

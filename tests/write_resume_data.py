@@ -3,7 +3,7 @@
     python tests/write_resume_data.py torch native
     TRITON_INTERPRET=1 python tests/write_resume_data.py triton
 
-clr_optim 0.1.0 wrote the archives. They stand for the files of users: every later version must read
+clr_optim 0.1.0 wrote the archives. They represent the files of users: every later version must read
 them. Never write an archive again to make a test pass. This script refuses to overwrite one.
 
 An archive holds a folder for each course. ``state.pt`` is ``torch.save(opt.state_dict())``,
@@ -210,7 +210,7 @@ def read(backend: str) -> dict[str, bytes]:
 def _write(backend: str) -> None:
     path = FOLDER / f"{backend}.tar.xz"
     if path.exists():
-        raise SystemExit(f"{path} is there: it stands for the files of users, and stays")
+        raise SystemExit(f"{path} exists: it represents the files of users and must not change")
     by = {"clr_optim": __version__, **machine()}
     files = {"written_by.json": json.dumps(by).encode()}
     for course in COURSES:

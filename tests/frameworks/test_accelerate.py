@@ -1,4 +1,4 @@
-"""accelerate: the changed line stands before ``prepare``, with or without a scheduler beside it."""
+"""accelerate: the changed line before ``prepare``, with or without a scheduler beside it."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def _own_settings():
 class Run:
     """A training script as users of accelerate write it.
 
-    ``backend=None`` is torch with its CyclicLR. ``listed`` says whether opt.scheduler is prepared and
-    stepped in its place.
+    ``backend=None`` is torch with its CyclicLR. ``listed`` says whether opt.scheduler is
+    prepared and stepped in its place.
     """
 
     def __init__(self, backend, *, listed=False, clip=None, scaler=None, watch=None, **options):

@@ -29,10 +29,10 @@ LEFT_OUT = {
     "SafeFP16Optimizer": "has no param_groups",
     "DeMo": "needs the package einops and a process group",
     "DistributedMuon": "needs a process group",
-    "LOMO": "steps in hooks of the backward pass, and has no step of its own",
-    "AdaLOMO": "steps in hooks of the backward pass, and has no step of its own",
+    "LOMO": "steps in hooks of the backward pass, and has no step()",
+    "AdaLOMO": "steps in hooks of the backward pass, and has no step()",
     "PCGrad": "has pc_backward in place of a closure or gradients",
-    "GSAM": "needs a scheduler of its own and set_closure",
+    "GSAM": "needs another scheduler and set_closure",
 }
 
 

@@ -1,4 +1,4 @@
-"""Optimizers of other packages, wrapped: the cycle is around their own step."""
+"""Optimizers of other packages, wrapped: the cycle runs around their step."""
 
 from __future__ import annotations
 

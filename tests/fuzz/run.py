@@ -72,7 +72,7 @@ def play(setup: dict[str, Any], events: Events) -> int:
     return done
 
 
-# ---- in processes of their own
+# ---- in other processes
 
 
 def _described(error: BaseException) -> dict[str, str]:

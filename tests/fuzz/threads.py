@@ -101,7 +101,7 @@ class Round:
         self.late += more
 
     def fork(self) -> None:
-        """Fork a child that steps its copy, whatever the other threads do."""
+        """Fork a child that steps its copy, while the other threads go on."""
         time.sleep(0.2)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
