@@ -7,10 +7,12 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 DISTRIBUTED := tests/test_distributed.py tests/test_distributed_checkpoint.py \
-	tests/test_dtensor.py tests/test_examples.py
+	tests/test_dtensor.py tests/test_dtensor_models.py tests/test_dtensor_norm.py \
+	tests/test_examples.py
 
 INTERPRETED := tests/test_triton.py tests/test_triton_graphs.py tests/test_triton_machine.py \
-	tests/test_triton_memory.py tests/test_hostile_checkpoints.py tests/fuzz/test_fuzz.py
+	tests/test_triton_memory.py tests/test_hostile_checkpoints.py tests/test_resume_data.py \
+	tests/fuzz/test_fuzz.py
 
 .PHONY: demo test format lint types check interpreted fuzz fuzz-kill fuzz-threads distributed test-frameworks test-newest package docs pictures errors gpu-check gpu-sanitize gpu-paper clean FORCE
 

@@ -1,9 +1,10 @@
-"""The optimizers that every test crosses with the rest, and a problem they can all work on."""
+"""The one table of optimizer cases, and a problem that each of them can train on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from clr_optim import CyclicalOptimizer
 
 
 class SignDescent(torch.optim.Optimizer):
-    """An optimizer that no library has: the sign of a running mean of gradients."""
+    """An optimizer that no library has: it steps by the sign of a running mean of gradients."""
 
     def __init__(self, params, lr=1e-3, decay=0.5):
         super().__init__(params, {"lr": lr, "decay": decay})
@@ -35,60 +36,171 @@ class SignDescent(torch.optim.Optimizer):
 
 @dataclass(frozen=True)
 class Case:
-    """An optimizer with settings: ``make(params_or_groups)`` builds it at its rate ``lr``."""
+    """An optimizer class with settings, and settings of its wrapper.
+
+    Args:
+        name: the row's name, and the test's.
+        cls: the class.
+        options: settings of the optimizer.
+        lr: its learning rate.
+        wrap: settings of the wrapper.
+        kernel: the kernel that must serve this row; None if only torch's own step can.
+        sparse: whether it takes sparse gradients only.
+        closure: whether it needs a closure.
+        only_2d: whether it takes matrices only.
+        dtypes: the dtypes that it can train.
+    """
 
     name: str
     cls: type[torch.optim.Optimizer]
-    options: dict[str, Any]
-    lr: float = 0.01
+    options: Mapping[str, Any] = field(default_factory=dict)
+    lr: Any = 0.01
+    wrap: Mapping[str, Any] = field(default_factory=dict)
+    kernel: str | None = None
     sparse: bool = False
     closure: bool = False
     only_2d: bool = False
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
 
     def make(self, params: Any, **more: Any) -> torch.optim.Optimizer:
+        """Return the plain optimizer of these parameters or groups."""
         return self.cls(params, **{"lr": self.lr, **self.options, **more})
+
+    def ours(self, params: Any, **more: Any) -> CyclicalOptimizer[Any]:
+        """Return the wrapped optimizer of these parameters or groups."""
+        return wrapped(self.make(params), **{**self.wrap, **more})
+
+    def as_for_loop(self) -> Case:
+        """Return the same case on torch's for-loop, whose order of operations kernels follow."""
+        return replace(self, options={"foreach": False, **self.options})
+
+
+def wrapped(optimizer: torch.optim.Optimizer, **options: Any) -> CyclicalOptimizer[Any]:
+    return CyclicalOptimizer(optimizer, **{"backend": "auto", "step_size_up": 7, **options})
+
+
+# ---- the one table of optimizers
 
 
 _optim = torch.optim
-CASES = [
-    Case("sgd", _optim.SGD, {}),
-    Case("sgd-momentum", _optim.SGD, {"momentum": 0.9, "weight_decay": 0.01}),
-    Case("sgd-nesterov", _optim.SGD, {"momentum": 0.9, "nesterov": True}),
+#: A setting that rows are crossed with: its label, the options, and what it adds to the kernel.
+Flag = tuple[str, dict[str, Any], str]
+
+
+def _crossed(
+    name: str,
+    cls: type[torch.optim.Optimizer],
+    kernel: str,
+    *flags: Flag,
+    lr: float = 0.01,
+    **always: Any,
+) -> Iterator[Case]:
+    """Return a case for each subset of the flags."""
+    for chosen in itertools.product(*[[None, flag] for flag in flags]):
+        there = [flag for flag in chosen if flag]
+        yield Case(
+            "-".join([name, *(label for label, _, _ in there)]),
+            cls,
+            {**always, **{key: value for _, options, _ in there for key, value in options.items()}},
+            lr,
+            kernel=kernel + "".join(part for _, _, part in there),
+        )
+
+
+def _with_kernels() -> Iterator[Case]:
+    decay, maximize = ("wd", {"weight_decay": 0.1}, ""), ("max", {"maximize": True}, "")
+    no_decay = ("wd0", {"weight_decay": 0.0}, "")
+    amsgrad = ("ams", {"amsgrad": True}, "_amsgrad")
+    yield from _crossed("sgd", _optim.SGD, "sgd", decay, maximize)
+    for name, options in (
+        ("sgd-mom", {}),
+        ("sgd-damp", {"dampening": 0.3}),
+        ("sgd-nest", {"nesterov": True}),
+    ):
+        yield from _crossed(
+            name, _optim.SGD, "sgd_momentum", decay, maximize, momentum=0.9, **options
+        )
+    yield from _crossed("adam", _optim.Adam, "adam", amsgrad, decay, maximize)
+    yield from _crossed("adamw", _optim.AdamW, "adam", amsgrad, no_decay, maximize)
+    yield from _crossed(
+        "adagrad", _optim.Adagrad, "adagrad", ("decay", {"lr_decay": 0.01}, ""),
+        ("init", {"initial_accumulator_value": 0.5}, ""), decay, maximize,
+    )  # fmt: skip
+    yield from _crossed("adadelta", _optim.Adadelta, "adadelta", decay, maximize, lr=0.5)
+    yield from _crossed(
+        "rmsprop", _optim.RMSprop, "rmsprop", ("mom", {"momentum": 0.9}, "_momentum"),
+        ("cent", {"centered": True}, "_centered"), decay, maximize, lr=0.005,
+    )  # fmt: skip
+    cycled = {"cycle_momentum": True, "base_momentum": 0.4, "max_momentum": 0.95}
+    for name, cls, options, kernel, lr, wrap in (
+        ("sgd-momentum", _optim.SGD, {"momentum": 0.9, "weight_decay": 0.01}, "sgd_momentum",
+         0.01, {}),
+        ("sgd-dampening-maximize", _optim.SGD,
+         {"momentum": 0.8, "dampening": 0.1, "maximize": True}, "sgd_momentum", 0.01, {}),
+        ("adam-decoupled", _optim.Adam, {"decoupled_weight_decay": True, "weight_decay": 0.1},
+         "adam", 0.01, {}),
+        ("adam-betas-eps", _optim.Adam, {"betas": (0.4, 0.9), "eps": 1e-3}, "adam", 0.01, {}),
+        ("adagrad-decay-start", _optim.Adagrad,
+         {"lr_decay": 0.01, "initial_accumulator_value": 0.1}, "adagrad", 0.01, {}),
+        ("adadelta-rho-eps", _optim.Adadelta, {"rho": 0.7, "eps": 1e-3}, "adadelta", 0.5, {}),
+        ("rmsprop-alpha-eps", _optim.RMSprop, {"alpha": 0.3, "eps": 1e-3}, "rmsprop", 0.005, {}),
+        ("sgd-mom-cycled", _optim.SGD, {"momentum": 0.9}, "sgd_momentum", 0.005, cycled),
+        ("sgd-nest-cycled", _optim.SGD, {"momentum": 0.9, "nesterov": True}, "sgd_momentum",
+         0.005, cycled),
+        ("adam-cycled", _optim.Adam, {}, "adam", 0.005, cycled),
+        ("adamw-ams-cycled", _optim.AdamW, {"amsgrad": True}, "adam_amsgrad", 0.005, cycled),
+        ("rmsprop-mom-cycled", _optim.RMSprop, {"momentum": 0.9}, "rmsprop_momentum", 0.005,
+         cycled),
+    ):  # fmt: skip
+        yield Case(name, cls, options, lr, wrap, kernel)
+
+
+#: Rows that a kernel serves, with torch's for-loop as the reference.
+WITH_KERNEL = list(_with_kernels())
+#: Rows that a kernel serves, built with another implementation of torch.
+OTHER_IMPLEMENTATIONS = [
+    Case("sgd-fused", _optim.SGD, {"momentum": 0.9, "fused": True}, kernel="sgd_momentum"),
     Case(
-        "sgd-dampening-maximize", _optim.SGD, {"momentum": 0.8, "dampening": 0.1, "maximize": True}
+        "adam-amsgrad-foreach",
+        _optim.Adam,
+        {"amsgrad": True, "weight_decay": 0.1, "foreach": True},
+        kernel="adam_amsgrad",
     ),
-    Case("sgd-fused", _optim.SGD, {"momentum": 0.9, "fused": True}),
-    Case("adam", _optim.Adam, {}),
-    Case(
-        "adam-amsgrad-foreach", _optim.Adam, {"amsgrad": True, "weight_decay": 0.1, "foreach": True}
-    ),
-    Case("adam-fused", _optim.Adam, {"fused": True}),
-    Case("adamw", _optim.AdamW, {}),
-    Case("adamw-fused-maximize", _optim.AdamW, {"fused": True, "maximize": True}),
-    Case("adagrad", _optim.Adagrad, {"lr_decay": 0.01, "initial_accumulator_value": 0.1}),
-    Case("adagrad-fused", _optim.Adagrad, {"fused": True}),
-    Case("adadelta", _optim.Adadelta, {}, lr=0.5),
-    Case("rmsprop", _optim.RMSprop, {}),
-    Case(
-        "rmsprop-momentum-centered", _optim.RMSprop, {"momentum": 0.9, "centered": True}, lr=0.001
-    ),
-    Case("adamax", _optim.Adamax, {}),
-    Case("nadam", _optim.NAdam, {}),
-    Case("radam", _optim.RAdam, {}),
-    Case("asgd", _optim.ASGD, {}),
-    Case("rprop", _optim.Rprop, {}),
-    Case("adafactor", _optim.Adafactor, {}),
+    Case("adam-fused", _optim.Adam, {"fused": True}, kernel="adam"),
+    Case("adamw-fused-maximize", _optim.AdamW, {"fused": True, "maximize": True}, kernel="adam"),
+    Case("adagrad-fused", _optim.Adagrad, {"fused": True}, kernel="adagrad"),
+]
+#: Rows that only torch's own step serves.
+WITHOUT_KERNEL = [
+    Case("adamax", _optim.Adamax),
+    Case("nadam", _optim.NAdam),
+    Case("radam", _optim.RAdam),
+    Case("asgd", _optim.ASGD),
+    Case("rprop", _optim.Rprop),
+    Case("adafactor", _optim.Adafactor),
     Case("muon", _optim.Muon, {"ns_steps": 2}, only_2d=True, dtypes=(torch.float32,)),
     Case("lbfgs", _optim.LBFGS, {"max_iter": 4, "history_size": 3}, lr=0.1, closure=True),
-    Case("sparse-adam", _optim.SparseAdam, {}, sparse=True),
-    Case("sign-descent", SignDescent, {}),
+    Case("sparse-adam", _optim.SparseAdam, sparse=True),
+    Case("sign-descent", SignDescent),
 ]
-BY_NAME = {case.name: case for case in CASES}
+BY_NAME = {case.name: case for case in [*WITH_KERNEL, *OTHER_IMPLEMENTATIONS, *WITHOUT_KERNEL]}
+
+_COMMON = ("sgd", "sgd-momentum", "sgd-nest", "sgd-dampening-maximize", "adam", "adamw",
+           "adagrad-decay-start", "adadelta", "rmsprop", "rmsprop-mom-cent")  # fmt: skip
+#: Each class and each implementation of torch, for tests that concern all of them.
+EVERY_CLASS = [BY_NAME[name] for name in _COMMON] + OTHER_IMPLEMENTATIONS + WITHOUT_KERNEL
+
+_OF_KERNELS = ("sgd-wd", "sgd-nest-wd", "adam-wd", "adamw-ams", "adagrad-decay", "adadelta",
+               "rmsprop", "rmsprop-mom", "rmsprop-cent", "rmsprop-mom-cent")  # fmt: skip
+_of_kernels = {BY_NAME[name].kernel: BY_NAME[name] for name in _OF_KERNELS}
+for _case in WITH_KERNEL:
+    _of_kernels.setdefault(_case.kernel, _case)
+#: One row for each kernel: the named one, or else the kernel's first.
+EVERY_KERNEL = list(_of_kernels.values())
 
 
 class Problem:
-    """Parameters pulled towards targets, with noise that depends on the step only.
+    """Parameters that are pulled towards targets, with noise that depends on the step alone.
 
     Two problems of the same case and dtype start equal and give equal gradients.
     """
@@ -128,7 +240,7 @@ class Problem:
         return loss
 
     def step(self, optimizer: torch.optim.Optimizer, step: int, closure: bool = False) -> Any:
-        """One training step, with or without a closure."""
+        """Take one training step, with or without a closure."""
         if closure:
             return optimizer.step(lambda: self.backward(step))
         self.backward(step)
@@ -153,7 +265,7 @@ class Problem:
 
 
 def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    """Bit for bit, NaN counting as equal to NaN."""
+    """Assert equality bit for bit. NaN equals NaN."""
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == b.dtype
         a, b = a.detach(), b.detach()
@@ -170,7 +282,7 @@ def feed(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
 def assert_equals_torch_fed_our_rates(
     case: Case, dtype: torch.dtype, device: str = "cpu", steps: int = 200
 ) -> None:
-    """A run of ours and one of the plain torch optimizer fed `lr_at(k)`: bit for bit the same."""
+    """Compare our run bit for bit with the plain torch optimizer, fed ``lr_at(k)``."""
     mine, torchs = Problem(case, dtype, device), Problem(case, dtype, device)
     opt = CyclicalOptimizer(case.make(mine.params), "triangular2", step_size_up=9, max_lr=case.lr)
     reference = case.make(torchs.params)

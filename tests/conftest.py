@@ -8,7 +8,7 @@ import pytest
 import torch
 from distributed_helpers import Ranks
 
-# The tests' tensors are tiny: more threads only cost time, and the more so beside other work.
+# The tests' tensors are tiny. More threads would only cost time.
 torch.set_num_threads(1)
 
 # A busy machine takes its time for an example, and no test judges how long.
@@ -32,7 +32,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory):
-    """Processes for what runs on several: ``ranks.run(world, function, *args)``."""
+    """Start processes for tests of several ranks: ``ranks.run(world, function, *args)``."""
     processes = Ranks(3, tmp_path_factory.mktemp("ranks"))
     yield processes
     processes.close()
@@ -40,7 +40,10 @@ def ranks(tmp_path_factory):
 
 @pytest.fixture
 def ctrl_c():
-    """As in a terminal: what a shell starts in the background ignores the signal."""
+    """Handle Ctrl-C as a terminal does.
+
+    A shell's background processes ignore the signal otherwise.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

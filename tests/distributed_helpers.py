@@ -1,7 +1,7 @@
-"""Several processes for tests of what runs on several: started once, given functions to run.
+"""Processes for tests on several ranks. They start once and run one function after another.
 
-A test hands the name of a function of its module to :class:`Ranks`; every process calls it under a
-process group of its own (gloo, on the CPU), with the warnings of ordinary tests as errors.
+A test hands a function of its module to :class:`Ranks`. Every process calls the function under a
+new process group (gloo, on the CPU), with warnings as errors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-#: A collective that some rank never joins ends the test, after so long.
+#: Seconds after which a test fails whose ranks wait for one another.
 TIMEOUT_S = 120.0
 
 
@@ -31,7 +31,7 @@ def _serve(rank: int, connection: Any) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                # torch's own, of its own making.
+                # torch raises these for its own code.
                 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
                 warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")
                 dist.init_process_group(
@@ -41,18 +41,18 @@ def _serve(rank: int, connection: Any) -> None:
                     store=dist.FileStore(store, world),
                     timeout=datetime.timedelta(seconds=TIMEOUT_S / 2),
                 )
-                dist.barrier()  # or one might be gone before another has found it
+                dist.barrier()  # no process may end before another has found it
                 try:
                     result = getattr(importlib.import_module(module), name)(*args)
                 finally:
                     dist.destroy_process_group()
             connection.send((True, result))
-        except BaseException:  # whatever it is, the test is to tell
+        except BaseException:  # the test raises it
             connection.send((False, traceback.format_exc()))
 
 
 class Ranks:
-    """Up to ``most`` processes, started when the first test asks for one."""
+    """Up to ``most`` processes. The first test that asks for one starts them all."""
 
     def __init__(self, most: int, folder: Path) -> None:
         self._most = most
@@ -62,7 +62,10 @@ class Ranks:
         self._jobs = 0
 
     def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """``function(*args)`` on ranks 0 to ``world - 1``; their results, which must pickle."""
+        """Run ``function(*args)`` on ranks 0 to ``world - 1``.
+
+        Return their results, which must pickle.
+        """
         assert world <= self._most
         if not self._processes:
             self._start()
@@ -83,13 +86,13 @@ class Ranks:
                 raise AssertionError(f"rank {rank} of {world} died: {job}") from None
         failed = [(rank, text) for rank, (good, text) in enumerate(answers) if not good]
         if failed:
-            self.close()  # who knows in which state the others are
+            self.close()  # the other ranks may still wait
             raise AssertionError("\n".join(f"rank {rank}: {text}" for rank, text in failed))
         return [result for _, result in answers]
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        # Otherwise each would warn about it.
+        # Without this each process would warn about the number of threads.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         for rank in range(self._most):
             ours, theirs = context.Pipe()
@@ -100,7 +103,7 @@ class Ranks:
             self._connections.append(ours)
 
     def close(self) -> None:
-        """End the processes; the next test starts others."""
+        """End the processes. The next test starts new ones."""
         for process in self._processes:
             process.kill()
             process.join()

@@ -34,6 +34,12 @@ def plan_of(opt: Wrapped) -> Plan:
     return backend.plan
 
 
+def kernels_of(opt: Wrapped) -> set[str]:
+    """Return the kernels that serve the parameters; none if torch's step serves all of them."""
+    backend = backend_of(opt)
+    return set() if backend is None else {bucket.kernel for bucket in backend.plan.buckets}
+
+
 def notes_of(opt: Wrapped) -> dict[str, Any]:
     """Return by name what the optimizer notes from step to step, beside groups and state.
 

@@ -6,99 +6,26 @@ and momenta that ours uses.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from cases import EVERY_KERNEL, WITH_KERNEL, Case, wrapped
 from torch import Tensor
 
 from clr_optim import CyclicalOptimizer
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
-_optim = torch.optim
 
 
-@dataclass(frozen=True)
-class Case:
-    """A fused rule with settings of the optimizer and of its wrapper."""
-
-    name: str
-    cls: type[torch.optim.Optimizer]
-    options: dict[str, Any] = field(default_factory=dict)
-    lr: float = 0.01
-    wrap: dict[str, Any] = field(default_factory=dict)
-
-    def make(self, params: Any, **more: Any) -> torch.optim.Optimizer:
-        return self.cls(params, **{"lr": self.lr, "foreach": False, **self.options, **more})
-
-    def ours(self, params: Any, **more: Any) -> CyclicalOptimizer[Any]:
-        return wrapped(self.make(params), **{**self.wrap, **more})
-
-
-def wrapped(optimizer: torch.optim.Optimizer, **options: Any) -> CyclicalOptimizer[Any]:
-    return CyclicalOptimizer(optimizer, **{"backend": "auto", "step_size_up": 7, **options})
-
-
-def _crossed(name: str, cls: type[torch.optim.Optimizer], *flags: Any, lr: float = 0.01):
-    """A case for each combination of flags; a flag is ``(label, options)`` or nothing."""
-    for chosen in itertools.product(*[[None, flag] for flag in flags]):
-        labels = [flag[0] for flag in chosen if flag]
-        options = {k: v for flag in chosen if flag for k, v in flag[1].items()}
-        yield Case("-".join([name, *labels]), cls, options, lr)
-
-
-def _cases() -> Iterator[Case]:
-    wd, maximize = ("wd", {"weight_decay": 0.1}), ("max", {"maximize": True})
-    momentum = ("mom", {"momentum": 0.9})
-    yield from _crossed("sgd", _optim.SGD, wd, maximize)
-    for label, options in (
-        ("mom", {}),
-        ("damp", {"dampening": 0.3}),
-        ("nest", {"nesterov": True}),
-    ):
-        for case in _crossed(f"sgd-{label}", _optim.SGD, wd, maximize):
-            yield Case(case.name, case.cls, {"momentum": 0.9, **options, **case.options})
-    amsgrad = ("ams", {"amsgrad": True})
-    yield from _crossed("adam", _optim.Adam, amsgrad, wd, maximize)
-    yield from _crossed("adamw", _optim.AdamW, amsgrad, ("wd0", {"weight_decay": 0.0}), maximize)
-    yield Case("adam-decoupled", _optim.Adam, {"decoupled_weight_decay": True, "weight_decay": 0.1})
-    yield Case("adam-betas-eps", _optim.Adam, {"betas": (0.4, 0.9), "eps": 1e-3})
-    yield from _crossed(
-        "adagrad", _optim.Adagrad, ("decay", {"lr_decay": 0.01}),
-        ("init", {"initial_accumulator_value": 0.5}), wd, maximize,
-    )  # fmt: skip
-    yield from _crossed("adadelta", _optim.Adadelta, wd, maximize, lr=0.5)
-    yield Case("adadelta-rho-eps", _optim.Adadelta, {"rho": 0.7, "eps": 1e-3}, 0.5)
-    yield from _crossed(
-        "rmsprop", _optim.RMSprop, momentum, ("cent", {"centered": True}), wd, maximize, lr=0.005
-    )
-    yield Case("rmsprop-alpha-eps", _optim.RMSprop, {"alpha": 0.3, "eps": 1e-3}, 0.005)
-    cycled = {"cycle_momentum": True, "base_momentum": 0.4, "max_momentum": 0.95}
-    for name, cls, options in (
-        ("sgd-mom", _optim.SGD, {"momentum": 0.9}),
-        ("sgd-nest", _optim.SGD, {"momentum": 0.9, "nesterov": True}),
-        ("adam", _optim.Adam, {}),
-        ("adamw-ams", _optim.AdamW, {"amsgrad": True}),
-        ("rmsprop-mom", _optim.RMSprop, {"momentum": 0.9}),
-    ):
-        yield Case(f"{name}-cycled", cls, options, 0.005, cycled)
-
-
-CASES = list(_cases())
+#: The rows that a kernel serves, beside torch's for-loop step.
+CASES = [case.as_for_loop() for case in WITH_KERNEL]
 BY_NAME = {case.name: case for case in CASES}
 #: One case for each kernel.
-KERNELS = [
-    BY_NAME[name]
-    for name in (
-        "sgd-wd", "sgd-nest-wd", "adam-wd", "adamw-ams", "adagrad-decay", "adadelta",
-        "rmsprop", "rmsprop-mom", "rmsprop-cent", "rmsprop-mom-cent",
-    )
-]  # fmt: skip
+KERNELS = [case.as_for_loop() for case in EVERY_KERNEL]
 
 
 def feed(theirs: torch.optim.Optimizer, ours: CyclicalOptimizer[Any]) -> None:

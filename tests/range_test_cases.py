@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import CASES
+from cases import EVERY_CLASS
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
@@ -397,7 +397,7 @@ class Inner(torch.optim.Optimizer):
 
 OPTIMIZERS = {
     case.name: case.make
-    for case in CASES
+    for case in EVERY_CLASS
     if not case.closure and not case.only_2d and not case.sparse
 } | {"odd": Odd, "inner": Inner}
 

@@ -1,4 +1,4 @@
-"""A run that is saved and loaded in its middle, of an optimizer wrapped or plain."""
+"""Save and load a run in its middle, with a wrapped or a plain optimizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from clr_optim import CyclicalOptimizer
 
-#: Steps before the checkpoint and after: the cycle of four steps is cut on its way down.
+#: Steps before the checkpoint and after. The checkpoint cuts the cycle of four steps on its way
+#: down.
 BEFORE, AFTER = 3, 5
 
 Make = Callable[[Any], torch.optim.Optimizer]
@@ -22,7 +23,7 @@ def wrap(optimizer: torch.optim.Optimizer) -> CyclicalOptimizer[Any]:
 
 
 def with_own_entries(opt: Any) -> None:
-    """What users keep in ``state`` and in groups, under names of other classes' settings too."""
+    """Put a user's entries into ``state`` and groups, some under other classes' names."""
     opt.state["epochs"] = 3
     opt.state["averages"] = {"step": 2, "exp_avg": torch.ones(2)}
     opt.state[("a", 1)] = [torch.zeros(1), "text"]
@@ -42,15 +43,15 @@ def resumes(
     own: bool,
     tensors: Callable[[Any], list[Tensor]],
 ) -> bool:
-    """Whether a run that resumes from a checkpoint goes on as the run that wrote it, to the bit.
+    """Return whether a resumed run goes on bit for bit as the run that wrote the checkpoint.
 
     Args:
-        make: the optimizer of a problem.
-        problem: a new problem, the same each time.
-        step: one training step of a problem by an optimizer.
+        make: makes the optimizer of a problem.
+        problem: makes the same problem each time.
+        step: takes one training step of a problem by an optimizer.
         wrapped: whether the optimizer is wrapped.
-        own: whether a user keeps entries of their own in state and groups.
-        tensors: a problem's parameters.
+        own: whether the user keeps entries in state and groups.
+        tensors: returns a problem's parameters.
     """
     first, second = problem(), problem()
     whole, resumed = make(first), make(second)
@@ -75,7 +76,7 @@ def resumes(
 
 
 def assert_resumes_as_unwrapped(*args: Any, **kwargs: Any) -> None:
-    """What the plain optimizer can do, the wrapped one can."""
+    """Assert that the wrapped optimizer resumes wherever the plain one does."""
     try:
         plain = resumes(*args, wrapped=False, **kwargs)
     except Exception:

@@ -1,7 +1,7 @@
-"""Threads, forks and signals: other code runs while a step does, and no step is half done.
+"""Threads, forks and signals run other code during a step. No step is half done.
 
-A native step gives the GIL away when it is long. What another thread does meanwhile must find the
-memory that the kernel works on still there; what interrupts a step must find it done or not begun.
+A long native step releases the GIL. The kernel's memory must then stay alive, whichever tensors
+another thread drops. An interrupt must find the step done or not begun.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ from native_helpers import (
 
 from clr_optim.plan import Bucket, Plan
 
-#: Long enough for the GIL to be given away, and for other threads to notice.
+#: Long enough for the GIL to be released and for other threads to run.
 LONG = 1 << 22
 PATIENCE_S = 60.0
 
 
 def view(opt):
-    """What the native step of this optimizer is told."""
+    """Return the view that the native step of this optimizer reads."""
     return plan_of(opt).view
 
 
 def given(opt, seed=1):
-    """Gradients for all."""
+    """Give gradients to all parameters."""
     for p, grad in zip(
         members(opt), drawn([p.shape for p in members(opt)], p0(opt).dtype, seed), strict=True
     ):
@@ -69,7 +69,7 @@ def p0(opt):
 
 @contextmanager
 def beside(work):
-    """Other work in another thread; what it raises is raised here."""
+    """Run other work in another thread. Its exception is raised here."""
     raised = []
 
     def caught():
@@ -90,7 +90,7 @@ def beside(work):
 
 
 def in_turns(*works):
-    """All of them at once, each in a thread of its own."""
+    """Run all of them at once, each in another thread."""
     raised = []
     gate = threading.Barrier(len(works))
 
@@ -112,7 +112,7 @@ def in_turns(*works):
 
 
 def seen_busy(opt):
-    """Wait until another thread's step has given the GIL away; False if that has not come."""
+    """Wait until another thread's step has released the GIL. Return False if no step did."""
     deadline = time.monotonic() + PATIENCE_S
     while not view(opt).busy:
         if time.monotonic() > deadline:
@@ -125,7 +125,7 @@ def seen_busy(opt):
 
 @pytest.mark.parametrize("clip", [None, 0.5], ids=["", "clipped"])
 def test_gradients_dropped_while_a_step_reads_them(clip):
-    """They live until the step is over, and no longer."""
+    """The gradients live until the step is over, and no longer."""
     shapes = [(LONG,), (LONG // 2,), (7,)]
     ours = BY_NAME["sgd-mom"].ours(parameters(drawn(shapes, torch.float32)), max_grad_norm=clip)
     calm = BY_NAME["sgd-mom"].ours(parameters(drawn(shapes, torch.float32)), max_grad_norm=clip)
@@ -139,7 +139,7 @@ def test_gradients_dropped_while_a_step_reads_them(clip):
         grads = [weakref.ref(p.grad) for p in members(ours)]
         for p in members(ours):
             p.grad = None
-        # A step takes milliseconds, this does not; but only what is seen within it counts.
+        # A step takes milliseconds, this takes longer. Only what happens within the step counts.
         alive = all(grad() is not None for grad in grads)
         if view(ours).busy:
             dropped.append((alive, grads))
@@ -166,7 +166,7 @@ def test_gradients_dropped_while_a_step_reads_them(clip):
 @pytest.mark.parametrize("size", [5, LONG // 64], ids=["short", "long"])
 @pytest.mark.parametrize("clip", [None, 0.5], ids=["", "clipped"])
 def test_gradients_dropped_between_scan_and_step(size, clip, monkeypatch):
-    """Another thread may get its turn there; freed memory is written to at once."""
+    """Another thread may run there, and writes to freed memory at once."""
     ours, calm = (
         BY_NAME["adam-wd"].ours(
             parameters(drawn([(size,)] * 20, torch.float64)), max_grad_norm=clip
@@ -267,7 +267,7 @@ def test_two_optimizers_in_two_threads(size):
 
 @pytest.mark.parametrize("clip", [None, 0.5], ids=["", "clipped"])
 def test_a_model_trained_by_several_optimizers(clip):
-    """In turns, each with state of its own: as torch's own do."""
+    """The optimizers take turns. Each has its own state, as with torch's."""
     names = ("sgd-mom", "adam-wd", "rmsprop-cent")
     ours, theirs = (parameters(drawn([(4, 3), (5,), ()], torch.float64)) for _ in range(2))
     mine = [BY_NAME[name].ours(ours, max_grad_norm=clip) for name in names]
@@ -287,10 +287,10 @@ def test_a_model_trained_by_several_optimizers(clip):
 
 @pytest.mark.parametrize("size", [9, 100_000], ids=["short", "long"])
 def test_a_model_trained_by_several_optimizers_at_once(size):
-    """Values race, as with torch's own; optimizers, their state and their counters do not.
+    """Values race, as with torch's own. Optimizers, their state and their counters do not.
 
-    The gradients stay what they are: torch 2.13 itself crashes when a thread reads ``p.grad`` while
-    another replaces it, with nothing of ours in the process.
+    The gradients are not replaced: torch 2.13 itself crashes when a thread reads ``p.grad`` while
+    another replaces it, without any code of ours in the process.
     """
     params = parameters(drawn([(size,), (9,)], torch.float32))
     for p in params:
@@ -306,7 +306,7 @@ def test_a_model_trained_by_several_optimizers_at_once(size):
     assert all(p.isfinite().all() for p in params)
     for opt in opts[:2]:
         assert {opt.state[p]["step"].item() for p in params} == {60}
-    # Without weight decay state follows from the gradients alone.
+    # Without weight decay the state depends on the gradients alone.
     alone = BY_NAME["sgd-mom"].ours(parameters(drawn([(size,), (9,)], torch.float32)))
     for p in members(alone):
         p.grad = torch.ones_like(p)
@@ -319,7 +319,7 @@ def test_a_model_trained_by_several_optimizers_at_once(size):
 @pytest.mark.parametrize("size", [5, 100_000], ids=["short", "long"])
 @pytest.mark.parametrize("clip", [None, 1e9], ids=["", "clipped"])
 def test_one_optimizer_in_several_threads(size, clip):
-    """Its steps take turns: each is counted, none is lost, none meets another half-way."""
+    """The steps take turns: each is counted, none is lost, none sees another half-way."""
     params = parameters([torch.zeros(size, dtype=torch.float64), torch.zeros(3)], torch.float64)
     for p in params:
         p.grad = torch.ones_like(p)
@@ -331,7 +331,7 @@ def test_one_optimizer_in_several_threads(size, clip):
             backend.plan.refresh()
             bare_step(backend, 0.5, max_norm=clip)
 
-    train()  # the state is there
+    train()  # creates the state
     in_turns(train, train, train)
     for p in params:
         assert optimizer.state[p]["step"].item() == 200
@@ -339,7 +339,7 @@ def test_one_optimizer_in_several_threads(size, clip):
 
 
 def test_threads_that_change_an_optimizer_while_another_steps_it():
-    """What the running step works on stays; the step after it sees the change."""
+    """The running step keeps the memory it works on. The next step sees the change."""
     params = parameters([torch.zeros(LONG // 8), torch.zeros(3)])
     optimizer = torch.optim.SGD(params, lr=1.0, momentum=0.5)
     backend = bare_native_backend(optimizer)
@@ -367,7 +367,7 @@ def test_threads_that_change_an_optimizer_while_another_steps_it():
 
 
 def test_a_plan_that_is_forgotten_while_it_is_built_is_built_again(monkeypatch):
-    """Its buckets are not whole yet, and what asks for a new one must not be lost."""
+    """Its buckets are not complete yet, and the demand for a new plan must not be lost."""
     params = parameters([torch.zeros(5), torch.zeros(3)])
     optimizer = torch.optim.SGD(params, lr=1.0)
     backend = bare_native_backend(optimizer)
@@ -407,7 +407,7 @@ def test_the_number_of_threads_may_change_between_steps():
         assert_identical(*runs)
 
 
-# ---- threads of the machine
+# ---- the number of threads
 
 _COUNT_THREADS = """
 import json, os, sys, torch
@@ -458,7 +458,7 @@ def test_our_threads_are_torchs():
 
 
 class Stepping(torch.utils.data.Dataset):
-    """Data, from a worker that has inherited an optimizer and steps its own copy of it."""
+    """A dataset whose worker has inherited an optimizer and steps its copy."""
 
     def __init__(self, opt=None):
         self.opt = opt
@@ -480,7 +480,7 @@ class Stepping(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("inherits", [False, True], ids=["data", "stepping"])
 def test_dataloader_workers_forked_after_a_step(inherits):
-    """The pool of threads does not outlive a fork: a worker must not wait for it."""
+    """The thread pool does not outlive a fork. A worker must not wait for it."""
 
     def train(workers):
         torch.manual_seed(0)
@@ -497,7 +497,7 @@ def test_dataloader_workers_forked_after_a_step(inherits):
             )
             opt.zero_grad()
             model(torch.ones(1, 6)).sum().backward()
-            opt.step()  # there are threads now
+            opt.step()  # the pool has threads now
             for inputs, moved in loader:
                 assert not (inherits and workers) or (moved > 0).all()
                 opt.zero_grad()
@@ -547,7 +547,10 @@ def test_a_fork_goes_on_with_its_own_copy():
 @pytest.mark.parametrize("signalled", ["process", "main thread"])
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_ctrl_c_during_a_step_finds_it_done(name, signalled):
-    """The signal comes while the kernel runs: every value of every tensor is then one step on."""
+    """The signal comes while the kernel runs.
+
+    Then every value of every tensor has made the step.
+    """
     size = LONG // 2
     params = parameters([torch.zeros(size), torch.zeros(size // 2), torch.zeros(3)])
     for p in params:
@@ -576,14 +579,14 @@ def test_ctrl_c_during_a_step_finds_it_done(name, signalled):
                     opt.step()
                     steps += 1
                     if not thread.is_alive():
-                        time.sleep(0.01)  # it is on its way
+                        time.sleep(0.01)  # the signal is on its way
             except KeyboardInterrupt:
                 interrupted += 1
         moved = {round(-p.detach().min().item(), 3) for p in params}
         moved |= {round(-p.detach().max().item(), 3) for p in params}
         assert len(moved) == 1, moved
         [moved] = moved
-        # Whether it was before or after the kernel that the interpreter looked.
+        # Whether the interpreter looked for signals before or after the kernel.
         assert moved in (steps, steps + 1)
         assert opt.iteration == opt.param_groups[0]["clr_step"] == moved
         if name == "adam":
@@ -593,7 +596,7 @@ def test_ctrl_c_during_a_step_finds_it_done(name, signalled):
 
 
 def test_ctrl_c_during_the_first_step_keeps_the_state_that_it_filled(monkeypatch):
-    """It is created before the kernel and handed over after it."""
+    """The state is created before the kernel and handed over after it."""
     ours, calm = (
         BY_NAME["adam"].ours(parameters(drawn([(9,), (4,)], torch.float64))) for _ in "ab"
     )

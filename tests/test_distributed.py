@@ -1,7 +1,7 @@
-"""On several ranks: the same course on each, and what one process would have computed.
+"""Several ranks follow one course, equal to that of one process.
 
-The reference is a plain torch optimizer in one process on the whole batch, fed the rates; a rank
-works on its share of the batch, so that gradients are equal but for the order of sums.
+The reference is a plain torch optimizer in one process on the whole batch, fed the rates. Each rank
+works on its share of the batch, so that gradients are equal up to the order of sums.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
 )
 
-BATCH, STEPS = 12, 9  # a batch that 1, 2 and 3 ranks share evenly
+BATCH, STEPS = 12, 9  # 1, 2 and 3 ranks share the batch evenly
 CASES = ["sgd-wd", "sgd-nest-wd", "adam-wd", "adamw-ams", "adagrad-decay", "adadelta",
          "rmsprop-mom-cent", "adam-cycled"]  # fmt: skip
 
 
 class Model(nn.Module):
-    """Sizes that divide by no number of ranks, a scalar's worth of bias, a frozen layer."""
+    """A model whose sizes no number of ranks divides.
+
+    One bias has one element; one layer is frozen.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +45,7 @@ class Model(nn.Module):
 
 
 def _loss(model: nn.Module, step: int, rank: int = 0, world: int = 1) -> Tensor:
-    """Of this rank's share of the step's batch."""
+    """Return the loss of this rank's share of the step's batch."""
     generator = torch.Generator().manual_seed(100 + step)
     x = torch.randn(BATCH, 5, generator=generator)
     y = torch.randn(BATCH, 1, generator=generator)
@@ -55,7 +58,7 @@ def _wrapped(case: Case, params: Any, backend: str, **more: Any) -> CyclicalOpti
 
 
 def reference(case: Case, max_norm: float | None = None) -> tuple[list[Tensor], list[float]]:
-    """``(parameters, norms)`` of the plain optimizer in one process."""
+    """Return ``(parameters, norms)`` of the plain optimizer in one process."""
     model = Model()
     inner = case.make(model.parameters())
     ours = _wrapped(case, copy.deepcopy(model).parameters(), "torch")
@@ -83,7 +86,7 @@ def _full(tensor: Tensor) -> Tensor:
 
 
 def train(name: str, how: str, backend: str, max_norm: float | None) -> dict[str, Any]:
-    """One rank's run: its course, its norms, the parameters at the end."""
+    """Run one rank. Return its course, its norms and the parameters at the end."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model: Any = Model()
     if how == "ddp":
@@ -161,7 +164,7 @@ def test_the_norm_is_the_same_on_a_rank_without_gradients(ranks, backend):
 
 
 def _train_under_a_scaler(backend: str, fused: bool, overflows: list[int]) -> Any:
-    """An overflow on the last rank alone, before the steps named; returns course and parameters."""
+    """Overflow on the last rank alone, before the named steps. Return course and parameters."""
     from torch.distributed.fsdp import fully_shard
 
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -1,7 +1,7 @@
-"""Checkpoints of several ranks: torch.distributed.checkpoint, and ZeroRedundancyOptimizer's own.
+"""Checkpoints of several ranks: torch.distributed.checkpoint and ZeroRedundancyOptimizer.
 
-What is saved on some ranks goes on with other numbers of them from where it was: the same position,
-bounds, rates and state at once, and later what the run that was never interrupted comes to.
+A checkpoint of some ranks is loaded by another number of ranks. Position, bounds, rates and state
+must be the same at once. Later the run must come to where an uninterrupted run comes.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
 )
 
-#: No state at all; state that the first step makes; counters and three tensors.
+#: Without state; with state that the first step makes; with counters and three tensors.
 CASES = ["sgd", "sgd-mom", "adamw-ams"]
 TENSOR_RATE = "adamw-tensor-lr"
-#: Cycles are six steps long: the checkpoint falls into the second one's way up.
+#: Cycles are six steps long. The checkpoint cuts the second cycle on its way up.
 SAVED, MORE = 8, 5
 EXACTLY = {"rtol": 0.0, "atol": 0.0}
 
 
 def _case(name: str) -> Case:
-    if name == TENSOR_RATE:  # a tensor of its own for each: they are filled
-        return Case(name, torch.optim.AdamW, lr=torch.tensor(0.01))
+    if name == TENSOR_RATE:  # a new tensor for each, as it is filled in place
+        return Case(name, torch.optim.AdamW, {"foreach": False}, lr=torch.tensor(0.01))
     return BY_NAME[name]
 
 
 def _groups(model: Any) -> list[dict[str, Any]]:
-    """A group with the optimizer's rate, and one with its own and a frozen layer."""
+    """Return a group with the optimizer's rate, and one with another rate and a frozen layer."""
     last = [*model.frozen.parameters(), *model.last.parameters()]
     return [{"params": [*model.first.parameters()]}, {"params": last, "lr": 0.03}]
 
@@ -64,7 +64,7 @@ def _start(name: str, backend: str, sharded: bool = True, **wrap: Any) -> tuple[
 
 
 def _other_start(name: str, backend: str, sharded: bool = True) -> tuple[Any, Any]:
-    """Other values and other bounds, all of which the checkpoint is to replace."""
+    """Change values and bounds, which the checkpoint must replace."""
     warnings.filterwarnings("ignore", "state_dict has the bounds", UserWarning)
     bounds = {"base_lr": 0.5, "max_lr": [0.7, 0.9], "base_momentum": 0.1, "max_momentum": 0.2}
     model, opt = _start(name, backend, sharded, **bounds)
@@ -73,7 +73,7 @@ def _other_start(name: str, backend: str, sharded: bool = True) -> tuple[Any, An
 
 
 def _plain(name: str) -> tuple[Any, Any, Any]:
-    """A sharded model, the optimizer without us, and the rates that it would have with us."""
+    """Return a sharded model, a plain optimizer, and the rates that our wrapper would give it."""
     model, twin = _model(True), _wrapped(_case(name), _groups(Model()), "torch")
     return model, _case(name).make(_groups(model)), twin.lr_at
 
@@ -85,10 +85,10 @@ def _forget(model: Any) -> None:
 
 
 def _train(model: Any, opt: Any, first: int, steps: int, rates: Any = None) -> None:
-    """On the batches of these steps, shared by the ranks where the model is sharded.
+    """Train on the batches of these steps. Ranks share a batch if the model is sharded.
 
     Args:
-        rates: gives those of a step, for an optimizer that does not cycle them itself.
+        rates: returns the rates of a step, for an optimizer that does not cycle them.
     """
     share = (dist.get_rank(), dist.get_world_size()) if hasattr(model, "unshard") else (0, 1)
     for step in range(first, first + steps):
@@ -101,13 +101,13 @@ def _train(model: Any, opt: Any, first: int, steps: int, rates: Any = None) -> N
 
 
 def _course(opt: Any) -> dict[str, Any]:
-    """What all ranks must have in common and no rounding may change."""
+    """Return the numbers that all ranks must agree on, and that no rounding may change."""
     groups = opt.param_groups
     return {
         "iteration": opt.iteration,
         "rates": opt.get_last_lr(),
         "lr": [float(group["lr"]) for group in groups],
-        # torch's whole state dicts make lists of tuples.
+        # torch's whole state dicts turn tuples into lists.
         "momenta": [
             list(group["betas"]) if "betas" in group else group["momentum"] for group in groups
         ],
@@ -116,7 +116,7 @@ def _course(opt: Any) -> dict[str, Any]:
 
 
 def _values(opt: Any) -> list[dict[str, Any]]:
-    """Each parameter and its state, whole."""
+    """Return each parameter and its state, whole."""
     return [
         {"": _full(p), **{k: _full(v) for k, v in opt.state.get(p, {}).items() if v is not None}}
         for group in opt.param_groups
@@ -125,7 +125,7 @@ def _values(opt: Any) -> list[dict[str, Any]]:
 
 
 def _assert_same(run: Any, expected: Any, tolerance: Any = EXACTLY) -> None:
-    """Two pairs of a course, which no rounding excuses, and values."""
+    """Compare two courses exactly, and their values within a tolerance."""
     assert run[0] == expected[0]
     torch.testing.assert_close(run[1], expected[1], **tolerance)
 
@@ -179,12 +179,12 @@ def _set(way: str, model: Any, opt: Any, values: dict[str, Any], **more: Any) ->
 
 
 def _write(way: str, model: Any, opt: Any, folder: str) -> Any:
-    """Save; what comes back, if anything, is to be waited for."""
+    """Save. Return the handle to wait for, if the save is asynchronous."""
     import torch.distributed.checkpoint as dcp
 
     values = _get(way, model, opt)
     if way == "async":
-        # A group of its own: the saving thread and the training both talk to the other ranks.
+        # A separate process group: the saving thread and the training both talk to the other ranks.
         group = dist.new_group(backend="gloo")
         return dcp.async_save(values, checkpoint_id=folder, process_group=group)
     if way == "stateful":
@@ -200,7 +200,7 @@ def _read(way: str, model: Any, opt: Any, folder: str, partial: bool = False) ->
     import torch.distributed.checkpoint as dcp
 
     if way == "stateful":
-        _get(way, model, opt)  # state to load into, which the model and optimizer alone do not make
+        _get(way, model, opt)  # creates the state to load into
         dcp.load({"model": model, "opt": opt}, checkpoint_id=folder)
         return
     if way != "rank0":
@@ -216,7 +216,7 @@ def _read(way: str, model: Any, opt: Any, folder: str, partial: bool = False) ->
 
 
 def _save(folder: str, name: str, backend: str, way: str) -> dict[str, Any]:
-    """A run that writes a checkpoint on its way."""
+    """Run, and write a checkpoint in the middle."""
     model, opt = _start(name, backend)
     _train(model, opt, 0, SAVED)
     saved = _course(opt), _values(opt)
@@ -229,7 +229,7 @@ def _save(folder: str, name: str, backend: str, way: str) -> dict[str, Any]:
 
 
 def _load(folder: str, name: str, backend: str, way: str, sharded: bool, used: int):
-    """A run from the checkpoint on, by an optimizer that has taken so many steps of its own."""
+    """Run on from the checkpoint, with an optimizer that has already taken some steps."""
     model, opt = _other_start(name, backend, sharded)
     _train(model, opt, 50, used)
     _read(way, model, opt, folder)
@@ -243,14 +243,14 @@ def _save_and_load(*args: Any) -> Any:
 
 
 def _load_sharded_or_not(*args: Any) -> Any:
-    """Into a sharded model, and on a rank by itself into an ordinary one as well."""
+    """Load into a sharded model, and on each rank alone into an ordinary model too."""
     ways = (True, False) if dist.get_world_size() == 1 else (True,)
     return [_load(*args, sharded, 0) for sharded in ways]
 
 
 @pytest.mark.parametrize(
     ("name", "backend", "way"),
-    # torch's own functions refuse whole tensors for an optimizer without any in its state.
+    # torch's functions refuse whole tensors if the optimizer has no tensors in its state.
     [("sgd", "native", "together"), ("sgd", "native", "async"), ("sgd-mom", "native", "flat")]
     + [("adamw-ams", "native", way) for way in WAYS]
     + [("sgd", "torch", "flat"), ("sgd-mom", "torch", "full"), ("adamw-ams", "torch", "together")]
@@ -274,7 +274,7 @@ def test_a_checkpoint_goes_on_with_any_number_of_ranks(ranks, tmp_path, name, ba
 
 
 def _make_state(name: str, backend: str, base_lr: float) -> dict[str, Any]:
-    """What asking a fresh optimizer for its state does: every step here completes a cycle."""
+    """Have torch create the state of a new optimizer. Here every step completes a cycle."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     model = _model(True)
@@ -322,7 +322,7 @@ def test_making_state_is_no_step_on_any_rank(ranks, name, backend, base_lr):
 
 
 def _warm_up(backend: str) -> Any:
-    """A rate of 0 from another scheduler, and a gradient of which one rank alone has a part."""
+    """Step at rate 0 of another scheduler. Only one rank's part has a gradient."""
     model, opt = _start("adam-decoupled", backend)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -343,7 +343,7 @@ def test_a_gradient_on_one_rank_makes_it_a_step_on_all(ranks, backend):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_a_tensor_rate_loaded_in_place_is_not_written_from_outside(tmp_path):
-    """DCP fills the tensors of a state dict; whole ones are then asked for once more."""
+    """DCP fills the tensors of a state dict. Afterwards whole tensors are asked for again."""
     import torch.distributed.checkpoint as dcp
 
     folder = str(tmp_path / "checkpoint")
@@ -371,7 +371,7 @@ def _save_plain(folder: str, name: str, way: str) -> Any:
 
 
 def _load_from_plain(folder: str, name: str, backend: str, way: str) -> Any:
-    """The bounds are those of the constructor, and the position is for the caller to know."""
+    """The bounds are those of the constructor. The caller sets the position."""
     model, opt = _start(name, backend)
     _forget(model)
     fresh = _course(opt)
@@ -420,8 +420,8 @@ def test_plain_checkpoints_and_back(ranks, tmp_path, name, backend, way):
 
 
 def _save_to(folder: Path, step: int, model: Any, opt: Any) -> None:
-    """A folder for each checkpoint; a name for the last one once it is whole."""
-    _write("together", model, opt, str(folder / f"step-{step}"))  # on return: all ranks are done
+    """Save each checkpoint to a new folder, and name it the last one once it is whole."""
+    _write("together", model, opt, str(folder / f"step-{step}"))  # returns after all ranks are done
     if dist.get_rank() == 0:
         (folder / "latest.tmp").write_text(f"step-{step}")
         os.replace(folder / "latest.tmp", folder / "latest")
@@ -470,7 +470,7 @@ def test_a_save_killed_in_the_middle_leaves_the_one_before(ranks, tmp_path):
 
 
 def _zero(where: str, backend: str, name: str, model: Any, **wrap: Any) -> tuple[Any, Any, Any]:
-    """``(what is stepped, ours, ZeRO)``."""
+    """Return ``(the object to step, ours, ZeRO)``."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     case = _case(name)
@@ -490,7 +490,7 @@ def _zero(where: str, backend: str, name: str, model: Any, **wrap: Any) -> tuple
 
 
 def _zero_run(where, backend, name, file, first) -> dict[str, Any]:
-    """From the start with a checkpoint on the way, or from that on."""
+    """Run from the start and save in the middle, or run on from that checkpoint."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model = Model()
     wrap = {"base_lr": 0.5, "max_lr": [0.7, 0.9]} if first else {}
@@ -504,12 +504,12 @@ def _zero_run(where, backend, name, file, first) -> dict[str, Any]:
 
     def values() -> Any:
         opt.consolidate_state_dict(to=0)
-        # The groups of both are in step at this point.
+        # The groups of both agree at this point.
         course = _course(ours)
         for optimizer in (zero, zero.optim, innermost):
             for group, lr in zip(optimizer.param_groups, course["lr"], strict=True):
                 assert (group["clr_step"], group["lr"]) == (ours.iteration, lr)
-        # A copy: on the CPU this rank's part shares the memory of the live state.
+        # A copy, since on the CPU this rank's part shares the memory of the live state.
         state = copy.deepcopy(opt.state_dict()) if rank == 0 else None
         return course, [_full(p) for p in model.parameters()], state
 
@@ -573,7 +573,7 @@ def test_zero_redundancy_optimizer(ranks, tmp_path, name, where, backend):
 
 
 def _join_inside_zero(backend: str) -> Any:
-    """A group added in mid-cycle: what was warned of, and both sides' groups in the end."""
+    """Add a group in mid-cycle. Return the warnings, and the groups of both sides in the end."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     model = Model()
@@ -596,7 +596,10 @@ def _join_inside_zero(backend: str) -> Any:
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_a_group_added_inside_zero_joins_the_cycle(ranks, backend):
-    """ZeRO writes the rate it was added with once more, which is overruled as any other is."""
+    """ZeRO writes the rate again that the group was added with.
+
+    That write is overruled as any other.
+    """
     opt = _wrapped(BY_NAME["sgd"], _groups(Model()), "torch")
     opt.set_iteration(4)
     for warned, course in ranks.run(2, _join_inside_zero, backend):

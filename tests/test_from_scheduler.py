@@ -240,7 +240,7 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
-@pytest.mark.parametrize("case", ["sgd-momentum", "adam", "rmsprop-momentum-centered"])
+@pytest.mark.parametrize("case", ["sgd-momentum", "adam", "rmsprop-mom-cent"])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_training_comes_to_the_same_parameters(name, case, backend):
     case = BY_NAME[case]

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from cases import BY_NAME, CASES, Problem, assert_equals_torch_fed_our_rates, assert_same
+from cases import BY_NAME, EVERY_CLASS, Problem, assert_equals_torch_fed_our_rates, assert_same
 
 from clr_optim import CyclicalOptimizer
 from clr_optim.range_test import lr_range_test
@@ -34,7 +34,7 @@ def test_auto_is_triton_with_the_kernels_numbers():
     assert_same(*runs)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", EVERY_CLASS, ids=lambda c: c.name)
 def test_bit_identical_to_plain_torch_fed_our_rates(case, monkeypatch):
     monkeypatch.setenv("CLR_OPTIM_BACKEND", "torch")
     if case.name == "adagrad-fused":

@@ -1,7 +1,7 @@
-"""Checkpoints that are damaged, foreign or malicious: refused whole, or migrated as documented.
+"""Damaged, foreign or malicious checkpoints are refused whole, or migrated as documented.
 
-In a process with TRITON_INTERPRET=1 (``make interpreted``) a slice of it is tried on the Triton
-backend, else all of it on the other two.
+With TRITON_INTERPRET=1 (``make interpreted``) a part of the tests runs on the Triton backend.
+Otherwise all tests run on the other two backends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import BY_NAME, CASES, Case, Problem
+from cases import BY_NAME, EVERY_CLASS, Case, Problem
 from internals import notes_of
 from torch import Tensor
 from triton_helpers import INTERPRETED
@@ -30,13 +30,16 @@ from clr_optim.rules import STATE_SLOTS
 
 NAN, INF = math.nan, math.inf
 BACKENDS = ("triton",) if INTERPRETED else ("torch", "native")
-FUSED = ["sgd-momentum", "adam", "adagrad", "adadelta", "rmsprop-momentum-centered"]
+FUSED = ["sgd-momentum", "adam", "adagrad-decay-start", "adadelta", "rmsprop-mom-cent"]
 
 Checkpoint = dict[str, Any]
 
 
 def started(case: Case, backend: str, **options: Any) -> tuple[CyclicalOptimizer[Any], Problem]:
-    """An optimizer of two groups (one where the class has but one) that has taken three steps."""
+    """Return an optimizer after three steps.
+
+    It has two groups, unless the class allows one only.
+    """
     problem = Problem(case)
     parts = [problem.params[:1], problem.params[1:]]
     if case.cls is torch.optim.LBFGS:
@@ -54,7 +57,7 @@ def started(case: Case, backend: str, **options: Any) -> tuple[CyclicalOptimizer
 
 
 def frozen(value: Any) -> Any:
-    """All of a value, to the bit, and which objects it consists of."""
+    """Return all bits of a value, and the identities of the objects in it."""
     if isinstance(value, Tensor):
         return id(value), value.dtype, tuple(value.shape), value.detach().numpy().tobytes()
     if isinstance(value, dict):
@@ -78,7 +81,10 @@ def snapshot(opt: CyclicalOptimizer[Any], problem: Problem) -> Any:
 def assert_refused(
     opt: CyclicalOptimizer[Any], problem: Problem, checkpoint: Any, pattern: str
 ) -> str:
-    """It raises in our words, nothing has changed, and training goes on as if nothing had been."""
+    """Assert that the load raises our error, changes nothing, and training goes on.
+
+    Return the message.
+    """
     twin, twins_problem = copy.deepcopy((opt, problem))
     before = snapshot(opt, problem)
     with pytest.raises((TypeError, ValueError), match=pattern) as caught:
@@ -103,7 +109,7 @@ def drop_group_key(key: str) -> Callable[[Checkpoint], None]:
 
 
 def set_state(name: str, value: Any, index: int = 0) -> Callable[[Checkpoint], None]:
-    """``value`` in the place of a state; a function makes it from what is there."""
+    """Return an attack that puts ``value``, or its result for the old state, in a state's place."""
 
     def damage(s: Checkpoint) -> None:
         old = s["state"][index][name]
@@ -129,7 +135,7 @@ def positions(value: Any) -> Callable[[Checkpoint], None]:
 
 
 class Trap:
-    """What unpickling would run."""
+    """An object whose unpickling would run code."""
 
     def __reduce__(self) -> Any:
         return (exec, ("raise RuntimeError('a checkpoint has run code')",))
@@ -139,7 +145,7 @@ STATE_OF_0 = r"\['state'\]\[0\]"
 GROUP_0 = r"\['param_groups'\]\[0\]"
 WHOLE = rf"{GROUP_0}\['clr_step'\] must be a whole number of steps, got"
 
-# name: (what is done to the state dict of an Adam, or put in its place; pattern)
+# name: (the change to an Adam's state dict, or the object in its place; pattern)
 ATTACKS: dict[str, tuple[Any, str]] = {
     # ---- not a checkpoint
     "None": (None, "state_dict must be a dictionary .*got None"),
@@ -200,7 +206,7 @@ ATTACKS: dict[str, tuple[Any, str]] = {
         lambda s: s["param_groups"][0].update({7: 7}) or s["param_groups"][0].pop("betas"),
         r"another optimizer class than Adam: its groups have \['7'\] and lack \['betas'\]",
     ),
-    # ---- where we are
+    # ---- the position
     "clr_step -1": (positions(-1), rf"{GROUP_0}\['clr_step'\] must be an integer >= 0, got -1"),
     "clr_step 2**70": (positions(2**70), r"\['clr_step'\] must be an integer <= 2\*\*63 - 1"),
     "clr_step 2**63": (positions(2**63), r"\['clr_step'\] must be an integer <= 2\*\*63 - 1"),
@@ -241,7 +247,7 @@ ATTACKS: dict[str, tuple[Any, str]] = {
     "policy nested": (set_group(clr_schedule="[" * 10**6), r"must be a policy .*got '\[\["),
     "policy of the second group": (set_group(1, clr_schedule="?"), r"\[1\]\['clr_schedule'\] must"),
     # ---- state
-    "state of nobody": (
+    "state of no parameter": (
         lambda s: s["state"].update({7: s["state"].pop(0)}), r"\['state'\]\[7\] belongs to no param",
     ),
     "state of a negative number": (
@@ -304,7 +310,7 @@ ATTACKS: dict[str, tuple[Any, str]] = {
 
 
 def attacked(state_dict: Checkpoint, attack: Any) -> Any:
-    """The state dict after the attack, nothing of it shared; or what the attack is instead."""
+    """Return a copy of the state dict after the attack, or the object that replaces it."""
     if not callable(attack):
         return attack
     damaged = copy.deepcopy(state_dict)
@@ -342,7 +348,7 @@ def test_hostile_bounds_of_momentum(name, backend):
 
 
 def damages(case: Case) -> list[tuple[Callable[[Checkpoint], None], str]]:
-    """Each state of each kind that torch's class keeps: missing, and wrong in several ways."""
+    """Yield damages to each state that torch's class keeps: missing, and wrong in several ways."""
     opt, problem = started(case, "torch")
     slots, found = STATE_SLOTS[case.cls], []
     for index, values in opt.state_dict()["state"].items():
@@ -365,7 +371,7 @@ def damages(case: Case) -> list[tuple[Callable[[Checkpoint], None], str]]:
     return found
 
 
-TORCHS = [case.name for case in CASES if case.cls in STATE_SLOTS]
+TORCHS = [case.name for case in EVERY_CLASS if case.cls in STATE_SLOTS]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -375,14 +381,14 @@ def test_every_state_of_every_class(name, backend):
     if backend != "torch" and name not in FUSED:
         backend = "auto"
     wrong = damages(case)
-    assert wrong or name in ("sgd", "lbfgs")  # which keep nothing, or what has no fixed form
+    assert wrong or name in ("sgd", "lbfgs")  # these keep no state, or state of no fixed form
     opt, problem = started(case, backend)
     state_dict, before = opt.state_dict(), snapshot(opt, problem)
     for attack, pattern in wrong:
         with pytest.raises((TypeError, ValueError), match=pattern):
             opt.load_state_dict(attacked(state_dict, attack))
         assert snapshot(opt, problem) == before
-    # What it wrote itself is none of these.
+    # A checkpoint that the class wrote itself is not among these.
     opt.load_state_dict(copy.deepcopy(state_dict))
     problem.step(opt, 3, case.closure)
 
@@ -470,11 +476,11 @@ def test_what_only_looks_odd_loads_and_goes_on_bit_for_bit(name, backend):
     assert [float(opt.state[p]["step"]) for p in problem.params] == [6.0] * 3
 
 
-# ---- classes that nobody here knows
+# ---- classes that the library does not know
 
 
 class Fails(torch.optim.SGD):
-    """Its loading raises once it has changed everything."""
+    """An optimizer whose load raises after it has changed everything."""
 
     error: Exception = KeyError("half")
 
@@ -582,7 +588,7 @@ def test_code_in_a_checkpoint_does_not_run():
     file.seek(0)
     with pytest.raises(pickle.UnpicklingError, match="weights_only"):
         torch.load(file, weights_only=True)
-    # Nor does one that comes as an object, or as the bytes of one, in any place that we look at.
+    # A pickle is refused in every place that we read, as an object or as bytes.
     payload = pickle.dumps(Trap())
     for bad in (Trap(), payload, np.frombuffer(payload, np.uint8), f"exec({payload!r})"):
         for key in ("clr_step", "clr_schedule", "clr_base_lr", "clr_max_lr", "lr", "betas"):

@@ -1,7 +1,7 @@
-"""A step that is interrupted at any line happened whole or not at all.
+"""A step that is interrupted at any line happens whole or not at all.
 
-Ctrl-C and signal handlers run between two lines of Python. A trace function plays them: at the n-th
-line of our code within one step it raises, or saves a checkpoint as a handler would, for every n.
+Ctrl-C and signal handlers run between two lines of Python. A trace function plays them. At the n-th
+line of our code within one step, for every n, it raises or saves a checkpoint as a handler would.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ def gradients(opt: Any, seed: int) -> None:
 
 
 def at_line(number: int, act: Callable[[], None], step: Callable[[], object]) -> bool:
-    """Do something at the n-th line of our code within a step; whether there was such a line."""
+    """Run an action at the n-th line of our code within a step.
+
+    Return whether there is such a line.
+    """
     left = number
 
     def watch(frame: Any, event: str, _: object) -> Any:
@@ -69,7 +72,7 @@ def interrupt() -> None:
 
 
 def interrupted(number: int, step: Callable[[], object]) -> bool:
-    """Interrupt a step at its n-th line; whether there was such a line."""
+    """Interrupt a step at its n-th line. Return whether there is such a line."""
     try:
         return at_line(number, interrupt, step)
     except KeyboardInterrupt:
@@ -96,7 +99,7 @@ def test_ctrl_c_at_any_line_finds_the_step_done_or_not_begun(name, started, sett
         gradients(twin, 2)
         if not interrupted(number, opt.step):
             break
-        # The groups are right at once, for those who save the wrapped optimizer.
+        # The groups must be right at once, since other code may save the wrapped optimizer.
         position = opt.param_groups[0]["clr_step"]
         assert opt.iteration == position
         assert position in (before, before + 1)
@@ -119,7 +122,7 @@ def test_ctrl_c_at_any_line_finds_the_step_done_or_not_begun(name, started, sett
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_two_interrupts_in_one_step(settings):
-    """The second comes while the first is dealt with."""
+    """The second interrupt comes while the first is handled."""
     first = 0
     while True:
         second = 0
@@ -139,7 +142,7 @@ def test_two_interrupts_in_one_step(settings):
                     if counts[len(hits)] < 0:
                         hits.append(frame.f_lineno)
                         if len(hits) == 1:
-                            # An exception ends tracing: the next one needs a trace of its own.
+                            # An exception ends tracing. The next interrupt needs another trace.
                             sys.settrace(watch)
                         raise KeyboardInterrupt
                 return watch
@@ -167,7 +170,7 @@ def test_two_interrupts_in_one_step(settings):
             second += 1
         if not hits:
             break
-        first += 7  # each line alone is the other test's
+        first += 7  # the other test interrupts at each line once
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -201,7 +204,7 @@ def test_a_handler_that_saves_at_any_line_saves_one_consistent_step(name, settin
         assert [g["clr_step"] for g in checkpoint["param_groups"]] == [position]
         assert [g["lr"] for g in checkpoint["param_groups"]] == rates
         assert {float(s.get("step", position)) for s in checkpoint["state"].values()} == {position}
-        # And the step goes on as if it had not been asked.
+        # And the step goes on as if the handler had asked nothing.
         assert opt.iteration == opt.param_groups[0]["clr_step"] == 2
         for each, seeds in ((opt, (2, 3)), (twin, (3,))):
             for seed in seeds[each is opt :]:
@@ -219,7 +222,7 @@ def test_a_handler_that_changes_the_course_within_a_step_is_obeyed():
         opt.step()
         if not at_line(number, lambda opt=opt: opt.set_iteration(10), opt.step):
             break
-        # The step that was under way counts if the handler came before it had happened.
+        # The running step counts as taken if the handler came before the kernel.
         assert opt.iteration in (10, 11)
         assert opt.param_groups[0]["clr_step"] == opt.iteration
         assert [opt.param_groups[0]["lr"]] == opt.get_last_lr() == opt.lr_at(opt.iteration)
@@ -246,7 +249,7 @@ def test_an_exception_in_the_middle_leaves_no_gradient_held():
 
 
 def latecomers(name: str) -> tuple[Any, list[torch.nn.Parameter]]:
-    """An optimizer that has stepped two of its parameters, and is to meet something new."""
+    """Return an optimizer that has stepped two parameters and then gets something new."""
     weights = parameters(drawn([(3,)] * 6, torch.float64))
     opt = BY_NAME["adam-wd"].ours(weights[:4], step_size_up=3)
     for p in weights[:2]:
@@ -292,7 +295,7 @@ def test_ctrl_c_while_a_plan_takes_something_in(name):
 @pytest.mark.parametrize("clip", [None, 1e9], ids=["", "clipped"])
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_ctrl_c_takes_no_gradient_away(backend, clip):
-    """Beside a kernel, torch's own step finds gradients hidden or copies in their place."""
+    """Beside a kernel, torch's own step has gradients hidden or replaced by copies."""
     number = 0
     while True:
         weights = parameters(drawn([(2, 3)] * 4, torch.float64))
@@ -310,7 +313,10 @@ def test_ctrl_c_takes_no_gradient_away(backend, clip):
 
 @pytest.mark.parametrize("clip", [None, 1e9], ids=["", "clipped"])
 def test_ctrl_c_after_torchs_own_step_counts_it(clip):
-    """Within torch's step an interrupt finds what it finds in torch; from there on it is whole."""
+    """An interrupt within torch's step leaves what it leaves in torch.
+
+    After the step it is counted.
+    """
     number = 0
     while True:
         (weight,) = parameters(drawn([(3,)], torch.float64))
@@ -340,7 +346,7 @@ def test_a_finalizer_that_steps_is_refused_and_hangs_nothing():
 
     for p in members(opt):
         weakref.finalize(p.grad, finalizer)
-        p.grad.add_(0)  # only the step holds it below
+        p.grad.add_(0)  # now only the step holds it
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         act_before_native_steps(patch, lambda backend: opt.zero_grad())

@@ -1,4 +1,4 @@
-"""Far along: positions past 2**31 and 2**53, counters that stall at 2**24, runs of many steps."""
+"""Positions past 2**31 and 2**53, counters that stall at 2**24, runs of many steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FAR = [edge + near for edge in (2**24, 2**31, 2**32, 2**53, 2**62) for near in (
 
 
 def triangle(step, up, down=None):
-    """Where in its rise or fall a step stands, exactly."""
+    """Return where in its rise or fall a step is, exactly."""
     period = up + (up if down is None else down)
     at = step % period
     return Fraction(at, up) if at < up else Fraction(period - at, period - up)
@@ -33,13 +33,13 @@ def amplitude(of, upper=MAX, lower=BASE):
 
 
 def power(gamma, step):
-    """To forty digits."""
+    """Return a power to forty digits."""
     with localcontext() as context:
         context.prec = 40
         return Fraction(Decimal(gamma) ** step)
 
 
-SLOW = 1 - 2.0**-31  # still of some size at 2**31
+SLOW = 1 - 2.0**-31  # 2**31 steps leave a measurable size
 FORMULAS = {
     "triangular": (
         schedule.triangular(step_size_up=2000, step_size_down=3001),
@@ -79,7 +79,7 @@ def test_the_schedule_far_along(name):
 @pytest.mark.parametrize("name", FORMULAS)
 @pytest.mark.parametrize("edge", [2**24, 2**31, 2**32, 2**53])
 def test_a_step_far_along(name, backend, edge):
-    """The rate that a kernel uses, taken from the way that a weight has come."""
+    """The rate that a kernel uses follows from the distance that a weight has moved."""
     of, formula = FORMULAS[name]
     weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
     weight.grad = -torch.ones_like(weight)
@@ -111,7 +111,7 @@ def at_step(pair, step):
 
 @pytest.mark.parametrize("case", COUNTING, ids=lambda case: case.name)
 def test_torchs_own_counter_stalls_where_it_does_in_torch(case):
-    """In float32 at 2**24; the cycle goes on."""
+    """The float32 counter stalls at 2**24. The cycle goes on."""
     pair = twins(case)
     pair.run(2)
     at_step(pair, 2**24 - 2)
@@ -137,7 +137,7 @@ def test_a_counter_of_float64_goes_on(case):
 
 
 def test_a_long_first_moment_far_along():
-    """Bias corrections at the stalled counter are ones: as torch's."""
+    """At the stalled counter bias corrections are 1, as in torch."""
     case = COUNTING[0]
     pair = twins(case)
     pair.run(1)
@@ -164,7 +164,7 @@ def test_the_formulas_of_the_long_run():
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_a_long_run(backend, tmp_path):
-    """20,000 steps in a process of their own: the rate does not drift, memory does not grow."""
+    """20,000 steps in another process: the rate does not drift, and memory does not grow."""
     path = tmp_path / "long.json"
     done = subprocess.run(
         [
@@ -184,7 +184,7 @@ def test_a_long_run(backend, tmp_path):
 
 
 def test_python_objects_do_not_pile_up():
-    """Nor do gradients, plans or state: what lives after many steps is what lived after few."""
+    """After many steps as many gradients, plans and states are alive as after few."""
     import tracemalloc
 
     opt = KERNELS[2].ours(parameters(drawn([(3,), (4,)], torch.float32)), max_grad_norm=1.0)
@@ -204,7 +204,7 @@ def test_python_objects_do_not_pile_up():
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert after - before <= 4096  # an object of every step would be 100 times as much
+    assert after - before <= 4096  # one object per step would be 100 times as much
 
 
 def test_the_command_of_the_long_run(tmp_path, capsys):

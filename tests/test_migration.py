@@ -1,4 +1,4 @@
-"""The README's rows for those who come from elsewhere, against what they had, written anew."""
+"""The README's table for users of other tools, checked against those tools' formulas."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_keras_callback(mode):
 
 
 def test_fastais_one_cycle_to_within_a_step():
-    # fastai's last step is not at the end of its curve: torch's is, and gets there a step sooner.
+    # fastai's last step is not at the end of its curve. torch's is, and comes there a step sooner.
     steps, top, div, div_final, pct_start = 100, 0.1, 25.0, 1e5, 0.25
     opt = CyclicalOptimizer.from_scheduler(
         OneCycleLR(
@@ -59,4 +59,4 @@ def test_fastais_one_cycle_to_within_a_step():
     for k, rate in enumerate(rates):
         low, high = sorted([fastais(k), fastais(k + 1)])
         assert low * (1 - 1e-9) <= rate <= high * (1 + 1e-9)
-    assert opt.param_groups[0]["momentum"] == 0.95  # cycled too, by OneCycleLR's default
+    assert opt.param_groups[0]["momentum"] == 0.95  # OneCycleLR cycles it by default

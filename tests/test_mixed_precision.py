@@ -1,4 +1,4 @@
-"""Mixed precision: a step that a GradScaler skips never was; autocast; parameters of 16 bits."""
+"""Mixed precision: steps that a GradScaler skips, autocast, parameters of 16 bits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ALL = [*FUSED_IN_TORCH, "sgd-wd", "adadelta", "rmsprop-mom-cent", "adam-cycled"]
 
 
 class Run:
-    """A small model whose gradients depend on the number of *taken* steps and on nothing else."""
+    """A small model whose gradients depend on the number of *taken* steps alone."""
 
     def __init__(self, case: Case, backend: str, fused: bool = False, **wrap: Any) -> None:
         torch.manual_seed(5)
@@ -39,7 +39,7 @@ class Run:
         return (self.model(x) - x.sum(1, keepdim=True)).square().mean()
 
     def values(self) -> list[Tensor]:
-        """Parameters and state, in order."""
+        """Return parameters and state, in order."""
         state = [v for p in self.model.parameters() for v in self.opt.state[p].values()]
         return [*self.model.parameters(), *state]
 
@@ -53,7 +53,7 @@ def overflowing(
 ) -> torch.amp.GradScaler:
     """Take STEPS steps under a GradScaler, with overflows at random places between them."""
     chance = random.Random(seed)
-    # A power of two divides out exactly; so do its halves after each overflow.
+    # A power of two divides out exactly. Its halves after each overflow do so, too.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=5)
     grads = list(run.model.parameters())
     while run.opt.iteration < STEPS:
@@ -82,7 +82,7 @@ def overflowing(
 
 
 def plain(run: Run, clip: float | None = None) -> None:
-    """The same steps without a scaler and without overflows."""
+    """Take the same steps without a scaler and without overflows."""
     while run.opt.iteration < STEPS:
         run.opt.zero_grad()
         run.loss().backward()
@@ -112,7 +112,7 @@ def test_overflows_leave_no_trace(name, fused, backend, clip, seed):
     assert_same(with_scaler.values(), without.values())
     assert len(cycle_ends(without)) == STEPS // 6
     if fused:
-        # As in torch this path calls step() for every try, and so its hooks; a cycle ends once.
+        # As in torch this path calls step(), and so its hooks, for every try. A cycle ends once.
         assert cycle_ends(with_scaler) == cycle_ends(without)
     else:
         assert with_scaler.log == without.log
@@ -122,7 +122,7 @@ def test_overflows_leave_no_trace(name, fused, backend, clip, seed):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_overflow_at_the_first_step_creates_no_state(fused):
-    """torch's fused SGD would go on with a buffer that it never wrote."""
+    """torch's fused SGD would go on with a buffer that was never written."""
     for backend in ("native", "torch"):
         run = Run(BY_NAME["sgd-nest-wd"], backend, fused=fused)
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -136,7 +136,7 @@ def test_an_overflow_at_the_first_step_creates_no_state(fused):
 @pytest.mark.parametrize("scale", [1000.0, 2.0**-30])
 @pytest.mark.parametrize("name", FUSED_IN_TORCH)
 def test_the_fused_path_equals_torchs(name, scale):
-    """Its own fused step, fed our rates, unscales by a division; we by a product."""
+    """torch's fused step unscales by a division, ours by a product."""
     run = Run(BY_NAME[name], "native", fused=True)
     twin = Run(BY_NAME[name], "torch", fused=True)
     mine, theirs = (torch.amp.GradScaler("cpu", init_scale=scale) for _ in range(2))
@@ -152,7 +152,10 @@ def test_the_fused_path_equals_torchs(name, scale):
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.25])
 def test_what_no_kernel_serves_is_unscaled_too(max_grad_norm):
-    """Tensors that share memory go through the wrapped step, beside the kernels; one norm."""
+    """The wrapped step serves tensors that share memory, beside the kernels.
+
+    Both share one norm.
+    """
     results = []
     for scaled in (True, False):
         torch.manual_seed(1)
@@ -178,7 +181,7 @@ def test_what_no_kernel_serves_is_unscaled_too(max_grad_norm):
 @pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("name", ALL)
 def test_autocast_to_bfloat16(name, backend):
-    """Parameters and state stay float32; equal to the plain optimizer under the same rates."""
+    """Parameters and state stay float32, and equal the plain optimizer's at the same rates."""
     run = Run(BY_NAME[name], backend)
     twin = Run(BY_NAME[name], "torch")
     for _ in range(8):
@@ -199,7 +202,7 @@ def test_autocast_to_bfloat16(name, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_parameters_of_16_bits_under_a_scaler(dtype, backend):
-    """float16 gradients only pass a GradScaler on its fused path, as in torch."""
+    """float16 gradients pass a GradScaler on its fused path only, as in torch."""
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(40, 3, dtype=dtype))
     inner = torch.optim.Adam([weight], lr=0.01, fused=True)

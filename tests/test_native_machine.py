@@ -12,7 +12,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from fuzz.machine import EVENTS, Event, Machine, compile_kernels, setups, surroundings
+from fuzz.events import Event
+from fuzz.machine import EVENTS, Machine
+from fuzz.setups import compile_kernels, setups, surroundings
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule

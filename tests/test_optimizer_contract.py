@@ -1,4 +1,4 @@
-"""The torch backend, bit for bit: against torch with its CyclicLR, and torch fed our rates."""
+"""The torch backend equals torch with its CyclicLR, and torch fed our rates, bit for bit."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ import warnings
 
 import pytest
 import torch
-from cases import BY_NAME, CASES, Problem, assert_equals_torch_fed_our_rates, assert_same, feed
+from cases import (
+    BY_NAME,
+    EVERY_CLASS,
+    Problem,
+    assert_equals_torch_fed_our_rates,
+    assert_same,
+    feed,
+)
 
 from clr_optim import CyclicalOptimizer
 
 
 @pytest.fixture(autouse=True)
 def _torch_backend(monkeypatch):
-    # The fused kernels have a contract of their own, in test_native.py: rounding may differ there.
+    # test_native.py compares the kernels, which may round otherwise.
     monkeypatch.setenv("CLR_OPTIM_BACKEND", "torch")
 
 
 CYCLE = {"step_size_up": 7, "step_size_down": 12}
-# The paper's "100 steps" are not enough for a decay to show: a stronger gamma.
+# 100 steps of the paper's gamma would not show a decay. This gamma is stronger.
 GAMMA = 0.99
 
 
@@ -31,7 +38,7 @@ def by_groups(problem):
 
 
 @pytest.mark.parametrize("policy", ["triangular", "triangular2", "exp_range", "scale_fn"])
-@ids(CASES)
+@ids(EVERY_CLASS)
 def test_bit_identical_to_torch_with_cyclic_lr_in_float32(case, policy):
     mine, torchs = Problem(case), Problem(case)
     options = {"scale_fn": lambda x: 1 / (5 ** (x * 0.0001)), "scale_mode": "iterations"}
@@ -65,7 +72,7 @@ def test_bit_identical_to_torch_with_cyclic_lr_in_float32(case, policy):
 @ids(
     [
         c
-        for c in CASES
+        for c in EVERY_CLASS
         if "momentum" in c.make(Problem(c).params).defaults
         or "betas" in c.make(Problem(c).params).defaults
     ]
@@ -88,15 +95,15 @@ def test_bit_identical_with_cycled_momentum(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@ids(CASES)
+@ids(EVERY_CLASS)
 def test_bit_identical_to_plain_torch_fed_our_rates(case, dtype):
     if dtype == torch.bfloat16 and case.name in ("rprop", "lbfgs"):
-        # Neither does anything sensible in 16 bits, with or without us; their float32 is tested.
+        # Both train nothing sensible in 16 bits, wrapped or not. Their float32 is tested.
         dtype = torch.float64
     assert_equals_torch_fed_our_rates(case, dtype)
 
 
-@ids([c for c in CASES if c.name not in ("sparse-adam",)])
+@ids([c for c in EVERY_CLASS if c.name not in ("sparse-adam",)])
 def test_closures_are_called_as_torch_calls_them(case):
     mine, torchs = Problem(case), Problem(case)
     opt = CyclicalOptimizer(case.make(mine.params), step_size_up=3)
@@ -116,7 +123,7 @@ def test_closures_are_called_as_torch_calls_them(case):
     assert_same(mine.values(), torchs.values())
 
 
-@ids([c for c in CASES if not c.sparse])
+@ids([c for c in EVERY_CLASS if not c.sparse])
 def test_max_grad_norm_is_clip_grad_norm_before_the_step(case):
     mine, torchs = Problem(case), Problem(case)
     opt = CyclicalOptimizer(case.make(mine.params), step_size_up=3, max_grad_norm=0.7)

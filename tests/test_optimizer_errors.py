@@ -138,7 +138,7 @@ def of_lr(lr):
     return inner
 
 
-# name: (makes what is to be wrapped, error, pattern)
+# name: (makes the object to wrap, error, pattern)
 UNWRAPPABLE = {
     "a class": (lambda: torch.optim.Adam, TypeError, "optimizer must be an instance of torch.optim.Optimizer"),
     "a list of tensors": (lambda: [torch.ones(1)], TypeError, "optimizer must be an instance.*of type list"),
@@ -264,7 +264,7 @@ METHODS = {
 
 
 def trained():
-    """An optimizer for METHODS and WRITTEN, and its problem."""
+    """Return a trained optimizer for METHODS and WRITTEN, and its problem."""
     case = BY_NAME["adam"]
     problem = Problem(case)
     opt = CyclicalOptimizer(case.make(problem.params), step_size_up=3)
@@ -288,7 +288,7 @@ def test_methods(name):
 
 
 META = torch.ones((), device="meta")
-# name: (key of a group, what other code writes there, error, pattern)
+# name: (key of a group, the value that other code writes there, error, pattern)
 WRITTEN = {
     "lr a string": ("lr", "fast", TypeError, "lr in parameter group 0 must be a number .*got 'fast': leave it"),
     "lr None": ("lr", None, TypeError, "lr in parameter group 0 must be a number .*got None"),
@@ -378,7 +378,7 @@ def test_a_checkpoint_of_another_class(name, wrapped_source):
 
 
 def test_checkpoints_that_only_look_foreign_load():
-    # Adam and AdamW share their state, older versions lack keys, users add keys of their own.
+    # Adam and AdamW share their state, older versions lack keys, users add keys.
     p = torch.nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)
     inner = torch.optim.Adam([p], lr=0.1)
@@ -395,7 +395,7 @@ def test_checkpoints_that_only_look_foreign_load():
 
 @pytest.mark.parametrize("target", [_optim.Adam, _optim.AdamW, _optim.RAdam])
 def test_another_classs_checkpoint_that_torch_can_step_with_loads(target):
-    """torch fills in the settings that it lacks; those that it has beside do no harm."""
+    """torch fills in missing settings. Additional settings do no harm."""
     p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
     saved = stepped(_optim.NAdam, lr=0.1)
     saved["param_groups"][0].pop("decoupled_weight_decay", None)

@@ -1,4 +1,4 @@
-"""A small optimizer per parameter, stepped while backward still runs, so that no gradient waits."""
+"""A small optimizer for each parameter steps during backward, so that no gradient waits."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_equals_one_optimizer_after_backward(case, backend):
 
 
 def test_a_frozen_parameter_has_its_cycle_stand_still():
-    """Its hook does not fire: told apart from the others, it goes on where it stopped."""
+    """The hook of a frozen parameter does not fire. Later its cycle goes on where it stopped."""
     model = _model()
     optimizers = _in_backward(model, BY_NAME["adam-wd"], "auto")
     first = model[0].weight
@@ -70,8 +70,8 @@ def test_a_frozen_parameter_has_its_cycle_stand_still():
     assert optimizers[model[0].bias].iteration == 6
 
 
-# Several optimizers without state are told apart only when flattened: torch hands each of them all
-# groups of a state dict whose state is empty.
+# Several optimizers without state must be flattened to tell them apart. torch gives each of them
+# all groups of a state dict whose state is empty.
 @pytest.mark.parametrize(
     ("name", "flat"), [("sgd-wd", True), ("adamw-ams", False), ("adamw-ams", True)]
 )

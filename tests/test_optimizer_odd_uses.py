@@ -1,4 +1,4 @@
-"""What works around a plain optimizer, though few write it, works around ours too."""
+"""Rare uses that work with a plain optimizer also work with ours."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ BACKENDS = ["native", "torch"]
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 def test_a_parameter_given_twice_resumes(backend):
-    """As tied weights are, listed once for each of their users."""
+    """Tied weights are listed once for each layer that uses them."""
     param, other = weight(), weight()
     opt = CyclicalOptimizer(torch.optim.AdamW([param, other, param], lr=0.1), backend=backend)
     step(opt, param, other)
@@ -92,7 +92,7 @@ def test_state_of_no_parameter_goes_with_the_rest(backend):
         resumed.load_state_dict(saved)
 
 
-# ---- momentum that was none
+# ---- momentum of a run that began without it
 
 
 def rmsprop(params):
@@ -126,7 +126,7 @@ def test_sgd_begins_momentum_in_mid_run(backend):
     step(CyclicalOptimizer(plain, cycle_momentum=True, backend=backend), param)
 
 
-# ---- optimizers of one's own
+# ---- optimizers that users write
 
 
 def test_zero_grad_as_the_wrapped_one_has_it():
@@ -154,7 +154,7 @@ def test_zero_grad_as_the_wrapped_one_has_it():
 # ---- the scheduler's view
 
 
-def test_the_view_says_the_same_whoever_holds_it():
+def test_the_view_says_the_same_to_every_holder():
     param, opt = stepped(adam, step_size_up=4)
     assert opt.scheduler.get_last_lr() == [0.1]
     held = opt.scheduler
@@ -192,7 +192,7 @@ def test_the_view_in_a_sequence_of_torchs():
     assert sequence.get_last_lr() == opt.get_last_lr()
 
 
-# ---- groups that are taken away
+# ---- groups that other code removes
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -225,7 +225,7 @@ def test_a_rate_that_a_scheduler_left_is_no_top_without_a_word():
         opt = CyclicalOptimizer(plain)
     assert caught[0].filename == __file__
     assert opt.lr_at(2000) == [pytest.approx(top)]
-    assert CyclicalOptimizer(plain).lr_at(2000) == [pytest.approx(top)]  # which it remembers
+    assert CyclicalOptimizer(plain).lr_at(2000) == [pytest.approx(top)]  # it is remembered
 
 
 # ---- a default device
@@ -245,13 +245,13 @@ def test_a_default_device_is_not_that_of_the_norm(backend):
     assert opt.state[param]["step"] == 1
 
 
-# ---- keys of the user's own in a group
+# ---- the user's keys in a group
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("taken", [["last"], ["first"], ["first", "last"], ["first", "middle"]])
 def test_keys_written_into_a_group_and_taken_away(taken, backend):
-    """As initial_lr by torch's schedulers, and by those who want to be rid of it."""
+    """Keys come and go: torch's schedulers write ``initial_lr``, users delete it."""
     ours, theirs = weight(), weight()
     plain = torch.optim.SGD([theirs], lr=0.4, momentum=0.9)
     opt = CyclicalOptimizer(
@@ -288,7 +288,7 @@ def test_explain_tells_what_only_a_step_finds_out():
 
 
 class ListConfig(Sequence):
-    """A sequence that is no list, as omegaconf's."""
+    """A sequence that is no list, like omegaconf's."""
 
     def __init__(self, *values):
         self.values = values
@@ -348,7 +348,7 @@ ONE_NUMBER = [
 
 @pytest.mark.parametrize("number", ONE_NUMBER)
 def test_a_bound_in_a_tensor_of_one_element(number):
-    """As in torch's own test_constant_initial_params: the tensors stay as they were."""
+    """As in torch's test_constant_initial_params: the tensors are not changed."""
     given = [number(value) for value in (0.125, 0.5, 0.25, 0.75)]
     kept = [value.item() for value in given]
     opt = two_groups(
@@ -377,7 +377,7 @@ def test_a_flag_of_numpys():
     assert "clr_max_momentum" not in two_groups(cycle_momentum=np.bool_(False)).param_groups[0]
 
 
-# ---- what explain() tells
+# ---- explain()
 
 
 def test_explain_of_parameters_that_have_no_values_yet():

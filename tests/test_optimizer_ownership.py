@@ -1,4 +1,4 @@
-"""D4: the wrapped optimizer keeps all it owns; hooks, checkpoints and copies lose nothing."""
+"""D4: the wrapped optimizer keeps all it owns. Hooks, checkpoints and copies lose nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import BY_NAME, CASES, Problem, SignDescent, assert_same, feed
+from cases import BY_NAME, EVERY_CLASS, Problem, SignDescent, assert_same, feed
 from internals import drop_cycle_end_hooks
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -26,13 +26,13 @@ from clr_optim.schedule import sequence, triangular, triangular2
 
 @pytest.fixture(autouse=True, params=["torch", "native"])
 def backend(request, monkeypatch):
-    """Everything here holds on every backend."""
+    """Run every test on every backend."""
     monkeypatch.setenv("CLR_OPTIM_BACKEND", request.param)
     return request.param
 
 
 ROOT = Path(__file__).parent.parent
-ids = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+ids = pytest.mark.parametrize("case", EVERY_CLASS, ids=lambda c: c.name)
 
 
 def wrap(case, problem, **options):
@@ -41,7 +41,7 @@ def wrap(case, problem, **options):
 
 
 def saved(optimizer):
-    """The state dict after torch.save and torch.load(weights_only=True)."""
+    """Return the state dict after torch.save and torch.load(weights_only=True)."""
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
@@ -175,7 +175,7 @@ def test_hooks_see_what_torchs_own_see(call, profiled):
             with torch.profiler.profile() if profiled else nullcontext():
                 CALLS[call](opt, closure)
             everything = len(seen)
-            # Each alone is enough.
+            # Each of the two is enough.
             for i, handle in enumerate(handles):
                 handles[i] = None
                 handle.remove()
@@ -203,7 +203,7 @@ def test_hooks_fire_once_around_a_subclasss_step():
     opt.register_step_post_hook(lambda *a: fired.append("post"))
     opt.step()
     assert fired == ["pre", "step", "post"]
-    # And around one that a framework has replaced on the object.
+    # And around a ``step`` that a framework has replaced on the object.
     own = opt.step
     opt.step = lambda: own()
     opt.step()
@@ -224,7 +224,7 @@ def test_a_profiler_finds_the_step_once(profiler):
 
 
 def test_the_steps_signature_is_what_it_takes():
-    # Asked for by GradScaler, which would hand itself over by an argument "grad_scaler".
+    # GradScaler looks for an argument "grad_scaler", and would pass itself.
     opt = wrap(BY_NAME["adam"], Problem(BY_NAME["adam"]))
     assert list(inspect.signature(opt.step).parameters) == ["closure", "args", "kwargs"]
 
@@ -396,13 +396,13 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from cases import CASES, Problem
+from cases import EVERY_CLASS, Problem
 from clr_optim import CyclicalOptimizer
 
 start, stop, load, save = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
 checkpoint = torch.load(load, weights_only=True) if load != "-" else None
 out = {}
-for case in CASES:
+for case in EVERY_CLASS:
     for closure in (False, True):
         if closure < case.closure:
             continue
@@ -430,7 +430,7 @@ def test_resume_in_a_new_process_with_and_without_closures(tmp_path):
     whole = worker(0, 13, "-", tmp_path / "whole.pt")
     worker(0, 6, "-", tmp_path / "part.pt")
     resumed = worker(6, 13, tmp_path / "part.pt", tmp_path / "resumed.pt")
-    assert len(whole) == 2 * len(CASES) - 1
+    assert len(whole) == 2 * len(EVERY_CLASS) - 1
     for key, run in whole.items():
         assert_same(resumed[key]["params"], run["params"])
         groups = resumed[key]["optimizer"]["param_groups"]
@@ -499,7 +499,7 @@ def test_a_checkpoint_loaded_before_wrapping_resumes_too():
     inner.load_state_dict(saved(opt))
     late = CyclicalOptimizer(inner, "triangular2", step_size_up=3)
     assert late.iteration == 4
-    # its lr was a rate in mid-cycle, not the one the user chose
+    # its lr was a rate in mid-cycle, not the user's choice
     assert late.param_groups[0]["clr_max_lr"] == 0.01
     assert late.get_last_lr() == opt.get_last_lr()
     with pytest.warns(UserWarning, match=r"wrapped optimizer was written .* set_iteration\(0\)"):
@@ -571,7 +571,7 @@ def test_copies_keep_position_and_policy(name, how):
 
 
 def other_or(opt):
-    """Drop what no torch optimizer pickles: hooks."""
+    """Return the optimizer without cycle-end hooks, which no torch optimizer pickles."""
     drop_cycle_end_hooks(opt)
     return opt
 

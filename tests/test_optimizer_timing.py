@@ -1,4 +1,4 @@
-"""D3: what `lr`, the position, the hooks and the warnings say, and when."""
+"""D3: when ``lr``, the position, the hooks and the warnings say what."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from clr_optim.schedule import (
 
 @pytest.fixture(autouse=True, params=["torch", "native"])
 def _backend(request, monkeypatch):
-    """Everything here holds on every backend."""
+    """Run every test on every backend."""
     monkeypatch.setenv("CLR_OPTIM_BACKEND", request.param)
 
 
@@ -228,7 +228,7 @@ def test_an_outside_write_is_overruled_with_one_warning_naming_the_group():
     assert caught[0].filename.endswith("cases.py")  # the caller of step()
     assert lrs(opt) == opt.lr_at(2)
     opt.param_groups[0]["lr"] = 9.0
-    problem.step(opt, 2)  # warned once already: warnings are errors here
+    problem.step(opt, 2)  # the warning comes once: warnings are errors here
     assert lrs(opt) == opt.lr_at(3)
 
 
@@ -281,7 +281,7 @@ def test_the_warning_names_the_callers_line(caller):
 
 
 @pytest.mark.parametrize("name", ["__main__", "clr_optim_study", "torchtrainer", None])
-def test_the_warning_names_whatever_module_calls(name):
+def test_the_warning_names_the_calling_module(name):
     problem, opt = wrapped()
     problem.backward(0)
     opt.param_groups[0]["lr"] = 7.0
@@ -370,14 +370,14 @@ def test_a_scheduler_built_before_wrapping_does_not_complain():
     scheduler = torch.optim.lr_scheduler.StepLR(inner, 5)
     opt = CyclicalOptimizer(inner, step_size_up=4)
     problem.step(opt, 0)
-    scheduler.step()  # would warn that optimizer.step() was not called
+    scheduler.step()  # torch would warn that optimizer.step() was not called
 
 
 # ---- the distributed checkpoint's step at rate 0
 
 
 def init_state_as_dcp_does(opt, closure_keyword=True):
-    """What torch.distributed.checkpoint's _init_optim_state does, line by line."""
+    """Do what torch.distributed.checkpoint's _init_optim_state does, line by line."""
     for group in opt.param_groups:
         for p in group["params"]:
             p.grad = torch.zeros_like(p)
@@ -578,7 +578,7 @@ def test_the_scheduler_view_changes_nothing():
 
 
 def test_the_scheduler_view_shows_the_rate_that_torchs_scheduler_shows():
-    """Between the two steps, where frameworks log, that is the one which was used."""
+    """Between the two steps, where frameworks log, the view shows the rate that was used."""
     problem, opt = wrapped(base_lr=0.1, max_lr=0.5, step_size_up=3)
     param = torch.nn.Parameter(torch.zeros(1))
     theirs = torch.optim.SGD([param], lr=0.5)
@@ -627,7 +627,7 @@ def test_a_gradscaler_overflow_moves_nothing():
 @pytest.mark.parametrize("name", ["adam-fused", "sgd-fused", "adagrad-fused"])
 def test_gradscalers_fused_path_is_the_wrapped_optimizers_own(name, max_grad_norm, monkeypatch):
     case = BY_NAME[name]
-    monkeypatch.setenv("CLR_OPTIM_BACKEND", "torch")  # of the reference, bit for bit
+    monkeypatch.setenv("CLR_OPTIM_BACKEND", "torch")  # the reference's path, bit for bit
     problem, opt = wrapped(case=case, max_grad_norm=max_grad_norm)
     twin, reference = wrapped(case=case)
     assert opt._step_supports_amp_scaling is True

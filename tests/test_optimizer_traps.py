@@ -261,7 +261,7 @@ def test_a_users_own_keys_in_a_checkpoint():
     assert opt.param_groups[0]["alpha"] == 0.5
 
 
-def test_somebody_elses_tensor_in_lr_is_not_filled():
+def test_a_tensor_that_other_code_put_in_lr_is_not_filled():
     opt = CyclicalOptimizer(torch.optim.SGD([param()], lr=0.1))
     for theirs in (torch.tensor(1), torch.tensor(0.7)):
         kept = theirs.clone()

@@ -1,4 +1,4 @@
-"""What our ``state_dict()`` writes, our ``load_state_dict()`` takes, and what torch loads, too."""
+"""Our ``state_dict()`` loads into ours and into torch's optimizer. Ours loads torch's too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from cases import CASES, Problem
+from cases import EVERY_CLASS, Problem
 from resume_helpers import assert_resumes_as_unwrapped, resumes
 from torch import nn
 
@@ -31,7 +31,7 @@ def weight(*shape):
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["", "own"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", EVERY_CLASS, ids=lambda case: case.name)
 def test_a_checkpoint_resumes_as_unwrapped(case, own):
     def step(problem, opt, k):
         problem.step(opt, k, case.closure)
@@ -76,7 +76,7 @@ def test_a_sparse_momentum_buffer_resumes(backend, layout):
 
 
 class ListConfig(Sequence):
-    """As omegaconf's: a sequence that is neither a list nor a tuple."""
+    """A sequence like omegaconf's, neither a list nor a tuple."""
 
     def __init__(self, *values):
         self.values = values
@@ -89,7 +89,7 @@ class ListConfig(Sequence):
 
 
 class Unpacks:
-    """All that torch asks of betas."""
+    """An object with only what torch needs of betas."""
 
     def __iter__(self):
         return iter((0.9, 0.99))
@@ -147,7 +147,7 @@ def test_settings_of_any_type_load(name, per_group):
         else:
             inner = cls(params, lr=0.01, foreach=False)
             for group in inner.param_groups:
-                group.update(options)  # torch's constructor compares, its step does not
+                group.update(options)  # torch's constructor compares betas, its step does not
         return params, CyclicalOptimizer(inner, step_size_up=4, backend="torch")
 
     params, opt = make()
@@ -162,11 +162,11 @@ def test_settings_of_any_type_load(name, per_group):
     assert all(map(torch.equal, params, others))
 
 
-# ---- layouts of the wrapped optimizer's own
+# ---- state dict layouts that wrapped optimizers define
 
 
 class Around(torch.optim.Optimizer):
-    """Holds another optimizer, whose groups are its own."""
+    """An optimizer that holds another one and shows its groups."""
 
     def __init__(self, inner):
         self.inner, self.count = inner, 0
@@ -190,7 +190,7 @@ class Around(torch.optim.Optimizer):
 
 
 class OnlyState(Around):
-    """Saves no groups at all."""
+    """An optimizer whose state dict has no groups."""
 
     def state_dict(self):
         return {"moments": self.inner.state_dict()["state"], "count": self.count}
@@ -202,7 +202,7 @@ class OnlyState(Around):
 
 
 class KnownSettings(Around):
-    """Saves of its groups what it knows, under torch's names."""
+    """An optimizer that saves only the settings it knows, under torch's names."""
 
     def state_dict(self):
         saved = self.inner.state_dict()
@@ -216,7 +216,7 @@ class KnownSettings(Around):
 
 
 class Several(torch.optim.Optimizer):
-    """An optimizer for each parameter, whose groups are put together anew at each access."""
+    """An optimizer for each parameter. Each access puts the groups together anew."""
 
     def __init__(self, optimizers):
         self.optimizers, self.defaults, self.count = optimizers, {}, 0
@@ -304,7 +304,7 @@ def test_a_layout_of_its_own_resumes(name):
         opt.step()
         resumed.step()
     assert all(map(torch.equal, params, others))
-    # A checkpoint of the plain optimizer begins at step 0 and keeps the bounds.
+    # A checkpoint of the plain optimizer starts at step 0 and keeps the bounds.
     resumed.load_state_dict(LAYOUTS[name](params).state_dict())
     assert resumed.iteration == 0
     assert resumed.lr_at(3) == [0.5] * len(opt.param_groups)
@@ -408,9 +408,9 @@ def test_a_hook_may_make_a_checkpoint_of_anything():
 # ---- older checkpoints
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", EVERY_CLASS, ids=lambda case: case.name)
 def test_settings_that_torch_fills_in_may_be_missing(case):
-    """With settings that no class has beside them."""
+    """The groups also hold settings that no class has."""
     problem, other = Problem(case), Problem(case)
     plain = case.make(problem.params)
     problem.run(plain, range(2), closure=case.closure)
@@ -437,7 +437,10 @@ def test_settings_that_torch_fills_in_may_be_missing(case):
 
 
 def test_state_that_the_default_settings_would_need():
-    """An old Adam without amsgrad, loaded by code that has it on: torch goes on without."""
+    """Load an old Adam without amsgrad where the code has amsgrad on.
+
+    torch goes on without amsgrad.
+    """
     param = weight()
     plain = torch.optim.Adam([param], lr=0.01)
     plain.step()
@@ -513,10 +516,10 @@ def test_bounds_of_the_code_that_are_not_the_checkpoints():
         with pytest.warns(UserWarning, match=r"bounds hold.*set_bounds\(base_lr=0.125, max_lr=0.5"):
             opt.load_state_dict(saved)
         assert opt.lr_at(4) == [0.01]
-        opt.load_state_dict(saved)  # they are now in use
+        opt.load_state_dict(saved)  # the checkpoint's bounds are now in use
     opt = started()
     opt.set_bounds(max_lr=0.5)
-    opt.load_state_dict(saved)  # back to those of the code
+    opt.load_state_dict(saved)  # back to the code's bounds
     CyclicalOptimizer(torch.optim.Adam([weight()], lr=9.0), fixed(0.1)).load_state_dict(
         CyclicalOptimizer(torch.optim.Adam([weight()], lr=8.0), fixed(0.1)).state_dict()
     )

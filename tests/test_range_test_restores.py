@@ -168,7 +168,7 @@ def test_training_with_a_range_test_equals_training_without(
     model, optimizer, loader, wrapped, before, offload
 ):
     if model == "embedding":
-        optimizer = optimizer if optimizer in ("odd", "sgd", "adagrad") else "sgd"
+        optimizer = optimizer if optimizer in ("odd", "sgd", "adagrad-decay-start") else "sgd"
 
     def between(net, opt, batches):
         run(net, opt, batches, offload=offload)

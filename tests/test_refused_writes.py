@@ -1,4 +1,4 @@
-"""A write of an attribute that would change nothing is refused; all other writes go on."""
+"""A write of an attribute that would change nothing is refused. All other writes work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POSITION = r"opt\.set_iteration\(\.\.\.\)"
 ANEW = r"construct another CyclicalOptimizer around opt\.optimizer with {}=\.\.\. and go on with"
 GROUPS = r"write group\['{}'\] for each group of opt\.param_groups"
 
-# name: what the message names as the remedy
+# name: the remedy that the message names
 REFUSED = {
     **dict.fromkeys(("lr", "learning_rate", "base_lr", "max_lr"), BOUNDS),
     **dict.fromkeys(("iteration", "cycle", "steps_to_cycle_end", "last_epoch"), POSITION),
@@ -60,7 +60,7 @@ def test_a_write_without_effect_is_refused(name):
 
 
 class HasItsOwn(torch.optim.SGD):
-    """As optimizers outside torch do, it keeps settings as attributes."""
+    """An optimizer that keeps settings as attributes, as optimizers outside torch do."""
 
     def __init__(self, params, lr):
         super().__init__(params, lr=lr)
@@ -98,13 +98,13 @@ def test_what_frameworks_write_goes_on():
     opt._opt_called = True
     opt.note = "mine"
     assert opt.note == "mine"
-    # Lightning's way to wrap an optimizer.
+    # Lightning wraps an optimizer in this way.
     other = CyclicalOptimizer.__new__(CyclicalOptimizer)
     other.__dict__ = {k: v for k, v in opt.__dict__.items() if k != "step"}
     other.__class__ = type("LightningOptimizer", (CyclicalOptimizer,), {})
     step(other)
     assert opt.iteration == other.iteration == 1
-    # accelerate's way to learn of a skipped step.
+    # accelerate learns in this way of a skipped step.
     called = []
     original = opt.step
     opt.step = lambda *args: (called.append(args), original(*args))[1]

@@ -1,4 +1,4 @@
-"""An optimizer that is wrapped again, as in a sweep in a notebook: bounds and position are new."""
+"""An optimizer that is wrapped again, as in a notebook, gets new bounds and a new position."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_own_lr_is_the_one_that_the_user_chose(scale_fn, tensor):
     trained(inner, max_lr=0.1, scale_fn=scale_fn)
     assert bounds(trained(inner, scale_fn=scale_fn)) == [(own / 4, own)]
     assert bounds(trained(inner, scale_fn=scale_fn)) == [(own / 4, own)]
-    # A rate that was written since is the user's.
+    # A rate that other code has written since is the user's.
     if tensor:
         inner.param_groups[0]["lr"].fill_(0.5)
     else:
@@ -88,7 +88,7 @@ def test_a_momentum_that_was_cycled_is_put_back(make):
     assert not [key for key in opt.param_groups[0] if key.startswith("clr_") and "moment" in key]
     trained(inner, cycle_momentum=True, base_momentum=0.5)
     if "momentum" in inner.param_groups[0]:
-        inner.param_groups[0]["momentum"] = 0.61  # the user's
+        inner.param_groups[0]["momentum"] = 0.61  # the user's rate
         assert wrap(inner).param_groups[0]["momentum"] == 0.61
 
 
@@ -98,9 +98,9 @@ def test_the_position_goes_on_where_a_checkpoint_was_loaded():
     inner.load_state_dict(saved)
     opt = wrap(inner)
     assert opt.iteration == 3
-    # Wrapped once more before any step: the checkpoint is still the one to go on from.
+    # Wrap once more before any step: the checkpoint still decides where to go on.
     assert wrap(inner, backend="torch").iteration == 3
-    # Loaded by an earlier wrapper, the same.
+    # The same if an earlier wrapper has loaded it.
     inner = adam()
     wrap(inner).load_state_dict(saved)
     assert wrap(inner).iteration == 3

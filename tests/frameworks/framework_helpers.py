@@ -1,4 +1,4 @@
-"""One small model, to be trained with torch and its CyclicLR and with one changed line."""
+"""One small model, trained with torch and its CyclicLR, and with one changed line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.optim.optimizer import (
 
 from clr_optim import CyclicalOptimizer
 
-#: A cycle is 7 steps, an epoch 5: epochs end in mid-cycle, on the way up and on the way down.
+#: A cycle has 7 steps, an epoch 5. So epochs end in mid-cycle, on the way up and on the way down.
 UP, DOWN, EPOCH, EPOCHS = 4, 3, 5, 4
 STEPS = EPOCH * EPOCHS
 BASE, TOP = 0.01, 0.05
@@ -28,7 +28,7 @@ backends = pytest.mark.parametrize("backend", ["auto", "torch"])
 
 
 def imported(name: str) -> ModuleType:
-    """A framework, or a skipped test module; what it warns of while it is imported is its own."""
+    """Import a framework or skip the test module. Ignore the warnings of the import."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pytest.importorskip(name.partition(".")[0], reason=f"needs {name}: make test-frameworks")
@@ -36,31 +36,31 @@ def imported(name: str) -> ModuleType:
 
 
 def build_model() -> nn.Module:
-    """The same first weights each time."""
+    """Return a model with the same first weights each time."""
     torch.manual_seed(3)
     return nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES))
 
 
 def build_data() -> tuple[Tensor, Tensor]:
-    """Features and labels of one epoch, the same each time."""
+    """Return the features and labels of one epoch, the same each time."""
     generator = torch.Generator().manual_seed(4)
     features = torch.randn(BATCH * EPOCH, FEATURES, generator=generator)
     return features, features[:, :CLASSES].argmax(dim=1)
 
 
 def build_loader(batch_size: int = BATCH) -> Any:
-    """Batches in the same order each time."""
+    """Return batches in the same order each time."""
     dataset = torch.utils.data.TensorDataset(*build_data())
     return torch.utils.data.DataLoader(dataset, batch_size=batch_size)
 
 
 def inner(params: Any) -> torch.optim.Optimizer:
-    """What is there before and after the line changes."""
+    """Return the optimizer, which is the same before and after the line changes."""
     return torch.optim.AdamW(params, lr=TOP, weight_decay=0.1)
 
 
 def cyclic_lr(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.CyclicLR:
-    """What is there before and not after."""
+    """Return the scheduler that the changed line replaces."""
     return torch.optim.lr_scheduler.CyclicLR(
         optimizer,
         BASE,
@@ -86,7 +86,7 @@ def wrap(optimizer: torch.optim.Optimizer, backend: str, **options: Any) -> Cycl
 
 
 def expected_rates(steps: int = STEPS + 1) -> list[float]:
-    """The rate of each step, as CyclicLR has it."""
+    """Return the rate of each step, as CyclicLR computes it."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=TOP)
     scheduler = cyclic_lr(optimizer)
     rates = []
@@ -98,7 +98,7 @@ def expected_rates(steps: int = STEPS + 1) -> list[float]:
 
 
 def assert_rates(ours: list[float], theirs: list[float]) -> None:
-    """The same but for CyclicLR's own drift."""
+    """Assert equal rates, but for CyclicLR's own drift."""
     assert ours == pytest.approx(theirs, rel=1e-10)
 
 
@@ -107,7 +107,7 @@ def values(model: nn.Module) -> list[Tensor]:
 
 
 def assert_like_torch(ours: nn.Module, theirs: nn.Module, backend: str) -> None:
-    """Parameters equal on the wrapped optimizer's own step, within rounding on a kernel."""
+    """Assert equal parameters: exact on the optimizer's own step, up to rounding on a kernel."""
     if backend == "torch":
         assert_same(values(ours), values(theirs))
     else:
@@ -115,12 +115,12 @@ def assert_like_torch(ours: nn.Module, theirs: nn.Module, backend: str) -> None:
 
 
 def assert_served(optimizer: CyclicalOptimizer, backend: str) -> None:
-    """By the kernels, where those are to be tested."""
+    """Assert that kernels served, if kernels are tested."""
     assert optimizer.explain().startswith({"auto": "native", "torch": "torch"}[backend])
 
 
 def assert_same_checkpoint(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """The optimizer's part of two checkpoints: all of torch's keys, and ours in the groups."""
+    """Assert that two checkpoints hold all of torch's keys, and ours in the groups."""
     assert ours.keys() == theirs.keys()
     assert ours["state"].keys() == theirs["state"].keys()
     for i, state in theirs["state"].items():
@@ -131,11 +131,11 @@ def assert_same_checkpoint(ours: dict[str, Any], theirs: dict[str, Any]) -> None
     for mine, group in zip(ours["param_groups"], theirs["param_groups"], strict=True):
         added = {"clr_step", "clr_base_lr", "clr_max_lr", "clr_schedule"}
         assert set(mine) - set(group) == added
-        assert set(group) - set(mine) <= {"initial_lr"}  # which torch's schedulers leave there
+        assert set(group) - set(mine) <= {"initial_lr"}  # torch's schedulers leave it there
 
 
 class Watch:
-    """What observes steps: hooks, global ones and an optimizer's own, and torch's profiler."""
+    """Observes steps by hooks, global ones and an optimizer's own, and by torch's profiler."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, torch.optim.Optimizer]] = []
@@ -146,7 +146,7 @@ class Watch:
         return lambda optimizer, args, kwargs: self.seen.append((name, optimizer))
 
     def register(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimizer's own hooks."""
+        """Register the optimizer's own hooks."""
         optimizer.register_step_pre_hook(self._note("own pre"))
         optimizer.register_step_post_hook(self._note("own post"))
 
@@ -164,7 +164,7 @@ class Watch:
             handle.remove()
 
     def check(self, optimizer: CyclicalOptimizer, steps: int) -> None:
-        """Each step was seen once, as this optimizer's."""
+        """Check that each step was seen once, as a step of this optimizer."""
         names = ["global pre", "own pre", "own post", "global post"]
         assert [name for name, _ in self.seen] == names * steps
         assert all(seen is optimizer for _, seen in self.seen)

@@ -1,4 +1,4 @@
-"""accelerate: the changed line before ``prepare``; with or without a scheduler beside it."""
+"""accelerate: the changed line before ``prepare``, with or without a scheduler beside it."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def _own_settings():
 
 
 class Run:
-    """A training script as its users write it.
+    """A training script as users of accelerate write it.
 
-    ``backend=None`` is torch with its CyclicLR; ``listed`` says whether ours has opt.scheduler
+    ``backend=None`` is torch with its CyclicLR. ``listed`` says whether opt.scheduler is
     prepared and stepped in its place.
     """
 
     def __init__(self, backend, *, listed=False, clip=None, scaler=None, watch=None, **options):
         self.accelerator = accelerate.Accelerator(cpu=True, **options)
-        self.accelerator.scaler = scaler  # which it has on GPUs only
+        self.accelerator.scaler = scaler  # it has one on GPUs only
         self.clip = clip
         model, opt, self.scheduler = build_model(), None, None
         opt = inner(model.parameters())
@@ -122,7 +122,7 @@ def test_accumulated_batches_are_one_step(backend, listed):
     after = Run(backend, gradient_accumulation_steps=2, listed=listed).epochs(EPOCHS)
     assert_like_torch(after.bare, before.bare, backend)
     assert_rates(after.used, before.used)
-    assert after.own.iteration == 3 * EPOCHS  # of 5 batches; an epoch's last one counts
+    assert after.own.iteration == 3 * EPOCHS  # of 5 batches; the last one of an epoch counts
 
 
 @backends
@@ -133,14 +133,14 @@ def test_bf16(backend):
     reset()
     if backend == "torch":
         assert_like_torch(after.bare, before.bare, backend)
-    # Rounding in an update may tip the rounding of a later activation to 8 bits.
+    # Rounding in an update may change the rounding of a later activation to 8 bits.
     torch.testing.assert_close(values(after.bare), values(before.bare), rtol=0.05, atol=0.005)
     full = Run(backend).epochs(EPOCHS)
     assert any((a != b).any() for a, b in zip(values(full.bare), values(after.bare), strict=True))
 
 
 def test_fp16_is_not_to_be_had_on_a_cpu():
-    # Which is why the next test hands the accelerator a scaler for the CPU.
+    # So the next test gives the accelerator a scaler for the CPU.
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="fp16")
     assert accelerator.scaler is None
     assert not accelerator.native_amp
@@ -203,14 +203,14 @@ def test_hooks_and_profiler_see_a_step_once(backend, scaled):
 
 
 def _on_a_rank(backend, listed, options):
-    """Rates and parameters of one rank of a run on all of them."""
+    """Return rates and parameters of one rank in a run on all ranks."""
     import torch.distributed as dist
 
     reset()
     rank, world = str(dist.get_rank()), str(dist.get_world_size())
-    # What its launcher would set.
+    # accelerate's launcher would set these.
     env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "localhost"}
-    env |= {"MASTER_PORT": "0", "ACCELERATE_USE_CPU": "yes"}  # ... not used: there is a group
+    env |= {"MASTER_PORT": "0", "ACCELERATE_USE_CPU": "yes"}  # not used, since a group exists
     with mock.patch.dict(os.environ, env):
         run = Run(backend, listed=listed, **options).epochs(EPOCHS)
         assert run.accelerator.num_processes == int(world)
@@ -225,14 +225,14 @@ def _on_a_rank(backend, listed, options):
 @backends
 def test_on_two_processes_a_step_is_a_step(ranks, backend, split):
     options = {"dataloader_config": accelerate.DataLoaderConfiguration(split_batches=split)}
-    steps = EPOCHS * (EPOCH if split else 3)  # of 5 batches shared by two
+    steps = EPOCHS * (EPOCH if split else 3)  # the two share 5 batches
     runs = [ranks.run(2, _on_a_rank, backend, listed, options) for listed in (False, True)]
     for answers in runs:
         for used, parameters in answers:
             assert_rates(used, expected_rates()[:steps])
             assert_same(list(parameters.values()), list(runs[0][0][1].values()))
-    # torch's scheduler, prepared as its users are told to, moves once for each process: at the same
-    # pace only where batches are split.
+    # torch's scheduler, prepared as accelerate's documentation says, moves once for each process.
+    # Only with split batches is its pace the same.
     ((used, parameters), _) = ranks.run(2, _on_a_rank, None, True, options)
     if split:
         assert_rates(used, expected_rates()[:steps])

@@ -19,9 +19,9 @@ TIMEOUT_S = 300
 
 
 def run(folder: Path, *command: object) -> str:
-    """What it prints; nothing may be left of it but in that folder."""
+    """Return the output. Files may be left in that folder only."""
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    env["ACCELERATE_USE_CPU"] = "yes"  # else it takes torchrun's ranks without a GPU for strangers
+    env["ACCELERATE_USE_CPU"] = "yes"  # without a GPU it misreads torchrun's variables
     if sys.platform == "linux":
         env["GLOO_SOCKET_IFNAME"] = "lo"
     done = subprocess.run(
@@ -39,14 +39,14 @@ def run(folder: Path, *command: object) -> str:
 
 
 def steps(output: str) -> list[dict[str, float]]:
-    """What was printed of each step, by name."""
+    """Return what was printed of each step, by name."""
     lines = [line for line in output.splitlines() if line.startswith("step ")]
     pairs = [re.findall(r"(step|cycle|lr|accuracy) ([\d.]+)", line) for line in lines]
     return [{name: float(value) for name, value in line} for line in pairs]
 
 
 def check(shown: list[dict[str, float]], half: int, epoch: int) -> None:
-    """Four cycles, shown after each epoch with the rate that its last step used."""
+    """Check four cycles, shown after each epoch with the rate that its last step used."""
     taken = [epoch * (i + 1) for i in range(16)]
     assert [line["step"] for line in shown] == taken
     assert [line["cycle"] for line in shown] == [step / (2 * half) for step in taken]
@@ -68,7 +68,7 @@ def test_accelerate_on_one_and_two_processes(tmp_path):
     check(shown, half=24, epoch=12)
     assert shown[-1]["accuracy"] > 85
     assert run(tmp_path, script, "--resume") == ""  # all steps are taken
-    # On two, an epoch has half as many steps, and a cycle as many as before.
+    # On two ranks an epoch has half as many steps, and a cycle as many as before.
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     more = steps(run(tmp_path, *launch, script, "--checkpoint", "two"))
     assert [line["step"] for line in more] == [6.0 * (i + 1) for i in range(32)]

@@ -1,4 +1,4 @@
-"""The Trainer of transformers: the changed line, and what it hands to ``optimizers=``."""
+"""The Trainer of transformers: the changed line, and the pair passed to ``optimizers=``."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _own_settings():
 
 
 class Plain(nn.Module):
-    """No model of transformers: anything that returns a loss will do."""
+    """A model outside transformers. The Trainer takes anything that returns a loss."""
 
     def __init__(self):
         super().__init__()
@@ -62,7 +62,7 @@ def plain():
 
 
 def language_model():
-    """From a configuration: nothing is downloaded."""
+    """Return a model made from a configuration, without any download."""
     torch.manual_seed(3)
     config = transformers.GPT2Config(
         vocab_size=12, n_positions=6, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
@@ -77,7 +77,7 @@ def sgd(params):
 
 
 class Rates(transformers.TrainerCallback):
-    """What each step used."""
+    """Notes the rate of each step."""
 
     def __init__(self):
         self.used = []
@@ -87,13 +87,13 @@ class Rates(transformers.TrainerCallback):
 
 
 class Run:
-    """A Trainer with torch's CyclicLR (``backend=None``), or with what ``pair`` makes of ours."""
+    """A Trainer with torch's CyclicLR (``backend=None``), or with the pair that ``pair`` makes."""
 
     def __init__(
         self, backend, folder, *, make=plain, pair=lambda opt: (opt, opt.scheduler), **args
     ):
         self.model, rows = make()
-        # A key's bias has no gradient but rounding errors, which Adam would make whole steps of.
+        # A key's bias has no gradient but rounding errors, of which Adam would make whole steps.
         opt = (inner if make is plain else sgd)(self.model.parameters())
         if backend is None:
             optimizers = opt, cyclic_lr(opt)
@@ -138,7 +138,7 @@ class Run:
 @pytest.mark.parametrize("make", [plain, language_model])
 @backends
 def test_the_same_course_as_with_a_scheduler(backend, make, tmp_path):
-    # Clips by default.
+    # The Trainer clips by default.
     before = Run(None, tmp_path / "before", make=make).train()
     after = Run(backend, tmp_path / "after", make=make).train()
     assert_served(after.own, backend)
@@ -168,7 +168,7 @@ def test_the_trainers_own_scheduler_does_not_disturb_the_cycle(backend, tmp_path
     assert_same(values(after.model), values(expected.model))
     assert after.own.iteration == STEPS
     assert_rates(after.own.get_last_lr(), expected_rates()[STEPS:])
-    # What it logs is its own: a straight line to 0.
+    # The Trainer logs its own schedule: a straight line to 0.
     assert after.logged != pytest.approx(expected.used)
 
 
@@ -178,7 +178,7 @@ def test_accumulated_batches_are_one_step(backend, tmp_path):
     after = Run(backend, tmp_path / "after", gradient_accumulation_steps=2).train()
     assert_like_torch(after.model, before.model, backend)
     assert_rates(after.used, before.used)
-    assert after.own.iteration == 3 * EPOCHS  # of 5 batches; an epoch's last one counts
+    assert after.own.iteration == 3 * EPOCHS  # of 5 batches; the last one of an epoch counts
 
 
 @backends
@@ -187,7 +187,7 @@ def test_bf16(backend, tmp_path):
     after = Run(backend, tmp_path / "after", bf16=True).train()
     if backend == "torch":
         assert_like_torch(after.model, before.model, backend)
-    # Rounding in an update may tip the rounding of a later activation to 8 bits.
+    # Rounding in an update may change the rounding of a later activation to 8 bits.
     torch.testing.assert_close(values(after.model), values(before.model), rtol=0.05, atol=0.005)
 
 

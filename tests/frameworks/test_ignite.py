@@ -1,4 +1,4 @@
-"""ignite: its trainer, its checkpoints, and where in an iteration the rate is to be logged."""
+"""ignite: its trainer, its checkpoints, and the moment in an iteration at which to log the rate."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Events = engine.Events
 
 
 class Run:
-    """``backend=None`` is torch with its CyclicLR, attached as ignite's users do."""
+    """``backend=None`` is torch with its CyclicLR, attached as users of ignite do."""
 
     def __init__(self, backend, *, listed=False, **options):
         self.model = build_model()
@@ -60,7 +60,7 @@ class Run:
         return self
 
     def parts(self):
-        """What a checkpoint is made of; there is no scheduler in it."""
+        """Return the objects that a checkpoint saves. No scheduler is among them."""
         return {"model": self.model, "optimizer": self.opt, "trainer": self.trainer}
 
 
@@ -71,7 +71,7 @@ def test_the_same_course_as_with_a_scheduler(backend, listed):
     assert_served(after.opt, backend)
     assert after.opt.iteration == STEPS
     assert_like_torch(after.model, before.model, backend)
-    # At the start of an iteration the rate is that of its step, at the end that of the next one.
+    # At the start of an iteration the rate is that of its step, at the end that of the next step.
     assert_rates(after.started, before.started)
     assert_rates(after.started, expected_rates()[:STEPS])
     assert_rates(after.completed, before.completed)
@@ -97,7 +97,7 @@ def test_ignites_own_handlers_find_the_rate(backend):
     assert [name for name, _, _ in logged] == ["lr/group_0"] * 2 * EPOCH
     assert [value for _, value, _ in logged] == run.started
 
-    # ignite's wrapper of schedulers writes into the groups what is there already.
+    # ignite's wrapper of schedulers writes values into the groups that they already hold.
     other = Run(backend)
     follow = handlers.LRScheduler(other.opt.scheduler)
     other.trainer.add_event_handler(Events.ITERATION_STARTED, follow)
@@ -128,7 +128,7 @@ def test_checkpoint_and_resume_in_mid_cycle(backend, tmp_path):
 def test_accumulated_batches_are_one_step(backend):
     before, after = build_model(), Run(backend, gradient_accumulation_steps=2).run()
     assert after.opt.iteration == STEPS // 2
-    # ignite's users have a scheduler step as often.
+    # Users of ignite step a scheduler as often.
     opt = inner(before.parameters())
     scheduler = cyclic_lr(opt)
     trainer = engine.create_supervised_trainer(

@@ -32,7 +32,7 @@ plugins = imported("lightning.pytorch.plugins")
 loggers = imported("lightning.pytorch.loggers")
 
 pytestmark = [
-    # Lightning's own, whatever the optimizer.
+    # Lightning raises these for any optimizer.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists:UserWarning"),
@@ -40,7 +40,7 @@ pytestmark = [
 
 
 class Module(L.LightningModule):
-    """How its users write it. ``before`` is torch's CyclicLR; ``listed``: with opt.scheduler."""
+    """A module as users write it. ``before`` is torch's CyclicLR. ``listed`` adds opt.scheduler."""
 
     def __init__(self, backend, *, listed=False, clip=None, watch=None, **options):
         super().__init__()
@@ -86,7 +86,7 @@ class Manual(Module):
 
 
 class Memory(loggers.Logger):
-    """What a LearningRateMonitor logs, in order."""
+    """Notes what a LearningRateMonitor logs, in order."""
 
     name = version = "memory"
 
@@ -102,7 +102,7 @@ class Memory(loggers.Logger):
 
 
 def fit(module, *, epochs=EPOCHS, monitor=False, resume=None, folder=None, **options):
-    """The trainer after its run."""
+    """Fit, and return the trainer."""
     more = [callbacks.LearningRateMonitor("step")] if monitor else []
     if folder is not None:
         more.append(callbacks.ModelCheckpoint(folder, filename="{step}", save_top_k=-1))
@@ -133,8 +133,8 @@ def test_the_same_course_as_with_a_scheduler(backend, kind, listed):
     assert ours.global_step == ours.optimizers[0].iteration == STEPS
     assert_rates(after.used, before.used)
 
-    # Logged is what the step used. The monitor looks through a wrapper to the name beneath it, and
-    # besides takes the wrapper's own, where it finds that by a scheduler.
+    # The monitor logs the rate that the step used. It looks through a wrapper to the name of the
+    # wrapped optimizer. If it finds the wrapper by a scheduler, it takes the wrapper's name too.
     names = ["lr-AdamW", "lr-CyclicalOptimizer"] if listed else ["lr-AdamW"]
     assert all(sorted(entry) == names for entry in ours.logger.logged)
     for name in names:
@@ -178,7 +178,7 @@ def test_accumulated_batches_are_one_step(backend, listed):
 
 
 def plugin(precision, scale):
-    """Lightning itself builds it without a scaler on a CPU, where it has no 16-mixed."""
+    """Return the plugin with a scaler. Lightning builds it without one on a CPU."""
     scaler = torch.amp.GradScaler("cpu", init_scale=scale) if precision == "16-mixed" else None
     return plugins.MixedPrecision(precision, "cpu", scaler)
 
@@ -188,7 +188,7 @@ def test_bf16_mixed(backend):
     before, after = Module(None), Module(backend)
     for module in (before, after):
         fit(module, precision="bf16-mixed")
-    # Rounding in an update may tip the rounding of a later activation to 8 bits.
+    # Rounding in an update may change the rounding of a later activation to 8 bits.
     if backend == "torch":
         assert_like_torch(after.net, before.net, backend)
     torch.testing.assert_close(values(after), values(before), rtol=0.05, atol=0.005)
@@ -198,7 +198,7 @@ def test_bf16_mixed(backend):
 
 
 def test_16_mixed_is_not_to_be_had_on_a_cpu():
-    # Which is why the other tests hand the trainer its plugin, with a scaler for the CPU.
+    # So the other tests give the trainer a plugin with a scaler for the CPU.
     with pytest.warns(UserWarning, match="fp16 is not supported on CPU"):
         L.Trainer(accelerator="cpu", precision="16-mixed", logger=False)
 
@@ -223,7 +223,7 @@ def test_16_mixed_overflows_do_not_move_the_cycle(backend, tmp_path):
     assert 0 < skipped < EPOCH
     opt = trainer.optimizers[0]
     assert opt.iteration == STEPS - skipped
-    # The first rate waits for the first step; Lightning's own count, and CyclicLR, would go on.
+    # The first rate waits for the first step. Lightning's own count, and CyclicLR, would go on.
     assert module.used[: skipped + 1] == [opt.lr_at(0)[0]] * (skipped + 1)
     assert_rates(module.used[skipped:], expected_rates()[: STEPS - skipped])
     assert trainer.global_step == STEPS

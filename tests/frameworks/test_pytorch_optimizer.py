@@ -29,10 +29,10 @@ LEFT_OUT = {
     "SafeFP16Optimizer": "has no param_groups",
     "DeMo": "needs the package einops and a process group",
     "DistributedMuon": "needs a process group",
-    "LOMO": "steps in hooks of the backward pass, and has no step of its own",
-    "AdaLOMO": "steps in hooks of the backward pass, and has no step of its own",
+    "LOMO": "steps in hooks of the backward pass, and has no step()",
+    "AdaLOMO": "steps in hooks of the backward pass, and has no step()",
     "PCGrad": "has pc_backward in place of a closure or gradients",
-    "GSAM": "needs a scheduler of its own and set_closure",
+    "GSAM": "needs another scheduler and set_closure",
 }
 
 
@@ -53,7 +53,7 @@ class Tiny:
 
 
 def groups(problem: Tiny, **keys: tuple[Any, Any]) -> list[dict[str, Any]]:
-    """Matrices and vectors, which get the first and the second value of each key."""
+    """Return a group of matrices and one of vectors, with first and second value of each key."""
     parts = [[p for p in problem.params() if p.dim() == d] for d in (2, 1)]
     return [
         {"params": part, **{key: values[i] for key, values in keys.items()}}
@@ -70,12 +70,12 @@ def muon(name: str) -> Any:
 
 
 def around(name: str, **options: Any) -> Any:
-    """A class that takes another optimizer."""
+    """Return an optimizer of a class that takes another optimizer."""
     return lambda problem: CLASSES[name](SGD(problem.params(), lr=0.01, momentum=0.9), **options)
 
 
 def sharpness_aware(name: str, **options: Any) -> Any:
-    """A class that takes another optimizer's class."""
+    """Return an optimizer of a class that takes another optimizer's class."""
     return lambda problem: CLASSES[name](
         problem.params(), base_optimizer=SGD, lr=0.01, momentum=0.9, **options
     )
@@ -103,7 +103,7 @@ MAKE = {
     ),
 }  # fmt: skip
 
-#: Classes whose step evaluates the model, and those that differentiate its gradients.
+#: Classes whose step evaluates the model, and classes whose step differentiates the gradients.
 WITH_CLOSURE = {"BSAM", "FriendlySAM", "LBFGS", "LookSAM", "SAM", "WSAM"}
 SECOND_ORDER = {"AdaHessian", "SophiaH"}
 
@@ -123,7 +123,7 @@ def make(name: str) -> Any:
 
 def step(name: str) -> Any:
     def take(problem: Tiny, opt: Any, k: int) -> None:
-        torch.manual_seed(k)  # some draw numbers in their steps
+        torch.manual_seed(k)  # some draw random numbers in their steps
         random.seed(k)
 
         def closure() -> Tensor:

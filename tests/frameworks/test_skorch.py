@@ -1,4 +1,4 @@
-"""skorch: a function that makes the wrapped optimizer, in the place of an optimizer's class."""
+"""skorch: a function that returns the wrapped optimizer, in place of an optimizer's class."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ callbacks = imported("skorch.callbacks")
 
 
 def cyclical_adamw(params, backend, max_grad_norm=None, **options):
-    """What skorch calls: of a module, so that the net pickles."""
+    """Return the wrapped optimizer. A function of the module, so that the net pickles."""
     return wrap(torch.optim.AdamW(params, **options), backend, max_grad_norm=max_grad_norm)
 
 
@@ -47,7 +47,7 @@ def follow(optimizer, last_epoch):
 
 
 class Used(callbacks.Callback):
-    """The rate of each step."""
+    """Notes the rate of each step."""
 
     def initialize(self):
         self.rates = []
@@ -57,7 +57,7 @@ class Used(callbacks.Callback):
 
 
 def build_net(backend, *, listed=False, **options):
-    """``backend=None`` is torch with its CyclicLR."""
+    """Return a net. ``backend=None`` is torch with its CyclicLR."""
     shared = {
         "module": build_model,
         "criterion": nn.CrossEntropyLoss,
@@ -120,9 +120,9 @@ def test_parameters_reach_the_wrapped_optimizer(backend):
     assert net.optimizer_.param_groups[0]["betas"] == (0.8, 0.9)
     fit(net, 1)
     assert net.optimizer_.grad_norm is not None
-    net.set_params(optimizer__weight_decay=0.2)  # which skorch writes into the groups
+    net.set_params(optimizer__weight_decay=0.2)  # skorch writes it into the groups
     assert net.optimizer_.param_groups[0]["weight_decay"] == 0.2
-    # So it does with the rate, which the policy decides; set_bounds is the way.
+    # skorch writes the rate too, and the policy overrules it. set_bounds is the way.
     net.set_params(lr=0.5)
     with pytest.warns(UserWarning, match=r"lr was written from outside in parameter group 0 \(0.5"):
         fit(net, 1)

@@ -1,4 +1,4 @@
-"""Optimizers of other packages, wrapped: the cycle is around their own step."""
+"""Optimizers of other packages, wrapped: the cycle runs around their step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ schedulefree = imported("schedulefree")
 
 MAKE = {
     "lion": lambda params: lion.Lion(params, lr=LR, weight_decay=0.1),
-    # 8 bits are for tensors of 4096 values and more.
+    # 8-bit state is for tensors of 4096 values and more.
     "adamw-8bit": lambda params: bitsandbytes.AdamW8bit(params, lr=LR, weight_decay=0.1),
     "lion-8bit": lambda params: bitsandbytes.Lion8bit(params, lr=LR, weight_decay=0.1),
     "adamw-schedule-free": lambda params: schedulefree.AdamWScheduleFree(params, lr=LR),
@@ -40,7 +40,7 @@ class Run:
         self.switch("train")
 
     def switch(self, mode: str) -> None:
-        """Schedule-free optimizers have two sets of weights."""
+        """Switch between the two sets of weights of a schedule-free optimizer."""
         if hasattr(self.opt, mode):
             getattr(self.opt, mode)()
 
@@ -52,7 +52,7 @@ class Run:
         self.opt.step()
 
     def values(self) -> list[Tensor]:
-        """Parameters and state, in order."""
+        """Return parameters and state, in order."""
         params = list(self.model.parameters())
         state = [v for p in params for v in self.opt.state[p].values() if isinstance(v, Tensor)]
         return [p.detach().clone() for p in [*params, *state]]
@@ -104,7 +104,7 @@ def test_state_dict_round_trip_in_mid_cycle(backend, name):
         resumed.step(k)
     assert_same(resumed.values(), whole.values())
 
-    # Into the bare optimizer too, which then has to be told the rates.
+    # Load into the bare optimizer too, which must then be given the rates.
     bare = load(Run(name, None))
     for k in range(9, STEPS):
         feed(bare.opt, whole.opt.lr_at(k))

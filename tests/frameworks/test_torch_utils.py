@@ -1,4 +1,4 @@
-"""What torch itself has around optimizers: averaged weights, torch.compile."""
+"""torch's tools around optimizers: averaged weights, torch.compile."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def batches(epochs=EPOCHS):
 
 
 def with_norm():
-    """A model that has something for update_bn to do."""
+    """Return a model with a norm that update_bn updates."""
     linear, *rest = build_model()
-    linear.bias = None  # the norm would take it away
+    linear.bias = None  # the norm would remove a bias
     return nn.Sequential(linear, nn.BatchNorm1d(linear.out_features), *rest)
 
 
@@ -97,7 +97,7 @@ def test_swalr_does_not_disturb_the_cycle(backend):
                 anneal.step()
     assert_same(values(both), values(alone))
     assert ["lr was written from outside" in str(w.message) for w in caught] == [True]
-    # Asked to, it goes on at the constant rate that SWALR is used for.
+    # If asked, it goes on at the constant rate that SWALR is for.
     opt.set_bounds(base_lr=0.005, max_lr=0.005)
     take_step(both, opt, batches()[0])
     assert opt.get_last_lr() == [0.005]
@@ -108,7 +108,7 @@ def test_swalr_does_not_disturb_the_cycle(backend):
 
 @pytest.fixture
 def counter():
-    """Counts what is compiled, beginning anew."""
+    """Start to count anew what is compiled."""
     torch._dynamo.reset()
     yield CompileCounter()
     torch._dynamo.reset()
@@ -123,7 +123,7 @@ def test_a_compiled_model(backend, counter):
     compiled = torch.compile(after, backend=counter, fullgraph=True)
     steps = batches()
     for i, batch in enumerate(steps):
-        # Whatever recompiles after the first one raises.
+        # Any recompilation after the first one raises.
         with torch._dynamo.config.patch(error_on_recompile=i > 0):
             take_step(compiled, opt, batch)
         take_step(before, reference, batch)
@@ -144,7 +144,7 @@ def test_a_compiled_training_step_is_not_compiled_again(backend, counter, max_gr
     counters.clear()
     steps = batches()
     for i, batch in enumerate(steps):
-        # Whatever recompiles after the first one raises.
+        # Any recompilation after the first one raises.
         with torch._dynamo.config.patch(error_on_recompile=i > 0):
             compiled(after, opt, batch)
         take_step(before, reference, batch)
@@ -152,7 +152,7 @@ def test_a_compiled_training_step_is_not_compiled_again(backend, counter, max_gr
     assert counter.frame_count == 1  # the forward pass
     assert opt.iteration == len(steps)
     assert_same(values(after), values(before))
-    # The graph broke once at each of these, and only when it was compiled.
+    # Each of these broke the graph once, at compilation only.
     breaks = {"zero_grad": 0, "backward": 0, "CyclicalOptimizer.step": 0}
     for reason, count in counters["graph_break"].items():
         (name,) = (name for name in breaks if name in reason)

@@ -1,1 +1,1 @@
-"""Random events in random order, the library beside plain torch; and processes that are killed."""
+"""Random events for the library beside plain torch, and processes that are killed."""

@@ -1,13 +1,13 @@
-"""A trainer that is killed again and again, and must come to where one that never was comes.
+"""Kill a trainer again and again. It must come to where a trainer comes that was never killed.
 
     make fuzz-kill KILLS=100
 
-Workers are forked from this process, which has imported torch and computed nothing. One trains,
-saves, and tells in shared memory what it is doing; it is killed by SIGKILL at a moment drawn at
-random in a phase that is wanted next: while it steps, while it saves, or while it compiles the
-kernels, for which it then has an empty cache. The next worker resumes from the last complete
-checkpoint. In the end a worker that nobody kills trains from the beginning: at every step that was
-ever resumed from, and at the end, parameters, optimizer and random numbers must be the same bits.
+This process forks workers. It has imported torch and computed nothing. A worker trains, saves, and
+tells in shared memory what it does. SIGKILL kills the worker at a random moment of a chosen phase.
+The phases are a step, a save, and a compilation of the kernels with an empty cache. The next worker
+resumes from the last complete checkpoint. In the end another worker trains from the beginning and
+is not killed. At every step from which a worker resumed, and at the end, parameters, optimizer and
+random numbers must be the same bits.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from clr_optim.kernels.native import build
 from clr_optim.plan import Plan
 
 PHASES = ("starts", "compiles", "steps", "computes", "saves")
-#: in turn; whoever comes after a compiler that was killed has to compile, which takes long
+#: In turn. After a killed compiler the next worker compiles again, which takes long.
 KILLED_IN = ("steps", "saves", "steps", "saves", "compiles")
 SAVE_EVERY = 3
 
-#: Seconds after which a worker that neither came where it was to die nor ended is given up.
+#: Seconds after which a worker is given up that has neither ended nor reached its moment.
 PATIENCE = 120.0
 
 _FORK = multiprocessing.get_context("fork")
 
 
 def save_atomically(state: Any, path: Path) -> None:
-    """Either the old checkpoint or the new one is there, whenever the process dies."""
+    """Save so that either the old checkpoint or the new one exists, whenever the process dies."""
     beside = path.with_name(path.name + ".tmp")
     with open(beside, "wb") as file:
         torch.save(state, file)
@@ -58,12 +58,12 @@ def save_atomically(state: Any, path: Path) -> None:
 
 
 def save_carelessly(state: Any, path: Path) -> None:
-    """As one does without thinking: to see that this tool finds out."""
+    """Save in place, as careless code does. The tool must find this mistake."""
     torch.save(state, path)
 
 
 def save_forgetfully(state: Any, path: Path) -> None:
-    """Without where the random numbers were, likewise."""
+    """Save without the state of the random numbers. The tool must find this mistake."""
     save_atomically({**state, "random": torch.Generator().get_state()}, path)
 
 
@@ -75,11 +75,11 @@ SAVERS = {
 
 
 class Trainer:
-    """A model that the native kernels train, and all that a run follows from."""
+    """A model that the native kernels train, with everything that a run depends on."""
 
     def __init__(self) -> None:
         torch.manual_seed(1)
-        # Large enough for a step to take its time, and several threads.
+        # Large enough for steps that take time and several threads.
         self.model = nn.Sequential(nn.Linear(300, 400), nn.Tanh(), nn.Linear(400, 4))
         inner = torch.optim.Adam(self.model.parameters(), lr=1e-3)
         self.opt = CyclicalOptimizer(
@@ -106,7 +106,7 @@ class Trainer:
 
 
 def digest(state: Any) -> str:
-    """Of all numbers in a checkpoint, bit for bit."""
+    """Return a hash of all bits in a checkpoint."""
     total = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -128,7 +128,7 @@ def digest(state: Any) -> str:
 
 
 class Moment:
-    """What a worker is doing, and how often it has, in memory that outlives it."""
+    """A worker's phase and how often it was entered, in memory that outlives the worker."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, 64)
@@ -152,7 +152,7 @@ Saver = Callable[[Any, Path], None]
 def train(
     folder: Path, moment: Callable[[str], None], saver: Saver, steps: int | None = None
 ) -> None:
-    """Resume and train on, for ever unless told how many steps there are in all."""
+    """Resume and train on, up to this many steps if there is a limit."""
     torch.set_num_threads(2)
     checkpoint = folder / "checkpoint.pt"
     moment("starts")
@@ -175,7 +175,7 @@ def train(
 
 @contextlib.contextmanager
 def _compiling(moment: Callable[[str], None]) -> Iterator[None]:
-    """Say so when the compiler runs, and when it is through."""
+    """Report when the compiler starts and when it ends."""
     compiles = build._compile
 
     def told(*arguments: Any) -> Any:
@@ -193,7 +193,7 @@ def _compiling(moment: Callable[[str], None]) -> Iterator[None]:
 
 
 def never_killed(pipe: Any, wanted: Sequence[int]) -> None:
-    """The digests of a run from the beginning, at these steps."""
+    """Send the digests of a run from the beginning, at these steps."""
     torch.set_num_threads(2)
     trainer = Trainer()
     found = {}
@@ -213,7 +213,7 @@ def _forked(target: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _joined(process: Any) -> int:
-    """The exit code of a worker that ends by itself."""
+    """Return the exit code of a worker that ends by itself."""
     process.join(PATIENCE)
     if process.exitcode is None:
         process.kill()
@@ -235,7 +235,7 @@ def _asked(target: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _read(pipe: Any, checkpoint: Path) -> None:
-    """Step and digest of a checkpoint, read in a process of its own."""
+    """Return step and digest of a checkpoint, read in another process."""
     if not checkpoint.exists():
         pipe.send((0, None))
         return
@@ -252,7 +252,7 @@ class LostError(Exception):
 
 
 class Run:
-    """A run in a folder, and what its checkpoints were after each kill."""
+    """A run in a folder, and the digests of its checkpoints after each kill."""
 
     def __init__(
         self, folder: Path, saver: Saver = save_atomically, *, compiles: bool = True
@@ -263,7 +263,7 @@ class Run:
         self.caches = 0
         self.last = 0
         if compiles:
-            # The last of several such flags decides; without it each costs ten times as much.
+            # The last of several such flags wins. Without it compiling takes ten times as long.
             compiler = folder / "quick-compiler"
             compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
             compiler.chmod(0o700)
@@ -271,14 +271,14 @@ class Run:
             self.new_cache()
 
     def new_cache(self) -> None:
-        """An empty one, so that there is something to compile."""
+        """Make an empty cache, so that the next worker compiles."""
         cache = self.folder / f"cache{self.caches}"
         cache.mkdir(mode=0o700)
         os.environ["CLR_OPTIM_CACHE_DIR"] = str(cache)
         self.caches += 1
 
     def after(self, phase: str) -> None:
-        """Look at what a kill has left."""
+        """Check what a kill has left."""
         self.killed[phase] += 1
         step, found = _asked(_read, self.folder / "checkpoint.pt")
         if step < 0:
@@ -290,7 +290,10 @@ class Run:
         self.last = step
 
     def kill_at_random(self, chance: random.Random, wanted: str) -> None:
-        """Kill a worker at some moment of a phase, or of the next if that is over by then."""
+        """Kill a worker at a random moment of a phase.
+
+        If the phase ends before, the next phase serves.
+        """
         if wanted == "compiles":
             self.new_cache()
         moment = Moment()
@@ -311,7 +314,7 @@ class Run:
         self.after(moment.phase)
 
     def kill_at(self, phase: str, owner: Any, name: str, call: int) -> None:
-        """Let a worker kill itself instead of calling a function for the given time."""
+        """Let a worker kill itself in place of the n-th call of a function."""
         process = _forked(self._train_until, owner, name, call)
         if (code := _joined(process)) != -signal.SIGKILL:
             raise LostError(f"a worker ended with exit code {code}, and never called {name}")
@@ -338,7 +341,10 @@ class Run:
         train(self.folder, lambda phase: None, self.saver, enough)
 
     def finish(self) -> int:
-        """Train on unharmed, and compare with a run that never was; the number of steps."""
+        """Train to the end and compare with a run that was never killed.
+
+        Return the number of steps.
+        """
         steps = self.last + 4 * SAVE_EVERY - self.last % SAVE_EVERY
         process = _forked(train, self.folder, lambda phase: None, self.saver, steps)
         if code := _joined(process):
@@ -352,12 +358,12 @@ class Run:
         return steps
 
 
-#: A phase, and the call of a function that never comes about.
+#: A phase, and the call of a function in it that is never completed.
 MOMENTS: tuple[tuple[str, Any, str, int], ...] = (
     ("compiles", build, "_run", 1),  # before the compiler
     ("compiles", os, "replace", 1),  # compiled, and not yet in the cache
     ("saves", torch, "save", 3),  # begun, and not written
-    ("saves", os, "fsync", 2),  # written, and not yet in place
+    ("saves", os, "fsync", 2),  # written, and not yet renamed
     ("steps", Plan, "commit", 5),  # parameters are new, the position is not
 )
 

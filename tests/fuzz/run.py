@@ -1,11 +1,11 @@
-"""The fuzzer: events at random, for as long as one likes; what diverges is cut short and kept.
+"""The fuzzer: random events for a given time. A divergence is shortened and kept.
 
     make fuzz MINUTES=10 BACKEND=native
     make fuzz REPLAY=build/fuzz/native-123.json
 
-A seed decides a setup and the list of its events, so that a seed is all that a run need remember.
-Runs are played in processes of their own: a stale pointer may kill them, and a deadlock is told by
-their silence. This process itself never computes anything, so that it can be forked.
+A seed decides the setup and the list of events, so that the seed alone reproduces a run. Other
+processes play the runs: a stale pointer may kill them, and a deadlock makes them silent. This
+process never computes anything, so that it can be forked.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from typing import Any
 
 import torch
 
-from fuzz.machine import BACKENDS, EVENTS, Machine, compile_kernels, setups, surroundings
+from fuzz.machine import EVENTS, Machine
+from fuzz.setups import BACKENDS, compile_kernels, setups, surroundings
 
 Events = list[list[Any]]
 
-#: events of one run; of the next seed everything is new
+#: Events of one run. The next seed starts with a new setup.
 LENGTH = 120
-#: what stays silent for longer is stuck
+#: Seconds of silence after which a process is taken to hang.
 PATIENCE_S = 300.0
 
 _FORK = multiprocessing.get_context("fork")
 
 
 def drawn(backend: str, seed: int, length: int = LENGTH) -> tuple[dict[str, Any], Events]:
-    """The setup and the events of a seed."""
+    """Return the setup and the events of a seed."""
     chance = random.Random(f"{backend} {seed}")
     setup = {name: chance.choice(values) for name, values in setups(backend).items()}
     names, weights = list(EVENTS), [event.weight for event in EVENTS.values()]
@@ -48,11 +49,11 @@ def drawn(backend: str, seed: int, length: int = LENGTH) -> tuple[dict[str, Any]
 
 
 def play(setup: dict[str, Any], events: Events) -> int:
-    """Live through the events; how many of them did something.
+    """Play the events. Return how many of them changed something.
 
     Raises:
-        Exception: what the library raised, or an AssertionError where the two have parted; with a
-            note of the event after which that was.
+        Exception: from the library, or an AssertionError if the two optimizers differ. A note names
+            the last event.
     """
     done = 0
     at: Any = ("setup", setup)
@@ -71,7 +72,7 @@ def play(setup: dict[str, Any], events: Events) -> int:
     return done
 
 
-# ---- in processes of their own
+# ---- in other processes
 
 
 def _described(error: BaseException) -> dict[str, str]:
@@ -99,7 +100,7 @@ def _play_once(pipe: Any, setup: dict[str, Any], events: Events) -> None:
 
 
 def _ended(process: Any) -> dict[str, str]:
-    """Why a process said no more: it is dead, or it is stuck and is made so."""
+    """Return why a process is silent: it died, or it hangs, and is then killed."""
     process.join(timeout=5)
     if process.is_alive():
         process.kill()
@@ -109,7 +110,7 @@ def _ended(process: Any) -> dict[str, str]:
 
 
 def trial(setup: dict[str, Any], events: Events) -> dict[str, str] | None:
-    """What goes wrong with these events, or None."""
+    """Return what goes wrong with these events, or None."""
     here, there = _FORK.Pipe(duplex=False)
     process = _FORK.Process(target=_play_once, args=(there, setup, events))
     process.start()
@@ -123,7 +124,7 @@ def trial(setup: dict[str, Any], events: Events) -> dict[str, str] | None:
 
 
 def shrunk(setup: dict[str, Any], events: Events, kind: str, at_most_s: float = 120.0) -> Events:
-    """Fewer events that go wrong in the same way."""
+    """Return fewer events that go wrong in the same way."""
     until = time.monotonic() + at_most_s
     size = max(1, len(events) // 2)
     while time.monotonic() < until:
@@ -146,14 +147,14 @@ def shrunk(setup: dict[str, Any], events: Events, kind: str, at_most_s: float = 
 
 
 def _begin_anew_for(backend: str, arguments: Sequence[str]) -> None:
-    """Triton asks whether to interpret when it is imported, as it has been by now."""
+    """Start a new process, as Triton decides at import whether to interpret."""
     if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
         os.environ["TRITON_INTERPRET"] = "1"
         os.execv(sys.executable, [sys.executable, "-m", "fuzz", *arguments])
 
 
 class Progress:
-    """Which seeds of a backend have been played, in a file."""
+    """The seeds of a backend that have been played, in a file."""
 
     def __init__(self, folder: Path, backend: str) -> None:
         self.file = folder / f"{backend}.json"
@@ -171,7 +172,7 @@ class Progress:
 
 
 def report(backend: str, seed: int, length: int, found: dict[str, str], folder: Path) -> None:
-    """Cut a divergence short, keep it in a file and print it."""
+    """Shorten a divergence, keep it in a file and print it."""
     setup, events = drawn(backend, seed, length)
     again = trial(setup, events)
     if again is not None:
@@ -198,13 +199,13 @@ def fuzz(
     length: int = LENGTH,
     most: int = 5,
 ) -> int:
-    """Play seeds until told to stop; how many diverged.
+    """Play seeds until told to stop. Return how many diverged.
 
     Args:
-        backend: which.
-        until: told how many events there were, says whether that is enough.
-        folder: of progress and of what diverged.
-        seed: the first; None goes on where the last call ended.
+        backend: the backend under test.
+        until: gets the number of events so far, and returns whether that is enough.
+        folder: for progress and divergences.
+        seed: the first seed; None goes on where the last call ended.
         length: events of a seed.
         most: divergences after which to stop.
     """
@@ -216,7 +217,7 @@ def fuzz(
     began = told = time.monotonic()
     earlier = progress.seconds
     while diverged < most and not until(events):
-        # Some seeds to a process, so that none of them grows old.
+        # A process plays some seeds only, so that none grows old.
         seeds = range(progress.seed, progress.seed + 200)
         here, there = _FORK.Pipe(duplex=False)
         process = _FORK.Process(target=_play_seeds, args=(there, backend, seeds, length))
@@ -266,7 +267,7 @@ def fuzz(
 
 
 def replay(file: Path, kept: dict[str, Any]) -> int:
-    """Play a kept divergence in this process, which raises if it is still there."""
+    """Play a kept divergence in this process. It raises if the divergence is still there."""
     compile_kernels(kept["setup"]["backend"])
     done = play(kept["setup"], kept["events"])
     print(f"{file}: {done} events, no divergence")

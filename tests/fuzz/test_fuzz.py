@@ -1,4 +1,4 @@
-"""A short run of the fuzzer for each backend, and everything it has ever found."""
+"""A short run of the fuzzer for each backend, and every divergence it has ever found."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from native_helpers import members
 from triton_helpers import INTERPRETED
 
 from fuzz import run
-from fuzz.machine import BACKENDS, EVENTS, TOLERANCES, Machine, compile_kernels, setups
+from fuzz.machine import EVENTS, Machine
+from fuzz.setups import BACKENDS, TOLERANCES, compile_kernels, setups
 
 HERE = Path(__file__).parent
 FOUND = sorted((HERE / "found").glob("*.json"))
-#: seeds and events of each that are played here
+#: Seeds that are played here, and events of each.
 SHORT = {"native": (range(12), 60), "torch": (range(12), 60), "triton": (range(6), 40)}
 
 
 def _only_here(backend: str) -> None:
-    """Triton decides when it is imported: its kernels on a CPU have a run of tests of their own."""
+    """Skip unless this process runs the backend. Triton decides at import whether to interpret."""
     if (backend == "triton") is not INTERPRETED:
         value = "1" if backend == "triton" else "0"
         pytest.skip(f"needs TRITON_INTERPRET={value}")
@@ -55,7 +56,7 @@ def test_a_seed_is_always_the_same_and_a_plain_text():
 
 
 def test_a_position_that_is_not_noticed_is_found(monkeypatch):
-    """What is written into the groups from outside, were it overlooked."""
+    """The fuzzer finds a position that the library overlooks."""
     _only_here("torch")
     overlook_outside_writes(monkeypatch)
     setup = {"backend": "torch", "case": "sgd-mom", "seed": 1}
@@ -67,7 +68,7 @@ def test_a_position_that_is_not_noticed_is_found(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("case", ["adam-wd", "sgd-mom"])
 def test_one_value_that_is_off_is_found(case, dtype, capsys):
-    """Were rounding of a gradient, however it is amplified, to excuse it."""
+    """The fuzzer finds one wrong value. Rounding of a gradient does not excuse it."""
     _only_here("native")
     machine = Machine(backend="native", case=case, dtype=dtype, big=True, seed=1)
     machine.train(seed=1)
@@ -87,7 +88,7 @@ def test_one_value_that_is_off_is_found(case, dtype, capsys):
 
 
 def test_what_diverges_is_cut_short(monkeypatch):
-    """To the events without which it does not go wrong, in the same way."""
+    """A divergence is cut to the events that it needs."""
     events = [["step", {"number": n}] for n in range(40)]
 
     def goes_wrong(setup, tried):
@@ -102,7 +103,7 @@ def test_what_diverges_is_cut_short(monkeypatch):
 
 
 def test_the_command_goes_on_where_it_was(tmp_path):
-    """Its processes are forked from one that computes nothing, which this one is not."""
+    """The command forks its processes, so it must run in a process that computes nothing."""
     command = [sys.executable, "-m", "fuzz", "--backend", "torch", "--events", "60"]
     for _ in range(2):
         done = subprocess.run(

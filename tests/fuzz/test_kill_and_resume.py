@@ -1,4 +1,4 @@
-"""A trainer killed at a few moments goes on to the same bits; and what the tool would find."""
+"""A trainer that is killed at a few moments comes to the same bits. The tool finds mistakes."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from fuzz.kill_and_resume import MOMENTS
 
 
 def killed(*arguments):
-    """In a process of its own: one whose children may use threads."""
+    """Run the tool in another process, whose children may use threads."""
     return subprocess.run(
         [sys.executable, "-m", "fuzz.kill_and_resume", "--fixed", *arguments],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},

@@ -1,12 +1,12 @@
-"""Threads that step, save, add groups, fork and interrupt at once, for a while.
+"""Threads step, save, add groups, fork and interrupt at once, for a given time.
 
     make fuzz-threads SECONDS=120
 
-Gradients are all 1 and the rate is constant, so that every step moves every value by the same: each
-value tells how many steps it has seen, and a value from memory that was freed tells itself. Run it
-with ``MALLOC_PERTURB_`` or under AddressSanitizer (CONTRIBUTING.md), where such memory is worth
-nothing. What it looks for: values that part, a position that is not the number of steps, a
-checkpoint of two steps at once, a forked process that hangs.
+All gradients are 1 and the rate is constant, so that every step moves every value by the same. So
+each value tells how many steps it has seen, and a value from freed memory gives itself away. Run it
+with ``MALLOC_PERTURB_`` or under AddressSanitizer (CONTRIBUTING.md), which overwrite freed memory.
+It looks for values that differ, a position that is not the number of steps, a checkpoint of two
+steps at once, and a forked process that hangs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from clr_optim.schedule import fixed
 
 LR = 2.0**-10
 SIZES = (1, 3, 1, 5_000, 1, 70_000)
-#: Seconds after which a forked process that has not stepped hangs.
+#: Seconds after which a forked process is taken to hang.
 PATIENCE = 20.0
 
 
@@ -42,7 +42,7 @@ class Round:
     """One optimizer that all threads use.
 
     Args:
-        seed: what the round is drawn from.
+        seed: decides what the round draws.
     """
 
     def __init__(self, seed: int) -> None:
@@ -73,7 +73,7 @@ class Round:
             self.steps += 1
 
     def backward(self) -> None:
-        """New gradients; the old ones are freed, perhaps while a step reads them."""
+        """Give new gradients. The old ones are freed, perhaps while a step reads them."""
         for p in (*self.params, *self.late):
             p.grad = torch.ones_like(p)
 
@@ -89,7 +89,7 @@ class Round:
         self.opt.explain()
 
     def add(self) -> None:
-        """A group, by the wrapper or beneath it."""
+        """Add a group, by the wrapper or beneath it."""
         time.sleep(0.01)
         if len(self.late) > 30:
             return
@@ -101,7 +101,7 @@ class Round:
         self.late += more
 
     def fork(self) -> None:
-        """A child that steps its copy, whatever other threads were doing."""
+        """Fork a child that steps its copy, while the other threads go on."""
         time.sleep(0.2)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -138,7 +138,7 @@ class Round:
             raise self.errors[0]
 
     def check(self) -> None:
-        """Every value of every tensor has seen whole steps, and the first tensors all of them."""
+        """Check that every value has seen whole steps, and the first tensors all steps."""
         assert self.opt.iteration == self.steps, (self.opt.iteration, self.steps)
         ends = [(float(p.detach().min()), float(p.detach().max())) for p in self.params]
         assert all(low == high for low, high in ends), f"values of one tensor part: {ends}"
@@ -152,7 +152,7 @@ class Round:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run rounds until the time is over; returns the exit code."""
+    """Run rounds until the time is over. Return the exit code."""
     parser = argparse.ArgumentParser(prog="fuzz.threads", description=__doc__)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--round", type=float, default=4.0, help="seconds of one round")

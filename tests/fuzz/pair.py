@@ -1,0 +1,428 @@
+"""Keep two optimizers, ours and plain torch's, through the same steps, and compare them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from native_helpers import (
+    BY_NAME,
+    HALF,
+    assert_pattern,
+    dense,
+    failure,
+    held,
+    like,
+    members,
+    parameters,
+    strides,
+)
+from torch import Tensor
+
+from clr_optim import CyclicalOptimizer
+from fuzz.events import BoomError, event
+from fuzz.expected import POLICIES, Expected, Optimizer
+from fuzz.setups import (
+    DTYPES,
+    FLAGS,
+    HAVE_CAPTURABLE,
+    HAVE_FUSED,
+    OTHERS,
+    ROUNDING,
+    SHAPES,
+    TOLERANCES,
+)
+
+
+class Pair:
+    """Our optimizer and torch's, and the comparison of both.
+
+    Args:
+        backend: the backend under test. torch's own step serves what its kernels cannot.
+        case: the name of a row in the table of cases.
+        seed, count, big: choose the parameters.
+        clip: ``max_grad_norm``.
+        dtype, policy: names of :data:`DTYPES` and :data:`POLICIES`.
+        flag: a flag of the wrapped optimizer; with backend ``"torch"`` of the twin too.
+        tensor_lr: whether ``lr`` is a tensor.
+        hook: whether a cycle-end hook is registered. A GPU must then tell the host of each end.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        case: str,
+        seed: int,
+        count: int = 3,
+        big: bool = False,
+        clip: float | None = None,
+        dtype: str = "float64",
+        policy: str = "triangular",
+        flag: str | None = None,
+        tensor_lr: bool = False,
+        hook: bool = False,
+    ) -> None:
+        self.backend, self.clip, self.hook = backend, clip, hook
+        known: Any = BY_NAME.get(case) or OTHERS[case]
+        self.case = known
+        if case not in BY_NAME:
+            flag, tensor_lr = next((f for f in FLAGS if known.options.get(f)), None), False
+        if flag == "fused" and (known.cls not in HAVE_FUSED or tensor_lr):
+            flag = None
+        if flag == "capturable" and known.cls not in HAVE_CAPTURABLE:
+            flag = None
+        if flag == "foreach" and tensor_lr:
+            flag = None
+        if known.options.get("centered") and backend != "torch":
+            dtype = "float64"  # narrower dtypes lose the difference of two averages to rounding
+        self.exact = backend == "torch"
+        if self.exact and flag == "fused" and dtype in ("bfloat16", "float16"):
+            dtype = "float32"  # torch's fused SGD reads uninitialized memory: not reproducible
+        self.dtypes = DTYPES[dtype]
+        #: The dtype that limits all tensors: that of the norm, if gradients of several dtypes are
+        #: clipped.
+        self.precision = torch.float32 if dtype == "mixed" and clip is not None else None
+        self.centered = self.dtypes == (torch.float64,) or self.exact
+        self.flag = flag
+        #: Whether torch's own step would give other numbers, or refuse.
+        self.only_kernels = not self.exact and (dtype in ("bfloat16", "float16") or bool(flag))
+        self.numbers = 0
+        values = [self.value(seed, i) for i in range(count)]
+        if big:
+            length = 2100 if backend == "triton" else 40_000
+            values.append(self.normal((length,), seed).to(self.dtypes[0]))
+
+        options = {flag: True} if flag else {}
+        if flag == "fused":
+            options["foreach"] = None
+
+        def make(options: dict[str, Any]) -> Optimizer:
+            if tensor_lr:
+                options = {**options, "lr": torch.tensor(known.lr, dtype=torch.float64)}
+            made: Optimizer = known.make(parameters(values), **options)
+            return made
+
+        self.theirs = make(options if self.exact else {})
+        self.wrap = {
+            **POLICIES[policy].options,
+            "max_grad_norm": clip,
+            **getattr(known, "wrap", {}),
+        }
+        self.ours: Any = CyclicalOptimizer(make(options), **self.wrap)
+        momenta = None
+        if self.wrap.get("cycle_momentum"):
+            momenta = [(self.wrap["base_momentum"], self.wrap["max_momentum"])]
+        self.expected = Expected(policy, [(known.lr / 4, known.lr)], momenta)
+        self.ended: list[int] = []
+        self.listen()
+        self.others: list[Any] = []
+        self.saved: Any = None
+        #: Whether settings have types that only a trusted file may hold.
+        self.odd = False
+        #: Whether other code has written the groups' rates since the last step.
+        self.overwritten = False
+        #: Steps since the gradients were new. After many, a centered average is all rounding.
+        self.stale = 0
+        #: What rounding alone may do in the step under test, see :meth:`slack`.
+        self.doubt: Callable[[], Any] | None = None
+
+    def value(self, seed: int, i: int) -> Tensor:
+        value = self.normal(SHAPES[(seed + i) % len(SHAPES)], seed + i)
+        value = value.to(self.dtypes[i % len(self.dtypes)])
+        if value.dim() == 2 and i % 2:
+            value = value.t()
+        if value.dim() == 4 and i % 2:
+            value = value.to(memory_format=torch.channels_last)
+        return value
+
+    def listen(self) -> None:
+        """Note the ends of cycles from now on."""
+        self.ended = list(self.expected.ends)
+        if self.hook:
+            ended = self.ended
+            self.ours.register_cycle_end_hook(lambda opt: ended.append(opt.iteration))
+
+    # ---- both at once
+
+    def pair(self) -> tuple[Any, Any]:
+        return self.ours, self.theirs
+
+    def pick(self, i: int) -> list[tuple[Any, Any]]:
+        """Return the same parameter of both."""
+        return [(opt, members(opt)[i % len(members(opt))]) for opt in self.pair()]
+
+    def both(self, change: Callable[[Any], object]) -> bool:
+        """Do the same to both. If torch raises, ours must raise too."""
+        theirs, ours = failure(change, self.theirs), failure(change, self.ours)
+        if type(theirs) is not type(ours):
+            raise AssertionError(f"torch raises {theirs!r}, ours {ours!r}") from ours
+        return theirs is None
+
+    @staticmethod
+    def normal(shape: Any, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def check(self, before: list[Any] | None = None) -> None:
+        """Compare parameters and state.
+
+        Compare the position too, unless the question may change it.
+        """
+        for i, (p, q) in enumerate(zip(members(self.ours), members(self.theirs), strict=True)):
+            self.compare(p, q, None if before is None else before[i][0], i)
+        for i, (mine, other) in enumerate(zip(held(self.ours), held(self.theirs), strict=True)):
+            assert [name for name, _ in mine] == [name for name, _ in other], i
+            then = {} if before is None else before[i][1]
+            for (name, a), (_, b) in zip(mine, other, strict=True):
+                if not isinstance(b, Tensor):
+                    assert a == b, (i, name)
+                    continue
+                assert a.requires_grad == b.requires_grad, (i, name)
+                if b.layout is torch.strided and b.numel():
+                    assert a.layout is b.layout, (i, name)
+                    assert strides(a) == strides(b), (i, name)
+                self.compare(a, b, then.get(name), (i, name))
+        if self.backend != "triton":
+            self.look()
+
+    def compare(self, ours: Tensor, theirs: Tensor, before: Tensor | None, what: object) -> None:
+        """Compare relative to the largest value before or after the step, as sums may cancel."""
+        assert ours.shape == theirs.shape, what
+        assert ours.dtype == theirs.dtype, what
+        a, b = dense(ours.detach()).double(), dense(theirs.detach()).double()
+        if torch.equal(a, b):
+            return
+        assert_pattern(a, b, what)
+        finite = b.isfinite()
+        if not finite.any():
+            return
+        error = (a - b)[finite].abs().max().item()
+        largest = max(b[finite].abs().max().item(), 1e-3)
+        if before is not None and before.shape == theirs.shape:
+            then = dense(before.detach()).double().nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+            largest = max(largest, then)
+        tolerance = 0.0 if self.exact else TOLERANCES[self.precision or ours.dtype]
+        if error <= tolerance * largest:
+            return
+        assert self.doubt is not None, (what, error, a, b)
+        allowed = tolerance * largest + self.doubt()[what]
+        beyond = finite & ((a - b).abs() > allowed)
+        assert not beyond.any(), (what, error, a, b)
+        parted = int((finite & ((a - b).abs() > tolerance * largest)).sum())
+        print(
+            f"{self.case.name}, {ours.dtype}, {what}: {parted} of {a.numel()} values part by up to "
+            f"{error:g}, as float32's rounding of their gradients lets them",
+            flush=True,
+        )
+
+    @event(1.0)
+    def look(self) -> None:
+        """Compare what our optimizer says about itself."""
+        opt, expected = self.ours, self.expected
+        assert opt.iteration == expected.position
+        rates = expected.rates()
+        assert opt.get_last_lr() == rates
+        assert opt.cycle == POLICIES[expected.policy].schedule.cycle(expected.position)
+        if self.hook:
+            assert self.ended == expected.ends
+        if not self.overwritten:
+            for group, rate in zip(opt.param_groups, rates, strict=True):
+                assert group["clr_step"] == expected.position
+                error = self.lr_error(group)
+                close = pytest.approx(rate, rel=error, abs=1e-30) if error else rate
+                assert float(group["lr"]) == close
+
+    def lr_error(self, group: dict[str, Any]) -> float:
+        """Return a rate's relative error: its dtype's rounding, or three ulps on a device."""
+        if not isinstance(group["lr"], Tensor):
+            return 0.0
+        if group["lr"].dtype == torch.float32:
+            return 1e-6
+        return 7e-16 if self.backend == "triton" else 0.0
+
+    @event(0.6, number=range(3))
+    def write_a_key(self, number: int) -> None:
+        """Write a key, as users do, or schedulers that keep ``initial_lr``."""
+        for opt in self.pair():
+            for group in opt.param_groups:
+                group[f"of the user {number}"] = number
+
+    @event(0.6, number=range(3))
+    def remove_a_key(self, number: int) -> bool | None:
+        held = [g.pop(f"of the user {number}", None) for o in self.pair() for g in o.param_groups]
+        return None if any(value is not None for value in held) else False
+
+    @event(0.5)
+    def ask_for_words(self) -> None:
+        assert f"iteration {self.expected.position}," in repr(self.ours)
+        assert self.ours.explain()
+
+    # ---- a step of both
+
+    def take(
+        self,
+        call: Callable[[Any], object],
+        *,
+        rates: list[float] | None = None,
+        moves: bool = True,
+        late: bool = False,
+    ) -> None:
+        """Take one step with both; the twin's step is plain torch.
+
+        A step that torch refuses may be half done. Both then return to the state before it.
+
+        Args:
+            call: takes our step.
+            rates: rates of torch's step, if they are not the policy's.
+            moves: whether the cycle advances.
+            late: whether ours must raise after it has stepped.
+        """
+        before = [self.snapshot(opt) for opt in self.pair()]
+        self.stale += 1
+        self.norm: float | None = None
+        self.expected.feed(self.theirs, rates)
+        theirs = failure(self.plain_step, self.theirs)
+        ours = failure(call, self.ours)
+        wanted = BoomError if late and theirs is None else type(theirs)
+        if type(ours) is not wanted:
+            raise AssertionError(f"torch raises {theirs!r}, ours {ours!r}") from ours
+        if theirs is None:
+            self.overwritten = self.overwritten and not moves
+            if moves:
+                self.expected.stepped()
+            if not self.exact and (self.precision or self.dtypes[0]) != torch.float64:
+                self.doubt = functools.cache(lambda: self.slack(before[1]))
+            self.check(before[1])
+            self.doubt = None
+            if self.norm is not None:
+                wide = all(p.dtype == torch.float64 for p in members(self.theirs))
+                close = pytest.approx(self.norm, rel=1e-10 if wide else 1e-5)
+                assert self.ours.grad_norm.item() == close
+            self.meet()
+        else:
+            for opt, saved in zip(self.pair(), before, strict=True):
+                self.restore(opt, saved)
+
+    def slack(self, before: list[Any]) -> dict[object, Tensor]:
+        """Return how far steps of the twin differ if its gradients are off by float32's rounding.
+
+        The result holds float64 tensors: of parameters by number, of state by number and name.
+        """
+        norm, came_to = self.norm, self.snapshot(self.theirs)
+        apart: dict[object, Tensor] = {}
+
+        def note(what: object, a: Any, b: Any) -> None:
+            if isinstance(a, Tensor):
+                gap = (dense(a).double() - dense(b).double()).abs().nan_to_num(torch.inf)
+                apart[what] = torch.maximum(apart[what], gap) if what in apart else gap
+
+        for off in (ROUNDING, -ROUNDING):
+            twin = copy.deepcopy(self.theirs)
+            self.restore(twin, copy.deepcopy(before))
+            for p, q in zip(members(twin), members(self.theirs), strict=True):
+                p.grad = None if q.grad is None else q.grad.clone()
+            self.plain_step(twin, off)
+            for i, (mine, other) in enumerate(zip(self.snapshot(twin), came_to, strict=True)):
+                note(i, mine[0], other[0])
+                for name, t in mine[1].items():
+                    note((i, name), t, other[1][name])
+        self.norm = norm
+        return apart
+
+    def plain_step(self, theirs: Any, off: float = 0.0) -> None:
+        """Take torch's step: gradients clipped by their norm, 16-bit parameters in float64.
+
+        Args:
+            theirs: the optimizer.
+            off: the error of the gradients, relative to themselves and their weight decay.
+        """
+        with self.widened(theirs):
+            for group in theirs.param_groups if off else ():
+                for p in group["params"]:
+                    if p.grad is not None and p.grad.layout is torch.strided:
+                        decay = group.get("weight_decay", 0.0) * p.detach().abs()
+                        p.grad = p.grad + off * (p.grad.abs() + decay)
+            kept = [(p, p.grad) for p in members(theirs)]
+            there = [g for _, g in kept if g is not None]
+            if self.clip is not None and all(g.layout is torch.strided for g in there):
+                for p, g in kept:
+                    p.grad = None if g is None else g.clone()
+                norm = torch.nn.utils.clip_grad_norm_([p for p, _ in kept], self.clip)
+                self.norm = norm.item()
+            try:
+                theirs.step()
+            finally:
+                for p, g in kept:
+                    p.grad = g
+
+    @contextmanager
+    def widened(self, opt: Any) -> Iterator[None]:
+        narrow = [p for p in members(opt) if p.dtype in HALF and not self.exact]
+        kept = [(p, p.data, p.grad, dict(opt.state.get(p, {}))) for p in narrow]
+        for p, _, grad, state in kept:
+            p.grad = None
+            p.data = p.data.double()
+            p.grad = None if grad is None else grad.double()
+            if state:
+                opt.state[p] = {
+                    name: t.double() if isinstance(t, Tensor) and name != "step" else t
+                    for name, t in state.items()
+                }
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            for p, data, grad, state in kept:
+                wide, p.grad = p.data, None
+                p.data = data.copy_(wide) if done else data
+                p.grad = grad
+                for name, t in opt.state.get(p, {}).items():
+                    if name != "step" and isinstance(t, Tensor) and done:
+                        old = state.get(name)
+                        opt.state[p][name] = t.to(data.dtype) if old is None else old.copy_(t)
+
+    def meet(self) -> None:
+        """Take over our values where rounding would accumulate."""
+        if self.exact:
+            return
+        for p, q in zip(members(self.ours), members(self.theirs), strict=True):
+            if (self.precision or q.dtype) != torch.float64:
+                q.data.copy_(p.data)
+                for name, t in self.theirs.state.get(q, {}).items():
+                    if isinstance(t, Tensor) and t.layout is torch.strided:
+                        t.copy_(self.ours.state[p][name])
+
+    def fill(self, opt: Any, seed: int) -> None:
+        """Give one optimizer the gradients of :meth:`backward`."""
+        for i, p in enumerate(members(opt)):
+            if p.requires_grad:
+                p.grad = like(self.normal(p.shape, seed + i), p)
+
+    def snapshot(self, opt: Any) -> list[tuple[Tensor, dict[str, Any]]]:
+        return [
+            (
+                p.detach().clone(),
+                {k: t.clone() if isinstance(t, Tensor) else t for k, t in state},
+            )
+            for p, state in zip(members(opt), held(opt), strict=True)
+        ]
+
+    @staticmethod
+    def restore(opt: Any, saved: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        for p, (value, state) in zip(members(opt), saved, strict=True):
+            p.data = value
+            p.grad = None
+            opt.state.pop(p, None)
+            if state:
+                opt.state[p] = dict(state)
+
+    def noticed(self) -> None:
+        """Have a GPU's host read the groups, which it does when asked for the position."""
+        if self.backend == "triton":
+            assert self.ours.iteration == self.expected.position
