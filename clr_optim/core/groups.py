@@ -98,6 +98,8 @@ class GroupMirror:
         #: the list of groups that was last written; some optimizers make a new list at each access
         self.groups: Sequence[dict[str, Any]] | None = None
         self.records: list[Record] = []
+        # Groups that were loaded into the wrapped optimizer since the last write, and their bounds.
+        self._loaded: tuple[Sequence[dict[str, Any]], list[tuple[float, float]]] | None = None
         # What the last look ahead found, for the write that follows it.
         self._ahead: Values | None = None
 
@@ -245,11 +247,13 @@ class GroupMirror:
         keep the bounds of the groups in their places.
         """
         groups = list(self._optimizer.param_groups) if groups is None else groups
-        known: list[tuple[float, float]] = []
-        if self.groups is not None and not self.are_ours(groups):
-            before = [record.bounds for record in self.records]
-            known = found_bounds(self.groups, before)
-        return found_bounds(groups, known)
+        if self.groups is None or self.are_ours(groups):
+            self._loaded = None
+            return found_bounds(groups, [])
+        last = self._loaded or (self.groups, [record.bounds for record in self.records])
+        found = found_bounds(groups, found_bounds(*last))
+        self._loaded = groups, found
+        return found
 
     def set_bounds(self, index: int, group: dict[str, Any], bounds: tuple[float, float]) -> None:
         """Write a group's bounds, and those of its momentum if the group has none."""
@@ -324,10 +328,12 @@ class GroupMirror:
         taken: set[int] = set()
         for i, (group, rate) in enumerate(zip(groups, values.rates, strict=True)):
             lr = before[i].lr if i < len(before) else group["lr"]
-            lr, rate = self._write_rate(group, position, lr, rate, taken, is_driven)
+            kept = self._write_course(group, position)
+            lr, rate = write_rate(group, lr, rate, taken, is_driven, kept=kept)
             records.append(Record(group, values.bounds[i], lr, rate))
         _write_momenta(records, values, set())
-        self.groups, self.records, self._ahead = all_groups, records, None
+        self.groups, self.records = all_groups, records
+        self._loaded = self._ahead = None
 
     def advance(self, values: Values) -> None:
         """:meth:`write` the next step into groups that other code has not touched.
@@ -354,7 +360,8 @@ class GroupMirror:
         taken: set[int] = set()
         if isinstance(group["lr"], Tensor):
             taken = {id(record.lr) for record in self.records}
-        lr, rate = self._write_rate(group, position, group["lr"], values.rates[0], taken, _never)
+        kept = self._write_course(group, position)
+        lr, rate = write_rate(group, group["lr"], values.rates[0], taken, _never, kept=kept)
         record = Record(group, bounds, lr, rate)
         taken = set()
         if momenta and isinstance(momentum_of(group), Tensor):
@@ -363,22 +370,11 @@ class GroupMirror:
         self.groups = groups
         self.records.append(record)
 
-    def _write_rate(
-        self,
-        group: dict[str, Any],
-        position: int,
-        lr: object,
-        rate: float,
-        taken: set[int],
-        is_driven: Callable[[Tensor], bool],
-    ) -> tuple[object, float]:
-        """Write position, policy and rate into a group; return the object in ``lr`` and its value.
-
-        The arguments are those of :func:`write_rate`.
-        """
+    def _write_course(self, group: dict[str, Any], position: int) -> bool:
+        """Write position and policy into a group; return whether the device keeps its rate."""
         group[STEP] = position
         group[SCHEDULE] = self._settings.schedule_json
-        return write_rate(group, lr, rate, taken, is_driven, kept=self._is_kept(group))
+        return self._is_kept(group)
 
 
 def _write_momenta(records: Sequence[Record], values: Values, taken: set[int]) -> None:

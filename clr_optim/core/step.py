@@ -46,7 +46,7 @@ class StepContext:
         wrapper: the CyclicalOptimizer.
     """
 
-    __slots__ = ("capturing", "evaluates", "shared", "signals", "wrapper")
+    __slots__ = ("capturing", "creates_state", "evaluates", "shared", "signals", "wrapper")
 
     def __init__(self, wrapper: Any) -> None:
         self.wrapper = wrapper
@@ -55,6 +55,8 @@ class StepContext:
         self.capturing = backends.is_capturing()
         #: whether the step evaluates a closure, which may write anything
         self.evaluates = False
+        #: whether the step only creates state, see :func:`_is_checkpointers_step`
+        self.creates_state = False
         #: what a GradScaler left on the wrapper
         self.signals = amp.signals_on(wrapper)
 
@@ -166,8 +168,9 @@ def _fused_step(context: StepContext, fused: FusedBackend) -> int:
     if shared.mirror.is_untouched(before[0]):
         ahead = position.look_ahead()
     elif _is_checkpointers_step(context):
-        _create_state(context)
-        return 0
+        context.creates_state = True
+        if shared.settings.cycle_momentum and fused.uncertain:
+            position.settle()  # the step uses the groups' momentum
     else:
         _prepare(shared)
     inner: Any = shared.settings.optimizer
@@ -175,7 +178,8 @@ def _fused_step(context: StepContext, fused: FusedBackend) -> int:
     borrowed: _Borrowed = []
     try:
         happened = _launch(context, fused, borrowed)
-        if not happened or context.capturing:  # the device counts a graph's replays
+        # The device counts a graph's replays.
+        if not happened or context.creates_state or context.capturing:
             return 0
         # Unless a group was added meanwhile, or a signal handler went elsewhere.
         if ahead is not None and position.counted is before:
@@ -207,7 +211,7 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: _Borrowed) -> b
     shared, plan, signals = context.shared, fused.plan, context.signals
     settings = shared.settings
     plan.refresh()
-    if len(plan.scalars) != len(shared.mirror.records):
+    if len(plan.scalars) != len(shared.mirror.records) and not context.creates_state:
         shared.position.overrule()  # another thread has just added a group
     rest = plan.rest and [(p, why) for p, why in plan.rest if p.grad is not None]
     if rest and (settings.backend in ("native", "triton") or context.capturing):
@@ -227,14 +231,17 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: _Borrowed) -> b
             plan.release()
             return False
         found_inf = None
-    if acts and fused.uncertain and not context.capturing:
+    if acts and fused.uncertain and not (context.capturing or context.creates_state):
         shared.position.settle()
     gradients = _UNCHANGED_GRADIENTS
     if signals.scale is not None or found_inf is not None or settings.max_grad_norm is not None:
         gradients = Gradients(signals.scale, found_inf, settings.max_grad_norm)
     if rest:
         gradients = _step_rest(context, fused, gradients, borrowed)
-    norm = fused.step(shared.position.course(), gradients)
+    course = shared.position.course()
+    if context.creates_state:
+        course = course._replace(rates=[0.0] * len(course.rates), moves=False)
+    norm = fused.step(course, gradients)
     if norm is not None:
         shared.grad_norm = norm
     if borrowed:
@@ -314,10 +321,11 @@ def _wrapped_step(
         if closure is None and shared.mirror.is_untouched(position.number):
             ahead = position.look_ahead()
         elif _is_checkpointers_step(context):
-            return _create_state(context, args, kwargs), 0
+            context.creates_state = True
         else:
             _prepare(shared)
-        if position.is_on_device:  # the device will not notice this step
+        # The device will not notice this step.
+        if position.is_on_device and not context.creates_state:
             position.settle()
         before = position.counted
     borrowed: _Borrowed = []
@@ -338,13 +346,13 @@ def _wrapped_step(
         if context.signals.overflowed():
             return None, 0
         _run_wrapped_step(context, losses, borrowed, closure, args, kwargs)
-        if not context.capturing:
+        if not (context.creates_state or context.capturing):
             advance()
         return losses[0], reached
     except BaseException:
         _give_back(borrowed)
         amp.forget(shared.settings.optimizer)
-        if losses and not context.capturing:  # the step was taken
+        if losses and not (context.creates_state or context.capturing):  # the step was taken
             advance()
         raise
 
@@ -394,17 +402,13 @@ def _run_wrapped_step(
         # One line each, so that no interrupt comes between the step and its note in `losses`.
         if closure is None:
             clip()
-            losses.append(step(*_positional(args), **kwargs))
+            given = (None, *args) if args else ()
+            losses.append(step(*given, **kwargs))
         elif args or not _takes_closure_by_name(step):
             losses.append(step(reevaluate, *args, **kwargs))
         else:
             losses.append(step(closure=reevaluate, **kwargs))
     _give_back(borrowed)
-
-
-def _positional(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the positional arguments of a wrapped step without a closure."""
-    return (None, *args) if args else ()
 
 
 def _takes_closure_by_name(step: Callable[..., Any]) -> bool:
@@ -423,20 +427,6 @@ def _give_back(borrowed: _Borrowed) -> None:
 
 
 # ---- a checkpointer's step
-
-
-def _create_state(
-    context: StepContext, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-) -> float | None:
-    """Create the state of all parameters, as torch's own step at rate 0 does; change nothing else.
-
-    Returns:
-        What the wrapped ``step`` returns.
-    """
-    inner: Any = context.shared.settings.optimizer
-    inner._opt_called = True
-    result: float | None = raw_step(inner)(*_positional(args), **(kwargs or {}))
-    return result
 
 
 def _is_checkpointers_step(context: StepContext) -> bool:
