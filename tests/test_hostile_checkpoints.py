@@ -293,7 +293,7 @@ ATTACKS: dict[str, tuple[Any, str]] = {
         set_state("exp_avg", torch.zeros(()).expand(4, 3)), r"\['exp_avg'\] must be a dense",
     ),
     "two moments in one memory": (
-        with_both, rf"{STATE_OF_0}\['exp_avg_sq'\] is the very memory of .*\['exp_avg'\]: .* clone",
+        with_both, rf"{STATE_OF_0}\['exp_avg_sq'\] is the same memory as .*\['exp_avg'\]: .* clone",
     ),
     "step -1": (set_state("step", torch.tensor(-1.0)), rf"{STATE_OF_0}\['step'\] must be an integer >= 0"),
     "step NaN": (set_state("step", torch.tensor(NAN)), r"\['step'\] must be a whole number of steps"),
@@ -409,7 +409,7 @@ def test_every_state_of_every_class(name, backend):
 def test_a_policy_of_another_version_warns_and_loads(change, words, backend):
     opt, problem = started(BY_NAME["adam"], backend)
     twin, twins_problem = copy.deepcopy((opt, problem))
-    with pytest.warns(UserWarning, match="this optimizer's own, 'triangular2'") as caught:
+    with pytest.warns(UserWarning, match="this optimizer's policy, 'triangular2'") as caught:
         opt.load_state_dict(attacked(opt.state_dict(), change))
     assert words in str(caught[0].message)
     problem.step(opt, 3)

@@ -420,7 +420,7 @@ def test_positions_that_disagree():
 
 SCHEDULES = {
     "triangular both 0": (lambda: triangular(0, 0), ValueError, "step_size_up=0 and step_size_down=0"),
-    "triangular one bound": (lambda: triangular(2, base_lr=0.1), ValueError, "both bounds of its own or neither"),
+    "triangular one bound": (lambda: triangular(2, base_lr=0.1), ValueError, "either both bounds or neither"),
     "triangular crossed": (lambda: triangular(2, base_lr=0.2, max_lr=0.1), ValueError, "base_lr=0.2 is above"),
     "triangular2 window": (lambda: schedule.triangular2(2, window=3), ValueError, "window must be one of"),
     "exp_range gamma": (lambda: schedule.exp_range(2, gamma=2), ValueError, "gamma must be"),

@@ -48,7 +48,7 @@ def signals_on(wrapper: object) -> Signals:
 
 @contextmanager
 def handed_down(signals: Signals, optimizer: Any, *, scaled: bool) -> Iterator[None]:
-    """Leave the signals on the wrapped optimizer for the length of its own step.
+    """Leave the signals on the wrapped optimizer while that takes its step.
 
     Args:
         signals: the signals.

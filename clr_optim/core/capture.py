@@ -32,8 +32,8 @@ def cannot_capture(reason: str) -> RuntimeError:
 def momentum_vanishes(shared: Shared) -> bool:
     """Return whether the cycle reaches a momentum of 0, where SGD and RMSprop keep no buffer.
 
-    A step without momentum leaves the buffer alone and has a kernel of its own, so the host must
-    choose the kernel.
+    A step without momentum leaves the buffer alone and has another kernel, so the host must choose
+    the kernel.
     """
     return shared.settings.cycle_momentum and any(
         "betas" not in group and group[BASE_MOMENTUM] <= 0.0 < group[MAX_MOMENTUM]

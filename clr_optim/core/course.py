@@ -77,7 +77,7 @@ def set_bounds(shared: Shared, base_lr: object, max_lr: object) -> None:
     if schedule.has_bounds:
         raise ValueError(
             f"base_lr={base_lr!r}, max_lr={max_lr!r}: every phase of the schedule "
-            f"{schedule.name!r} has bounds of its own, which these would not change"
+            f"{schedule.name!r} has bounds already, which these would not change"
         )
     position = shared.position.settle()
     bounds = []

@@ -299,7 +299,7 @@ class GroupMirror:
     # ---- the three verbs
 
     def adopt(self) -> None:
-        """Take over the bounds that other code wrote; give groups without bounds theirs."""
+        """Take over the bounds that other code wrote; write the bounds of groups without."""
         groups = list(self._optimizer.param_groups)
         for i, (group, bounds) in enumerate(zip(groups, self.bounds(groups), strict=True)):
             self.set_bounds(i, group, bounds)

@@ -1,8 +1,8 @@
 """The note that a wrapper leaves on its optimizer, for a wrapper that comes later.
 
 The note tells a user's own settings from those that a cycle wrote. The note also tells the groups
-of an earlier wrapper from a checkpoint: a cycle starts anew after a wrapper, and goes on after a
-checkpoint.
+of an earlier wrapper from a checkpoint: a new wrapper starts at step 0 after a wrapper, and at the
+checkpoint's position after a checkpoint.
 """
 
 from __future__ import annotations
@@ -169,6 +169,6 @@ def starts_anew(groups: Sequence[Mapping[str, Any]], loaded: int | None) -> str 
         return None
     step = next(group[STEP] for group in groups if STEP in group)
     return (
-        f"an earlier CyclicalOptimizer went on from a checkpoint of step {loaded}, and has come to "
-        f"step {step}: this one starts at step 0. To go on from there, call set_iteration({step})."
+        f"an earlier CyclicalOptimizer continued a checkpoint of step {loaded}, and stopped at "
+        f"step {step}: this one starts at step 0. To continue there, call set_iteration({step})."
     )

@@ -29,7 +29,7 @@ def _never(_: Tensor) -> bool:
 
 
 class Position:
-    """The position of one optimizer, in step with its groups and its device.
+    """The position of one optimizer: on the host, in its groups and on its device.
 
     Each method is called by a thread that holds the optimizer's lock.
 
@@ -86,7 +86,7 @@ class Position:
         mirror, fused = self._mirror, self._serving.fused
         position = self.believed()
         groups = self._settings.optimizer.param_groups
-        # Groups that were loaded into the wrapped optimizer hold a position of their own.
+        # Groups that were loaded into the wrapped optimizer hold their own position.
         if fused is None or not fused.uncertain or position != self.number:
             return position
         if not mirror.are_ours(groups):

@@ -1,7 +1,7 @@
-"""What is said to a write of an attribute that would change nothing.
+"""Refuse writes of attributes that would change nothing, and name what would work.
 
 Python lets anyone set any attribute of an object: ``opt.max_lr = 0.8`` would pass in silence, and
-the run would go on at the old rate.
+the run would continue at the old rate.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _BOUNDS = "the policy decides the rate; opt.set_bounds(base_lr=..., max_lr=...) 
 _POSITION = "the position decides; opt.set_iteration(...) changes the position"
 _ANEW = (
     "it is fixed by the constructor; construct another CyclicalOptimizer around opt.optimizer with "
-    "{name}=... and go on with its set_iteration(opt.iteration)"
+    "{name}=... and call its set_iteration(opt.iteration)"
 )
 _SCHEDULE = _ANEW.replace("{name}", "policy")
 _STEP_SIZE = _ANEW.replace("{name}", "step_size_up")

@@ -202,7 +202,7 @@ def _schedule_of(text: str) -> Schedule | None:
 
 
 def is_rate(lr: object, rate: float) -> bool:
-    """Return whether ``lr`` is a rate, up to the rounding of its own type."""
+    """Return whether ``lr`` is a rate, up to the rounding of its type."""
     error, smallest = 1e-5, 1e-30
     if isinstance(lr, Tensor):
         kind = torch.finfo(lr.dtype)
@@ -236,7 +236,7 @@ def edited_rates(
     if schedule.has_bounds:
         remedy = "the constructor with another policy: set_bounds cannot change this one's bounds"
     return (
-        f"the checkpoint's lr is not the rate of its own position, bounds and policy in parameter "
+        f"the checkpoint's lr is not the rate of its position, bounds and policy in parameter "
         f"group {', '.join(edited)}; the policy {schedule.name!r} decides instead. To train at "
         f"other rates, call {remedy}."
     )

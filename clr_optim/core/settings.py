@@ -132,7 +132,7 @@ def check_arguments(
     if schedule.has_bounds and not (base_lr is None and max_lr is None):
         raise ValueError(
             f"base_lr={base_lr!r} and max_lr={max_lr!r} have no effect: every phase of the "
-            f"schedule {schedule.name!r} has bounds of its own; leave them out"
+            f"schedule {schedule.name!r} has bounds already; leave them out"
         )
     note = leftover.note_of(optimizer)
     # The user may have loaded a checkpoint before wrapping the optimizer.

@@ -128,8 +128,8 @@ class Phase:
             put(name, check_number(name, getattr(self, name), open_minimum=True, maximum=top))
         if (self.base_lr is None) != (self.max_lr is None):
             raise ValueError(
-                f"base_lr={self.base_lr!r} and max_lr={self.max_lr!r}: a phase has both bounds of "
-                "its own or neither"
+                f"base_lr={self.base_lr!r} and max_lr={self.max_lr!r}: a phase has either both "
+                "bounds or neither"
             )
         if self.base_lr is not None and self.max_lr is not None:
             put("base_lr", check_number("base_lr", self.base_lr))

@@ -125,7 +125,7 @@ def surroundings(backend: str) -> Iterator[None]:
         patch.setenv("CLR_OPTIM_BACKEND", backend)
         warnings.filterwarnings("ignore", "lr was written from outside", UserWarning)
         warnings.filterwarnings("ignore", "state_dict has the bounds", UserWarning)
-        warnings.filterwarnings("ignore", "an earlier CyclicalOptimizer went on", UserWarning)
+        warnings.filterwarnings("ignore", "an earlier CyclicalOptimizer continued", UserWarning)
         # No event edits a checkpoint.
         warnings.filterwarnings("error", "the checkpoint's lr is not", UserWarning)
         warnings.filterwarnings("ignore", "Sparse invariant checks")

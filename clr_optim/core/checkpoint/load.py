@@ -144,10 +144,10 @@ def warn_other_policy(shared: Shared, saved: object, source: str) -> None:
         return
     warnings.warn(
         f"{source} was written under the policy {policy_name(saved, source)!r} with "
-        f"{saved}; this optimizer's own, "
-        f"{settings.schedule.name!r} with {settings.schedule_json}, decides from here on, from "
-        f"step {shared.position.number}. To go on with the old one, construct with "
-        "policy=Schedule.from_json(...) of it; to begin anew, set_iteration(0).",
+        f"{saved}; this optimizer's policy, "
+        f"{settings.schedule.name!r} with {settings.schedule_json}, decides from step "
+        f"{shared.position.number} on. To continue under the old policy, construct with "
+        "policy=Schedule.from_json(...) of it; to begin anew, call set_iteration(0).",
         UserWarning,
         stacklevel=callers_level(),
     )

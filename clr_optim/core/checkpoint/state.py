@@ -125,7 +125,7 @@ def check_state(
             if at and places.setdefault(at, (index, name)) != (index, name):
                 first = "state_dict['state'][{!r}][{!r}]".format(*places[at])
                 raise ValueError(
-                    f"state_dict['state'][{index!r}][{name!r}] is the very memory of {first}: each "
+                    f"state_dict['state'][{index!r}][{name!r}] is the same memory as {first}: each "
                     "needs its own; clone one of them"
                 )
 
