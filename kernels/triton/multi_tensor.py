@@ -225,23 +225,24 @@ def multi_tensor(
     decay = decay.to(A)
     scale = tl.load(gate).to(A) * tl.load(groups + 6).to(A)
 
-    p = _pointer(rows, 0, DTYPE, ALIGNED)
-    g = _pointer(rows, 1, DTYPE, ALIGNED)
-    s0 = _pointer(rows, 2, DTYPE, ALIGNED)
-    s1 = _pointer(rows, 3, DTYPE, ALIGNED)
-    s2 = _pointer(rows, 4, DTYPE, ALIGNED)
     begin = tl.load(chunks + 1).to(tl.int64) * (BLOCK * BLOCKS)
-    left = tl.where(tl.load(gate + 1) == 0, numel - begin, 0)
-    full = tl.minimum(left // BLOCK, BLOCKS).to(tl.int32)
+    p = _pointer(rows, 0, DTYPE, ALIGNED) + begin
+    g = _pointer(rows, 1, DTYPE, ALIGNED) + begin
+    s0 = _pointer(rows, 2, DTYPE, ALIGNED) + begin
+    s1 = _pointer(rows, 3, DTYPE, ALIGNED) + begin
+    s2 = _pointer(rows, 4, DTYPE, ALIGNED) + begin
+    left = tl.minimum(numel - begin, BLOCK * BLOCKS).to(tl.int32)
+    left = tl.where(tl.load(gate + 1) == 0, left, 0)
+    full = left // BLOCK
     lanes = tl.arange(0, BLOCK)
     for i in range(0, full):
         _block(
-            p, g, s0, s1, s2, begin + i * BLOCK + lanes, numel, scale, decay, decays, first,
+            p, g, s0, s1, s2, i * BLOCK + lanes, left, scale, decay, decays, first,
             c0, c1, c2, c3, c4, c5, c6, KERNEL, SLOTS, A, False,
         )  # fmt: skip
-    if full * BLOCK < tl.minimum(left, BLOCK * BLOCKS):
+    if full * BLOCK < left:
         _block(
-            p, g, s0, s1, s2, begin + full * BLOCK + lanes, numel, scale, decay, decays, first,
+            p, g, s0, s1, s2, full * BLOCK + lanes, left, scale, decay, decays, first,
             c0, c1, c2, c3, c4, c5, c6, KERNEL, SLOTS, A, True,
         )  # fmt: skip
 
