@@ -137,7 +137,7 @@ def test_without_a_compiler_torchs_step_serves_with_one_warning(tmp_path):
 
 def on_a_gpu(monkeypatch, capability=(9, 0), hip=None, triton=None):
     """An optimizer whose parameter says that it is on one, and what torch then says of it."""
-    from clr_optim.backends import triton as module
+    from clr_optim.backends.triton import here
 
     class Elsewhere(torch.Tensor):
         @property
@@ -146,8 +146,8 @@ def on_a_gpu(monkeypatch, capability=(9, 0), hip=None, triton=None):
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(backends, "why_no_triton", lambda: triton)
-    monkeypatch.setattr(module, "is_interpreted", lambda: False)
+    monkeypatch.setattr(here, "why_no_triton", lambda: triton)
+    monkeypatch.setattr(here, "is_interpreted", lambda: False)
     return torch.optim.Adam([torch.ones(3).as_subclass(Elsewhere)])
 
 
@@ -179,11 +179,10 @@ def test_where_triton_cannot_compile_only_who_asked_for_it_is_refused(monkeypatc
         raise triton.BuildError("Triton on cuda:0: CalledProcessError: no Python.h")
 
     monkeypatch.setattr(triton, "try_out", no_headers)
-    monkeypatch.setattr(triton, "DEVICES", ("cpu",))
-    monkeypatch.setattr(backends, "DEVICES", ("cpu",))
+    monkeypatch.setattr(triton.here, "DEVICES", ("cpu",))
     monkeypatch.setattr(module, "_warned_no_kernels", False)
-    monkeypatch.setattr(backends, "why_no_triton", lambda: None)
-    monkeypatch.setattr(backends, "why_not_unasked", lambda device: None)
+    monkeypatch.setattr(triton.here, "why_no_triton", lambda: None)
+    monkeypatch.setattr(triton.here, "why_not_unasked", lambda device: None)
     param = torch.nn.Parameter(torch.ones(3))
     param.grad = torch.ones(3)
     opt = CyclicalOptimizer(torch.optim.SGD([param], lr=0.1), base_lr=0.1, max_lr=0.1)

@@ -806,7 +806,7 @@ def test_gradients_dropped_between_scan_and_launch(monkeypatch):
 @pytest.mark.parametrize("first", [True, False])
 def test_ctrl_c_between_device_and_host(first, monkeypatch):
     """The device has gone on, and the host has not heard of it."""
-    from clr_optim.backends.triton import _Position
+    from clr_optim.backends.triton.clock import Clock
 
     pair = twins(BY_NAME["adam-wd"])
     if not first:
@@ -819,7 +819,7 @@ def test_ctrl_c_between_device_and_host(first, monkeypatch):
     pair.draw()
     feed(pair.theirs, pair.ours)
     with monkeypatch.context() as patch:
-        patch.setattr(_Position, "advanced", interrupted)
+        patch.setattr(Clock, "advanced", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pair.ours.step()
     pair.theirs.step()
@@ -855,8 +855,8 @@ def test_a_device_that_joins_stands_where_the_others_do(monkeypatch):
     opt.optimizer.add_param_group({"params": weights[1:], "lr": 0.1})
     weights[1].grad = torch.ones_like(weights[1])
     opt.step()
-    positions = opt._shared.fused._positions.values()
-    assert [position.ask() for position in positions] == [4] * (2 if DEVICE.type == "cpu" else 1)
+    clocks = opt._shared.fused._clocks.values()
+    assert [clock.ask() for clock in clocks] == [4] * (2 if DEVICE.type == "cpu" else 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -1092,10 +1092,10 @@ def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch):
 
 
 def test_the_host_knows_where_a_kernels_own_scalars_begin():
-    from clr_optim.backends import triton
+    from clr_optim.backends.triton import clock
     from clr_optim.kernels.triton import multi_tensor
 
-    assert len(multi_tensor.GROUP) == triton._OWN
+    assert len(multi_tensor.GROUP) == clock.OWN
 
 
 def test_a_triton_that_cannot_compile_is_a_build_error(monkeypatch):

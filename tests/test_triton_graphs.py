@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_helpers import DEVICE, INTERPRETED, RUNS
 
-from clr_optim import CyclicalOptimizer, backends
-from clr_optim.backends import triton as triton_backend
+from clr_optim import CyclicalOptimizer
+from clr_optim.backends.triton import device as current
 
 pytestmark = [
     pytest.mark.triton,
@@ -141,8 +141,7 @@ class PlayedGraph(TorchDispatchMode):
     @contextmanager
     def capture(self) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
-            for module in (backends, triton_backend):
-                patch.setattr(module, "is_capturing", lambda: True)
+            patch.setattr(current, "is_capturing", lambda: True)
             with _kernels(self), self:
                 yield
 
@@ -433,8 +432,8 @@ def test_a_capture_must_cover_all_devices(monkeypatch):
         yield
         elsewhere.pop()
 
-    monkeypatch.setattr(triton_backend, "_guard", guard)
-    monkeypatch.setattr(triton_backend, "is_capturing", lambda: not elsewhere)
+    monkeypatch.setattr(current, "guard", guard)
+    monkeypatch.setattr(current, "is_capturing", lambda: not elsewhere)
     for param, grad in zip(run.params, run.draw(1), strict=True):
         param.grad = grad
     before = copy.deepcopy(tensors_of(run.opt))
@@ -466,11 +465,11 @@ def test_to_ask_moves_nothing():
     run.eager(0)
     graph = run.capture()
     run.replay(graph, 1)
-    (position,) = run.opt._shared.fused._positions.values()
-    before = position._control._version
+    (clock,) = run.opt._shared.fused._clocks.values()
+    before = clock._control._version
     assert run.opt.iteration == 2
     assert run.opt.get_last_lr() == pytest.approx([run.opt.param_groups[0]["lr"].item()])
-    assert position._control._version == before
+    assert clock._control._version == before
     run.replay(graph, 2)
     run.eager(3)
     assert run.opt.iteration == 4

@@ -7,13 +7,8 @@ import os
 from torch.optim import Optimizer
 
 from clr_optim.backends.native import BuildError, library, rule_for
-from clr_optim.backends.triton import (
-    DEVICES,
-    is_capturing,
-    is_interpreted,
-    why_no_triton,
-    why_not_unasked,
-)
+from clr_optim.backends.triton import device as _current
+from clr_optim.backends.triton import here
 from clr_optim.rules import class_name
 
 __all__ = ["BACKENDS", "devices", "is_capturing", "plan_device", "resolve"]
@@ -22,11 +17,16 @@ __all__ = ["BACKENDS", "devices", "is_capturing", "plan_device", "resolve"]
 BACKENDS = ("auto", "torch", "native", "triton")
 
 
+def is_capturing() -> bool:
+    """Whether what is launched now goes into a graph and is not run."""
+    return _current.is_capturing()
+
+
 def devices(backend: str) -> tuple[str, ...]:
     """The types of the devices whose tensors a fused backend updates."""
     if backend == "native":
         return ("cpu",)
-    return ("cpu",) if is_interpreted() else DEVICES
+    return ("cpu",) if here.is_interpreted() else here.DEVICES
 
 
 def plan_device(backend: str, optimizer: Optimizer) -> str:
@@ -77,10 +77,10 @@ def resolve(backend: object, optimizer: Optimizer) -> tuple[str, str]:
 def _automatic(optimizer: Optimizer) -> tuple[str, str]:
     """The backend for where the parameters are; nothing is compiled before the first step."""
     params = (param for group in optimizer.param_groups for param in group["params"])
-    device = next((param.device for param in params if param.device.type in DEVICES), None)
+    device = next((param.device for param in params if param.device.type in here.DEVICES), None)
     if device is None:
         return "native", "it has a fused kernel"
-    reason = why_no_triton() or why_not_unasked(device)
+    reason = here.why_no_triton() or here.why_not_unasked(device)
     return ("triton", "it has a fused kernel") if reason is None else ("torch", reason)
 
 
@@ -88,7 +88,7 @@ def _refusal(backend: str, optimizer: Optimizer) -> str | None:
     """Why a backend that was asked for cannot serve, or None, as long as it compiles."""
     if backend == "native":
         return None
-    missing = why_no_triton()
+    missing = here.why_no_triton()
     if missing:
         return missing
     params = [p for group in optimizer.param_groups for p in group["params"]]
