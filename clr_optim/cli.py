@@ -401,7 +401,7 @@ def _served(optimizer: Optimizer) -> str:
     """The backend of an optimizer, and why, as its first step would find out."""
     try:
         backend, reason = backends.resolve("auto", optimizer)
-        if backend == "native":
+        if backends.is_fused(backend):
             library()
     except ValueError as error:  # CLR_OPTIM_BACKEND may ask for what cannot be
         return f"none: {_line(error)}"

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from clr_optim import CyclicalOptimizer, backends
+from clr_optim import CyclicalOptimizer, backends, schedule
 
 
 def adam(**options):
@@ -130,6 +130,47 @@ def test_without_a_compiler_torchs_step_serves_with_one_warning(tmp_path):
     assert "so each wrapped optimizer's own step runs" in out.stdout
     assert "/bin/false" in out.stdout
     assert "backend='native' cannot serve SGD" in out.stdout
+
+
+# ---- what the optimizer asks of a backend
+
+
+def test_every_fused_backend_states_its_traits():
+    stated = (
+        "capturable", "counts_on_device", "keeps_rates", "name", "reuses_norm", "sees_overflows",
+    )  # fmt: skip
+    for name in backends.BACKENDS:
+        traits = backends.traits(name)
+        assert backends.is_fused(name) is (traits is not None)
+        if traits is None:
+            assert name in ("auto", "torch")
+        else:
+            assert traits.name == name
+            assert all(name in vars(traits) for name in stated)
+            assert backends.devices(name) == traits.device_types()
+
+
+def test_make_builds_the_backend_where_its_tensors_lie():
+    inner = adam()
+    rule = backends.rule_for(inner)
+    fused = backends.make("native", inner, rule, schedule.fixed(), asked=True)
+    assert type(fused) is backends.traits("native")
+    elsewhere = torch.optim.Adam([torch.ones(1, device="meta")])
+    assert backends.make("native", elsewhere, rule, schedule.fixed(), asked=False) is None
+
+
+def test_make_tries_triton_out_unless_the_user_named_it(monkeypatch):
+    from clr_optim.backends import triton
+
+    tried = []
+    monkeypatch.setattr(triton, "try_out", tried.append)
+    monkeypatch.setattr(triton.here, "DEVICES", ("cpu",))
+    inner = adam()
+    for asked in (True, False):
+        backends.make(
+            "triton", inner, backends.rule_for(inner), schedule.fixed(), asked=asked
+        )  # fmt: skip
+    assert tried == [torch.device("cpu")]
 
 
 # ---- what is chosen for a GPU, without one

@@ -15,7 +15,7 @@ memory that is left to the graph as well.
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from clr_optim.backends.base import Course, Gradients
 from clr_optim.backends.native import library
 from clr_optim.backends.triton import device as current
+from clr_optim.backends.triton import here
 from clr_optim.backends.triton.clock import SUMMED_AT_ONCE, Clock
 from clr_optim.backends.triton.launch import Launch
 from clr_optim.plan import Plan
@@ -50,7 +51,29 @@ class TritonBackend:
         BuildError: if the host's part, which looks after the tensors, cannot be compiled here.
     """
 
-    sees_overflows = True
+    name: ClassVar[str] = "triton"
+    capturable: ClassVar[bool] = True
+    counts_on_device: ClassVar[bool] = True
+    keeps_rates: ClassVar[bool] = True
+    reuses_norm: ClassVar[bool] = True
+    sees_overflows: ClassVar[bool] = True
+
+    @classmethod
+    def device_types(cls) -> tuple[str, ...]:
+        """Return the types of the devices whose tensors the kernels update."""
+        return ("cpu",) if here.is_interpreted() else here.DEVICES
+
+    @classmethod
+    def make(
+        cls,
+        optimizer: Optimizer,
+        rule: UpdateRule,
+        schedule: Schedule,
+        device: str,
+        lock: threading.RLock | None,
+    ) -> TritonBackend:
+        """Return a backend for one optimizer."""
+        return cls(optimizer, rule, schedule, device, lock)
 
     def __init__(
         self,
