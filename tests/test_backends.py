@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from clr_optim import CyclicalOptimizer, backends, schedule
+from clr_optim.backends import native
 
 
 def adam(**options):
@@ -233,3 +235,86 @@ def test_where_triton_cannot_compile_only_who_asked_for_it_is_refused(monkeypatc
     torch.testing.assert_close(param.detach(), torch.full((3,), 0.9))
     assert "no Python.h" in opt.explain()
     assert opt.iteration == 1
+
+
+# ---- free-threaded Python
+
+
+def free_threaded(monkeypatch, gil=False):
+    """Make this Python say that it is a free-threaded build; return a switch for its GIL."""
+    import sysconfig
+
+    ask = sysconfig.get_config_var
+    switch = [gil]
+    monkeypatch.setattr(
+        sysconfig, "get_config_var", lambda name: 1 if name == "Py_GIL_DISABLED" else ask(name)
+    )
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: switch[0], raising=False)
+    monkeypatch.setattr(native, "_library", None)
+    return switch
+
+
+def test_without_the_gil_auto_is_torchs_step(monkeypatch):
+    free_threaded(monkeypatch)
+    inner = adam()
+    name, why = backends.resolve("auto", inner)
+    assert name == "torch"
+    assert "free-threaded Python" in why
+    opt = CyclicalOptimizer(inner)
+    opt.step()
+    assert opt.explain().startswith("torch: 1 parameter")
+    assert why in opt.explain()
+    assert opt.iteration == 1
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_without_the_gil_a_compiled_backend_is_refused(monkeypatch, backend):
+    from clr_optim.backends.triton import here
+
+    free_threaded(monkeypatch)
+    monkeypatch.setattr(here, "is_interpreted", lambda: True)
+    monkeypatch.setattr(here, "why_no_triton", lambda: None)
+    words = (
+        rf"backend='{backend}' cannot serve Adam: .*free-threaded Python.*without the GIL"
+        r".*PYTHON_GIL=1.*use backend='auto'"
+    )
+    with pytest.raises(ValueError, match=words):
+        CyclicalOptimizer(adam(), backend=backend)
+    monkeypatch.setenv("CLR_OPTIM_BACKEND", backend)
+    name, why = backends.resolve("auto", adam())  # a wish gives way
+    assert (name, "free-threaded" in why) == ("torch", True)
+
+
+def test_without_the_gil_a_gpu_is_left_to_torch(monkeypatch):
+    on_gpu = on_a_gpu(monkeypatch)
+    free_threaded(monkeypatch)
+    name, why = backends.resolve("auto", on_gpu)
+    assert (name, "free-threaded" in why) == ("torch", True)
+
+
+def test_a_free_threaded_build_with_the_gil_runs_the_kernels(monkeypatch):
+    gil = free_threaded(monkeypatch, gil=True)
+    opt = CyclicalOptimizer(adam())
+    opt.step()
+    assert opt.explain().startswith("native: 1 parameter")
+    # An import held the GIL for a while, and then it went.
+    gil[0] = False
+    before = opt.param_groups[0]["params"][0].clone()
+    with pytest.raises(RuntimeError, match=r"without the GIL.*PYTHON_GIL=1.*backend='torch'"):
+        opt.step()
+    assert torch.equal(opt.param_groups[0]["params"][0], before)
+    gil[0] = True
+    opt.step()
+    assert opt.iteration == 2
+
+
+def test_torchs_step_stays_where_an_import_enables_the_gil(monkeypatch):
+    gil = free_threaded(monkeypatch)
+    opt = CyclicalOptimizer(adam())
+    gil[0] = True
+    opt.step()
+    assert opt.explain().startswith("torch: 1 parameter")
+
+
+def test_an_ordinary_python_asks_nothing_at_a_call():
+    assert type(native.library().held) is ctypes.PyDLL

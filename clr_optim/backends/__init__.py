@@ -7,7 +7,7 @@ import threading
 
 from torch.optim import Optimizer
 
-from clr_optim.backends import triton
+from clr_optim.backends import gil, triton
 from clr_optim.backends.base import FusedBackend
 from clr_optim.backends.native import BuildError, NativeBackend, library, rule_for
 from clr_optim.backends.triton import TritonBackend, here
@@ -113,9 +113,10 @@ def resolve(backend: object, optimizer: Optimizer) -> tuple[str, str]:
     if asked == "torch":
         return "torch", f"asked for by {source}"
     rule = rule_for(optimizer)
+    reason = rule if isinstance(rule, str) else gil.why_no_kernels()
     if asked == "auto":
-        return ("torch", rule) if isinstance(rule, str) else _choose(optimizer)
-    reason = rule if isinstance(rule, str) else _refuse(asked, optimizer)
+        return _choose(optimizer) if reason is None else ("torch", reason)
+    reason = reason or _refuse(asked, optimizer)
     if reason is None and not wish:
         try:
             library()

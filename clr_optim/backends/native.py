@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from clr_optim.backends import gil
 from clr_optim.backends.base import Course, Gradients
 from clr_optim.backends.torch import has_own_step
 from clr_optim.kernels.native import build
@@ -48,7 +49,7 @@ class _Library:
         held.clr_sums_of_squares.argtypes = [pointer, pointer, i64]
         held.clr_can_scan.argtypes = [obj]
         held.clr_current.argtypes = [pointer]
-        self.held = held
+        self.held = gil.checked(held)
         capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
         if capsule is None or not held.clr_can_scan(capsule):
             raise BuildError(
