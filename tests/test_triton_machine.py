@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from graph_helpers import PlayedGraph, Run, WaitedError, assert_together, scaled
 from native_helpers import BY_NAME, Case, assert_close, like, members, tensors_of
-from test_triton_graphs import PlayedGraph, Run, WaitedError, assert_together, scaled
 from torch import Tensor
 from triton_helpers import INTERPRETED, drawn
 

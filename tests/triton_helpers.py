@@ -9,16 +9,18 @@ counters are on the CPU in any case, and ours only in the interpreter.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import native_helpers
 import numpy as np
-import test_native
+import pytest
+import test_native as changes  # noqa: F401  (the tests take it from here)
+import test_native as contract
 import torch
 import triton_memory
-from native_helpers import HALF, Case, feed, members, parameters
+from native_helpers import HALF, KERNELS, Case, feed, members, parameters
 from torch import Tensor
 
 from clr_optim.backends.triton import is_interpreted
@@ -27,6 +29,71 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and is_interpreted()
 RUNS = INTERPRETED or (HAS_TRITON and torch.cuda.is_available())
 DEVICE = torch.device("cuda", 0) if RUNS and not INTERPRETED else torch.device("cpu")
+
+
+# ---- marks, fixtures and cells
+
+
+MARKS = [
+    pytest.mark.triton,
+    pytest.mark.skipif(
+        not RUNS,
+        reason="runs with TRITON_INTERPRET=1 (`make interpreted`) or on a GPU, with Triton",
+    ),
+    # The interpreter computes with numpy, which warns of every NaN and Inf.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks"),
+]
+kernels = pytest.mark.parametrize("case", KERNELS, ids=contract.name_of)
+
+
+def choose_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make ``backend="auto"`` mean Triton."""
+    monkeypatch.setenv("CLR_OPTIM_BACKEND", "triton")
+
+
+def on_gpus(test: Any) -> Any:
+    """Mark a test that runs compiled only, on a GPU."""
+    skip = pytest.mark.skipif(INTERPRETED, reason="runs compiled, without TRITON_INTERPRET")
+    return pytest.mark.gpu(skip(test))
+
+
+def some(cells: Iterable[Any], every: int) -> list[Any]:
+    """Return one of so many cells under the interpreter, all cells on a GPU."""
+    return list(cells)[::every] if INTERPRETED else list(cells)
+
+
+def named(cell: Iterable[Any]) -> str:
+    """Return the name of a cell for its test's id."""
+    return "-".join(
+        contract.name_of(part) if not callable(part) else part.__name__ for part in cell
+    )
+
+
+class Counted:
+    """A kernel that counts its launches and their programs."""
+
+    def __init__(self, kernel):
+        self.kernel, self.grids = kernel, []
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return self.kernel[grid]
+
+    def taken(self):
+        grids, self.grids = self.grids, []
+        return grids
+
+
+def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[Counted]:
+    """Count the launches of the two kernels of every step."""
+    from clr_optim.kernels.triton import multi_tensor
+
+    found = []
+    for name in ("multi_tensor", "advance"):
+        found.append(Counted(getattr(multi_tensor, name)))
+        monkeypatch.setattr(multi_tensor, name, found[-1])
+    return found
 
 
 # ---- the interpreter
@@ -161,7 +228,7 @@ def twins(case: Case, shapes: Sequence[Any] = ((5, 3), (7,)), **wrap: Any) -> Tw
     )
 
 
-class Contract(test_native.Contract):
+class Contract(contract.Contract):
     """As there, each value in a group with bounds of its own."""
 
     def __init__(self, case: Case, dtype: torch.dtype, values: Sequence[Tensor]) -> None:
