@@ -1,4 +1,4 @@
-"""The position in the schedule on one device."""
+"""The position in the schedule on one device, and the tables that the schedule needs there."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from clr_optim.schedule import Schedule, fixed
 
 __all__ = ["OWN", "SUMMED_AT_ONCE", "Clock", "fill_open_gate"]
 
-#: Where a kernel's own scalars begin in the groups' table, in step with its ``GROUP``.
+#: Columns of the groups' table before the kernel's own scalars. A test compares it with ``GROUP``.
 OWN = 7
 
+#: Sums that :func:`open_gate` adds in one block.
 SUMMED_AT_ONCE = 1024
-# An empty table has no address to load from.
+
+# Tables for steps without counters or rates: an empty tensor has no address to load from.
 _NO_COUNTER = np.zeros((1, 2), dtype=np.int64)
 _NO_RATE = np.zeros((1, 3), dtype=np.int64)
 
@@ -41,38 +43,38 @@ class Clock:
         own = phase_tables(schedule) if self._moving else constant
         self._own = tuple(m.put(t) for m, t in zip(upload[:2], own, strict=True))
         self._constant = tuple(m.put(t) for m, t in zip(upload[2:], constant, strict=True))
-        # Rates that the host decides are not to be left where a graph looks for bounds.
-        # Those that were too small for a group added later are still some graph's to read.
+        # Two tables: one with rates of the host, and one with bounds, which graphs read. A table
+        # that grew too small for a new group stays, as a graph may read it.
         self._groups = [[Mirror(device)] for _ in range(2)]
         self._groups_of: tuple[Any, ...] = ()
         self._counters = Mirror(device)
         self._counters_of: list[npt.NDArray[np.int64]] = []
         self._rates = Mirror(device)
         self._limit = Mirror(device)
-        #: scale and overflow where there is no GradScaler, in the dtype in which that has them
+        #: scale and overflow without a GradScaler, in the dtype of a GradScaler
         self.one = torch.ones((), dtype=torch.float32, device=device)
         self.zero = torch.zeros((), dtype=torch.float32, device=device)
-        #: the gate of a step that surely happens, its gradients as they are
+        #: the gate of a step that always happens and leaves its gradients unscaled
         self.open = torch.empty(2, dtype=torch.float64, device=device)
-        # By the kernel itself: first launched in a capture, it could not be loaded.
+        # Launch the kernel here: a capture cannot load a kernel that was never launched.
         fill_open_gate(self.open, self.one, self.zero)
-        #: where norms go, of replayed steps too
+        #: the norm of the last step, eager or replayed
         self.norm: Tensor | None = None
 
     def join(self, other: Clock) -> None:
-        """Stand where another device does, which may be known to that device alone."""
+        """Take over the position of another device, which the host may not know."""
         self._control.copy_(other._control)
         self._expected = other._expected
 
     def ask(self) -> int:
-        """The position, by the device's own count; waits for it."""
+        """Return the position that the device has counted; wait for the device."""
         position = int(self._control[0].item())
         if self._expected is not None:
             self._expected = (position, self._expected[1])
         return position
 
     def move_to(self, course: Course) -> None:
-        """Go somewhere else at once."""
+        """Write another position to the device."""
         self._expected = None
         self.control(course)
 
@@ -81,7 +83,11 @@ class Clock:
         return course.position, int(course.moves)
 
     def control(self, course: Course) -> Tensor:
-        """``(position, what the step adds to it)``: written only if something else moved it."""
+        """Return ``(position, steps to add)`` on the device, written only if the host moved it.
+
+        Raises:
+            RuntimeError: if a write is needed and the step is being captured.
+        """
         wanted = self._wanted(course)
         if self._expected != wanted:
             if current.is_capturing():
@@ -89,7 +95,7 @@ class Clock:
                     "step() cannot be captured now: the position in the cycle was moved since the "
                     "last step; take a step and then capture"
                 )
-            # By itself the position stays the device's: it may be another than the host believes.
+            # Write only the values that differ: the device may know a later position than the host.
             for i, value in enumerate(wanted):
                 if self._expected is None or self._expected[i] != value:
                     self._control[i].fill_(value)
@@ -97,20 +103,26 @@ class Clock:
         return self._control
 
     def advanced(self, course: Course) -> None:
-        """Remember where the device has gone; as far as the host knows."""
+        """Note the position that the device has after a step, as far as the host knows."""
         step = 0 if current.is_capturing() else int(course.moves)
-        if not course.moves:  # a graph's next replay does
+        if not course.moves:  # the next replay of a graph advances again
             self._control[1].fill_(1)
         self._expected = (course.position + step, 1)
 
     def decides(self, course: Course) -> bool:
-        """Whether the rates are evaluated on the device, not handed down by the host."""
+        """Return whether the device evaluates the rates, and not the host."""
         return self._moving and course.moves
 
     def groups(
         self, course: Course, scalars: npt.NDArray[np.float64], momentum: int | None
     ) -> Tensor:
-        """The groups' table: what the schedule needs of each, and then the kernel's scalars."""
+        """Return the groups' table on the device.
+
+        Args:
+            course: the place of the step in the schedule.
+            scalars: the plan's scalars, a row per group, the learning rate first.
+            momentum: the kernel's own scalar that is the momentum, or None.
+        """
         on_device = self.decides(course)
         mirrors = self._groups[on_device]
         made_of = (
@@ -120,16 +132,16 @@ class Clock:
         if made_of == self._groups_of:
             return cast("Tensor", mirrors[-1].table)
         table = np.zeros((len(scalars), scalars.shape[1] + 4))
-        table[:, 5:] = scalars[:, 1:]  # without the rate
-        # A group may have been added since the last step, which the plan has not seen.
+        table[:, 5:] = scalars[:, 1:]  # all but the rate
+        # The course may have a group that the plan has not seen yet.
         rates = zip(course.rates, course.bounds, strict=True)
         for i, (rate, bounds) in zip(range(len(table)), rates, strict=False):
             table[i, :2] = bounds if on_device else (rate, rate)
             if course.momenta is not None and on_device:
                 table[i, 2:4] = course.momenta[i]
                 table[i, 4] = 1.0
-                # The group's own follows the cycle; not looked at, it would change the table. Where
-                # no kernel serves any group there is none.
+                # The kernel ignores the group's own momentum, which follows the cycle. Set it to
+                # 0, so that its changes cause no upload. Without kernels the column is missing.
                 if momentum is not None and OWN + momentum < table.shape[1]:
                     table[i, OWN + momentum] = 0.0
         last = mirrors[-1].table
@@ -142,7 +154,7 @@ class Clock:
         return found
 
     def counters(self, launches: list[Launch]) -> tuple[Tensor, int]:
-        """The step counters of all tensors that were updated, and how many there are."""
+        """Return the addresses of the step counters that this step advances, and their number."""
         tables = [launch.counters for launch in launches]
         count = sum(map(len, tables))
         there = self._counters.table
@@ -152,7 +164,7 @@ class Clock:
         return there, count
 
     def rates(self, course: Course) -> tuple[Tensor, int]:
-        """Where the learning rates lie that are to be kept current, and how many there are."""
+        """Return the addresses of the learning rates that the device keeps, and their number."""
         lines = [
             (lr.data_ptr(), lr.dtype == torch.float64, group)
             for group, lr in course.kept
@@ -162,15 +174,15 @@ class Clock:
         return self._rates.put(table if lines else _NO_RATE), len(lines)
 
     def limit(self, max_norm: float) -> Tensor:
-        """What norms are clipped to."""
+        """Return the largest norm that the step leaves unclipped, on the device."""
         return self._limit.put(np.array([max_norm]))
 
     def phases(self, course: Course) -> tuple[Tensor, ...]:
-        """The phases' tables: the schedule's own, or those of a rate that is the group's upper."""
+        """Return the phases' tables: the schedule's, or those of a constant rate."""
         return self._own if self.decides(course) else self._constant
 
     def give_up(self) -> list[object]:
-        """The tables that describe tensors, a graph's from now on; and others, to be kept alive."""
+        """Hand the tables that describe tensors to a graph; return all tables that it reads."""
         return [
             self._counters.give_up(),
             self._rates.give_up(),
@@ -180,7 +192,7 @@ class Clock:
 
 
 def fill_open_gate(gate: Tensor, one: Tensor, zero: Tensor) -> None:
-    """Fill the gate of a step that surely happens, its gradients as they are."""
+    """Fill the gate of a step that always happens and leaves its gradients unscaled."""
     from clr_optim.kernels.triton import multi_tensor
 
     multi_tensor.open_gate[(1,)](

@@ -1,4 +1,4 @@
-"""Can Triton run here?"""
+"""Whether Triton can run here, and whether ``backend="auto"`` picks it."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from clr_optim.backends.triton.clock import fill_open_gate
 
 __all__ = ["DEVICES", "is_interpreted", "try_out", "why_no_triton", "why_not_unasked"]
 
-#: Device types that Triton compiles for; ROCm calls itself CUDA.
+#: Device types that Triton compiles for. ROCm's devices are called "cuda" too.
 DEVICES = ("cuda", "xpu")
 
-#: The least that Triton compiles for, as its documentation has it.
+#: The least compute capability that Triton compiles for, from its documentation.
 _LEAST_CAPABILITY = (8, 0)
 
 
 def is_interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors: for tests, not for training."""
+    """Return whether Triton's interpreter runs kernels on CPU tensors: for tests only."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def why_no_triton() -> str | None:
-    """Why there are no Triton kernels here, or None."""
+    """Return why this Python has no Triton kernels, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install 'clr-optim[triton]'"
     return None
 
 
 def why_not_unasked(device: torch.device) -> str | None:
-    """Why ``backend="auto"`` leaves tensors on a GPU to torch, or None; by name they are served."""
+    """Return why ``backend="auto"`` leaves tensors on this GPU to torch, or None."""
     if is_interpreted():
         return "TRITON_INTERPRET is set, and Triton's interpreter takes CPU tensors only"
     if device.type != "cuda" or torch.version.hip:
@@ -47,15 +47,15 @@ def why_not_unasked(device: torch.device) -> str | None:
 
 
 def try_out(device: torch.device) -> None:
-    """Launch a kernel.
+    """Compile and launch one small kernel.
 
     Raises:
-        BuildError: if Triton cannot compile it here, for want of a compiler or of Python's headers.
+        BuildError: if Triton cannot compile here, for lack of a compiler or of Python's headers.
     """
     try:
         with current.guard(device):
             one = torch.ones((), dtype=torch.float32, device=device)
             fill_open_gate(torch.empty(2, dtype=torch.float64, device=device), one, one - one)
-    except Exception as error:  # of whatever kind: of compilers, drivers, Triton's own
+    except Exception as error:  # compilers, drivers and Triton raise errors of many classes
         lines = str(error).strip().splitlines() or [""]
         raise BuildError(f"Triton on {device}: {type(error).__name__}: {lines[0]}") from error

@@ -1,4 +1,4 @@
-"""A bucket's launches: its tables, and the kernels that they go to."""
+"""A bucket's launch: its rows and chunks on the device, and the kernel that reads them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Launch"]
 
 
 class Launch:
-    """A bucket's tables: its rows, and which chunks of them there are to update."""
+    """A bucket's tables: its rows, and the chunks of the rows that this step updates."""
 
     def __init__(self, bucket: Bucket) -> None:
         from clr_optim.kernels.triton import multi_tensor
@@ -24,7 +24,7 @@ class Launch:
         self.bucket = bucket
         block = multi_tensor.shape_of(bucket.dtype.itemsize).block
         self._chunk = block * multi_tensor.BLOCKS_PER_CHUNK
-        # Compiled for aligned tensors and for others, though mostly only one of them is.
+        # Constants for tensors of any alignment, and for tensors aligned to 16 bytes.
         self._compiled_for = [
             {
                 **multi_tensor.constexprs(
@@ -42,16 +42,16 @@ class Launch:
         self._unchanged = b""
         self._chunks = Mirror(bucket.device)
         self.chunks: Tensor | None = None
-        #: how many programs that takes
+        #: programs of the launch, one per chunk
         self.count = 0
-        #: (address, whether it is a float64) of the step counters that this step moves on
+        #: ``(address, whether a float64)`` of each step counter that this step advances
         self.counters = np.zeros((0, 2), dtype=np.int64)
 
     def refresh(self) -> Tensor:
-        """The rows on the device, chunks and counters in step with which of them are active."""
+        """Return the rows on the device; renew chunks and counters if other rows are active."""
         table = self.bucket.table
         whole = table.tobytes()
-        if whole == self._unchanged:  # as nearly all steps find it
+        if whole == self._unchanged:  # true of nearly all steps
             return cast("Tensor", self._rows.table)
         self._unchanged = b""
         active = table["active"]
@@ -63,7 +63,7 @@ class Launch:
             of_row = np.repeat(rows, chunks)
             index = np.arange(len(of_row)) - np.repeat(first, chunks)
             pairs = np.stack([of_row, index], axis=1).astype(np.int32)
-            # A capture may refuse this, and then all must stay as it was.
+            # Upload first: if a capture refuses the upload, nothing else has changed.
             self.chunks = self._chunks.put(pairs) if len(pairs) else None
             self.count = len(pairs)
             addresses = table["counter"][rows]
@@ -76,7 +76,7 @@ class Launch:
             self._uploaded = table.copy()
             self._unchanged = whole
             return on_device
-        # New gradients, which live in the graph's own memory, are all that may be new.
+        # A graph's gradients lie in its own memory. A capture takes in no other change.
         rest = table.copy()
         rest["grad"] = self._uploaded["grad"] if len(self._uploaded) == len(table) else 0
         on_device = self._rows.put(_words(rest))
@@ -85,22 +85,23 @@ class Launch:
         return self._rows.put_in_graph(_words(table))
 
     def give_up(self) -> list[object]:
-        """The tables, which are a graph's from now on."""
+        """Hand the tables to a graph."""
         tables = [self._rows.give_up(), self._chunks.give_up()]
         self.chunks = None
         self._unchanged = b""
         return [*tables]
 
     def choose(self) -> None:
-        """Choose the kernels by whether gradients are as aligned as all else.
+        """Choose the kernel by the alignment of the gradients.
 
         Raises:
-            RuntimeError: if they were never launched, and this is a capture, which can load none.
+            RuntimeError: if the step is being captured and the kernel was never launched. A
+                capture can load no kernel.
         """
         grads = self.bucket.table["grad"]
         self._aligned = self.bucket.aligned and not int(np.bitwise_or.reduce(grads)) & 15
         if current.is_capturing() and self._aligned not in self._loaded:
-            self._aligned = False  # which serve all
+            self._aligned = False  # the kernel for any alignment
             if self._aligned not in self._loaded:
                 raise RuntimeError(
                     "step() cannot be captured now: not all gradients begin at multiples of 16 "
@@ -111,12 +112,12 @@ class Launch:
 
     @property
     def compiled_for(self) -> dict[str, Any]:
-        """Constants and options of the kernel."""
+        """Constants and options of the update kernel."""
         return self._compiled_for[self._aligned]
 
     @property
     def squares_compiled_for(self) -> dict[str, Any]:
-        """The same of :func:`sum_of_squares`."""
+        """Constants and options of :func:`sum_of_squares`."""
         both = self._compiled_for[self._aligned]
         return {k: v for k, v in both.items() if k not in ("KERNEL", "SLOTS", "COUNTER")}
 

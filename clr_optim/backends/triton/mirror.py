@@ -1,4 +1,4 @@
-"""A table of the host on the device."""
+"""A table of the host, mirrored on the device and uploaded only when it changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Mirror"]
 
 
 class Mirror:
-    """A table of the host on the device, uploaded when it has changed."""
+    """A table of the host on one device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -24,18 +24,22 @@ class Mirror:
         self.table: Tensor | None = None
 
     def put(self, table: npt.NDArray[Any]) -> Tensor:
-        """The table on the device; a copy under way does not hold up the host."""
+        """Return the table on the device; upload a changed table without waiting for the copy.
+
+        Raises:
+            RuntimeError: if the table changed and the step is being captured.
+        """
         now = table.tobytes()
-        there = self.table is not None and self.table.shape == table.shape
-        if there and now == self._last:
+        fits = self.table is not None and self.table.shape == table.shape
+        if fits and now == self._last:
             return cast("Tensor", self.table)
         if current.is_capturing():
             raise RuntimeError(
                 "step() cannot be captured now: tensors or settings of the optimizer changed since "
-                "its last step, or that was captured itself; take a step, with the same parameters "
-                "having gradients, and then capture"
+                "its last step, or its last step was captured; take a step with the same "
+                "parameters having gradients, and then capture"
             )
-        if not there:
+        if not fits:
             dtype = torch.from_numpy(np.empty(0, table.dtype)).dtype
             self.table = torch.empty(table.shape, dtype=dtype, device=self._device)
         on_device = cast("Tensor", self.table)
@@ -47,7 +51,7 @@ class Mirror:
         return on_device
 
     def renew(self, table: npt.NDArray[Any]) -> None:
-        """The rows of this table, as many as there is place for; further rows stay."""
+        """Upload as many rows of this table as fit; leave the mirror's further rows."""
         if self.table is None or self.table.shape[1:] != table.shape[1:]:
             return
         rows = np.frombuffer(self._last, table.dtype).reshape(self.table.shape).copy()
@@ -56,7 +60,7 @@ class Mirror:
         self.put(rows)
 
     def stage(self) -> None:
-        """Have memory for :meth:`put_in_graph`, which can allocate none."""
+        """Allocate host memory for :meth:`put_in_graph`: a capture can allocate none."""
         table = cast("Tensor", self.table)
         if self._staged is None or self._staged.shape != table.shape:
             pinned = self._device.type != "cpu"
@@ -65,13 +69,16 @@ class Mirror:
             )
 
     def put_in_graph(self, table: npt.NDArray[Any]) -> Tensor:
-        """The table on the device, uploaded at every replay; :meth:`stage` and `give_up` around."""
+        """Return the table on the device, which every replay uploads again.
+
+        Call :meth:`stage` before the capture and :meth:`give_up` after it.
+        """
         staged, on_device = cast("Tensor", self._staged), cast("Tensor", self.table)
         staged.numpy()[...] = table
         return on_device.copy_(staged, non_blocking=True)
 
     def give_up(self) -> tuple[Tensor | None, Tensor | None]:
-        """The table and what it is uploaded from, from now on somebody else's."""
+        """Hand the table and its host memory to a graph; the next :meth:`put` makes a new table."""
         given = self.table, self._staged
         self.table = self._staged = None
         return given
