@@ -27,11 +27,11 @@ SHAPES = [(5, 3), (1100,), (), (0,)]
 
 
 class WaitedError(AssertionError):
-    """The host asked the device for a value."""
+    """The host read a value from the device."""
 
 
 class _Watch(TorchDispatchMode):
-    """Lets no value of a tensor reach the host; outside of it stand the interpreter's own."""
+    """Lets no value of a tensor reach the host, except in the interpreter's kernels."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -40,7 +40,7 @@ class _Watch(TorchDispatchMode):
 
 
 class _Kernel:
-    """A kernel that runs, or is noted, outside of any dispatch mode."""
+    """A kernel that runs outside of any dispatch mode, or that a graph notes."""
 
     def __init__(self, kernel: Any, graph: PlayedGraph | None = None) -> None:
         self._kernel, self._graph = kernel, graph
@@ -74,7 +74,7 @@ def _kernels(graph: PlayedGraph | None) -> Iterator[None]:
 
 @contextmanager
 def nothing_waits() -> Iterator[None]:
-    """No value of a tensor may reach the host."""
+    """Raise if a value of a tensor reaches the host."""
     if not INTERPRETED:
         torch.cuda.synchronize()
         try:
@@ -90,7 +90,7 @@ def nothing_waits() -> Iterator[None]:
 
 
 class CudaGraph:
-    """CUDA's own."""
+    """A graph of CUDA."""
 
     def __init__(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
@@ -105,7 +105,7 @@ class CudaGraph:
 
 
 class PlayedGraph(TorchDispatchMode):
-    """Notes what is launched, and replays it."""
+    """Notes launches and tensor operations, and replays them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ Graph = PlayedGraph if INTERPRETED else CudaGraph
 
 
 class Run:
-    """A wrapped optimizer, and gradients that depend on the step's number alone."""
+    """A wrapped optimizer, and gradients that depend only on the step's number."""
 
     def __init__(self, case: Case, *, shapes: Sequence[Any] = SHAPES, **options: Any) -> None:
         wrap = {k: options.pop(k) for k in list(options) if k in ("max_grad_norm", "policy")}
@@ -166,7 +166,7 @@ class Run:
         self.opt.step()
 
     def capture(self) -> Any:
-        """A step in a graph, its gradients in memory of their own, as a captured backward's are."""
+        """Return a graph of a step, whose gradients have separate memory, as after a backward."""
         graph = Graph()
         self.static = [torch.full_like(p, float("nan")) for p in self.params]
         for param, grad in zip(self.params, self.static, strict=True):
@@ -195,7 +195,7 @@ def assert_together(ours: Run, theirs: Run) -> None:
 
 
 def scaled(run: Run, number: int, scale: float, overflow: bool) -> None:
-    """Gradients and what a GradScaler hands over, as its fused path does."""
+    """Set scaled gradients, and the two tensors that a GradScaler hands to a fused step."""
     for param, grad in zip(run.params, run.draw(number), strict=True):
         param.grad = grad * scale
     if overflow:

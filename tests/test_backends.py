@@ -1,4 +1,4 @@
-"""Which backend serves, what happens without a compiler, and who says so."""
+"""The choice of a backend: by name, by the environment, without a compiler, without the GIL."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_environment_wishes_for_what_serves(monkeypatch):
         "native",
         "asked for by CLR_OPTIM_BACKEND='native'",
     )
-    assert backends.resolve("torch", adam())[0] == "torch"  # by name, it is as said
+    assert backends.resolve("torch", adam())[0] == "torch"  # the user's name wins
     name, why = backends.resolve("auto", torch.optim.NAdam([torch.ones(1)]))
     assert (name, why) == ("torch", "no fused kernel for NAdam")
 
@@ -175,11 +175,11 @@ def test_make_tries_triton_out_unless_the_user_named_it(monkeypatch):
     assert tried == [torch.device("cpu")]
 
 
-# ---- what is chosen for a GPU, without one
+# ---- the choice for a GPU, on a machine without one
 
 
 def on_a_gpu(monkeypatch, capability=(9, 0), hip=None, triton=None):
-    """An optimizer whose parameter says that it is on one, and what torch then says of it."""
+    """Return an optimizer whose parameter claims to lie on a GPU with these properties."""
     from clr_optim.backends.triton import here
 
     class Elsewhere(torch.Tensor):
@@ -214,7 +214,7 @@ def test_auto_says_why_it_leaves_a_gpu_to_torch(monkeypatch, told, words):
 
 
 def test_where_triton_cannot_compile_only_who_asked_for_it_is_refused(monkeypatch):
-    """As without Python's headers, which Triton needs and nothing else here does."""
+    """Only Triton needs Python's headers, so they may be missing."""
     from clr_optim import optimizer as module
     from clr_optim.backends import triton
 
@@ -281,7 +281,7 @@ def test_without_the_gil_a_compiled_backend_is_refused(monkeypatch, backend):
     with pytest.raises(ValueError, match=words):
         CyclicalOptimizer(adam(), backend=backend)
     monkeypatch.setenv("CLR_OPTIM_BACKEND", backend)
-    name, why = backends.resolve("auto", adam())  # a wish gives way
+    name, why = backends.resolve("auto", adam())  # the environment is only a wish
     assert (name, "free-threaded" in why) == ("torch", True)
 
 
@@ -297,7 +297,7 @@ def test_a_free_threaded_build_with_the_gil_runs_the_kernels(monkeypatch):
     opt = CyclicalOptimizer(adam())
     opt.step()
     assert opt.explain().startswith("native: 1 parameter")
-    # An import held the GIL for a while, and then it went.
+    # An import had enabled the GIL for its own length.
     gil[0] = False
     before = opt.param_groups[0]["params"][0].clone()
     with pytest.raises(RuntimeError, match=r"without the GIL.*PYTHON_GIL=1.*backend='torch'"):

@@ -1,9 +1,9 @@
 """The Triton backend's numbers against torch's own for-loop step.
 
-They run in Triton's interpreter on the CPU, in a process of its own, since Triton decides when it
-is imported: ``TRITON_INTERPRET=1 pytest tests/test_triton.py`` (``make interpreted``); and compiled
-where there is a GPU (``make gpu-check``). The bounds are those of changes.py. A program costs
-the interpreter some milliseconds: it tries each setting and each dtype, and only some of both.
+On the CPU the tests run in Triton's interpreter, in a separate process, since Triton decides at its
+import: ``TRITON_INTERPRET=1 pytest tests/test_triton.py`` (``make interpreted``). On a GPU they run
+compiled (``make gpu-check``). The tolerances are those of the native backend's tests. A program
+takes the interpreter some milliseconds, so there only some pairs of setting and dtype run.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def test_no_nan_at_a_rate_beyond_all_floats(case, dtype):
     "cell",
     some(
         itertools.product(
-            # The others have gradients that no kernel takes, or are made for the CPU.
+            # No kernel takes the other patterns' gradients, or they lie on the CPU.
             [p for p in changes.PATTERNS if p not in ("expanded", "all")],
             ["sgd-damp", "adamw-ams", "adagrad-decay", "rmsprop-mom"],
         ),
@@ -229,9 +229,9 @@ def test_3000_tensors():
 
 @pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=contract.name_of)
 def test_counters_of_many_tensors(default):
-    """More than one program of `advance` has; tensors of no elements cost no others."""
+    """More counters than one program of `advance` takes; empty tensors need no other program."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(default)  # the counters' dtype, as torch has it
+    torch.set_default_dtype(default)  # torch's dtype for counters
     try:
         pair = twins(BY_NAME["adam"], [(3,), *[(0,)] * 700, (2,)])
         pair.run(2)
@@ -286,7 +286,7 @@ def test_a_launch_for_each_bucket_and_one_more(launches):
         for p in params:
             p.grad = torch.ones_like(p)
         opt.step()
-        # A program for each chunk, of which the largest tensors have two.
+        # A program per chunk: the largest tensors have two chunks.
         assert update.taken() == [(4,), (4,)], k
         assert advance.taken() == [(1,)], k
     for p in params[:3]:

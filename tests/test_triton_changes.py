@@ -1,4 +1,4 @@
-"""What may change between two steps on the Triton backend: tensors, state, threads, checkpoints."""
+"""Changes between two steps on the Triton backend: tensors, state, threads, checkpoints."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ launches = pytest.fixture(name="launches")(count_launches)
 
 
 def test_a_default_device_is_not_ours():
-    """Who sets one means the model's tensors, and not what a step keeps on the host."""
+    """A default device is for the model's tensors, not for the step's tensors on the host."""
     pair = twins(BY_NAME["adam-wd"], max_grad_norm=0.5)
     with torch.device("meta"):
         pair.ours.step()  # nothing has a gradient
@@ -52,7 +52,7 @@ def test_a_default_device_is_not_ours():
 
 
 def test_steps_in_inference_mode_and_out_of_it():
-    """Which torch takes where there is no state."""
+    """In inference mode torch can step an optimizer without state."""
     pair = twins(BY_NAME["sgd"])
     for k in range(5):
         pair.draw()
@@ -63,7 +63,7 @@ def test_steps_in_inference_mode_and_out_of_it():
 
 
 def test_gradients_dropped_between_scan_and_launch(monkeypatch):
-    """By another thread's zero_grad(), whose forward pass then takes their memory."""
+    """Another thread calls zero_grad(), and its forward pass takes the gradients' memory."""
     size = 200_000
     (weight,) = parameters(drawn([(size,)], torch.float32))
     opt = wrapped(torch.optim.SGD([weight], lr=1.0), backend="triton", base_lr=1.0, max_lr=1.0)
@@ -83,12 +83,12 @@ def test_gradients_dropped_between_scan_and_launch(monkeypatch):
     before = weight.detach().clone()
     opt.step()
     assert torch.equal(weight, before - 1)
-    assert reference() is None  # let go of after the step
+    assert reference() is None  # the step has released the gradient
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_ctrl_c_between_device_and_host(first, monkeypatch):
-    """The device has gone on, and the host has not heard of it."""
+    """The device has advanced, and the host has no note of it."""
     from clr_optim.backends.triton.clock import Clock
 
     pair = twins(BY_NAME["adam-wd"])
@@ -116,7 +116,7 @@ def test_ctrl_c_between_device_and_host(first, monkeypatch):
 
 
 def test_a_device_that_joins_stands_where_the_others_do(monkeypatch):
-    """Though the host may not know where that is; another device is played by another index."""
+    """The host may not know the position. The test plays a second device by another index."""
     from clr_optim.plan import Bucket
 
     begin = Bucket.begin
@@ -164,7 +164,7 @@ def test_tensors_that_are_not_aligned(which, dtype):
 EVENTS = [
     getattr(changes, name)
     for name in (
-        # Those that make no tensors, which would be on the CPU.
+        # Only changes that make no tensors: those would lie on the CPU.
         "swap_data", "swap_layout", "shrink", "shrink_in_place", "grow", "replace_state",
         "swap_state_data", "transpose_state", "widen_counters", "half_the_counters",
         "one_counter_for_two", "one_buffer_for_two", "delete_state_tensor", "none_in_state",
@@ -183,7 +183,7 @@ def add_group(opt):
 def _cells():
     names = [case.name for case in KERNELS]
     for i, event in enumerate([*EVENTS, add_group]):
-        # A kernel that counts steps, and one of the others, each in turn.
+        # SGD, which counts no steps, and one of the other kernels in turn.
         chosen = ["sgd-nest-wd", names[2 + i % 8]] if INTERPRETED else names
         yield from ((event, BY_NAME[name]) for name in chosen)
 
@@ -195,7 +195,7 @@ def test_events(cell):
     tolerance = 1e-5 if event.__name__ == "cast_with_state" else 1e-12
     pair.run(2)
     pair.each(event)
-    pair.step(tolerance)  # with what gradients are left
+    pair.step(tolerance)  # with the gradients that are left
     pair.run(1, tolerance)
     pair.each(event)
     pair.run(1, tolerance)
@@ -203,7 +203,7 @@ def test_events(cell):
 
 @pytest.mark.skipif(RUNS and not INTERPRETED, reason="the machine's tensors are on the CPU")
 def test_any_order_of_events(launches):
-    """Seeds of the fuzzer, whose own tests play more of them: these go through the kernels."""
+    """Some seeds of the fuzzer, played through the kernels."""
     from fuzz.run import drawn, play
 
     for seed in range(100, 106):
@@ -240,7 +240,7 @@ def test_a_backward_through_an_older_graph_raises(case):
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     idle.grad = None
-    other.backward()  # it had no gradient, so nothing moved it
+    other.backward()  # the parameter had no gradient, so the step left it
 
 
 def test_training_a_model():
@@ -291,7 +291,7 @@ def test_a_checkpoint_is_as_torch_writes_it():
             assert (mine[name].device, mine[name].dtype) == (t.device, t.dtype), name
         assert mine["step"].item() == 3
     pair.run(1)
-    assert ours["state"][0]["step"].item() in (3, 4)  # torch's own are views of what goes on
+    assert ours["state"][0]["step"].item() in (3, 4)  # torch's own counters go on in the checkpoint
     pair.theirs.load_state_dict(copy.deepcopy(pair.ours.state_dict()))
     pair.run(2)
 

@@ -134,7 +134,7 @@ def test_a_checkpoint_moves_from_the_cpu(case):
 
     for k in range(3):
         step(there, k)
-    # A copy, as a file is: torch's loading shares the counters, which are on the CPU anyway.
+    # Load a copy, as from a file: torch's loading shares the counters on the CPU.
     here.load_state_dict(copy.deepcopy(there.state_dict()))
     for p, q in zip(members(here), members(there), strict=True):
         p.data.copy_(q.detach())

@@ -25,7 +25,7 @@ from clr_optim.backends.triton import device as current
 pytestmark = [
     pytest.mark.triton,
     pytest.mark.skipif(not RUNS, reason="needs TRITON_INTERPRET=1 or a GPU"),
-    # numpy's, of what the interpreter computes and nobody reads: an SGD's empty first buffer.
+    # The interpreter computes with an SGD's unfilled first buffer, and numpy warns of its NaNs.
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
 ]
 
@@ -80,7 +80,7 @@ def test_two_graphs_of_one_optimizer():
 
 
 def test_a_graph_keeps_what_it_reads_from():
-    """Eager steps on other parameters' gradients must not change or free a graph's tables."""
+    """Eager steps with other gradients must not change or free a graph's tables."""
     mixed, eager = Run(BY_NAME["adagrad-decay"]), Run(BY_NAME["adagrad-decay"])
     for run in (mixed, eager):
         run.eager(0)
@@ -112,7 +112,7 @@ def test_capturable_keeps_lr_on_the_device(name, dtype):
         run.replay(graph, k) if k % 3 else run.eager(k)
         plain.eager(k)
         assert run.opt.param_groups[0]["lr"] is held
-        # Read before anything that would make the host look after it.
+        # Read before the host asks the device: asking may write lr.
         assert held.item() == pytest.approx(plain.opt.param_groups[0]["lr"], rel=1e-6)
     assert run.opt.get_last_lr() == plain.opt.get_last_lr()
     for a, b in zip(run.params, plain.params, strict=True):
@@ -149,7 +149,7 @@ def test_a_new_course_reaches_the_replays(capturable):
         run.replay(graph, k)
         plain.eager(k)
     for opt in (run.opt, plain.opt):
-        opt.set_iteration(1)  # where the host believes it to be
+        opt.set_iteration(1)  # the position that the host believes
         opt.set_bounds(base_lr=0.001, max_lr=0.02)
     for k in range(5, 12):
         run.replay(graph, k)
@@ -162,7 +162,7 @@ def test_a_new_course_reaches_the_replays(capturable):
 def refusal(run: Run) -> str:
     before = (run.opt.iteration, copy.deepcopy(tensors_of(run.opt)))
     with warnings.catch_warnings():
-        # torch's, of the capture that was refused and so came to nothing.
+        # torch warns of the empty graph of the refused capture.
         warnings.filterwarnings("ignore", "The CUDA Graph is empty")
         with pytest.raises(RuntimeError) as error, Graph().capture():
             run.opt.step()
@@ -229,7 +229,7 @@ def test_what_cannot_be_captured_says_why():
     assert "on backend 'torch'" in message
     assert "use backend='triton'" in message
 
-    # It goes on eagerly as if nothing had been: two steps since the optimizer was wrapped again.
+    # Eager steps go on undisturbed: two steps since the optimizer was wrapped again.
     run.eager(2)
     assert run.opt.iteration == 2
 
@@ -248,7 +248,7 @@ def test_gradients_better_aligned_than_before_can_be_captured():
 
 
 def test_a_capture_must_cover_all_devices(monkeypatch):
-    """As by the host's own view: whether there is a capture depends on the current device."""
+    """Whether a capture is under way depends on the current device."""
     run = Run(BY_NAME["adam-wd"])
     run.eager(0)
     elsewhere = []
@@ -287,7 +287,7 @@ def test_a_groups_bounds_reach_a_graph_of_more_groups():
 
 
 def test_to_ask_moves_nothing():
-    """Asked on another stream, what the device says may be of a moment ago."""
+    """On another stream the device's answer may be a moment old."""
     run = Run(BY_NAME["adam-wd"], capturable=True)
     run.eager(0)
     graph = run.capture()
@@ -317,7 +317,7 @@ def test_fifty_overflows_move_nothing_and_nothing_waits(name, max_grad_norm):
     created = False
     for overflow in tries:
         scaled(amp, taken, 2.0 ** chance.randrange(20), overflow)
-        if created:  # the host has to know of the step that creates state whether it happened
+        if created:  # the host must know whether the step that creates state happened
             with nothing_waits():
                 amp.opt.step()
         else:
@@ -389,7 +389,7 @@ def test_where_the_host_must_know_it_asks(how):
 
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.RMSprop])
 def test_overflows_where_momentum_cycles_down_to_0(cls):
-    """A step without momentum leaves the buffer as it was, and is another kernel's."""
+    """A step without momentum leaves the buffer alone, and another kernel takes it."""
     found = []
     for with_overflows in (True, False):
         param = torch.nn.Parameter(torch.ones(5, device=DEVICE))
@@ -429,14 +429,14 @@ def test_equal_runs_clip_to_equal_bits():
 
 
 def _pull(params: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """A loss whose backward is element by element, so that it has the same bits everywhere."""
+    """Return a loss whose gradients have the same bits on every device."""
     return sum(((p - t) ** 2).sum() for p, t in zip(params, targets, strict=True))
 
 
 @on_gpus
 @pytest.mark.parametrize("case", KERNELS, ids=lambda case: case.name)
 def test_a_whole_training_step_in_a_graph(case):
-    """Its gradients are made in the graph's own memory."""
+    """The backward pass writes gradients into the graph's memory."""
     runs = [Run(case, max_grad_norm=10.0) for _ in range(2)]
     targets = [torch.zeros_like(p) for p in runs[0].params]
 
@@ -471,7 +471,7 @@ def test_a_whole_training_step_in_a_graph(case):
 @on_gpus
 @pytest.mark.parametrize("name", ["adam-wd", "sgd-nest-wd", "adagrad-decay"])
 def test_a_gradscalers_fused_path(name):
-    """The scaler itself asks for nothing, nor do we."""
+    """Neither the scaler nor our step waits for the device."""
     amp, plain = (Run(BY_NAME[name], fused=True, foreach=False) for _ in range(2))
     if not getattr(amp.opt, "_step_supports_amp_scaling", False):
         pytest.skip("this torch has its GradScaler decide for it, as 2.11's for Adagrad")
@@ -510,7 +510,7 @@ def test_a_steady_step_does_not_wait():
 
 
 @on_gpus
-# torch's, when a thread of autograd is the first there to multiply matrices.
+# torch warns when a thread of autograd is the first to multiply matrices.
 @pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA")
 def test_beside_other_users_of_graphs():
     """``make_graphed_callables`` and ``reduce-overhead`` around the model, our step outside."""

@@ -1,4 +1,4 @@
-"""What the Triton backend refuses, and what it needs: DTensors, a compiler, Triton itself."""
+"""Refusals of the Triton backend, its needs (a compiler, Triton itself), and DTensors."""
 
 from __future__ import annotations
 

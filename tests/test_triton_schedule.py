@@ -100,7 +100,7 @@ BOUNDS = (0.001, 0.006, 0.8, 0.95)
 def assert_schedule(of, steps):
     rates, momenta = on_device(of, steps, BOUNDS)
     expected = of(steps, *BOUNDS[:2]), of.momentum(steps, *BOUNDS[2:])
-    # Three float64 ulps, five with a GPU's own exp2; what atol leaves out has no 53 bits.
+    # Three float64 ulps, or five with a GPU's exp2. Numbers below atol have fewer than 53 bits.
     tolerance = 7e-16 if INTERPRETED else 1.1e-15
     for found, wanted in zip((rates, momenta), expected, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=1e-300)
@@ -162,7 +162,7 @@ POLICIES = {
 def test_policies(name, policy):
     options = dict(POLICIES[policy])
     if isinstance(options.get("policy"), Schedule):
-        options = {"step_size_up": 2000, **options}  # as if nothing was said
+        options = {"step_size_up": 2000, **options}  # the constructor's default
     run_both(*(at_backend(BY_NAME[name], b, **options) for b in ("triton", "torch")), 9)
 
 
@@ -210,7 +210,7 @@ def test_position_and_bounds_changed_in_mid_run(name):
 @pytest.mark.parametrize("edge", [2**24, 2**31, 2**32, 2**53])
 @pytest.mark.parametrize("policy", ["triangular", "exp_range", "longer than an int32"])
 def test_the_rate_far_along(policy, edge):
-    """Used by the kernel, at the device's own position: the way of a weight pulled by ones."""
+    """The kernel's rate at the device's own position: gradients of -1 move a weight by it."""
     of, formula = FORMULAS[policy]
     weight = drawn([(3,)], torch.float64)[0].zero_().requires_grad_()
     weight.grad = -torch.ones_like(weight)
@@ -229,7 +229,7 @@ def test_the_rate_far_along(policy, edge):
 
 @pytest.mark.parametrize("name", ["adam", "adagrad-decay", "rmsprop"])
 def test_torchs_own_counter_stalls_where_it_does_in_torch(name):
-    """In float32 at 2**24; the cycle goes on."""
+    """A float32 counter stalls at 2**24, and the cycle goes on."""
     pair = twins(BY_NAME[name], backend="auto")
     pair.run(2)
     for opt in pair.both():
@@ -259,7 +259,7 @@ def test_settings_changed_in_mid_run(setting):
 @pytest.mark.parametrize("warm", [0, 2])
 @pytest.mark.parametrize("name", ["sgd-nest-wd", "adamw", "adam-cycled", "rmsprop-mom-cent"])
 def test_a_zero_rate_step_makes_state_and_nothing_else(name, warm):
-    """As ``torch.distributed.checkpoint`` takes it, before it reads or writes state."""
+    """``torch.distributed.checkpoint`` takes such a step before it reads or writes state."""
     pair = twins(BY_NAME[name])
     pair.run(warm)
     before = [p.detach().clone() for p in members(pair.ours)]
@@ -276,7 +276,7 @@ def test_a_zero_rate_step_makes_state_and_nothing_else(name, warm):
             group["lr"] = lr
     assert (pair.ours.iteration, pair.ours.get_last_lr()) == (position, rates)
     assert_alike(*pair.both())
-    if not warm:  # else the momentum of a twin, times 0, is as little
+    if not warm:  # a warm twin's momentum moves by rounding
         assert all(torch.equal(p, v) for p, v in zip(members(pair.ours), before, strict=True))
     assert all(held(pair.ours))
     pair.run(3)

@@ -1,9 +1,9 @@
-"""What the Triton backend's tests share: where they run, the interpreter mended, and twins there.
+"""Helpers of the Triton backend's tests: marks, the mended interpreter, twins on the device.
 
-Every launch in the interpreter is watched, see :mod:`triton_memory`.
+:mod:`triton_memory` watches every launch in the interpreter.
 
-Under Triton's interpreter all tensors are on the CPU, else all are on the GPU; torch's step
-counters are on the CPU in any case, and ours only in the interpreter.
+Under Triton's interpreter all tensors lie on the CPU, else all lie on the GPU. torch's step
+counters always lie on the CPU, ours only in the interpreter.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MARKS = [
         not RUNS,
         reason="runs with TRITON_INTERPRET=1 (`make interpreted`) or on a GPU, with Triton",
     ),
-    # The interpreter computes with numpy, which warns of every NaN and Inf.
+    # The interpreter computes with numpy, and numpy warns of every NaN and Inf.
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
     pytest.mark.filterwarnings("ignore:Sparse invariant checks"),
 ]
@@ -100,12 +100,12 @@ def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[Counted]:
 
 
 def mend_the_interpreter() -> None:
-    """Have Triton's interpreter round as GPUs do, and take half the time.
+    """Make Triton's interpreter round as GPUs do, in half the time.
 
-    It cuts float32 off to bfloat16, and garbles subnormal numbers on the way back; GPUs round to
-    nearest even and keep those. It rounds the product of a fused multiply-add, which may then be
-    infinite; GPUs round once. For every call of a function from a kernel it prepares all of
-    Triton's language anew, though what it did for the kernel is still in place.
+    The interpreter truncates float32 to bfloat16 and garbles subnormal numbers on the way back.
+    GPUs round to nearest even and keep subnormals. The interpreter rounds the product of a fused
+    multiply-add, which may then be infinite. GPUs round once. For every call from a kernel the
+    interpreter prepares Triton's language again, although the kernel's preparation still holds.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -113,7 +113,7 @@ def mend_the_interpreter() -> None:
     convert, prepare = interpreter._convert_float, interpreter._patch_lang
 
     def rounded(values: Any, source: Any, target: Any, mode: Any) -> Any:
-        # A copy, since torch would warn of arrays that must not be written to.
+        # Copy, since torch warns of read-only arrays.
         if (source, target) == (tl.float32, tl.bfloat16):
             narrow = torch.from_numpy(np.array(values)).bfloat16()
             return narrow.view(torch.int16).numpy().view(np.uint16)
@@ -167,10 +167,10 @@ if RUNS:
 
 
 def on_device(schedule: Any, steps: Sequence[int], bounds: Sequence[float]) -> Any:
-    """``(rates, momenta)`` as the device has them, at each step."""
+    """Return ``(rates, momenta)`` that the device evaluates at each step."""
     tables = [torch.from_numpy(table).to(DEVICE) for table in phase_tables(schedule)]
-    # A program for each step, as in the kernels, costs a GPU nothing. The interpreter takes
-    # them all at once: its arithmetic is numpy's, for arrays as for numbers.
+    # A GPU runs a program per step, as in the kernels. The interpreter computes all steps at
+    # once: its arithmetic is numpy's, for arrays as for numbers.
     block = 1 << (len(steps) - 1).bit_length() if INTERPRETED else 0
     padded = [*steps, *[0] * (block - len(steps))]
     there = torch.tensor(padded, dtype=torch.int64, device=DEVICE)
@@ -189,12 +189,12 @@ def on_device(schedule: Any, steps: Sequence[int], bounds: Sequence[float]) -> A
 
 
 def drawn(shapes: Sequence[Any], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
-    """Normal tensors on the device, the same anywhere."""
+    """Return normally distributed tensors on the device, equal on every machine."""
     return [t.to(DEVICE) for t in native_helpers.drawn(shapes, dtype, seed)]
 
 
 def at_home(optimizer: torch.optim.Optimizer) -> Any:
-    """Its parameters and state on the CPU, for comparisons."""
+    """Return an optimizer's parameters and state on the CPU, for comparisons."""
     here = {p: torch.nn.Parameter(p.detach().cpu()) for p in members(optimizer)}
     state = {
         here[p]: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in optimizer.state[p].items()}
@@ -210,7 +210,7 @@ def assert_alike(ours: Any, theirs: Any, tolerance: float = 1e-12) -> None:
 
 
 class Twins(native_helpers.Twins):
-    """Ours on the device with ``backend="triton"``, and torch's for-loop step beside it."""
+    """Our optimizer with ``backend="triton"``, and torch's for-loop step beside it."""
 
     def __init__(self, make: Callable[[], torch.optim.Optimizer], **wrap: Any) -> None:
         super().__init__(make, **{"backend": "triton", **wrap})
@@ -222,14 +222,14 @@ class Twins(native_helpers.Twins):
 
 
 def twins(case: Case, shapes: Sequence[Any] = ((5, 3), (7,)), **wrap: Any) -> Twins:
-    """Twins of a case in float64."""
+    """Return twins of a case in float64."""
     return Twins(
         lambda: case.make(parameters(drawn(shapes, torch.float64))), **{**case.wrap, **wrap}
     )
 
 
 class Contract(contract.Contract):
-    """As there, each value in a group with bounds of its own."""
+    """The contract with each value in a separate group that has separate bounds."""
 
     def __init__(self, case: Case, dtype: torch.dtype, values: Sequence[Tensor]) -> None:
         def groups(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[dict[str, Any]]:
