@@ -10,9 +10,12 @@ DISTRIBUTED := tests/test_distributed.py tests/test_distributed_checkpoint.py \
 	tests/test_dtensor.py tests/test_dtensor_models.py tests/test_dtensor_norm.py \
 	tests/test_examples.py
 
-INTERPRETED := tests/test_triton.py tests/test_triton_graphs.py tests/test_triton_machine.py \
-	tests/test_triton_memory.py tests/test_hostile_checkpoints.py tests/test_resume_data.py \
-	tests/fuzz/test_fuzz.py
+# What runs on a GPU and in Triton's interpreter.
+ON_TRITON := tests/test_triton.py tests/test_triton_changes.py tests/test_triton_gpu.py \
+	tests/test_triton_graphs.py tests/test_triton_refusals.py tests/test_triton_schedule.py
+
+INTERPRETED := $(ON_TRITON) tests/test_triton_machine.py tests/test_triton_memory.py \
+	tests/test_hostile_checkpoints.py tests/test_resume_data.py tests/fuzz/test_fuzz.py
 
 .PHONY: demo test format lint types check interpreted fuzz fuzz-kill fuzz-threads distributed test-frameworks test-newest package docs pictures errors gpu-check gpu-sanitize gpu-paper clean FORCE
 
@@ -151,8 +154,8 @@ gpu-check: build/tree
 	set -- $$gpu; results=bench/results/$$1; target=$$2; failed=; plot=; \
 	keep() { for f; do [ -z "$$OUT" ] || [ ! -e "$$f" ] || cp "$$f" "$$OUT/"; done; }; \
 	mkdir -p bench/results; \
-	timeout -k 10 200 $(PYTHON) -m pytest tests/test_gpu.py tests/test_triton.py \
-		tests/test_triton_graphs.py tests/test_paper_runs.py -m "gpu or triton" \
+	timeout -k 10 200 $(PYTHON) -m pytest tests/test_gpu.py $(ON_TRITON) \
+		tests/test_paper_runs.py -m "gpu or triton" \
 		tests/test_docs.py::test_the_readmes_captured_step \
 		--junitxml=build/gpu-tests.xml $(ARGS) || failed="tests"; \
 	keep build/gpu-tests.xml; \

@@ -408,7 +408,7 @@ def _served(optimizer: Optimizer) -> str:
     """Return the backend of an optimizer's first step, and the reason."""
     try:
         backend, reason = backends.resolve("auto", optimizer)
-        if backend == "native":
+        if backends.is_fused(backend):
             library()
     except ValueError as error:  # CLR_OPTIM_BACKEND may name a backend that cannot serve
         return f"none: {_line(error)}"

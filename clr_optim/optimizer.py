@@ -341,8 +341,8 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
         ``None`` before the first step with ``max_grad_norm``.
         """
         norm = self._shared.grad_norm
-        # On the device the norm of the next step goes to the same place.
-        return norm.clone() if norm is not None and self._shared.serving.is_on_device else norm
+        traits = self._shared.serving.traits
+        return norm.clone() if norm is not None and traits and traits.reuses_norm else norm
 
     def explain(self) -> str:
         """Return which backend serves which parameters, and why, in words.

@@ -82,17 +82,17 @@ def only_device_knows(opt: Wrapped) -> bool:
 
 def device_positions(opt: Wrapped) -> list[int]:
     """Return the position that each device holds."""
-    return [position.ask() for position in _clocks(opt)]
+    return [clock.ask() for clock in _clocks(opt)]
 
 
 def device_position_writes(opt: Wrapped) -> list[int]:
     """Return how often the host has written the position of each device."""
-    return [position._control._version for position in _clocks(opt)]
+    return [clock._control._version for clock in _clocks(opt)]
 
 
 def _clocks(opt: Wrapped) -> list[Any]:
     backend: Any = backend_of(opt)
-    return list(backend._positions.values())
+    return list(backend._clocks.values())
 
 
 # ---- in the middle of a step
@@ -122,12 +122,12 @@ def fail_native_launches(patch: pytest.MonkeyPatch, error: type[BaseException]) 
 
 def fail_after_triton_launches(patch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
     """Have the Triton backend raise when the device has stepped and the host has not noted it."""
-    from clr_optim.backends.triton import _Position
+    from clr_optim.backends.triton.clock import Clock
 
     def failing(*args: object) -> None:
         raise error
 
-    patch.setattr(_Position, "advanced", failing)
+    patch.setattr(Clock, "advanced", failing)
 
 
 def act_before_triton_launch(

@@ -1,7 +1,8 @@
-"""Which backend serves, what happens without a compiler, and who says so."""
+"""The choice of a backend: by name, by the environment, without a compiler, without the GIL."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from clr_optim import CyclicalOptimizer, backends
+from clr_optim import CyclicalOptimizer, backends, schedule
+from clr_optim.backends import native
 
 
 def adam(**options):
@@ -45,7 +47,7 @@ def test_the_environment_wishes_for_what_serves(monkeypatch):
         "native",
         "asked for by CLR_OPTIM_BACKEND='native'",
     )
-    assert backends.resolve("torch", adam())[0] == "torch"  # by name, it is as said
+    assert backends.resolve("torch", adam())[0] == "torch"  # the user's name wins
     name, why = backends.resolve("auto", torch.optim.NAdam([torch.ones(1)]))
     assert (name, why) == ("torch", "no fused kernel for NAdam")
 
@@ -132,12 +134,53 @@ def test_without_a_compiler_torchs_step_serves_with_one_warning(tmp_path):
     assert "backend='native' cannot serve SGD" in out.stdout
 
 
-# ---- what is chosen for a GPU, without one
+# ---- what the optimizer asks of a backend
+
+
+def test_every_fused_backend_states_its_traits():
+    stated = (
+        "capturable", "counts_on_device", "keeps_rates", "name", "reuses_norm", "sees_overflows",
+    )  # fmt: skip
+    for name in backends.BACKENDS:
+        traits = backends.traits(name)
+        assert backends.is_fused(name) is (traits is not None)
+        if traits is None:
+            assert name in ("auto", "torch")
+        else:
+            assert traits.name == name
+            assert all(name in vars(traits) for name in stated)
+            assert backends.devices(name) == traits.device_types()
+
+
+def test_make_builds_the_backend_where_its_tensors_lie():
+    inner = adam()
+    rule = backends.rule_for(inner)
+    fused = backends.make("native", inner, rule, schedule.fixed(), asked=True)
+    assert type(fused) is backends.traits("native")
+    elsewhere = torch.optim.Adam([torch.ones(1, device="meta")])
+    assert backends.make("native", elsewhere, rule, schedule.fixed(), asked=False) is None
+
+
+def test_make_tries_triton_out_unless_the_user_named_it(monkeypatch):
+    from clr_optim.backends import triton
+
+    tried = []
+    monkeypatch.setattr(triton, "try_out", tried.append)
+    monkeypatch.setattr(triton.here, "DEVICES", ("cpu",))
+    inner = adam()
+    for asked in (True, False):
+        backends.make(
+            "triton", inner, backends.rule_for(inner), schedule.fixed(), asked=asked
+        )  # fmt: skip
+    assert tried == [torch.device("cpu")]
+
+
+# ---- the choice for a GPU, on a machine without one
 
 
 def on_a_gpu(monkeypatch, capability=(9, 0), hip=None, triton=None):
-    """An optimizer whose parameter says that it is on one, and what torch then says of it."""
-    from clr_optim.backends import triton as module
+    """Return an optimizer whose parameter claims to lie on a GPU with these properties."""
+    from clr_optim.backends.triton import here
 
     class Elsewhere(torch.Tensor):
         @property
@@ -146,8 +189,8 @@ def on_a_gpu(monkeypatch, capability=(9, 0), hip=None, triton=None):
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(backends, "why_no_triton", lambda: triton)
-    monkeypatch.setattr(module, "is_interpreted", lambda: False)
+    monkeypatch.setattr(here, "why_no_triton", lambda: triton)
+    monkeypatch.setattr(here, "is_interpreted", lambda: False)
     return torch.optim.Adam([torch.ones(3).as_subclass(Elsewhere)])
 
 
@@ -171,7 +214,7 @@ def test_auto_says_why_it_leaves_a_gpu_to_torch(monkeypatch, told, words):
 
 
 def test_where_triton_cannot_compile_only_who_asked_for_it_is_refused(monkeypatch):
-    """As without Python's headers, which Triton needs and nothing else here does."""
+    """Only Triton needs Python's headers, so they may be missing."""
     from clr_optim.backends import triton
     from clr_optim.core import serving as module
 
@@ -179,11 +222,10 @@ def test_where_triton_cannot_compile_only_who_asked_for_it_is_refused(monkeypatc
         raise triton.BuildError("Triton on cuda:0: CalledProcessError: no Python.h")
 
     monkeypatch.setattr(triton, "try_out", no_headers)
-    monkeypatch.setattr(triton, "DEVICES", ("cpu",))
-    monkeypatch.setattr(backends, "DEVICES", ("cpu",))
+    monkeypatch.setattr(triton.here, "DEVICES", ("cpu",))
     monkeypatch.setattr(module, "_warned_no_kernels", False)
-    monkeypatch.setattr(backends, "why_no_triton", lambda: None)
-    monkeypatch.setattr(backends, "why_not_unasked", lambda device: None)
+    monkeypatch.setattr(triton.here, "why_no_triton", lambda: None)
+    monkeypatch.setattr(triton.here, "why_not_unasked", lambda device: None)
     param = torch.nn.Parameter(torch.ones(3))
     param.grad = torch.ones(3)
     opt = CyclicalOptimizer(torch.optim.SGD([param], lr=0.1), base_lr=0.1, max_lr=0.1)
@@ -193,3 +235,86 @@ def test_where_triton_cannot_compile_only_who_asked_for_it_is_refused(monkeypatc
     torch.testing.assert_close(param.detach(), torch.full((3,), 0.9))
     assert "no Python.h" in opt.explain()
     assert opt.iteration == 1
+
+
+# ---- free-threaded Python
+
+
+def free_threaded(monkeypatch, gil=False):
+    """Make this Python say that it is a free-threaded build; return a switch for its GIL."""
+    import sysconfig
+
+    ask = sysconfig.get_config_var
+    switch = [gil]
+    monkeypatch.setattr(
+        sysconfig, "get_config_var", lambda name: 1 if name == "Py_GIL_DISABLED" else ask(name)
+    )
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: switch[0], raising=False)
+    monkeypatch.setattr(native, "_library", None)
+    return switch
+
+
+def test_without_the_gil_auto_is_torchs_step(monkeypatch):
+    free_threaded(monkeypatch)
+    inner = adam()
+    name, why = backends.resolve("auto", inner)
+    assert name == "torch"
+    assert "free-threaded Python" in why
+    opt = CyclicalOptimizer(inner)
+    opt.step()
+    assert opt.explain().startswith("torch: 1 parameter")
+    assert why in opt.explain()
+    assert opt.iteration == 1
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_without_the_gil_a_compiled_backend_is_refused(monkeypatch, backend):
+    from clr_optim.backends.triton import here
+
+    free_threaded(monkeypatch)
+    monkeypatch.setattr(here, "is_interpreted", lambda: True)
+    monkeypatch.setattr(here, "why_no_triton", lambda: None)
+    words = (
+        rf"backend='{backend}' cannot serve Adam: .*free-threaded Python.*without the GIL"
+        r".*PYTHON_GIL=1.*use backend='auto'"
+    )
+    with pytest.raises(ValueError, match=words):
+        CyclicalOptimizer(adam(), backend=backend)
+    monkeypatch.setenv("CLR_OPTIM_BACKEND", backend)
+    name, why = backends.resolve("auto", adam())  # the environment is only a wish
+    assert (name, "free-threaded" in why) == ("torch", True)
+
+
+def test_without_the_gil_a_gpu_is_left_to_torch(monkeypatch):
+    on_gpu = on_a_gpu(monkeypatch)
+    free_threaded(monkeypatch)
+    name, why = backends.resolve("auto", on_gpu)
+    assert (name, "free-threaded" in why) == ("torch", True)
+
+
+def test_a_free_threaded_build_with_the_gil_runs_the_kernels(monkeypatch):
+    gil = free_threaded(monkeypatch, gil=True)
+    opt = CyclicalOptimizer(adam())
+    opt.step()
+    assert opt.explain().startswith("native: 1 parameter")
+    # An import had enabled the GIL for its own length.
+    gil[0] = False
+    before = opt.param_groups[0]["params"][0].clone()
+    with pytest.raises(RuntimeError, match=r"without the GIL.*PYTHON_GIL=1.*backend='torch'"):
+        opt.step()
+    assert torch.equal(opt.param_groups[0]["params"][0], before)
+    gil[0] = True
+    opt.step()
+    assert opt.iteration == 2
+
+
+def test_torchs_step_stays_where_an_import_enables_the_gil(monkeypatch):
+    gil = free_threaded(monkeypatch)
+    opt = CyclicalOptimizer(adam())
+    gil[0] = True
+    opt.step()
+    assert opt.explain().startswith("torch: 1 parameter")
+
+
+def test_an_ordinary_python_asks_nothing_at_a_call():
+    assert type(native.library().held) is ctypes.PyDLL

@@ -1,4 +1,4 @@
-"""The contract on a GPU; `make gpu-check` runs these."""
+"""The contract on a GPU, run by `make gpu-check`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to, for GPUs that need not be here."""
+"""The compiled Triton kernels, for GPUs that this machine need not have."""
 
 import importlib.util
 import json
@@ -28,12 +28,12 @@ SLOTS = {
     "rmsprop_momentum_centered": 3,
 }
 
-# An SM with its 65536 registers then runs four programs of 256 threads at a time, or two.
-MOST_REGISTERS = {"float32": 64, "bfloat16": 64, "float16": 64, "float64": 96}
+# An SM has 65536 registers: it then runs four programs of 256 threads at a time, or three.
+MOST_REGISTERS = {"float32": 64, "bfloat16": 64, "float16": 64, "float64": 80}
 
 
 def run(*arguments):
-    """Python in a process of its own, where Triton does not interpret."""
+    """Run Python in a separate process, where Triton does not interpret."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -41,7 +41,7 @@ def run(*arguments):
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90", "gfx942"])
 def compiled(request, tmp_path_factory):
-    """A target, the rows of its report by rule and dtype, and what was printed."""
+    """Return a target, the rows of its report by rule and dtype, and the printed text."""
     path = tmp_path_factory.mktemp("report") / "rows.json"
     done = run("-m", report.__name__, "--target", request.param, "--json", path)
     assert not done.returncode, done.stderr
@@ -60,7 +60,7 @@ def test_registers_suffice_and_accesses_are_wide(compiled, rule, dtype):
     if target == "sm_90":
         assert row["registers"] <= MOST_REGISTERS[dtype]
     assert row["loads_narrow"] == row["stores_narrow"] == 0
-    # Parameter, gradient and state; several times over where the compiler unrolled the loop.
+    # Parameter, gradient and state, several times if the compiler unrolled the loop.
     times, rest = divmod(row["loads_16b"], 2 + SLOTS[rule])
     assert times >= 1
     assert rest == 0
@@ -151,8 +151,7 @@ def test_what_cannot_be_compiled_or_counted():
     assert "is TRITON_DISABLE_LINE_INFO set?" in uncounted
 
 
-# Launches go nowhere, and compilations are counted instead of made: what Triton would compile for
-# is decided before either.
+# Count launches and compilations instead of doing them: Triton decides before both what to compile.
 LAUNCHES = """
 import torch
 from triton.backends.compiler import GPUTarget
@@ -180,7 +179,7 @@ def compile_(self, key, *rest, **options):
 compiled, launched = [], []
 driver.set_active(Driver())
 JITFunction._do_compile = compile_
-clr_optim.backends.is_interpreted = clr_optim.backends.triton.is_interpreted = lambda: True
+clr_optim.backends.triton.here.is_interpreted = lambda: True
 
 params = [torch.nn.Parameter(torch.zeros(n)) for n in (1, 16, 1024, 3000, 70_000)]
 opt = CyclicalOptimizer(
@@ -208,7 +207,7 @@ print(sorted(compiled), len(launched))
 def test_nothing_is_compiled_anew_as_scalars_and_gradients_change():
     done = run("-c", LAUNCHES)
     assert not done.returncode, done.stderr
-    # A launch for the bucket and one for the counters, of two optimizers; the one that clips sums
-    # squares and opens the gate before; and each has once opened a gate that stays open.
+    # Each optimizer launches one kernel for its bucket and one to advance. The clipping one also
+    # sums squares and fills the gate. Each fills its open gate once.
     kernels = ["advance", "multi_tensor", "open_gate", "open_gate", "sum_of_squares"]
     assert done.stdout == f"{kernels} 6002\n"

@@ -1,8 +1,6 @@
 """Steps captured into a graph, overflows that only the device sees.
 
-On a GPU these are CUDA's graphs. In Triton's interpreter what CUDA does is played: at a capture
-launches and tensor operations are noted and not run, and a replay runs them on the very memory that
-they were noted with.
+On a GPU these are CUDA's graphs, in the interpreter graphs that :mod:`graph_helpers` plays.
 """
 
 from __future__ import annotations
@@ -10,203 +8,31 @@ from __future__ import annotations
 import copy
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from graph_helpers import Graph, Run, assert_together, nothing_waits, scaled
 from internals import device_position_writes
-from native_helpers import BY_NAME, KERNELS, Case, assert_identical, tensors_of, unaligned
+from native_helpers import BY_NAME, KERNELS, assert_identical, tensors_of, unaligned
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton_helpers import DEVICE, INTERPRETED, RUNS
 
-from clr_optim import CyclicalOptimizer, backends
-from clr_optim.backends import triton as triton_backend
+from clr_optim import CyclicalOptimizer
+from clr_optim.backends.triton import device as current
 
 pytestmark = [
     pytest.mark.triton,
     pytest.mark.skipif(not RUNS, reason="needs TRITON_INTERPRET=1 or a GPU"),
-    # numpy's, of what the interpreter computes and nobody reads: an SGD's empty first buffer.
+    # The interpreter computes with an SGD's unfilled first buffer, and numpy warns of its NaNs.
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
 ]
 
 
 def on_gpus(test: Any) -> Any:
     return pytest.mark.gpu(pytest.mark.skipif(INTERPRETED, reason="runs compiled, on a GPU")(test))
-
-
-SHAPES = [(5, 3), (1100,), (), (0,)]
-
-
-class WaitedError(AssertionError):
-    """The host asked the device for a value."""
-
-
-class _Watch(TorchDispatchMode):
-    """Lets no value of a tensor reach the host; outside of it stand the interpreter's own."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            raise WaitedError
-        return func(*args, **(kwargs or {}))
-
-
-class _Kernel:
-    """A kernel that runs, or is noted, outside of any dispatch mode."""
-
-    def __init__(self, kernel: Any, graph: PlayedGraph | None = None) -> None:
-        self._kernel, self._graph = kernel, graph
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            def run() -> None:
-                with torch.utils._python_dispatch._disable_current_modes():
-                    self._kernel[grid](*args, **kwargs)
-
-            if self._graph is None:
-                run()
-            else:
-                self._graph.noted.append(run)
-
-        return launch
-
-
-NAMES = ("multi_tensor", "advance", "open_gate", "sum_of_squares")
-
-
-@contextmanager
-def _kernels(graph: PlayedGraph | None) -> Iterator[None]:
-    from clr_optim.kernels.triton import multi_tensor
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in NAMES:
-            patch.setattr(multi_tensor, name, _Kernel(getattr(multi_tensor, name), graph))
-        yield
-
-
-@contextmanager
-def nothing_waits() -> Iterator[None]:
-    """No value of a tensor may reach the host."""
-    if not INTERPRETED:
-        torch.cuda.synchronize()
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
-                torch.cuda.set_sync_debug_mode("error")
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return
-    with _kernels(None), _Watch():
-        yield
-
-
-class CudaGraph:
-    """CUDA's own."""
-
-    def __init__(self) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-
-    @contextmanager
-    def capture(self) -> Iterator[None]:
-        with torch.cuda.graph(self._graph):
-            yield
-
-    def replay(self) -> None:
-        self._graph.replay()
-
-
-class PlayedGraph(TorchDispatchMode):
-    """Notes what is launched, and replays it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.noted: list[Callable[[], Any]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default:
-            raise WaitedError
-        written = [a for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
-        if written:
-            self.noted.append(lambda: func(*args, **kwargs))
-            return args[0] if func._schema.returns else None
-        out = func(*args, **kwargs)
-        is_view = any(r.alias_info for r in func._schema.returns)
-        if not is_view and "empty" not in func.name() and isinstance(out, Tensor):
-            self.noted.append(lambda: out.copy_(func(*args, **kwargs)))
-        return out
-
-    @contextmanager
-    def capture(self) -> Iterator[None]:
-        with pytest.MonkeyPatch.context() as patch:
-            for module in (backends, triton_backend):
-                patch.setattr(module, "is_capturing", lambda: True)
-            with _kernels(self), self:
-                yield
-
-    def replay(self) -> None:
-        for run in self.noted:
-            run()
-
-
-Graph = PlayedGraph if INTERPRETED else CudaGraph
-
-
-class Run:
-    """A wrapped optimizer, and gradients that depend on the step's number alone."""
-
-    def __init__(self, case: Case, *, shapes: Sequence[Any] = SHAPES, **options: Any) -> None:
-        wrap = {k: options.pop(k) for k in list(options) if k in ("max_grad_norm", "policy")}
-        generator = torch.Generator().manual_seed(3)
-        self.params = [
-            torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE))
-            for shape in shapes
-        ]
-        inner = case.make(self.params, **options)
-        self.opt = CyclicalOptimizer(
-            inner, **{"step_size_up": 3, "backend": "triton", **case.wrap, **wrap}
-        )
-        self.static: list[Tensor] = []
-
-    def draw(self, number: int) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(100 + number)
-        return [torch.randn(p.shape, generator=generator).to(DEVICE) for p in self.params]
-
-    def eager(self, number: int) -> None:
-        for param, grad in zip(self.params, self.draw(number), strict=True):
-            param.grad = grad
-        self.opt.step()
-
-    def capture(self) -> Any:
-        """A step in a graph, its gradients in memory of their own, as a captured backward's are."""
-        graph = Graph()
-        self.static = [torch.full_like(p, float("nan")) for p in self.params]
-        for param, grad in zip(self.params, self.static, strict=True):
-            param.grad = grad
-        before = copy.deepcopy(tensors_of(self.opt))
-        with graph.capture():
-            self.opt.step()
-        after = tensors_of(self.opt)
-        assert all(torch.equal(before[key], after[key]) for key in before)  # nothing has run
-        for param in self.params:
-            param.grad = None
-        return graph
-
-    def replay(self, graph: Any, number: int) -> None:
-        for static, grad in zip(self.static, self.draw(number), strict=True):
-            static.copy_(grad)
-        graph.replay()
-
-
-def assert_together(ours: Run, theirs: Run) -> None:
-    assert ours.opt.iteration == theirs.opt.iteration
-    assert ours.opt.cycle == theirs.opt.cycle
-    assert ours.opt.get_last_lr() == theirs.opt.get_last_lr()
-    assert ours.opt.state_dict()["param_groups"] == theirs.opt.state_dict()["param_groups"]
-    assert_identical(ours.opt, theirs.opt)
 
 
 GRAPHED = [*KERNELS, BY_NAME["adam-cycled"], BY_NAME["sgd-nest-cycled"]]
@@ -255,7 +81,7 @@ def test_two_graphs_of_one_optimizer():
 
 
 def test_a_graph_keeps_what_it_reads_from():
-    """Eager steps on other parameters' gradients must not change or free a graph's tables."""
+    """Eager steps with other gradients must not change or free a graph's tables."""
     mixed, eager = Run(BY_NAME["adagrad-decay"]), Run(BY_NAME["adagrad-decay"])
     for run in (mixed, eager):
         run.eager(0)
@@ -287,7 +113,7 @@ def test_capturable_keeps_lr_on_the_device(name, dtype):
         run.replay(graph, k) if k % 3 else run.eager(k)
         plain.eager(k)
         assert run.opt.param_groups[0]["lr"] is held
-        # Read before anything that would make the host look after it.
+        # Read before the host asks the device: asking may write lr.
         assert held.item() == pytest.approx(plain.opt.param_groups[0]["lr"], rel=1e-6)
     assert run.opt.get_last_lr() == plain.opt.get_last_lr()
     for a, b in zip(run.params, plain.params, strict=True):
@@ -324,7 +150,7 @@ def test_a_new_course_reaches_the_replays(capturable):
         run.replay(graph, k)
         plain.eager(k)
     for opt in (run.opt, plain.opt):
-        opt.set_iteration(1)  # where the host believes it to be
+        opt.set_iteration(1)  # the position that the host believes
         opt.set_bounds(base_lr=0.001, max_lr=0.02)
     for k in range(5, 12):
         run.replay(graph, k)
@@ -337,7 +163,7 @@ def test_a_new_course_reaches_the_replays(capturable):
 def refusal(run: Run) -> str:
     before = (run.opt.iteration, copy.deepcopy(tensors_of(run.opt)))
     with warnings.catch_warnings():
-        # torch's, of the capture that was refused and so came to nothing.
+        # torch warns of the empty graph of the refused capture.
         warnings.filterwarnings("ignore", "The CUDA Graph is empty")
         with pytest.raises(RuntimeError) as error, Graph().capture():
             run.opt.step()
@@ -404,7 +230,7 @@ def test_what_cannot_be_captured_says_why():
     assert "on backend 'torch'" in message
     assert "use backend='triton'" in message
 
-    # It goes on eagerly as if nothing had been: two steps since the optimizer was wrapped again.
+    # Eager steps go on undisturbed: two steps since the optimizer was wrapped again.
     run.eager(2)
     assert run.opt.iteration == 2
 
@@ -423,7 +249,7 @@ def test_gradients_better_aligned_than_before_can_be_captured():
 
 
 def test_a_capture_must_cover_all_devices(monkeypatch):
-    """As by the host's own view: whether there is a capture depends on the current device."""
+    """Whether a capture is under way depends on the current device."""
     run = Run(BY_NAME["adam-wd"])
     run.eager(0)
     elsewhere = []
@@ -434,8 +260,8 @@ def test_a_capture_must_cover_all_devices(monkeypatch):
         yield
         elsewhere.pop()
 
-    monkeypatch.setattr(triton_backend, "_guard", guard)
-    monkeypatch.setattr(triton_backend, "is_capturing", lambda: not elsewhere)
+    monkeypatch.setattr(current, "guard", guard)
+    monkeypatch.setattr(current, "is_capturing", lambda: not elsewhere)
     for param, grad in zip(run.params, run.draw(1), strict=True):
         param.grad = grad
     before = copy.deepcopy(tensors_of(run.opt))
@@ -462,7 +288,7 @@ def test_a_groups_bounds_reach_a_graph_of_more_groups():
 
 
 def test_to_ask_moves_nothing():
-    """Asked on another stream, what the device says may be of a moment ago."""
+    """On another stream the device's answer may be a moment old."""
     run = Run(BY_NAME["adam-wd"], capturable=True)
     run.eager(0)
     graph = run.capture()
@@ -479,16 +305,6 @@ def test_to_ask_moves_nothing():
 # ---- AMP
 
 
-def scaled(run: Run, number: int, scale: float, overflow: bool) -> None:
-    """Gradients and what a GradScaler hands over, as its fused path does."""
-    for param, grad in zip(run.params, run.draw(number), strict=True):
-        param.grad = grad * scale
-    if overflow:
-        run.params[1].grad[7] = random.Random(number).choice([float("inf"), float("nan")])
-    run.opt.grad_scale = torch.tensor(scale, device=DEVICE)
-    run.opt.found_inf = torch.tensor([float(overflow)], device=DEVICE)
-
-
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
 @pytest.mark.parametrize("name", ["sgd-nest-wd", "adam-cycled", "adamw-ams", "adagrad-decay"])
 def test_fifty_overflows_move_nothing_and_nothing_waits(name, max_grad_norm):
@@ -501,7 +317,7 @@ def test_fifty_overflows_move_nothing_and_nothing_waits(name, max_grad_norm):
     created = False
     for overflow in tries:
         scaled(amp, taken, 2.0 ** chance.randrange(20), overflow)
-        if created:  # the host has to know of the step that creates state whether it happened
+        if created:  # the host must know whether the step that creates state happened
             with nothing_waits():
                 amp.opt.step()
         else:
@@ -573,7 +389,7 @@ def test_where_the_host_must_know_it_asks(how):
 
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.RMSprop])
 def test_overflows_where_momentum_cycles_down_to_0(cls):
-    """A step without momentum leaves the buffer as it was, and is another kernel's."""
+    """A step without momentum leaves the buffer alone, and another kernel takes it."""
     found = []
     for with_overflows in (True, False):
         param = torch.nn.Parameter(torch.ones(5, device=DEVICE))
@@ -613,14 +429,14 @@ def test_equal_runs_clip_to_equal_bits():
 
 
 def _pull(params: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """A loss whose backward is element by element, so that it has the same bits everywhere."""
+    """Return a loss whose gradients have the same bits on every device."""
     return sum(((p - t) ** 2).sum() for p, t in zip(params, targets, strict=True))
 
 
 @on_gpus
 @pytest.mark.parametrize("case", KERNELS, ids=lambda case: case.name)
 def test_a_whole_training_step_in_a_graph(case):
-    """Its gradients are made in the graph's own memory."""
+    """The backward pass writes gradients into the graph's memory."""
     runs = [Run(case, max_grad_norm=10.0) for _ in range(2)]
     targets = [torch.zeros_like(p) for p in runs[0].params]
 
@@ -655,7 +471,7 @@ def test_a_whole_training_step_in_a_graph(case):
 @on_gpus
 @pytest.mark.parametrize("name", ["adam-wd", "sgd-nest-wd", "adagrad-decay"])
 def test_a_gradscalers_fused_path(name):
-    """The scaler itself asks for nothing, nor do we."""
+    """Neither the scaler nor our step waits for the device."""
     amp, plain = (Run(BY_NAME[name], fused=True, foreach=False) for _ in range(2))
     if not getattr(amp.opt, "_step_supports_amp_scaling", False):
         pytest.skip("this torch has its GradScaler decide for it, as 2.11's for Adagrad")
@@ -694,7 +510,7 @@ def test_a_steady_step_does_not_wait():
 
 
 @on_gpus
-# torch's, when a thread of autograd is the first there to multiply matrices.
+# torch warns when a thread of autograd is the first to multiply matrices.
 @pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA")
 def test_beside_other_users_of_graphs():
     """``make_graphed_callables`` and ``reduce-overhead`` around the model, our step outside."""

@@ -1,8 +1,8 @@
-"""Sequences that nobody thought of: graphs, overflows, checkpoints and outside writes at random.
+"""Random sequences of graphs, overflows, checkpoints and outside writes.
 
-Ours is stepped eagerly, by a GradScaler's fused path and by replays; its twin, on torch's own step,
-takes the steps that happened, eagerly. After any sequence they must agree. Below the machine stand
-the sequences that once parted host and device, each as short as it gets.
+Our optimizer steps eagerly, by a GradScaler's fused path and by replays. Its twin, on torch's own
+step, takes only the steps that happened, eagerly. After any sequence both must agree. Below the
+machine are the sequences that once parted host and device, each as short as possible.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from graph_helpers import PlayedGraph, Run, WaitedError, assert_together, scaled
 from native_helpers import BY_NAME, Case, assert_close, like, members, tensors_of
-from test_triton_graphs import PlayedGraph, Run, WaitedError, assert_together, scaled
 from torch import Tensor
 from triton_helpers import INTERPRETED, drawn
 
@@ -29,14 +29,14 @@ from clr_optim import CyclicalOptimizer
 pytestmark = [
     pytest.mark.triton,
     pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1"),
-    # numpy's, of what the interpreter computes and nobody reads: an SGD's empty first buffer.
+    # The interpreter computes with an SGD's unfilled first buffer, and numpy warns of its NaNs.
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
     pytest.mark.filterwarnings("ignore:lr was written from outside:UserWarning"),
 ]
 
 
 class Graph(PlayedGraph):
-    """A played graph that leaves nothing behind at the capture, as on a GPU nothing has run."""
+    """A played graph whose capture leaves no values behind, since a GPU runs nothing then."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = super().__torch_dispatch__(func, types, args, kwargs)
@@ -50,7 +50,7 @@ class Graph(PlayedGraph):
 # ---- the machine
 
 SHAPES = [(5, 3), (7,), (), (4,)]
-#: the last of them joins late
+# Of SHAPES, the last tensor joins late.
 MACHINES = [
     ("adam-wd", {}, {}),
     ("adam-wd", {"capturable": True}, {"max_grad_norm": 0.5}),
@@ -66,7 +66,7 @@ MACHINES = [
 
 
 class Machine:
-    """Ours and its twin, and the graphs of ours that may still be replayed."""
+    """Our optimizer, its twin, and our graphs that the test may still replay."""
 
     def __init__(self, seed: int, case: Case, own: dict[str, Any], wrap: dict[str, Any]) -> None:
         self.chance = random.Random(seed)
@@ -101,7 +101,7 @@ class Machine:
         return drawn(shapes, torch.float64, seed=1000 + self.number)
 
     def active(self) -> list[bool]:
-        """Which parameters have gradients: mostly all, and the last joins late."""
+        """Draw which parameters have gradients: mostly all, and the last joins late."""
         count = len(members(self.twin))
         if self.chance.random() < 0.6:
             return [i != 3 or self.number > 12 for i in range(count)]
@@ -114,7 +114,7 @@ class Machine:
     def grads(self, active: Sequence[bool]) -> list[Tensor | None]:
         return [g if on else None for g, on in zip(self.draw(), active, strict=True)]
 
-    # what may be done
+    # ---- events
 
     def eager(self, active: Sequence[bool] | None = None) -> None:
         grads = self.grads(active or self.active())
@@ -151,7 +151,7 @@ class Machine:
     def _capture(self) -> Any:
         """After a step with the same gradients."""
         active = self.active()
-        active[0] = True  # there has to be something on the device
+        active[0] = True  # the device needs at least one tensor
         self.eager(active)
         static = [
             torch.zeros_like(p) if on else None
@@ -182,7 +182,7 @@ class Machine:
         self._capture()
 
     def refused(self) -> None:
-        """A capture after a change that a graph cannot take in; no step is taken."""
+        """Try a capture after a change that a graph cannot take in; take no step."""
         active = self.active()
         self.eager(active)
         for p in members(self.ours):
@@ -229,7 +229,7 @@ class Machine:
         self.each(lambda opt: opt.set_bounds(base_lr=top / 5, max_lr=top))
 
     def write_step(self) -> None:
-        # Not where the host may believe itself to be: that would look as if nothing were written.
+        # Avoid the position that the host may believe: the write would go unnoticed.
         to = 100 * self.number + self.chance.randrange(12)
 
         def write(opt: Any) -> None:
@@ -240,7 +240,7 @@ class Machine:
         self.noticed()
 
     def noticed(self) -> None:
-        """No replay looks at the groups; steps do, and whoever asks."""
+        """Make the host read the groups: replays do not, steps and questions do."""
         self.chance.choice([self.eager, self.look, self.amp])()
 
     def write_bounds(self) -> None:
@@ -255,7 +255,7 @@ class Machine:
         self.eager([True] * len(members(self.twin)))
 
     def settings(self) -> None:
-        """Torch's groups are no graph's business, so a step takes them in."""
+        """Change settings of torch's groups, which a step takes in and a replay does not."""
         value = self.chance.choice([0.0, 0.05, 0.3])
         self.each(lambda opt: opt.param_groups[0].update(weight_decay=value))
         if "betas" in self.twin.param_groups[0]:
@@ -265,7 +265,7 @@ class Machine:
         self.eager()
 
     def zero_rate(self) -> None:
-        """As torch's distributed checkpoint creates state."""
+        """Step at rate 0, as torch's distributed checkpoint does to create state."""
         for opt in self.both():
             held = [group["lr"] for group in opt.param_groups]
             for group, lr in zip(opt.param_groups, held, strict=True):
@@ -288,7 +288,7 @@ class Machine:
         self.saved = [copy.deepcopy(opt.state_dict()) for opt in self.both()]
 
     def load(self) -> None:
-        """Its own, or the other's."""
+        """Load our checkpoint or the twin's into both."""
         if self.saved is None or len(self.saved[0]["param_groups"]) != len(self.twin.param_groups):
             return self.save()
         state = self.chance.choice(self.saved)
@@ -297,7 +297,7 @@ class Machine:
             for group in own["param_groups"]:
                 if "capturable" in group:
                     group["capturable"] = bool(self.own) and opt is self.ours
-                group["lr"] = float(group["lr"])  # the twin's is no float32
+                group["lr"] = float(group["lr"])  # the twin has no float32
             loading = opt.optimizer if self.chance.random() < 0.2 else opt
             with warnings.catch_warnings():
                 # set_bounds() since it was saved
@@ -360,7 +360,7 @@ def test_any_sequence_is_that_of_the_steps_taken(seed):
 
 @contextmanager
 def captured(run: Run) -> Iterator[Graph]:
-    """A step in a graph, whatever becomes of it."""
+    """Capture a step in a graph, even if the capture fails."""
     run.static = [torch.zeros_like(p) for p in run.params]
     for param, grad in zip(run.params, run.static, strict=True):
         param.grad = grad
@@ -380,7 +380,7 @@ def graph_of(run: Run) -> Graph:
 
 
 def pair(name: str = "adam-wd", **options: Any) -> tuple[Run, Run]:
-    """Ours and an eager twin, after a step."""
+    """Return our run and an eager twin, after a step."""
     runs = Run(BY_NAME[name], **options), Run(BY_NAME[name], **options)
     for run in runs:
         run.eager(0)
@@ -401,7 +401,7 @@ def test_a_refused_capture_leaves_all_chunks():
 
 
 def test_a_refused_capture_creates_no_state():
-    """What was to be created there has been filled by nobody."""
+    """No kernel has filled the state that the capture was to create."""
     run, plain = Run(BY_NAME["adam-wd"]), Run(BY_NAME["adam-wd"])
     with pytest.raises(RuntimeError, match="create the optimizer's state"), captured(run):
         run.opt.step()
@@ -493,7 +493,7 @@ def test_a_step_at_rate_zero_stops_no_replay():
     assert_together(run, plain)
 
 
-def test_bounds_written_from_outside_move_nobody_back():
+def test_bounds_written_from_outside_move_no_position_back():
     run, plain = pair()
     graph = graph_of(run)
     for k in (1, 2, 3):
@@ -506,7 +506,7 @@ def test_bounds_written_from_outside_move_nobody_back():
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_a_group_added_beneath_us_moves_nobody_back(asked):
+def test_a_group_added_beneath_us_moves_no_position_back(asked):
     run, plain = pair()
     graph = graph_of(run)
     for k in (1, 2, 3):
@@ -520,7 +520,7 @@ def test_a_group_added_beneath_us_moves_nobody_back(asked):
 
 
 def test_bounds_written_from_outside_reach_lr_and_replays():
-    """Whoever asks where we are takes them in; the device must hear of it."""
+    """A question for the position takes the bounds in and writes them to the device."""
     run, plain = pair(capturable=True)[0], pair()[1]
     graph = graph_of(run)
     run.replay(graph, 1)
@@ -561,7 +561,7 @@ def test_a_hook_registered_after_replays_fires_at_cycle_ends():
 
 
 def test_the_wrapped_step_after_replays_goes_on_where_they_were():
-    """A step somebody replaced is no kernel's: at the device's rate, and counted there too."""
+    """No kernel serves a replaced step: it uses the device's rate, and the device counts it."""
     run, plain = pair(capturable=False)
     graph = graph_of(run)
     for k in (1, 2):
@@ -599,7 +599,7 @@ def test_a_group_may_become_capturable():
 
 
 def test_the_scale_is_a_float32_whatever_the_default():
-    """In float16 it would be infinite, and the gradients 0."""
+    """In float16 the scale would be infinite and the gradients 0."""
     amp, plain = Run(BY_NAME["sgd-wd"]), Run(BY_NAME["sgd-wd"])
     torch.set_default_dtype(torch.float16)
     try:
@@ -616,7 +616,7 @@ def test_the_scale_is_a_float32_whatever_the_default():
 
 
 def test_what_amp_launches_is_loaded_by_a_step_without():
-    """A kernel that is first launched in a capture cannot be loaded."""
+    """A capture cannot load a kernel that was never launched."""
     from clr_optim.kernels.triton import multi_tensor
 
     launched: list[object] = []
@@ -634,7 +634,7 @@ def test_what_amp_launches_is_loaded_by_a_step_without():
 
 
 def test_a_graph_keeps_what_it_writes_to():
-    """A checkpoint's tensors take the place of the state that a graph was captured with."""
+    """A checkpoint's tensors replace the state that a graph was captured with."""
     run, _ = pair()
     saved = copy.deepcopy(run.opt.state_dict())
     graph = graph_of(run)

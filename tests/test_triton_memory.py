@@ -1,4 +1,4 @@
-"""The watch over what kernels read and write, on kernels that do what they must not."""
+"""The watch over the kernels' memory, tried on kernels that break its rules."""
 
 from __future__ import annotations
 
@@ -97,12 +97,12 @@ def test_what_is_not_aligned():
     _read_wide[1,](table, target, DTYPE=tl.float32, TOLD=4)
     with pytest.raises(InterpreterError, match=r"_read_wide: program 0 reads 8 bytes at 0x\w+4, w"):
         _read_wide[1,](table, target, DTYPE=tl.float64, TOLD=4)
-    with pytest.raises(InterpreterError, match="_read_wide: no multiples of 16, as is"):
+    with pytest.raises(InterpreterError, match="_read_wide: no multiples of 16, as promised"):
         _read_wide[1,](table, target, DTYPE=tl.float32, TOLD=16)
 
 
 def test_only_a_gradient():
-    """Which nothing in Python need refer to but its parameter."""
+    """Only its parameter refers to the gradient."""
     parameter = torch.nn.Parameter(torch.zeros(1 << 16))
     parameter.sum().backward()
     _add_one_at[1,](torch.tensor([parameter.grad.data_ptr()]), 8, BLOCK=8)

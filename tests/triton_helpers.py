@@ -1,24 +1,26 @@
-"""What the Triton backend's tests share: where they run, the interpreter mended, and twins there.
+"""Helpers of the Triton backend's tests: marks, the mended interpreter, twins on the device.
 
-Every launch in the interpreter is watched, see :mod:`triton_memory`.
+:mod:`triton_memory` watches every launch in the interpreter.
 
-Under Triton's interpreter all tensors are on the CPU, else all are on the GPU; torch's step
-counters are on the CPU in any case, and ours only in the interpreter.
+Under Triton's interpreter all tensors lie on the CPU, else all lie on the GPU. torch's step
+counters always lie on the CPU, ours only in the interpreter.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import native_helpers
 import numpy as np
-import test_native
+import pytest
+import test_native as changes  # noqa: F401  (the tests take it from here)
+import test_native as contract
 import torch
 import triton_memory
-from native_helpers import HALF, Case, feed, members, parameters
+from native_helpers import HALF, KERNELS, Case, feed, members, parameters
 from torch import Tensor
 
 from clr_optim.backends.triton import is_interpreted
@@ -29,16 +31,81 @@ RUNS = INTERPRETED or (HAS_TRITON and torch.cuda.is_available())
 DEVICE = torch.device("cuda", 0) if RUNS and not INTERPRETED else torch.device("cpu")
 
 
+# ---- marks, fixtures and cells
+
+
+MARKS = [
+    pytest.mark.triton,
+    pytest.mark.skipif(
+        not RUNS,
+        reason="runs with TRITON_INTERPRET=1 (`make interpreted`) or on a GPU, with Triton",
+    ),
+    # The interpreter computes with numpy, and numpy warns of every NaN and Inf.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks"),
+]
+kernels = pytest.mark.parametrize("case", KERNELS, ids=contract.name_of)
+
+
+def choose_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make ``backend="auto"`` mean Triton."""
+    monkeypatch.setenv("CLR_OPTIM_BACKEND", "triton")
+
+
+def on_gpus(test: Any) -> Any:
+    """Mark a test that runs compiled only, on a GPU."""
+    skip = pytest.mark.skipif(INTERPRETED, reason="runs compiled, without TRITON_INTERPRET")
+    return pytest.mark.gpu(skip(test))
+
+
+def some(cells: Iterable[Any], every: int) -> list[Any]:
+    """Return one of so many cells under the interpreter, all cells on a GPU."""
+    return list(cells)[::every] if INTERPRETED else list(cells)
+
+
+def named(cell: Iterable[Any]) -> str:
+    """Return the name of a cell for its test's id."""
+    return "-".join(
+        contract.name_of(part) if not callable(part) else part.__name__ for part in cell
+    )
+
+
+class Counted:
+    """A kernel that counts its launches and their programs."""
+
+    def __init__(self, kernel):
+        self.kernel, self.grids = kernel, []
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return self.kernel[grid]
+
+    def taken(self):
+        grids, self.grids = self.grids, []
+        return grids
+
+
+def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[Counted]:
+    """Count the launches of the two kernels of every step."""
+    from clr_optim.kernels.triton import multi_tensor
+
+    found = []
+    for name in ("multi_tensor", "advance"):
+        found.append(Counted(getattr(multi_tensor, name)))
+        monkeypatch.setattr(multi_tensor, name, found[-1])
+    return found
+
+
 # ---- the interpreter
 
 
 def mend_the_interpreter() -> None:
-    """Have Triton's interpreter round as GPUs do, and take half the time.
+    """Make Triton's interpreter round as GPUs do, in half the time.
 
-    It cuts float32 off to bfloat16, and garbles subnormal numbers on the way back; GPUs round to
-    nearest even and keep those. It rounds the product of a fused multiply-add, which may then be
-    infinite; GPUs round once. For every call of a function from a kernel it prepares all of
-    Triton's language anew, though what it did for the kernel is still in place.
+    The interpreter truncates float32 to bfloat16 and garbles subnormal numbers on the way back.
+    GPUs round to nearest even and keep subnormals. The interpreter rounds the product of a fused
+    multiply-add, which may then be infinite. GPUs round once. For every call from a kernel the
+    interpreter prepares Triton's language again, although the kernel's preparation still holds.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -46,7 +113,7 @@ def mend_the_interpreter() -> None:
     convert, prepare = interpreter._convert_float, interpreter._patch_lang
 
     def rounded(values: Any, source: Any, target: Any, mode: Any) -> Any:
-        # A copy, since torch would warn of arrays that must not be written to.
+        # Copy, since torch warns of read-only arrays.
         if (source, target) == (tl.float32, tl.bfloat16):
             narrow = torch.from_numpy(np.array(values)).bfloat16()
             return narrow.view(torch.int16).numpy().view(np.uint16)
@@ -100,10 +167,10 @@ if RUNS:
 
 
 def on_device(schedule: Any, steps: Sequence[int], bounds: Sequence[float]) -> Any:
-    """``(rates, momenta)`` as the device has them, at each step."""
+    """Return ``(rates, momenta)`` that the device evaluates at each step."""
     tables = [torch.from_numpy(table).to(DEVICE) for table in phase_tables(schedule)]
-    # A program for each step, as in the kernels, costs a GPU nothing. The interpreter takes
-    # them all at once: its arithmetic is numpy's, for arrays as for numbers.
+    # A GPU runs a program per step, as in the kernels. The interpreter computes all steps at
+    # once: its arithmetic is numpy's, for arrays as for numbers.
     block = 1 << (len(steps) - 1).bit_length() if INTERPRETED else 0
     padded = [*steps, *[0] * (block - len(steps))]
     there = torch.tensor(padded, dtype=torch.int64, device=DEVICE)
@@ -122,12 +189,12 @@ def on_device(schedule: Any, steps: Sequence[int], bounds: Sequence[float]) -> A
 
 
 def drawn(shapes: Sequence[Any], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
-    """Normal tensors on the device, the same anywhere."""
+    """Return normally distributed tensors on the device, equal on every machine."""
     return [t.to(DEVICE) for t in native_helpers.drawn(shapes, dtype, seed)]
 
 
 def at_home(optimizer: torch.optim.Optimizer) -> Any:
-    """Its parameters and state on the CPU, for comparisons."""
+    """Return an optimizer's parameters and state on the CPU, for comparisons."""
     here = {p: torch.nn.Parameter(p.detach().cpu()) for p in members(optimizer)}
     state = {
         here[p]: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in optimizer.state[p].items()}
@@ -143,7 +210,7 @@ def assert_alike(ours: Any, theirs: Any, tolerance: float = 1e-12) -> None:
 
 
 class Twins(native_helpers.Twins):
-    """Ours on the device with ``backend="triton"``, and torch's for-loop step beside it."""
+    """Our optimizer with ``backend="triton"``, and torch's for-loop step beside it."""
 
     def __init__(self, make: Callable[[], torch.optim.Optimizer], **wrap: Any) -> None:
         super().__init__(make, **{"backend": "triton", **wrap})
@@ -155,14 +222,14 @@ class Twins(native_helpers.Twins):
 
 
 def twins(case: Case, shapes: Sequence[Any] = ((5, 3), (7,)), **wrap: Any) -> Twins:
-    """Twins of a case in float64."""
+    """Return twins of a case in float64."""
     return Twins(
         lambda: case.make(parameters(drawn(shapes, torch.float64))), **{**case.wrap, **wrap}
     )
 
 
-class Contract(test_native.Contract):
-    """As there, each value in a group with bounds of its own."""
+class Contract(contract.Contract):
+    """The contract with each value in a separate group that has separate bounds."""
 
     def __init__(self, case: Case, dtype: torch.dtype, values: Sequence[Tensor]) -> None:
         def groups(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[dict[str, Any]]:

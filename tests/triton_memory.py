@@ -1,11 +1,12 @@
-"""What kernels read and write, watched under Triton's interpreter, as a GPU's sanitizer would.
+"""A watch over the memory that kernels read and write in Triton's interpreter.
 
-Each launch is held to these rules. Every element that it reads or writes lies in the memory of a
-tensor that is alive: an address past the end of one, or left over from one that has been freed, is
-found even where a CPU would not mind; and so is one that is no multiple of the element's size, or
-of what the compiler was told. What is written is written once, and read only before that and by the
-same lane: on a GPU programs run at the same time, and so do the threads of each, while here
-everything happens in turn.
+The watch does the work of a GPU's sanitizer. Each launch must obey these rules:
+
+- Every element lies in the memory of a living tensor. The watch finds an address past a tensor's
+  end or in freed memory, even where a CPU would not fault.
+- Every address is a multiple of the element's size, and of the alignment promised to the compiler.
+- A launch writes each element at most once. Only the writing lane may read the element, and only
+  before the write: a GPU runs programs and their threads at the same time, the interpreter in turn.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ Addresses = npt.NDArray[np.int64]
 
 
 class MemoryFaultError(AssertionError):
-    """A kernel read or wrote what it must not."""
+    """A kernel read or wrote memory that it must not touch."""
 
 
 def alive() -> tuple[Addresses, Addresses]:
-    """Where the memory of every tensor on the CPU begins, in order, and where it ends."""
-    # Not isinstance(), which asks weak proxies for the class of what may be gone, and is slow.
+    """Return the begins of all CPU tensors' memory, in order, and the ends."""
+    # Avoid isinstance(): it is slow, and asks weak proxies for the class of freed objects.
     kinds = _kinds(torch.Tensor)
     tensors = [t for t in gc.get_objects() if type(t) in kinds]
     tensors += [t for t in (known() for known in _frozen) if t is not None]
-    # What only a parameter refers to need not be anything that Python knows of.
+    # A gradient that only its parameter refers to may be no Python object yet.
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
     found: dict[int, int] = {}
     for tensor in tensors:
@@ -48,7 +49,7 @@ _frozen: list[weakref.ref[torch.Tensor]] = []
 
 
 def freeze() -> None:
-    """Let the scans for tensors not go through what there is by now: modules, collected tests."""
+    """Exclude the present objects, modules and collected tests, from the scans for tensors."""
     gc.collect()
     kinds = _kinds(torch.Tensor)
     _frozen.extend(weakref.ref(t) for t in gc.get_objects() if type(t) in kinds)
@@ -60,18 +61,18 @@ def _kinds(of: type) -> set[type]:
 
 
 class Launch:
-    """What has been read and written by the programs of one launch."""
+    """The elements that the programs of one launch have read and written."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.begins, self.ends = alive()
-        #: in turn: whether elements are written, the program, their size, addresses and lanes
+        #: per access: whether it writes, program, size of an element, addresses, lanes
         self.touched: list[tuple[bool, int, int, Addresses, Addresses]] = []
 
     def touch(
         self, program: int, at: Addresses, size: int, lane: Addresses, *, writes: bool
     ) -> None:
-        """Elements of ``size`` bytes each, at these addresses, of these lanes of the program."""
+        """Check and note an access: elements of ``size`` bytes at these addresses and lanes."""
         astray = at % size != 0
         if astray.any():
             raise MemoryFaultError(
@@ -92,8 +93,8 @@ class Launch:
         self.touched.append((writes, program, size, at, lane))
 
     def check(self) -> None:
-        """That what is written is written once, and read before that, by the same lane alone."""
-        # What is told apart: no element is smaller.
+        """Check that each element is written once, and read only before, by the same lane."""
+        # The smallest element: the places that the check tells apart.
         grain = min((size for _, _, size, _, _ in self.touched), default=1)
         written, read = self._joined(grain, writes=True), self._joined(grain, writes=False)
         if (written[0, 1:] < written[0, :-1]).any():
@@ -117,7 +118,7 @@ class Launch:
             )
 
     def _joined(self, grain: int, *, writes: bool) -> Addresses:
-        """Places, order, programs and lanes, of all reads or of all writes."""
+        """Return places, order, programs and lanes of all reads or all writes."""
         parts = [np.empty((4, 0), dtype=np.int64)]
         for order, (writing, program, size, at, lane) in enumerate(self.touched):
             if writing is writes:
@@ -134,7 +135,7 @@ def _program(program: int, lane: int) -> str:
 
 
 def watch() -> None:
-    """From here on, hold every launch to the rules."""
+    """Check every launch from now on."""
     from triton.runtime import interpreter
 
     builder = interpreter.interpreter_builder
@@ -167,13 +168,13 @@ def watch() -> None:
         return done
 
     def told(handle: Any, key: str, values: Any) -> None:
-        # What the compiler makes wide loads of, and the interpreter nothing.
+        # The compiler makes wide loads of this promise, and the interpreter ignores it.
         if key == "tt.divisibility" and (handle.data % handle.data.dtype.type(values[0])).any():
-            raise MemoryFaultError(f"{launches[-1].name}: no multiples of {values[0]}, as is told")
+            raise MemoryFaultError(f"{launches[-1].name}: no multiples of {values[0]}, as promised")
         set_attribute(handle, key, values)
 
     def atomic(*args: Any) -> Any:
-        raise NotImplementedError("atomic operations are not watched: no kernel here has any")
+        raise NotImplementedError("the watch knows no atomic operations")
 
     interpreter.TensorHandle.set_attr = told
     builder.create_atomic_cas = builder.create_atomic_rmw = atomic

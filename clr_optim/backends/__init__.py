@@ -1,49 +1,105 @@
-"""Where a step runs: one module per backend, and the choice between them."""
+"""The choice of a backend: which one serves an optimizer, and why."""
 
 from __future__ import annotations
 
 import os
+import threading
 
 from torch.optim import Optimizer
 
-from clr_optim.backends.native import BuildError, library, rule_for
-from clr_optim.backends.triton import (
-    DEVICES,
-    is_capturing,
-    is_interpreted,
-    why_no_triton,
-    why_not_unasked,
-)
-from clr_optim.rules import class_name
+from clr_optim.backends import gil, triton
+from clr_optim.backends.base import FusedBackend
+from clr_optim.backends.native import BuildError, NativeBackend, library, rule_for
+from clr_optim.backends.triton import TritonBackend, here
+from clr_optim.backends.triton import device as _current
+from clr_optim.rules import UpdateRule, class_name
+from clr_optim.schedule import Schedule
 
-__all__ = ["BACKENDS", "devices", "is_capturing", "plan_device", "resolve"]
+__all__ = [
+    "BACKENDS", "BuildError", "devices", "is_capturing", "is_fused", "make", "plan_device",
+    "resolve", "rule_for", "traits",
+]  # fmt: skip
 
-#: What ``backend=`` and ``CLR_OPTIM_BACKEND`` may say.
-BACKENDS = ("auto", "torch", "native", "triton")
+_FUSED: dict[str, type[FusedBackend]] = {
+    backend.name: backend for backend in (NativeBackend, TritonBackend)
+}
 
-
-def devices(backend: str) -> tuple[str, ...]:
-    """The types of the devices whose tensors a fused backend updates."""
-    if backend == "native":
-        return ("cpu",)
-    return ("cpu",) if is_interpreted() else DEVICES
+#: The values of ``backend=`` and ``CLR_OPTIM_BACKEND``.
+BACKENDS = ("auto", "torch", *_FUSED)
 
 
-def plan_device(backend: str, optimizer: Optimizer) -> str:
-    """The one of them that this optimizer's first such parameter is on, or would have to be."""
-    types = devices(backend)
+def is_capturing() -> bool:
+    """Return whether launches now go into a graph instead of running."""
+    return _current.is_capturing()
+
+
+def is_fused(name: str) -> bool:
+    """Return whether a backend has kernels: ``"torch"`` has none, ``"auto"`` names no backend."""
+    return name in _FUSED
+
+
+def traits(name: str) -> type[FusedBackend] | None:
+    """Return the class of a fused backend, whose attributes are its traits; None for torch."""
+    return _FUSED.get(name)
+
+
+def devices(name: str) -> tuple[str, ...]:
+    """Return the types of the devices whose tensors a fused backend updates."""
+    return _FUSED[name].device_types()
+
+
+def plan_device(name: str, optimizer: Optimizer) -> str:
+    """Return the type of device that a fused backend updates for this optimizer.
+
+    This is the device of the first parameter that the backend can update, else the first device
+    that the backend serves at all.
+    """
+    types = devices(name)
     found = (p.device.type for group in optimizer.param_groups for p in group["params"])
     return next((device for device in found if device in types), types[0])
 
 
-def resolve(backend: object, optimizer: Optimizer) -> tuple[str, str]:
-    """``("native", "triton" or "torch", why)`` for this optimizer.
+def make(
+    name: str,
+    optimizer: Optimizer,
+    rule: UpdateRule,
+    schedule: Schedule,
+    lock: threading.RLock | None = None,
+    *,
+    asked: bool,
+) -> FusedBackend | None:
+    """Return a fused backend for one optimizer, or None while no parameter lies where it works.
 
-    ``CLR_OPTIM_BACKEND`` overrides ``"auto"``, never a backend asked for by name; it is a wish for
-    every optimizer of the process, so one that no kernel serves gets its own step all the same.
+    Args:
+        name: the name of a fused backend.
+        optimizer: the wrapped optimizer.
+        rule: its update rule.
+        schedule: the policy.
+        lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
+        asked: whether the user named the backend. If not, a kernel is tried out first.
 
     Raises:
-        ValueError: for an unknown name, or a backend asked for by name that cannot serve.
+        BuildError: if the kernels cannot be compiled here.
+    """
+    types = devices(name)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if not any(param.device.type in types for param in params):
+        return None
+    device = plan_device(name, optimizer)
+    if name == TritonBackend.name and not asked and not is_capturing():
+        triton.try_out(next(p.device for p in params if p.device.type == device))
+    return _FUSED[name].make(optimizer, rule, schedule, device, lock)
+
+
+def resolve(backend: object, optimizer: Optimizer) -> tuple[str, str]:
+    """Return the name of the backend for this optimizer, and why.
+
+    ``CLR_OPTIM_BACKEND`` overrides ``"auto"`` and no other value. The variable is a wish for every
+    optimizer of the process: an optimizer that the wished backend cannot serve runs its own step.
+
+    Raises:
+        TypeError: if ``backend`` is no string.
+        ValueError: for an unknown name, or if the backend that the user named cannot serve.
     """
     source = f"backend={backend!r}"
     if not isinstance(backend, str):
@@ -57,9 +113,10 @@ def resolve(backend: object, optimizer: Optimizer) -> tuple[str, str]:
     if asked == "torch":
         return "torch", f"asked for by {source}"
     rule = rule_for(optimizer)
+    reason = rule if isinstance(rule, str) else gil.why_no_kernels()
     if asked == "auto":
-        return ("torch", rule) if isinstance(rule, str) else _automatic(optimizer)
-    reason = rule if isinstance(rule, str) else _refusal(asked, optimizer)
+        return _choose(optimizer) if reason is None else ("torch", reason)
+    reason = reason or _refuse(asked, optimizer)
     if reason is None and not wish:
         try:
             library()
@@ -74,25 +131,25 @@ def resolve(backend: object, optimizer: Optimizer) -> tuple[str, str]:
     )
 
 
-def _automatic(optimizer: Optimizer) -> tuple[str, str]:
-    """The backend for where the parameters are; nothing is compiled before the first step."""
+def _choose(optimizer: Optimizer) -> tuple[str, str]:
+    """Return the backend for the parameters' device; compile nothing before the first step."""
     params = (param for group in optimizer.param_groups for param in group["params"])
-    device = next((param.device for param in params if param.device.type in DEVICES), None)
+    device = next((param.device for param in params if param.device.type in here.DEVICES), None)
     if device is None:
-        return "native", "it has a fused kernel"
-    reason = why_no_triton() or why_not_unasked(device)
-    return ("triton", "it has a fused kernel") if reason is None else ("torch", reason)
+        return NativeBackend.name, "it has a fused kernel"
+    reason = here.why_no_triton() or here.why_not_unasked(device)
+    return (TritonBackend.name, "it has a fused kernel") if reason is None else ("torch", reason)
 
 
-def _refusal(backend: str, optimizer: Optimizer) -> str | None:
-    """Why a backend that was asked for cannot serve, or None, as long as it compiles."""
-    if backend == "native":
+def _refuse(name: str, optimizer: Optimizer) -> str | None:
+    """Return why a backend that the user named cannot serve, or None."""
+    if name != TritonBackend.name:
         return None
-    missing = why_no_triton()
+    missing = here.why_no_triton()
     if missing:
         return missing
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    types = devices("triton")
+    types = devices(name)
     if params and not any(p.device.type in types for p in params):
         return (
             f"its parameters are on {params[0].device.type}, and Triton's kernels update "

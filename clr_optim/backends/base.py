@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from clr_optim.plan import Plan
+from clr_optim.rules import UpdateRule
+from clr_optim.schedule import Schedule
 
 __all__ = ["Course", "FusedBackend", "Gradients"]
 
 
 class Course(NamedTuple):
-    """Where in the schedule a step stands.
+    """The place of one step in the schedule.
 
     Args:
         position: the step's number, counted from 0.
         rates: the learning rate of each group.
         bounds: ``(base_lr, max_lr)`` of each group.
         momenta: ``(base_momentum, max_momentum)`` of each group where momentum cycles, else None.
-        kept: the learning rates that are tensors for the device to keep current, by group.
-        moves: whether the cycle advances; where it does not, the schedule has no say in the rates.
+        kept: ``(group, lr)`` of each learning rate that is a tensor and that the device keeps
+            current.
+        moves: whether the position advances. If not, the step uses ``rates`` and no schedule.
     """
 
     position: int
@@ -33,13 +38,13 @@ class Course(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What is to be done to the gradients on their way in; memory keeps them as they are.
+    """How a step changes gradients while it reads them. The gradients in memory stay.
 
     Args:
-        scale: what a GradScaler has multiplied them by, to be divided out; a tensor of one element.
-        found_inf: likewise, nonzero if one of them is infinite or NaN, and the step is to do
-            nothing. Left out where the host has looked into it.
-        max_norm: of the norm over all of them together, on all ranks; what is above it is clipped.
+        scale: the factor of a GradScaler, which the step divides out; a tensor of one element.
+        found_inf: the GradScaler's answer, a tensor of one element. If it is not 0, a gradient is
+            infinite or NaN, and the step does nothing. None if the host has read the answer.
+        max_norm: the largest norm over all gradients of all ranks; the step clips a larger one.
     """
 
     scale: Tensor | None = None
@@ -48,32 +53,75 @@ class Gradients(NamedTuple):
 
 
 class FusedBackend(Protocol):
-    """Steps the tensors of a plan, which must be fresh whenever :meth:`step` is called."""
+    """Steps the tensors of a plan, which must be fresh at every :meth:`step`."""
+
+    name: ClassVar[str]
+    """The name in ``backend=`` and ``CLR_OPTIM_BACKEND``."""
+
+    capturable: ClassVar[bool]
+    """Whether a graph can capture a step: the position then lives on the device."""
+
+    counts_on_device: ClassVar[bool]
+    """Whether step counters lie on the device of their parameter, and not on the CPU."""
+
+    keeps_rates: ClassVar[bool]
+    """Whether the device keeps the ``lr`` of groups with ``capturable=True`` current."""
+
+    reuses_norm: ClassVar[bool]
+    """Whether every step writes its norm into the same tensor."""
+
+    sees_overflows: ClassVar[bool]
+    """Whether the kernels read ``found_inf``, so that the host need not wait for it."""
 
     plan: Plan
-    #: whether the kernels look into ``found_inf`` themselves
-    sees_overflows: bool
+    """The tensors that the kernels update, bucket by bucket."""
+
+    @classmethod
+    def device_types(cls) -> tuple[str, ...]:
+        """Return the types of the devices whose tensors the kernels update."""
+
+    @classmethod
+    def make(
+        cls,
+        optimizer: Optimizer,
+        rule: UpdateRule,
+        schedule: Schedule,
+        device: str,
+        lock: threading.RLock | None,
+    ) -> FusedBackend:
+        """Return a backend for one optimizer.
+
+        Args:
+            optimizer: the wrapped optimizer.
+            rule: its update rule.
+            schedule: the policy.
+            device: one of :meth:`device_types`.
+            lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
+
+        Raises:
+            BuildError: if the kernels cannot be compiled here.
+        """
 
     @property
     def uncertain(self) -> bool:
         """Whether only the device knows the position.
 
-        After steps that it may have skipped, and for good once a step was captured into a graph.
+        True after steps that the device may have skipped, and for good after a capture.
         """
 
     def position(self) -> int:
-        """The position, by the device's own count; waits for it."""
+        """Return the position that the device has counted; wait for the device."""
 
     def move_to(self, course: Course, *, there: bool = False) -> None:
         """Take in a position and bounds before the next step, which may be a graph's replay.
 
         Args:
-            course: where to go.
-            there: whether the device has just told that this is where it is.
+            course: the new place in the schedule.
+            there: whether the device itself has just reported this position.
         """
 
     def keeps(self, lr: Tensor) -> bool:
-        """Whether steps write the next rate into this tensor."""
+        """Return whether steps write the next rate into this tensor."""
 
     def step(self, course: Course, gradients: Gradients) -> Tensor | None:
-        """Update all tensors of the plan; the gradients' norm if they are clipped by it."""
+        """Update all tensors of the plan; return the gradients' norm if the step clips by it."""

@@ -5,18 +5,21 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from clr_optim.backends import gil
 from clr_optim.backends.base import Course, Gradients
 from clr_optim.backends.torch import has_own_step
 from clr_optim.kernels.native import build
 from clr_optim.kernels.native.build import BuildError
 from clr_optim.plan import Plan, View
 from clr_optim.rules import RULES, UpdateRule, class_name
+from clr_optim.schedule import Schedule
 from clr_optim.sharding import no_sums, sum_over_ranks
 
 __all__ = ["BuildError", "NativeBackend", "library", "rule_for"]
@@ -46,7 +49,7 @@ class _Library:
         held.clr_sums_of_squares.argtypes = [pointer, pointer, i64]
         held.clr_can_scan.argtypes = [obj]
         held.clr_current.argtypes = [pointer]
-        self.held = held
+        self.held = gil.checked(held)
         capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
         if capsule is None or not held.clr_can_scan(capsule):
             raise BuildError(
@@ -83,8 +86,30 @@ class NativeBackend:
         self._lib = library().held
         self.plan = Plan(optimizer, rule, self._lib, "cpu", lock=lock)
 
-    sees_overflows = False
+    name: ClassVar[str] = "native"
+    capturable: ClassVar[bool] = False
+    counts_on_device: ClassVar[bool] = False
+    keeps_rates: ClassVar[bool] = False
+    reuses_norm: ClassVar[bool] = False
+    sees_overflows: ClassVar[bool] = False
     uncertain = False
+
+    @classmethod
+    def device_types(cls) -> tuple[str, ...]:
+        """Return the types of the devices whose tensors the kernels update."""
+        return ("cpu",)
+
+    @classmethod
+    def make(
+        cls,
+        optimizer: Optimizer,
+        rule: UpdateRule,
+        schedule: Schedule,
+        device: str,
+        lock: threading.RLock | None,
+    ) -> NativeBackend:
+        """Return a backend for one optimizer; the host evaluates the schedule."""
+        return cls(optimizer, rule, lock)
 
     def position(self) -> int:
         """Never asked: the host counts the steps."""

@@ -44,7 +44,9 @@ def momentum_vanishes(shared: Shared) -> bool:
 
 def _runs_on_the_host(wrapper: Any) -> bool:
     shared = wrapper._shared
-    return not shared.serving.is_on_device or not is_profiled(shared.settings.optimizer)
+    traits = shared.serving.traits
+    is_capturable = traits is not None and traits.capturable
+    return not is_capturable or not is_profiled(shared.settings.optimizer)
 
 
 def _was_moved(wrapper: Any) -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from clr_optim import backends
+from clr_optim.backends import BuildError, rule_for
 from clr_optim.backends.base import FusedBackend
-from clr_optim.backends.native import BuildError, NativeBackend, rule_for
 from clr_optim.core.settings import Settings
 from clr_optim.core.warn import callers_level
 from clr_optim.eligible import classify
@@ -43,13 +43,16 @@ class Serving:
         self.fused: FusedBackend | None = None
 
     @property
-    def is_on_device(self) -> bool:
-        """Whether the device counts the steps and keeps rates, norms and step counters."""
-        return self.name == "triton"
+    def traits(self) -> type[FusedBackend] | None:
+        """The class of the backend, whose attributes are its traits; None for torch's own step."""
+        return backends.traits(self.name)
 
     def is_kept(self, group: Mapping[str, Any]) -> bool:
         """Return whether the device keeps a group's ``lr``, a tensor then, current."""
-        if not group.get("capturable") or not self.is_on_device or self._settings.has_scale_fn:
+        if not group.get("capturable") or self._settings.has_scale_fn:
+            return False
+        traits = self.traits
+        if traits is None or not traits.keeps_rates:
             return False
         lr = group["lr"]
         if not isinstance(lr, Tensor):
@@ -67,36 +70,22 @@ class Serving:
         Args:
             lock: the lock that the thread of a step holds.
         """
-        if self.fused is None and self.name != "torch":
+        if self.fused is None and backends.is_fused(self.name):
             with lock:
                 self._make(lock)
         return self.fused
 
     def _make(self, lock: threading.RLock) -> None:
-        optimizer, name = self._settings.optimizer, self.name
-        if self.fused is not None:
-            return  # another thread was faster
+        optimizer = self._settings.optimizer
         rule = rule_for(optimizer)
-        if isinstance(rule, str):
-            return
-        devices = backends.devices(name)
-        if not any(p.device.type in devices for p in parameters_of(optimizer)):
-            return
-        asked = self._settings.backend
+        if self.fused is not None or isinstance(rule, str):
+            return  # another thread was faster, or the step was replaced
+        asked = self._settings.backend != "auto"
+        schedule = self._settings.schedule
         try:
-            if name == "triton":
-                from clr_optim.backends.triton import TritonBackend, try_out
-
-                device = backends.plan_device(name, optimizer)
-                if asked == "auto" and not backends.is_capturing():
-                    # The user has not asked for Triton, which may be unable to compile here.
-                    params = parameters_of(optimizer)
-                    try_out(next(p.device for p in params if p.device.type == device))
-                self.fused = TritonBackend(optimizer, rule, self._settings.schedule, device, lock)
-            else:
-                self.fused = NativeBackend(optimizer, rule, lock)
+            self.fused = backends.make(self.name, optimizer, rule, schedule, lock, asked=asked)
         except BuildError as error:
-            if asked != "auto":
+            if asked:
                 raise
             self.name = "torch"
             self.reason = f"the fused kernels cannot be compiled: {error}"
@@ -106,9 +95,10 @@ class Serving:
         """Return a line for each backend and reason: which parameters it serves, and why."""
         optimizer, name, reason = self._settings.optimizer, self.name, self.reason
         rule = rule_for(optimizer)
-        if name != "torch" and not isinstance(rule, str):
+        traits = self.traits
+        if traits is not None and not isinstance(rule, str):
             device = backends.plan_device(name, optimizer)
-            classes = classify(optimizer, rule, device, capturable=self.is_on_device)
+            classes = classify(optimizer, rule, device, capturable=traits.capturable)
             # Only a step finds shared memory and state that no kernel takes.
             fused = self.fused
             found = {} if fused is None else {id(p): why for p, why in fused.plan.rest}

@@ -214,7 +214,7 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: _Borrowed) -> b
     if len(plan.scalars) != len(shared.mirror.records) and not context.creates_state:
         shared.position.overrule()  # another thread has just added a group
     rest = plan.rest and [(p, why) for p, why in plan.rest if p.grad is not None]
-    if rest and (settings.backend in ("native", "triton") or context.capturing):
+    if rest and (backends.is_fused(settings.backend) or context.capturing):
         raise _cannot_serve(context, fused, rest)
     # The device need not tell whether the step happened, unless the host acts on it: calls hooks
     # and functions, runs torch's own step, keeps new state, chooses the kernel.

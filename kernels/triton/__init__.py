@@ -1,1 +1,1 @@
-"""The kernels for GPUs, in Triton."""
+"""The Triton kernels for GPUs."""

@@ -1,13 +1,12 @@
-"""One launch updates every tensor of a bucket: the kernel around the rules, and its launch.
+"""The kernels around the update rules: one launch updates every tensor of a bucket.
 
-A program takes a chunk of one tensor: it reads where the tensor lies from a table on the device,
-evaluates the schedule at the device's own position, and updates. Nothing that changes from step to
-step is an argument that Triton compiles for: neither the rate nor the number of tensors.
+A program takes a chunk of one tensor. The program reads the tensor's address from a table on the
+device, evaluates the schedule at the device's own position, and updates. Triton compiles for no
+value that changes from step to step: neither for the rate nor for the number of tensors.
 
-Whether a step happens at all, and what its gradients are multiplied by, stands in two float64 on
-the device, the *gate*: ``(factor, whether there was an overflow)``. Where gradients are clipped or
-a GradScaler is at work, :func:`sum_of_squares` and :func:`open_gate` fill it before the update; the
-host need not know what they found.
+The *gate* is two float64 on the device: ``(factor of the gradients, whether they overflowed)``.
+After an overflow the step does nothing. With clipping or a GradScaler, :func:`sum_of_squares` and
+:func:`open_gate` fill the gate before the update, and the host need not read it.
 """
 
 from __future__ import annotations
@@ -26,17 +25,16 @@ __all__ = [
     "open_gate", "options", "shape_of", "sum_of_squares",
 ]  # fmt: skip
 
-#: Columns of the rows' table, int64; in step with ``_ROW`` in plan.py.
+#: Columns of the rows' table, int64: the fields of ``_ROW`` in plan.py, in this order.
 COLUMNS = (
     "param", "grad", "state0", "state1", "state2", "counter", "numel", "group", "first", "active",
 )  # fmt: skip
-#: Columns of the groups' table, float64: these, and then the kernel's own scalars.
+#: The first columns of the groups' table, float64. The kernel's own scalars follow.
 GROUP = (
     "base_lr", "max_lr", "base_momentum", "max_momentum", "cycle_momentum", "weight_decay", "sign",
 )  # fmt: skip
 
-#: So many blocks make a chunk, to spread what a program does once over more than one block: what a
-#: persistent grid would gain, from a plain one, whose programs the device hands out by itself.
+#: Blocks of a chunk. They share the cost of the schedule, evaluated once per program.
 BLOCKS_PER_CHUNK = 8
 
 _ROW: tl.constexpr = tl.constexpr(len(COLUMNS))
@@ -50,13 +48,13 @@ class Shape(NamedTuple):
     threads: int
 
 
-# A thread then has 16 bytes of each tensor to read at a time (8 of those that are 16 bits wide:
-# twice as many elements would cost more registers than wider loads gain).
+# A thread reads 16 bytes of each tensor at a time, or 8 bytes of a 16-bit dtype: there, twice as
+# many elements would cost more registers than wider loads gain.
 _SHAPES = {8: Shape(512, 256), 4: Shape(1024, 256), 2: Shape(1024, 256)}
 
 
 def shape_of(itemsize: int) -> Shape:
-    """The launch for parameters of so many bytes per element."""
+    """Return the launch's shape for parameters with this many bytes per element."""
     return _SHAPES[itemsize]
 
 
@@ -71,7 +69,7 @@ _TYPES = {
 def constexprs(
     kernel: str, slots: int, dtype: torch.dtype, counter: torch.dtype | None, aligned: bool
 ) -> dict[str, Any]:
-    """What :func:`multi_tensor` is compiled for."""
+    """Return the constants that :func:`multi_tensor` is compiled for."""
     return {
         "KERNEL": kernel,
         "SLOTS": slots,
@@ -84,16 +82,16 @@ def constexprs(
 
 
 def options(dtype: torch.dtype, warp: int) -> dict[str, Any]:
-    """How it is compiled, for warps of so many threads.
+    """Return the options of the compiler, for warps with this many threads.
 
-    Multiplications and additions are not contracted: which are, the rules say.
+    The compiler must not contract multiplications and additions: the rules name each fused one.
     """
     return {"num_warps": shape_of(dtype.itemsize).threads // warp, "enable_fp_fusion": False}
 
 
 @triton.jit
 def _load(pointer, at, mask, MASKED: tl.constexpr):
-    # A mask that the compiler cannot see through would cost the wide loads.
+    # A mask costs the wide loads, as the compiler cannot know that all its lanes are on.
     if MASKED:
         return tl.load(pointer + at, mask=mask, other=0.0)
     else:
@@ -136,7 +134,7 @@ def _block(
     mask = at < numel
     param = _load(p, at, mask, MASKED).to(A)
     grad = _load(g, at, mask, MASKED).to(A) * scale
-    # Without weight decay nothing is added: 0·p would turn an infinite p into NaN.
+    # Without weight decay add nothing: 0·p would turn an infinite p into NaN.
     grad = tl.where(decays, tl.fma(decay, param, grad), grad)
     a0 = param
     a1 = param
@@ -185,15 +183,15 @@ def multi_tensor(
     """Update one chunk of one tensor.
 
     Args:
-        chunks: int32 pairs, one per program: the row of a tensor, and which of its chunks.
+        chunks: int32 pairs, one per program: the row of a tensor and the number of its chunk.
         rows: the rows' table, int64.
         groups: the groups' table, float64, ``width`` columns.
-        ints, floats, phases: the schedule's tables, and how many rows they have.
+        ints, floats, phases: the schedule's tables, and their number of rows.
         control: int64, the position in the schedule first.
-        gate: float64, what gradients are multiplied by on their way in, and whether there was an
-            overflow, in which case nothing is written.
-        KERNEL, SLOTS: its name in :data:`clr_optim.rules.KERNELS`, and how much state it has.
-        DTYPE, COUNTER: of parameters, gradients and state; of the step counters, if there are any.
+        gate: float64, the factor of the gradients and whether they overflowed. After an overflow
+            the kernel writes nothing.
+        KERNEL, SLOTS: the name in :data:`clr_optim.rules.KERNELS`, and the number of state tensors.
+        DTYPE, COUNTER: the dtype of parameters, gradients and state, and of step counters, if any.
         ALIGNED: whether all tensors begin at a multiple of 16 bytes.
         BLOCK, BLOCKS: elements per block and blocks per chunk.
     """
@@ -225,23 +223,24 @@ def multi_tensor(
     decay = decay.to(A)
     scale = tl.load(gate).to(A) * tl.load(groups + 6).to(A)
 
-    p = _pointer(rows, 0, DTYPE, ALIGNED)
-    g = _pointer(rows, 1, DTYPE, ALIGNED)
-    s0 = _pointer(rows, 2, DTYPE, ALIGNED)
-    s1 = _pointer(rows, 3, DTYPE, ALIGNED)
-    s2 = _pointer(rows, 4, DTYPE, ALIGNED)
     begin = tl.load(chunks + 1).to(tl.int64) * (BLOCK * BLOCKS)
-    left = tl.where(tl.load(gate + 1) == 0, numel - begin, 0)
-    full = tl.minimum(left // BLOCK, BLOCKS).to(tl.int32)
+    p = _pointer(rows, 0, DTYPE, ALIGNED) + begin
+    g = _pointer(rows, 1, DTYPE, ALIGNED) + begin
+    s0 = _pointer(rows, 2, DTYPE, ALIGNED) + begin
+    s1 = _pointer(rows, 3, DTYPE, ALIGNED) + begin
+    s2 = _pointer(rows, 4, DTYPE, ALIGNED) + begin
+    left = tl.minimum(numel - begin, BLOCK * BLOCKS).to(tl.int32)
+    left = tl.where(tl.load(gate + 1) == 0, left, 0)
+    full = left // BLOCK
     lanes = tl.arange(0, BLOCK)
     for i in range(0, full):
         _block(
-            p, g, s0, s1, s2, begin + i * BLOCK + lanes, numel, scale, decay, decays, first,
+            p, g, s0, s1, s2, i * BLOCK + lanes, left, scale, decay, decays, first,
             c0, c1, c2, c3, c4, c5, c6, KERNEL, SLOTS, A, False,
         )  # fmt: skip
-    if full * BLOCK < tl.minimum(left, BLOCK * BLOCKS):
+    if full * BLOCK < left:
         _block(
-            p, g, s0, s1, s2, begin + full * BLOCK + lanes, numel, scale, decay, decays, first,
+            p, g, s0, s1, s2, full * BLOCK + lanes, left, scale, decay, decays, first,
             c0, c1, c2, c3, c4, c5, c6, KERNEL, SLOTS, A, True,
         )  # fmt: skip
 
@@ -251,11 +250,11 @@ def sum_of_squares(
     chunks, rows, grad_scale, sums,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The sum of squares of one chunk of one gradient, summed in a fixed order.
+    """Sum the squares of one chunk of one gradient, in a fixed order.
 
     Args:
         chunks, rows: as for :func:`multi_tensor`.
-        grad_scale: float32, divided out first: with it, squares might be beyond float32.
+        grad_scale: float32, divided out first: squares of scaled gradients may exceed float32.
         sums: float64, one per program.
     """
     A: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
@@ -286,16 +285,18 @@ def sum_of_squares(
 def open_gate(
     sums, count, limit, grad_scale, found_inf, norm, gate, CLIPS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """By one program: what the gradients of this step are multiplied by, and whether it happens.
+    """Fill the gate: the factor of this step's gradients, and whether they overflowed.
+
+    One program does this.
 
     Args:
-        sums, count: sums of squares, float64, and how many.
-        limit: float64, what the norm is clipped to.
-        grad_scale, found_inf: as a GradScaler has them, float32: what the gradients in memory are
-            too large by, and 0 unless one of them is infinite or NaN.
-        norm: where the norm goes.
-        gate: float64, where the results go.
-        CLIPS: whether there are sums, and a limit.
+        sums, count: sums of squares, float64, and their number.
+        limit: float64, the largest norm; a larger one is clipped.
+        grad_scale, found_inf: float32, from a GradScaler: the factor that the gradients in memory
+            carry, and 0 unless a gradient is infinite or NaN.
+        norm: receives the norm.
+        gate: float64, receives the results.
+        CLIPS: whether ``sums`` and ``limit`` count.
     """
     factor = 1.0 / tl.load(grad_scale).to(tl.float64)
     if CLIPS:
@@ -321,18 +322,18 @@ def advance(
     counters, count, rates, kept, groups, width, ints, floats, phases, control, gate,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """After the updates of a step: the tensors' step counters, the position, the next step's rates.
+    """Advance the step counters, the position and the kept rates, after the updates of a step.
 
     Args:
-        counters: int64 pairs, one per tensor that was updated: the address of its counter, and
-            whether that is a float64 and no float32.
-        count: how many there are.
-        rates: int64 triples, one per group whose ``lr`` is a tensor that is kept current here: its
-            address, whether it is a float64, and the group's number.
-        kept: how many there are.
+        counters: int64 pairs, one per updated tensor: the address of its counter, and whether the
+            counter is a float64 instead of a float32.
+        count: the number of counters.
+        rates: int64 triples, one per group whose ``lr`` is a tensor that the device keeps current:
+            its address, whether it is a float64, and the group's number.
+        kept: the number of such groups.
         groups, width, ints, floats, phases: as for :func:`multi_tensor`.
-        control: int64: the position, and what this step adds to it.
-        gate: float64: after an overflow nothing moves.
+        control: int64, the position and the number of steps to add.
+        gate: float64. After an overflow nothing moves.
     """
     happened = tl.load(gate + 1) == 0
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

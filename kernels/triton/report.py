@@ -1,24 +1,24 @@
-"""What the compilers make of the kernels, on a machine without a GPU: registers, stack, accesses.
+"""Registers, stack and memory accesses of the compiled kernels, on a machine without a GPU.
 
     python -m clr_optim.kernels.triton.report --target sm_90 [--json FILE]
 
-Every kernel is compiled for every dtype as it is launched for aligned tensors. Registers and stack
-are read from the result: cuobjdump's resource usage for NVIDIA, the code object's metadata for AMD.
+The report compiles every kernel for every dtype, as a launch for aligned tensors does. Registers
+and stack come from cuobjdump's resource usage (NVIDIA) or from the code object's metadata (AMD).
 
-**The accesses** are those of the full blocks, without a mask, since nearly all elements are updated
-there. Triton's own IR says which those are: the loads and stores by tensors of pointers (what a
-table holds is read by scalar pointers) that have no mask. They are found again by their lines of
-source, which the assembly repeats, or, since LLVM may give a load the line where its value is used,
-by sharing a basic block with such; the instruction says how wide it is, and a count below the IR's
-is an error. NVIDIA's assembly is what ptxas reads: that keeps widths, and may unroll further.
+**The accesses** are the loads and stores of full blocks, which have no mask and update nearly all
+elements. Triton's IR names them: a load or store by a tensor of pointers, without a mask. (Kernels
+read tables by scalar pointers.) The assembly repeats the lines of the source, which identify the
+same accesses there. LLVM may give a load the line that uses its value, so an access of the same
+basic block counts too. The instruction tells the width. Fewer accesses than in the IR are an error.
+NVIDIA's assembly is the input of ptxas, which keeps widths and may unroll further.
 
 The columns, as in the JSON's rows:
 
 - ``registers`` per thread; ``stack``, in bytes per thread.
-- ``spills``: registers spilled (AMD), or instructions that access the stack (NVIDIA: ptxas spills
-  to nowhere else, so none are looked for where there is no stack).
-- ``loads_16b``, ``stores_16b``: instructions as wide as they are meant to be, 16 bytes per thread;
-  for dtypes of 16 bits that is 8 bytes. ``loads_narrow``, ``stores_narrow``: all others.
+- ``spills``: spilled registers (AMD), or instructions that access the stack (NVIDIA: ptxas spills
+  only to the stack).
+- ``loads_16b``, ``stores_16b``: instructions of the full width, 16 bytes per thread, or 8 bytes
+  for 16-bit dtypes. ``loads_narrow``, ``stores_narrow``: all other accesses.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from clr_optim.rules import KERNELS, RULES
 
 __all__ = ["DTYPES", "ReportError", "main", "rows"]
 
-#: The dtypes that are compiled for, by torch's names.
+#: The dtypes of the report, by torch's names.
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
-# The launch's arguments, as Triton would find them; parameters that are missing are constants.
+# The types of a launch's arguments. All other parameters are constants.
 _SIGNATURE = {
     "chunks": "*i32",
     "rows": "*i64",
@@ -64,7 +64,7 @@ _COLUMNS = (
     "registers", "stack", "spills", "loads_16b", "loads_narrow", "stores_16b", "stores_narrow",
 )  # fmt: skip
 
-# The IR's operands come before the colon: a pointer, what is stored, and a mask if there is one.
+# The IR's operands come before the colon: a pointer, the stored value, and a mask if any.
 _IR_ACCESS = re.compile(
     r"\btt\.(load|store)\b([^:\n]*?):\s*(tensor<)?.*\bloc\((#loc\d*)\)\s*$", re.M
 )
@@ -79,27 +79,27 @@ _GCN_ACCESS = re.compile(r"\b(?:global|flat|buffer)_(load|store)_(?:dword(?:x(\d
 
 
 class ReportError(RuntimeError):
-    """Nothing can be compiled here, or not for this target; the message says what to do."""
+    """The report cannot compile here, or not for this target; the message names the remedy."""
 
 
 class _Place(NamedTuple):
-    """A line of source; a file's name is unique among the kernels'."""
+    """A line of source. No two kernel files share a name."""
 
     file: str
     line: int
 
 
 class _Access(NamedTuple):
-    """An instruction that reads or writes memory, and how many bytes of it for each thread."""
+    """An instruction that reads or writes memory, and its bytes per thread."""
 
     kind: str  # "load" or "store"
     place: _Place
-    block: int  # which basic block it is in
-    width: int  # 0 for any odd one
+    block: int  # number of its basic block
+    width: int  # 0 if unknown
 
 
 def rows(target: str) -> Iterator[dict[str, Any]]:
-    """A row per rule and dtype, each as soon as it is compiled.
+    """Yield a row per rule and dtype, each as soon as its kernel is compiled.
 
     Args:
         target: ``sm_NN`` or ``gfxNNN``.
@@ -139,7 +139,7 @@ def rows(target: str) -> Iterator[dict[str, Any]]:
 
 
 def _kernels() -> dict[str, tuple[int, bool]]:
-    """Of each kernel, how many slots of state it has, and whether steps are counted."""
+    """Return each kernel's number of state slots, and whether the kernel counts steps."""
     found = {}
     for momentum, *flags in itertools.product((0.0, 0.9), (False, True), (False, True)):
         group = {"momentum": momentum, **dict(zip(("amsgrad", "centered"), flags, strict=True))}
@@ -158,7 +158,7 @@ def _compile(
 
     kernel = multi_tensor.multi_tensor
     constants = multi_tensor.constexprs(rule, slots, dtype, counter, aligned=True)
-    # What Triton would find out about the tables: they are aligned, and of less than 2 GB.
+    # Tell the compiler what a launch would tell: tables are aligned and smaller than 2 GB.
     backend = make_backend(gpu)
     attributes = {
         (p.num,): backend.parse_attr("S" if p.do_not_specialize_on_alignment else "DS")
@@ -169,7 +169,7 @@ def _compile(
         kernel, {**_SIGNATURE, **dict.fromkeys(constants, "constexpr")}, constants, attributes
     )
     options = multi_tensor.options(dtype, gpu.warp_size)
-    with contextlib.redirect_stdout(io.StringIO()):  # where Triton prints all of a failed kernel
+    with contextlib.redirect_stdout(io.StringIO()):  # Triton prints a failed kernel's source
         return triton.compile(source, target=gpu, options=options)
 
 
@@ -189,7 +189,7 @@ def _resources(compiled: Any) -> dict[str, int]:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(compiled.asm["cubin"])
         usage = _cuobjdump("-res-usage", path)
-        # LOCAL stays 0 whatever is spilled.
+        # Do not read LOCAL: it stays 0 even if registers spill.
         registers, stack = map(int, _search(r"\bREG:(\d+) STACK:(\d+)", usage))
         spills = 0
         if stack:
@@ -215,7 +215,7 @@ def _search(pattern: str, text: str) -> tuple[str, ...]:
 
 
 def _widths(compiled: Any, meant: int) -> dict[str, int]:
-    """How many accesses of full blocks are as wide as meant, and how many are not."""
+    """Count the accesses of full blocks, those of the meant width and narrower ones."""
     full, others = _in_ir(compiled.asm["ttgir"])
     if not full or full.keys() & others:
         raise _lost(f"share their lines with others in the IR: {[*full]}")
@@ -246,7 +246,7 @@ def _lost(what: str) -> ReportError:
 
 
 def _in_ir(ir: str) -> tuple[Counter[tuple[str, _Place]], set[tuple[str, _Place]]]:
-    """Kind and place of the accesses without a mask by tensors of pointers, and of all others."""
+    """Return kind and place of accesses by tensors of pointers without a mask, and of others."""
     places = dict(_IR_PLACE.findall(ir))
     full: Counter[tuple[str, _Place]] = Counter()
     others = set()
@@ -260,7 +260,7 @@ def _in_ir(ir: str) -> tuple[Counter[tuple[str, _Place]], set[tuple[str, _Place]
 
 
 def _innermost(name: str, places: Mapping[str, str]) -> _Place:
-    """Where a location is written: a call's own, not its caller's; a name's, what it stands for."""
+    """Return a location's place in the source: the called function's line, not the caller's."""
     text = places[name]
     while not (leaf := _LEAF.match(text)):
         inner = re.search(r"#loc\d*", text)
@@ -301,13 +301,13 @@ def _gcn(line: str) -> tuple[str, int] | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report, as ``python -m clr_optim.kernels.triton.report``; returns the exit code."""
+    """Print the report and return the exit code of the process."""
     parser = argparse.ArgumentParser(
         prog="python -m clr_optim.kernels.triton.report",
-        description="Compile the Triton kernels, without a GPU, and show what they take.",
+        description="Compile the Triton kernels without a GPU, and show their costs.",
     )
     parser.add_argument(
-        "--target", required=True, metavar="ARCH", help="sm_80, sm_90, gfx942 or another of these"
+        "--target", required=True, metavar="ARCH", help="sm_80, sm_90, gfx942 or a similar name"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
     args = parser.parse_args(argv)

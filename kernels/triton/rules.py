@@ -1,14 +1,15 @@
-"""The update rules on the device, two functions each, as rules.h has them for the CPU.
+"""The update rules on the device: two functions per rule, the counterparts of rules.h.
 
-``<rule>_constants`` turns a group's scalars (float64, as Python has them) into up to seven
-constants, once per program; ``<rule>`` updates a block with them in the arithmetic type. The order
-of operations is that of torch's for-loop step, fused multiply-adds included where torch's own
-operator has one. Triton compiles these functions, so their arguments have no Python types:
+``<rule>_constants`` turns a group's float64 scalars into up to seven constants, once per program.
+``<rule>`` updates a block with these constants in the arithmetic type. The order of operations is
+that of torch's for-loop step, with a fused multiply-add wherever torch's operator has one. Triton
+compiles these functions, so their arguments have no Python types:
 
-``own`` points to the scalars of :attr:`clr_optim.rules.UpdateRule.scalars`; ``momentum`` is what
-the schedule says, to be used where ``cycles`` holds; ``step`` counts this one; ``first`` says that
-the state holds nothing yet. State comes as ``s0`` to ``s2``, named as the slots of rules.py are
-ordered.
+- ``own`` points to the scalars of :attr:`clr_optim.rules.UpdateRule.scalars`.
+- ``momentum`` is the schedule's momentum, used if ``cycles`` holds.
+- ``step`` is the number of this step, counted from 1.
+- ``first`` tells that the state is not filled yet.
+- ``s0`` to ``s2`` are the state tensors, in the order of the slots in rules.py.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _divide(a, b):
 
 @triton.jit
 def _lerp(start, end, weight):
-    # torch.lerp picks the end nearer to the result, to be exact at both.
+    # As torch.lerp, start from the end that is nearer to the result: both ends are then exact.
     near = tl.abs(weight) < 0.5
     return tl.fma(tl.where(near, weight, weight - 1.0), end - start, tl.where(near, start, end))
 
@@ -58,7 +59,7 @@ def held(x, A: tl.constexpr):
 
 @triton.jit
 def _power(base, exponent):
-    # 0 to a positive power is 0 here too: its logarithm is minus infinity.
+    # If the base is 0, its logarithm is minus infinity and the result 0, as it should be.
     return tl.exp2(exponent * tl.log2(base))
 
 
@@ -84,7 +85,7 @@ def sgd(p, g, s0, first, lr, momentum, keep, nesterov, MOMENTUM: tl.constexpr):
 def adam_constants(own, rate, decay, step, momentum, cycles, A: tl.constexpr):
     beta1 = tl.where(cycles, momentum, tl.load(own))
     beta2 = tl.load(own + 1)
-    # Decoupled: the weights shrink, the gradient stays.
+    # With decoupled weight decay the weights shrink, and the gradient stays.
     shrink = held(tl.where(tl.load(own + 3) != 0, 1.0 - rate * decay, 1.0), A)
     correction2 = tl.sqrt(1.0 - _power(beta2, step))
     step_size = held(-(rate / (1.0 - _power(beta1, step))), A)
@@ -178,8 +179,8 @@ def rmsprop(
 ):
     s0 = tl.fma(rest * g, g, s0 * alpha)
     spread = s0
-    # One rounding, as torch's addcmul has: if the square of the mean alone is rounded, it may
-    # overflow, and inf - inf is NaN.
+    # Round once, as torch's addcmul does: a square that is rounded alone may overflow, and
+    # inf - inf is NaN.
     if CENTERED:
         if MOMENTUM:
             s2 = _lerp(s2, g, rest)
@@ -200,9 +201,9 @@ def rmsprop(
 def constants(
     own, rate, decay, step, momentum, cycles, KERNEL: tl.constexpr, A: tl.constexpr
 ):  # fmt: skip
-    """Seven float64 constants of a kernel, by its name in :data:`clr_optim.rules.KERNELS`.
+    """Return seven float64 constants of a kernel, by its name in :data:`clr_optim.rules.KERNELS`.
 
-    Those that the rate decides are within the range of the arithmetic type ``A``.
+    Constants that depend on the rate lie within the range of the arithmetic type ``A``.
     """
     if KERNEL == "sgd" or KERNEL == "sgd_momentum":
         return sgd_constants(own, rate, decay, step, momentum, cycles, A)
@@ -218,7 +219,7 @@ def constants(
 
 @triton.jit
 def update(p, g, s0, s1, s2, first, c0, c1, c2, c3, c4, c5, c6, KERNEL: tl.constexpr):
-    """The new ``(p, s0, s1, s2)`` of a block."""
+    """Return the new ``(p, s0, s1, s2)`` of a block."""
     if KERNEL == "sgd":
         p, s0 = sgd(p, g, s0, first, c0, c1, c2, c3, False)
     elif KERNEL == "sgd_momentum":

@@ -1,7 +1,7 @@
 """The learning rate on the device: the formula of :mod:`clr_optim.schedule` over a table of phases.
 
-Steps are int64 and everything else is float64, as on the host; only the last rounding to the
-tensors' own arithmetic differs from it.
+As on the host, steps are int64 and all other values float64. Only the last rounding, to the
+tensors' arithmetic type, differs.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _LARGEST: tl.constexpr = tl.constexpr(sys.float_info.max)
 
 
 def phase_tables(schedule: Schedule) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """The phases as ``(phases, len(INTS))`` int64 and ``(phases, len(FLOATS))`` float64.
+    """Return the phases as ``(phases, len(INTS))`` int64 and ``(phases, len(FLOATS))`` float64.
 
     Raises:
-        ValueError: if a phase has a ``scale_fn``, which only the host can call.
+        ValueError: if the schedule has a ``scale_fn``, which only the host can call.
     """
     if schedule.scale_fn is not None:
         raise ValueError(f"schedule {schedule.name!r} has a scale_fn: evaluate it on the host")
@@ -66,8 +66,8 @@ def _floats(phase: Phase) -> tuple[float, ...]:
 
 @triton.jit
 def _hann(x):
-    # sin²(πx/2) for x in [0, 1] by the Taylor series of the sine, whose first left out term is
-    # below 1e-18; the device's own cosine would need a stack.
+    # sin²(πx/2) for x in [0, 1] by the Taylor series of the sine. The first omitted term is below
+    # 1e-18. The device's own cosine would need a stack.
     h = x * 1.5707963267948966
     q = h * h
     s = -1.9572941063391263e-20
@@ -86,11 +86,11 @@ def _hann(x):
 
 @triton.jit
 def rate_and_momentum(ints, floats, phases, step, base_lr, max_lr, base_momentum, max_momentum):
-    """``(learning rate, momentum)`` at a step, both float64.
+    """Return ``(learning rate, momentum)`` at a step, both float64.
 
     Args:
         ints, floats: pointers to the tables of :func:`phase_tables`.
-        phases: how many there are.
+        phases: the number of phases.
         step: int64, counted from 0.
         base_lr, max_lr, base_momentum, max_momentum: the group's bounds, float64.
     """
@@ -104,7 +104,7 @@ def rate_and_momentum(ints, floats, phases, step, base_lr, max_lr, base_momentum
     period = tl.load(ints + 2)
     window = tl.load(ints + 3)
 
-    # A phase without a cycle stays at its top; the divisors only must not be 0.
+    # A phase without a cycle stays at its top. Here its divisors only must not be 0.
     cycle = local // tl.maximum(period, 1)
     offset = local - cycle * period
     rising = offset.to(tl.float64) / tl.maximum(up, 1).to(tl.float64)

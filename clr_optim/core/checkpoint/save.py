@@ -36,7 +36,8 @@ def save(shared: Shared) -> dict[str, Any]:
             else group
             for group in state_dict["param_groups"]
         ]
-    if shared.serving.is_on_device:
+    traits = shared.serving.traits
+    if traits is not None and traits.counts_on_device:
         state_dict["state"] = _with_counters_as_torch(state_dict)
     whole: dict[str, Any] = with_our_entry(state_dict, inner.param_groups)
     return whole

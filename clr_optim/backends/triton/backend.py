@@ -1,0 +1,261 @@
+"""The Triton backend: one launch per bucket updates its tensors at the device's own position.
+
+Beside the tensors a kernel reads only tables on the device: addresses, groups, phases, the position
+in the schedule. The host uploads a table when it changed. The device advances the position, so an
+ordinary step needs only the gradients' addresses from the host.
+
+**Graphs.** A captured step cycles at every replay: the graph reads and advances the device's
+position. A graph keeps the tables that describe its tensors, and later steps make new tables.
+Position, bounds and settings are shared. A replay repeats the uploads of the capture from the
+host's memory. The only such upload is the gradients' addresses, from memory that the graph keeps.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from clr_optim.backends.base import Course, Gradients
+from clr_optim.backends.native import library
+from clr_optim.backends.triton import device as current
+from clr_optim.backends.triton import here
+from clr_optim.backends.triton.clock import Clock
+from clr_optim.backends.triton.gate import fill_gates
+from clr_optim.backends.triton.launch import Launch
+from clr_optim.plan import Plan
+from clr_optim.rules import UpdateRule
+from clr_optim.schedule import Schedule
+
+__all__ = ["TritonBackend"]
+
+_ADVANCED_AT_ONCE = 256
+
+
+class TritonBackend:
+    """Steps one optimizer with the Triton kernels.
+
+    Args:
+        optimizer: the wrapped optimizer.
+        rule: its update rule.
+        schedule: the policy. The host evaluates a policy with a ``scale_fn`` at each step.
+        device: the type of the devices whose tensors the kernels update.
+        lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
+
+    Raises:
+        BuildError: if the host's functions, which scan the tensors, cannot be compiled here.
+    """
+
+    name: ClassVar[str] = "triton"
+    capturable: ClassVar[bool] = True
+    counts_on_device: ClassVar[bool] = True
+    keeps_rates: ClassVar[bool] = True
+    reuses_norm: ClassVar[bool] = True
+    sees_overflows: ClassVar[bool] = True
+
+    @classmethod
+    def device_types(cls) -> tuple[str, ...]:
+        """Return the types of the devices whose tensors the kernels update."""
+        return ("cpu",) if here.is_interpreted() else here.DEVICES
+
+    @classmethod
+    def make(
+        cls,
+        optimizer: Optimizer,
+        rule: UpdateRule,
+        schedule: Schedule,
+        device: str,
+        lock: threading.RLock | None,
+    ) -> TritonBackend:
+        """Return a backend for one optimizer."""
+        return cls(optimizer, rule, schedule, device, lock)
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        rule: UpdateRule,
+        schedule: Schedule,
+        device: str,
+        lock: threading.RLock | None = None,
+    ) -> None:
+        self.plan = Plan(
+            optimizer,
+            rule,
+            library().held,
+            device,
+            capturable=True,
+            by_alignment=True,
+            lock=lock,
+        )
+        self._schedule = schedule
+        self._momentum = rule.momentum
+        self._launches: list[Launch] = []
+        self._by_device: dict[torch.device, list[Launch]] = {}
+        self._clocks: dict[torch.device, Clock] = {}
+        self._unsure = False
+        # Tables and tensors that captured graphs still read; three entries per captured step.
+        self._given_up: list[Any] = []
+
+    @property
+    def uncertain(self) -> bool:
+        """Whether only the device knows the position.
+
+        True after steps that the device may have skipped, and for good after a capture.
+        """
+        return bool(self._clocks) and (self._unsure or bool(self._given_up))
+
+    def position(self) -> int:
+        """Return the position that the device has counted; wait for the device."""
+        found = max(clock.ask() for clock in self._clocks.values())  # all are equal
+        self._unsure = False  # after asking: during a capture ask() raises
+        return found
+
+    def keeps(self, lr: Tensor) -> bool:
+        """Return whether steps write the next rate into this tensor: its device has a clock."""
+        return lr.device in self._clocks
+
+    def move_to(self, course: Course, *, there: bool = False) -> None:
+        """Take in a position and bounds before the next step, which may be a graph's replay.
+
+        Args:
+            course: the new place in the schedule.
+            there: whether the device itself has just reported this position. The position is then
+                not written: on another stream a write could undo a later step.
+        """
+        self._unsure = False
+        with current.no_inference_mode():
+            for clock in self._clocks.values():
+                with current.guard(clock.device):
+                    if not there:
+                        clock.move_to(course)
+                    clock.groups(course, self.plan.scalars, self._momentum)
+
+    def step(self, course: Course, gradients: Gradients) -> Tensor | None:
+        """Update all tensors of the plan: one launch per bucket, and one to advance the position.
+
+        Args:
+            course: the place of this step in the schedule.
+            gradients: how the step changes its gradients. Scaling takes one launch more, clipping
+                one launch more per bucket and another.
+
+        Raises:
+            RuntimeError: if the step is being captured and a changed table needs an upload.
+        """
+        with current.no_inference_mode():
+            norm = self._step(course, gradients)
+        self.plan.release()
+        return norm
+
+    def _step(self, course: Course, gradients: Gradients) -> Tensor | None:
+        plan, capturing = self.plan, current.is_capturing()
+        if capturing and not plan.buckets and not self._clocks:
+            raise RuntimeError(
+                "step() cannot be captured now: no parameter has had a gradient yet; take a step "
+                "with all gradients and then capture"
+            )
+        if plan.pending and capturing:
+            raise RuntimeError(
+                "step() cannot be captured now: it would create the optimizer's state; take a step "
+                "with all gradients and then capture"
+            )
+        if [id(launch.bucket) for launch in self._launches] != [id(b) for b in plan.buckets]:
+            self._arrange([Launch(bucket) for bucket in plan.buckets])
+        by_device = self._by_device
+        rows = {}
+        for device, launches in by_device.items():
+            with current.guard(device):
+                if current.is_capturing() is not capturing:
+                    raise RuntimeError(
+                        "step() cannot be captured now: a graph is being captured on one of the "
+                        "devices that have parameters and not on another; capture on all or none"
+                    )
+                for launch in launches:
+                    rows[launch] = launch.refresh()
+                    launch.choose()
+        gates, norm = self._gates(by_device, rows, gradients)
+        unsure = self._unsure or (gradients.found_inf is not None and bool(by_device))
+        done = 0
+        try:
+            for device, launches in by_device.items():
+                clock = self._clocks[device]
+                with current.guard(device):
+                    self._step_on(clock, launches, rows, course, gates[device])
+                    done += 1
+                    clock.advanced(course)
+        except BaseException:
+            if done == len(by_device) and not capturing:
+                plan.commit()  # every device has stepped: the new state counts
+            raise
+        if not capturing:
+            plan.tally[0] += 1
+            plan.tally[1] += course.moves
+        self._unsure = unsure
+        if capturing:
+            self._given_up.append([launch.give_up() for launch in self._launches])
+            self._given_up.append([clock.give_up() for clock in self._clocks.values()])
+            # Keep the tensors too: a checkpoint may put other tensors in their place.
+            self._given_up.append((list(plan.buckets), course.kept, gradients, gates))
+        created = plan.pending
+        plan.commit()
+        if created:  # upload the rows with the new state now, as a capture could not
+            for launch in self._launches:
+                with current.guard(launch.bucket.device):
+                    launch.refresh()
+        return norm
+
+    def _arrange(self, launches: list[Launch]) -> None:
+        for device in dict.fromkeys(launch.bucket.device for launch in launches):
+            if device not in self._clocks:
+                others = list(self._clocks.values())
+                with current.guard(device):
+                    self._clocks[device] = Clock(device, self._schedule)
+                if others:
+                    self._clocks[device].join(others[0])
+        by_device: dict[torch.device, list[Launch]] = {}
+        for launch in launches:
+            by_device.setdefault(launch.bucket.device, []).append(launch)
+        for device in self._clocks:  # a device without launches advances too
+            by_device.setdefault(device, [])
+        self._launches, self._by_device = launches, by_device
+
+    def _gates(
+        self,
+        by_device: dict[torch.device, list[Launch]],
+        rows: dict[Launch, Tensor],
+        gradients: Gradients,
+    ) -> tuple[dict[torch.device, Tensor], Tensor | None]:
+        return fill_gates(self.plan, self._clocks, by_device, rows, gradients)
+
+    def _step_on(
+        self,
+        clock: Clock,
+        launches: list[Launch],
+        rows: dict[Launch, Tensor],
+        course: Course,
+        gate: Tensor,
+    ) -> None:
+        from clr_optim.kernels.triton import multi_tensor
+
+        groups = clock.groups(course, self.plan.scalars, self._momentum)
+        width = groups.shape[1]
+        ints, floats = clock.phases(course)
+        phases = len(ints)
+        counters, count = clock.counters(launches)
+        rates, kept = clock.rates(course)
+        control = clock.control(course)
+        for launch in launches:
+            if launch.count:
+                multi_tensor.multi_tensor[(launch.count,)](
+                    launch.chunks, rows[launch], groups, width, ints, floats, phases, control, gate,
+                    **launch.compiled_for,
+                )  # fmt: skip
+        programs = max(1, -(-count // _ADVANCED_AT_ONCE))
+        # If Ctrl-C comes between this launch and the host's note of it, the host asks the device.
+        self._unsure = self._unsure or not current.is_capturing()
+        multi_tensor.advance[(programs,)](
+            counters, count, rates, kept, groups, width, ints, floats, phases, control, gate,
+            BLOCK=_ADVANCED_AT_ONCE, enable_fp_fusion=False,
+        )  # fmt: skip

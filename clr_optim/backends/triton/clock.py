@@ -1,0 +1,200 @@
+"""The position in the schedule on one device, and the tables that the schedule needs there."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from clr_optim.backends.base import Course
+from clr_optim.backends.triton import device as current
+from clr_optim.backends.triton.launch import Launch
+from clr_optim.backends.triton.mirror import Mirror
+from clr_optim.schedule import Schedule, fixed
+
+__all__ = ["OWN", "SUMMED_AT_ONCE", "Clock", "fill_open_gate"]
+
+#: Columns of the groups' table before the kernel's own scalars. A test compares it with ``GROUP``.
+OWN = 7
+
+#: Sums that :func:`open_gate` adds in one block.
+SUMMED_AT_ONCE = 1024
+
+# Tables for steps without counters or rates: an empty tensor has no address to load from.
+_NO_COUNTER = np.zeros((1, 2), dtype=np.int64)
+_NO_RATE = np.zeros((1, 3), dtype=np.int64)
+
+
+class Clock:
+    """The position in the schedule, and the phases, on one device."""
+
+    def __init__(self, device: torch.device, schedule: Schedule) -> None:
+        from clr_optim.kernels.triton.schedule import phase_tables
+
+        self.device = device
+        self._expected: tuple[int, int] | None = None
+        self._control = torch.zeros(2, dtype=torch.int64, device=device)
+        self._moving = schedule.scale_fn is None
+        upload = [Mirror(device) for _ in range(4)]
+        constant = phase_tables(fixed())
+        own = phase_tables(schedule) if self._moving else constant
+        self._own = tuple(m.put(t) for m, t in zip(upload[:2], own, strict=True))
+        self._constant = tuple(m.put(t) for m, t in zip(upload[2:], constant, strict=True))
+        # Two tables: one with rates of the host, and one with bounds, which graphs read. A table
+        # that grew too small for a new group stays, as a graph may read it.
+        self._groups = [[Mirror(device)] for _ in range(2)]
+        self._groups_of: tuple[Any, ...] = ()
+        self._counters = Mirror(device)
+        self._counters_of: list[npt.NDArray[np.int64]] = []
+        self._rates = Mirror(device)
+        self._limit = Mirror(device)
+        #: scale and overflow without a GradScaler, in the dtype of a GradScaler
+        self.one = torch.ones((), dtype=torch.float32, device=device)
+        self.zero = torch.zeros((), dtype=torch.float32, device=device)
+        #: the gate of a step that always happens and leaves its gradients unscaled
+        self.open = torch.empty(2, dtype=torch.float64, device=device)
+        # Launch the kernel here: a capture cannot load a kernel that was never launched.
+        fill_open_gate(self.open, self.one, self.zero)
+        #: the norm of the last step, eager or replayed
+        self.norm: Tensor | None = None
+
+    def join(self, other: Clock) -> None:
+        """Take over the position of another device, which the host may not know."""
+        self._control.copy_(other._control)
+        self._expected = other._expected
+
+    def ask(self) -> int:
+        """Return the position that the device has counted; wait for the device."""
+        position = int(self._control[0].item())
+        if self._expected is not None:
+            self._expected = (position, self._expected[1])
+        return position
+
+    def move_to(self, course: Course) -> None:
+        """Write another position to the device."""
+        self._expected = None
+        self.control(course)
+
+    @staticmethod
+    def _wanted(course: Course) -> tuple[int, int]:
+        return course.position, int(course.moves)
+
+    def control(self, course: Course) -> Tensor:
+        """Return ``(position, steps to add)`` on the device, written only if the host moved it.
+
+        Raises:
+            RuntimeError: if a write is needed and the step is being captured.
+        """
+        wanted = self._wanted(course)
+        if self._expected != wanted:
+            if current.is_capturing():
+                raise RuntimeError(
+                    "step() cannot be captured now: the position in the cycle was moved since the "
+                    "last step; take a step and then capture"
+                )
+            # Write only the values that differ: the device may know a later position than the host.
+            for i, value in enumerate(wanted):
+                if self._expected is None or self._expected[i] != value:
+                    self._control[i].fill_(value)
+            self._expected = wanted
+        return self._control
+
+    def advanced(self, course: Course) -> None:
+        """Note the position that the device has after a step, as far as the host knows."""
+        step = 0 if current.is_capturing() else int(course.moves)
+        if not course.moves:  # the next replay of a graph advances again
+            self._control[1].fill_(1)
+        self._expected = (course.position + step, 1)
+
+    def decides(self, course: Course) -> bool:
+        """Return whether the device evaluates the rates, and not the host."""
+        return self._moving and course.moves
+
+    def groups(
+        self, course: Course, scalars: npt.NDArray[np.float64], momentum: int | None
+    ) -> Tensor:
+        """Return the groups' table on the device.
+
+        Args:
+            course: the place of the step in the schedule.
+            scalars: the plan's scalars, a row per group, the learning rate first.
+            momentum: the kernel's own scalar that is the momentum, or None.
+        """
+        on_device = self.decides(course)
+        mirrors = self._groups[on_device]
+        made_of = (
+            on_device, tuple(course.bounds if on_device else course.rates), course.momenta,
+            scalars[:, 1:].tobytes(), len(scalars),
+        )  # fmt: skip
+        if made_of == self._groups_of:
+            return cast("Tensor", mirrors[-1].table)
+        table = np.zeros((len(scalars), scalars.shape[1] + 4))
+        table[:, 5:] = scalars[:, 1:]  # all but the rate
+        # The course may have a group that the plan has not seen yet.
+        rates = zip(course.rates, course.bounds, strict=True)
+        for i, (rate, bounds) in zip(range(len(table)), rates, strict=False):
+            table[i, :2] = bounds if on_device else (rate, rate)
+            if course.momenta is not None and on_device:
+                table[i, 2:4] = course.momenta[i]
+                table[i, 4] = 1.0
+                # The kernel ignores the group's own momentum, which follows the cycle. Set it to
+                # 0, so that its changes cause no upload. Without kernels the column is missing.
+                if momentum is not None and OWN + momentum < table.shape[1]:
+                    table[i, OWN + momentum] = 0.0
+        last = mirrors[-1].table
+        if last is not None and last.shape != table.shape:
+            mirrors.append(Mirror(self.device))
+        for older in mirrors[:-1]:
+            older.renew(table)
+        found = mirrors[-1].put(table)
+        self._groups_of = made_of
+        return found
+
+    def counters(self, launches: list[Launch]) -> tuple[Tensor, int]:
+        """Return the addresses of the step counters that this step advances, and their number."""
+        tables = [launch.counters for launch in launches]
+        count = sum(map(len, tables))
+        there = self._counters.table
+        if there is None or [*map(id, tables)] != [*map(id, self._counters_of)]:
+            there = self._counters.put(np.concatenate(tables) if count else _NO_COUNTER)
+            self._counters_of = tables
+        return there, count
+
+    def rates(self, course: Course) -> tuple[Tensor, int]:
+        """Return the addresses of the learning rates that the device keeps, and their number."""
+        lines = [
+            (lr.data_ptr(), lr.dtype == torch.float64, group)
+            for group, lr in course.kept
+            if lr.device == self.device and self.decides(course)
+        ]
+        table = np.array(lines, dtype=np.int64).reshape(-1, 3)
+        return self._rates.put(table if lines else _NO_RATE), len(lines)
+
+    def limit(self, max_norm: float) -> Tensor:
+        """Return the largest norm that the step leaves unclipped, on the device."""
+        return self._limit.put(np.array([max_norm]))
+
+    def phases(self, course: Course) -> tuple[Tensor, ...]:
+        """Return the phases' tables: the schedule's, or those of a constant rate."""
+        return self._own if self.decides(course) else self._constant
+
+    def give_up(self) -> list[object]:
+        """Hand the tables that describe tensors to a graph; return all tables that it reads."""
+        return [
+            self._counters.give_up(),
+            self._rates.give_up(),
+            *(mirror.table for mirrors in self._groups for mirror in mirrors),
+            self._limit.table,
+        ]
+
+
+def fill_open_gate(gate: Tensor, one: Tensor, zero: Tensor) -> None:
+    """Fill the gate of a step that always happens and leaves its gradients unscaled."""
+    from clr_optim.kernels.triton import multi_tensor
+
+    multi_tensor.open_gate[(1,)](
+        one, 0, one, one, zero, one, gate, CLIPS=False, BLOCK=SUMMED_AT_ONCE
+    )

@@ -1,0 +1,114 @@
+"""The gate of a step on each device: the factor of its gradients, and whether the step happens.
+
+A GradScaler and clipping fill the gate by kernels, so the host need not wait for their answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from clr_optim.backends.base import Gradients
+from clr_optim.backends.triton import device as current
+from clr_optim.backends.triton.clock import SUMMED_AT_ONCE, Clock
+from clr_optim.backends.triton.launch import Launch
+from clr_optim.plan import Plan
+from clr_optim.sharding import no_sums, sum_over_ranks
+
+__all__ = ["fill_gates"]
+
+
+def fill_gates(
+    plan: Plan,
+    clocks: Mapping[torch.device, Clock],
+    by_device: Mapping[torch.device, Sequence[Launch]],
+    rows: Mapping[Launch, Tensor],
+    gradients: Gradients,
+) -> tuple[dict[torch.device, Tensor], Tensor | None]:
+    """Return each device's gate, and the norm by which the step clips its gradients.
+
+    Args:
+        plan: the plan of the optimizer.
+        clocks: the clock of each device.
+        by_device: the launches on each device.
+        rows: the rows of each launch on the device.
+        gradients: how the step changes its gradients.
+    """
+    from clr_optim.kernels.triton import multi_tensor
+
+    clocks = {device: clocks[device] for device in by_device}
+    if all(value is None for value in gradients):
+        return {device: clock.open for device, clock in clocks.items()}, None
+    scales = {device: _on(gradients.scale, clock.one) for device, clock in clocks.items()}
+    sums, count = None, 0
+    if gradients.max_norm is not None:
+        parts: dict[Launch, Tensor] = {}
+        for device, launches in by_device.items():
+            with current.guard(device):
+                parts.update(_sum_squares(device, launches, rows, scales[device]))
+        sums = _join(plan, parts)
+        count = len(sums)
+    gates: dict[torch.device, Tensor] = {}
+    dtype = torch.float64 if plan.wide else torch.float32
+    norm = None
+    if sums is not None and not clocks:  # only other ranks have gradients
+        norm = sums.sum().sqrt().to(dtype)
+    for device, clock in clocks.items():
+        if gates and norm is not None:  # the first device has summed for all
+            gates[device] = next(iter(gates.values())).to(device)
+            continue
+        with current.guard(device):
+            gates[device] = torch.empty(2, dtype=torch.float64, device=device)
+            limit = clock.one
+            if sums is not None and gradients.max_norm is not None:
+                if clock.norm is None or clock.norm.dtype != dtype:
+                    clock.norm = torch.empty((), dtype=dtype, device=device)
+                norm = clock.norm
+                limit = clock.limit(gradients.max_norm)
+            multi_tensor.open_gate[(1,)](
+                clock.one if sums is None else sums.to(device), count, limit,
+                scales[device], _on(gradients.found_inf, clock.zero),
+                clock.one if norm is None else norm, gates[device],
+                CLIPS=sums is not None, BLOCK=SUMMED_AT_ONCE,
+            )  # fmt: skip
+    return gates, norm
+
+
+def _sum_squares(
+    device: torch.device, launches: Sequence[Launch], rows: Mapping[Launch, Tensor], scale: Tensor
+) -> dict[Launch, Tensor]:
+    """Return sums of squares of the gradients on one device, a sum per chunk, in order."""
+    from clr_optim.kernels.triton import multi_tensor
+
+    counts = [launch.count for launch in launches]
+    sums = torch.empty(sum(counts), dtype=torch.float64, device=device)
+    parts = dict(zip(launches, torch.split(sums, counts), strict=True))
+    for launch, part in parts.items():
+        if launch.count:
+            multi_tensor.sum_of_squares[(launch.count,)](
+                launch.chunks, rows[launch], scale, part, **launch.squares_compiled_for
+            )
+    return parts
+
+
+def _join(plan: Plan, parts: Mapping[Launch, Tensor]) -> Tensor:
+    """Return the sums of all devices and ranks, on the first device."""
+    sums = list(parts.values())
+    meshes = [spread.mesh.device_type for spread in plan.spreads if spread]
+    if not meshes and len({part.device for part in sums}) <= 1:
+        return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64, device="cpu")
+    device = sums[0].device if sums else torch.device(meshes[0])
+    by_spread = no_sums(plan.spreads, device)
+    for launch, part in parts.items():
+        total = by_spread[launch.bucket.spread]
+        total += part.sum().to(total.device)
+    return sum_over_ranks(by_spread).reshape(1)
+
+
+def _on(tensor: Tensor | None, default: Tensor) -> Tensor:
+    """Return a GradScaler's tensor with the device and dtype of a default, or the default."""
+    if tensor is None:
+        return default
+    return tensor.to(default.device, default.dtype, non_blocking=True)
