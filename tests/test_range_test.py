@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clr_optim import CyclicalOptimizer
-from clr_optim.range_test import RangeTest, _Snapshot, lr_range_test
+from clr_optim.range_test import RangeTest, lr_range_test
+from clr_optim.range_test.snapshot import Snapshot
 
 # ---- the result
 
@@ -246,15 +247,15 @@ def test_what_a_users_function_does_is_put_back():
 def test_an_interrupt_while_putting_back_does_not_leave_it_half_done(monkeypatch):
     model = Network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    restore, calls = _Snapshot.restore, []
+    restore, calls = Snapshot.restore, []
 
-    def interrupted_once(self: _Snapshot) -> None:
+    def interrupted_once(self: Snapshot) -> None:
         calls.append(1)
         if len(calls) == 1:
             raise KeyboardInterrupt
         restore(self)
 
-    monkeypatch.setattr(_Snapshot, "restore", interrupted_once)
+    monkeypatch.setattr(Snapshot, "restore", interrupted_once)
     before = copy.deepcopy(list(model.state_dict().values()))
     result = lr_range_test(
         model, optimizer, make_data(), functional.cross_entropy, start_lr=0, end_lr=1, num_steps=3

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clr_optim.range_test import RangeTest, _Divergence, lr_range_test
+from clr_optim.range_test import RangeTest, lr_range_test
+from clr_optim.range_test.divergence import Divergence
 
 
 def end_of(losses: Any, factor: float = 3.0) -> int | None:
     """The number of the loss that ends the test."""
-    divergence = _Divergence(factor)
+    divergence = Divergence(factor)
     return next((i for i, loss in enumerate(losses) if divergence.is_reached(float(loss))), None)
 
 

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from clr_optim import CyclicalOptimizer
 from clr_optim.range_test import RangeTest, lr_range_test
-from clr_optim.snapshot import Snapshot
+from clr_optim.range_test.snapshot import Snapshot
 
 # torch's own, where an optimizer of torch's is the first to make a sparse tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")

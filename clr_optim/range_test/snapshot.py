@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from clr_optim.contents import (
+from clr_optim.core.warn import callers_level
+from clr_optim.range_test.contents import (
     BUFFERS,
     CONTAINERS,
     GENERATORS,
@@ -35,8 +36,13 @@ from clr_optim.contents import (
     members_of,
     slots_of,
 )
-from clr_optim.core.warn import callers_level
-from clr_optim.put_back import PutBack, array_back, generator_back, sharded_back, tensor_back
+from clr_optim.range_test.put_back import (
+    PutBack,
+    array_back,
+    generator_back,
+    sharded_back,
+    tensor_back,
+)
 from clr_optim.sharding import DTensor
 
 __all__ = ["Snapshot"]
