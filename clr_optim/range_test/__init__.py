@@ -6,8 +6,8 @@ falls.
 """
 
 from clr_optim.range_test.measure import lr_range_test
-from clr_optim.range_test.result import BASES as BASES
-from clr_optim.range_test.result import METHODS as METHODS
+from clr_optim.range_test.reading import BASES as BASES
+from clr_optim.range_test.reading import METHODS as METHODS
 from clr_optim.range_test.result import METRICS as METRICS
 from clr_optim.range_test.result import MODES as MODES
 from clr_optim.range_test.result import Bounds, BoundsDict, RangeTest
