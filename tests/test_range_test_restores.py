@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from clr_optim import CyclicalOptimizer
 from clr_optim.range_test import RangeTest, lr_range_test
-from clr_optim.range_test.snapshot import Snapshot
+from clr_optim.range_test.record import Record
 
 # torch's own, where an optimizer of torch's is the first to make a sparse tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
@@ -360,13 +360,13 @@ def test_a_long_list_is_put_in_its_order_without_looking_at_its_members(monkeypa
     data = Folder()
     names = list(data.samples)
     model = nn.Linear(4, 3)
-    noted, note = [], Snapshot._note
+    noted, note = [], Record.copy
 
-    def counted(self: Snapshot, value: Any) -> None:
+    def counted(self: Record, value: Any) -> None:
         noted.append(1)
         note(self, value)
 
-    monkeypatch.setattr(Snapshot, "_note", counted)
+    monkeypatch.setattr(Record, "copy", counted)
     run(model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(data, batch_size=4))
     assert all(a is b for a, b in zip(data.samples, names, strict=True))
     assert len(noted) < 10_000
