@@ -631,9 +631,9 @@ ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "backend='gpu' must be one of", {"backend": "gpu"}),
     (TypeError, "loader must be an iterable of batches, got None", {"loader": None}),
     (ValueError, r"accumulate must be an integer <= 2\*\*63 - 1", {"accumulate": 2**70}),
-    (ValueError, "device must be one that is here.*got ''", {"device": ""}),
-    (ValueError, "device must be one that is here.*got 'abacus'", {"device": "abacus"}),
-    (ValueError, "device must be one that is here.*got -1", {"device": -1}),
+    (ValueError, "device must be a device of this machine.*got ''", {"device": ""}),
+    (ValueError, "device must be a device of this machine.*got 'abacus'", {"device": "abacus"}),
+    (ValueError, "device must be a device of this machine.*got -1", {"device": -1}),
     (ValueError, "amp_dtype must be torch.float16, .* got array", {"amp_dtype": np.ones(2)}),
     (TypeError, "progress must be True or False, got 1", {"progress": 1}),
 ]

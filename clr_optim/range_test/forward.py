@@ -1,4 +1,4 @@
-"""How a batch becomes a loss."""
+"""Turn a batch into a loss and its gradients."""
 
 from __future__ import annotations
 
@@ -14,11 +14,19 @@ from torch import Tensor, nn
 from clr_optim.range_test.arguments import no_batches
 from clr_optim.range_test.ranks import Ranks
 
+__all__ = ["Forward", "StepFn"]
+
 StepFn = Callable[[Any, Any], Any]
 
 
 class Forward:
-    """From batches to losses; all of its sums are (loss, correct, count, batches)."""
+    """Compute losses, as sums ``[loss, correct, count, batches]`` over batches and ranks.
+
+    Args:
+        model, loss_fn, step_fn, target_key: as in :func:`~clr_optim.lr_range_test`.
+        wants_accuracy: whether to count correct answers.
+        device: the device of the batches.
+    """
 
     def __init__(
         self,
@@ -44,7 +52,15 @@ class Forward:
         scaler: torch.amp.GradScaler | None,
         ranks: Ranks,
     ) -> list[float]:
-        """Gradients of the mean over some batches."""
+        """Add the gradients of the mean loss over some batches.
+
+        Args:
+            batches: yields the batches.
+            accumulate: number of batches.
+            amp_dtype: autocast to this dtype.
+            scaler: scales the losses.
+            ranks: add the sums.
+        """
         total = [0.0] * 4
         for i in range(accumulate):
             batch = next(batches)
@@ -54,12 +70,12 @@ class Forward:
                 loss, correct, count = self._losses(batch, amp_dtype)
                 if not loss.requires_grad:
                     raise ValueError(
-                        "the loss does not depend on a parameter with requires_grad: it must come "
-                        "from the model, without detach() or no_grad()"
+                        "the loss does not depend on a parameter with requires_grad: compute the "
+                        "loss from the model's output, without detach() or no_grad()"
                     )
                 value = float(loss.detach())
                 total = [a + b for a, b in zip(total, (value, correct, count, 1.0), strict=True)]
-                # All ranks go on to the sums, whichever of them met it.
+                # Go on even if the loss is not finite: the other ranks wait for the sums.
                 share = loss / accumulate
                 (share if scaler is None else scaler.scale(share)).backward()  # type: ignore[no-untyped-call]
         return ranks.sums(total)
@@ -67,7 +83,7 @@ class Forward:
     def validate(
         self, loader: Iterable[Any], amp_dtype: torch.dtype | None, ranks: Ranks
     ) -> list[float]:
-        """A pass over the loader in eval mode."""
+        """Pass over the loader in eval mode."""
         flags = [(module, module.training) for module in self._model.modules()]
         self._model.eval()
         total = [0.0] * 4
@@ -85,6 +101,7 @@ class Forward:
         return total
 
     def _losses(self, batch: Any, amp_dtype: torch.dtype | None) -> tuple[Tensor, float, float]:
+        """Return ``(loss, correct, count)`` of a batch, checked."""
         batch = _moved(batch, self._device)
         autocast: Any = contextlib.nullcontext()
         if amp_dtype is not None:
@@ -92,17 +109,18 @@ class Forward:
         with autocast:
             loss, correct, count = self._outcome(batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            what = (
+            given = (
                 f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
             )
             raise ValueError(
-                f"the loss must be one number, a scalar tensor, got {what}: average it"
+                f"the loss must be one number, a scalar tensor, got {given}: return the mean loss"
             )
         if self._wants_accuracy and float(count) <= 0:
             raise ValueError(f"count must be above 0 for an accuracy, got {count!r}")
         return loss.reshape(()), float(correct), float(count)
 
     def _outcome(self, batch: Any) -> tuple[Any, Any, Any]:
+        """Return ``(loss, correct, count)`` as the user's functions compute them."""
         if self._step_fn is not None:
             return self._outcome_of_step_fn(self._step_fn(self._model, batch))
         target: Any
@@ -111,21 +129,20 @@ class Forward:
                 if self._wants_accuracy:
                     raise ValueError(
                         "accuracy needs a loss_fn, or a step_fn that returns (loss, correct, "
-                        "count): the model's own loss says nothing of it"
+                        "count): the model returned only a loss"
                     )
-                return self._loss_of_model(self._called((), batch)), 0.0, 1.0
+                return self._loss_of_model(self._call_model((), batch)), 0.0, 1.0
             if self._target_key not in batch:
                 raise ValueError(
                     f"target_key={self._target_key!r} is not in the batch, which has "
-                    f"{sorted(map(str, batch))}: name the one that loss_fn is to compare with, or "
-                    "give a step_fn"
+                    f"{sorted(map(str, batch))}: give the key of loss_fn's target, or a step_fn"
                 )
             target = batch[self._target_key]
             named = {k: v for k, v in batch.items() if k != self._target_key}
-            output = self._called((), named)
+            output = self._call_model((), named)
         elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
             target = batch[-1]
-            output = self._called(batch[:-1], {})
+            output = self._call_model(batch[:-1], {})
         else:
             size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
             raise ValueError(
@@ -133,9 +150,12 @@ class Forward:
                 "nor a dictionary: give step_fn=lambda model, batch: ... that returns the loss"
             )
         if self._loss_fn is None:
-            raise ValueError("loss_fn=None needs a step_fn, or dictionaries and a model's own loss")
+            raise ValueError(
+                "loss_fn=None needs a step_fn, or batches that are dictionaries and a model that "
+                "returns the loss"
+            )
         place = -1 if isinstance(batch, (tuple, list)) else self._target_key
-        with _noting(f"loss_fn(output, batch[{place!r}])"):
+        with _call_in_errors(f"loss_fn(output, batch[{place!r}])"):
             loss = self._loss_fn(output, target)
         if not self._wants_accuracy:
             return loss, 0.0, 1.0
@@ -146,20 +166,21 @@ class Forward:
             or output.dim() != target.dim() + 1
         ):
             raise ValueError(
-                "accuracy needs scores of shape (n, classes, ...) and whole numbers of shape "
-                "(n, ...) as targets: give a step_fn that returns (loss, correct, count)"
+                "accuracy needs scores of shape (n, classes, ...), and targets that are whole "
+                "numbers of shape (n, ...): give a step_fn that returns (loss, correct, count)"
             )
-        right = (output.detach().argmax(dim=1) == target).sum()
-        return loss, right, target.numel()
+        correct = (output.detach().argmax(dim=1) == target).sum()
+        return loss, correct, target.numel()
 
     def _outcome_of_step_fn(self, outcome: Any) -> tuple[Any, Any, Any]:
+        """Return ``(loss, correct, count)`` from the result of ``step_fn``."""
         if outcome is None:
             raise ValueError("step_fn returned None: it must return the loss, a scalar tensor")
         if isinstance(outcome, Mapping):
             if "loss" not in outcome:
                 raise ValueError(
                     f"step_fn returned a dictionary with no 'loss', but with "
-                    f"{sorted(map(str, outcome))}: return the loss, or a dictionary with it"
+                    f"{sorted(map(str, outcome))}: return the loss, or a dictionary with 'loss'"
                 )
             outcome = outcome["loss"]
         if isinstance(outcome, (tuple, list)):
@@ -171,13 +192,12 @@ class Forward:
             return outcome[0], outcome[1], outcome[2]
         if self._wants_accuracy:
             raise ValueError(
-                "step_fn must return (loss, correct, count) where accuracy is the metric, got "
-                "a loss alone"
+                "for an accuracy step_fn must return (loss, correct, count), got a loss alone"
             )
         return outcome, 0.0, 1.0
 
-    def _called(self, inputs: Sequence[Any], named: Mapping[Any, Any]) -> Any:
-        """What the model returns for a batch, if it takes such inputs at all."""
+    def _call_model(self, inputs: Sequence[Any], named: Mapping[Any, Any]) -> Any:
+        """Return the model's output for a batch, or raise if the batch does not fit."""
         signature = None
         with contextlib.suppress(TypeError, ValueError):  # not every callable has one
             signature = inspect.signature(self._model.forward)
@@ -187,14 +207,15 @@ class Forward:
         except TypeError as error:
             given = [*(type(value).__name__ for value in inputs), *map(str, named)]
             raise ValueError(
-                f"a batch does not fit {type(self._model).__name__}.forward{signature}, which was "
-                f"to be called with {', '.join(given)} ({error}): give "
-                "step_fn=lambda model, batch: ... that returns the loss"
+                f"a batch does not fit {type(self._model).__name__}.forward{signature}: its inputs "
+                f"are {', '.join(given)} ({error}); give step_fn=lambda model, batch: ... that "
+                "returns the loss"
             ) from error
-        with _noting("model(*batch[:-1])" if inputs else "model(**batch)"):
+        with _call_in_errors("model(*batch[:-1])" if inputs else "model(**batch)"):
             return self._model(*inputs, **named)
 
     def _loss_of_model(self, output: Any) -> Any:
+        """Return the loss in the model's output."""
         found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if found is None:
             raise ValueError(
@@ -205,8 +226,8 @@ class Forward:
 
 
 @contextlib.contextmanager
-def _noting(call: str) -> Iterator[None]:
-    """Tell with an error how the function was called."""
+def _call_in_errors(call: str) -> Iterator[None]:
+    """Add to an error a note that quotes the call."""
     try:
         yield
     except Exception as error:
@@ -216,10 +237,10 @@ def _noting(call: str) -> Iterator[None]:
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on the device."""
+    """Return the batch with its tensors on the device."""
     if callable(getattr(batch, "to", None)):
         moved = batch.to(device)
-        return batch if moved is None else moved  # it may have moved itself
+        return batch if moved is None else moved  # a `to` without a result moves the batch itself
     if isinstance(batch, Mapping):
         return {key: _moved(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):

@@ -1,4 +1,4 @@
-"""The LR range test: train for a while as the rate rises, and put everything back.
+"""The LR range test: train while the rate rises, measure, and put everything back.
 
 Source: L. N. Smith, *Cyclical Learning Rates for Training Neural Networks*, arXiv 1506.01186,
 section 3.3.
@@ -7,28 +7,30 @@ section 3.3.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from clr_optim.checks import (
-    LAST_STEP,
-    check_bool,
-    check_choice,
-    check_int,
-    check_number,
-)
+from clr_optim.checks import LAST_STEP, check_bool, check_choice, check_int, check_number
 from clr_optim.optimizer import CyclicalOptimizer
 from clr_optim.range_test.arguments import (
     as_device,
+    check_amp_dtype,
+    check_functions,
     check_length,
     check_loader,
     check_model,
     check_optimizer,
+    check_rates,
+    check_types,
+    check_validate_every,
+    check_validation,
     no_batches,
+    peak_rate,
 )
 from clr_optim.range_test.divergence import Divergence
 from clr_optim.range_test.forward import Forward, StepFn
@@ -38,7 +40,9 @@ from clr_optim.range_test.result import METRICS, MODES, RangeTest
 from clr_optim.range_test.snapshot import Snapshot
 from clr_optim.schedule import ramp
 
-# Overflows in a row under a GradScaler, each halving the scale, after which training is lost.
+__all__ = ["lr_range_test"]
+
+# Each overflow under a GradScaler halves the scale. More overflows in a row end the test.
 _MAX_OVERFLOWS = 50
 
 
@@ -69,87 +73,95 @@ def lr_range_test(
     average_ranks: bool | None = None,
     progress: bool | None = None,
 ) -> RangeTest:
-    """Train for a while as the rate rises, measure, and put everything back as it was.
+    """Train while the rate rises, measure, and put everything back.
 
-    The test puts back bit for bit, also after an exception or Ctrl-C, and into the same objects:
+    The test puts everything back bit for bit and into the same objects, also after an exception or
+    Ctrl-C:
 
     - parameters and buffers with shape, stride, dtype and memory, gradients, ``requires_grad``;
-    - the optimizer's groups, attributes and state of any type (what Python cannot look into, by a
-      deep copy in its place);
-    - attributes of all submodules: tensors, arrays, containers, generators of random numbers, and
-      objects of other classes that hold nothing but such data; and ``get_extra_state``;
-    - of loaders, samplers and datasets: attributes, and the data that they lead to;
+    - the optimizer's groups, attributes and state of any type. A deep copy replaces an object that
+      Python cannot see into;
+    - attributes of all submodules: tensors, arrays, containers, random generators, and objects of
+      other classes that hold only such data; and ``get_extra_state``;
+    - attributes of loaders, samplers and datasets, and their data;
     - the random state of torch (CPU and the model's GPUs), Python and NumPy.
 
-    Workers that persist keep their state: the test starts workers of its own, or warns where it
-    cannot. Hooks are kept, and run.
+    Persistent workers keep their state: the test starts new workers, or warns if it cannot. Hooks
+    stay, and run.
 
-    The test leaves as they are: objects that hold a file, a lock, a thread, a stream, a graph or
-    other things that cannot be copied (if training changes one in a module, give the module
-    ``get_extra_state`` and ``set_extra_state``); data of a loader, or of an object in a module,
-    beyond 20,000 objects, or beyond both 64 MiB and the model's size; batches taken from an
-    iterator; global variables, and variables of your functions. A warning names what could not be
-    put back.
+    The test does not put back:
+
+    - objects that hold a file, a lock, a thread, a stream, a graph or other things without a copy.
+      If training changes such an object in a module, give the module ``get_extra_state`` and
+      ``set_extra_state``;
+    - data of a loader, or of an object in a module, beyond 20,000 objects, or beyond both 64 MiB
+      and the model's size;
+    - batches taken from an iterator;
+    - global variables, and variables of the user's functions.
+
+    A warning names failures to put back.
 
     The optimizer's step runs in :class:`~clr_optim.CyclicalOptimizer`, on the kernels that will
-    train. Parameter groups keep the ratio of their rates; ``start_lr`` and ``end_lr`` are those
-    of the group with the largest, and the others stay below. A model in eval mode is put in train
-    mode; of one in train mode, submodules in eval mode stay so.
+    train. Parameter groups keep the ratio of their rates. ``start_lr`` and ``end_lr`` are the rates
+    of the group with the largest rate. A model in eval mode is put in train mode. In a model in
+    train mode, submodules in eval mode stay in eval mode.
 
-    The loss is that of each step's batch before its update. If the mean of the last ten or so grows
-    to ``diverge_factor`` times its lowest and out of the losses' noise, or a loss is no longer
-    finite, the test ends (``result.diverged``); Ctrl-C ends it too and keeps what was measured
-    (``result.interrupted``).
+    The loss is the loss of each step's batch before its update. The test ends if a loss is not
+    finite, or if the mean of about ten losses grows to ``diverge_factor`` times its lowest value
+    and beyond the losses' noise (``result.diverged``). Ctrl-C ends the test too, and keeps the
+    measurements (``result.interrupted``).
 
-    Under DistributedDataParallel and FSDP2 every rank calls this with its part of the data;
-    measurements are averaged, so that all ranks get the same result. (Ctrl-C or an exception on
-    one rank alone leaves the others waiting, as in any training.)
+    Under DistributedDataParallel and FSDP2 every rank calls the function with its part of the data.
+    The test averages over the ranks, so that all ranks get the same result. (Ctrl-C or an exception
+    on a single rank leaves the others waiting, as in any training.)
 
     Args:
         model: the model, on its device.
-        optimizer: its optimizer, or a :class:`~clr_optim.CyclicalOptimizer`, of which the wrapped
-            one is tested, with its ``max_grad_norm`` and backend.
-        loader: batches, gone through again from the start when it ends. A batch is a tuple or list
+        optimizer: the model's optimizer. For a :class:`~clr_optim.CyclicalOptimizer` the test uses
+            the wrapped optimizer, and its ``max_grad_norm`` and backend.
+        loader: batches; at its end the loader starts again. A batch is a tuple or list
             ``(*inputs, target)`` for ``loss_fn(model(*inputs), target)``, or a dictionary for
-            ``loss_fn(model(**rest), batch[target_key])``. All else: ``step_fn``.
-        loss_fn: as above; ``None`` for dictionaries of which the model itself returns the loss
+            ``loss_fn(model(**rest), batch[target_key])``. Other batches need ``step_fn``.
+        loss_fn: as above; ``None`` if the model itself returns the loss of a dictionary
             (``output.loss`` or ``output["loss"]`` of ``model(**batch)``).
         start_lr, end_lr: the range of rates, >= 0, or > 0 for ``mode="exponential"``.
-        num_steps, epochs: length in optimizer steps (an integer >= 2) or epochs (a number > 0, for
-            loaders with a length): one of them. The paper took 8 epochs, of 500 steps each. With
-            fewer than 60 steps for each power of ten the rates found are too large.
+        num_steps, epochs: length in optimizer steps (an integer >= 2) or in epochs (a number > 0,
+            for loaders with a length): one of the two. The paper's test took 8 epochs of 500 steps.
+            With fewer than 60 steps per power of ten the rates found are too large.
         mode: ``"linear"``, as in the paper, or ``"exponential"``, for ranges over decades.
-        metric: ``"loss"`` or ``"accuracy"`` (in percent) of the batches trained on, or
+        metric: ``"loss"`` or ``"accuracy"`` (in percent) of the training batches, or
             ``"validation_loss"`` or ``"validation_accuracy"`` after every ``validate_every`` steps.
         step_fn: ``step_fn(model, batch)`` instead of ``loss_fn``: returns the loss, a dictionary
-            with ``"loss"``, or ``(loss, correct, count)`` where accuracy is asked for. A Lightning
-            module's: ``lambda model, batch: model.training_step(batch, 0)``.
-        target_key: of dictionaries.
-        accumulate: batches per optimizer step, whose losses are averaged.
-        val_loader: batches for validation, all of them each time.
-        validate_every: steps; ``None`` makes about 50 validations.
-        device: where batches are moved; ``None`` is that of the model's first parameter.
-        amp_dtype: autocast to this dtype; ``torch.float16`` comes with a GradScaler, and steps
-            that it skips are not counted.
+            with ``"loss"``, or for an accuracy ``(loss, correct, count)``. For a Lightning module:
+            ``lambda model, batch: model.training_step(batch, 0)``.
+        target_key: the target's key in dictionaries.
+        accumulate: batches per optimizer step. Their losses are averaged.
+        val_loader: batches for validation. Each validation uses all of them.
+        validate_every: steps between two validations; ``None`` makes about 50 validations.
+        device: device of the batches; ``None``: the device of the model's first parameter.
+        amp_dtype: autocast to this dtype. ``torch.float16`` adds a GradScaler, whose skipped steps
+            do not count.
         max_grad_norm, backend: as in :class:`~clr_optim.CyclicalOptimizer`.
-        offload: keep the copy of all that is put back in the CPU's memory.
-        diverge_factor: > 1. Of a small minimum this is too little to go by: the mean must rise by
-            ``diverge_factor - 1`` times its largest fall, too, and by six standard deviations of
-            the losses' noise. Losses of both signs, and all losses before the tenth, have no other
-            scale. ``math.inf`` waits for a loss that is not finite.
-        smoothing: of the result.
-        average_ranks: whether to average over all ranks; ``None`` does so for
-            DistributedDataParallel and DTensors, over theirs.
-        progress: a line on stderr; ``None`` if that is a terminal.
+        offload: whether to keep all copies in the CPU's memory.
+        diverge_factor: > 1. The mean must also rise by ``diverge_factor - 1`` times its largest
+            fall, and by six standard deviations of the losses' noise, which decide if the lowest
+            mean is near 0. The first nine losses end no test. ``math.inf`` waits for a loss that
+            is not finite.
+        smoothing: as in :class:`RangeTest`.
+        average_ranks: whether to average over all ranks; ``None`` averages over the ranks of
+            DistributedDataParallel and DTensors.
+        progress: whether to show a line on stderr; ``None``: if stderr is a terminal.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right.
-        BaseException: what loader, model or optimizer raise, after all has been put back.
+        BaseException: an error of the loader, model or optimizer, after everything was put back.
 
     Source: arXiv 1506.01186, section 3.3.
 
     Example:
-        >>> model = nn.Linear(2, 1, bias=False)  # its loss: (3·w₀)²/2 + w₁²/2, curved by 9 at most
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Linear(2, 1, bias=False)  # its loss: (3·w₀)²/2 + w₁²/2, curvature <= 9
         >>> data = [(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.zeros(2, 1))]
         >>> result = lr_range_test(model, torch.optim.SGD(model.parameters(), lr=0.1), data,
         ...                        nn.functional.mse_loss, start_lr=1e-3, end_lr=10.0,
@@ -159,18 +171,10 @@ def lr_range_test(
         >>> 1 / 9 < result.suggest().max_lr < 2 / 9
         True
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
+    check_types(model, optimizer)
     check_choice("mode", mode, MODES)
     check_choice("metric", metric, METRICS)
-    start_lr = check_number("start_lr", start_lr, open_minimum=mode == "exponential")
-    end_lr = check_number("end_lr", end_lr)
-    if start_lr >= end_lr:
-        raise ValueError(
-            f"start_lr={start_lr!r} must be below end_lr={end_lr!r}: the rate rises; swap the two"
-        )
+    start_lr, end_lr = check_rates(start_lr, end_lr, mode)
     accumulate = check_int("accumulate", accumulate, minimum=1, maximum=LAST_STEP)
     diverge_factor = check_number(
         "diverge_factor", diverge_factor, minimum=1.0, open_minimum=True, finite=False
@@ -179,66 +183,42 @@ def lr_range_test(
     check_bool("offload", offload)
     check_model(model)
     inner = check_optimizer(model, optimizer)
-    if step_fn is not None and loss_fn is not None:
-        raise ValueError("step_fn and loss_fn are both given: step_fn returns the loss by itself")
-    for name, function in (("step_fn", step_fn), ("loss_fn", loss_fn)):
-        if function is not None and not callable(function):
-            raise TypeError(f"{name} must be callable, got {function!r}")
-    validates = metric.startswith("validation")
-    if validates != (val_loader is not None):
-        raise ValueError(
-            f"metric={metric!r} needs a val_loader: give one, or metric='loss'"
-            if validates
-            else f"val_loader has no effect with metric={metric!r}: use 'validation_loss' or "
-            "'validation_accuracy'"
-        )
-    if validate_every is not None and not validates:
-        raise ValueError(f"validate_every={validate_every!r} has no effect with metric={metric!r}")
+    check_functions(loss_fn, step_fn)
+    check_validation(metric, val_loader, validate_every)
     if progress is not None:
         check_bool("progress", progress)
-    if not any(amp_dtype is dtype for dtype in (None, torch.float16, torch.bfloat16)):
-        raise ValueError(
-            f"amp_dtype must be torch.float16, torch.bfloat16 or None, got {amp_dtype!r}"
-        )
-    for name, batches in (("loader", loader), ("val_loader", val_loader)):
-        check_loader(name, batches)
+    check_amp_dtype(amp_dtype)
+    check_loader("loader", loader)
+    check_loader("val_loader", val_loader)
     here = next(model.parameters()).device if device is None else as_device(device)
     ranks = Ranks(model, average_ranks, here)
     steps = ranks.largest(check_length(num_steps, epochs, loader, accumulate))
-    every = 0
-    if validates and validate_every is None:
-        every = max(1, steps // 50)
-    elif validates:
-        every = check_int("validate_every", validate_every, minimum=1)
-        if every > steps:
-            raise ValueError(f"validate_every={every} is beyond the end, at step {steps}: lower it")
+    every = 0 if val_loader is None else check_validate_every(validate_every, steps)
 
     groups = inner.param_groups
-    rates = [own_rate(group) for group in groups]
+    rates = [peak_rate(group) for group in groups]
     largest = max(rates)
     ratios = [rate / largest if largest > 0.0 else 1.0 for rate in rates]
-    reference = ratios.index(1.0)
-    given = optimizer if isinstance(optimizer, CyclicalOptimizer) else None
-    if given is not None:
-        max_grad_norm = given._max_grad_norm if max_grad_norm is None else max_grad_norm
-        backend = given._backend if backend is None else backend
+    if isinstance(optimizer, CyclicalOptimizer):
+        max_grad_norm = optimizer._max_grad_norm if max_grad_norm is None else max_grad_norm
+        backend = optimizer._backend if backend is None else backend
 
     result = RangeTest(
         [], [], mode=mode, metric=metric, num_steps=steps, smoothing=smoothing, ratios=ratios
     )
     forward = Forward(model, loss_fn, step_fn, target_key, metric.endswith("accuracy"), here)
-    called = [getattr(function, "__self__", function) for function in (loss_fn, step_fn)]
-    modules = [m for m in (model, *called) if isinstance(m, nn.Module)]
+    owners = [getattr(function, "__self__", function) for function in (loss_fn, step_fn)]
+    modules = [m for m in (model, *owners) if isinstance(m, nn.Module)]
     snapshot = Snapshot(modules, optimizer, [loader, val_loader], here, offload)
     try:
         snapshot.set_workers_aside()
-        # A cycle that the optimizer is in the middle of is not the ramp's.
+        # The user's cycle must not continue in the test.
         for group in groups:
             for key in [key for key in group if key.startswith("clr_")]:
                 del group[key]
         if not model.training:
             model.train()
-        ours = CyclicalOptimizer(
+        cyclical = CyclicalOptimizer(
             inner,
             ramp(steps, mode=mode, ratio=None if mode == "linear" else end_lr / start_lr),
             base_lr=[start_lr * ratio for ratio in ratios],
@@ -246,65 +226,126 @@ def lr_range_test(
             max_grad_norm=max_grad_norm,
             backend="auto" if backend is None else backend,
         )
-        scaler = torch.amp.GradScaler(here.type) if amp_dtype is torch.float16 else None
         line = ProgressLine(result, progress)
-        batches = _endless(loader)
-        stop = Divergence(diverge_factor)
-        overflows = 0
+        training = _Training(
+            result=result,
+            optimizer=cyclical,
+            reference_group=ratios.index(1.0),
+            params=snapshot.params,
+            forward=forward,
+            batches=_endless(loader),
+            accumulate=accumulate,
+            val_loader=val_loader,
+            validate_every=every,
+            amp_dtype=amp_dtype,
+            scaler=torch.amp.GradScaler(here.type) if amp_dtype is torch.float16 else None,
+            ranks=ranks,
+            divergence=Divergence(diverge_factor),
+            line=line,
+        )
         try:
-            while ours.iteration < steps and not result.diverged:
-                step, lr = ours.iteration, ours.get_last_lr()[reference]
-                for param in snapshot.params:
-                    param.grad = None
-                sums = forward.train(batches, accumulate, amp_dtype, scaler, ranks)
-                loss = sums[0] / sums[3]
-                if stop.is_reached(loss):
-                    if not result.lrs and step == 0:
-                        raise ValueError(
-                            f"the loss of the first batch is {loss}: no rate can mend that; look "
-                            "at the data, the model and loss_fn"
-                        )
-                    result.diverged = True
-                if not math.isfinite(loss):
-                    break
-                if scaler is None:
-                    ours.step()
-                else:
-                    scaler.step(ours)
-                    scaler.update()
-                    if ours.iteration == step:
-                        overflows += 1
-                        result.diverged = overflows > _MAX_OVERFLOWS
-                        continue
-                    overflows = 0
-                if every:
-                    if (step + 1) % every:
-                        continue
-                    assert val_loader is not None
-                    sums = forward.validate(val_loader, amp_dtype, ranks)
-                value = _value(metric, sums)
-                if math.isfinite(value):
-                    result.lrs.append(lr)
-                    result.values.append(value)
-                    result.steps.append(step)
-                else:
-                    result.diverged = True
-                line.show()
+            while cyclical.iteration < steps and not result.diverged:
+                training.step()
         except KeyboardInterrupt:
             result.interrupted = True
         finally:
             line.close()
     finally:
-        interrupted = False
-        while True:
-            # What is half put back must not be left so.
-            try:
-                snapshot.restore()
-                break
-            except KeyboardInterrupt:
-                interrupted = True
-        result.interrupted |= interrupted
+        result.interrupted |= _restore(snapshot)
     return result
+
+
+@dataclass
+class _Training:
+    """A training that measures into a result.
+
+    Args:
+        result: the result, which grows.
+        optimizer: steps at the rising rate.
+        reference_group: number of the parameter group whose rate is measured.
+        params: all parameters, whose gradients each step drops first.
+        forward, batches, accumulate, amp_dtype, scaler, ranks: as for :meth:`Forward.train`.
+        val_loader: the batches for validation.
+        validate_every: steps between two validations; 0: no validation.
+        divergence: ends the test.
+        line: shows the progress.
+        overflows: steps in a row that the scaler has skipped.
+    """
+
+    result: RangeTest
+    optimizer: CyclicalOptimizer[Any]
+    reference_group: int
+    params: list[Tensor]
+    forward: Forward
+    batches: Iterator[Any]
+    accumulate: int
+    val_loader: Iterable[Any] | None
+    validate_every: int
+    amp_dtype: torch.dtype | None
+    scaler: torch.amp.GradScaler | None
+    ranks: Ranks
+    divergence: Divergence
+    line: ProgressLine
+    overflows: int = 0
+
+    def step(self) -> None:
+        """Take one step, and measure."""
+        result, step = self.result, self.optimizer.iteration
+        lr = self.optimizer.get_last_lr()[self.reference_group]
+        for param in self.params:
+            param.grad = None
+        sums = self.forward.train(
+            self.batches, self.accumulate, self.amp_dtype, self.scaler, self.ranks
+        )
+        loss = sums[0] / sums[3]
+        if self.divergence.is_reached(loss):
+            if not result.lrs and step == 0:
+                raise ValueError(
+                    f"the loss of the first batch is {loss}, before any step: look at the data, "
+                    "the model and loss_fn"
+                )
+            result.diverged = True
+        if not math.isfinite(loss) or not self._update(step):
+            return
+        if self.validate_every:
+            if (step + 1) % self.validate_every:
+                return
+            assert self.val_loader is not None
+            sums = self.forward.validate(self.val_loader, self.amp_dtype, self.ranks)
+        value = _value(result.metric, sums)
+        if math.isfinite(value):
+            result.lrs.append(lr)
+            result.values.append(value)
+            result.steps.append(step)
+        else:
+            result.diverged = True
+        self.line.show()
+
+    def _update(self, step: int) -> bool:
+        """Update the parameters, and return whether the scaler took the step."""
+        if self.scaler is None:
+            self.optimizer.step()
+            return True
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.optimizer.iteration == step:
+            self.overflows += 1
+            self.result.diverged = self.overflows > _MAX_OVERFLOWS
+            return False
+        self.overflows = 0
+        return True
+
+
+def _restore(snapshot: Snapshot) -> bool:
+    """Put everything back. After Ctrl-C begin anew, and return True."""
+    interrupted = False
+    while True:
+        try:
+            snapshot.restore()
+            break
+        except KeyboardInterrupt:
+            interrupted = True
+    return interrupted
 
 
 def _value(metric: str, sums: Sequence[float]) -> float:
@@ -312,31 +353,22 @@ def _value(metric: str, sums: Sequence[float]) -> float:
     return 100.0 * correct / count if metric.endswith("accuracy") else loss / batches
 
 
-def own_rate(group: Mapping[str, Any]) -> float:
-    """The rate that the user chose for a group, whatever a schedule has made of it since."""
-    for key in ("clr_max_lr", "initial_lr", "lr"):
-        if key in group:
-            return float(group[key])
-    raise ValueError("optimizer: a parameter group has no 'lr', so there is no rate to test")
-
-
 def _endless(loader: Iterable[Any]) -> Iterator[Any]:
-    """The loader's batches, again and again."""
-    seen = 0
+    """Yield the loader's batches again and again."""
+    count = 0
     while True:
-        before = seen
+        before = count
         for batch in loader:
-            seen += 1
+            count += 1
             yield batch
-        if seen == 0:
+        if count == 0:
             raise no_batches("loader")
-        if seen == before:
+        if count == before:
             raise ValueError(
-                f"loader ended after {seen} batches and cannot be started again: give an iterable "
+                f"loader ended after {count} batches and cannot be started again: give an iterable "
                 "that can (a DataLoader, a list), or fewer num_steps"
             )
 
 
-# Pickles and documentation name the public module. doctest looks for the name under __test__.
+# Pickles and documentation name the public module.
 lr_range_test.__module__ = "clr_optim.range_test"
-__test__ = {"lr_range_test": lr_range_test}

@@ -1,4 +1,4 @@
-"""The progress of a range test, on one line of a terminal."""
+"""Show the progress of a range test on one line of a terminal."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ import torch
 from clr_optim.console import show_progress, shows_progress
 from clr_optim.range_test.result import RangeTest
 
+__all__ = ["ProgressLine"]
+
 
 class ProgressLine:
-    """The progress, on one line of a terminal."""
+    """Show the last measurement, ten times a second at most.
+
+    Args:
+        result: the result, which grows.
+        wanted: whether to show; ``None``: on the first rank, if standard error is a terminal.
+    """
 
     def __init__(self, result: RangeTest, wanted: bool | None) -> None:
         self._result = result
@@ -21,13 +28,13 @@ class ProgressLine:
             first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
             wanted = first and shows_progress()
         self._wanted = wanted
-        self._shown = False
+        self._has_shown = False
 
     def show(self) -> None:
         result, now = self._result, time.monotonic()
         if not self._wanted or not result.lrs or now < self._next:
             return
-        self._next, self._shown = now + 0.1, True
+        self._next, self._has_shown = now + 0.1, True
         done = f"{result.steps[-1] + 1}/{result.num_steps}"
         text = (
             f"range test {done}  lr {result.lrs[-1]:.3g}  {result.metric} {result.values[-1]:.4g}"
@@ -35,5 +42,6 @@ class ProgressLine:
         show_progress(f"\r{text:<70}")
 
     def close(self) -> None:
-        if self._shown:
+        """End the line."""
+        if self._has_shown:
             show_progress("\n")

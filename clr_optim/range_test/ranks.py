@@ -8,14 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from clr_optim.checks import (
-    check_bool,
-)
+from clr_optim.checks import check_bool
 from clr_optim.sharding import DTensor
+
+__all__ = ["Ranks"]
 
 
 class Ranks:
-    """Sums over the ranks that train one model, the same on each."""
+    """Give all ranks of a training the same sums.
+
+    Args:
+        model: the model. DistributedDataParallel and DTensors tell their ranks.
+        average: whether to average over all ranks; ``None``: over the model's ranks.
+        device: the device of the sums.
+    """
 
     def __init__(self, model: nn.Module, average: bool | None, device: torch.device) -> None:
         self._device = device
@@ -27,7 +33,7 @@ class Ranks:
             if average:
                 raise ValueError(
                     "average_ranks=True needs ranks: call torch.distributed.init_process_group "
-                    "first, or leave it out"
+                    "first, or leave out average_ranks"
                 )
             return
         params: list[Any] = list(model.parameters())
@@ -41,7 +47,7 @@ class Ranks:
             self._groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
 
     def sums(self, values: Sequence[float]) -> list[float]:
-        """Element by element."""
+        """Return the sums of the ranks' values, entry by entry."""
         if not self._groups:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self._device)
@@ -50,7 +56,10 @@ class Ranks:
         return [float(value) for value in total.tolist()]
 
     def largest(self, value: int) -> int:
-        """Loaders need not have the same length on all ranks, but tests must."""
+        """Return the largest of the ranks' values.
+
+        The ranks' loaders may differ in length. Their tests may not.
+        """
         if not self._groups:
             return value
         most = torch.tensor(value, dtype=torch.int64, device=self._device)

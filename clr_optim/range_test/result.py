@@ -248,6 +248,7 @@ class RangeTest:
 
         Example:
             >>> import tempfile
+            >>> from pathlib import Path
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     RangeTest([0.1, 0.2], [2.0, 1.0]).save(f"{folder}/curve.csv")
             ...     print(Path(folder, "curve.csv").read_text().splitlines()[:2])

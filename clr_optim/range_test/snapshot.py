@@ -30,7 +30,7 @@ _LARGE = 64 * 2**20
 class Snapshot:
     """Copy what training changes, and put the copies back.
 
-    :class:`~clr_optim.range_test.search.Search` says what is copied.
+    :class:`~clr_optim.range_test.search.Search` chooses the values.
 
     Args:
         modules: the model, and other modules with parameters (a loss).
