@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_range_test import make_data, same
+from range_test_helpers import make_data, same
 from torch import Tensor, nn
 from torch.nn import functional
 
