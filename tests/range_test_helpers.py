@@ -25,7 +25,7 @@ def linear_model() -> nn.Module:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equality down to the bits, of NaN too."""
+    """Return whether two values are equal, bit for bit, NaN included."""
     if isinstance(a, Tensor):
         plain = isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape
         return plain and a.detach().numpy().tobytes() == b.detach().numpy().tobytes()
@@ -37,7 +37,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def accuracy_curve(n: int = 200, noise: float = 0.0) -> RangeTest:
-    """The paper's picture: it rises from 0.001 on, is best about 0.006, then falls."""
+    """Return the paper's curve: it rises from 0.001, is best near 0.006, and then falls."""
     lrs = np.linspace(0.0001, 0.02, n)
     values = 10 + 60 * np.clip((lrs - 0.001) / 0.005, 0, 1) - 4000 * np.clip(lrs - 0.007, 0, None)
     values += noise * np.random.default_rng(0).standard_normal(n)

@@ -1,4 +1,4 @@
-"""The LR range test: what it measures, and everything put back as it was."""
+"""The LR range test measures what a plain loop would, and puts everything back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from clr_optim.range_test.snapshot import Snapshot
 
 
 class Network(nn.Module):
-    """Batch norm, dropout, a frozen layer, a submodule in eval mode, a buffer that is expanded."""
+    """Has batch norm, dropout, a frozen layer, a submodule in eval mode, an expanded buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def train(model: nn.Module, optimizer: Any, steps: int) -> None:
 
 
 def everything(model: nn.Module, optimizer: Any, generator: torch.Generator) -> dict[str, Any]:
-    """Copies of the values, and which objects hold them."""
+    """Return copies of all values, and the ids of the objects that hold them."""
     inner = getattr(optimizer, "optimizer", optimizer)
     tensors = [*model.parameters(), *model.buffers()]
     values = {
@@ -90,12 +90,12 @@ def everything(model: nn.Module, optimizer: Any, generator: torch.Generator) -> 
     objects += [v for s in inner.state.values() for v in (s, *s.values())]
     values["objects"] = list(map(id, objects))
     values["memory"] = [t.data_ptr() for t in objects if isinstance(t, Tensor)]
-    values["held"] = objects  # or an id might be used again
+    values["held"] = objects  # keep the objects, or Python may use an id again
     return values
 
 
 class Loader:
-    """Shuffles by a generator, Python's and NumPy's; raises, or is interrupted, at some batch."""
+    """Draws from three random generators; raises an error at the eighth batch."""
 
     def __init__(self, generator: torch.Generator, error: BaseException | None = None) -> None:
         self.generator = generator
@@ -160,7 +160,7 @@ def test_everything_is_as_before(outcome, name, begun, offload):
             assert same(before[key], after[key]), key
     handle.remove()
 
-    # It trains on as if nothing had been.
+    # Training goes on as without the test.
     model.train()
     twin_model.train()
     state = torch.get_rng_state()
@@ -173,8 +173,8 @@ def test_everything_is_as_before(outcome, name, begun, offload):
         assert optimizer.get_last_lr() == twin.get_last_lr()
 
 
-def test_what_a_users_function_does_is_put_back():
-    """Other memory, other tensors, other flags: what a step might do beyond updating."""
+def test_changes_by_the_users_function_are_put_back():
+    """A step may replace memory, tensors and flags."""
     model = Network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     generator = torch.Generator()
@@ -216,11 +216,11 @@ def test_an_interrupt_while_putting_back_does_not_leave_it_half_done(monkeypatch
     assert same(before, list(model.state_dict().values()))
 
 
-# ---- what is measured
+# ---- the measurements
 
 
 def reference(batches: list[Any], rates: list[float], make: Any) -> list[float]:
-    """A plain loop."""
+    """Return the losses of a plain loop."""
     model = linear_model()
     optimizer = make(model.parameters())
     losses = []
@@ -260,7 +260,7 @@ Batch = namedtuple("Batch", ["x", "y"])
 
 
 class Keyword(nn.Module):
-    """Called by keyword; with labels it returns the loss, as Hugging Face's models do."""
+    """Takes keywords. With labels it returns the loss, as Hugging Face's models do."""
 
     def __init__(self, output: str = "") -> None:
         super().__init__()
@@ -460,7 +460,7 @@ def test_autocast_is_on_during_forward():
 
 
 def test_steps_that_a_scaler_skips_are_not_counted():
-    """Losses so large that float16 gradients overflow until the scale has come down."""
+    """The gradients overflow in float16 until the scaler has lowered its scale."""
     calls = []
 
     def step_fn(model: nn.Module, batch: Any) -> Tensor:

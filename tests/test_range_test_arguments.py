@@ -21,7 +21,7 @@ def _requires_nothing() -> nn.Module:
 
 
 class Once:
-    """Can be gone through once, though it does not say so."""
+    """An iterable that is no iterator, and yields its batches only once."""
 
     def __init__(self) -> None:
         self.batches = iter(make_data(2))
@@ -114,9 +114,7 @@ ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
 
 
 def wrong_arguments(change: dict[str, Any]) -> tuple[dict[str, Any], Any, Any]:
-    """All arguments of lr_range_test, ``change`` in the place of right ones; the right model and
-    optimizer.
-    """
+    """Return arguments of lr_range_test with ``change``, and the right model and optimizer."""
     model: Any = linear_model()
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
     special: dict[str, Any] = {

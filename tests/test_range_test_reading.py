@@ -1,4 +1,4 @@
-"""What a range test's curve says: bounds of curves with a known answer; and how it is kept."""
+"""Bounds that are read off curves with a known answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clr_optim.range_test import RangeTest, lr_range_test
 
 
 class Quadratic(nn.Module):
-    """Curvatures from L down to L/100, so that plain gradient descent is stable below 2/L."""
+    """Has curvatures from L to L/100. Plain gradient descent is stable below 2/L."""
 
     def __init__(self, largest: float, dim: int, seed: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Quadratic(nn.Module):
 
 
 def quadratic_test(mode: str, seed: int) -> tuple[float, RangeTest]:
-    """``(L, the range test)`` of a random quadratic with noisy gradients."""
+    """Return ``(L, range test)`` of a random quadratic with noisy gradients."""
     rng = np.random.default_rng(seed)
     largest, dim = 10 ** rng.uniform(-2, 3), int(rng.integers(2, 40))
     steps, noise = int(rng.choice([60, 100, 200, 400])), float(rng.choice([0.003, 0.01, 0.03, 0.1]))
@@ -180,7 +180,7 @@ def test_smoothing_keeps_straight_lines_and_knows_the_spacing_of_rates():
 
 
 def test_a_fall_within_its_noise_gives_no_rate_of_0():
-    """A quick fall, and then a plateau as noisy as that was deep: at a linear test's start is 0."""
+    """A plateau as noisy as the fall before is deep. A linear test starts at rate 0."""
     found = 0
     for seed in range(400):
         noise = np.random.default_rng(seed).standard_normal(60)

@@ -82,7 +82,7 @@ def test_old_files_load_and_new_ones_equal_them(tmp_path: Path):
         assert (tmp_path / name).read_text() == text
 
 
-def test_a_result_can_be_kept(tmp_path):
+def test_a_result_is_saved_and_loaded(tmp_path):
     result = accuracy_curve(30, noise=1.0)
     result.interrupted = True
     assert RangeTest.from_dict(json.loads(json.dumps(result.to_dict()))) == result
@@ -126,7 +126,7 @@ def test_step_size_and_length_follow_the_paper():
         accuracy_curve().suggest(base="max/2")
 
 
-def test_bounds_are_what_the_optimizer_takes():
+def test_the_optimizer_takes_the_bounds():
     result = accuracy_curve()
     result.ratios = [0.1, 1.0]
     bounds = result.suggest()
@@ -161,6 +161,6 @@ NO_RESULTS = [
 
 
 @pytest.mark.parametrize(("error", "message", "change"), NO_RESULTS)
-def test_what_is_no_result_is_refused(error, message, change):
+def test_a_wrong_dictionary_is_refused(error, message, change):
     with pytest.raises(error, match=message):
         RangeTest.from_dict({**RangeTest([1.0, 2.0], [1.0, 2.0]).to_dict(), **change})
