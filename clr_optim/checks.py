@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-#: Devices count steps in 64 bits.
+#: The last step that a device can count, in an int64.
 LAST_STEP = 2**63 - 1
 
 
 def _number_in(value: object) -> object:
-    """Return the number in a tensor or an array of one element; other values as they are."""
+    """Return the number in a tensor or an array of one element, and any other value unchanged."""
     take = None if isinstance(value, numbers.Number) else getattr(value, "item", None)
     if take is None:
         return value
@@ -31,17 +31,16 @@ def _number_in(value: object) -> object:
 def values_of(value: object) -> list[Any] | None:
     """Return the values of a list, tuple, array or other sequence; None for a single value."""
     if isinstance(value, (str, bytes, Mapping, Set)) or isinstance(_number_in(value), numbers.Real):
-        # An array of one element is that number; a list of one is a list.
-        return None
+        return None  # an array of one element counts as a number, a list of one as a list
     if getattr(value, "ndim", 1) == 0 or not hasattr(value, "__len__"):
         return None
     return list(value) if isinstance(value, Iterable) else None
 
 
 def check_int(name: str, value: object, *, minimum: int, maximum: int | None = None) -> int:
-    """``value`` as an int within the bounds; whole floats pass, as they do in CyclicLR.
+    """Return ``value`` as an int within the bounds.
 
-    So do tensors and arrays of one element.
+    Whole floats pass, as in CyclicLR, and so do tensors and arrays of one element.
     """
     given = _number_in(value)
     if isinstance(given, numbers.Integral) and not isinstance(given, bool):
@@ -70,9 +69,9 @@ def check_number(
     open_minimum: bool = False,
     finite: bool = True,
 ) -> float:
-    """``value`` as a float within the bounds, finite unless told otherwise.
+    """Return ``value`` as a float within the bounds, finite unless ``finite=False``.
 
-    A tensor or an array of one element is the number in it.
+    Tensors and arrays of one element pass too.
     """
     given = _number_in(value)
     if isinstance(given, bool) or not isinstance(given, numbers.Real):
@@ -81,7 +80,7 @@ def check_number(
         )
     try:
         number = float(given)
-    except OverflowError:  # an integer beyond them
+    except OverflowError:  # an integer beyond all floats
         number = -math.inf if given < 0 else math.inf
     below = number <= minimum if open_minimum else number < minimum
     if math.isnan(number) or (finite and math.isinf(number)) or below or number > maximum:
@@ -97,14 +96,14 @@ def check_number(
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
-    """``value`` if it is one of ``choices``."""
+    """Return ``value`` if ``choices`` has it."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
 
 
 def check_bool(name: str, value: object) -> bool:
-    """``value`` if it is True or False; a number or a string is more likely a slip."""
+    """Return ``value`` if it is True or False. Refuse numbers and strings as likely mistakes."""
     if isinstance(value, np.bool_):
         return bool(value)
     if not isinstance(value, bool):
@@ -113,7 +112,7 @@ def check_bool(name: str, value: object) -> bool:
 
 
 def check_path(name: str, value: object) -> Path:
-    """``value`` as a path."""
+    """Return ``value`` as a path."""
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{name} must be a string or a Path, got {reprlib.repr(value)}")
     return Path(value)
@@ -129,7 +128,13 @@ def check_bounds(base_lr: float, max_lr: float, where: str = "") -> None:
 
 
 def check_momenta(low: float, high: float, where: str = "", *, beta: bool = False) -> None:
-    """Raise unless momentum can cycle between these; ``betas[0]`` is to stay below 1."""
+    """Raise unless momentum can cycle between ``low`` and ``high``.
+
+    Args:
+        low, high: the bounds.
+        where: the group, for the message.
+        beta: whether the momentum is ``betas[0]``, which must stay below 1.
+    """
     if low > high:
         raise ValueError(
             f"base_momentum={low!r} is above max_momentum={high!r}{where}: "
@@ -149,14 +154,14 @@ def item(value: object) -> object:
 
 
 def as_position(step: object, name: str) -> int:
-    """A step's number that host and devices can count on from."""
+    """Return a position from which the host and a device can count on, an int64."""
     if type(step) is int and 0 <= step <= LAST_STEP:
         return step
     return check_int(name, item(step), minimum=0, maximum=LAST_STEP)
 
 
 def shown(value: object) -> str:
-    """A value in a message, briefly: checkpoints are large."""
+    """Return a short description of a value for a message, since checkpoints are large."""
     if isinstance(value, Tensor) and (value.numel() != 1 or value.is_meta):
         kind = f"{value.dtype}, {value.layout} on {value.device}"
         return f"a tensor of shape {list(value.shape)}, {kind}"

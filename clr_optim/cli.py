@@ -24,15 +24,12 @@ __all__ = ["main"]
 
 #: What ``plot --policy`` draws. A policy takes the options that its constructor has parameters for.
 _POLICIES: dict[str, Callable[..., schedule.Schedule]] = {
-    "triangular": schedule.triangular,
-    "triangular2": schedule.triangular2,
-    "exp_range": schedule.exp_range,
-    "exp_range_bounds": schedule.exp_range_bounds,
+    **schedule.POLICIES,
     "one_cycle": schedule.one_cycle,
     "warm_restarts": schedule.warm_restarts,
 }
 #: What ``train --policy`` takes: cycles of one length, and what they are held against.
-_TRAINED = ("fixed", "triangular", "triangular2", "exp_range", "exp_range_bounds")
+_TRAINED = ("fixed", *schedule.POLICIES)
 _OPTIMIZERS_HELP = f"{', '.join(OPTIMIZERS)} (SGD, with momentum 0.9)"
 _SHAPE_OPTIONS = ("step_size_up", "step_size_down", "gamma", "window", "period")
 

@@ -1,7 +1,7 @@
-"""What each torch optimizer keeps as state, and what a fused kernel needs to know of it.
+"""The state of each torch optimizer, and the update rules of those that kernels serve.
 
-Declared once each and read by every backend. A new update rule costs one entry here, one function
-per kernel language, and one row in the tests' table.
+Every backend reads these tables. A new update rule costs one entry here, one function per kernel
+language, and one row in the tests' table.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ __all__ = ["KERNELS", "RULES", "STATE_SLOTS", "Slot", "StateSlots", "UpdateRule"
 Group = Mapping[str, Any]
 Shape = tuple[int, ...]
 
-# Types of settings that hold no tensor.
+# Types of settings that cannot hold a tensor.
 _NO_TENSORS = frozenset({bool, int, float, str, type(None)})
 
-#: Kernels by name; the index is what native code knows them by (`pick` in multi_tensor.cpp).
+#: The names of the kernels. Native code knows a kernel by its index (`pick` in multi_tensor.cpp).
 KERNELS = (
     "sgd",
     "sgd_momentum",
@@ -40,12 +40,12 @@ KERNELS = (
 
 @dataclass(frozen=True)
 class Slot:
-    """A state tensor of a parameter's shape, under torch's name.
+    """A state tensor with the shape of its parameter.
 
     Args:
-        name: the key in ``optimizer.state[p]``.
-        fill: what it starts as; ``None`` for a buffer that starts as the first gradient, and that
-            may be missing or ``None`` until then.
+        name: torch's key in ``optimizer.state[p]``.
+        fill: the initial value; ``None`` for a buffer that starts as the first gradient. Before the
+            first gradient such a buffer may be missing or ``None``.
     """
 
     name: str
@@ -54,16 +54,16 @@ class Slot:
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """One optimizer class and how it updates.
+    """An optimizer class, and the kernel that updates its parameters.
 
     Args:
-        optimizer: the exact class; a subclass may override ``step`` and is not ours to replace.
-        kernel: the kernel for a group's flags.
-        slots: the state that this kernel reads and writes, in its order.
+        optimizer: the exact class. A subclass may override ``step``, so torch serves subclasses.
+        kernel: returns the name of the kernel for the flags of a group.
+        slots: returns the state that this kernel reads and writes, in the kernel's order.
         has_step: whether ``state[p]["step"]`` counts the parameter's steps.
-        scalars: the kernel's own scalars, after learning rate, weight decay and sign.
-        state_order: all names in the order in which torch creates them.
-        momentum: which of the scalars is the momentum, or ``betas[0]``, that may cycle.
+        scalars: returns the scalars of the kernel that follow learning rate, weight decay and sign.
+        state_order: the names of all state, in the order in which torch creates it.
+        momentum: the index in the scalars of the momentum or ``betas[0]``, which may cycle.
     """
 
     optimizer: type[torch.optim.Optimizer]
@@ -76,17 +76,17 @@ class UpdateRule:
 
     @functools.cached_property
     def settings(self) -> frozenset[str]:
-        """The names of the class's settings, but for the rate. Users may keep keys of their own."""
+        """The names of the class's settings, without the rate and without keys of the user."""
         names = inspect.signature(self.optimizer).parameters
-        # An argument of Adam's base class alone, by which torch tells AdamW.
+        # No argument of AdamW, but a key in its groups: torch tells AdamW from Adam by this key.
         return frozenset({*names, "decoupled_weight_decay"}) - {"params", "lr"}
 
     def not_fused(self, group: Group, *, capturable: bool = False) -> str | None:
-        """Why this group's settings are left to torch, or None.
+        """Return the reason why torch must serve a group with these settings, or None.
 
         Args:
             group: the settings.
-            capturable: whether the kernels can be captured into a graph.
+            capturable: whether a graph can capture the kernels.
         """
         for flag in ("differentiable",) if capturable else ("differentiable", "capturable"):
             if group.get(flag):
@@ -100,12 +100,12 @@ class UpdateRule:
         return None
 
     def row(self, group: Group) -> tuple[float, ...]:
-        """All scalars of a group, in the kernels' order; the learning rate is left to the step."""
+        """Return all scalars of a group in the kernels' order; each step fills in the rate."""
         sign = -1.0 if group["maximize"] else 1.0
         return (0.0, float(group["weight_decay"]), sign, *self.scalars(group))
 
 
-# Made once, as groups are asked for their slots whenever their settings change.
+# Slots are made once: a change of settings asks for the slots of its group again.
 _MOMENTUM_BUFFER = Slot("momentum_buffer")
 _FIRST_GRADIENT = Slot("momentum_buffer", None)
 _SUM = Slot("sum", lambda defaults: float(defaults["initial_accumulator_value"]))
@@ -115,7 +115,7 @@ _AMSGRAD = (*_ADAM, Slot("max_exp_avg_sq"))
 
 
 def class_name(cls: type[torch.optim.Optimizer]) -> str:
-    """A class's name, with its module where torch has another class of that name."""
+    """Return the name of a class, with its module if torch has another class of that name."""
     torchs = getattr(torch.optim, cls.__name__, cls)
     return cls.__name__ if torchs is cls else f"{cls.__module__}.{cls.__qualname__}"
 
@@ -135,7 +135,7 @@ def _adam_slots(group: Group) -> tuple[Slot, ...]:
 def _adam(optimizer: type[torch.optim.Optimizer], decoupled: bool) -> UpdateRule:
     def scalars(group: Group) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]
-        # torch before 2.12 tells AdamW by its class alone.
+        # torch before 2.12 has no such key: the class decides.
         is_decoupled = group.get("decoupled_weight_decay", decoupled)
         return (beta1, beta2, group["eps"], float(bool(is_decoupled)))
 
@@ -214,14 +214,15 @@ def _whole(shape: Shape) -> Shape:
 
 @dataclass(frozen=True)
 class StateSlots:
-    """What ``optimizer.state[p]`` may hold, by name, once there is any.
+    """The names that ``optimizer.state[p]`` may hold after the first step of a parameter.
 
     Args:
-        tensors: the shape of each for the parameter's shape; None where it is not kept.
-        numbers: numbers, or tensors of one element.
-        others: what has no fixed form.
-        rule: the fused rule, which knows what depends on a group's flags.
-        lazy: those that may be missing for a while.
+        tensors: by name, a function from the parameter's shape to the shape of the tensor; the
+            function returns None if a parameter of that shape has no such tensor.
+        numbers: names of numbers, or of tensors of one element.
+        others: names of values without a fixed form.
+        rule: the update rule, which knows the state that depends on the flags of a group.
+        lazy: names that may still be missing after the first step.
     """
 
     tensors: Mapping[str, Callable[[Shape], Shape | None]]
@@ -232,17 +233,17 @@ class StateSlots:
 
     @property
     def names(self) -> frozenset[str]:
-        """All of them."""
+        """All names."""
         return self.numbers | self.others | frozenset(self.tensors)
 
     def used(self, group: Group, shape: Shape) -> dict[str, Shape]:
-        """The shapes of the tensors that a step with these settings reads, once they are there."""
+        """Return the shapes of the tensors that a step with these settings reads, by name."""
         names = self.tensors if self.rule is None else [s.name for s in self.rule.slots(group)]
         forms = {name: self.tensors[name](shape) for name in names}
         return {name: form for name, form in forms.items() if form is not None}
 
     def needed(self, group: Group, shape: Shape) -> frozenset[str]:
-        """Those without which a step would fail, for a parameter of this shape in this group."""
+        """Return the names without which a step fails, for a parameter of this shape."""
         if self.rule is None:
             kept = {name for name, form in self.tensors.items() if form(shape) is not None}
         else:
@@ -259,7 +260,7 @@ def _fused_slots(rule: UpdateRule) -> StateSlots:
     return StateSlots(tensors, frozenset({"step"} if rule.has_step else ()), rule=rule)
 
 
-#: What ``optimizer.state[p]`` may hold, by exact class: the fused rules' and the others'.
+#: The names that ``optimizer.state[p]`` may hold, by exact class of the optimizer.
 STATE_SLOTS: dict[type[torch.optim.Optimizer], StateSlots] = {
     **{cls: _fused_slots(rule) for cls, rule in RULES.items()},
     torch.optim.Adafactor: StateSlots(

@@ -1,7 +1,8 @@
 """DTensors: the part on this rank, which kernels update, and sums over all ranks.
 
-An update rule works element by element, so a rank's part of a parameter, of its gradient and of its
-state is all that a kernel needs. Only a sum over elements, as in a gradient norm, asks the others.
+An update rule works element by element. A kernel therefore needs only this rank's part of a
+parameter, of its gradient and of its state. A sum over all elements, as in a gradient norm, needs
+the other ranks.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if torch.distributed.is_available():
 else:
 
     class DTensor(Tensor):  # type: ignore[no-redef]
-        """Stands for the class where torch was built without it: nothing is one."""
+        """Replaces the class if torch was built without it: no tensor is an instance."""
 
 
 class Spread(NamedTuple):
@@ -40,8 +41,8 @@ class Spread(NamedTuple):
 
     Args:
         mesh: the ranks.
-        dims: those of the mesh's dimensions along which the elements are divided; along the others
-            each rank holds the same ones.
+        dims: the dimensions of the mesh along which the elements are divided. Along the other
+            dimensions, all ranks hold the same elements.
     """
 
     mesh: Any
@@ -49,12 +50,12 @@ class Spread(NamedTuple):
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The part of a DTensor on this rank, sharing its memory; any other tensor itself."""
+    """Return the part of a DTensor on this rank, in the same memory; other tensors unchanged."""
     return tensor._local_tensor if type(tensor) is DTensor else tensor
 
 
 def spread_of(tensor: Tensor) -> Spread | None:
-    """How a DTensor is divided; ``None`` for any other tensor."""
+    """Return how a DTensor is divided; ``None`` for any other tensor."""
     if type(tensor) is not DTensor:
         return None
     dims = tuple(i for i, p in enumerate(tensor.placements) if not p.is_replicate())
@@ -62,14 +63,14 @@ def spread_of(tensor: Tensor) -> Spread | None:
 
 
 def same_spread(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors' parts on this rank are the same part of the whole."""
+    """Return whether this rank holds the same part of both tensors."""
     if type(a) is not DTensor or type(b) is not DTensor:
         return type(a) is not DTensor and type(b) is not DTensor
     return a.device_mesh == b.device_mesh and a.placements == b.placements
 
 
 def why_not_local(tensor: Tensor) -> str | None:
-    """Why a DTensor cannot be worked on a part at a time, or None."""
+    """Return the reason why ranks cannot update their parts of a DTensor alone, or None."""
     if type(tensor) is not DTensor:
         return None
     if any(placement.is_partial() for placement in tensor.placements):
@@ -80,7 +81,7 @@ def why_not_local(tensor: Tensor) -> str | None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A copy of a gradient whose elements are the true ones, not summands of them."""
+    """Return a copy of a gradient. If ranks hold summands of its elements, add them up."""
     copy = tensor.detach()
     if type(copy) is DTensor and any(p.is_partial() for p in copy.placements):
         places = [Replicate() if p.is_partial() else p for p in copy.placements]
@@ -89,25 +90,25 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def spreads(tensors: Iterable[Tensor]) -> list[Spread | None]:
-    """How these tensors are divided, each way once, in the order of their first."""
+    """Return the ways in which tensors are divided, each once, in order of appearance."""
     return list(dict.fromkeys(map(spread_of, tensors)))
 
 
 def is_wide(params: Iterable[Tensor]) -> bool:
-    """Whether gradients of all of these, be they there on this rank or not, are float64."""
+    """Return whether all parameters with gradients are float64, also those without one here."""
     return all(p.dtype == torch.float64 for p in params if p.requires_grad)
 
 
 def no_sums(
     ways: Iterable[Spread | None], here: torch.device | str = "cpu"
 ) -> dict[Spread | None, Tensor]:
-    """Zeros for :func:`sum_over_ranks`, where each mesh can add them up.
+    """Return a zero per way for :func:`sum_over_ranks`, on the device where its mesh adds.
 
-    That is not where its tensors are, if they were moved from GPUs to the CPU.
+    That device differs from the device of the tensors if these were moved from GPUs to the CPU.
 
     Args:
-        ways: how what is to be summed is divided.
-        here: the device for what is not.
+        ways: how the tensors to sum are divided.
+        here: the device for tensors that are not divided.
     """
     devices = {way: here if way is None else way.mesh.device_type for way in ways}
     return {
@@ -116,18 +117,18 @@ def no_sums(
 
 
 def sum_over_ranks(sums: Mapping[Spread | None, Tensor]) -> Tensor:
-    """The sum over all elements wherever they are, each counted once.
+    """Return the sum over the elements of all ranks, with each element counted once.
 
-    Every rank must call this with the same keys in the same order, and gets the same result.
+    Every rank must call this with the same keys in the same order. All ranks get the same result.
 
     Args:
-        sums: this rank's sums by how what was summed is divided, 0-dim float64 tensors on the
-            mesh's device; overwritten.
+        sums: this rank's sums by the way their tensors are divided: 0-dim float64 tensors on the
+            device of the mesh. They are overwritten.
     """
     total: Tensor | None = None
     for spread, part in sums.items():
         if spread is not None:
-            # A mesh without this rank is for others to sum over.
+            # Ranks outside a mesh leave its sum to the ranks inside.
             for dim in spread.dims if spread.mesh.get_coordinate() is not None else ():
                 torch.distributed.all_reduce(part, group=spread.mesh.get_group(dim))
         total = part if total is None else total + part.to(total.device)
@@ -135,13 +136,13 @@ def sum_over_ranks(sums: Mapping[Spread | None, Tensor]) -> Tensor:
 
 
 def global_norm(grads: Sequence[Tensor], ways: Sequence[Spread | None], wide: bool) -> Tensor:
-    """The 2-norm over all gradients on all ranks together, a 0-dim tensor, the same on each.
+    """Return the 2-norm over the gradients of all ranks, a 0-dim tensor, the same on each rank.
 
     Args:
-        grads: this rank's, none of them a sum still to be made (see :func:`whole`).
-        ways: how any of the parameters are divided, the same list on every rank: one of them may
-            lack gradients here.
-        wide: whether all parameters are float64, which the norm of DTensors' then is too.
+        grads: this rank's gradients, none of which holds summands (see :func:`whole`).
+        ways: how the parameters are divided, the same list on every rank, since a rank may lack
+            gradients that other ranks have.
+        wide: whether all parameters are float64, so that the norm of DTensors is float64 too.
     """
     if not any(ways):
         return torch.nn.utils.get_total_norm(grads)
@@ -151,7 +152,7 @@ def global_norm(grads: Sequence[Tensor], ways: Sequence[Spread | None], wide: bo
     sums = no_sums(parts, grads[0].device if grads else "cpu")
     for way, tensors in parts.items():
         for tensor in tensors:
-            # Not in 16 bits: ranks on another way would come to another norm.
+            # In float64, as the kernels sum: ranks that run kernels must get the same norm.
             norm = torch.linalg.vector_norm(tensor, dtype=torch.float64)
             sums[way] += norm.square().to(sums[way].device)
     return sum_over_ranks(sums).sqrt().to(torch.float64 if wide else torch.float32)

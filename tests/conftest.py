@@ -3,12 +3,17 @@
 import signal
 import sys
 
+import hypothesis
 import pytest
 import torch
 from distributed_helpers import Ranks
 
 # The tests' tensors are tiny: more threads only cost time, and the more so beside other work.
 torch.set_num_threads(1)
+
+# A busy machine takes its time for an example, and no test judges how long.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 
 def pytest_collection_modifyitems(items):

@@ -15,6 +15,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+
+import clr_optim
 
 DOCS = Path(__file__).parent.parent / "docs"
 MODULES = ["clr_optim", "clr_optim.schedule", "clr_optim.range_test", "clr_optim.plotting"]
@@ -25,6 +28,13 @@ def exported(module):
     return [(name, getattr(found, name)) for name in found.__all__]
 
 
+def members_of(thing):
+    """Yield what a class defines, and what it inherits from a class of ours."""
+    for cls in reversed(thing.__mro__) if isinstance(thing, type) else ():
+        if cls.__module__.startswith("clr_optim."):
+            yield from vars(cls).items()
+
+
 def public_callables():
     """Each public function, class and method once: (name, object, the class it is of)."""
     found = {}
@@ -33,7 +43,7 @@ def public_callables():
             if not callable(thing):
                 continue
             found[name] = (thing, None)
-            for member, value in vars(thing).items() if isinstance(thing, type) else ():
+            for member, value in members_of(thing):
                 value = getattr(value, "__func__", value)
                 if inspect.isfunction(value) and (member == "__call__" or member[0] != "_"):
                     found[f"{name}.{member}"] = (value, thing)
@@ -99,9 +109,14 @@ def examples(thing):
     return "".join(e.source for e in doctest.DocTestParser().get_examples(thing.__doc__ or ""))
 
 
-@pytest.mark.parametrize("module", sorted({param.values[1].__module__ for param in PUBLIC}))
+def module_of(param):
+    return inspect.unwrap(param.values[1]).__module__
+
+
+@pytest.mark.parametrize("module", sorted(set(map(module_of, PUBLIC))))
 def test_examples_run(module):
-    result = doctest.testmod(importlib.import_module(module))
+    names = {"torch": torch, "CyclicalOptimizer": clr_optim.CyclicalOptimizer}
+    result = doctest.testmod(importlib.import_module(module), extraglobs=names)
     assert result.failed == 0
     assert result.attempted > 0
 

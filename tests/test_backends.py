@@ -172,8 +172,8 @@ def test_auto_says_why_it_leaves_a_gpu_to_torch(monkeypatch, told, words):
 
 def test_where_triton_cannot_compile_only_who_asked_for_it_is_refused(monkeypatch):
     """As without Python's headers, which Triton needs and nothing else here does."""
-    from clr_optim import optimizer as module
     from clr_optim.backends import triton
+    from clr_optim.core import serving as module
 
     def no_headers(device):
         raise triton.BuildError("Triton on cuda:0: CalledProcessError: no Python.h")

@@ -22,6 +22,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from internals import (
+    act_before_native_steps,
+    backend_of,
+    bare_native_backend,
+    bare_step,
+    fail_native_launches,
+    plan_of,
+)
 from native_helpers import (
     BY_NAME,
     KERNELS,
@@ -35,8 +43,6 @@ from native_helpers import (
     wrapped,
 )
 
-from clr_optim.backends.base import Course, Gradients
-from clr_optim.backends.native import NativeBackend, rule_for
 from clr_optim.plan import Bucket, Plan
 
 #: Long enough for the GIL to be given away, and for other threads to notice.
@@ -46,7 +52,7 @@ PATIENCE_S = 60.0
 
 def view(opt):
     """What the native step of this optimizer is told."""
-    return opt._shared.fused.plan.view
+    return plan_of(opt).view
 
 
 def given(opt, seed=1):
@@ -167,19 +173,17 @@ def test_gradients_dropped_between_scan_and_step(size, clip, monkeypatch):
         )
         for _ in range(2)
     )
-    step = NativeBackend.step
     swept = []
 
-    def late(self, course, gradients):
-        if self is ours._shared.fused:
+    def zero_grad_of_another_thread(backend):
+        if backend is backend_of(ours):
             alive = [weakref.ref(p.grad) for p in members(ours)]
             for p in members(ours):
                 p.grad = None
             swept.append([torch.full((size,), float("nan"), dtype=torch.float64) for _ in alive])
             assert all(grad() is not None for grad in alive)
-        return step(self, course, gradients)
 
-    monkeypatch.setattr(NativeBackend, "step", late)
+    act_before_native_steps(monkeypatch, zero_grad_of_another_thread)
     for seed in range(4):  # the first one builds the plan
         for opt in (ours, calm):
             given(opt, seed)
@@ -203,7 +207,7 @@ def test_a_forgotten_plan_holds_no_gradient():
     opt = BY_NAME["adam-wd"].ours(parameters(drawn([(4,)], torch.float64)))
     given(opt)
     opt.step()
-    plan = opt._shared.fused.plan
+    plan = plan_of(opt)
     for let_go in (plan.forget, plan.release):
         given(opt)
         plan.refresh()
@@ -226,7 +230,7 @@ def test_a_step_that_was_not_taken_holds_no_gradient(how, monkeypatch):
         opt.step()
         del opt.found_inf
     else:
-        monkeypatch.setattr(NativeBackend, "step", lambda *args: 1 / 0)
+        act_before_native_steps(monkeypatch, lambda backend: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             opt.step()
     assert grad() is not None
@@ -320,13 +324,12 @@ def test_one_optimizer_in_several_threads(size, clip):
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer = torch.optim.Adam(params, lr=1.0, eps=0.0)
-    backend = NativeBackend(optimizer, rule_for(optimizer))
-    course = Course(0, [0.5], [(0.5, 0.5)], None, [], True)
+    backend = bare_native_backend(optimizer)
 
     def train():
         for _ in range(50):
             backend.plan.refresh()
-            backend.step(course, Gradients(max_norm=clip))
+            bare_step(backend, 0.5, max_norm=clip)
 
     train()  # the state is there
     in_turns(train, train, train)
@@ -339,8 +342,7 @@ def test_threads_that_change_an_optimizer_while_another_steps_it():
     """What the running step works on stays; the step after it sees the change."""
     params = parameters([torch.zeros(LONG // 8), torch.zeros(3)])
     optimizer = torch.optim.SGD(params, lr=1.0, momentum=0.5)
-    backend = NativeBackend(optimizer, rule_for(optimizer))
-    course = Course(0, [0.5], [(0.5, 0.5)], None, [], True)
+    backend = bare_native_backend(optimizer)
     done = threading.Event()
 
     def train():
@@ -348,7 +350,7 @@ def test_threads_that_change_an_optimizer_while_another_steps_it():
             for p in params:
                 p.grad = torch.ones_like(p)
             backend.plan.refresh()
-            backend.step(course, Gradients())
+            bare_step(backend, 0.5)
         done.set()
 
     def change():
@@ -368,7 +370,7 @@ def test_a_plan_that_is_forgotten_while_it_is_built_is_built_again(monkeypatch):
     """Its buckets are not whole yet, and what asks for a new one must not be lost."""
     params = parameters([torch.zeros(5), torch.zeros(3)])
     optimizer = torch.optim.SGD(params, lr=1.0)
-    backend = NativeBackend(optimizer, rule_for(optimizer))
+    backend = bare_native_backend(optimizer)
     for p in params:
         p.grad = torch.ones_like(p)
     begin, forgetting = Bucket.begin, []
@@ -385,7 +387,7 @@ def test_a_plan_that_is_forgotten_while_it_is_built_is_built_again(monkeypatch):
         forgetting[0].result(PATIENCE_S)
     assert not backend.plan.is_current()
     backend.plan.refresh()
-    backend.step(Course(0, [0.5], [(0.5, 0.5)], None, [], True), Gradients())
+    bare_step(backend, 0.5)
     for p in params:
         assert torch.equal(p.detach(), torch.full_like(p, -0.5))
 
@@ -618,12 +620,8 @@ def test_an_exception_before_the_kernel_leaves_no_state(monkeypatch):
     ours = BY_NAME["adam"].ours(parameters(drawn([(9,)], torch.float64)))
     before = p0(ours).detach().clone()
     given(ours)
-
-    def interrupted(self, *args):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(NativeBackend, "_launch", interrupted)
+        fail_native_launches(patch, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             ours.step()
     assert len(ours.state) == 0

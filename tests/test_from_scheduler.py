@@ -1,4 +1,4 @@
-"""A torch CyclicLR or OneCycleLR taken over in mid-run: the same rates and momenta go on."""
+"""Take over a CyclicLR or OneCycleLR of torch in mid-run: rates and momenta go on unchanged."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from cases import BY_NAME, Problem
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from internals import backend_of
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
     CyclicLR,
@@ -35,7 +36,7 @@ RULES = {
 
 
 def make(rule="sgd", groups=2, **options):
-    """An optimizer of so many groups, of one parameter each and without a gradient."""
+    """Return an optimizer whose groups have one parameter each, without a gradient."""
     cls, own = RULES[rule]
     params = [{"params": [torch.nn.Parameter(torch.ones(2))]} for _ in range(groups)]
     return cls(params, **{"lr": 0.1, **own, **options})
@@ -46,7 +47,7 @@ def momentum(group):
 
 
 def held(optimizer):
-    """What the next step will use: every group's rate and momentum."""
+    """Return the rate and momentum of every group for the next step."""
     return [(float(g["lr"]), momentum(g)) for g in optimizer.param_groups]
 
 
@@ -57,7 +58,7 @@ def go(optimizer, scheduler, steps):
 
 
 def taken_over(build, steps, **options):
-    """``(ours, torch's optimizer and scheduler)``, equal and ``steps`` steps into the run."""
+    """Return our optimizer, and torch's optimizer and scheduler, all ``steps`` steps into a run."""
     pairs = []
     for _ in range(2):
         optimizer = make(**options)
@@ -70,7 +71,7 @@ def taken_over(build, steps, **options):
 def assert_goes_on(opt, optimizer, scheduler, steps, scale):
     for _ in range(steps):
         for (lr, m), (torchs_lr, torchs_m) in zip(held(opt), held(optimizer), strict=True):
-            # Relative to the bound where the rate itself comes to 0 by subtraction.
+            # Relative to the bound, since subtraction makes the rates near 0.
             assert lr == pytest.approx(torchs_lr, rel=1e-9, abs=1e-13 * scale)
             assert m == pytest.approx(torchs_m, rel=1e-9)
         assert [float(lr) for lr, _ in held(opt)] == opt.get_last_lr()
@@ -150,12 +151,12 @@ def test_one_cycle_lr(anneal, three_phase, data):
     try:
         build(make(rule))
         opt, optimizer, scheduler = taken_over(build, position, rule=rule)
-    except ZeroDivisionError:  # torch's own, for a phase of no length
+    except ZeroDivisionError:  # raised by torch for a phase without steps
         assume(False)
     left = total - 1 - position
     assert_goes_on(opt, optimizer, scheduler, left, max(options["max_lr"]))
     last = held(optimizer)
-    for _ in range(3):  # where torch overshoots, and then raises
+    for _ in range(3):  # here torch overshoots, and then raises
         for mine, torchs in zip(held(opt), last, strict=True):
             assert mine == pytest.approx(torchs, rel=1e-9, abs=1e-15)
         opt.step()
@@ -175,7 +176,7 @@ def test_a_one_cycle_of_whole_steps_is_phases_alone(epochs, per_epoch, three_pha
     top = round(0.3 * total) - 1
     assert opt.lr_at(top) == [0.5, 0.5]
     assert opt.lr_at(total - 1) == pytest.approx([0.5 / 25 / 1e4] * 2, rel=1e-12)
-    # One cycle, which ends after the last step.
+    # The only cycle ends after the last step.
     ends = [step for step in range(1, total + 3) if opt.schedule.is_cycle_end(step)]
     assert ends == [total]
     assert opt.steps_to_cycle_end == total
@@ -207,7 +208,7 @@ def test_a_one_cycle_that_is_over_stays_at_its_last_rate():
     go(optimizer, scheduler, 10)
     with pytest.raises(ValueError, match="Tried to step 11 times"):
         scheduler.step()
-    scheduler.last_epoch = 10  # which that moved
+    scheduler.last_epoch = 10  # the refused step has moved it
     opt = CyclicalOptimizer.from_scheduler(scheduler)
     for _ in range(3):
         assert held(opt) == [(pytest.approx(1 / 25 / 1e4), 0.95)] * 2
@@ -285,7 +286,7 @@ def test_hooks_fire_once_and_the_kernels_serve(backend):
     finally:
         for handle in handles:
             handle.remove()
-    assert (opt._shared.fused is not None) == (backend == "native")
+    assert (backend_of(opt) is not None) == (backend == "native")
 
 
 @pytest.mark.parametrize("build", [SCHEDULERS["CyclicLR"], SCHEDULERS["OneCycleLR"]])
@@ -303,14 +304,14 @@ def test_the_scheduler_stepped_by_code_left_over_is_overruled_with_one_warning(b
     with pytest.warns(UserWarning, match="lr was written from outside") as warned:
         problem.step(opt, 1)
     for k in range(2, 6):
-        scheduler.step()  # at its first step it would warn, had its patch of step() been undone
+        scheduler.step()  # torch would warn at its first step if its patch of step() were gone
         assert opt.get_last_lr() == expected[k]
         problem.step(opt, k)
     assert len(warned) == 1
     assert opt.iteration == steps + 6
 
 
-def test_a_step_that_somebody_replaced_still_runs():
+def test_a_step_that_other_code_replaced_still_runs():
     optimizer = make()
     scheduler = CyclicLR(optimizer, 0.01, 0.1, 4)
     inner, calls = optimizer.step, []
@@ -424,7 +425,7 @@ def test_the_other_arguments_and_the_class():
 
 
 class Louder(CyclicLR):
-    """Changes nothing about the rates."""
+    """A subclass with the same rates."""
 
     def get_last_lr(self):
         return super().get_last_lr()
@@ -505,8 +506,8 @@ REFUSED = {
     ),
     "an optimizer": (lambda o: o, TypeError, "scheduler must be .*of type SGD"),
     "another class": (lambda o: StepLR(o, 3), TypeError, "of type StepLR: .*policy.*set_iteration"),
-    "a sequence": (in_a_sequence, TypeError, "of type SequentialLR.*are a sequence"),
-    "a chain": (chained, TypeError, "of type ChainedScheduler.*are a sequence"),
+    "a sequence": (in_a_sequence, TypeError, "of type SequentialLR.*one after the other, sequence"),
+    "a chain": (chained, TypeError, "of type ChainedScheduler.*one after the other, sequence"),
     "one of a chain": (in_a_chain, ValueError, "group 0 has lr=.*at its step 3 .*several sched"),
     "a class": (lambda o: CyclicLR, TypeError, "scheduler must be .*of type type"),
     "our own view": (lambda o: CyclicalOptimizer(o).scheduler, TypeError, "CyclicalScheduler"),
@@ -561,7 +562,7 @@ REFUSED = {
     "last rates that differ": (
         with_other_min,
         ValueError,
-        "min_lr=.*not the same part of initial_lr=",
+        "min_lr=.* divided by initial_lr=.* differs between",
     ),
 }
 

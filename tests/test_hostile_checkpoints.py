@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from cases import BY_NAME, CASES, Case, Problem
+from internals import notes_of
 from torch import Tensor
 from triton_helpers import INTERPRETED
 
@@ -69,7 +70,7 @@ def snapshot(opt: CyclicalOptimizer[Any], problem: Problem) -> Any:
     whole = (opt.param_groups, opt.state, opt.defaults, problem.params)
     return (
         [frozen(part) for part in whole],
-        {k: frozen(v) for k, v in vars(opt._shared).items()},
+        {k: frozen(v) for k, v in notes_of(opt).items()},
         sorted(vars(opt.optimizer)),
     )
 

@@ -24,6 +24,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from internals import plan_of
 from native_helpers import (
     BY_NAME,
     CASES,
@@ -1770,7 +1771,7 @@ def test_a_plan_shows_no_view_that_is_not_whole(monkeypatch):
     pair = Twins(lambda: torch.optim.SGD(parameters(drawn([(8,)], torch.float64)), lr=0.1))
     pair.draw()
     pair.step()
-    ours = pair.ours._shared.fused.plan
+    ours = plan_of(pair.ours)
     seen = []
 
     class Watched(plan.View):

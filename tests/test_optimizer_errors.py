@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cases import BY_NAME, Problem
+from internals import is_next_step_ordinary
 
 from clr_optim import CyclicalOptimizer, Phase, Schedule, schedule
 from clr_optim.schedule import fixed, one_cycle, ramp, sequence, triangular, warm_restarts
@@ -332,7 +333,7 @@ def test_bounds_of_other_numbers_written_from_outside_are_taken(make):
     opt.param_groups[0]["clr_max_lr"] = make(1)
     problem.step(opt, 4)
     assert opt.lr_at(3) == [1.0]
-    assert opt._is_untouched()  # and the next step has its short way again
+    assert is_next_step_ordinary(opt)
 
 
 def test_set_bounds_where_the_schedule_has_all():

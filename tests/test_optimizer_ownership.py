@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import BY_NAME, CASES, Problem, SignDescent, assert_same, feed
+from internals import drop_cycle_end_hooks
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -571,7 +572,7 @@ def test_copies_keep_position_and_policy(name, how):
 
 def other_or(opt):
     """Drop what no torch optimizer pickles: hooks."""
-    opt._cycle_end_hooks.clear()
+    drop_cycle_end_hooks(opt)
     return opt
 
 

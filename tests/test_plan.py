@@ -13,6 +13,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from internals import count_builds
 from native_helpers import (
     BY_NAME,
     KERNELS,
@@ -28,7 +29,6 @@ from native_helpers import (
 import clr_optim.kernels
 import clr_optim.plan
 from clr_optim.overlap import Memory, sharing
-from clr_optim.plan import Plan
 from clr_optim.rules import RULES
 
 
@@ -44,10 +44,7 @@ def twins(name: str, count: int = 3, **wrap: Any) -> Twins:
 @pytest.fixture
 def builds(monkeypatch):
     """How often a plan is made anew."""
-    made = []
-    build = Plan._build
-    monkeypatch.setattr(Plan, "_build", lambda self: made.append(self) or build(self))
-    return made
+    return count_builds(monkeypatch)
 
 
 def step(pair: Twins, missing: set[int] | None = None) -> None:

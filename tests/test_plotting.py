@@ -1,4 +1,4 @@
-"""The pictures: what is drawn, where it is written, what is refused."""
+"""Pictures: their curves, their files, and the errors for wrong arguments."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from clr_optim import Bounds, CyclicalOptimizer, RangeTest, plotting
+from clr_optim.plotting import canvas
 from clr_optim.schedule import fixed, sequence, triangular, triangular2
 
 
@@ -25,7 +26,7 @@ def _has_color(pixels, color):
 
 
 def _curves(axes):
-    """The lines that were drawn as data, without the guides."""
+    """Return the lines that show data, without the guides."""
     return [line for line in axes.lines if len(line.get_xdata()) > 2]
 
 
@@ -111,12 +112,12 @@ def test_policies_are_pictures_of_modest_size(tmp_path):
         contents.add(path.read_bytes())
         pixels = _pixels(path)
         assert pixels.shape == (280, 640, 3)
-        assert _has_color(pixels, plotting._BLUE)
+        assert _has_color(pixels, canvas.BLUE)
     assert len(contents) == len(paths)
     windows = _pixels(tmp_path / "docs" / "windows.png")
-    assert _has_color(windows, plotting._ORANGE)
-    assert _has_color(windows, plotting._GREEN)
-    # The same pictures are the same files, so that drawing them again changes no checkout.
+    assert _has_color(windows, canvas.ORANGE)
+    assert _has_color(windows, canvas.GREEN)
+    # The same pictures are the same bytes, so that drawing them again changes no checkout.
     again = plotting.plot_policies(tmp_path / "again")
     assert {path.read_bytes() for path in again} == contents
 
@@ -165,7 +166,7 @@ def _params(n):
     return [torch.zeros(2, requires_grad=True) for _ in range(n)]
 
 
-def test_an_optimizers_future_begins_where_it_stands():
+def test_the_next_steps_of_an_optimizer_begin_at_its_position():
     opt = CyclicalOptimizer(torch.optim.SGD(_params(1), lr=1.0), "triangular2", step_size_up=5)
     opt.set_iteration(7)
     figure = plotting.plot_schedule(opt, 20)
@@ -326,7 +327,7 @@ def test_a_history_has_a_panel_for_each_curve_with_every_other_cycle_shaded(tmp_
         assert curve.get_ydata().tolist() == values
         (shade,) = axes.patches
         assert (shade.get_x(), shade.get_x() + shade.get_width()) == (10, 20)
-    # The last cycle is shaded as far as it was run.
+    # The shade of an unfinished last cycle ends at the last step.
     (axes,) = plotting.plot_history({"loss": (steps, steps)}, [6, 12, 18, 24]).axes
     assert [(p.get_x(), p.get_x() + p.get_width()) for p in axes.patches] == [(6, 12), (18, 24)]
     (axes,) = plotting.plot_history({"loss": (steps, steps)}, [20, 40]).axes

@@ -1,10 +1,12 @@
-"""Schedules against formulas written independently, in exact fractions where they apply."""
+"""Compare schedules with independent formulas, in exact fractions where possible."""
 
 from __future__ import annotations
 
+import base64
 import copy
 import math
 import pickle
+import re
 import sys
 import warnings
 from fractions import Fraction
@@ -16,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clr_optim.schedule import (
+    POLICIES,
     Phase,
     Schedule,
     decay,
@@ -36,7 +39,7 @@ PROBES = [0, 1, 2, 999, 1999, 2000, 2001, 3999, 4000, 4001, 123_456, 10**9 + 7, 
 
 
 def paper_triangle(step: int, step_size: int) -> Fraction:
-    """The paper's own code, in exact arithmetic: max(0, 1 − x)."""
+    """Return the paper's max(0, 1 − x), in exact arithmetic."""
     cycle = math.floor(1 + Fraction(step, 2 * step_size))
     x = abs(Fraction(step, step_size) - 2 * cycle + 1)
     return max(Fraction(0), 1 - x)
@@ -96,7 +99,7 @@ def test_exp_range_in_both_readings(step):
 def test_exp_range_at_a_trillion_is_its_limit():
     assert exp_range(2000)(10**12 + 2000, BASE, MAX) == BASE
     assert exp_range_bounds(2000)(10**12 + 2000, BASE, MAX) == 0.0
-    slow = 1 - 2**-42  # decays to e^-0.227 by then: float64 pow is the reference
+    slow = 1 - 2**-42  # decays to e^-0.227; the reference is float64 pow
     step = 10**12 + 2000
     assert close(exp_range(2000, gamma=slow)(step), math.exp(step * math.log1p(-(2**-42))), 1e-12)
 
@@ -191,7 +194,7 @@ def test_one_cycle():
     window=st.sampled_from(["triangle", "welch", "hann"]),
 )
 def test_one_cycle_is_one_cycle(total, pct_start, final_div_factor, window):
-    """It ends after its last step, and at no other."""
+    """The cycle ends after the last step, and at no other step."""
     schedule = one_cycle(
         total, pct_start=pct_start, final_div_factor=final_div_factor, window=window
     )
@@ -289,7 +292,7 @@ def test_sequence_flattens_nests_and_cuts():
     outer = sequence([(inner, 8), (triangular(1), 3), (exp(gamma=0.5), None)])
     flat = [triangular(2)(s) for s in range(6)] + [1.0, 1.0] + [0.0, 1.0, 0.0] + [1.0, 0.5, 0.25]
     assert [outer(s) for s in range(14)] == flat
-    # 6 steps hold one and a half cycles of 4: the cut one counts, and is never complete
+    # 6 steps hold one and a half cycles of 4: the half cycle counts, and is never complete
     assert [outer.cycle(s) for s in range(13)] == [
         0,
         0.25,
@@ -386,6 +389,29 @@ def test_a_scale_fn_is_named_not_stored():
         pickle.dumps(triangular(2, scale_fn=lambda x: x))
 
 
+# Written before `clr_optim.schedule` became a package. Phases are stored with a cached period.
+OLD_PICKLE = (
+    "gASV8QEAAAAAAACMEmNscl9vcHRpbS5zY2hlZHVsZZSMCFNjaGVkdWxllJOUjARtaW5llGgAjAVQaGFzZZSTlCmBlH2U"
+    "KIwMc3RlcF9zaXplX3VwlEsCjA5zdGVwX3NpemVfZG93bpRLAowGd2luZG93lIwEaGFubpSMBXN0ZXBzlEsFjAVnYW1t"
+    "YZRHP/AAAAAAAACMC2N5Y2xlX2dhbW1hlEc/8AAAAAAAAIwKYmFzZV9nYW1tYZRHP/AAAAAAAACMB2Jhc2VfbHKURz+5"
+    "mZmZmZmajAZtYXhfbHKURz/JmZmZmZmajAVsb3dlcpRHP/AAAAAAAABHAAAAAAAAAACGlIwFdXBwZXKURwAAAAAAAAAA"
+    "Rz/wAAAAAAAAhpSMDmN5Y2xlX21vbWVudHVtlIiMCHNjYWxlX2ZulE6MCnNjYWxlX21vZGWUjAVjeWNsZZSMBnBlcmlv"
+    "ZJRLBHViaAUpgZR9lChoCEsDaAlLA2gKjAh0cmlhbmdsZZRoDE5oDUc/4AAAAAAAAGgORz/wAAAAAAAAaA9HP/AAAAAA"
+    "AABoEE5oEU5oEkc/8AAAAAAAAEcAAAAAAAAAAIaUaBRHAAAAAAAAAABHP/AAAAAAAACGlGgWiGgXjARtYXRolIwEc3Fy"
+    "dJSTlGgYaBloGksGdWKGlIaUUpRoBoaULg=="
+)
+
+
+def test_an_old_pickle_loads_and_a_new_one_names_the_public_module():
+    schedule, phase = pickle.loads(base64.b64decode(OLD_PICKLE))
+    first = Phase(step_size_up=2, window="hann", steps=5, base_lr=0.1, max_lr=0.2)
+    second = Phase(step_size_up=3, gamma=0.5, scale_fn=math.sqrt)
+    assert (schedule, phase) == (Schedule("mine", [first, second]), first)
+    assert schedule.rates(13, [(0.0, 3.0)]) == [2 * math.sqrt(2)]
+    modules = set(re.findall(rb"clr_optim[.a-z]*", pickle.dumps((schedule, phase), protocol=4)))
+    assert modules == {b"clr_optim.schedule"}
+
+
 steps = st.integers(0, 2**62)
 sizes = st.integers(0, 10_000)
 
@@ -458,7 +484,7 @@ HALVES = [(2000, None), (700, 300), (1000, 3000), (20, None), (3, 8)]
     "policy", ["triangular", "triangular2", "exp_range", "scale-cycle", "scale-iterations"]
 )
 def test_agrees_with_cyclic_lr_over_100_000_steps(policy, up, down, cycle_momentum):
-    # CyclicLR drifts from its own closed form by this much.
+    # The drift of CyclicLR from its own closed form.
     tolerance = 1e-12 if up + (down or up) >= 1000 else 1e-10
     steps = 100_000
     mine = {
@@ -492,7 +518,12 @@ def test_evaluating_raises_no_warning_at_any_size():
                 assert schedule(step, BASE, MAX) >= 0
 
 
-def test_a_phase_of_ones_own():
+def test_policies_go_by_the_names_of_their_schedules():
+    assert list(POLICIES) == ["triangular", "triangular2", "exp_range", "exp_range_bounds"]
+    assert [policy(2).name for policy in POLICIES.values()] == list(POLICIES)
+
+
+def test_a_schedule_of_phases_by_hand():
     rise = Phase(step_size_up=4, step_size_down=0, steps=4, lower=(0.1, 0.0))
     rest = Phase(window="constant", lower=(0.0, 1.0), upper=(0.0, 1.0))
     schedule = Schedule("warm-up", [rise, rest])

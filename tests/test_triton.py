@@ -22,6 +22,12 @@ import pytest
 import test_distributed
 import test_native
 import torch
+from internals import (
+    act_before_triton_launch,
+    device_positions,
+    fail_after_triton_launches,
+    only_device_knows,
+)
 from native_helpers import (
     BY_NAME,
     CASES,
@@ -786,15 +792,13 @@ def test_gradients_dropped_between_scan_and_launch(monkeypatch):
     opt = wrapped(torch.optim.SGD([weight], lr=1.0), backend="triton", base_lr=1.0, max_lr=1.0)
     weight.grad = torch.ones_like(weight)
     opt.step()
-    fused, taken = opt._shared.fused, []
-    gates = fused._gates
+    taken = []
 
-    def others(*args):
+    def drop_gradient():
         weight.grad = None
         taken.extend(torch.full((size,), 7.0, device=DEVICE) for _ in range(4))
-        return gates(*args)
 
-    monkeypatch.setattr(fused, "_gates", others)
+    act_before_triton_launch(monkeypatch, opt, drop_gradient)
     weight.grad = torch.ones_like(weight)
     reference = weakref.ref(weight.grad)
     before = weight.detach().clone()
@@ -806,20 +810,14 @@ def test_gradients_dropped_between_scan_and_launch(monkeypatch):
 @pytest.mark.parametrize("first", [True, False])
 def test_ctrl_c_between_device_and_host(first, monkeypatch):
     """The device has gone on, and the host has not heard of it."""
-    from clr_optim.backends.triton import _Position
-
     pair = twins(BY_NAME["adam-wd"])
     if not first:
         pair.draw()
         pair.step()
-
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
     pair.draw()
     feed(pair.theirs, pair.ours)
     with monkeypatch.context() as patch:
-        patch.setattr(_Position, "advanced", interrupted)
+        fail_after_triton_launches(patch, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             pair.ours.step()
     pair.theirs.step()
@@ -829,7 +827,7 @@ def test_ctrl_c_between_device_and_host(first, monkeypatch):
         pair.draw()
         pair.step()
     assert pair.ours.iteration == 4 - first
-    assert not pair.ours._shared.fused.uncertain
+    assert not only_device_knows(pair.ours)
 
 
 def test_a_device_that_joins_stands_where_the_others_do(monkeypatch):
@@ -855,8 +853,7 @@ def test_a_device_that_joins_stands_where_the_others_do(monkeypatch):
     opt.optimizer.add_param_group({"params": weights[1:], "lr": 0.1})
     weights[1].grad = torch.ones_like(weights[1])
     opt.step()
-    positions = opt._shared.fused._positions.values()
-    assert [position.ask() for position in positions] == [4] * (2 if DEVICE.type == "cpu" else 1)
+    assert device_positions(opt) == [4] * (2 if DEVICE.type == "cpu" else 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

@@ -1,8 +1,8 @@
-"""The LR range test: a short training while the rate rises, and both bounds of a cycle read off it.
+"""The LR range test: train for a while as the rate rises, and read both bounds of a cycle off it.
 
 Source: L. N. Smith, *Cyclical Learning Rates for Training Neural Networks*, arXiv 1506.01186,
-section 3.3: base_lr is where the curve begins to improve, max_lr where it slows, turns ragged or
-falls.
+section 3.3: base_lr is the rate at which the curve begins to improve. max_lr is the rate at which
+the curve slows, turns ragged or falls.
 """
 
 from clr_optim.range_test.measure import lr_range_test

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from clr_optim.checks import check_int, check_number
+from clr_optim.keys import MAX
 from clr_optim.optimizer import CyclicalOptimizer
 
 __all__ = [
@@ -173,7 +174,7 @@ def check_length(num_steps: object, epochs: object, loader: Iterable[Any], accum
 
 def peak_rate(group: Mapping[str, Any]) -> float:
     """Return the rate that the user chose for a group, not the present rate of a schedule."""
-    for key in ("clr_max_lr", "initial_lr", "lr"):
+    for key in (MAX, "initial_lr", "lr"):
         if key in group:
             return float(group[key])
     raise ValueError("optimizer: a parameter group has no 'lr': give each group a rate")

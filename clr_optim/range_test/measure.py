@@ -200,8 +200,9 @@ def lr_range_test(
     largest = max(rates)
     ratios = [rate / largest if largest > 0.0 else 1.0 for rate in rates]
     if isinstance(optimizer, CyclicalOptimizer):
-        max_grad_norm = optimizer._max_grad_norm if max_grad_norm is None else max_grad_norm
-        backend = optimizer._backend if backend is None else backend
+        settings = optimizer._shared.settings
+        max_grad_norm = settings.max_grad_norm if max_grad_norm is None else max_grad_norm
+        backend = settings.backend if backend is None else backend
 
     result = RangeTest(
         [], [], mode=mode, metric=metric, num_steps=steps, smoothing=smoothing, ratios=ratios

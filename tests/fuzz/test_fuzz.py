@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from internals import overlook_outside_writes
 from native_helpers import members
 from triton_helpers import INTERPRETED
 
-from clr_optim import CyclicalOptimizer
 from fuzz import run
 from fuzz.machine import BACKENDS, EVENTS, TOLERANCES, Machine, compile_kernels, setups
 
@@ -57,7 +57,7 @@ def test_a_seed_is_always_the_same_and_a_plain_text():
 def test_a_position_that_is_not_noticed_is_found(monkeypatch):
     """What is written into the groups from outside, were it overlooked."""
     _only_here("torch")
-    monkeypatch.setattr(CyclicalOptimizer, "_is_untouched", lambda self: True)
+    overlook_outside_writes(monkeypatch)
     setup = {"backend": "torch", "case": "sgd-mom", "seed": 1}
     events = [["train", {"seed": 1}], ["write_position", {"to": 4000}], ["train", {"seed": 2}]]
     with pytest.raises(AssertionError):

@@ -6,6 +6,7 @@ the run would go on at the old rate.
 
 from __future__ import annotations
 
+import inspect
 import reprlib
 from typing import Any, NoReturn, TypeVar
 
@@ -81,7 +82,7 @@ def refuse_writes(cls: type[T]) -> type[T]:
     A descriptor for each name, since a ``__setattr__`` would be called at every step.
     """
     for name in _REMEDIES:
-        known = vars(cls).get(name)
+        known = inspect.getattr_static(cls, name, None)
         if isinstance(known, property):
             setattr(cls, name, known.setter(_NoAttribute(name).__set__))
         else:

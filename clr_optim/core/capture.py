@@ -1,0 +1,94 @@
+"""Why a step cannot be captured into a CUDA graph: conditions and reasons, in one list.
+
+The Triton backend adds the reasons that only a launch finds (see its ``cannot_capture``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from clr_optim.backends.torch import is_profiled
+from clr_optim.core.shared import Shared
+from clr_optim.keys import BASE_MOMENTUM, MAX_MOMENTUM
+
+__all__ = ["cannot_capture", "check_capture", "momentum_vanishes"]
+
+
+def check_capture(wrapper: Any) -> None:
+    """Raise a RuntimeError, with reason and remedy, unless a step can be captured now."""
+    for condition, reason in REASONS:
+        if condition(wrapper):
+            raise cannot_capture(reason.format(serving=wrapper._shared.serving))
+
+
+def cannot_capture(reason: str) -> RuntimeError:
+    """Return the error of a step that cannot be captured."""
+    return RuntimeError(f"step() cannot be captured into a graph: {reason}")
+
+
+def momentum_vanishes(shared: Shared) -> bool:
+    """Return whether the cycle reaches a momentum of 0, where SGD and RMSprop keep no buffer.
+
+    A step without momentum leaves the buffer alone and has a kernel of its own, so the host must
+    choose the kernel.
+    """
+    return shared.settings.cycle_momentum and any(
+        "betas" not in group and group[BASE_MOMENTUM] <= 0.0 < group[MAX_MOMENTUM]
+        for group in shared.settings.optimizer.param_groups
+        if BASE_MOMENTUM in group and MAX_MOMENTUM in group
+    )
+
+
+def _runs_on_the_host(wrapper: Any) -> bool:
+    shared = wrapper._shared
+    return not shared.serving.is_on_device or not is_profiled(shared.settings.optimizer)
+
+
+def _was_moved(wrapper: Any) -> bool:
+    position = wrapper._shared.position
+    if wrapper._shared.serving.fused is None:
+        return False
+    return position.believed() != position.number or not wrapper._shared.mirror.is_settled()
+
+
+def _has_counters_elsewhere(wrapper: Any) -> bool:
+    for param, state in wrapper.state.items():
+        counter = state.get("step") if isinstance(state, dict) else None
+        if isinstance(counter, Tensor) and counter.device != param.device:
+            return True
+    return False
+
+
+#: Each condition of a wrapper, and what to tell the user if the condition holds.
+REASONS: tuple[tuple[Callable[[Any], bool], str], ...] = (
+    (
+        _runs_on_the_host,
+        "on backend {serving.name!r} ({serving.reason}) a graph would replay the same rate for "
+        "ever; use backend='triton', or capture forward and backward only",
+    ),
+    (
+        lambda wrapper: wrapper._shared.settings.has_scale_fn,
+        "a scale_fn runs on the host, which no graph asks; use a schedule without one",
+    ),
+    (
+        lambda wrapper: bool(wrapper._cycle_end_hooks),
+        "cycle-end hooks run on the host, which no graph asks; remove them, and look at opt.cycle "
+        "between replays",
+    ),
+    (
+        lambda wrapper: momentum_vanishes(wrapper._shared),
+        "momentum cycles down to 0, and steps without momentum are others than those with it; "
+        "construct CyclicalOptimizer with a base_momentum above 0",
+    ),
+    (
+        _was_moved,
+        "position, bounds or groups were changed since the last step; take a step and then capture",
+    ),
+    (
+        _has_counters_elsewhere,
+        "a checkpoint left step counters on the CPU; take a step and then capture",
+    ),
+)

@@ -1,0 +1,68 @@
+"""Save: the wrapped optimizer's state dict, with our keys, as torch lays it out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clr_optim.core.checkpoint.keys import with_our_entry
+from clr_optim.core.shared import Shared
+
+__all__ = ["save"]
+
+# How often a state dict is read again if another thread adds a group meanwhile.
+_ATTEMPTS = 8
+
+
+def save(shared: Shared) -> dict[str, Any]:
+    """Return a checkpoint of an optimizer; the caller holds the lock."""
+    inner = shared.settings.optimizer
+    state_dict: dict[str, Any] = {}
+    for _ in range(_ATTEMPTS):
+        shared.position.settle()
+        shared.position.overrule()
+        state_dict = inner.state_dict()
+        if len(shared.mirror.records) == len(inner.param_groups):
+            break  # no other thread has added a group, which would lack our keys
+    has_groups = isinstance(state_dict, dict) and "param_groups" in state_dict
+    if has_groups and any(isinstance(group["lr"], Tensor) for group in inner.param_groups):
+        # Steps fill the group's tensor, and checkpointers fill that of a state dict.
+        state_dict["param_groups"] = [
+            {**group, "lr": group["lr"].detach().clone()}
+            if isinstance(group["lr"], Tensor)
+            else group
+            for group in state_dict["param_groups"]
+        ]
+    if shared.serving.is_on_device:
+        state_dict["state"] = _with_counters_as_torch(state_dict)
+    whole: dict[str, Any] = with_our_entry(state_dict, inner.param_groups)
+    return whole
+
+
+def _with_counters_as_torch(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
+    """Return the state of a state dict, its step counters on the device where torch has them.
+
+    torch keeps counters on the CPU, unless a group's flags say otherwise; the kernels keep them on
+    the device. One copy brings all of them.
+    """
+    stays = {
+        index
+        for group in state_dict["param_groups"]
+        for index in group["params"]
+        if group.get("capturable") or group.get("fused")
+    }
+    state: dict[Any, Any] = dict(state_dict["state"])
+    by_kind: dict[Any, list[Any]] = {}
+    for index, values in state.items():
+        counter = values.get("step") if isinstance(values, Mapping) else None
+        if index not in stays and isinstance(counter, Tensor) and counter.device.type != "cpu":
+            kind = (counter.device, counter.dtype, counter.shape)
+            by_kind.setdefault(kind, []).append(index)
+    for indices in by_kind.values():
+        counters = torch.stack([state[index]["step"] for index in indices]).cpu()
+        for index, counter in zip(indices, counters, strict=True):
+            state[index] = {**state[index], "step": counter.clone()}
+    return state

@@ -1,0 +1,158 @@
+"""Change the course of an optimizer: begin, add a group, set bounds, leave out our keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch.optim import Optimizer
+
+from clr_optim.checks import check_bounds, shown
+from clr_optim.core import leftover
+from clr_optim.core.checkpoint import warn_other_policy
+from clr_optim.core.rates import check_tensor_lr
+from clr_optim.core.saved import initial_bounds
+from clr_optim.core.settings import Start, optional_number, optional_per_group, separate_defaults
+from clr_optim.core.shared import Shared
+from clr_optim.core.warn import warn_each
+from clr_optim.keys import BASE, BASE_MOMENTUM, KEYS, MAX, MAX_MOMENTUM
+from clr_optim.torch_schedulers import TorchsCourse
+
+__all__ = ["add_param_group", "arguments_of", "begin", "set_bounds", "without_our_keys"]
+
+
+def begin(shared: Shared, start: Start) -> None:
+    """Write the start of a new optimizer into its groups, and give the warnings about it."""
+    settings, optimizer = start.settings, start.settings.optimizer
+    separate_defaults(optimizer)
+    if start.note is not None:
+        leftover.clear(optimizer.param_groups, start.own)
+    for group, (base, top), (low, high) in zip(
+        optimizer.param_groups, start.bounds, start.momenta, strict=True
+    ):
+        group[BASE], group[MAX] = base, top
+        if settings.cycle_momentum:
+            group[BASE_MOMENTUM], group[MAX_MOMENTUM] = low, high
+    shared.position.go_to(start.position)
+    shared.given = start.given
+    loaded = start.position if start.resumed else None
+    leftover.take_note(optimizer, start.own, settings.schedule, loaded)
+    if start.saved_policy is not None:
+        warn_other_policy(shared, start.saved_policy, "the wrapped optimizer")
+    warn_each(start.warned)
+
+
+def arguments_of(taken: TorchsCourse) -> dict[str, Any]:
+    """Return the constructor's arguments that continue a torch scheduler."""
+    base, top = zip(*taken.bounds, strict=True)
+    arguments = {"policy": taken.schedule, "base_lr": base, "max_lr": top}
+    if taken.momenta is not None:
+        low, high = zip(*taken.momenta, strict=True)
+        arguments.update(cycle_momentum=True, base_momentum=low, max_momentum=high)
+    return arguments
+
+
+@contextmanager
+def without_our_keys(groups: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """Take our keys out of the groups; restore the groups if the body raises."""
+    before = [dict(group) for group in groups]
+    for group in groups:
+        for key in KEYS:
+            group.pop(key, None)
+    try:
+        yield
+    except BaseException:
+        for group, items in zip(groups, before, strict=True):
+            group.clear()
+            group.update(items)
+        raise
+
+
+def set_bounds(shared: Shared, base_lr: object, max_lr: object) -> None:
+    """Change the bounds, from the next step on; the caller holds the lock."""
+    schedule, groups = shared.settings.schedule, shared.settings.optimizer.param_groups
+    if base_lr is None and max_lr is None:
+        raise ValueError("base_lr=None and max_lr=None: give at least one of the bounds")
+    if schedule.has_bounds:
+        raise ValueError(
+            f"base_lr={base_lr!r}, max_lr={max_lr!r}: every phase of the schedule "
+            f"{schedule.name!r} has bounds of its own, which these would not change"
+        )
+    position = shared.position.settle()
+    bounds = []
+    for i, ((old_base, old_max), new_base, new_max) in enumerate(
+        zip(
+            shared.mirror.bounds(),
+            optional_per_group("base_lr", base_lr, len(groups)),
+            optional_per_group("max_lr", max_lr, len(groups)),
+            strict=True,
+        )
+    ):
+        base = old_base if new_base is None else new_base
+        top = old_max if new_max is None else new_max
+        check_bounds(base, top, f" in parameter group {i}")
+        bounds.append((base, top))
+    for group, (base, top) in zip(groups, bounds, strict=True):
+        group[BASE], group[MAX] = base, top
+    shared.position.go_to(position)
+
+
+def add_param_group(shared: Shared, param_group: Any) -> None:
+    """Add a group in mid-training; the caller holds the lock."""
+    inner = shared.settings.optimizer
+    _check_new_group(inner, param_group)
+    given: dict[str, Any] = {k: param_group[k] for k in ("base_lr", "max_lr") if k in param_group}
+    probe = {"lr": inner.defaults.get("lr"), **param_group}
+    check_tensor_lr(probe["lr"], "lr in param_group")
+    bounds = initial_bounds(
+        probe,
+        " in param_group",
+        optional_number("param_group['base_lr']", given.get("base_lr")),
+        optional_number("param_group['max_lr']", given.get("max_lr")),
+    )
+    position, mirror = shared.position, shared.mirror
+    known = not position.is_on_device and mirror.is_known(position.number)
+    if not known:
+        position.settle()
+    for key in given:
+        del param_group[key]
+    try:
+        inner.add_param_group(param_group)
+    except BaseException as error:
+        param_group.update(given)
+        if isinstance(error, TypeError):
+            raise TypeError(
+                f"param_group['params'] must be a tensor or a list of tensors, got "
+                f"{shown(param_group['params'])}: {error}"
+            ) from error
+        if isinstance(error, ValueError):
+            raise ValueError(
+                f"param_group cannot be added: {error}; 'params' must be leaf tensors that no "
+                "group has yet"
+            ) from error
+        raise
+    groups = inner.param_groups
+    leftover.note_group(inner, groups[-1])
+    mirror.set_bounds(len(groups) - 1, groups[-1], bounds)
+    if known:
+        mirror.join(position.number)
+    else:
+        position.rewrite()
+
+
+def _check_new_group(inner: Optimizer, param_group: object) -> None:
+    """Raise unless a group looks like one that torch takes."""
+    if not isinstance(param_group, dict):
+        raise TypeError(f"param_group must be a dict, one group a call, got {shown(param_group)}")
+    torchs_own = type(inner).add_param_group is Optimizer.add_param_group
+    if torchs_own and isinstance(inner.param_groups, tuple):
+        raise TypeError(
+            "param_groups is a tuple, to which no group can be added: write "
+            "opt.param_groups = list(opt.param_groups) first"
+        )
+    if "params" not in param_group:
+        raise ValueError(
+            f"param_group lacks 'params': give it the tensors to train; it has "
+            f"{sorted(map(str, param_group))}"
+        )

@@ -1,0 +1,236 @@
+"""Position: the number of the next step, and who knows it (the host or the device).
+
+The host counts the steps that it takes. After a step that the device may have skipped, only the
+device knows the position; after a captured step, for good, since a graph's replays count on the
+device. The host then asks when a user asks, and never within a step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import Tensor
+
+from clr_optim.backends.base import Course
+from clr_optim.core import leftover
+from clr_optim.core.groups import UNCHANGED, GroupMirror, Values
+from clr_optim.core.rates import momentum_bounds
+from clr_optim.core.serving import Serving
+from clr_optim.core.settings import Settings
+from clr_optim.core.warn import callers_level
+from clr_optim.keys import STEP
+
+__all__ = ["Position"]
+
+
+def _never(_: Tensor) -> bool:
+    return False
+
+
+class Position:
+    """The position of one optimizer, in step with its groups and its device.
+
+    Each method is called by a thread that holds the optimizer's lock.
+
+    Args:
+        settings: the optimizer and its policy.
+        mirror: what we wrote into the groups.
+        serving: the backend, which counts the steps of its kernels.
+    """
+
+    def __init__(self, settings: Settings, mirror: GroupMirror, serving: Serving) -> None:
+        self._settings = settings
+        self._mirror = mirror
+        self._serving = serving
+        #: the position that the groups hold, and the kernels' count of steps at that time
+        self.counted = (0, 0)
+        #: the position whose rate a scheduler view shows as the last
+        self.shown = 0
+        self._has_warned = False
+
+    # ---- who knows it?
+
+    @property
+    def number(self) -> int:
+        """The position that we last wrote into the groups."""
+        return self.counted[0]
+
+    @property
+    def kernel_steps(self) -> int:
+        """The number of steps that the kernels have taken."""
+        fused = self._serving.fused
+        return 0 if fused is None else fused.plan.tally[1]
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether only the device knows the position."""
+        fused = self._serving.fused
+        return fused is not None and fused.uncertain
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the host knows the position, and the groups show all steps that were taken."""
+        fused = self._serving.fused
+        return fused is None or not (fused.plan.tally[1] != self.counted[1] or fused.uncertain)
+
+    def believed(self) -> int:
+        """Return the position as far as the host knows, without waiting for the device."""
+        return self._mirror.position(self.counted[0])
+
+    def ask(self) -> int:
+        """Return the position; wait for the device if only the device knows it."""
+        if self.is_certain:
+            return self.believed()
+        self.catch_up()
+        mirror, fused = self._mirror, self._serving.fused
+        position = self.believed()
+        groups = self._settings.optimizer.param_groups
+        # Groups that were loaded into the wrapped optimizer hold a position of their own.
+        if fused is None or not fused.uncertain or position != self.number:
+            return position
+        if not mirror.are_ours(groups):
+            return position
+        position = fused.position()
+        if position != self.number or any(map(self._serving.is_kept, groups)):
+            mirror.adopt()
+            # Bounds that other code wrote are still news to the device, and an older graph does
+            # not keep the rate of a group that was added.
+            self._write(position, is_told=True)
+        return position
+
+    # ---- what other code wrote
+
+    def settle(self, position: int | None = None) -> int:
+        """Take over the position, bounds and groups that other code wrote; return the position.
+
+        Args:
+            position: the position; ``None`` asks the device, if only the device knows.
+        """
+        if position is None:
+            position = self.ask()
+        if position == self.number and self._mirror.is_settled():
+            return position
+        optimizer = self._settings.optimizer
+        for group in optimizer.param_groups:
+            if STEP not in group:
+                leftover.note_group(optimizer, group)
+        leftover.forget_removed_groups(optimizer)
+        self._mirror.adopt()
+        if position == self.number:
+            position = self.ask()  # other code has changed the groups and not the device
+        self._write(position)
+        return position
+
+    def overrule(self) -> None:
+        """Take over what other code may decide, and replace each ``lr`` that it wrote.
+
+        The first replaced rate warns.
+        """
+        self.settle(self.believed())
+        changes = self._mirror.changes(self.counted[0])
+        if changes is UNCHANGED:
+            return
+        written = self._mirror.overrule(changes)
+        if written and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "lr was written from outside in parameter group "
+                + ", ".join(f"{i} ({lr:g})" for i, lr in written.items())
+                + f"; the policy {self._settings.schedule.name!r} decides instead, here and from "
+                "now on. Remove the other scheduler, or change course with set_bounds or "
+                "set_iteration.",
+                UserWarning,
+                stacklevel=callers_level(),
+            )
+        self.follow(self.counted[0])
+
+    # ---- where to
+
+    def go_to(self, position: int) -> None:
+        """Go to a step that does not follow the last one."""
+        self._write(position)
+        self.shown = position
+
+    def follow(self, position: int) -> None:
+        """Go to a step that the device reaches by itself."""
+        self._mirror.write(position, self._serving.is_driven)
+        self.counted = (position, self.kernel_steps)
+
+    def reach(self, position: int) -> None:
+        """Go to the step that follows torch's own step, of which the device has not heard."""
+        if self._serving.fused is None:
+            self.follow(position)
+        else:
+            self._write(position)
+
+    def _write(self, position: int, *, is_told: bool = False) -> None:
+        """Write a position into the groups, and send it to the device.
+
+        Args:
+            position: the position.
+            is_told: whether the device itself has told the position.
+        """
+        self._mirror.write(position, _never)
+        self.counted = (position, self.kernel_steps)
+        fused = self._serving.fused
+        if fused is not None and fused.uncertain:
+            fused.move_to(self.course(), there=is_told)
+
+    def look_ahead(self) -> Values:
+        """Return what the groups will hold after the next step."""
+        return self._mirror.look_ahead(self.counted[0] + 1)
+
+    def advance(self, before: tuple[int, int], values: Values, steps: int) -> None:
+        """Go on by one step in groups that other code has not touched.
+
+        Args:
+            before: :attr:`counted` before the step.
+            values: what :meth:`look_ahead` returned before the step.
+            steps: the kernels' count of steps.
+        """
+        self._mirror.advance(values)
+        # A signal handler may have gone elsewhere before this line, and cannot within it.
+        counted = (values.position, steps)
+        self.counted = counted if self.counted is before else self.counted
+        if self.counted is not counted:
+            self._write(self.counted[0])
+
+    def catch_up(self) -> None:
+        """Write the steps into the groups that the kernels have taken.
+
+        The kernels are ahead of the groups after an exception between the two, and while a signal
+        handler asks or saves there.
+        """
+        position, steps = self.counted
+        position += self.kernel_steps - steps
+        fused = self._serving.fused
+        if fused is not None and position != self.counted[0]:
+            fused.plan.commit_if_called()
+            self.follow(position)
+
+    def rewrite(self) -> None:
+        """Write the same position into groups that have changed."""
+        self._write(self.counted[0])
+
+    def course(self) -> Course:
+        """Return what the backend needs to know of the next step."""
+        records = self._mirror.records
+        groups: list[dict[str, Any]] = self._settings.optimizer.param_groups
+        momenta = None
+        if self._settings.cycle_momentum:
+            momenta = [momentum_bounds(group) for group in groups[: len(records)]]
+        kept = [
+            (i, record.lr)
+            for i, record in enumerate(records)
+            # After a group has become capturable, its rate is a float for one more step.
+            if isinstance(record.lr, Tensor) and self._serving.is_kept(groups[i])
+        ]
+        return Course(
+            self.counted[0],
+            [record.rate for record in records],
+            [record.bounds for record in records],
+            momenta,
+            kept,
+            True,
+        )

@@ -1,0 +1,247 @@
+"""Read the position, bounds and rates that other code, a checkpoint or a wrapper left in groups."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from clr_optim.checks import as_position, check_bounds, check_number, item, shown
+from clr_optim.keys import BASE, MAX, SCHEDULE, STEP
+from clr_optim.schedule import Schedule
+
+__all__ = [
+    "BASE_FRACTION",
+    "are_close",
+    "edited_rates",
+    "found_bounds",
+    "initial_bounds",
+    "is_rate",
+    "policy_name",
+    "read_position",
+    "written_position",
+    "written_rates",
+]
+
+#: The paper's guideline for the lower bound: a third or a quarter of the upper bound.
+BASE_FRACTION = 4.0
+
+
+def read_position(groups: Sequence[Mapping[str, Any]], name: str) -> tuple[int, bool]:
+    """Return ``(position, whether any group holds one)``.
+
+    Raises:
+        ValueError: if the groups disagree, or if a group names no policy.
+    """
+    steps = {
+        i: as_position(group[STEP], f"{name}[{i}][{STEP!r}]")
+        for i, group in enumerate(groups)
+        if STEP in group
+    }
+    known: set[str] = set()
+    for i, group in enumerate(groups):
+        if SCHEDULE in group:
+            text = group[SCHEDULE]
+            if not isinstance(text, str) or text not in known:
+                policy_name(text, f"{name}[{i}][{SCHEDULE!r}]")
+                known.add(text)
+    if len(set(steps.values())) > 1:
+        raise ValueError(
+            f"{name} disagree on {STEP}: {steps} by group; all groups share one position, "
+            "so set them all to it"
+        )
+    return (next(iter(steps.values())), True) if steps else (0, False)
+
+
+def written_position(
+    groups: Sequence[Mapping[str, Any]], believed: int, ours: Iterable[Mapping[str, Any]]
+) -> int | None:
+    """Return the position that groups hold, or ``None`` if no group holds one.
+
+    A position other than the believed one was written by other code, and counts. A sharded restore
+    writes into our groups, or replaces all of them. A group that was taken out for a while, or
+    copied earlier, shows an old position beside our groups, and does not count.
+
+    Args:
+        groups: the groups.
+        believed: the position that we last wrote.
+        ours: the groups into which we wrote it.
+    """
+    is_written = False
+    known: set[int] | None = None
+    for group in groups:
+        step = group.get(STEP)
+        if step is None:
+            continue
+        is_written = True
+        if type(step) is int and step == believed:
+            continue
+        if known is None:
+            known = set(map(id, ours))
+            known = known if any(id(each) in known for each in groups) else set()
+        if not known or id(group) in known:
+            position = as_position(step, f"param_groups: {STEP}")
+            if position != believed:
+                return position
+    return believed if is_written else None
+
+
+def policy_name(saved: object, where: str) -> str:
+    """Return the name in a policy that a checkpoint holds, whatever version wrote the policy."""
+    try:
+        name = json.loads(cast("str", saved))["name"]
+    except (TypeError, ValueError, LookupError, RecursionError):
+        name = None
+    if not isinstance(saved, str) or not isinstance(name, str):
+        raise ValueError(
+            f"{where} must be a policy as Schedule.to_json() writes it, got {shown(saved)}: "
+            "delete that key from the groups to load the rest"
+        )
+    return name
+
+
+# ---- bounds
+
+
+def initial_bounds(
+    group: Mapping[str, Any], where: str, base_lr: float | None = None, max_lr: float | None = None
+) -> tuple[float, float]:
+    """Return a group's bounds: the given ones, else those in its keys, else from its own ``lr``."""
+    if max_lr is None:
+        # The keys come first: a rate in mid-cycle is not the rate that the user chose.
+        name = MAX if MAX in group else "lr"
+        remembered = group[name]
+        if isinstance(remembered, Tensor):
+            remembered = remembered.item()
+        max_lr = check_number(f"{name}{where}", remembered)
+    if base_lr is None:
+        base_lr = max_lr / BASE_FRACTION
+        # The base_lr in the keys belongs to the max_lr in the keys.
+        if BASE in group:
+            remembered = check_number(f"{BASE}{where}", group[BASE])
+            if remembered <= max_lr and max_lr == group.get(MAX, max_lr):
+                base_lr = remembered
+    check_bounds(base_lr, max_lr, where)
+    return base_lr, max_lr
+
+
+def found_bounds(
+    groups: Sequence[Mapping[str, Any]], known: Sequence[tuple[float, float]]
+) -> list[tuple[float, float]]:
+    """Return each group's bounds: those in its keys, else those in its place, else from ``lr``.
+
+    Args:
+        groups: the groups.
+        known: the bounds by place.
+    """
+    return [
+        _written_bounds(group, i)
+        if BASE in group and MAX in group
+        else (known[i] if i < len(known) else initial_bounds(group, f" in group {i}"))
+        for i, group in enumerate(groups)
+    ]
+
+
+def _written_bounds(group: Mapping[str, Any], index: int) -> tuple[float, float]:
+    """Return the bounds in a group's keys, which other code may have written."""
+    base, top = group[BASE], group[MAX]
+    if type(base) is not float or type(top) is not float or not 0.0 <= base <= top < math.inf:
+        where = f" in parameter group {index}"
+        base, top = check_number(BASE + where, base), check_number(MAX + where, top)
+        check_bounds(base, top, where)
+    return base, top
+
+
+def are_close(one: float, other: float) -> bool:
+    """Return whether two bounds are equal up to the rounding of a file format."""
+    return one == other or math.isclose(one, other, rel_tol=1e-6)
+
+
+# ---- rates
+
+
+def written_rates(
+    groups: Sequence[Mapping[str, Any]], schedule: Schedule
+) -> Iterator[float | None]:
+    """Yield the rate of each group's own position, bounds and policy; ``None`` if one is unknown.
+
+    Args:
+        groups: groups, or our keys of each.
+        schedule: the policy of the groups that name it.
+    """
+    policies: dict[object, Schedule | None] = {schedule.to_json(): schedule}
+    rates: dict[object, float | None] = {}
+    for group in groups:
+        if any(key not in group for key in (STEP, BASE, MAX, SCHEDULE)):
+            yield None
+            continue
+        text, step = group[SCHEDULE], group[STEP]
+        course = (group[BASE], group[MAX], step, text)
+        try:
+            if course not in rates:
+                if text not in policies:
+                    policies[text] = _schedule_of(text)
+                policy, position = policies[text], as_position(step, STEP)
+                rates[course] = None if policy is None else policy.rates(position, [course[:2]])[0]
+            yield rates[course]
+        except (ArithmeticError, LookupError, TypeError, ValueError):
+            yield None
+
+
+def _schedule_of(text: str) -> Schedule | None:
+    """Return the schedule in a checkpoint, or ``None`` if this version cannot read it."""
+    try:
+        return Schedule.from_json(text)
+    except (ArithmeticError, LookupError, TypeError, ValueError):
+        return None
+
+
+def is_rate(lr: object, rate: float) -> bool:
+    """Return whether ``lr`` is a rate, up to the rounding of its own type."""
+    error, smallest = 1e-5, 1e-30
+    if isinstance(lr, Tensor):
+        kind = torch.finfo(lr.dtype)
+        rate = min(rate, kind.max)
+        error, smallest = max(error, 4 * kind.eps), kind.smallest_normal * kind.eps
+    try:
+        return math.isclose(float(cast("float", lr)), rate, rel_tol=error, abs_tol=smallest)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
+
+
+def edited_rates(
+    groups: Sequence[Mapping[str, Any]], schedule: Schedule, lrs: Sequence[object] | None = None
+) -> str | None:
+    """Return a warning if an ``lr`` of a checkpoint is not the rate of its position and bounds.
+
+    Args:
+        groups: the checkpoint's groups, or our keys of each.
+        schedule: the policy of the optimizer that has loaded the checkpoint.
+        lrs: the checkpoint's rates, if the groups lack them.
+    """
+    lrs = [group["lr"] for group in groups] if lrs is None else lrs
+    edited = [
+        f"{i} ({_number_shown(lr)} instead of {rate:g})"
+        for i, (lr, rate) in enumerate(zip(lrs, written_rates(groups, schedule), strict=False))
+        if rate is not None and lr is not None and not is_rate(lr, rate)
+    ]
+    if not edited:
+        return None
+    remedy = "set_bounds(base_lr=..., max_lr=...) after loading"
+    if schedule.has_bounds:
+        remedy = "the constructor with another policy: set_bounds cannot change this one's bounds"
+    return (
+        f"the checkpoint's lr is not the rate of its own position, bounds and policy in parameter "
+        f"group {', '.join(edited)}; the policy {schedule.name!r} decides instead. To train at "
+        f"other rates, call {remedy}."
+    )
+
+
+def _number_shown(lr: object) -> str:
+    number = item(lr)
+    return f"{number:g}" if isinstance(number, numbers.Real) else shown(number)

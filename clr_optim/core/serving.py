@@ -1,0 +1,152 @@
+"""Serving: which backend updates the parameters, and why."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from clr_optim import backends
+from clr_optim.backends.base import FusedBackend
+from clr_optim.backends.native import BuildError, NativeBackend, rule_for
+from clr_optim.core.settings import Settings
+from clr_optim.core.warn import callers_level
+from clr_optim.eligible import classify
+from clr_optim.rules import class_name
+
+__all__ = ["Serving", "parameters_of"]
+
+
+def parameters_of(optimizer: Any) -> Iterator[Tensor]:
+    """Yield the parameters of all groups."""
+    return (p for group in optimizer.param_groups for p in group["params"])
+
+
+class Serving:
+    """The backend of one optimizer, compiled at the first step.
+
+    Args:
+        settings: the optimizer and its policy.
+        chosen: the backend's name, and why it was chosen.
+    """
+
+    def __init__(self, settings: Settings, chosen: tuple[str, str]) -> None:
+        self._settings = settings
+        #: the backend's name, and the reason for it
+        self.name, self.reason = chosen
+        #: the backend that updates parameters, once one was needed; None if torch's own step does
+        self.fused: FusedBackend | None = None
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether the device counts the steps and keeps rates, norms and step counters."""
+        return self.name == "triton"
+
+    def is_kept(self, group: Mapping[str, Any]) -> bool:
+        """Return whether the device keeps a group's ``lr``, a tensor then, current."""
+        if not group.get("capturable") or not self.is_on_device or self._settings.has_scale_fn:
+            return False
+        lr = group["lr"]
+        if not isinstance(lr, Tensor):
+            return bool(group["params"])
+        device = backends.plan_device(self.name, self._settings.optimizer)
+        return lr.device.type == device and lr.dtype in (torch.float32, torch.float64)
+
+    def is_driven(self, lr: Tensor) -> bool:
+        """Return whether the last step has already written the next rate into a tensor."""
+        return self.fused is not None and self.fused.keeps(lr)
+
+    def make(self, lock: threading.RLock) -> FusedBackend | None:
+        """Return the fused backend, compiled at the first call; None if torch's own step serves.
+
+        Args:
+            lock: the lock that the thread of a step holds.
+        """
+        if self.fused is None and self.name != "torch":
+            with lock:
+                self._make(lock)
+        return self.fused
+
+    def _make(self, lock: threading.RLock) -> None:
+        optimizer, name = self._settings.optimizer, self.name
+        if self.fused is not None:
+            return  # another thread was faster
+        rule = rule_for(optimizer)
+        if isinstance(rule, str):
+            return
+        devices = backends.devices(name)
+        if not any(p.device.type in devices for p in parameters_of(optimizer)):
+            return
+        asked = self._settings.backend
+        try:
+            if name == "triton":
+                from clr_optim.backends.triton import TritonBackend, try_out
+
+                device = backends.plan_device(name, optimizer)
+                if asked == "auto" and not backends.is_capturing():
+                    # The user has not asked for Triton, which may be unable to compile here.
+                    params = parameters_of(optimizer)
+                    try_out(next(p.device for p in params if p.device.type == device))
+                self.fused = TritonBackend(optimizer, rule, self._settings.schedule, device, lock)
+            else:
+                self.fused = NativeBackend(optimizer, rule, lock)
+        except BuildError as error:
+            if asked != "auto":
+                raise
+            self.name = "torch"
+            self.reason = f"the fused kernels cannot be compiled: {error}"
+            _warn_no_kernels(error)
+
+    def explain(self) -> str:
+        """Return a line for each backend and reason: which parameters it serves, and why."""
+        optimizer, name, reason = self._settings.optimizer, self.name, self.reason
+        rule = rule_for(optimizer)
+        if name != "torch" and not isinstance(rule, str):
+            device = backends.plan_device(name, optimizer)
+            classes = classify(optimizer, rule, device, capturable=self.is_on_device)
+            # Only a step finds shared memory and state that no kernel takes.
+            fused = self.fused
+            found = {} if fused is None else {id(p): why for p, why in fused.plan.rest}
+            served: dict[tuple[str, str], list[Tensor]] = {}
+            for why, params in classes.items():
+                for param in params:
+                    known = why or found.get(id(param))
+                    by = ("torch", known) if known else (name, reason)
+                    served.setdefault(by, []).append(param)
+        else:
+            served = {(name, reason): list(parameters_of(optimizer))}
+        of_class = class_name(type(optimizer))
+        return "\n".join(
+            f"{by}: {len(params)} parameter tensors, {_values_in(params)}, {of_class}: {why}"
+            for (by, why), params in served.items()
+        )
+
+
+def _values_in(params: Iterable[Tensor]) -> str:
+    """Return the number of values in words; a lazy module's parameters have none yet."""
+    params = list(params)
+    ready = [p for p in params if not is_lazy(p)]
+    text = f"{sum(p.numel() for p in ready):,} values"
+    lazy = len(params) - len(ready)
+    return f"{text} ({lazy} uninitialized until the model's first forward)" if lazy else text
+
+
+_warned_no_kernels = False
+
+
+def _warn_no_kernels(error: BuildError) -> None:
+    """Warn once per process that steps are slower than they could be."""
+    global _warned_no_kernels
+    if not _warned_no_kernels:
+        _warned_no_kernels = True
+        warnings.warn(
+            f"the fused kernels cannot be compiled, so each wrapped optimizer's own step runs, "
+            f"more slowly and otherwise the same: {error}",
+            RuntimeWarning,
+            stacklevel=callers_level(),
+        )

@@ -1,0 +1,76 @@
+"""Shared: what all copies of a wrapper's attributes have in common, and the lock around it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from torch import Tensor
+
+from clr_optim.core.groups import GroupMirror
+from clr_optim.core.position import Position
+from clr_optim.core.serving import Serving
+from clr_optim.core.settings import Settings
+
+__all__ = ["Shared", "alone"]
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+class Shared:
+    """The objects of one optimizer that change from step to step.
+
+    Frameworks copy a wrapper's ``__dict__`` (Lightning does); the copies share this object.
+
+    Args:
+        settings: the optimizer and its policy.
+        chosen: the backend's name, and why it was chosen.
+    """
+
+    def __init__(self, settings: Settings, chosen: tuple[str, str]) -> None:
+        #: held by the thread that steps the optimizer, changes its course or copies its state
+        self.lock = threading.RLock()
+        self.settings = settings
+        self.serving = Serving(settings, chosen)
+        self.mirror = GroupMirror(settings, self.serving.is_kept)
+        self.position = Position(settings, self.mirror, self.serving)
+        #: bounds by the constructor's arguments; ``None`` stands for the default base_lr
+        self.given: list[tuple[float | None, float]] = []
+        #: global gradient norm before clipping, of the last step
+        self.grad_norm: Tensor | None = None
+        _alive.add(self)
+
+
+# A forked process has a copy of each lock, perhaps held by a thread that the process lacks.
+_alive: weakref.WeakSet[Shared] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    for shared in list(_alive):
+        shared.lock = threading.RLock()
+        if shared.serving.fused is not None:
+            shared.serving.fused.plan.after_fork(shared.lock)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
+
+
+def alone(
+    method: Callable[Concatenate[Any, _Arguments], _Result],
+) -> Callable[Concatenate[Any, _Arguments], _Result]:
+    """Make a method of a wrapper hold the lock, so that no other thread steps meanwhile."""
+
+    @functools.wraps(method)
+    def with_lock(self: Any, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        shared = self._shared
+        with shared.lock:
+            shared.position.catch_up()
+            return method(self, *args, **kwargs)
+
+    return with_lock

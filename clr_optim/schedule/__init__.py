@@ -1,0 +1,57 @@
+"""Learning rate and momentum as pure functions of the integer step.
+
+Functions such as :func:`triangular` return a :class:`Schedule`, which is a sequence of
+:class:`Phase` objects. One formula serves all phases: :class:`Phase` states it.
+
+Steps are exact integers, so that step 10**12 is as exact as step 10.
+
+Source: L. N. Smith, *Cyclical Learning Rates for Training Neural Networks*, arXiv 1506.01186. The
+arguments have the names of :class:`torch.optim.lr_scheduler.CyclicLR`.
+"""
+
+from clr_optim.schedule import phase, policies
+from clr_optim.schedule.phase import SCALE_MODES as SCALE_MODES
+from clr_optim.schedule.phase import Phase
+from clr_optim.schedule.phase import ScaleFn as ScaleFn
+from clr_optim.schedule.policies import (
+    decay,
+    exp,
+    exp_range,
+    exp_range_bounds,
+    fixed,
+    one_cycle,
+    ramp,
+    sequence,
+    triangular,
+    triangular2,
+    warm_restarts,
+)
+from clr_optim.schedule.schedule import Schedule
+from clr_optim.schedule.schedule import check_growth as check_growth
+from clr_optim.schedule.store import describe_callable as describe_callable
+
+__all__ = [
+    "POLICIES",
+    "WINDOWS",
+    "Phase",
+    "Schedule",
+    "decay",
+    "exp",
+    "exp_range",
+    "exp_range_bounds",
+    "fixed",
+    "one_cycle",
+    "ramp",
+    "sequence",
+    "triangular",
+    "triangular2",
+    "warm_restarts",
+]
+
+# The API reference reads the descriptions of constants here.
+
+#: The policies that an optimizer takes by name: name to function.
+POLICIES = policies.POLICIES
+
+#: The windows of cycles: ``"triangle"``, ``"welch"`` (parabolic) and ``"hann"`` (sinusoidal).
+WINDOWS = phase.WINDOWS

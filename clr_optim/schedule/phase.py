@@ -1,0 +1,334 @@
+"""The formula of the learning rate: :class:`Phase` states the formula, :func:`rates` computes it.
+
+Steps are exact integers. The position in a cycle is an integer modulo, never a sum, so that step
+10**12 is as exact as step 10.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clr_optim.checks import (
+    check_bool,
+    check_bounds,
+    check_choice,
+    check_int,
+    check_number,
+    values_of,
+)
+from clr_optim.schedule.steps import check_step
+
+#: The windows of cycles. A phase may also have ``"constant"`` (w = 1), which has no cycle.
+WINDOWS = ("triangle", "welch", "hann")
+
+#: What ``scale_fn`` is called with: the number of the cycle, or of the step.
+SCALE_MODES = ("cycle", "iterations")
+
+ScaleFn = Callable[[float], float]
+
+#: The ends of a phase, as multiples of ``base_lr`` and ``max_lr``.
+TOP, BOTTOM = (0.0, 1.0), (1.0, 0.0)
+
+# Rates are finite: an infinite rate times a gradient of 0 would write NaN into the weights.
+LARGEST = sys.float_info.max
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A part of a schedule, with one window, one cycle length and one decay.
+
+    At step ``t``, counted from the start of the phase, the learning rate is::
+
+        lr(t) = b(t)·lower + a(t)·(upper − lower)·w(x(t))
+
+    - ``lower`` and ``upper`` are the group's ``base_lr`` and ``max_lr``, unless the arguments of
+      these names say otherwise.
+    - ``x(t)``, from 0 to 1, is the position in the cycle. The position rises for ``step_size_up``
+      steps and falls for ``step_size_down`` steps.
+    - ``w`` is the window, the form of the rise.
+    - ``a(t) = cycle_gamma^cycle · gamma^t`` is the decay of the amplitude.
+    - ``b(t) = base_gamma^t`` is the decay of the lower end.
+
+    Args:
+        step_size_up: steps of the rising half of a cycle, an integer >= 0.
+        step_size_down: steps of the falling half; ``None`` is ``step_size_up``. At least one half
+            has a step, except with ``window="constant"``, which has no cycle.
+        window: ``"triangle"``, ``"welch"`` (parabolic), ``"hann"`` (sinusoidal) or ``"constant"``.
+        steps: the length of the phase; ``None``, in the last phase only, is without end.
+        gamma: factor of the amplitude per step, in (0, 1].
+        cycle_gamma: factor of the amplitude per cycle, in (0, 1].
+        base_gamma: factor of the lower end per step, above 0. A factor above 1 needs ``steps``, and
+            an optimizer refuses the phase if ``base_gamma**steps`` is not a finite number.
+        base_lr, max_lr: bounds of the phase, both or neither; neither takes each group's bounds.
+        lower, upper: the ends of the rate. Each is a pair of factors, of ``base_lr`` and of
+            ``max_lr``, whose products are summed: ``(1, 0)`` is ``base_lr``, ``(0, 1)`` is
+            ``max_lr``.
+        cycle_momentum: whether momentum cycles in this phase, if the optimizer cycles momentum;
+            otherwise momentum stays at its maximum.
+        scale_fn, scale_mode: as in :class:`torch.optim.lr_scheduler.CyclicLR`. The amplitude is
+            multiplied by ``scale_fn(cycle)``, with cycles counted from 1, or by ``scale_fn(step)``
+            for ``scale_mode="iterations"``. With ``window="constant"``, use ``"iterations"``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what would be right.
+
+    Example:
+        Up for two steps, down for four:
+
+        >>> phase = Phase(step_size_up=2, step_size_down=4, gamma=0.5)
+        >>> phase.period, phase.position(1), phase.position(3), phase.amplitude(3)
+        (6, 0.5, 0.75, 0.125)
+        >>> from clr_optim.schedule import Schedule
+        >>> Schedule("mine", [phase])([0, 1, 2], base_lr=0.0, max_lr=1.0).tolist()
+        [0.0, 0.25, 0.25]
+    """
+
+    __module__ = "clr_optim.schedule"  # pickles name the public module
+
+    step_size_up: int = 0
+    step_size_down: int | None = None
+    window: str = "triangle"
+    steps: int | None = None
+    gamma: float = 1.0
+    cycle_gamma: float = 1.0
+    base_gamma: float = 1.0
+    base_lr: float | None = None
+    max_lr: float | None = None
+    lower: tuple[float, float] = BOTTOM
+    upper: tuple[float, float] = TOP
+    cycle_momentum: bool = True
+    scale_fn: ScaleFn | None = None
+    scale_mode: str = "cycle"
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        put("step_size_up", check_int("step_size_up", self.step_size_up, minimum=0))
+        down = self.step_size_up if self.step_size_down is None else self.step_size_down
+        put("step_size_down", check_int("step_size_down", down, minimum=0))
+        check_choice("window", self.window, (*WINDOWS, "constant"))
+        if (self.period == 0) != (self.window == "constant"):
+            raise ValueError(
+                f"step_size_up={self.step_size_up} and step_size_down={self.step_size_down} do not "
+                f"go with window={self.window!r}: a cycle needs at least one step up or down, "
+                "and window='constant' has no cycle"
+            )
+        if self.steps is not None:
+            put("steps", check_int("steps", self.steps, minimum=1))
+        for name in ("gamma", "cycle_gamma", "base_gamma"):
+            # The lower end may rise in a phase that ends. In an endless phase it would overflow.
+            rises = name == "base_gamma" and self.steps is not None
+            top = math.inf if rises else 1.0
+            put(name, check_number(name, getattr(self, name), open_minimum=True, maximum=top))
+        if (self.base_lr is None) != (self.max_lr is None):
+            raise ValueError(
+                f"base_lr={self.base_lr!r} and max_lr={self.max_lr!r}: a phase has both bounds of "
+                "its own or neither"
+            )
+        if self.base_lr is not None and self.max_lr is not None:
+            put("base_lr", check_number("base_lr", self.base_lr))
+            put("max_lr", check_number("max_lr", self.max_lr))
+            check_bounds(self.base_lr, self.max_lr)
+        put("lower", _check_end("lower", self.lower))
+        put("upper", _check_end("upper", self.upper))
+        put("cycle_momentum", check_bool("cycle_momentum", self.cycle_momentum))
+        if self.scale_fn is not None and not callable(self.scale_fn):
+            raise TypeError(f"scale_fn must be a callable of one number, got {self.scale_fn!r}")
+        check_choice("scale_mode", self.scale_mode, SCALE_MODES)
+        if self.scale_fn is not None and self.window == "constant" and self.scale_mode == "cycle":
+            raise ValueError(
+                f"scale_fn={self.scale_fn!r} with scale_mode='cycle' scales the amplitude of a "
+                "cycle, and a phase with window='constant' has none: use scale_mode='iterations'"
+            )
+
+    @functools.cached_property
+    def period(self) -> int:
+        """Steps of one cycle; 0 in a phase without cycles."""
+        down = self.step_size_up if self.step_size_down is None else self.step_size_down
+        return self.step_size_up + down
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether the phase has its own bounds, so that it ignores the bounds of groups."""
+        return self.base_lr is not None
+
+    def position(self, step: int) -> float:
+        """Return the position in the cycle: 0 at both ends, 1 at the top and without a cycle.
+
+        Args:
+            step: an integer >= 0, counted from the start of the phase.
+
+        Returns:
+            x(step), in [0, 1].
+
+        Raises:
+            TypeError, ValueError: naming the argument, its value and what would be right.
+        """
+        period = self.period
+        if period == 0:
+            return 1.0
+        offset, up = check_step(step) % period, self.step_size_up
+        return offset / up if offset < up else (period - offset) / (period - up)
+
+    def amplitude(self, step: int) -> float:
+        """Return the decay of the amplitude: 1 at step 0.
+
+        Args:
+            step: an integer >= 0, counted from the start of the phase.
+
+        Returns:
+            a(step), or the value that ``scale_fn`` returns.
+
+        Raises:
+            TypeError, ValueError: if ``scale_fn`` does not return a finite number.
+        """
+        step = check_step(step)
+        if self.scale_fn is not None:
+            x = step // self.period + 1 if self.scale_mode == "cycle" else step
+            # The value goes into the weights: refuse None and NaN.
+            return check_number(f"scale_fn({x})", self.scale_fn(x), minimum=-math.inf)
+        scale = _power(self.gamma, step)
+        if self.cycle_gamma != 1.0:
+            scale *= _power(self.cycle_gamma, step // self.period if self.period else 0)
+        return scale
+
+    def ends(self, base_lr: float, max_lr: float) -> tuple[float, float]:
+        """Return the ends of the rate for a group.
+
+        Args:
+            base_lr, max_lr: the bounds of the group; a phase with its own bounds ignores them.
+
+        Returns:
+            ``(lower, upper)`` of the formula.
+
+        Raises:
+            TypeError, ValueError: naming the argument, its value and what would be right.
+
+        Example:
+            >>> Phase(step_size_up=1, upper=(0.0, 0.5)).ends(0.1, 0.8)
+            (0.1, 0.4)
+        """
+        if self.base_lr is not None and self.max_lr is not None:
+            base_lr, max_lr = self.base_lr, self.max_lr
+        (lower_base, lower_max), (upper_base, upper_max) = self.lower, self.upper
+        try:
+            return (
+                lower_base * base_lr + lower_max * max_lr,
+                upper_base * base_lr + upper_max * max_lr,
+            )
+        except (TypeError, OverflowError):
+            check_number("base_lr", base_lr)
+            check_number("max_lr", max_lr)
+            raise
+
+    def shape(self, step: int) -> tuple[float, float, float]:
+        """Return the parts of the formula that do not depend on the bounds.
+
+        Args:
+            step: an integer >= 0, counted from the start of the phase.
+
+        Returns:
+            ``(b, w, a)``, the decay of the lower end, the window, the decay of the amplitude.
+
+        Example:
+            >>> Phase(step_size_up=2, gamma=0.5).shape(1)
+            (1.0, 0.5, 0.5)
+        """
+        return (
+            _power(self.base_gamma, step),
+            window_value(self.window, self.position(step)),
+            self.amplitude(step),
+        )
+
+
+# doctest finds a class by its __module__, which is the public module.
+__test__ = {"Phase": Phase}
+
+
+def rates(phase: Phase, step: int, bounds: Sequence[tuple[float, float]]) -> list[float]:
+    """Return the learning rate of each group at a step of a phase, by the formula of Phase."""
+    b, w, a = phase.shape(step)
+    rates = []
+    try:
+        for base_lr, max_lr in bounds:
+            lower, upper = phase.ends(base_lr, max_lr)
+            rate = b * lower + (upper - lower) * w * a
+            if not -LARGEST <= rate <= LARGEST:
+                check_number("base_lr", base_lr, minimum=-math.inf)
+                check_number("max_lr", max_lr, minimum=-math.inf)
+                lower, upper = _clamp(lower), _clamp(upper)
+                rate = _clamp(_clamp(b * lower) + _clamp((upper - lower) * w * a))
+            rates.append(rate)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _not_pairs("(base_lr, max_lr)", bounds, error) from error
+    return rates
+
+
+def momenta(phase: Phase, step: int, bounds: Sequence[tuple[float, float]]) -> list[float]:
+    """Return the momentum of each group at a step of a phase: it falls as the rate rises."""
+    _, w, a = phase.shape(step) if phase.cycle_momentum else (0.0, 0.0, 0.0)
+    try:
+        return [high - (high - low) * w * a for low, high in bounds]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _not_pairs("(base_momentum, max_momentum)", bounds, error) from error
+
+
+def hold(at: tuple[float, float] = TOP, **settings: Any) -> Phase:
+    """Return a phase of constant rate, at these multiples of ``base_lr`` and ``max_lr``."""
+    return Phase(window="constant", lower=at, upper=at, cycle_momentum=False, **settings)
+
+
+def window_value(window: str, x: float) -> float:
+    """Return w(x) for a position x in [0, 1]."""
+    if window == "triangle":
+        return x
+    if window == "welch":
+        return x * (2.0 - x)
+    if window == "hann":
+        # Equal to (1 − cos(πx))/2, without cancellation near x = 0.
+        return math.sin(0.5 * math.pi * x) ** 2
+    return 1.0
+
+
+def overflows(phase: Phase) -> bool:
+    """Return whether the lower end of a phase grows beyond the largest float before it is over."""
+    return phase.steps is not None and _power(phase.base_gamma, phase.steps - 1) == LARGEST
+
+
+def _power(gamma: float, exponent: int) -> float:
+    """Return gamma^exponent as 2^(exponent·log2(gamma)), at most the largest float.
+
+    Infinity would not do: a lower end of 0 times the power must be 0.
+    """
+    if gamma == 1.0 or exponent == 0:
+        return 1.0
+    try:
+        power = exponent * math.log2(gamma)
+    except OverflowError:  # an exponent that no float can hold
+        power = -math.inf if gamma < 1.0 else math.inf
+    return 2.0**power if power < 1024.0 else LARGEST
+
+
+def _clamp(value: float) -> float:
+    """Return the value, or the largest float of its sign if the value is infinite."""
+    return max(-LARGEST, min(value, LARGEST))
+
+
+def _check_end(name: str, value: object) -> tuple[float, float]:
+    """Return an end of a phase as two factors."""
+    factors = values_of(value)
+    if factors is None or len(factors) != 2:
+        raise TypeError(
+            f"{name} must be a pair (multiple of base_lr, multiple of max_lr), got {value!r}"
+        )
+    return (check_number(f"{name}[0]", factors[0]), check_number(f"{name}[1]", factors[1]))
+
+
+def _not_pairs(pair: str, bounds: object, error: Exception) -> TypeError:
+    return TypeError(f"bounds must be a list of pairs {pair} of numbers, got {bounds!r} ({error})")
