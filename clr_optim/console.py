@@ -1,4 +1,4 @@
-"""Standard output and error as terminals have them: of any encoding, closed, or missing."""
+"""Print to any standard output and error: of any encoding, closed, or missing."""
 
 from __future__ import annotations
 
@@ -11,56 +11,62 @@ from collections.abc import Iterator
 
 __all__ = ["printing", "show_progress", "shows_progress"]
 
-# For terminals that lack a sign; any other sign is shown by its number.
+# Replacements for signs that an encoding lacks. Other signs are shown by their number.
 _PLAIN = {
     "±": "+-", "×": "x", "·": "*", "−": "-", "–": "-", "—": "-", "µ": "u", "…": "...",
     "²": "^2", "→": "->", "≤": "<=", "≥": ">=", "’": "'", "“": '"', "”": '"',
 }  # fmt: skip
-# How a stream is opened that raises an error for a sign that its encoding lacks.
+# Error handlers of streams that raise an error for a sign that the encoding lacks.
 _STRICT = ("strict", "surrogateescape")
 
 
-def _plainly(error: UnicodeError) -> tuple[str | bytes, int]:
+def _replace_sign(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Return the replacement of a sign that an encoding lacks, and the place to go on."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     sign = error.object[error.start]
-    if "\udc80" <= sign <= "\udcff":  # a byte of a file's name that is no text
+    if "\udc80" <= sign <= "\udcff":  # a byte of a file's name that is not text
         return bytes([ord(sign) - 0xDC00]), error.start + 1
     return _PLAIN.get(sign, ascii(sign)[1:-1]), error.start + 1
 
 
-codecs.register_error("clr_optim.plainly", _plainly)
+codecs.register_error("clr_optim.replace", _replace_sign)
 
 
 @contextlib.contextmanager
 def printing() -> Iterator[None]:
-    """Let both standard streams take every sign that is printed, and be there; then as before."""
+    """Make both standard streams accept every sign, and restore them at the end.
+
+    Closed or missing streams are replaced by ``os.devnull``.
+    """
     with contextlib.ExitStack() as after:
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
-            if stream is None or getattr(stream, "closed", False):  # pythonw, daemons
+            if stream is None or getattr(
+                stream, "closed", False
+            ):  # as under pythonw, and in daemons
                 setattr(sys, name, after.enter_context(open(os.devnull, "w", encoding="utf-8")))
                 after.callback(setattr, sys, name, stream)
             elif isinstance(stream, io.TextIOWrapper) and stream.errors in _STRICT:
                 after.callback(_reset, stream, stream.errors)
-                stream.reconfigure(errors="clr_optim.plainly")
+                stream.reconfigure(errors="clr_optim.replace")
         yield
 
 
 def _reset(stream: io.TextIOWrapper, errors: str) -> None:
-    with contextlib.suppress(ValueError):  # closed meanwhile
+    with contextlib.suppress(ValueError):  # the stream was closed meanwhile
         stream.reconfigure(errors=errors)
 
 
 def shows_progress() -> bool:
-    """Whether standard error is a terminal."""
+    """Return whether standard error is a terminal."""
     with contextlib.suppress(AttributeError, OSError, ValueError):
         return bool(sys.stderr.isatty())
     return False
 
 
 def show_progress(text: str) -> None:
-    """Write to standard error if that can be: a measurement does not end for want of a terminal."""
+    """Write to standard error, if possible. Without a terminal a measurement must go on."""
     with contextlib.suppress(AttributeError, OSError, ValueError):
         sys.stderr.write(text)
         sys.stderr.flush()

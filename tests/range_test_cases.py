@@ -1,4 +1,4 @@
-"""Models, optimizers and loaders that training leaves traces in, of every kind."""
+"""Models, optimizers and loaders with every kind of state that training changes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
-# ---- models, whose forward takes (n, 4) to (n, 3) and leaves traces
+# ---- models: forward maps (n, 4) to (n, 3) and changes state
 
 
 class Leaves(nn.Module):
-    """A layer whose output depends on how often, and with what, it was called."""
+    """A layer whose output depends on all earlier calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class ExtraState(ANumber):
 
 
 class Native:
-    """Stands for an object of C++: no one can look into it or copy it."""
+    """Stands for a C++ object: Python cannot search or copy it."""
 
     def __init__(self) -> None:
         self.lock, self.count = threading.Lock(), 0
@@ -137,7 +137,7 @@ class Slots:
 
 
 class Objects(Leaves):
-    """Some hold the model, or each other."""
+    """Objects that hold the model, or each other."""
 
     def prepare(self):
         self.meter, self.slots = Meter(parent=[self]), Slots()
@@ -166,7 +166,7 @@ class Generators(Leaves):
 
 
 class Buffers(Leaves):
-    """Buffers that change shape, stride, dtype and memory, appear and vanish."""
+    """Buffers that change shape, stride, dtype and memory, appear and disappear."""
 
     def prepare(self):
         self.register_buffer("resized", torch.ones(1))
@@ -204,7 +204,7 @@ class Buffers(Leaves):
 
 
 class Parameters(Leaves):
-    """Parameters that are turned in their memory, frozen, renamed, and hold attributes."""
+    """Parameters that change stride and requires_grad, appear, and hold attributes."""
 
     def trace(self, y):
         weight = self.layer.weight
@@ -216,7 +216,7 @@ class Parameters(Leaves):
 
 
 class HiddenModule(Leaves):
-    """A teacher that is no submodule."""
+    """A module in a list, which is no submodule."""
 
     def prepare(self):
         self.hidden = [nn.BatchNorm1d(3)]
@@ -227,7 +227,7 @@ class HiddenModule(Leaves):
 
 
 class Uncopyable(Leaves):
-    """What cannot be copied is left as it is, and does not keep the rest from being put back."""
+    """Objects without a copy stay unchanged, and the other state is put back."""
 
     def prepare(self):
         self.things = {
@@ -258,7 +258,7 @@ def hooked() -> nn.Module:
 
 
 class Recurrent(nn.Module):
-    """Its hidden state goes on from batch to batch."""
+    """Carries its hidden state from batch to batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -317,7 +317,7 @@ MODELS = {
 }  # fmt: skip
 
 
-# ---- optimizers, whose state is of every kind
+# ---- optimizers with every kind of state
 
 
 class History:
@@ -327,7 +327,7 @@ class History:
 
 
 class Opaque:
-    """Copies itself, so that no one need know what is in it."""
+    """Copies itself by __deepcopy__."""
 
     def __init__(self, count: int = 0) -> None:
         self.count = count
@@ -337,7 +337,7 @@ class Opaque:
 
 
 class Odd(torch.optim.Optimizer):
-    """Steps along a mix of the last gradients that depends on all of its state."""
+    """Steps along the mean of the last gradients, scaled by all of its state."""
 
     def __init__(self, params, lr=0.01):
         super().__init__(params, {"lr": lr, "odd": Opaque()})
@@ -385,7 +385,7 @@ class Odd(torch.optim.Optimizer):
 
 
 class Inner(torch.optim.Optimizer):
-    """Leaves all to an optimizer that it holds."""
+    """Hands its steps to an optimizer inside."""
 
     def __init__(self, params, lr=0.01):
         super().__init__(params, {"lr": lr})
@@ -442,7 +442,7 @@ class Augmented(Dataset):
 
 
 class OwnLoader:
-    """Shuffles its order in place, and has all kinds of generators."""
+    """Shuffles its order in place, and draws from two kinds of generators."""
 
     def __init__(self) -> None:
         self.order, self.epoch, self.data = np.arange(3), 0, examples()

@@ -1,4 +1,4 @@
-"""Terminals that are not UTF-8, and streams that are not there: no command loses its result."""
+"""On terminals without UTF-8, and without streams, no command loses its result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clr_optim.console import printing
 
 SHORT = ["--cycles", "1", "--epochs-per-step-size", "1", "--threads", "1"]
 SEARCH = ["range-test", "--steps", "120", "--threads", "1", "--save", "curve.csv"]
-# (command line, words of what it prints)
+# (command line, words of its output)
 COMMANDS = [
     (SEARCH, "base_lr"),
     ([*SEARCH, "--start-lr", "1e-9", "--end-lr", "1e-8"], "noise +- "),
@@ -115,7 +115,7 @@ class Broken(io.StringIO):
 
 
 class OnlyWrites:
-    """What some programs put in the place of standard error."""
+    """Some programs replace standard error by such an object."""
 
     def write(self, text):
         raise AttributeError
@@ -124,7 +124,7 @@ class OnlyWrites:
 @pytest.mark.parametrize("progress", [None, True])
 @pytest.mark.parametrize("stream", [None, Broken(), OnlyWrites(), "closed"])
 def test_the_library_needs_no_standard_error(stream, progress, monkeypatch):
-    """Neither for its progress nor for its warnings."""
+    """Progress and warnings work without it."""
     if stream == "closed":
         stream = io.StringIO()
         stream.close()
@@ -153,7 +153,7 @@ def test_a_warning_needs_no_standard_error():
     assert done.returncode == 0
 
 
-def test_signs_of_no_encoding_are_shown_by_number_and_names_as_they_are():
+def test_signs_that_an_encoding_lacks_are_shown_by_number_and_bytes_of_names_unchanged():
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
     before, sys.stdout = sys.stdout, stream
     try:

@@ -1,4 +1,4 @@
-"""When a range test ends early: losses that grow do end it, and losses that are noisy do not."""
+"""Losses that grow end a range test, and noisy losses do not."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clr_optim.range_test import RangeTest, _Divergence, lr_range_test
+from clr_optim.range_test import RangeTest, lr_range_test
+from clr_optim.range_test.divergence import Divergence
 
 
 def end_of(losses: Any, factor: float = 3.0) -> int | None:
-    """The number of the loss that ends the test."""
-    divergence = _Divergence(factor)
+    """Return the number of the loss that ends the test."""
+    divergence = Divergence(factor)
     return next((i for i, loss in enumerate(losses) if divergence.is_reached(float(loss))), None)
 
 
-# Losses of n steps that no rate drives, from a generator.
+# Random losses of n steps, which do not depend on the rate.
 NOISE = {
     "about 0": lambda g, n: 0.02 * g.standard_normal(n),
     "a little above 0": lambda g, n: 0.005 + 0.02 * g.standard_normal(n),
@@ -44,7 +45,7 @@ def test_noise_does_not_end_the_test(noise, factor):
     assert sum(end is not None for end in ends) <= 1, ends
 
 
-def test_whatever_the_noise_the_result_is_whole():
+def test_with_noise_the_result_is_complete():
     losses = iter(NOISE["periodic"](None, 60))
     model = nn.Linear(1, 1)
     result = lr_range_test(
@@ -59,7 +60,7 @@ def test_whatever_the_noise_the_result_is_whole():
 STEPS = np.arange(200.0)
 BLOWS_UP = np.where(STEPS < 100, 0.0, 0.01 * 1.3 ** (STEPS - 100))
 
-# (losses, their noise, the last step at which the test is to end)
+# (losses, their noise, the last allowed step)
 GROWTH = [
     pytest.param(2 * np.exp(-STEPS / 30) + 0.3 + 0.1 * BLOWS_UP, 0.05, 138, id="after a fall"),
     pytest.param(2 * np.exp(-STEPS / 30) + 0.3 + 0.1 * BLOWS_UP, 0.5, 141, id="noisy"),
@@ -69,7 +70,7 @@ GROWTH = [
     pytest.param(1.1**STEPS, 0.01, 18, id="from the first step on"),
     pytest.param(3.0 ** STEPS[:100], 0.01, 10, id="at once"),
     pytest.param(0.5 + 0.05 * STEPS, 0.05, 40, id="in a line"),
-    # The third loss after it tells a jump from a hard batch.
+    # Three losses are needed to tell a jump from a hard batch.
     pytest.param(np.where(STEPS < 50, 1.0, 1e6), 0.0, 52, id="a jump"),
     pytest.param(np.where(STEPS < 50, 0.0, 1.0), 0.0, 60, id="a jump from 0"),
 ]
@@ -92,7 +93,7 @@ def test_a_loss_that_is_not_finite_ends_the_test_whatever_the_factor():
     assert end_of(np.zeros(50), math.inf) is None
 
 
-# ---- advice is of use for the curve that it is given for
+# ---- advice fits the curve
 
 
 def curve(values: Any, **options: Any) -> RangeTest:
@@ -102,16 +103,16 @@ def curve(values: Any, **options: Any) -> RangeTest:
     return RangeTest(lrs, list(map(float, values)), **options)
 
 
-# (the curve, words of the advice, words that would mislead)
+# (curve, words of the advice, words that would mislead)
 ADVICE = [
     (curve(np.linspace(1, 3, 50)), "Lower start_lr", "raise end_lr"),
     (curve(np.linspace(1, 3, 50), start=0.0), "Lower end_lr", "start_lr"),
     (curve([1.0] * 50), "raise end_lr", "start_lr"),
-    (curve([1.0] * 50, interrupted=True), "Let it run to its end", "raise end_lr"),
+    (curve([1.0] * 50, interrupted=True), "let the test run to its end", "raise end_lr"),
     (curve([1.0] * 50, diverged=True), "Lower start_lr", "raise end_lr"),
     (curve([1.0, 2.0], diverged=True), "divide start_lr and end_lr by 10", "num_steps"),
     (curve([1.0, 2.0], diverged=True, start=0.0), "divide end_lr by 10", "start_lr"),
-    (curve([1.0, 2.0], interrupted=True), "let it run longer", "num_steps"),
+    (curve([1.0, 2.0], interrupted=True), "let the test run longer", "num_steps"),
     (curve([1.0, 2.0]), "raise num_steps", "end_lr"),
     (curve([1.0, 2.0], metric="validation_loss"), "validate_every", "end_lr"),
     (curve([100.0] * 50, metric="accuracy"), "raise end_lr", "start_lr"),
@@ -132,7 +133,7 @@ def test_noise_as_large_as_the_fall_asks_for_less_noise():
         curve(values).suggest()
 
 
-# ---- batches that cannot be taken apart
+# ---- batches of other formats
 
 
 class TwoInputs(nn.Module):
@@ -154,14 +155,14 @@ class NoLoss(nn.Module):
 
 
 class Pair:
-    """A batch of a class of the user's own."""
+    """A batch of the user's class."""
 
     x, y = torch.ones(2, 4), torch.ones(2, 3)
 
 
 class InPlace(Pair):
     def to(self, device):
-        """Returns nothing, as it moves itself."""
+        """Return nothing, since the batch moves itself."""
 
 
 class MadeOfTwo(tuple):
@@ -240,7 +241,7 @@ def test_a_batch_that_moves_itself_is_given_to_step_fn():
     assert len(result.lrs) == 3
 
 
-# (what step_fn returns, words of the message)
+# (result of step_fn, words of the message)
 LOSSES = [
     (lambda loss: None, "step_fn returned None"),
     (lambda loss: {"nll": loss}, r"no 'loss'.*\['nll'\]"),
@@ -250,7 +251,7 @@ LOSSES = [
 
 
 @pytest.mark.parametrize(("returned", "words"), LOSSES)
-def test_what_step_fn_returns_is_named(returned, words):
+def test_a_wrong_result_of_step_fn_is_named(returned, words):
     net = NoLoss()
     with pytest.raises(ValueError, match=words):
         lr_range_test(

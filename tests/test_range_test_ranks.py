@@ -1,4 +1,4 @@
-"""A range test on several ranks: the same result on each, and that of one process."""
+"""A range test on several ranks: each rank gets the result of a single process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_range_test import make_data, same
+from range_test_helpers import make_data, same
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -15,7 +15,7 @@ from clr_optim.range_test import lr_range_test
 
 
 def range_test_on_ranks(how: str) -> Any:
-    """On one rank: its share of each batch; the result, and whether all is as it was."""
+    """Test with this rank's share of each batch; return the results of all tests."""
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -41,7 +41,7 @@ def range_test_on_ranks(how: str) -> Any:
             assert not optimizer.state
             assert all(p.grad is None for p in model.parameters())
             results.append(result.to_dict())
-    # It trains on.
+    # Training goes on.
     for x, y in data:
         functional.cross_entropy(model(x), y).backward()
         optimizer.step()

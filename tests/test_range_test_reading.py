@@ -1,9 +1,7 @@
-"""What a range test's curve says: bounds of curves with a known answer; and how it is kept."""
+"""Bounds that are read off curves with a known answer."""
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 
 import numpy as np
@@ -11,16 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from range_test_helpers import accuracy_curve
 from torch import Tensor, nn
 
-from clr_optim import CyclicalOptimizer
-from clr_optim.range_test import Bounds, RangeTest, lr_range_test
+from clr_optim.range_test import RangeTest, lr_range_test
 
 # ---- curves with a known answer
 
 
 class Quadratic(nn.Module):
-    """Curvatures from L down to L/100, so that plain gradient descent is stable below 2/L."""
+    """Has curvatures from L to L/100. Plain gradient descent is stable below 2/L."""
 
     def __init__(self, largest: float, dim: int, seed: int) -> None:
         super().__init__()
@@ -33,7 +31,7 @@ class Quadratic(nn.Module):
 
 
 def quadratic_test(mode: str, seed: int) -> tuple[float, RangeTest]:
-    """``(L, the range test)`` of a random quadratic with noisy gradients."""
+    """Return ``(L, range test)`` of a random quadratic with noisy gradients."""
     rng = np.random.default_rng(seed)
     largest, dim = 10 ** rng.uniform(-2, 3), int(rng.integers(2, 40))
     steps, noise = int(rng.choice([60, 100, 200, 400])), float(rng.choice([0.003, 0.01, 0.03, 0.1]))
@@ -120,14 +118,6 @@ def test_a_curve_too_short_is_refused(n):
             result.suggest(method)
 
 
-def accuracy_curve(n: int = 200, noise: float = 0.0) -> RangeTest:
-    """The paper's picture: it rises from 0.001 on, is best about 0.006, then falls."""
-    lrs = np.linspace(0.0001, 0.02, n)
-    values = 10 + 60 * np.clip((lrs - 0.001) / 0.005, 0, 1) - 4000 * np.clip(lrs - 0.007, 0, None)
-    values += noise * np.random.default_rng(0).standard_normal(n)
-    return RangeTest(lrs.tolist(), values.tolist(), metric="accuracy")
-
-
 @pytest.mark.parametrize("noise", [0.0, 2.0, 5.0])
 def test_both_ends_of_an_accuracy_curve(noise):
     bounds = accuracy_curve(noise=noise).suggest()
@@ -190,7 +180,7 @@ def test_smoothing_keeps_straight_lines_and_knows_the_spacing_of_rates():
 
 
 def test_a_fall_within_its_noise_gives_no_rate_of_0():
-    """A quick fall, and then a plateau as noisy as that was deep: at a linear test's start is 0."""
+    """A plateau as noisy as the fall before is deep. A linear test starts at rate 0."""
     found = 0
     for seed in range(400):
         noise = np.random.default_rng(seed).standard_normal(60)
@@ -211,62 +201,3 @@ def test_a_fall_within_its_noise_gives_no_rate_of_0():
         found += 1
         assert 0 <= bounds.base_lr < bounds.max_lr
     assert found > 500
-
-
-# ---- the result
-
-
-def test_a_result_can_be_kept(tmp_path):
-    result = accuracy_curve(30, noise=1.0)
-    result.interrupted = True
-    assert RangeTest.from_dict(json.loads(json.dumps(result.to_dict()))) == result
-    result.save(tmp_path / "curve.json")
-    assert RangeTest.from_dict(json.loads((tmp_path / "curve.json").read_text())) == result
-    result.save(str(tmp_path / "curve.csv"))
-    with (tmp_path / "curve.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [float(row["lr"]) for row in rows] == result.lrs
-    assert [float(row["accuracy"]) for row in rows] == result.values
-    assert [int(row["step"]) for row in rows] == result.steps
-    assert [float(row["smoothed"]) for row in rows] == result.smoothed()
-    with pytest.raises(ValueError, match=r"\.json or \.csv, got 'curve.txt'"):
-        result.save("curve.txt")
-    with pytest.raises(TypeError, match="path must be a string or a Path, got None"):
-        result.save(None)
-    with pytest.raises(ValueError, match=r"steps_per_epoch must be an integer <= 2\*\*63 - 1"):
-        RangeTest.suggest_step_size(10**400)
-
-
-def test_an_exponential_curve_has_no_rate_of_zero():
-    with pytest.raises(ValueError, match="above 0"):
-        RangeTest([0.0, 2.0], [1.0, 2.0], mode="exponential")
-    with pytest.raises(TypeError, match="to_dict"):
-        RangeTest.from_dict([])  # type: ignore[arg-type]
-
-
-def test_step_size_and_length_follow_the_paper():
-    assert RangeTest.suggest_step_size(500) == 2000
-    assert RangeTest.suggest_step_size(500, epochs=2) == 1000
-    assert accuracy_curve().suggest_step_size(24, epochs=2.5) == 60
-    assert RangeTest.total_steps(3, 500, epochs=8) == 3 * 2 * 4000
-    for epochs in (1, 11):
-        with pytest.raises(ValueError, match="epochs must be"):
-            RangeTest.suggest_step_size(500, epochs=epochs)
-    with pytest.raises(ValueError, match="cycles"):
-        RangeTest.total_steps(0, 500)
-    with pytest.raises(ValueError, match="method must be one of"):
-        accuracy_curve().suggest("knee")
-    with pytest.raises(ValueError, match="base must be one of"):
-        accuracy_curve().suggest(base="max/2")
-
-
-def test_bounds_are_what_the_optimizer_takes():
-    result = accuracy_curve()
-    result.ratios = [0.1, 1.0]
-    bounds = result.suggest()
-    parameters = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
-    inner = torch.optim.SGD([{"params": [p]} for p in parameters], lr=1.0)
-    opt = CyclicalOptimizer(inner, "triangular2", **bounds.asdict())
-    assert opt.lr_at(0) == pytest.approx([bounds.base_lr / 10, bounds.base_lr])
-    assert opt.lr_at(2000) == pytest.approx([bounds.max_lr / 10, bounds.max_lr])
-    assert Bounds(0.1, 0.4).asdict() == {"base_lr": 0.1, "max_lr": 0.4}

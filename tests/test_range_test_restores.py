@@ -1,4 +1,4 @@
-"""Training with a range test in its middle equals training without: whatever has state."""
+"""Training with a range test in its middle equals training without, for every kind of state."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from clr_optim import CyclicalOptimizer
 from clr_optim.range_test import RangeTest, lr_range_test
-from clr_optim.snapshot import Snapshot
+from clr_optim.range_test.record import Record
 
-# torch's own, where an optimizer of torch's is the first to make a sparse tensor.
+# torch warns when one of its optimizers makes the first sparse tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 
 # ---- training with and without
@@ -47,7 +47,7 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
 def trained(
     model: str, optimizer: str, loader: str, wrapped: bool, between: Any, before: int = 1
 ) -> list[Any]:
-    """Losses and parameters of two parts of a training, with something between them."""
+    """Return losses and parameters of a training, with a call between two parts."""
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
@@ -108,7 +108,7 @@ def test_every_loader_goes_on_as_before(loader):
 
 
 def interrupted(where: str, error: type[BaseException]) -> Any:
-    """A range test that ends by an exception in the loader, the model, the loss or the step."""
+    """Return a range test that an exception in loader, model, loss or step ends."""
 
     def between(net: nn.Module, opt: Any, batches: Any) -> None:
         calls = []
@@ -207,7 +207,7 @@ def test_contents_go_back_into_the_same_objects():
     places = [
         (t.data_ptr(), t.shape, t.stride(), t.dtype, t.untyped_storage().nbytes())
         for t in [*both.parameters(), *(b for b in both.buffers() if not b.is_sparse)]
-        if t is not buffers.resized and t is not buffers.grown  # whose memory torch has moved
+        if t is not buffers.resized and t is not buffers.grown  # torch has moved their memory
     ]
     lr_range_test(both, opt, [batch], step_fn=step_fn, start_lr=0, end_lr=0.1, num_steps=4)
     after = objects()
@@ -221,7 +221,7 @@ def test_contents_go_back_into_the_same_objects():
 
 
 class Large(Leaves):
-    """Leads to data that no one may copy: more than there is memory for, were it touched."""
+    """Holds data that must not be copied: a copy would not fit into memory."""
 
     def prepare(self):
         self.images = Images()
@@ -244,18 +244,18 @@ class Images:
         return iter(LOADERS["list"]())
 
 
-def test_what_a_model_or_loader_draws_from_is_not_copied():
+def test_large_data_of_a_model_or_loader_are_not_copied():
     model, loader = Large(), Images()
     loader.model = model
     run(model, torch.optim.SGD(model.parameters(), lr=0.1), loader)
-    assert model.images.calls == 5  # an object that holds as much is left as it is
+    assert model.images.calls == 5  # an object with so much data is not put back
     assert loader.calls == 0
     assert loader.order.tolist() == [0, 1, 2]
     assert loader.rng.random() == np.random.default_rng(0).random()
 
 
 class Telling(Dataset):
-    """Says how often its worker has been asked, and which process that is."""
+    """Returns the number of calls in its worker."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -269,7 +269,7 @@ class Telling(Dataset):
 
 
 @pytest.mark.parametrize("started", [False, True], ids=["new", "started"])
-def test_persistent_workers_keep_what_they_have_come_to(started):
+def test_persistent_workers_keep_their_state(started):
     loader = DataLoader(Telling(), batch_size=2, num_workers=1, persistent_workers=True)
     model = nn.Linear(4, 3)
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -304,7 +304,7 @@ class FailsToLoad(ANumber):
         raise OSError("no such state")
 
 
-def test_what_cannot_be_put_back_is_said_and_the_rest_is_put_back():
+def test_a_failure_to_put_back_warns_and_the_rest_is_put_back():
     model = FailsToLoad()
     weight = model.layer.weight.detach().clone()
     with pytest.warns(RuntimeWarning, match="could not put back 1 of .*OSError: no such state"):
@@ -314,8 +314,8 @@ def test_what_cannot_be_put_back_is_said_and_the_rest_is_put_back():
 
 
 @pytest.mark.parametrize("size", [0, 4])
-def test_memory_that_is_given_away_is_given_away_again(size):
-    """As FSDP does with whole parameters."""
+def test_freed_memory_is_freed_again(size):
+    """FSDP frees the memory of whole parameters."""
     model = ANumber()
     model.register_buffer("whole", torch.ones(5))
     model.whole.untyped_storage().resize_(size)
@@ -325,7 +325,7 @@ def test_memory_that_is_given_away_is_given_away_again(size):
     assert model.whole.shape == (5,)
 
 
-def test_memory_that_cannot_be_written_is_not_written():
+def test_read_only_memory_is_not_written():
     numbers = np.frombuffer(b"12345678" * 2, dtype=np.float64)
     model = ANumber()
     model.numbers = numbers
@@ -342,7 +342,7 @@ def test_a_script_module_is_put_back():
 
 
 class Folder(Dataset):
-    """As an image folder: many names, which are put in a new order."""
+    """Like an image folder: shuffles many names."""
 
     def __init__(self) -> None:
         self.samples = [(f"name {i}", [i]) for i in range(25_000)]
@@ -356,17 +356,17 @@ class Folder(Dataset):
         return examples()[i]
 
 
-def test_a_long_list_is_put_in_its_order_without_looking_at_its_members(monkeypatch):
+def test_a_long_list_gets_its_order_back_without_a_search_of_its_members(monkeypatch):
     data = Folder()
     names = list(data.samples)
     model = nn.Linear(4, 3)
-    noted, note = [], Snapshot._note
+    noted, note = [], Record.copy
 
-    def counted(self: Snapshot, value: Any) -> None:
+    def counted(self: Record, value: Any) -> None:
         noted.append(1)
         note(self, value)
 
-    monkeypatch.setattr(Snapshot, "_note", counted)
+    monkeypatch.setattr(Record, "copy", counted)
     run(model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(data, batch_size=4))
     assert all(a is b for a, b in zip(data.samples, names, strict=True))
     assert len(noted) < 10_000

@@ -21,7 +21,8 @@ import test_from_scheduler
 import test_hostile_checkpoints as checkpoints
 import test_optimizer_errors as errors
 import test_plotting
-import test_range_test
+import test_range_test_arguments as range_test_arguments
+import test_range_test_result as range_test_result
 from cases import BY_NAME
 from torch import Tensor
 
@@ -122,13 +123,13 @@ def attempts() -> Iterator[Attempt]:
         )
     for name, (call, *_) in errors.SCHEDULES.items():
         yield Attempt("clr_optim.schedule", name, call)
-    for _, _, change in test_range_test.ERRORS:
+    for _, _, change in range_test_arguments.ERRORS:
         yield Attempt(
             "lr_range_test",
             ", ".join(f"{k}={_brief(v)}" for k, v in change.items()),
-            lambda c=change: lr_range_test(**test_range_test.wrong_arguments(c)[0]),
+            lambda c=change: lr_range_test(**range_test_arguments.wrong_arguments(c)[0]),
         )
-    for _, _, change in test_range_test.NO_RESULTS:
+    for _, _, change in range_test_result.NO_RESULTS:
         yield Attempt("RangeTest.from_dict", f"{change!r}", lambda c=change: _from_dict(c))
     for options, _ in test_plotting.WRONG_SCHEDULE:
         yield Attempt(

@@ -1,4 +1,4 @@
-"""What a value holds, and whether Python sees all of it."""
+"""The values in a value (its members), and whether Python sees all of them."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ __all__ = [
     "dict_of", "is_atom", "is_plain", "is_wrapper", "members_of", "slots_of",
 ]  # fmt: skip
 
+# Values of these classes have no members, and cannot change.
 _ATOMS: tuple[type, ...] = (
     type(None), bool, int, float, complex, str, bytes, range, slice, type, property,
     types.FunctionType, types.BuiltinFunctionType, types.ModuleType,
@@ -41,41 +42,43 @@ GENERATORS = (
 )  # fmt: skip
 CONTAINERS = (dict, list, tuple, deque, set)
 BUFFERS = (bytearray, array.array)
-# Who owns one of these has other threads or processes, which a copy would contradict.
+# An object with such an attribute has threads or processes. A copy would not match them.
 RUNNING = (
     threading.Thread, type(threading.Lock()), type(threading.RLock()), threading.Condition,
     multiprocessing.process.BaseProcess, concurrent.futures.Executor,
 )  # fmt: skip
-# Objects of these modules have state that Python does not see.
+# Objects of classes from these modules have state that Python cannot see.
 _PARTLY_NATIVE = ("torch.distributed.", "torch._dynamo.", "clr_optim.")
+# Wrappers of models, and the attributes in which a wrapper holds its model.
 _WRAPPERS = ("torch.nn.parallel.distributed", "torch.distributed.fsdp.fully_sharded_data_parallel")
 _OF_WRAPPERS = ("_parameters", "_buffers", "_modules", "training")
 SOURCES = (DataLoader, Sampler, Dataset)
 _WITH_ATTRIBUTES = (Tensor, np.ndarray, nn.Module, Optimizer, *SOURCES, *CONTAINERS)
-_BARE = frozenset(CONTAINERS)  # without attributes
+# Containers without attributes. Their subclasses may have some.
+_BARE = frozenset(CONTAINERS)
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _cached(function: _Function) -> _Function:
-    """Ask a question about a class once."""
+    """Cache the answers about classes."""
     return cast(_Function, functools.lru_cache(maxsize=4096)(function))
 
 
 @_cached
 def is_atom(kind: Any) -> bool:
-    """Whether values of a class hold no others, and do not change."""
+    """Return whether values of a class have no members, and cannot change."""
     return issubclass(kind, _ATOMS)
 
 
 @_cached
 def is_wrapper(kind: Any) -> bool:
-    """Whether a class of modules has, beside the wrapped module, state that Python does not see."""
+    """Return whether a class wraps a module, and has other state that Python cannot see."""
     return any(base.__module__ in _WRAPPERS for base in kind.__mro__)
 
 
 def members_of(value: Any) -> list[Any] | None:
-    """The values that a value holds; ``None`` where there may be some that Python does not see."""
+    """Return the members of a value; ``None`` if Python may not see all members."""
     kind: Any = type(value)
     if issubclass(kind, (DTensor, *GENERATORS, *BUFFERS)):
         return []
@@ -95,13 +98,13 @@ def members_of(value: Any) -> list[Any] | None:
     attributes = attributes_of(value)
     if attributes is not None:
         return [*members, *attributes.values()]
-    # By convention an object whose class defines a hash does not change.
+    # By convention, an object does not change if its class defines a hash.
     immutable = kind.__hash__ not in (None, object.__hash__)
     return members if immutable or issubclass(kind, (np.ndarray, *CONTAINERS)) else None
 
 
 def attributes_of(value: Any) -> dict[str, Any] | None:
-    """The attributes of a value, as far as training may change them; ``None`` if it has none."""
+    """Return the attributes that training may change; ``None`` if Python may not see all."""
     kind: Any = type(value)
     if kind in _BARE or issubclass(kind, DTensor):
         return {} if kind in _BARE else None
@@ -116,7 +119,7 @@ def attributes_of(value: Any) -> dict[str, Any] | None:
 
 @_cached
 def is_plain(kind: Any) -> bool:
-    """Whether an object's attributes are all of it, and its class defines no copying."""
+    """Return whether an object consists of its attributes, and its class defines no copying."""
     if is_atom(kind) or f"{kind.__module__}.".startswith(_PARTLY_NATIVE):
         return False
     if issubclass(kind, types.SimpleNamespace):
@@ -127,13 +130,13 @@ def is_plain(kind: Any) -> bool:
         or hasattr(kind, "__deepcopy__")
     ):
         return False
-    # As pickle asks it: an object of C has more in it than what Python gives to each.
+    # As in pickle: an object that is larger than its attributes need has state in C.
     given = len(slots_of(kind)) + (kind.__dictoffset__ > 0) + (kind.__weakrefoffset__ > 0)
     return bool(kind.__basicsize__ <= object.__basicsize__ + given * struct.calcsize("P"))
 
 
 def dict_of(value: Any) -> dict[str, Any]:
-    """The dictionary of a value's attributes; an empty one where it has none."""
+    """Return a value's ``__dict__``; an empty dictionary if the value has none."""
     try:
         contents: dict[str, Any] = object.__getattribute__(value, "__dict__")
     except AttributeError:
@@ -143,13 +146,13 @@ def dict_of(value: Any) -> dict[str, Any]:
 
 @_cached
 def slots_of(kind: Any) -> list[str]:
-    """The names of the attributes that a class's objects have outside of a dictionary."""
+    """Return the names of the attributes in a class's slots."""
     names: list[str] = copyreg._slotnames(kind)  # type: ignore[attr-defined]
     return names
 
 
 def bytes_of(value: Any) -> int:
-    """The memory that a copy of a value itself would take, without what it leads to."""
+    """Return the size of a copy of a value, in bytes, without its members."""
     kind: Any = type(value)
     if issubclass(kind, Tensor):
         return int(value.numel() * value.element_size())
