@@ -68,8 +68,8 @@ from clr_optim.checks import (
     values_of,
 )
 from clr_optim.core.warn import callers_level, warn_each
-from clr_optim.eligible import classify
 from clr_optim.keys import BASE, BASE_MOMENTUM, ENTRY, KEYS, MAX, MAX_MOMENTUM, NOTE, SCHEDULE, STEP
+from clr_optim.plan import classify
 from clr_optim.refused_writes import refuse_writes
 from clr_optim.rules import class_name
 from clr_optim.schedule import (

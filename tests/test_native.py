@@ -53,9 +53,10 @@ from native_helpers import (
     wrapped,
 )
 
-from clr_optim import CyclicalOptimizer, plan
-from clr_optim.eligible import DTYPES as NATIVE_DTYPES
+from clr_optim import CyclicalOptimizer
 from clr_optim.kernels.native import build
+from clr_optim.plan import plan
+from clr_optim.plan.eligible import DTYPES as NATIVE_DTYPES
 
 FEW = 4
 ULP32 = torch.finfo(torch.float32).eps

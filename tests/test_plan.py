@@ -26,9 +26,9 @@ from native_helpers import (
 )
 
 import clr_optim.kernels
-import clr_optim.plan
-from clr_optim.overlap import Memory, sharing
+import clr_optim.plan.plan
 from clr_optim.plan import Plan
+from clr_optim.plan.overlap import Memory, sharing
 from clr_optim.rules import RULES
 
 
@@ -678,4 +678,4 @@ def test_python_and_c_know_the_same_answers_of_a_scan():
     (body,) = re.findall(r"enum Answer {(.*?)};", source, re.DOTALL)
     found = {f"_{name}": int(value) for name, value in re.findall(r"(\w+) = (-?\d+),", body)}
     assert len(found) == 9
-    assert found == {name: getattr(clr_optim.plan, name) for name in found}
+    assert found == {name: getattr(clr_optim.plan.plan, name) for name in found}

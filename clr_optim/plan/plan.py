@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clr_optim.eligible import DTYPES, is_plain, why_not
-from clr_optim.overlap import Memory, sharing
+from clr_optim.plan.eligible import DTYPES, is_plain, why_not
+from clr_optim.plan.overlap import Memory, sharing
 from clr_optim.rules import KERNELS, Slot, UpdateRule
 from clr_optim.sharding import DTensor, Spread, is_wide, local_part, spread_of, spreads
 
