@@ -55,7 +55,7 @@ from native_helpers import (
 
 from clr_optim import CyclicalOptimizer
 from clr_optim.kernels.native import build
-from clr_optim.plan import plan
+from clr_optim.plan import plan, words
 from clr_optim.plan.eligible import DTYPES as NATIVE_DTYPES
 
 FEW = 4
@@ -452,25 +452,25 @@ def test_where_threads_begin(dtype, count):
 
 
 def test_the_words_are_found_in_this_torch():
-    impl, storage = plan._find_words()
-    assert (impl, storage) == plan._WORDS != (0, 0)
+    impl, storage = words.find_pointers()
+    assert (impl, storage) == words.known_words()[:2] != (0, 0)
     # A parameter with a gradient is laid out as the plain tensor that they were found in.
     p = torch.nn.Parameter(torch.ones(3).t())
     p.grad = torch.ones(3)
     for tensor in (p, p.grad):
-        words = ctypes.c_void_p * 4
-        assert words.from_address(id(tensor))[impl] == tensor._cdata
-        found = words.from_address(tensor._cdata)[storage]
+        four_words = ctypes.c_void_p * 4
+        assert four_words.from_address(id(tensor))[impl] == tensor._cdata
+        found = four_words.from_address(tensor._cdata)[storage]
         assert found == tensor.untyped_storage()._cdata
 
 
 def test_without_the_words_it_does_not_look_ahead(monkeypatch):
     for storage in (SimpleNamespace(), SimpleNamespace(_cdata=8)):
         monkeypatch.setattr(torch.Tensor, "untyped_storage", lambda self, s=storage: s)
-        assert plan._find_words() == (0, 0)
+        assert words.find_pointers() == (0, 0)
 
 
-words = pytest.mark.parametrize("blind", [False, True], ids=["ahead", "blind"])
+sight = pytest.mark.parametrize("blind", [False, True], ids=["ahead", "blind"])
 # Fewer rows than are looked at ahead (gradients 8, objects 12), just as many, and more.
 rows = pytest.mark.parametrize("count", [1, 2, 4, 7, 8, 9, 11, 12, 13, 16, 17, 40])
 
@@ -479,12 +479,12 @@ def many(name, count, **wrap):
     return twins(BY_NAME[name], [(3, 2)] * count, **wrap)
 
 
-@words
+@sight
 @rows
 @pytest.mark.parametrize("name", ["sgd", "adamw-ams"])
 def test_looking_ahead(name, count, blind, monkeypatch):
     if blind:
-        monkeypatch.setattr(plan, "_WORDS", (0, 0))
+        monkeypatch.setattr(words, "_WORDS", words.Words())
     pair = many(name, count)
     pair.run(2)
     for k in range(5):
@@ -543,12 +543,12 @@ CUTS = {f.__name__.strip("_"): f for f in (
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
-@words
+@sight
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("count", [5, 8, 30])
 def test_a_scan_cut_short_keeps_no_gradient(cut, count, blind, monkeypatch):
     if blind:
-        monkeypatch.setattr(plan, "_WORDS", (0, 0))
+        monkeypatch.setattr(words, "_WORDS", words.Words())
     pair = many("sgd-mom" if cut != "sparse" else "sgd", count)
     pair.run(2)
     for i in (0, 1, count // 2, count - 1):
