@@ -15,6 +15,8 @@
 
 #include "../kernels/native/multi_tensor.cpp"
 
+using namespace clr;
+
 // Of Python the driver has lists, and objects that count their references.
 struct _object {
     long references = 1;
@@ -145,7 +147,7 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
         if (counts) {
             run.memory.emplace_back(static_cast<unsigned char*>(std::calloc(1, wide ? 8 : 4)),
                                     std::free);
-            row.step = run.memory.back().get();
+            row.counter = run.memory.back().get();
         }
         run.rows.push_back(row);
         grads.items.push_back(row.active ? new PyObject : &none);
@@ -212,7 +214,7 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
         }
         run.keep(row.param, size);
         for (int k = 0; k < slots_of(kernel); ++k) run.keep(row.state[k], size);
-        if (counts) run.keep(row.step, wide ? 8 : 4);
+        if (counts) run.keep(row.counter, wide ? 8 : 4);
     }
     require(still.result == idle, "a row without a gradient moved", kernel, dtype);
     return run;
