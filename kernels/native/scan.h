@@ -127,6 +127,22 @@ inline bool is_negated_says_torch(const Scan& scan, PyObject* tensor) {
     return negated.get() != scan.no;
 }
 
+// Asks torch about the parameter and the state of row i.
+inline bool any_is_negated_says_torch(const Scan& scan, ptrdiff_t i) {
+    const auto asks = [&scan](PyObject* tensor) {
+        const Ref part(scan.dtensor ? PyObject_GetAttr(tensor, scan.local) : nullptr);
+        if (scan.dtensor) tensor = part.get();
+        return !tensor || is_negated_says_torch(scan, tensor);
+    };
+    if (asks(PyList_GetItem(scan.params, i))) return true;
+    const ptrdiff_t keys = PyList_Size(scan.keys);
+    for (ptrdiff_t k = 0; k < keys; ++k) {
+        PyObject* held = PyList_GetItem(scan.tensors, i * keys + k);
+        if (k < scan.slots ? asks(held) : is_negated_says_torch(scan, held)) return true;
+    }
+    return false;
+}
+
 // Which rows need a question that may run Python code. Autograd itself hands over lazy negations of
 // one element (an imaginary part; with more elements its strides fit no other layout), so torch is
 // asked about these.
@@ -152,6 +168,7 @@ inline ptrdiff_t ask(Bucket& bucket, bool every) {
         if (!is_tensor(scan, plain)) return i;
         if ((!scan.negative || bucket.rows[i].numel == 1) && is_negated_says_torch(scan, plain))
             return i;
+        if (!scan.negative && any_is_negated_says_torch(scan, i)) return i;
     }
     return -1;
 }
