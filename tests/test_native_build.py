@@ -414,7 +414,7 @@ def test_a_cache_that_anybody_could_replace(source, tmp_path, monkeypatch, mode,
     if mode == 0o1777:
         assert build.compile_ahead(source).parent == cache
     else:
-        with pytest.raises(build.BuildError, match=r"not kept: .*open, where anybody can replace"):
+        with pytest.raises(build.BuildError, match=r"not kept: .*open, where any user can replace"):
             build.compile_ahead(source)
         assert not list(cache.iterdir())
 
