@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 # Types of settings that hold no tensor.
 _NO_TENSORS = frozenset({bool, int, float, str, type(None)})
 
-#: Kernels by name; the index is what native code knows them by (`pick` in multi_tensor.cpp).
+#: Kernels by name; the index is what native code knows them by (`pick` in update.h).
 KERNELS = (
     "sgd",
     "sgd_momentum",

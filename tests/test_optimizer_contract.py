@@ -13,7 +13,7 @@ from clr_optim import CyclicalOptimizer
 
 @pytest.fixture(autouse=True)
 def _torch_backend(monkeypatch):
-    # The fused kernels have a contract of their own, in test_native.py: rounding may differ there.
+    # The fused kernels have a contract of their own, in contract.py: rounding may differ there.
     monkeypatch.setenv("CLR_OPTIM_BACKEND", "torch")
 
 

@@ -2,7 +2,7 @@
 
 They run in Triton's interpreter on the CPU, in a process of its own, since Triton decides when it
 is imported: ``TRITON_INTERPRET=1 pytest tests/test_triton.py`` (``make interpreted``); and compiled
-where there is a GPU (``make gpu-check``). The bounds are those of test_native.py. A program costs
+where there is a GPU (``make gpu-check``). The bounds are those of contract.py. A program costs
 the interpreter some milliseconds: it tries each setting and each dtype, and only some of both.
 """
 
@@ -17,11 +17,13 @@ import sys
 import warnings
 import weakref
 
+import changes
 import numpy as np
 import pytest
 import test_distributed
-import test_native
 import torch
+from changes import PATTERNS, drop
+from contract import name_of
 from native_helpers import (
     BY_NAME,
     CASES,
@@ -46,7 +48,6 @@ from native_helpers import (
     wrapped,
 )
 from test_long_horizon import FORMULAS
-from test_native import PATTERNS, drop, name_of
 from triton_helpers import (
     DEVICE,
     INTERPRETED,
@@ -640,10 +641,10 @@ def test_settings_changed_in_mid_run(setting):
     before = dict(pair.theirs.param_groups[0])
     for _ in range(2):
         for opt in pair.both():
-            opt.param_groups[0].update(test_native.SETTINGS[setting])
+            opt.param_groups[0].update(changes.SETTINGS[setting])
         pair.run(2)
         for opt in pair.both():
-            opt.param_groups[0].update({k: before[k] for k in test_native.SETTINGS[setting]})
+            opt.param_groups[0].update({k: before[k] for k in changes.SETTINGS[setting]})
         pair.run(1)
 
 
@@ -879,7 +880,7 @@ def test_tensors_that_are_not_aligned(which, dtype):
 
 
 EVENTS = [
-    getattr(test_native, name)
+    getattr(changes, name)
     for name in (
         # Those that make no tensors, which would be on the CPU.
         "swap_data", "swap_layout", "shrink", "shrink_in_place", "grow", "replace_state",
@@ -929,7 +930,7 @@ def test_any_order_of_events(launches):
     assert len(update.taken()) > 40
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, test_native.through_pickle])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, changes.through_pickle])
 @pytest.mark.parametrize("name", ["sgd-mom", "adamw-ams"])
 def test_a_copy_and_the_original_go_on(name, duplicate):
     pair = twins(BY_NAME[name])
@@ -991,7 +992,7 @@ def test_a_run_may_change_backend_at_checkpoints(case):
     others = ("torch", "native") if INTERPRETED else ("torch", "auto")
     for backend in (others[0], "triton", others[1], "triton"):
         pair.run(2)
-        pair.ours = test_native.reload(pair.ours, backend)
+        pair.ours = changes.reload(pair.ours, backend)
         assert pair.ours.iteration == int(pair.ours.param_groups[0]["clr_step"])
         assert_alike(*pair.both())
     pair.run(2)

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import contract
 import native_helpers
 import numpy as np
-import test_native
 import torch
 import triton_memory
 from native_helpers import HALF, Case, feed, members, parameters
@@ -161,7 +161,7 @@ def twins(case: Case, shapes: Sequence[Any] = ((5, 3), (7,)), **wrap: Any) -> Tw
     )
 
 
-class Contract(test_native.Contract):
+class Contract(contract.Contract):
     """As there, each value in a group with bounds of its own."""
 
     def __init__(self, case: Case, dtype: torch.dtype, values: Sequence[Tensor]) -> None:
