@@ -15,7 +15,7 @@ from native_helpers import BY_NAME, drawn, like, members, parameters, twins, wra
 
 
 def many(name, count, **wrap):
-    """Twins with so many small parameters."""
+    """Return twins with ``count`` small parameters."""
     return twins(BY_NAME[name], [(3, 2)] * count, **wrap)
 
 
@@ -169,7 +169,7 @@ def swap_shape(opt):
 
 
 def shrink(opt):
-    """The same pointer, fewer elements: what a pointer alone does not tell."""
+    """Keep the address, but with fewer elements."""
     p = members(opt)[1]
     p.grad = None
     p.data = p.detach()[:4]

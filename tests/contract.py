@@ -37,13 +37,13 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 
 
 class Contract:
-    """Runs one case beside torch, each step from torch's state, and compares at the end.
+    """Run one case beside torch, each step from torch's state, and compare at the end.
 
     Args:
         case: the optimizer.
-        dtype: of the parameters.
-        values: what they start as, in the layouts to use.
-        free: whether a third optimizer runs beside them that is never set back.
+        dtype: the dtype of the parameters.
+        values: their first values, in the layouts to use.
+        free: whether a third optimizer runs beside them without being set back.
     """
 
     def __init__(self, case, dtype, values, free=False):
@@ -52,12 +52,12 @@ class Contract:
         self.ours = case.ours(parameters(values, dtype), backend="native")
         self.theirs = case.make(parameters([v.to(dtype) for v in values], wide))
         self.free = case.ours(parameters(values, dtype), backend="native") if free else None
-        #: a segment for each set of state tensors, which grows while first gradients come
+        #: one segment per set of state tensors; the set grows with each first gradient
         self.segments = []
         self._take()
 
     def step(self, grads, wide_grads=None):
-        """One step with these gradients, in their parameters' layout; None for no gradient."""
+        """Take one step with these gradients, in their parameters' layout; None for no gradient."""
         if wide_grads is None:
             wide_grads = [g if g is None or self.dtype not in HALF else g.double() for g in grads]
         for optimizer, given in (
@@ -73,7 +73,7 @@ class Contract:
         self._log()
 
     def _take(self):
-        """A new segment: all tensors that there are now, and their values."""
+        """Begin a new segment with all present tensors and their values."""
         mine, reference = tensors_of(self.ours), tensors_of(self.theirs)
         assert list(mine) == list(reference)
         keys = [key for key in mine if key[1] != "step"]
@@ -83,13 +83,13 @@ class Contract:
         self.keys = keys
         self.count = sum(len(state) for state in self.theirs.state.values())
         self.mine, self.reference = [mine[k] for k in keys], [reference[k] for k in keys]
-        # State that has just come has nothing before it.
+        # New state had no value before the step.
         last = self.last() if self.segments else {}
         before = flat([last.get(k, t) for k, t in zip(keys, self.reference, strict=True)])
         self.segments.append((keys, [before], [], []))
 
     def last(self):
-        """What the last step, or the start, left."""
+        """Return the values after the last step."""
         keys, before, _, _ = self.segments[-1]
         found = tensors_of(self.ours)
         return dict(zip(keys, before[-1].split([found[key].numel() for key in keys]), strict=True))
@@ -112,7 +112,7 @@ class Contract:
             torch._foreach_copy_(self.reference, rounded)
 
     def compare(self):
-        """All steps so far, each within the bound of the dtype."""
+        """Assert that every step so far is within the bound of the dtype."""
         found = tensors_of(self.ours)
         for key, t in tensors_of(self.theirs).items():
             if key[1] == "step":
@@ -127,27 +127,27 @@ class Contract:
                     self.bound(key, old.double(), ours, wide.double())
 
     def bound(self, key, before, ours, wide):
-        """A row for each step."""
+        """Assert the bound for one tensor, with one row per step."""
         error = (ours.double() - wide.to(self.dtype).double()).abs()
         size = torch.maximum(wide.abs(), before.abs())
         if self.dtype == torch.float64:
             allowed = 1e-12 * wide.abs().amax(1, keepdim=True)
         elif self.dtype == torch.float32:
-            # State is compared with the tensor's largest value: sums of both signs cancel.
+            # Relative to the largest value of the state tensor, since sums of both signs cancel.
             largest = (wide - before).abs() if key[1] == "" else size
             allowed = FEW * ULP32 * largest.amax(1, keepdim=True)
             if key[1] == "":
                 allowed = allowed + ULP32 * wide.abs()
         else:
             near = (ordered(ours) - ordered(wide.to(self.dtype))).abs() <= 1
-            # Where a sum is nearly 0 its error is that of float32's rounding of its terms.
+            # If a sum is nearly 0, its error is the rounding of its terms to float32.
             terms = FEW * ULP32 * size.amax(1, keepdim=True)
             assert (near | (error <= terms)).all(), (key, ours, wide)
             return
         assert (error <= allowed).all(), (key, (error / allowed).max())
 
     def deviation(self):
-        """Of the run that was never set back: the largest, relative to the tensor's largest."""
+        """Return the largest deviation of the free run, relative to a tensor's largest value."""
         free, reference = tensors_of(self.free or self.ours), tensors_of(self.theirs)
         return max(
             ((free[key].double() - t.double()).abs().max() / t.abs().max()).item()
@@ -161,6 +161,6 @@ def flat(tensors):
 
 
 def ordered(x):
-    """16-bit floats as integers in their order, neighbours one apart."""
+    """Return 16-bit floats as integers in the same order, with neighbours one apart."""
     bits = x.contiguous().view(torch.int16).to(torch.int32)
     return torch.where(bits < 0, -(bits & 0x7FFF), bits)

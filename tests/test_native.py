@@ -1,4 +1,4 @@
-"""The native backend in use: autograd, the first step, asked for by name, chosen by auto."""
+"""The native backend in use: autograd, the first step, ``backend="native"`` and ``"auto"``."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_backward_through_an_older_graph_raises(case):
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 loss.backward()
             idle.grad = None
-            other.backward()  # it had no gradient, so nothing moved it
+            other.backward()  # without a gradient, the step left it alone
             idle.grad = None
 
 
@@ -110,7 +110,7 @@ def test_dampening_does_not_touch_the_first_gradient():
 
 
 def test_a_buffer_of_none_is_a_first_step():
-    # As checkpoints of older versions of torch have it.
+    # Checkpoints of older versions of torch hold None.
     pair = twins(BY_NAME["sgd-damp"])
     for opt in pair.both():
         for p in members(opt):
@@ -167,7 +167,7 @@ def test_by_name_it_refuses_what_only_torch_can_do_and_changes_nothing(name, war
         assert list(tensors_of(pair.ours)) == list(before)
         assert all(torch.equal(t, before[k]) for k, t in tensors_of(pair.ours).items())
         assert p.grad is odd
-    p.grad = dense_grad  # and then it serves again
+    p.grad = dense_grad  # the backend serves again
     pair.step()
     pair.run(2)
 

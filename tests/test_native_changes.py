@@ -95,11 +95,11 @@ def test_a_copy_and_the_original_go_on(case, duplicate):
 @kernels
 def test_events(case, event):
     pair = twins(case, ((5, 3), (7,), (), (7,)))
-    # In float32, as some events leave it, the two differ by roundings.
+    # Some events leave float32 parameters, in which the two differ by roundings.
     tolerance = 1e-5 if event in (to_float32, cast_with_state, cast_one) else 1e-12
     pair.run(3)
     pair.each(event)
-    pair.step(tolerance)  # with what gradients are left
+    pair.step(tolerance)  # with the gradients that the event left
     if event in (shrink_the_parameter_alone, swap_shape) and pair.theirs.state:
         refused(pair)
         return
@@ -109,7 +109,7 @@ def test_events(case, event):
 
 
 def refused(pair):
-    """What torch cannot do ours refuses too; torch then stops half-way, ours before the rest."""
+    """Assert that ours raises where torch does: before any update, while torch stops half-way."""
     pair.draw()
     feed(pair.theirs, pair.ours)
     before = pair.ours.iteration
@@ -135,14 +135,14 @@ def test_a_module_cast_in_mid_run(name, dtype):
     for module in modules:
         module.zero_grad()
         module.to(dtype)
-    # Of state in another dtype torch allows some: then both go through torch's own step.
+    # torch allows some state of another dtype. Both then go through torch's own step.
     pair.run(3, 8 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @kernels
 def test_settings_changed_in_mid_run(case, setting):
-    # Some have no meaning for the class, and some torch cannot change without the state for it.
+    # Some settings do not exist for the class. Some torch cannot change without other state.
     pair = twins(case)
     pair.run(2)
     before = dict(pair.theirs.param_groups[0])
@@ -179,7 +179,7 @@ def test_amsgrad_switched_off_and_on():
 @pytest.mark.parametrize("kind", [OrderedDict, UserDict])
 @pytest.mark.parametrize("at", [0, 5, 19])
 def test_state_in_a_dictionary_of_another_kind(kind, at):
-    # One that is no dict at all has nothing at the addresses where a scan looks.
+    # A mapping that is no dict has other memory where a scan reads.
     pair = many("adamw", 20)
     pair.run(2)
     for opt in pair.both():

@@ -42,7 +42,7 @@ STEPS = 300
 
 @pytest.fixture(scope="module")
 def gradients():
-    """For each dtype 300 gradients of a transposed matrix and of a vector, and their doubles."""
+    """Return for each dtype 300 gradients of a transposed matrix and of a vector, and in double."""
     found = {}
     for dtype in DTYPES:
         matrices, vectors = drawn([(STEPS, 4, 9), (STEPS, 17)], dtype, seed=1)
@@ -51,8 +51,8 @@ def gradients():
             for m, v in zip(matrices, vectors, strict=True)
         ]
         found[dtype] = [
-            # The vector's first gradient comes late and every third is missing: it counts for
-            # itself.
+            # The vector's first gradient comes late and every third is missing, so that its counter
+            # differs from the matrix's.
             (narrow, wide if dtype in HALF else narrow)
             if k > 2 and k % 3
             else ([narrow[0], None], [(wide if dtype in HALF else narrow)[0], None])
@@ -75,7 +75,7 @@ def test_contract(case, dtype, gradients, record_property):
 
 
 def test_contract_deviations(record_property):
-    """Prints what 300 free steps came to: a report, not a check."""
+    """Print how far 300 free steps drifted: a report, not a check."""
     for dtype, found in _deviations.items():
         name = max(found, key=found.get)
         text = f"{found[name]:.1e} ({name}), median {sorted(found.values())[len(found) // 2]:.1e}"
@@ -129,7 +129,7 @@ def test_pieces(name, dtype, sizes):
 
 
 class Island:
-    """Memory in which a tensor starts where no vector does, between values to be left alone."""
+    """Memory that begins a tensor at an odd address, between values that must not change."""
 
     def __init__(self):
         self.shores = []
@@ -146,7 +146,7 @@ class Island:
 @dtypes
 @kernels
 def test_odd_lengths_at_odd_addresses(case, dtype):
-    # Around a pair, a vector, and float16's block of 512.
+    # Lengths around a pair, a vector, and float16's block of 512.
     sizes = [(n,) for n in (1, 2, 3, 4, 5, 7, 9, 15, 17, 33, 511, 512, 513, 1023, 1025)]
     island = Island()
     contract = Contract(case, dtype, drawn(sizes, torch.float64))
@@ -155,7 +155,7 @@ def test_odd_lengths_at_odd_addresses(case, dtype):
     contract._take()
     for k in range(4):
         grads = drawn(sizes, dtype, seed=k + 1)
-        # Beside their parameters at odd addresses, and then not.
+        # Gradients at odd addresses like their parameters, then at even ones.
         contract.step([island(g) for g in grads] if k % 2 else grads)
         if k == 1:
             for state in contract.ours.state.values():
@@ -184,7 +184,7 @@ def test_nan_and_inf(case, dtype):
         contract.step([like(g, p) for g, p in zip(grads, members(contract.ours), strict=True)])
         _, _, mine, theirs = contract.segments[-1]
         assert_pattern(mine[-1], theirs[-1].to(dtype), k)
-        # torch's own step in 16 bits may overflow on the way where float64 does not.
+        # torch's own step in 16 bits may overflow in between where float64 does not.
         for key, t in tensors_of(own).items() if dtype not in HALF else ():
             assert_pattern(tensors_of(contract.ours)[key], t, (k, key))
 
@@ -253,7 +253,7 @@ def test_threads_give_the_same_bits(case, dtype):
 @pytest.mark.parametrize("count", [2, 3, 8])
 @dtypes
 def test_where_threads_begin(dtype, count):
-    # The least that several threads share, and one value less; small tensors and one alone.
+    # The least number of values that several threads share, one less, one more; and small tensors.
     least = min(count << 12, 1 << 15)
     for sizes in ([least - 1], [least], [least + 1], [97] * (least // 97 + 1)):
         runs = []

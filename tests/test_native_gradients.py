@@ -43,7 +43,7 @@ def test_gradient_patterns(case, pattern):
         pair.step()
 
 
-# torch's own, once per process, from within its step on sparse gradients.
+# torch warns once per process, in its step on sparse gradients.
 quiet = pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 
 
@@ -64,7 +64,7 @@ def test_sparse_gradients_beside_dense(name):
 @quiet
 @pytest.mark.parametrize("name", ["sgd", "sgd-mom", "adam", "adadelta", "rmsprop", "adagrad"])
 def test_gradients_that_turn_sparse_and_dense_again(name):
-    # SGD's sparse buffer takes no dense gradient, and Adam no sparse one: torch's error is ours.
+    # SGD's sparse buffer takes no dense gradient, and Adam takes no sparse one: both raise.
     pair = twins(BY_NAME[name], ((5, 3), (7,)))
     for k in range(9):
         pair.draw()

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("native_kernels")
 
 
 def rounded(dtype, values):
-    """Through the library's own store and load."""
+    """Return the values after the library's store and load."""
     out = torch.empty_like(values)
     call = build.load().clr_round
     call.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
@@ -91,7 +91,7 @@ def test_rounding_any_float(dtype):
 @pytest.mark.parametrize("rate", [0.3, 1.7, 3e-4])
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
 def test_a_step_rounds_alike_in_vectors_and_tails(dtype, rate):
-    # Processors' instructions in the one, integer arithmetic in the other; both to nearest.
+    # Vectors use the processor's instruction, tails use integer arithmetic; both round to nearest.
     values = patterns(dtype)
     expected = (values.float() * torch.tensor(-rate)).to(dtype)
     for length in (len(values), 7):
@@ -105,7 +105,7 @@ def test_a_step_rounds_alike_in_vectors_and_tails(dtype, rate):
 
 
 def test_float16s_subnormals_count_where_float32s_are_flushed():
-    # They are normal numbers in float32, of which torch loses none then.
+    # They are normal numbers in float32, so torch's step does not flush them.
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush")
     try:

@@ -1,4 +1,4 @@
-"""The native backend's scan: looking ahead, gradients let go, tensors that are no plain memory."""
+"""The native backend's scan: looking ahead, releasing gradients, tensors beyond plain memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("native_kernels")
 def test_the_words_are_found_in_this_torch():
     impl, storage = words.find_pointers()
     assert (impl, storage) == words.known_words()[:2] != (0, 0)
-    # A parameter with a gradient is laid out as the plain tensor that they were found in.
+    # A parameter with a gradient has the same words as the plain tensor of the search.
     p = torch.nn.Parameter(torch.ones(3).t())
     p.grad = torch.ones(3)
     for tensor in (p, p.grad):
@@ -42,7 +42,7 @@ def test_a_switch_keeps_it_from_looking_ahead(monkeypatch):
     monkeypatch.setenv("CLR_OPTIM_LOOK_AHEAD", "0")
     known = words.known_words()
     assert known.storage == 0
-    assert known.impl != 0  # where the bit of a negation is, stays known
+    assert known.impl != 0  # still needed to read the negation bit
     assert known.negative != 0
     pair = many("adam", 20)
     pair.run(2)
@@ -59,7 +59,7 @@ def _sight(request, monkeypatch):
 
 
 sights = pytest.mark.usefixtures("_sight")
-# Fewer rows than are looked at ahead (gradients 8, objects 12), just as many, and more.
+# Fewer rows than the scan looks ahead (gradients 8, objects 12), as many, and more.
 rows = pytest.mark.parametrize("count", [1, 2, 4, 7, 8, 9, 11, 12, 13, 16, 17, 40])
 
 
@@ -151,7 +151,7 @@ def test_an_exception_in_a_scan_keeps_no_gradient_and_is_forgotten(at):
     raised = []
 
     class Fails(torch.overrides.TorchFunctionMode):
-        """The first look at the gradient raises, which is the scan's; the plan is built anew."""
+        """The first look at the gradient, by the scan, raises. The plan is then built anew."""
 
         def __torch_function__(self, func, types, args=(), kwargs=None):
             name = getattr(func, "__name__", "")
@@ -178,7 +178,7 @@ def test_an_exception_in_a_scan_keeps_no_gradient_and_is_forgotten(at):
 @pytest.mark.parametrize("kind", ["negated", "zeros", "wrapper", "subclass"])
 @pytest.mark.parametrize("warm", [True, False], ids=["later", "at-once"])
 def test_a_gradient_that_is_not_plain_memory(kind, warm):
-    # Of one element: only there the strides of an imaginary part are as good as any.
+    # Tensors of one element: the strides of an imaginary part pass for any others only there.
     pair = twins(BY_NAME["sgd"], ((1,), (), (5, 3), (7,)))
     if warm:
         pair.run(2)
@@ -192,7 +192,7 @@ def test_a_gradient_that_is_not_plain_memory(kind, warm):
 
 
 def test_autograd_may_hand_over_a_negated_view():
-    # The gradient of a phase: one element, so its strides tell nothing.
+    # The gradient of a phase has one element, so its strides do not reveal it.
     pair = twins(BY_NAME["sgd"], ((1,),))
     pair.run(2)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""What a plan takes in without being made anew, and what it leaves to torch."""
+"""Changes that a plan takes in without being built anew, and parameters that it leaves to torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def twins(name: str, count: int = 3, **wrap: Any) -> Twins:
 
 @pytest.fixture
 def builds(monkeypatch):
-    """How often a plan is made anew."""
+    """A list that gains an item whenever a plan is built."""
     made = []
     build = Plan._build
     monkeypatch.setattr(Plan, "_build", lambda self: made.append(self) or build(self))
@@ -95,7 +95,7 @@ def test_parameters_appended_to_a_group_are_taken_in(builds):
 
 
 def test_state_of_parameters_that_torch_serves_is_taken_in(builds):
-    """Sparse gradients: each has its first step after the plan was made."""
+    """Sparse gradients: each parameter has its first step after the plan was built."""
     pair = Twins(
         lambda: torch.optim.SGD(parameters(drawn([(3, 2)] * 6, torch.float64)), momentum=0.9)
     )
@@ -238,7 +238,7 @@ def test_negated_parameters_are_left_to_torch(started):
 
 @asked
 def test_a_parameter_negated_in_its_place_is_noticed():
-    """Its pointer and layout stay the same."""
+    """Address and layout stay the same."""
     pair = twins("sgd-mom")
     step(pair)
     for opt in pair.both():
@@ -282,7 +282,7 @@ def test_a_setting_that_another_thread_switches(flag):
                 p.grad = grad
             try:
                 opt.step()
-            except (KeyError, RuntimeError):  # as torch: state for another setting
+            except (KeyError, RuntimeError):  # torch raises too: state of another setting
                 opt.state.clear()
             if k % 50 == 0:
                 opt.state.clear()
@@ -301,7 +301,7 @@ def test_kernel_and_slots_come_from_one_reading(monkeypatch):
     rule = RULES[torch.optim.Adam]
 
     def slots(settings: Any) -> Any:
-        opt.param_groups[0]["amsgrad"] = False  # as another thread may do just now
+        opt.param_groups[0]["amsgrad"] = False  # another thread may do so at this moment
         return rule.slots(settings)
 
     monkeypatch.setitem(RULES, torch.optim.Adam, dataclasses.replace(rule, slots=slots))
@@ -551,7 +551,7 @@ def test_a_pickle_made_while_another_thread_steps_is_of_one_step():
     new = pickle.loads(pickle.dumps(opt))
     assert new.iteration == 1
     for group in data["optimizer"].param_groups[:7]:
-        group["clr_step"] = 0  # as if it had been pickled earlier than the others
+        group["clr_step"] = 0  # as in a pickle of an earlier step
     other = type(opt).__new__(type(opt))
     other.__setstate__(data)
     assert {group["clr_step"] for group in other.param_groups} == {other.iteration}
