@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -73,6 +72,8 @@ class Plan:
         self.tally = (ctypes.c_int64 * 2)()
         #: the scan compares with this view; kernels read the rows through it
         self.view = View()
+        #: the kernel's scalars, a row per group; each step fills in the rates
+        self.scalars = self.view.scalars
         #: whether a parameter of the buckets lacks a gradient
         self.partial = False
         # The groups and the state that the plan was built from. No groups: to be built anew.
@@ -89,11 +90,6 @@ class Plan:
         self.buckets = placement.buckets
         #: parameters with a gradient that torch's own step must serve, and why
         self.rest = placement.rest
-
-    @property
-    def scalars(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """The kernel's scalars, a row per group; each step fills in the rates."""
-        return self.view.scalars
 
     @property
     def pending(self) -> bool:
@@ -192,7 +188,7 @@ class Plan:
 
     def _take_settings(self) -> bool:
         """Take in changed settings; return False if the plan must be built anew."""
-        return self._readings.take_settings(list(self._optimizer.param_groups), self.view.scalars)
+        return self._readings.take_settings(list(self._optimizer.param_groups), self.scalars)
 
     def _ask(self) -> int:
         """Return the answer of a scan, made when no other thread is in the middle of a step."""
@@ -235,7 +231,7 @@ class Plan:
         if added is None:
             return False
         self._placement.add_idle(added)
-        self.view.point_to_scalars(self._readings.scalar_table())
+        self._write_scalars(self.view)
         return True
 
     def _adopt_row(self) -> bool:
@@ -291,9 +287,13 @@ class Plan:
         )
         view.address = ctypes.addressof(view)
         view.ready = 1
-        view.point_to_scalars(readings.scalar_table())
+        self._write_scalars(view)
         view.point_to_buckets(self.buckets, self.tally)
         self.view = view
+
+    def _write_scalars(self, view: View) -> None:
+        self.scalars = self._readings.scalar_table()
+        view.point_to_scalars(self.scalars)
 
     # ---- after a step
 
