@@ -11,8 +11,8 @@ from clr_optim import CyclicalOptimizer
 
 assert "site-packages" in clr_optim.__file__, clr_optim.__file__
 assert importlib.metadata.version("clr-optim") == clr_optim.__version__
-for name in ("clr_optim.kernels", "clr_optim.bench", "clr_optim.backends.torch", "clr_optim.cli"):
-    __import__(name)
+for name in ("kernels", "bench", "plan", "backends.torch", "cli"):
+    __import__(f"clr_optim.{name}")
 root = pathlib.Path(clr_optim.__file__).parent
 assert (root / "py.typed").exists()
 assert (root / "demo" / "digits.npz").exists()
