@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 # Types of settings that cannot hold a tensor.
 _NO_TENSORS = frozenset({bool, int, float, str, type(None)})
 
-#: The names of the kernels. Native code knows a kernel by its index (`pick` in multi_tensor.cpp).
+#: The names of the kernels. Native code knows a kernel by its index (`pick` in update.h).
 KERNELS = (
     "sgd",
     "sgd_momentum",

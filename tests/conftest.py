@@ -47,3 +47,12 @@ def ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def native_kernels(monkeypatch):
+    """Have "auto" mean the native backend, whose kernels must compile."""
+    from clr_optim.kernels.native import build
+
+    build.load()
+    monkeypatch.setenv("CLR_OPTIM_BACKEND", "native")

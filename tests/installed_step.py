@@ -1,4 +1,4 @@
-"""Run by `make package` with only the wheel installed: the README's line takes steps."""
+"""Take steps as in the README, with only the wheel installed; `make package` runs this file."""
 
 import importlib.metadata
 import pathlib
@@ -11,12 +11,12 @@ from clr_optim import CyclicalOptimizer
 
 assert "site-packages" in clr_optim.__file__, clr_optim.__file__
 assert importlib.metadata.version("clr-optim") == clr_optim.__version__
-for name in ("clr_optim.kernels", "clr_optim.bench", "clr_optim.backends.torch", "clr_optim.cli"):
-    __import__(name)
+for name in ("kernels", "bench", "plan", "backends.torch", "cli"):
+    __import__(f"clr_optim.{name}")
 root = pathlib.Path(clr_optim.__file__).parent
 assert (root / "py.typed").exists()
 assert (root / "demo" / "digits.npz").exists()
-for name in ("kernels", "bench"):  # they must not take these names in site-packages
+for name in ("kernels", "bench"):  # these names in site-packages belong to other packages
     assert not (root.parent / name).exists(), name
 
 model = torch.nn.Linear(3, 1)

@@ -1,13 +1,14 @@
-// Every native kernel on every dtype, without Python or torch: for valgrind, under which those take
-// minutes to start, and for sanitizers, which then need no preloading. Commands: CONTRIBUTING.md.
+// Run every native kernel on every dtype, without Python or torch: for valgrind, under which Python and
+// torch take minutes to start, and for sanitizers, which need no preloading here. Commands:
+// CONTRIBUTING.md.
 //
-// Each tensor is an allocation of exactly its size, of every length around a vector, a unit of two
-// 16-bit values and a block, so that a step out of it is seen. What the driver checks itself is that
-// any number of threads gives the same bits, that rows without a gradient stay as they were, and that
-// a first step does not hang on what lay in its momentum. (It is loaded and not used, which valgrind
-// would report of memory that nobody has written to.)
+// Each tensor is an allocation of exactly its size, so that an access beyond it is found. Lengths are
+// around a vector, a unit of two 16-bit values, and a block. The driver checks that any number of
+// threads gives the same bits, that rows without a gradient do not change, and that a first step does
+// not depend on the memory of its momentum. (The kernel loads that memory without using it. valgrind
+// would report this for memory that was never written.)
 //
-// With any argument it has a kernel reach beyond a tensor, which must be reported.
+// With any argument, the driver has a kernel reach beyond a tensor, which must be reported.
 
 #include <cstdio>
 #include <cstdlib>
@@ -15,7 +16,9 @@
 
 #include "../kernels/native/multi_tensor.cpp"
 
-// Of Python the driver has lists, and objects that count their references.
+using namespace clr;
+
+// The driver's stand-ins for Python objects: lists, and objects that count their references.
 struct _object {
     long references = 1;
     std::vector<PyObject*> items;
@@ -23,7 +26,7 @@ struct _object {
 
 extern "C" {
 [[noreturn]] static void never(const char* name) {
-    std::fprintf(stderr, "%s: a step has no business there\n", name);
+    std::fprintf(stderr, "%s: a step must not call this function\n", name);
     std::abort();
 }
 PyObject* PyObject_GetAttr(PyObject*, PyObject*) { never(__func__); }
@@ -77,7 +80,7 @@ void require(bool holds, const char* what, int64_t kernel, int64_t dtype) {
     std::exit(1);
 }
 
-// Malloc's: valgrind and ASan know where such a thing ends, of a vector only where its capacity does.
+// From malloc: valgrind and ASan know its exact end, but of a vector only the end of its capacity.
 using Bytes = std::unique_ptr<unsigned char, decltype(&std::free)>;
 
 Bytes values(int64_t dtype, int64_t count, unsigned seed, bool positive) {
@@ -130,7 +133,7 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
         row.group = i % GROUPS;
         row.active = i % 5 != 4;
         row.grad = row.active ? tensor(2) : nullptr;
-        // A first step may find anything in its momentum, and must not look at it.
+        // A first step may find any bytes in its momentum, and must not use them.
         row.first = kernel == 1 && i % 3 == 0;
         for (int k = 0; k < slots_of(kernel); ++k) row.state[k] = tensor(3 + unsigned(k), true);
         if (row.first) {
@@ -138,14 +141,14 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
                 static_cast<unsigned char*>(std::malloc(SIZES[dtype] * size_t(LENGTHS[i]))),
                 std::free);
             row.state[0] = run.memory.back().get();
-            // Another thing for every number of threads; of all ones, NaN.
+            // Different bytes for each number of threads; all ones are NaN.
             const size_t size = SIZES[dtype] * size_t(LENGTHS[i]);
             if (size) std::memset(row.state[0], threads == 1 ? 255 : 1, size);
         }
         if (counts) {
             run.memory.emplace_back(static_cast<unsigned char*>(std::calloc(1, wide ? 8 : 4)),
                                     std::free);
-            row.step = run.memory.back().get();
+            row.counter = run.memory.back().get();
         }
         run.rows.push_back(row);
         grads.items.push_back(row.active ? new PyObject : &none);
@@ -159,7 +162,7 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
         return copy.result;
     }();
 
-    // lr, weight decay, sign; then the rule's own, which are in (0, 1) for all of them.
+    // Rate, weight decay, sign; then the scalars of the rule, in (0, 1) for every rule.
     double scalars[GROUPS * WIDTH];
     for (int64_t g = 0; g < GROUPS; ++g) {
         const double own[WIDTH] = {0.01, g ? 0.1 : 0.0, g ? -1.0 : 1.0, 0.9, 0.99, 1e-8, 0, 0};
@@ -183,7 +186,7 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
         require(clr_step(&view, scalars, WIDTH, 0.5, threads, 1) == 2, "a step of nothing", kernel,
                 dtype);
         require(tally[0] == step + 1, "a step that was none", kernel, dtype);
-        // What a scan does between steps.
+        // Do what a scan does between steps.
         for (int64_t i = 0; i < TENSORS; ++i) {
             require(grads.items[size_t(i)] == &none, "a gradient held", kernel, dtype);
             if (run.rows[size_t(i)].active) {
@@ -212,7 +215,7 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
         }
         run.keep(row.param, size);
         for (int k = 0; k < slots_of(kernel); ++k) run.keep(row.state[k], size);
-        if (counts) run.keep(row.step, wide ? 8 : 4);
+        if (counts) run.keep(row.counter, wide ? 8 : 4);
     }
     require(still.result == idle, "a row without a gradient moved", kernel, dtype);
     return run;

@@ -1,7 +1,7 @@
-"""What the native backend's tests share: its rules with all flags, and twins to compare.
+"""Cases of every fused rule, and twins: our optimizer beside torch's on equal parameters.
 
-The twin of every wrapped optimizer is torch's own for-loop step (``foreach=False``), fed the rates
-and momenta that ours uses.
+The twin of a wrapped optimizer runs torch's for-loop step (``foreach=False``) with the rates and
+momenta that ours uses.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ def feed(theirs: torch.optim.Optimizer, ours: CyclicalOptimizer[Any]) -> None:
 
 
 def unaligned(tensor: Tensor) -> Tensor:
-    """The same values, one element after where an allocation begins: no multiple of 16 bytes."""
+    """Return the same values at an address that is no multiple of 16 bytes."""
     reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     memory = torch.empty(max(reach, 0) + 2, dtype=tensor.dtype, device=tensor.device)
     return memory.as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor)
 
 
 def drawn(shapes: Sequence[Any], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
-    """Normal tensors, the same for any dtype but for rounding."""
+    """Return normal tensors, the same for any dtype up to rounding."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
 
 
 def like(values: Tensor, param: Tensor) -> Tensor:
-    """The values in the parameter's dtype and memory layout."""
+    """Return the values in the parameter's dtype and memory layout."""
     return torch.empty_like(param, requires_grad=False).copy_(values)
 
 
 def parameters(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Any]:
-    """Parameters of their own memory, in the layout of the tensors."""
+    """Return parameters in new memory, in the layout of the tensors."""
     return [
         torch.nn.Parameter(torch.empty_like(t, dtype=dtype or t.dtype).copy_(t)) for t in tensors
     ]
@@ -69,14 +69,14 @@ def members(optimizer: torch.optim.Optimizer) -> list[Any]:
 
 
 def held(optimizer: torch.optim.Optimizer) -> list[list[tuple[str, Any]]]:
-    """The state of each parameter, in order; nothing for those without."""
+    """Return the state of each parameter, in order; an empty list for a parameter without state."""
     return [
         list(optimizer.state[p].items()) if p in optimizer.state else [] for p in members(optimizer)
     ]
 
 
 def tensors_of(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Tensor]:
-    """Parameters and state by position and name."""
+    """Return parameters and state by position and name."""
     found = {(i, ""): p.detach() for i, p in enumerate(members(optimizer))}
     for i, state in enumerate(held(optimizer)):
         found.update({(i, name): t for name, t in state if isinstance(t, Tensor)})
@@ -107,7 +107,7 @@ def assert_pattern(ours: Tensor, theirs: Tensor, what: object = "") -> None:
 
 
 def _extremes(dtype: torch.dtype) -> Tensor:
-    """Zeros, ones, the ends of the dtype's range, values whose squares leave it, Inf and NaN."""
+    """Return zeros, ones, the ends of the range, values whose squares overflow, Inf and NaN."""
     info = torch.finfo(dtype)
     tiny, root, largest = info.tiny, info.max**0.5, info.max
     sizes = [
@@ -121,7 +121,7 @@ def _extremes(dtype: torch.dtype) -> Tensor:
 def assert_nan_and_inf_where_torch_has_them(
     case: Case, dtype: torch.dtype, backend: str, device: Any = "cpu", lr: float | None = None
 ) -> None:
-    """Step over extreme parameters and gradients, each step of torch's from our values.
+    """Step over extreme parameters and gradients; each step of torch starts from our values.
 
     For 16-bit storage torch's step runs in float32, the arithmetic of the kernels.
     """
@@ -187,7 +187,7 @@ def assert_alike(
 
 
 def strides(tensor: Tensor) -> list[int]:
-    """Those that matter: any stride will do for a size of 1."""
+    """Return the strides that matter: a dimension of size 1 may have any stride."""
     return [s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1]
 
 
@@ -204,7 +204,7 @@ def assert_identical(one: torch.optim.Optimizer, two: torch.optim.Optimizer) -> 
 def failure(
     change: Callable[[torch.optim.Optimizer], object], optimizer: torch.optim.Optimizer
 ) -> Exception | None:
-    """What the change raises."""
+    """Return the exception that the change raises, or None."""
     try:
         change(optimizer)
     except Exception as error:
@@ -216,7 +216,7 @@ class Twins:
     """Our optimizer and torch's own, on equal parameters.
 
     Args:
-        make: makes equal optimizers with parameters of their own at each call.
+        make: makes an equal optimizer with new parameters at each call.
         wrap: options of the wrapper.
     """
 
@@ -229,7 +229,7 @@ class Twins:
         return self.ours, self.theirs
 
     def each(self, change: Callable[[torch.optim.Optimizer], object]) -> None:
-        """Do the same to both; what torch raises, ours must raise too."""
+        """Do the same to both; if torch raises, ours must raise the same type of error."""
         error = failure(change, self.theirs)
         ours = failure(change, self.ours)
         if ADAGRAD_LACKS_STATE and isinstance(error, KeyError) and ours is None:
@@ -238,13 +238,13 @@ class Twins:
             raise AssertionError(f"torch raises {error!r}, ours {ours!r}") from ours
 
     def draw(self) -> None:
-        """New gradients for every parameter, the same for both, in the parameter's layout."""
+        """Give every parameter a new gradient, the same to both, in the parameter's layout."""
         for p, q in zip(members(self.ours), members(self.theirs), strict=True):
             values = torch.randn(p.shape, generator=self.generator, dtype=torch.float64)
             p.grad, q.grad = like(values, p), like(values, q)
 
     def step(self, tolerance: float = 1e-12) -> None:
-        """One step of both, with the gradients that there are; then they must be alike."""
+        """Step both with their present gradients; then both must be alike."""
         feed(self.theirs, self.ours)
         self.each(lambda optimizer: optimizer.step())
         assert_alike(self.ours, self.theirs, tolerance)
@@ -256,7 +256,7 @@ class Twins:
 
 
 def _adagrad_lacks_state() -> bool:
-    """As torch 2.11's, which makes it in its constructor alone; ours makes what is missing."""
+    """Return whether torch's Adagrad makes its state in its constructor only, as in torch 2.11."""
     param = torch.zeros((), requires_grad=True)
     optimizer = torch.optim.Adagrad([param])
     optimizer.state.clear()
@@ -268,7 +268,7 @@ ADAGRAD_LACKS_STATE = _adagrad_lacks_state()
 
 
 def twins(case: Case, shapes: Sequence[Any] = ((5, 3), (7,), ()), **wrap: Any) -> Twins:
-    """Twins of a case in float64."""
+    """Return twins of a case in float64."""
     return Twins(
         lambda: case.make(parameters(drawn(shapes, torch.float64))), **{**case.wrap, **wrap}
     )
@@ -285,7 +285,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def many_groups(cls, *settings, dtype=torch.float64, draw=None, **options):
-    """An optimizer of this class with a group, and tensors, for each of the settings."""
+    """Return a function that makes an optimizer with one group for each of the settings."""
 
     def make():
         groups = [
@@ -301,7 +301,7 @@ def _unfused(**more):
     return {"weight_decay": torch.tensor(0.1, dtype=torch.float64), **more}
 
 
-#: An optimizer and its groups' settings, which take several kernels or torch's own step as well.
+#: An optimizer class and settings of its groups, which need several kernels, or torch's step too.
 MIXED_GROUPS = {
     "sgd": (torch.optim.SGD, {}, {"momentum": 0.9, "lr": 0.2}, {"momentum": 0.5, "nesterov": True},
             {"maximize": True}, {"weight_decay": 0.3}, {"momentum": 0.5, "dampening": 0.4}),
@@ -320,7 +320,7 @@ MIXED_GROUPS = {
 
 
 def assert_first_gradient_is_whole(backend, draw=None):
-    """The first gradient of a tensor goes into its momentum without dampening, and only that."""
+    """Assert that only the first gradient of a tensor enters its momentum without dampening."""
     p, late = parameters((draw or drawn)([(3,), (3,)], torch.float32))
     opt = wrapped(torch.optim.SGD([p, late], lr=0.1, momentum=0.5, dampening=0.75), backend=backend)
     p.grad = torch.ones_like(p)

@@ -1,4 +1,4 @@
-"""The compilation and its cache, held to their promises with a source of four functions."""
+"""Compilation and cache of the native kernels, with a source of four functions."""
 
 import ctypes
 import errno
@@ -35,8 +35,8 @@ extern "C" int team(int threads) {
 """
 HEADER = f'extern "C" int omp_get_num_threads();\n#define ABI {build.ABI_VERSION}\n'
 
-# A process that loads the library without the seconds that importing torch takes: argv[1] is
-# build.py, argv[2] the source, argv[3] stands in for torch, the library whose OpenMP is shared.
+# A process that loads the library without importing torch, which takes seconds. Arguments:
+# build.py, the source, and the library whose OpenMP is shared, in the place of torch.
 WORKER = """
 import ctypes, importlib.util, os, sys, time
 spec = importlib.util.spec_from_file_location("build", sys.argv[1])
@@ -61,7 +61,7 @@ def compiled(*arguments):
 
 @pytest.fixture(scope="module")
 def openmp_host(tmp_path_factory):
-    """A library that is linked against the compiler's own OpenMP, as torch is against its."""
+    """Make a library that is linked against the compiler's OpenMP, in the place of torch."""
     folder = tmp_path_factory.mktemp("host")
     (folder / "team.h").write_text(HEADER)
     (folder / "host.cpp").write_text(SOURCE)
@@ -80,7 +80,7 @@ def source(tmp_path):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache and temporary folder of this test's own, and nothing remembered."""
+    """Give each test an empty cache and temporary folder, and no remembered results."""
     monkeypatch.setattr(build, "_results", {})
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("CLR_OPTIM_CACHE_DIR", str(tmp_path / "cache"))
@@ -209,7 +209,7 @@ def test_damaged_entry_is_rebuilt(source, cache, tmp_path, damage):
         entry.write_bytes(bad)
     assert build.load(source).team(1) == 1
     if damage == "a folder":
-        entry.rmdir()  # only files are cleared away
+        entry.rmdir()  # only files are deleted as stale
     (rebuilt,) = entries(cache)
     assert not rebuilt.is_symlink()
     assert build._digest(rebuilt.read_bytes()) == rebuilt.stem.split("-")[2]
@@ -329,7 +329,7 @@ def test_what_others_can_write_is_not_loaded(source, cache, monkeypatch, no_comp
         os.chown(target, 65534, -1)
     else:
         target.chmod(target.stat().st_mode | {"group": 0o020, "others": 0o002}[how])
-    no_compiler()  # so that nothing but the entry could be loaded
+    no_compiler()  # so that only the entry can be loaded
     with pytest.raises(build.BuildError) as error:
         build.load(source)
     monkeypatch.setenv("PATH", path)
@@ -349,7 +349,7 @@ def test_what_others_can_write_is_not_loaded(source, cache, monkeypatch, no_comp
 
 @pytest.mark.parametrize("poison", ["no library", "another library", "another version"])
 def test_what_is_no_library_of_ours_under_a_right_name_is_rebuilt(source, cache, tmp_path, poison):
-    """Its name tells its content, so that only its owner can have put it there, and still."""
+    """An entry may have the right digest and still hold another library."""
     entry = build.compile_ahead(source)
     if poison == "no library":
         data = b"\x7fELF" + bytes(4096)
@@ -398,10 +398,10 @@ def test_a_link_to_nowhere_is_no_cache(source, tmp_path, monkeypatch):
         build.compile_ahead(source)
 
 
-@pytest.mark.parametrize("mode", [0o777, 0o1777], ids=["anybody's", "sticky"])
+@pytest.mark.parametrize("mode", [0o777, 0o1777], ids=["any user's", "sticky"])
 @pytest.mark.parametrize("through", ["path", "link"])
-def test_a_cache_that_anybody_could_replace(source, tmp_path, monkeypatch, mode, through):
-    """As one below /tmp that was made without the sticky bit."""
+def test_a_cache_that_any_user_could_replace(source, tmp_path, monkeypatch, mode, through):
+    """A directory like one below a /tmp without the sticky bit."""
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(mode)
     (tmp_path / "open/cache").mkdir(mode=0o700)
@@ -414,14 +414,14 @@ def test_a_cache_that_anybody_could_replace(source, tmp_path, monkeypatch, mode,
     if mode == 0o1777:
         assert build.compile_ahead(source).parent == cache
     else:
-        with pytest.raises(build.BuildError, match=r"not kept: .*open, where anybody can replace"):
+        with pytest.raises(build.BuildError, match=r"not kept: .*open, where any user can replace"):
             build.compile_ahead(source)
         assert not list(cache.iterdir())
 
 
 @pytest.mark.parametrize("what", ["compiler", "folder", "sync", "rename"])
 def test_full_disk(source, cache, tmp_path, monkeypatch, what):
-    """At each moment that writes to the cache; the temporary folder is elsewhere."""
+    """Fails each write to the cache in turn. The temporary folder is elsewhere."""
 
     def fails_in_the_cache(function, at):
         def call(*args, **kwargs):
@@ -468,9 +468,9 @@ def test_a_really_full_disk(source, cache, tmp_path, monkeypatch):
 
 
 def test_no_home(source, monkeypatch):
-    """As in a container that runs under a number that no user has."""
+    """Some containers run under a user id without a user."""
 
-    import pwd  # not on Windows
+    import pwd  # Windows has no pwd
 
     def unknown(uid):
         raise KeyError(f"getpwuid(): uid not found: {uid}")
@@ -530,7 +530,7 @@ def test_read_only_cache(source, openmp_host, monkeypatch, how):
             build.compile_ahead(folder / "src/kernels.cpp").chmod(0o444)
         cache.chmod(0o555)
         code = """
-            import fcntl  # later the installation may be out of reach
+            import fcntl  # later the user may not read the installation
             if os.geteuid() == 0:
                 os.setgroups([]), os.setgid(65534), os.setuid(65534)
             started = []
@@ -599,7 +599,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /p
 @linux
 @pytest.mark.parametrize("order", [1, -1], ids=["library first", "torch first"])
 def test_one_pool_shared_with_torch(source, order):
-    """Threads are counted; and torch's own file is the only runtime mapped."""
+    """Count the threads. torch's file must be the only OpenMP runtime in the process."""
     code = f"""
         import torch
         library = build.load(source)
@@ -619,11 +619,11 @@ def test_one_pool_shared_with_torch(source, order):
 
 @linux
 def test_one_pool_where_the_runtime_has_a_hashed_name(source, tmp_path):
-    """As in CUDA wheels; with a library in torch's place that is linked against such a copy."""
+    """CUDA wheels rename their OpenMP; a library linked against such a copy replaces torch here."""
     real = Path(build._share_openmp())
     if "gomp" not in real.name:
         pytest.skip(f"torch uses {real.name}")
-    name = "libgomp-" + "a" * (len(real.name) - 11) + ".so"  # as long: no table has to move
+    name = "libgomp-" + "a" * (len(real.name) - 11) + ".so"  # of the same length, so no table moves
     copy = tmp_path / name
     copy.write_bytes(real.read_bytes().replace(f"{real.name}\0".encode(), f"{name}\0".encode()))
     host = tmp_path / "torch.so"
@@ -639,7 +639,7 @@ def test_one_pool_where_the_runtime_has_a_hashed_name(source, tmp_path):
         print(threads() - base, *runtimes())
     """
     assert output(start(code, source, host)) == ["3", str(copy)]
-    # What this prevents: a library linked in the usual way brings a second runtime and pool.
+    # For comparison: a library linked in the usual way brings a second runtime and pool.
     compiled("-fopenmp", source, "-o", tmp_path / "usual.so")
     usual = code.replace("build.load(source)", f"ctypes.CDLL({str(tmp_path / 'usual.so')!r})")
     assert output(start(usual, source, host))[0] == "6"

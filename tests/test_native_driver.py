@@ -1,4 +1,4 @@
-"""The native kernels compiled with sanitizers into a program of their own, and run."""
+"""Run the native kernels in a separate program, compiled with sanitizers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any order of events, with the native backend and with plain torch: they must stay equal.
+"""Any order of events: the native backend and plain torch must stay equal.
 
 A stale pointer shows here as a difference, or kills the process. The events are those of
 ``fuzz.machine``; here hypothesis chooses them, and cuts a sequence that fails down to the shortest.

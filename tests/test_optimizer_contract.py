@@ -20,7 +20,7 @@ from clr_optim import CyclicalOptimizer
 
 @pytest.fixture(autouse=True)
 def _torch_backend(monkeypatch):
-    # test_native.py compares the kernels, which may round otherwise.
+    # contract.py compares the kernels, which may round otherwise.
     monkeypatch.setenv("CLR_OPTIM_BACKEND", "torch")
 
 

@@ -1,12 +1,10 @@
-"""What a plan takes in without being made anew, and what it leaves to torch."""
+"""Changes that a plan takes in without being built anew, and parameters that it leaves to torch."""
 
 from __future__ import annotations
 
 import collections
-import re
 import threading
 import warnings
-from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -26,9 +24,8 @@ from native_helpers import (
     wrapped,
 )
 
-import clr_optim.kernels
-import clr_optim.plan
-from clr_optim.overlap import Memory, sharing
+from clr_optim.plan import words
+from clr_optim.plan.overlap import Memory, sharing
 from clr_optim.rules import RULES
 
 
@@ -43,7 +40,7 @@ def twins(name: str, count: int = 3, **wrap: Any) -> Twins:
 
 @pytest.fixture
 def builds(monkeypatch):
-    """How often a plan is made anew."""
+    """A list that gains an item whenever a plan is built."""
     return count_builds(monkeypatch)
 
 
@@ -96,7 +93,7 @@ def test_parameters_appended_to_a_group_are_taken_in(builds):
 
 
 def test_state_of_parameters_that_torch_serves_is_taken_in(builds):
-    """Sparse gradients: each has its first step after the plan was made."""
+    """Sparse gradients: each parameter has its first step after the plan was built."""
     pair = Twins(
         lambda: torch.optim.SGD(parameters(drawn([(3, 2)] * 6, torch.float64)), momentum=0.9)
     )
@@ -201,6 +198,17 @@ def test_a_list_of_settings_that_changes_within_itself():
 # ---- lazy negations
 
 
+@pytest.fixture(params=[True, False], ids=["", "torch is asked"])
+def _negations(request, monkeypatch):
+    """With the place of the negation bit known to the scan, and without."""
+    if not request.param:
+        monkeypatch.setattr(words, "_WORDS", words.Words())
+
+
+asked = pytest.mark.usefixtures("_negations")
+
+
+@asked
 def test_negated_gradients_of_any_size():
     pair = twins("adam-wd")
     for k in range(4):
@@ -212,6 +220,7 @@ def test_negated_gradients_of_any_size():
         pair.step()
 
 
+@asked
 @pytest.mark.parametrize("started", [True, False], ids=["", "at first"])
 def test_negated_parameters_are_left_to_torch(started):
     pair = twins("sgd-mom")
@@ -225,8 +234,9 @@ def test_negated_parameters_are_left_to_torch(started):
     step(pair)
 
 
+@asked
 def test_a_parameter_negated_in_its_place_is_noticed():
-    """Its pointer and layout stay the same."""
+    """Address and layout stay the same."""
     pair = twins("sgd-mom")
     step(pair)
     for opt in pair.both():
@@ -236,6 +246,7 @@ def test_a_parameter_negated_in_its_place_is_noticed():
     step(pair)
 
 
+@asked
 def test_negated_state_is_left_to_torch():
     pair = twins("adam-wd")
     step(pair)
@@ -269,7 +280,7 @@ def test_a_setting_that_another_thread_switches(flag):
                 p.grad = grad
             try:
                 opt.step()
-            except (KeyError, RuntimeError):  # as torch: state for another setting
+            except (KeyError, RuntimeError):  # torch raises too: state of another setting
                 opt.state.clear()
             if k % 50 == 0:
                 opt.state.clear()
@@ -288,7 +299,7 @@ def test_kernel_and_slots_come_from_one_reading(monkeypatch):
     rule = RULES[torch.optim.Adam]
 
     def slots(settings: Any) -> Any:
-        opt.param_groups[0]["amsgrad"] = False  # as another thread may do just now
+        opt.param_groups[0]["amsgrad"] = False  # another thread may do so at this moment
         return rule.slots(settings)
 
     monkeypatch.setitem(RULES, torch.optim.Adam, dataclasses.replace(rule, slots=slots))
@@ -384,6 +395,7 @@ def test_an_empty_gradient_of_other_strides_needs_one_plan(builds):
     assert len(builds) == 1
 
 
+@asked
 def test_a_negated_step_counter_is_left_to_torch():
     pair = twins("adam-wd")
     step(pair)
@@ -537,7 +549,7 @@ def test_a_pickle_made_while_another_thread_steps_is_of_one_step():
     new = pickle.loads(pickle.dumps(opt))
     assert new.iteration == 1
     for group in data["optimizer"].param_groups[:7]:
-        group["clr_step"] = 0  # as if it had been pickled earlier than the others
+        group["clr_step"] = 0  # as in a pickle of an earlier step
     other = type(opt).__new__(type(opt))
     other.__setstate__(data)
     assert {group["clr_step"] for group in other.param_groups} == {other.iteration}
@@ -668,11 +680,3 @@ def test_what_was_left_for_its_state_is_served_once_the_state_is_gone():
         opt.state.clear()
     step(pair)
     assert "torch" not in pair.ours.explain()
-
-
-def test_python_and_c_know_the_same_answers_of_a_scan():
-    source = Path(clr_optim.kernels.__path__[0], "native", "multi_tensor.cpp").read_text()
-    (body,) = re.findall(r"enum Answer {(.*?)};", source, re.DOTALL)
-    found = {f"_{name}": int(value) for name, value in re.findall(r"(\w+) = (-?\d+),", body)}
-    assert len(found) == 9
-    assert found == {name: getattr(clr_optim.plan, name) for name in found}

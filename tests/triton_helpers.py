@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import changes  # noqa: F401  (the tests take it from here)
+import contract
 import native_helpers
 import numpy as np
 import pytest
-import test_native as changes  # noqa: F401  (the tests take it from here)
-import test_native as contract
 import torch
 import triton_memory
 from native_helpers import HALF, KERNELS, Case, feed, members, parameters

@@ -1,4 +1,4 @@
-"""The C++ kernels on CPU tensors: one call updates every tensor of a bucket."""
+"""The native backend: C++ kernels on CPU tensors, one call per step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["BuildError", "NativeBackend", "library", "rule_for"]
 
 
 def rule_for(optimizer: Optimizer) -> UpdateRule | str:
-    """The rule of a fused kernel for this optimizer, or why there is none."""
+    """Return the rule by which a kernel updates this optimizer, or why no kernel does."""
     rule = RULES.get(type(optimizer))
     if rule is None:
         return f"no fused kernel for {class_name(type(optimizer))}"
@@ -35,12 +35,12 @@ def rule_for(optimizer: Optimizer) -> UpdateRule | str:
     return rule
 
 
-# Answers of clr_step and clr_sums_of_squares.
+# Answers of clr_step and clr_sums_of_squares, see multi_tensor.cpp.
 _UNKNOWN, _UNSCANNED = 1, 2
 
 
 class _Library:
-    """The compiled functions, called with the GIL: they give it away themselves where it pays."""
+    """The compiled functions. Calls keep the GIL; long ones give it away by themselves."""
 
     def __init__(self) -> None:
         held = ctypes.PyDLL(build.load()._name)
@@ -61,7 +61,7 @@ _library: _Library | None = None
 
 
 def library() -> _Library:
-    """The kernels, compiled if need be; raises :class:`BuildError`."""
+    """Return the compiled functions, loaded once per process; may raise :class:`BuildError`."""
     global _library
     if _library is None:
         _library = _Library()
@@ -72,9 +72,9 @@ class NativeBackend:
     """Steps one optimizer with the native kernels.
 
     Args:
-        optimizer: the wrapped one.
+        optimizer: the wrapped optimizer.
         rule: its update rule.
-        lock: held by the thread that steps the optimizer; None makes one.
+        lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
 
     Raises:
         BuildError: if the kernels cannot be compiled here.
@@ -112,22 +112,22 @@ class NativeBackend:
         return cls(optimizer, rule, lock)
 
     def position(self) -> int:
-        """Never asked: the host counts the steps."""
+        """Raise: the host counts the steps, so no caller asks the backend."""
         raise AssertionError("the host knows the position")
 
     def move_to(self, course: Course, *, there: bool = False) -> None:
-        """Nothing: every step is told where it stands."""
+        """Do nothing: every step gets its course."""
 
     def keeps(self, lr: Tensor) -> bool:
-        """Never: the host writes rates."""
+        """Return False: the host writes the rates."""
         return False
 
     def step(self, course: Course, gradients: Gradients) -> Tensor | None:
-        """Update all tensors of the plan, which must be fresh; the norm if they are clipped by it.
+        """Update all tensors of the plan; return the norm of the gradients if a norm limits them.
 
         Args:
-            course: of which only the rates count.
-            gradients: what is done to them on their way in, ``found_inf`` left out.
+            course: the rates of the step.
+            gradients: how to scale and clip the gradients. The host has dealt with ``found_inf``.
         """
         plan = self.plan
         factor = 1.0 if gradients.scale is None else 1.0 / gradients.scale.item()
@@ -135,16 +135,16 @@ class NativeBackend:
         if gradients.max_norm is not None:
             length = factor * self._norm()
             clip = gradients.max_norm / (length + 1e-6)
-            # NaN stays NaN, as in clip_grad_norm_.
+            # A NaN must stay NaN, as in clip_grad_norm_.
             factor = factor if clip > 1.0 else factor * clip
             dtype = torch.float64 if plan.wide else torch.float32
             norm = torch.tensor(length, dtype=dtype, device="cpu")
         try:
             while self._launch(plan.view, course, factor) == _UNSCANNED:
-                plan.refresh()  # another thread takes a step of this optimizer, or has just done so
+                plan.refresh()  # another thread has just stepped this optimizer, or still does
             plan.commit()
         except BaseException:
-            # Ctrl-C during a kernel is raised after it: then its state belongs to the parameters.
+            # Ctrl-C during a kernel is raised after the kernel, which has filled the new state.
             plan.commit_if_called()
             raise
         return norm
@@ -166,7 +166,7 @@ class NativeBackend:
         return answer
 
     def _norm(self) -> float:
-        """Of all gradients as they are; of DTensors those on all ranks, each once."""
+        """Return the norm of all gradients as they are in memory, over all ranks."""
         plan = self.plan
         while True:
             view, squares = plan.view, np.zeros(len(plan.buckets))

@@ -16,7 +16,7 @@ from clr_optim.backends import BuildError, rule_for
 from clr_optim.backends.base import FusedBackend
 from clr_optim.core.settings import Settings
 from clr_optim.core.warn import callers_level
-from clr_optim.eligible import classify
+from clr_optim.plan import classify
 from clr_optim.rules import class_name
 
 __all__ = ["Serving", "parameters_of"]

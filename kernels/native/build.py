@@ -1,34 +1,35 @@
-"""Compiles the C++ kernels with the machine's compiler at first use and keeps them in a cache.
+"""Compile the C++ kernels with the machine's compiler at first use, and keep them in a cache.
 
-The sources include neither Python.h nor a torch header, so a compilation takes seconds.
+The sources include neither Python.h nor a header of torch, so a compilation takes seconds.
 
-**Compilers.** ``CXX`` if set (then nothing else is tried), else the first of c++, g++, clang++
-whose result loads. C++17 is needed: g++ 8 or clang 7 should do; g++ 11, g++ 12 and clang 14 on
-x86-64 Linux were tried. The flags for aarch64 and macOS are untested; Windows is not served.
+**Compilers.** ``CXX`` if set, and then no other compiler. Else the first of c++, g++, clang++ whose
+result loads. C++17 is needed: g++ 8 or clang 7 should do. Tried were g++ 11, g++ 12 and clang 14 on
+x86-64 Linux. The flags for aarch64 and macOS are untested. Windows is not supported.
 
 **The cache** is ``$CLR_OPTIM_CACHE_DIR``, else ``$XDG_CACHE_HOME/clr_optim``, else
 ``~/.cache/clr_optim`` (``~/Library/Caches/clr_optim`` on macOS). An entry is one file,
 ``<key>-<compiler>-<digest>.so``:
 
-- *key*: the sources, the flags and the CPU (model and features). A home shared by different
-  machines therefore never runs another CPU's code.
-- *compiler*: its path, size and time of change. With the CPU this decides what ``-march=native``
-  resolves to, and looking it up costs no subprocess, as asking the compiler would. Only where no
-  compiler is found does any compiler's entry serve: such is the image for which `compile_ahead`
-  ran before its compiler was removed. Sources, flags and CPU match even then.
-- *digest*: of the file's bytes, checked first: loading a truncated library can kill the process.
+- *key*: a digest of the sources, the flags and the CPU (model and features). So machines that share
+  a home never run code for another CPU.
+- *compiler*: a digest of the compiler's path, size and time of change. Together with the CPU, the
+  compiler decides what ``-march=native`` means. Reading these facts needs no subprocess. If no
+  compiler is found, an entry of any compiler serves: `compile_ahead` may have run while an image
+  was built, and its compiler may have been removed. Sources, flags and CPU must match even then.
+- *digest*: of the file's bytes, checked before loading. Loading a truncated library can kill the
+  process.
 
-Nothing is loaded from a file or directory that belongs to another user than this one or root, or
-that others can write to; nor is the way there trusted if it leads through a link of another user's,
-or a directory in which everybody may rename what is not theirs. Links of one's own are followed.
-Where the cache will not do, each process compiles for itself.
+No file or directory is trusted that belongs to a user other than this one or root, or that other
+users can write to. The same holds for every directory on the way to the cache, unless its sticky
+bit keeps users from renaming each other's files, and for links of other users. If the cache cannot
+be used, each process compiles the kernels for itself.
 
-**OpenMP.** A second runtime would bring a second pool of threads. So the library is linked
-against none: its references bind, when it is loaded, to the runtime that torch has loaded,
-whatever the wheel has named that file. For pragmas g++ calls GOMP_* functions, which the runtimes
-of GNU, LLVM and Intel all export, and clang calls __kmpc_* functions, which GNU's does not: under
-such a torch (Linux wheels) what clang makes of a source with pragmas does not load, and counts as
-not compiled. A source that calls GOMP_parallel itself loads from either compiler.
+**OpenMP.** A second runtime would bring a second pool of threads. So the library is linked without
+any: at load, its references bind to the runtime that torch has loaded, whatever the name of that
+file. For pragmas, g++ calls GOMP_* functions, which the runtimes of GNU, LLVM and Intel all export.
+clang calls __kmpc_* functions, which GNU's runtime does not export. If torch uses GNU's (Linux
+wheels), a library from clang does not load, and the next compiler is tried. A source that calls
+GOMP_parallel itself loads from either compiler.
 """
 
 import contextlib
@@ -51,16 +52,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 ABI_VERSION = 9
-"""What the library's ``int clr_abi_version()`` must return."""
+"""The number that the library's ``int clr_abi_version()`` must return."""
 
 SOURCE = Path(__file__).with_name("multi_tensor.cpp")
 """The file that is compiled; it may include any header of its folder."""
 
 _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
-# Rounding follows torch's for-loop step, and must not hang on where a compiler fuses a*b+c.
+# Rounding must be that of torch's for-loop step, so no compiler may choose where to fuse a*b+c.
 _FLAGS += ["-ffp-contract=off"]
-_DIGITS = 32  # of a SHA-256 in hexadecimal: 128 bits
-_STALE_S = 3600.0  # an unfinished compilation this old has been killed
+_DIGITS = 32  # hexadecimal digits of a SHA-256: 128 bits
+_STALE_S = 3600.0  # the age at which an unfinished compilation counts as killed
 _TIMEOUT_S = 300.0
 _ADVICE = (
     "Install g++ 8 or newer (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; "
@@ -74,8 +75,8 @@ class BuildError(RuntimeError):
 
 class _Compiler(NamedTuple):
     words: list[str]  # the command, as in CXX="ccache g++"
-    mark: str  # its part of an entry's name
-    label: str  # how messages name it
+    mark: str  # the compiler's part of an entry's name
+    label: str  # the compiler's name in messages
 
 
 _results: dict[Path, ctypes.CDLL | BuildError] = {}
@@ -83,13 +84,13 @@ _results_lock = threading.Lock()
 
 
 def load(source: Path = SOURCE) -> ctypes.CDLL:
-    """The compiled library, from the cache or else compiled now; once per process.
+    """Return the compiled library, from the cache or compiled now; loaded once per process.
 
-    Calls into it release the GIL.
+    Calls into the library release the GIL.
 
     Raises:
-        BuildError: it cannot be had. That is remembered as well: no second attempt is made, so
-            that a machine without a compiler does not look for one at every step.
+        BuildError: the library cannot be compiled or loaded. Later calls raise the same error at
+            once, so that a machine without a compiler does not look for one at every step.
     """
     with _results_lock:
         if source not in _results:
@@ -104,10 +105,10 @@ def load(source: Path = SOURCE) -> ctypes.CDLL:
 
 
 def compile_ahead(source: Path = SOURCE) -> Path:
-    """Makes sure that the cache holds the library for this CPU, and returns the entry's path.
+    """Make sure that the cache has the library for this CPU, and return the entry's path.
 
     Raises:
-        BuildError: it cannot be compiled, or the cache cannot keep it.
+        BuildError: the library cannot be compiled, or the cache cannot keep it.
     """
     _, entry, problem = _obtain(source)
     if entry is None:
@@ -116,11 +117,14 @@ def compile_ahead(source: Path = SOURCE) -> Path:
 
 
 def describe(source: Path = SOURCE) -> dict[str, str]:
-    """What `load` would use, in words. Asks the compiler; compiles nothing.
+    """Describe the compiler, flags, cache and OpenMP runtime that `load` would use.
 
-    Keys: ``compiler``, ``version``, ``flags``, ``target`` (what the compiler takes this CPU for),
-    ``cache``, ``problem`` (why the cache will not do, or empty), ``entry`` (its path, or empty),
-    ``cached`` (``"yes"`` or ``"no"``) and ``openmp`` (the runtime that serves the kernels).
+    Runs the compiler for its version, but compiles no kernels.
+
+    Returns:
+        ``compiler``, ``version``, ``flags``, ``target`` (the compiler's name for this CPU),
+        ``cache``, ``problem`` (why the cache cannot be used, or empty), ``entry`` (its path, or
+        empty), ``cached`` (``"yes"`` or ``"no"``) and ``openmp`` (the runtime for the kernels).
     """
     compilers = _compilers()
     required, optional = _flags()
@@ -129,7 +133,7 @@ def describe(source: Path = SOURCE) -> dict[str, str]:
         command = compilers[0].words if compilers else ["c++"]
         version = _run([*command, "--version"]).partition("\n")[0]
         verbose = _run([*command, *required, "-E", "-v", "-x", "c++", os.devnull])
-        # The driver repeats -march=native; the compiler proper is called with the real name.
+        # The driver repeats -march=native, but calls the compiler proper with the real name.
         if found := re.search(r"(?:-m(?:arch|cpu)=|-target-cpu )(?!native)([\w.+-]+)", verbose):
             target = found[1]
     try:
@@ -152,7 +156,7 @@ def describe(source: Path = SOURCE) -> dict[str, str]:
 
 
 def _obtain(source: Path) -> tuple[ctypes.CDLL, Path | None, str]:
-    """The library; its entry, or None and the reason why the cache does not hold it."""
+    """Return the library; and its entry, or None and the reason why the cache has no entry."""
     if sys.platform == "win32":
         raise BuildError("the C++ kernels are for Linux and macOS")
     if not source.is_file():
@@ -173,9 +177,9 @@ def _obtain(source: Path) -> tuple[ctypes.CDLL, Path | None, str]:
                 problem = f"{cache} cannot be written to ({error.strerror})"
                 in_cache = False
             except BuildError as error:
-                # Once more elsewhere: the disk may be full, or mounted so that no code may run.
-                problem = f"what is compiled in {cache} does not serve: {error}"
-    # No clearing up at exit: the process keeps the file that it has mapped when its name goes.
+                # Try once more elsewhere: this disk may be full, or mounted without running code.
+                problem = f"a library compiled in {cache} does not load: {error}"
+    # The temporary file may be deleted at once: a process keeps a mapped file without a name.
     try:
         return _compile(source, key, compilers, None)[0], None, problem
     except (OSError, BuildError) as error:
@@ -185,18 +189,17 @@ def _obtain(source: Path) -> tuple[ctypes.CDLL, Path | None, str]:
 
 def _find(cache: Path, key: str, compilers: list[_Compiler]) -> tuple[ctypes.CDLL, Path] | None:
     for entry in _entries(cache, key, compilers):
-        with contextlib.suppress(BuildError):  # e.g. another libc: compile anew
+        with contextlib.suppress(BuildError):  # for another libc, say: compile anew
             return _open(entry), entry
     return None
 
 
 def _entries(cache: Path, key: str, compilers: list[_Compiler]) -> Iterator[Path]:
-    """The entries that may be loaded: complete, and nobody else's."""
+    """Yield the entries that may be loaded: complete files that no other user can write."""
     for mark in [compiler.mark for compiler in compilers] or ["*"]:
         for entry in sorted(cache.glob(f"{key}-{mark}-*.so")):
             try:
-                # No symbolic links, no waiting for a pipe's writer; and what is checked is the very
-                # file that is read.
+                # Follow no symbolic link, wait for no pipe; and read the very file that is checked.
                 descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             except OSError:
                 continue
@@ -228,21 +231,21 @@ def _open(path: Path) -> ctypes.CDLL:
 def _compile(
     source: Path, key: str, compilers: list[_Compiler], cache: Path | None
 ) -> tuple[ctypes.CDLL, Path]:
-    """Compiles with the first compiler whose result loads; only then the cache gets it.
+    """Compile with the first compiler whose result loads, and store the result in the cache.
 
-    Without a cache the returned path no longer exists.
+    Without a cache, the returned path no longer exists.
     """
     if not compilers:
         wanted = os.environ.get("CXX")
         reason = f"CXX={wanted} is not there" if wanted else "no c++, g++ or clang++ on PATH"
         raise BuildError(f"there is no C++ compiler: {reason}. {_ADVICE}")
     failures = []
-    # In the cache itself, so that the last step is a rename within one file system.
+    # Work inside the cache, so that storing is a rename within one file system.
     with tempfile.TemporaryDirectory(
         prefix=".build-", dir=cache, ignore_cleanup_errors=True
     ) as work:
         for number, compiler in enumerate(compilers):
-            # A path of its own: the loader takes an equal path for the library it already has.
+            # One path per compiler: the loader returns the same library for the same path.
             built = Path(work, f"kernels{number}.so")
             try:
                 _make(compiler, source, built)
@@ -265,13 +268,13 @@ def _make(compiler: _Compiler, source: Path, built: Path) -> None:
         if not optional:
             raise
         _run([*compilation, *required])
-    # A second command, because only a link without -fopenmp leaves the OpenMP runtime open.
+    # A second command, since only a link without -fopenmp leaves the OpenMP runtime open.
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     _run([*compiler.words, "-shared", compiled, *undefined, "-o", str(built)])
 
 
 def _run(command: list[str]) -> str:
-    """What the command prints, on both streams."""
+    """Run a command and return the text that it prints on both streams."""
     try:
         done = subprocess.run(
             command,
@@ -292,14 +295,14 @@ def _run(command: list[str]) -> str:
 
 
 def _store(built: Path, cache: Path, key: str, compiler: _Compiler) -> Path:
-    """Makes a loadable library the one entry of its key and compiler, in one step."""
+    """Make a library the only entry of its key and compiler, by one rename; return the entry."""
     built.chmod(0o600)
     with built.open("rb") as file:
         name = f"{key}-{compiler.mark}-{_digest(file.read())}.so"
         os.fsync(file.fileno())
     entry = cache / name
     os.replace(built, entry)
-    for other in cache.glob(f"{key}-{compiler.mark}-*.so"):  # damaged, or we had not compiled
+    for other in cache.glob(f"{key}-{compiler.mark}-*.so"):  # a damaged entry
         if other != entry:
             with contextlib.suppress(OSError):  # gone already, or a directory
                 other.unlink()
@@ -312,12 +315,12 @@ def _store(built: Path, cache: Path, key: str, compiler: _Compiler) -> Path:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Lets one process compile while the others wait for its entry.
+    """Let one process compile while the other processes wait for its entry.
 
-    Only to save work: where the file system has no locks, or the holder hangs, all compile and the
-    last rename wins. The directory itself is locked, so no lock file is left behind.
+    The lock only saves work. If the file system has no locks, or the holder hangs, all processes
+    compile and the last rename wins. The lock is on the directory, so no lock file is left behind.
     """
-    import fcntl  # not on Windows, where this module must still import
+    import fcntl  # Windows has no fcntl, and must still import this module
 
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
@@ -334,11 +337,11 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _cache(*, create: bool) -> tuple[Path, str]:
-    """The cache's directory, and in words why it will not do (or an empty string)."""
+    """Return the cache's directory, and why the cache cannot be used (or an empty string)."""
     own, xdg = os.environ.get("CLR_OPTIM_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME", "")
     if own:
         cache = Path(os.path.abspath(os.path.expanduser(own)))
-    elif os.path.isabs(xdg):  # the specification has relative ones ignored
+    elif os.path.isabs(xdg):  # the specification says to ignore relative paths
         cache = Path(xdg, "clr_optim")
     else:
         home = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
@@ -357,7 +360,7 @@ def _cache(*, create: bool) -> tuple[Path, str]:
 
 
 def _distrust(status: os.stat_result) -> str:
-    """Why nothing there is loaded: somebody else may have written it. Root may do so anyway."""
+    """Return why another user may have written the file. Root can write anywhere, so is trusted."""
     if status.st_uid not in (os.geteuid(), 0):
         return f"belongs to another user (uid {status.st_uid})"
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -366,7 +369,7 @@ def _distrust(status: os.stat_result) -> str:
 
 
 def _distrust_way(directory: Path) -> str:
-    """Why another user could have put another directory in its place."""
+    """Return why another user could replace the directory."""
     for place in (directory, *directory.parents):
         status = place.lstat()
         if stat.S_ISLNK(status.st_mode):
@@ -375,7 +378,7 @@ def _distrust_way(directory: Path) -> str:
             if problem := _distrust_way(place.parent / os.readlink(place)):
                 return problem
         elif status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
-            return f"lies in {place}, where anybody can replace it (chmod o-w would mend that)"
+            return f"lies in {place}, where any user can replace it (chmod o-w would mend that)"
     return ""
 
 
@@ -396,11 +399,11 @@ def _compilers() -> list[_Compiler]:
 
 
 def _flags() -> tuple[list[str], list[str]]:
-    """The flags of the compilation; and those that are left out if the compiler refuses them."""
+    """Return the required flags, and flags to leave out if the compiler refuses them."""
     arm = platform.machine() in ("aarch64", "arm64")
     openmp = ["-Xclang", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
     required = [*_FLAGS, *openmp, "-mcpu=native" if arm else "-march=native"]
-    # Compilers prefer 256 bits even where the CPU has 512.
+    # Compilers prefer vectors of 256 bits even if the CPU has 512.
     return required, ["-mprefer-vector-width=512"] if "avx512f" in _cpu().split() else []
 
 
@@ -417,7 +420,7 @@ def _digest(data: bytes) -> str:
 
 @functools.cache
 def _cpu() -> str:
-    """What tells CPUs apart, a fact a line: all that -march=native depends on but the compiler."""
+    """Return the facts about the CPU on which -march=native depends, one per line."""
     facts = [sys.platform, platform.machine()]
     if sys.platform == "darwin":
         for name in (b"machdep.cpu.brand_string", b"machdep.cpu.features"):
@@ -425,8 +428,8 @@ def _cpu() -> str:
             if ctypes.CDLL(None).sysctlbyname(name, text, ctypes.byref(size), None, 0) == 0:
                 facts.append(text.value.decode(errors="replace"))
         return "\n".join(facts)
-    # Of the first core: the kernel reports no feature that the others lack. Clock rates and the
-    # like change from one reading to the next and stay out.
+    # Read the first core only: Linux reports features that all cores have. Leave out clock rates,
+    # which change from one reading to the next.
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
         for line in file:
             if not line.strip():
@@ -437,7 +440,7 @@ def _cpu() -> str:
             ):
                 facts.append(f"{name}: {value}")
     if len(facts) == 2:
-        facts.append(platform.node())  # unknown: then no other machine may share the entry
+        facts.append(platform.node())  # an unknown CPU: no other machine may share the entry
     return "\n".join(facts)
 
 
@@ -451,7 +454,7 @@ class _SymbolInfo(ctypes.Structure):
 
 
 def _openmp_of(library: ctypes.CDLL) -> str | None:
-    """The file that gives `library`, or what it was linked with, its OpenMP."""
+    """Return the file of the OpenMP runtime that `library` uses, or None."""
     info = _SymbolInfo()
     try:
         address = ctypes.cast(library.omp_get_max_threads, ctypes.c_void_p)
@@ -468,10 +471,10 @@ def _torch_library() -> str:
 
 
 def _share_openmp() -> str:
-    """Opens torch's OpenMP runtime to the libraries loaded from now on; returns its path.
+    """Open torch's OpenMP runtime to the libraries loaded from now on; return its path.
 
-    Asking the loader which file serves torch needs no guess about names: libgomp.so.1, or
-    torch.libs/libgomp-a34b3233.so.1, or Intel's. Where torch has none, the system's is loaded.
+    The loader knows the file, whatever its name: libgomp.so.1, torch.libs/libgomp-a34b3233.so.1 or
+    Intel's. If torch uses no OpenMP, the system's runtime is loaded.
     """
     names = [_openmp_of(ctypes.CDLL(_torch_library()))]
     if names[0] is None:

@@ -1,13 +1,12 @@
-// The update rules, one function object each: what happens to one element.
+// The update rules: one function object per rule updates one element.
 //
-// State comes as up to three references, named as the slots of rules.py are ordered; scalars, since
-// a local array would keep the loop around the rule from being vectorised.
+// State is passed as up to three references s0, s1, s2, in the order of the slots in rules.py. A local
+// array instead of references would keep compilers from vectorising the loop around the rule.
 //
-// A rule is built once per tensor and step from its group's scalars (double, as Python has them) and
-// applied to every element in A, the arithmetic type: float for float, bfloat16 and float16 storage,
-// double for double. The order of operations is that of torch's for-loop step, fused multiply-adds
-// included where torch's vectorised operator has one, so that float32 differs by an ulp at most and
-// NaN and Inf appear where torch's do.
+// A rule object is built per group and step from the group's scalars, which are double as in Python.
+// The rule computes in A, the type of arithmetic: double for double storage, else float. The order of
+// operations is that of torch's for-loop step, with fused multiply-adds where torch's vectorised
+// operator has one. So float32 differs by an ulp at most, and NaN and Inf appear where torch has them.
 #pragma once
 
 #include <cmath>
@@ -18,8 +17,8 @@
 
 namespace clr {
 
-// a·b + c as torch's vec::fmadd: one rounding where the processor has the instruction. A library
-// call where it has not would cost hundreds of cycles.
+// a·b + c as torch's vec::fmadd: one rounding if the processor has the instruction. A library call
+// instead of the instruction would cost hundreds of cycles.
 inline float fmadd(float a, float b, float c) {
 #ifdef __FP_FAST_FMAF
     return __builtin_fmaf(a, b, c);
@@ -34,8 +33,8 @@ inline double fmadd(double a, double b, double c) {
     return a * b + c;
 #endif
 }
-// Returns x in the arithmetic type; NaN stays NaN. A rate beyond the type's largest number would be
-// infinite, and infinity times a gradient of 0 is NaN.
+// Returns x in the type of arithmetic, limited to finite numbers; NaN stays NaN. An infinite rate
+// times a gradient of 0 would be NaN.
 template <class A> A held(double x) {
     const double largest = double(std::numeric_limits<A>::max());
     return A(x > largest ? largest : x < -largest ? -largest : x);
@@ -43,8 +42,8 @@ template <class A> A held(double x) {
 inline float root(float x) { return __builtin_sqrtf(x); }
 inline double root(double x) { return __builtin_sqrt(x); }
 
-// on ? a : b for a condition that holds for the whole loop. A select by bits: compilers refuse to
-// vectorise a loop around a ?: on such a condition once the loop is too large to be copied for both.
+// on ? a : b for a condition that is constant in the loop, selected by bits. Compilers do not vectorise
+// a ?: on such a condition if the loop is too large to be compiled for both cases.
 template <class A> struct Switch {
     using Bits = std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>;
     Bits mask;
@@ -59,7 +58,7 @@ template <class A> struct Switch {
     }
 };
 
-// torch.lerp picks the end nearer to the result, to be exact at both.
+// As torch.lerp: starts from the end nearer to the result, to be exact at both ends.
 template <class A> struct Lerp {
     A coefficient;
     Switch<A> from_start;
@@ -71,11 +70,12 @@ template <class A> struct Lerp {
     }
 };
 
-// The scalars that all groups begin with; a rule's own follow. In step with rules.py.
+// The scalars that every group begins with, as UpdateRule.row in rules.py writes them. The scalars of
+// the rule follow.
 enum Common { LR, WEIGHT_DECAY, SIGN, OWN };
 
-// What all rules do to a gradient first: scale (clipping), negate (maximize), decay by the weights.
-// Without weight decay nothing is added: 0·p would turn an infinite p into NaN.
+// All rules first scale the gradient (clipping), negate it (maximize) and add the weight decay.
+// Without weight decay nothing is added, since 0·p is NaN for an infinite p.
 template <class A> struct Gradient {
     A scale, weight_decay;
     Switch<A> decays;
@@ -101,7 +101,7 @@ template <class A, bool MOMENTUM> struct Sgd {
                     [[maybe_unused]] A& s2) const {
         g = gradient(g, p);
         if (MOMENTUM) {
-            // The first gradient goes in whole, without dampening; the buffer then holds nothing yet.
+            // The first gradient is taken without dampening; the buffer holds nothing yet.
             const A buffer = first(g, fmadd(g, keep, s0 * momentum));
             s0 = buffer;
             g = nesterov(fmadd(buffer, momentum, g), buffer);
@@ -192,8 +192,8 @@ template <class A, bool MOMENTUM, bool CENTERED> struct RmsProp {
         if (CENTERED) {
             A& mean = MOMENTUM ? s2 : s1;
             mean = lerp(mean, g);
-            // One rounding, as torch's addcmul has: if the square of the mean alone is rounded, it
-            // may overflow, and inf - inf is NaN.
+            // One rounding, as in torch's addcmul. The square of the mean, rounded alone, may overflow,
+            // and inf - inf is NaN.
             spread = fmadd(-mean, mean, spread);
         }
         spread = root(spread) + eps;

@@ -1,189 +1,24 @@
 // Has anything that a bucket's table points to changed since the last step?
 //
-// The one question a plan asks every step, of every tensor. Asked from Python it would cost more
-// than updating a small tensor does; here a tensor is read through DLPack's C exchange API, which
-// torch offers on the class torch.Tensor: pointer, dtype, sizes and strides in one call, and no
-// header of torch. Of CPython's C API a dozen functions are needed, declared here so that no Python
-// header is; they are found in the running interpreter. All of it runs with the GIL held.
+// A plan asks this question at every step, about every tensor. Asked from Python, it would take
+// longer than the update of a small tensor. All code here runs with the GIL.
 //
-// A step is long and gives the GIL away, and another thread may then drop the gradients that the
-// kernel reads. So the scan holds every gradient that it took a pointer from until the step is over.
+// A long step gives the GIL away, and another thread may then drop the gradients that the kernel
+// reads. So the scan keeps every gradient alive whose address it took, until the step is over.
 //
-// A scan has two parts. Questions that may run Python code or give the GIL away come first (DTensors
-// are compared in Python, and torch's is_neg() releases the GIL). Pointers are read after them, with
-// the garbage collector off, so that no other thread runs between the first pointer and the last.
-// While a scan or a step uses the rows, `busy` keeps every other scan and step out.
+// A scan has two parts. Questions that may run Python code or give the GIL away come first: DTensors
+// are compared in Python, and torch's is_neg() releases the GIL. Addresses are read in the second
+// part, with the garbage collector off, so that no other thread runs between the first address and
+// the last. While a scan or a step uses the rows, View::busy keeps every other scan and step away.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
-
-extern "C" {
-typedef struct _object PyObject;
-PyObject* PyObject_GetAttr(PyObject*, PyObject*);
-PyObject* PyObject_CallMethodObjArgs(PyObject*, PyObject*, ...);
-PyObject* PyObject_CallFunctionObjArgs(PyObject*, ...);
-PyObject* PyObject_Type(PyObject*);
-int PyObject_RichCompareBool(PyObject*, PyObject*, int);
-PyObject* PyList_GetItem(PyObject*, ptrdiff_t);  // borrowed
-int PyList_SetItem(PyObject*, ptrdiff_t, PyObject*);  // takes over the reference
-int PyList_SetSlice(PyObject*, ptrdiff_t, ptrdiff_t, PyObject*);
-ptrdiff_t PyList_Size(PyObject*);
-PyObject* PyTuple_GetItem(PyObject*, ptrdiff_t);  // borrowed
-ptrdiff_t PyTuple_Size(PyObject*);
-unsigned long PyThread_get_thread_ident();
-int PyGC_Disable();
-int PyGC_Enable();
-PyObject* PyDict_GetItemWithError(PyObject*, PyObject*);  // borrowed
-int PyDict_Next(PyObject*, ptrdiff_t*, PyObject**, PyObject**);  // borrowed
-void* PyCapsule_GetPointer(PyObject*, const char*);
-void PyErr_Clear();
-void Py_DecRef(PyObject*);
-void* PyEval_SaveThread();
-void PyEval_RestoreThread(void*);
-}
+#include "ahead.h"
+#include "dlpack.h"
+#include "view.h"
 
 namespace clr {
 
-struct Bucket;
-
-// As in dlpack.h, version 1.
-struct DLTensor {
-    void* data;
-    int32_t device_type, device_id;
-    int32_t ndim;
-    uint8_t code, bits;
-    uint16_t lanes;
-    int64_t *shape, *strides;
-    uint64_t byte_offset;
-};
-struct ExchangeApi {
-    uint32_t major, minor;
-    ExchangeApi* previous;
-    void* allocate;
-    void* managed_from_object;
-    void* managed_to_object;
-    int (*view)(void* object, DLTensor* out);
-    void* current_work_stream;
-};
-constexpr uint32_t DLPACK_MAJOR = 1;
-
-inline const ExchangeApi* exchange_api(PyObject* capsule) {
-    auto api = static_cast<ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-    while (api && api->major > DLPACK_MAJOR) api = api->previous;
-    return api && api->major == DLPACK_MAJOR && api->view ? api : nullptr;
-}
-
-// What a bucket's rows were built from. In step with _Scan in plan.py.
-struct Scan {
-    PyObject* params;       // list of tensors, a row each
-    PyObject* dicts;        // list of optimizer.state[p], a row each; empty if the rule keeps none
-    PyObject* keys;         // list of the names in them: state slots, then "step" if there is one
-    PyObject* tensors;      // list of what they held: len(keys) a row
-    PyObject* grad;         // the attribute's name
-    PyObject* none;
-    PyObject* capsule;      // of the exchange API
-    PyObject *tensor, *parameter;  // the classes of torch that a gradient may be of
-    PyObject *is_neg, *no;  // the name "is_neg", and False
-    // For DTensors, else null: the class, a list of what says how each is divided over ranks (of the
-    // parameter and of each slot, a row each), and the attributes' names.
-    PyObject *dtensor, *specs, *local, *spec, *placements, *mesh;
-    PyObject* grads;  // list of the gradients that the rows point to, None for those without
-    PyObject* nones;  // list of as many Nones
-    const int64_t* layout;  // a row each: ndim, sizes, strides
-    int64_t slots;          // keys that are state slots
-    int64_t code, bits;     // DLPack's names for the dtype of parameters, gradients and slots
-    int64_t counter_bits;   // the step counters are floats of so many bits
-    int64_t device_type, device_id;  // DLPack's names for the device of them all
-    // Which word of a tensor's object points to its implementation, and which word of that to its
-    // storage. `storage` is 0 where the scan must not look ahead.
-    int64_t impl, storage;
-    // Which word of the implementation holds torch's dispatch keys, and the bit of a lazy negation;
-    // `negative` is 0 where torch must be asked.
-    int64_t key_set;
-    uint64_t negative;
-};
-
-// A tensor of a bucket. In step with _ROW in plan.py: ten 64-bit integers.
-struct Row {
-    void* param;
-    const void* grad;
-    void* state[3];
-    void* step;      // torch's own counter of this parameter, or null
-    int64_t numel;
-    int64_t group;   // whose scalars
-    int64_t first;   // its state holds nothing yet
-    int64_t active;  // it has a gradient this time
-};
-static_assert(sizeof(Row) == 10 * sizeof(int64_t), "Row must match plan.py");
-
-inline bool is_kind(const Scan& scan, const DLTensor& t, int64_t code, int64_t bits) {
-    return t.code == code && t.bits == bits && t.lanes == 1 &&
-           t.device_type == scan.device_type && t.device_id == scan.device_id;
-}
-
-// Sizes, and strides where they matter: any stride will do for a size of 1, and for no elements.
-inline bool has_layout(const DLTensor& t, const int64_t* layout) {
-    const int64_t ndim = *layout++;
-    if (t.ndim != ndim) return false;
-    bool same = true, empty = false;
-    for (int64_t d = 0; d < ndim; ++d) {
-        if (t.shape[d] != layout[d]) return false;
-        empty = empty || layout[d] == 0;
-        same = same && (layout[d] == 1 || t.strides[d] == layout[ndim + d]);
-    }
-    return same || empty;
-}
-
-// What a whole plan was built from. In step with _View in plan.py.
-struct View {
-    PyObject* groups;    // list of the groups' dictionaries
-    PyObject* members;   // list of lists: what was in their "params"
-    PyObject* keys;      // list of lists: the names of their settings
-    PyObject* settings;  // list of lists: the settings
-    PyObject* state;     // optimizer.state
-    PyObject* dicts;     // list of its values
-    PyObject* idle;      // list of tensors that had no gradient and nothing to update
-    PyObject *params, *grad, *none;  // the names "params" and "grad", and None
-    PyObject *has_mode, *no;  // whether a torch function mode sees every `p.grad`: asks it; and False
-    Bucket* buckets;
-    int64_t count;
-    int64_t* tally;  // kernel calls, and those of them that count as steps
-    int64_t busy;    // the thread whose scan or step uses the rows, or 0
-    int64_t ready;   // a scan has found the rows right, and no step has used them since
-    int64_t bucket, row;  // where the last scan stopped, if at a row
-};
-
-// In step with _BUCKET in plan.py: eight 64-bit integers.
-struct Bucket {
-    const Scan* scan;
-    Row* rows;
-    int64_t count;
-    int64_t active;  // rows with a gradient: written by clr_current
-    int64_t kernel, dtype;  // by their numbers
-    int64_t wide_counter;
-    int64_t held;  // scan->grads holds gradients
-};
-
-// A list or a tuple.
-class Items {
-public:
-    explicit Items(PyObject* object) : object_(object), size_(PyList_Size(object)) {
-        if (size_ >= 0) return;
-        PyErr_Clear();
-        is_tuple_ = true;
-        size_ = PyTuple_Size(object);
-    }
-    ptrdiff_t size() const { return size_; }  // -1 for anything else
-    PyObject* get(ptrdiff_t i) const {
-        return is_tuple_ ? PyTuple_GetItem(object_, i) : PyList_GetItem(object_, i);
-    }
-
-private:
-    PyObject* object_;
-    bool is_tuple_ = false;
-    ptrdiff_t size_;
-};
+// ---- groups and state
 
 inline bool same_items(PyObject* a, PyObject* b) {
     const Items now(a), then(b);
@@ -193,7 +28,7 @@ inline bool same_items(PyObject* a, PyObject* b) {
     return true;
 }
 
-// Another thread may have added a group since the plan was made: the user's list is the longer one.
+// Another thread may have added a group since the plan was built. The user's list is then longer.
 inline bool same_groups(const View& view) {
     const Items groups(view.groups);
     if (groups.size() != PyList_Size(view.members)) return false;
@@ -222,7 +57,7 @@ inline bool same_settings(const View& view) {
     return true;
 }
 
-// The very dictionaries, in their order: one that was replaced, added or taken away shows.
+// Compares the dictionaries' identities and order, which shows any that was replaced, added or removed.
 inline bool same_state(const View& view) {
     ptrdiff_t at = 0, i = 0;
     const ptrdiff_t count = PyList_Size(view.dicts);
@@ -232,7 +67,7 @@ inline bool same_state(const View& view) {
     return i == count;
 }
 
-// May run Python code: a parameter of the user's own class may have a `grad` of its own.
+// May run Python code: a parameter of a user's class may define `grad`.
 inline bool still_idle(const View& view) {
     const ptrdiff_t count = PyList_Size(view.idle);
     for (ptrdiff_t i = 0; i < count; ++i) {
@@ -244,6 +79,14 @@ inline bool still_idle(const View& view) {
     return true;
 }
 
+// A torch function mode (torch.device as a context is one) runs Python code at every `p.grad`.
+inline bool has_mode(const View& view) {
+    const Ref answer(PyObject_CallFunctionObjArgs(view.has_mode, nullptr));
+    return answer.get() != view.no;
+}
+
+// ---- the first part: questions that may run Python code
+
 // A subclass may give its memory another meaning.
 inline bool is_tensor(const Scan& scan, PyObject* object) {
     PyObject* type = PyObject_Type(object);
@@ -251,28 +94,14 @@ inline bool is_tensor(const Scan& scan, PyObject* object) {
     return type == scan.tensor || type == scan.parameter;
 }
 
-// A reference, given back at the end.
-class Ref {
-public:
-    explicit Ref(PyObject* object = nullptr) : object_(object) {}
-    Ref(const Ref&) = delete;
-    ~Ref() {
-        if (object_) Py_DecRef(object_);
-    }
-    PyObject* get() const { return object_; }
-
-private:
-    PyObject* object_;
-};
-
 inline bool same_attribute(PyObject* a, PyObject* b, PyObject* name) {
     const Ref of_a(PyObject_GetAttr(a, name)), of_b(PyObject_GetAttr(b, name));
     return of_a.get() && of_b.get() &&
            PyObject_RichCompareBool(of_a.get(), of_b.get(), /*Py_EQ*/ 2) == 1;
 }
 
-// Whether a row's k-th DTensor (0: the parameter or its gradient, then the slots) is divided over the
-// ranks as it was when the plan was made. Runs Python code.
+// Whether a DTensor of row i is divided over the ranks as it was when the plan was built. k is 0 for
+// the parameter and its gradient, 1 for the first slot.
 inline bool same_spread(const Scan& scan, PyObject* tensor, ptrdiff_t i, ptrdiff_t k) {
     const Ref type(PyObject_Type(tensor));
     if (type.get() != scan.dtensor) return false;
@@ -291,44 +120,38 @@ inline bool same_spreads(const Scan& scan, ptrdiff_t i) {
     return true;
 }
 
-// The bit of a lazy negation, which DLPack does not tell.
-inline bool is_negated(const Scan& scan, PyObject* tensor) {
-    if (!scan.negative) return false;  // torch was asked
-    const auto* impl = static_cast<const uint64_t* const*>(static_cast<void*>(tensor))[scan.impl];
-    return (impl[scan.key_set] & scan.negative) != 0;
-}
-
-// The same question to torch, which gives the GIL away.
+// Whether a tensor is a lazy negation, which DLPack does not tell. Asks torch, which gives the GIL
+// away.
 inline bool is_negated_says_torch(const Scan& scan, PyObject* tensor) {
     const Ref negated(PyObject_CallMethodObjArgs(tensor, scan.is_neg, nullptr));
     return negated.get() != scan.no;
 }
 
+// Asks torch about the parameter and the state of row i.
+inline bool any_is_negated_says_torch(const Scan& scan, ptrdiff_t i) {
+    const auto asks = [&scan](PyObject* tensor) {
+        const Ref part(scan.dtensor ? PyObject_GetAttr(tensor, scan.local) : nullptr);
+        if (scan.dtensor) tensor = part.get();
+        return !tensor || is_negated_says_torch(scan, tensor);
+    };
+    if (asks(PyList_GetItem(scan.params, i))) return true;
+    const ptrdiff_t keys = PyList_Size(scan.keys);
+    for (ptrdiff_t k = 0; k < keys; ++k) {
+        PyObject* held = PyList_GetItem(scan.tensors, i * keys + k);
+        if (k < scan.slots ? asks(held) : is_negated_says_torch(scan, held)) return true;
+    }
+    return false;
+}
+
 // Which rows need a question that may run Python code. Autograd itself hands over lazy negations of
-// one element only (an imaginary part, whose strides fit no other layout): torch is asked of those.
+// one element (an imaginary part; with more elements its strides fit no other layout), so torch is
+// asked about these.
 inline bool needs_asking(const Scan& scan, const Row& row) {
     return scan.dtensor || row.numel == 1 || !scan.negative;
 }
 
-// Lets go of the gradients.
-inline void release(Bucket& bucket) {
-    const Scan& scan = *bucket.scan;
-    if (!bucket.held) return;
-    bucket.held = 0;
-    // They have left the caches meanwhile, and would be waited for one by one.
-    for (ptrdiff_t i = 0; i < bucket.count; ++i)
-        __builtin_prefetch(PyList_GetItem(scan.grads, i), 1);
-    PyList_SetSlice(scan.grads, 0, bucket.count, scan.nones);
-}
-
-// A torch function mode (torch.device as a context is one) runs Python code at every `p.grad`.
-inline bool has_mode(const View& view) {
-    const Ref answer(PyObject_CallFunctionObjArgs(view.has_mode, nullptr));
-    return answer.get() != view.no;
-}
-
-// Asks all that may run Python code or give the GIL away, and holds the gradients it asked about:
-// all of them if `every`. Returns the first row that is not as it was, or -1.
+// Asks the questions, and keeps alive the gradients of these rows, or of every row if `every`.
+// Returns the first row that has changed, or -1.
 inline ptrdiff_t ask(Bucket& bucket, bool every) {
     const Scan& scan = *bucket.scan;
     bucket.held = 1;
@@ -345,96 +168,44 @@ inline ptrdiff_t ask(Bucket& bucket, bool every) {
         if (!is_tensor(scan, plain)) return i;
         if ((!scan.negative || bucket.rows[i].numel == 1) && is_negated_says_torch(scan, plain))
             return i;
+        if (!scan.negative && any_is_negated_says_torch(scan, i)) return i;
     }
     return -1;
 }
 
-// A thousand small tensors' objects have mostly left the caches by the time of a step, and to look
-// at one is to wait for the memory three times: for the object, for its implementation, for its
-// storage. So rows ahead are asked for early, a stage at a time. To the caches these are hints:
-// nothing read here decides anything.
-class Ahead {
-public:
-    Ahead(const Scan& scan, const Row* rows, ptrdiff_t count)
-        : scan_(scan), rows_(rows), count_(count), keys_(PyList_Size(scan.keys)) {
-        for (ptrdiff_t i = -4 * STAGE; i < 0; ++i) look(i);
-    }
-    Ahead(const Ahead&) = delete;
-    ~Ahead() {
-        for (PyObject* grad : grads_)
-            if (grad) Py_DecRef(grad);
-    }
+// Lets go of the gradients.
+inline void release(Bucket& bucket) {
+    const Scan& scan = *bucket.scan;
+    if (!bucket.held) return;
+    bucket.held = 0;
+    // During the step they have left the caches. Fetch all of them before waiting for the first one.
+    for (ptrdiff_t i = 0; i < bucket.count; ++i)
+        __builtin_prefetch(PyList_GetItem(scan.grads, i), 1);
+    PyList_SetSlice(scan.grads, 0, bucket.count, scan.nones);
+}
 
-    // Row i's gradient, a new reference; null after an exception. To be asked for in order.
-    PyObject* next_grad(ptrdiff_t i) {
-        PyObject* grad = grads_[i % RING];
-        grads_[i % RING] = nullptr;
-        look(i);
-        return grad;
-    }
+// ---- the second part: addresses
 
-private:
-    static constexpr ptrdiff_t STAGE = 4, RING = 2 * STAGE, LINE = 64;
+inline bool is_kind(const Scan& scan, const DLTensor& t, int64_t code, int64_t bits) {
+    return t.code == code && t.bits == bits && t.lanes == 1 &&
+           t.device_type == scan.device_type && t.device_id == scan.device_id;
+}
 
-    static void fetch(const void* at, ptrdiff_t lines) {
-        for (ptrdiff_t i = 0; i < lines; ++i)
-            __builtin_prefetch(static_cast<const char*>(at) + i * LINE);
-    }
-    static const void* word(const void* of, int64_t index) {
-        return static_cast<const void* const*>(of)[index];
-    }
-    // A gradient may be anything; an object's second word is its class.
-    bool is_tensor(PyObject* grad) const { return grad && word(grad, 1) == scan_.tensor; }
-    void fetch_impl(PyObject* tensor) const { fetch(word(tensor, scan_.impl), 4); }
-    void fetch_storage(PyObject* tensor) const {
-        fetch(word(word(tensor, scan_.impl), scan_.storage), 2);
-    }
+// Reads the bit of a lazy negation. False if its place is unknown; torch was asked then.
+inline bool is_negated(const Scan& scan, PyObject* tensor) {
+    if (!scan.negative) return false;
+    const auto* impl = static_cast<const uint64_t* const*>(static_cast<void*>(tensor))[scan.impl];
+    return (impl[scan.key_set] & scan.negative) != 0;
+}
 
-    void look(ptrdiff_t i) {
-        const ptrdiff_t near = i + STAGE, middle = near + STAGE, far = middle + STAGE;
-        if (scan_.storage && far + STAGE < count_) fetch(PyList_GetItem(scan_.params, far + STAGE), 1);
-        if (scan_.storage && far >= 0 && far < count_) {
-            fetch_impl(PyList_GetItem(scan_.params, far));
-            if (keys_ && was_active(far)) fetch(PyList_GetItem(scan_.dicts, far), 1);
-            for (ptrdiff_t k = 0; k < keys_ && was_active(far); ++k) fetch(held(far, k), 1);
-        }
-        if (middle >= 0 && middle < count_) {
-            PyObject* param = PyList_GetItem(scan_.params, middle);
-            if (scan_.storage && was_active(middle)) {
-                if (keys_) fetch(word(PyList_GetItem(scan_.dicts, middle), 4), 3);  // its table
-                for (ptrdiff_t k = 0; k < keys_; ++k) fetch_impl(held(middle, k));
-                fetch(rows_[middle].step, 1);
-            }
-            PyObject* grad = grads_[middle % RING] = PyObject_GetAttr(param, scan_.grad);
-            if (scan_.storage && is_tensor(grad)) fetch_impl(grad);
-        }
-        if (scan_.storage && near >= 0 && near < count_ && was_active(near)) {
-            fetch_storage(PyList_GetItem(scan_.params, near));
-            for (ptrdiff_t k = 0; k < keys_; ++k) fetch_storage(held(near, k));
-            PyObject* grad = grads_[near % RING];
-            if (is_tensor(grad)) fetch_storage(grad);
-        }
-    }
-    // As of the last scan: of a row without a gradient nothing more is looked at.
-    bool was_active(ptrdiff_t i) const { return rows_[i].active; }
-    PyObject* held(ptrdiff_t i, ptrdiff_t k) const {
-        return PyList_GetItem(scan_.tensors, i * keys_ + k);
-    }
-
-    const Scan& scan_;
-    const Row* rows_;
-    ptrdiff_t count_, keys_;
-    PyObject* grads_[RING] = {};
-};
-
-// Whether row i still describes its tensors; takes in the gradient's pointer, which may move. No
-// kernel touches a row without a gradient, so nothing of such a row is looked at.
+// Whether row i still describes its tensors. Takes in the address of the gradient, which may change.
+// Of a row without a gradient, which no kernel touches, nothing is read.
 inline bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff_t i,
                      const int64_t* layout, PyObject* grad) {
     row.active = grad != scan.none;
     if (!row.active) return true;
     DLTensor t;
-    // Looks at a tensor of the parameter's kind and layout; of a DTensor at this rank's part.
+    // Reads a tensor of the parameter's kind and layout; of a DTensor the part of this rank.
     const auto view = [&](PyObject* tensor) {
         const Ref part(scan.dtensor ? PyObject_GetAttr(tensor, scan.local) : nullptr);
         if (scan.dtensor) tensor = part.get();
@@ -450,22 +221,22 @@ inline bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff
         if (!held || held != PyList_GetItem(scan.tensors, i * keys + k)) return false;
         const bool same = k < scan.slots
                               ? view(held) && t.data == row.state[k]
-                              : !api.view(held, &t) && t.data == row.step && t.ndim == 0 &&
+                              : !api.view(held, &t) && t.data == row.counter && t.ndim == 0 &&
                                     is_kind(scan, t, 2, scan.counter_bits) &&
                                     !is_negated(scan, held);
         if (!same) return false;
     }
 
     if (!scan.dtensor && !is_tensor(scan, grad)) return false;
-    // No data: a tensor that stands for zeros, or a subclass that wraps others.
+    // Without data: a tensor that represents zeros, or a subclass that wraps other tensors.
     if (!view(grad) || !(t.data || !row.numel)) return false;
     row.grad = t.data;
     return true;
 }
 
-// Returns the first row that has a gradient and does not describe its tensors any more, or -1;
-// `every`: as asked.
-inline ptrdiff_t other_row(Bucket& bucket, bool every) {
+// Returns the first row that has a gradient and no longer describes its tensors, or -1. `every`: the
+// gradients of all rows were read in the first part.
+inline ptrdiff_t changed_row(Bucket& bucket, bool every) {
     const Scan& scan = *bucket.scan;
     const ExchangeApi* api = exchange_api(scan.capsule);
     if (!api) return 0;
@@ -479,7 +250,7 @@ inline ptrdiff_t other_row(Bucket& bucket, bool every) {
         if (!every && !grad) return i;
         if (every || needs_asking(scan, row)) {
             if (grad) Py_DecRef(grad);
-            grad = PyList_GetItem(scan.grads, i);  // the one that was asked about
+            grad = PyList_GetItem(scan.grads, i);  // the gradient that the first part asked about
         } else if (PyList_SetItem(scan.grads, i, grad)) {
             return i;
         }
@@ -490,51 +261,29 @@ inline ptrdiff_t other_row(Bucket& bucket, bool every) {
     return -1;
 }
 
-// Keeps finalizers, which may be any Python code, out of what happens while this lives.
-class NoCollection {
-public:
-    NoCollection() : was_enabled_(PyGC_Disable()) {}
-    NoCollection(const NoCollection&) = delete;
-    ~NoCollection() {
-        if (was_enabled_) PyGC_Enable();
+// ---- both parts, for all buckets
+
+inline Answer scan(View& view) {
+    for (int64_t b = 0; b < view.count; ++b) release(view.buckets[b]);
+    if (!still_idle(view)) return WOKEN;
+    const bool every = has_mode(view);
+    const auto stops = [&view](int64_t bucket, ptrdiff_t row) {
+        view.bucket = bucket, view.row = row;
+        return row >= 0;
+    };
+    for (int64_t b = 0; b < view.count; ++b)
+        if (stops(b, ask(view.buckets[b], every))) return CHANGED;
+    const NoCollection no_collection;
+    if (!same_groups(view)) return GROUPS_CHANGED;
+    if (!same_settings(view)) return SETTINGS_CHANGED;
+    if (!same_state(view)) return STATE_CHANGED;
+    bool all = true;
+    for (int64_t b = 0; b < view.count; ++b) {
+        Bucket& bucket = view.buckets[b];
+        if (stops(b, changed_row(bucket, every))) return CHANGED;
+        all = all && bucket.active == bucket.count;
     }
-
-private:
-    int was_enabled_;
-};
-
-// Keeps every other scan and step away from the rows while this lives; made and ended with the GIL.
-class Hold {
-public:
-    explicit Hold(View& view) : view_(view), has_(!view.busy) {
-        if (has_) view.busy = this_thread();
-    }
-    Hold(const Hold&) = delete;
-    ~Hold() {
-        if (has_) view_.busy = 0;
-    }
-    explicit operator bool() const { return has_; }  // false if another one has the rows
-    bool is_nested() const { return !has_ && view_.busy == this_thread(); }
-
-private:
-    static int64_t this_thread() { return int64_t(PyThread_get_thread_ident()); }
-
-    View& view_;
-    bool has_;
-};
-
-// Gives the GIL away for as long as it lives, if that is to be long: a thread that gives it away
-// may wait for milliseconds to get it back.
-class Aside {
-public:
-    explicit Aside(bool is_long) : state_(is_long ? PyEval_SaveThread() : nullptr) {}
-    Aside(const Aside&) = delete;
-    ~Aside() {
-        if (state_) PyEval_RestoreThread(state_);
-    }
-
-private:
-    void* state_;
-};
+    return all ? ALL_ACTIVE : SOME_IDLE;
+}
 
 }  // namespace clr

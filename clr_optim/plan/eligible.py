@@ -1,4 +1,4 @@
-"""Why no kernel serves a tensor: what a kernel can walk of parameters, gradients and state."""
+"""Why no kernel serves a tensor: checks of parameters, gradients and state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from clr_optim.sharding import local_part, same_spread, why_not_local
 
 __all__ = ["DTYPES", "classify", "is_plain", "why_not"]
 
-#: Storage dtypes in the order by which native code knows them.
+#: Dtypes that kernels serve, in the order of ``Dtype`` in storage.h; a test compares.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -20,7 +20,7 @@ def why_not(param: Tensor, grad: Tensor | None, device: str) -> str | None:
 
     Args:
         param: the parameter.
-        grad: its gradient. Another thread may replace it, so the caller reads it once.
+        grad: its gradient, which the caller reads once, since another thread may replace it.
         device: the type of the devices that the kernels serve.
     """
     why = why_not_local(param)
@@ -47,7 +47,7 @@ def why_not(param: Tensor, grad: Tensor | None, device: str) -> str | None:
 
 
 def is_plain(tensor: object, param: Tensor) -> bool:
-    """Return whether a kernel may walk this tensor beside its parameter."""
+    """Return whether a kernel may read this tensor element by element with its parameter."""
     if not isinstance(tensor, Tensor) or not same_spread(tensor, param):
         return False
     tensor, param = local_part(tensor), local_part(param)
@@ -65,7 +65,7 @@ def is_plain(tensor: object, param: Tensor) -> bool:
 def classify(
     optimizer: Optimizer, rule: UpdateRule, device: str, *, capturable: bool = False
 ) -> dict[str | None, list[Tensor]]:
-    """Parameters by the reason why no kernel serves them; those that one does under None."""
+    """Return the parameters by the reason why no kernel serves them; None: a kernel does."""
     reasons: dict[str | None, list[Tensor]] = {}
     for group in optimizer.param_groups:
         why = rule.not_fused(group, capturable=capturable)
@@ -75,7 +75,7 @@ def classify(
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the tensor fills its memory without gaps or overlaps, in whatever order."""
+    """Return whether the tensor fills its memory without gaps or overlaps, in any order."""
     if tensor.is_contiguous():
         return True
     expected = 1

@@ -1,4 +1,4 @@
-"""Which tensors share memory: torch updates tensors one after the other, a kernel all at once."""
+"""Which tensors share memory. torch updates one tensor after the other, a kernel all at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Memory:
     """The memory of tensors, as disjoint spans of addresses in ascending order.
 
     Args:
-        tensors: those whose memory it is; they may share it with each other.
+        tensors: the tensors. They may share memory with each other.
     """
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
@@ -30,7 +30,7 @@ class Memory:
                 self._spans.append((begin, end))
 
     def add(self, tensors: Iterable[Tensor]) -> bool:
-        """Add tensors up to the first that shares memory; return whether none did."""
+        """Add tensors one by one; stop and return False at the first that shares memory."""
         for span in filter(None, map(_span, tensors)):
             place = bisect_left(self._spans, span)
             if place and self._spans[place - 1][1] > span[0]:
@@ -41,7 +41,7 @@ class Memory:
         return True
 
     def remove(self, spans: Iterable[tuple[int, int]]) -> bool:
-        """Remove spans up to the first that is not one of these; return whether all were."""
+        """Remove spans one by one; stop and return False at the first unknown span."""
         for span in spans:
             place = bisect_left(self._spans, span)
             if self._spans[place : place + 1] != [span]:
@@ -51,7 +51,7 @@ class Memory:
 
 
 def sharing(owners: Sequence[Sequence[Tensor]]) -> set[int]:
-    """Return which owners share memory with another one, or have two tensors in one place.
+    """Return which owners share memory with another owner, or have two tensors in one place.
 
     Args:
         owners: the tensors of each owner.
@@ -77,7 +77,7 @@ def sharing(owners: Sequence[Sequence[Tensor]]) -> set[int]:
 
 
 def _span(tensor: Tensor) -> tuple[int, int] | None:
-    """The addresses from a tensor's first byte to past its last; None where it has no memory."""
+    """Return the addresses of a tensor's first byte and past its last; None without memory."""
     part = local_part(tensor)
     if part.layout is not torch.strided or not part.numel():
         return None

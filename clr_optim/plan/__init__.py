@@ -1,0 +1,21 @@
+"""The plan of an optimizer: which tensors one kernel call updates, kept while nothing changes."""
+
+from clr_optim.plan.bucket import Bucket
+from clr_optim.plan.eligible import DTYPES, classify, is_plain, why_not
+from clr_optim.plan.overlap import Memory, sharing
+from clr_optim.plan.plan import Plan
+from clr_optim.plan.row import Row
+from clr_optim.plan.structures import View
+
+__all__ = [
+    "DTYPES",
+    "Bucket",
+    "Memory",
+    "Plan",
+    "Row",
+    "View",
+    "classify",
+    "is_plain",
+    "sharing",
+    "why_not",
+]

@@ -1,0 +1,256 @@
+"""A bucket: tensors that one kernel call updates, and the tables that kernels read."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clr_optim.plan.eligible import DTYPES
+from clr_optim.plan.row import Row
+from clr_optim.plan.structures import DLPACK_TYPES, ROW, Scan
+from clr_optim.plan.words import known_words
+from clr_optim.rules import KERNELS, Slot
+from clr_optim.sharding import DTensor, Spread, local_part
+
+__all__ = ["Bucket", "BucketKey"]
+
+
+class BucketKey(NamedTuple):
+    """What all rows of one bucket have in common, see :class:`Bucket`."""
+
+    kernel: str
+    dtype: torch.dtype
+    wide_counter: bool
+    device: torch.device
+    aligned: bool
+    spread: Spread | None
+
+
+@dataclass(eq=False)
+class Bucket:
+    """Tensors that one kernel call updates.
+
+    Args:
+        kernel: the name of the kernel.
+        dtype: the dtype of parameters, gradients and slots.
+        wide_counter: whether ``state["step"]`` is float64.
+        device: the device of all tensors.
+        aligned: whether all tensors began at a multiple of 16 bytes when the plan was built. False
+            where kernels take no advantage of that.
+        spread: how the DTensors are divided over ranks, or None for plain tensors.
+        slots: the state that the kernel keeps.
+    """
+
+    kernel: str
+    dtype: torch.dtype
+    wide_counter: bool
+    device: torch.device
+    aligned: bool
+    spread: Spread | None
+    slots: tuple[Slot, ...]
+    rows: list[Row] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list)
+    #: the gradients that the rows point to, kept alive until the step is over, or None
+    grads: list[Tensor | None] = field(default_factory=list)
+    scan: Scan = field(init=False)
+    # Both arrays have room for more rows.
+    _table: np.ndarray[Any, np.dtype[np.void]] = field(init=False)
+    _layout: np.ndarray[Any, np.dtype[np.int64]] = field(init=False)
+    # Where each row's layout begins, and where the last one ends.
+    _begins: list[int] = field(default_factory=list)
+    _end: int = field(init=False, default=0)
+
+    @property
+    def table(self) -> np.ndarray[Any, np.dtype[np.void]]:
+        """The rows as kernels read them."""
+        return self._table[: len(self.rows)]
+
+    @property
+    def memory(self) -> tuple[object, ...]:
+        """All memory that native code points to."""
+        return (self.scan, self._table, self._layout)
+
+    @property
+    def counter_dtype(self) -> torch.dtype | None:
+        """The dtype of ``state["step"]``, or None if the rule counts no steps."""
+        counter = self.rows[0].counter
+        return None if counter is None else counter.dtype
+
+    def begin(self, first: Row) -> None:
+        """Make the tables for rows like this first one."""
+        device_type, device_id = local_part(first.param).__dlpack_device__()
+        code, bits = DLPACK_TYPES[self.dtype]
+        words = known_words()
+        of_dtensors: dict[str, Any] = {}
+        if self.spread is not None:
+            of_dtensors = {
+                "dtensor": DTensor,
+                "specs": [],
+                "local": "_local_tensor",
+                "spec": "_spec",
+                "placements": "placements",
+                "mesh": "mesh",
+            }
+            # A scan reads attributes of DTensors, never the memory of their objects.
+            words = words._replace(storage=0)
+        counters = [] if first.counter is None else ["step"]
+        self._table = np.zeros(1, dtype=ROW)
+        self._layout = np.zeros(8, dtype=np.int64)
+        self.scan = Scan(
+            params=self.params,
+            dicts=[],
+            keys=[slot.name for slot in self.slots] + counters,
+            tensors=[],
+            grad="grad",
+            none=None,
+            capsule=Tensor.__dlpack_c_exchange_api__,
+            tensor=Tensor,
+            parameter=torch.nn.Parameter,
+            is_neg="is_neg",
+            no=False,
+            grads=self.grads,
+            nones=[],
+            slots=len(self.slots),
+            code=code,
+            bits=bits,
+            counter_bits=64 if self.wide_counter else 32,
+            device_type=int(device_type),
+            device_id=int(device_id),
+            **words._asdict(),
+            **of_dtensors,
+        )
+
+    def add(self, row: Row, grad: Tensor | None, entry: dict[str, Any]) -> None:
+        """Append a row.
+
+        Args:
+            row: the parameter with its state.
+            grad: its gradient.
+            entry: the dictionary that holds its state.
+        """
+        count, layout = len(self.rows), _layout_of(row.param)
+        end = self._end + len(layout)
+        self._table = _with_room(self._table, count + 1)
+        self._layout = _with_room(self._layout, end)
+        self._table[count] = self._line(row, grad)
+        self._layout[self._end : end] = layout
+        self._begins.append(self._end)
+        self._end = end
+        scan = self.scan
+        scan.layout = self._layout.ctypes.data
+        if scan.keys:
+            scan.dicts.append(entry)
+            scan.tensors.extend(row.state_tensors)
+        if self.spread is not None:
+            scan.specs.extend(_specs_of(row))
+        scan.nones.append(None)
+        self.grads.append(grad)
+        self.params.append(row.param)
+        self.rows.append(row)
+
+    def replace(self, index: int, row: Row, grad: Tensor, entry: dict[str, Any]) -> bool:
+        """Replace a row by another one of the same parameter; return False if it does not fit.
+
+        Args:
+            index: the place of the row.
+            row: the parameter with its state.
+            grad: its gradient.
+            entry: the dictionary that holds its state.
+        """
+        begin, layout = self._begins[index], _layout_of(row.param)
+        numel = local_part(row.param).numel()
+        if self._layout[begin] != layout[0] or self._table["numel"][index] != numel:
+            return False
+        self._layout[begin : begin + len(layout)] = layout
+        self._table[index] = self._line(row, grad)
+        scan, keys = self.scan, len(self.scan.keys)
+        if keys:
+            scan.dicts[index] = entry
+            scan.tensors[index * keys : (index + 1) * keys] = row.state_tensors
+        if self.spread is not None:
+            specs = _specs_of(row)
+            scan.specs[index * len(specs) : (index + 1) * len(specs)] = specs
+        self.grads[index] = grad
+        self.rows[index] = row
+        return True
+
+    def spans(self, index: int) -> list[tuple[int, int]]:
+        """Return the memory that a row points to: parameter, slots and step counter."""
+        line = self._table[index]
+        size = int(line["numel"]) * self.dtype.itemsize
+        names = ("param", "state0", "state1", "state2")
+        spans = [(int(line[name]), int(line[name]) + size) for name in names if size]
+        counter = int(line["counter"])
+        spans.append((counter, counter + (8 if self.wide_counter else 4)))
+        return [span for span in spans if span[0]]
+
+    def note_filled(self, index: int, entry: dict[str, Any]) -> None:
+        """Note that a row's pending state was filled and is now in this dictionary."""
+        row = self.rows[index]
+        row.pending, row.first = {}, False
+        self._table["first"][index] = 0
+        if self.scan.keys:
+            self.scan.dicts[index] = entry
+
+    def header(self) -> tuple[int, ...]:
+        """Return the bucket's line in the view's table, see ``structures.BUCKET``."""
+        return (
+            ctypes.addressof(self.scan),
+            self._table.ctypes.data,
+            len(self.rows),
+            int(self.table["active"].sum()),
+            KERNELS.index(self.kernel),
+            DTYPES.index(self.dtype),
+            self.wide_counter,
+            1,
+        )
+
+    def release(self) -> None:
+        """Let go of the gradients."""
+        self.grads[:] = [None] * len(self.grads)
+
+    @staticmethod
+    def _line(row: Row, grad: Tensor | None) -> tuple[int, ...]:
+        """Return the row's line in the table, see ``structures.ROW``."""
+        slots = [local_part(tensor).data_ptr() for tensor in row.slots]
+        part = local_part(row.param)
+        return (
+            part.data_ptr(),
+            0 if grad is None else local_part(grad).data_ptr(),
+            *slots,
+            *[0] * (3 - len(slots)),
+            0 if row.counter is None else row.counter.data_ptr(),
+            part.numel(),
+            row.group,
+            row.first,
+            grad is not None,
+        )
+
+
+def _layout_of(param: Tensor) -> tuple[int, ...]:
+    """Return number of dimensions, sizes and strides, as a scan compares them."""
+    part = local_part(param)
+    return (part.dim(), *part.shape, *part.stride())
+
+
+def _specs_of(row: Row) -> list[Any]:
+    """Return the objects that tell how a row's DTensors are divided over the ranks."""
+    tensors: list[Any] = [row.param, *row.slots]
+    return [tensor._spec for tensor in tensors]
+
+
+_Array = TypeVar("_Array", bound=np.ndarray[Any, Any])
+
+
+def _with_room(array: _Array, count: int) -> _Array:
+    """Return the array, or a larger copy if it has no room for ``count`` items."""
+    if count <= len(array):
+        return array
+    larger = np.zeros(2 * count, dtype=array.dtype)
+    larger[: len(array)] = array
+    return cast("_Array", larger)

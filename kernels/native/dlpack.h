@@ -1,0 +1,53 @@
+// DLPack's C exchange API, version 1: how to read a tensor's address, dtype, sizes and strides.
+//
+// torch offers the API as a capsule on the class torch.Tensor, so that no header of torch is needed.
+#pragma once
+
+#include <cstdint>
+
+#include "cpython.h"
+
+namespace clr {
+
+struct DLTensor {
+    void* data;
+    int32_t device_type, device_id;
+    int32_t ndim;
+    uint8_t code, bits;
+    uint16_t lanes;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+};
+struct ExchangeApi {
+    uint32_t major, minor;
+    ExchangeApi* previous;
+    void* allocate;
+    void* managed_from_object;
+    void* managed_to_object;
+    int (*view)(void* object, DLTensor* out);
+    void* current_work_stream;
+};
+constexpr uint32_t DLPACK_MAJOR = 1;
+
+// Returns null if torch offers another version only.
+inline const ExchangeApi* exchange_api(PyObject* capsule) {
+    auto api = static_cast<ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+    while (api && api->major > DLPACK_MAJOR) api = api->previous;
+    return api && api->major == DLPACK_MAJOR && api->view ? api : nullptr;
+}
+
+// Compares number of dimensions, sizes, and strides where they matter: a dimension of size 1 may
+// have any stride, and so may a tensor without elements.
+inline bool has_layout(const DLTensor& t, const int64_t* layout) {
+    const int64_t ndim = *layout++;
+    if (t.ndim != ndim) return false;
+    bool same = true, empty = false;
+    for (int64_t d = 0; d < ndim; ++d) {
+        if (t.shape[d] != layout[d]) return false;
+        empty = empty || layout[d] == 0;
+        same = same && (layout[d] == 1 || t.strides[d] == layout[ndim + d]);
+    }
+    return same || empty;
+}
+
+}  // namespace clr

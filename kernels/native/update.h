@@ -1,0 +1,141 @@
+// One kernel: a rule applied to all values of a tensor, for every rule and storage format.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "rules.h"
+#include "storage.h"
+#include "view.h"
+
+namespace clr {
+namespace {
+
+// A rule object of any class. Only Update is compiled for each rule and format.
+struct alignas(8) AnyRule { unsigned char bytes[112]; };
+
+template <class Rule>
+void build(AnyRule& to, const double* scalars, double grad_scale, double step, bool first) {
+    static_assert(sizeof(Rule) <= sizeof(AnyRule) && std::is_trivially_copyable<Rule>::value, "");
+    const Rule rule(scalars, grad_scale, step, first);
+    std::memcpy(&to, &rule, sizeof rule);
+}
+
+// Updates the one value at i.
+template <class T, class Rule, class Raw>
+void update_one(const Rule& r, Raw* p, const Raw* g, Raw* const* s, int64_t i) {
+    constexpr int slots = Rule::slots;
+    typename T::A param = T::load(p[i]), held[3] = {};
+    for (int k = 0; k < slots; ++k) held[k] = T::load(s[k][i]);
+    r(param, T::load(g[i]), held[0], held[1], held[2]);
+    p[i] = T::store(param);
+    for (int k = 0; k < slots; ++k) s[k][i] = T::store(held[k]);
+}
+
+// Updates values [begin, end) of a tensor.
+template <class T, class Rule> struct Update {
+    static void run(const AnyRule& rule, const Row& row, int64_t begin, int64_t end) {
+        using A = typename T::A;
+        using Raw = typename T::Raw;
+        using Unit = typename T::Unit;
+        constexpr int width = T::width, slots = Rule::slots;
+        Raw* const p = static_cast<Raw*>(row.param) + begin;
+        const Raw* const g = static_cast<const Raw*>(row.grad) + begin;
+        Raw* s[3] = {};
+        for (int k = 0; k < slots; ++k) s[k] = static_cast<Raw*>(row.state[k]) + begin;
+        Unit* __restrict pu = reinterpret_cast<Unit*>(p);
+        const Unit* __restrict gu = reinterpret_cast<const Unit*>(g);
+        Unit* __restrict u0 = reinterpret_cast<Unit*>(s[0]);
+        Unit* __restrict u1 = reinterpret_cast<Unit*>(s[1]);
+        Unit* __restrict u2 = reinterpret_cast<Unit*>(s[2]);
+        // A copy that no store can change, so that its fields stay in registers.
+        const Rule r = *reinterpret_cast<const Rule*>(&rule);
+        const int64_t units = (end - begin) / width;
+#pragma omp simd
+        for (int64_t i = 0; i < units; ++i) {
+            const Unit pi = pu[i], gi = gu[i];
+            const Unit i0 = slots > 0 ? u0[i] : Unit(), i1 = slots > 1 ? u1[i] : Unit(),
+                       i2 = slots > 2 ? u2[i] : Unit();
+            A pa = T::first(pi), a0 = T::first(i0), a1 = T::first(i1), a2 = T::first(i2);
+            A pb = T::second(pi), b0 = T::second(i0), b1 = T::second(i1), b2 = T::second(i2);
+            r(pa, T::first(gi), a0, a1, a2);
+            if (width > 1) r(pb, T::second(gi), b0, b1, b2);
+            pu[i] = T::pack(pa, pb);
+            if (slots > 0) u0[i] = T::pack(a0, b0);
+            if (slots > 1) u1[i] = T::pack(a1, b1);
+            if (slots > 2) u2[i] = T::pack(a2, b2);
+        }
+        if (width > 1 && units * width < end - begin) update_one<T>(r, p, g, s, units * width);
+    }
+};
+
+// Converts vector by vector, with an instruction that compilers do not find by themselves. The
+// arrays are vectors, and stay in registers.
+template <class Rule> struct Update<Float16, Rule> {
+    static void run(const AnyRule& rule, const Row& row, int64_t begin, int64_t end) {
+        using Raw = Float16::Raw;
+        constexpr int lanes = Float16::lanes, slots = Rule::slots;
+        Raw* const p = static_cast<Raw*>(row.param);
+        const Raw* const g = static_cast<const Raw*>(row.grad);
+        Raw* s[3] = {};
+        for (int k = 0; k < slots; ++k) s[k] = static_cast<Raw*>(row.state[k]);
+        const Rule r = *reinterpret_cast<const Rule*>(&rule);
+        int64_t i = begin;
+        for (; i + lanes <= end; i += lanes) {
+            alignas(64) float param[lanes], grad[lanes], s0[lanes], s1[lanes], s2[lanes];
+            Float16::load(p + i, param);
+            Float16::load(g + i, grad);
+            if (slots > 0) Float16::load(s[0] + i, s0);
+            if (slots > 1) Float16::load(s[1] + i, s1);
+            if (slots > 2) Float16::load(s[2] + i, s2);
+#pragma omp simd
+            for (int j = 0; j < lanes; ++j) r(param[j], grad[j], s0[j], s1[j], s2[j]);
+            Float16::store(param, p + i);
+            if (slots > 0) Float16::store(s0, s[0] + i);
+            if (slots > 1) Float16::store(s1, s[1] + i);
+            if (slots > 2) Float16::store(s2, s[2] + i);
+        }
+        for (; i < end; ++i) update_one<Float16>(r, p, g, s, i);
+    }
+};
+
+struct Kernel {
+    const char* name;
+    void (*build)(AnyRule&, const double* scalars, double grad_scale, double step, bool first);
+    void (*update)(const AnyRule&, const Row&, int64_t begin, int64_t end);
+};
+
+// The kernels by number. KERNELS in clr_optim/rules.py has the same order; a test compares.
+template <class T> Kernel pick(int64_t kernel) {
+    using A = typename T::A;
+#define KERNEL(name, ...) {name, build<__VA_ARGS__>, Update<T, __VA_ARGS__>::run}
+    switch (kernel) {
+        case 0: return KERNEL("sgd", Sgd<A, false>);
+        case 1: return KERNEL("sgd_momentum", Sgd<A, true>);
+        case 2: return KERNEL("adam", Adam<A, false>);
+        case 3: return KERNEL("adam_amsgrad", Adam<A, true>);
+        case 4: return KERNEL("adagrad", Adagrad<A>);
+        case 5: return KERNEL("adadelta", Adadelta<A>);
+        case 6: return KERNEL("rmsprop", RmsProp<A, false, false>);
+        case 7: return KERNEL("rmsprop_momentum", RmsProp<A, true, false>);
+        case 8: return KERNEL("rmsprop_centered", RmsProp<A, false, true>);
+        case 9: return KERNEL("rmsprop_momentum_centered", RmsProp<A, true, true>);
+        default: return {nullptr, nullptr, nullptr};
+    }
+#undef KERNEL
+}
+
+// A kernel without functions if the number of the kernel or of the dtype is unknown.
+inline Kernel pick(int64_t kernel, int64_t dtype) {
+    switch (dtype) {
+        case FLOAT32: return pick<Float32>(kernel);
+        case FLOAT64: return pick<Float64>(kernel);
+        case BFLOAT16: return pick<Bfloat16>(kernel);
+        case FLOAT16: return pick<Float16>(kernel);
+        default: return {nullptr, nullptr, nullptr};
+    }
+}
+
+}  // namespace
+}  // namespace clr

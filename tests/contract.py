@@ -1,0 +1,166 @@
+"""How close a kernel must stay to torch's for-loop step, and the runner that compares the two.
+
+In float64 a whole run agrees to 1e-12 relative to a tensor's largest value. In float32 each step,
+taken from torch's state, agrees to `FEW` float32 ulps of the largest update, and one ulp of the
+parameter, to which it is rounded. In bfloat16 and float16 the reference is torch's float64 step
+from the same state, rounded. Ours computes in float32 and rounds then, so the two roundings can end
+one ulp of the 16 bits apart, and no more.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from native_helpers import (
+    CASES,
+    DTYPES,
+    HALF,
+    KERNELS,
+    feed,
+    members,
+    parameters,
+    strides,
+    tensors_of,
+)
+
+FEW = 4
+ULP32 = torch.finfo(torch.float32).eps
+
+
+def name_of(value):
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value.name
+
+
+cases = pytest.mark.parametrize("case", CASES, ids=name_of)
+kernels = pytest.mark.parametrize("case", KERNELS, ids=name_of)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+
+
+class Contract:
+    """Run one case beside torch, each step from torch's state, and compare at the end.
+
+    Args:
+        case: the optimizer.
+        dtype: the dtype of the parameters.
+        values: their first values, in the layouts to use.
+        free: whether a third optimizer runs beside them without being set back.
+    """
+
+    def __init__(self, case, dtype, values, free=False):
+        self.case, self.dtype = case, dtype
+        wide = torch.float64 if dtype in HALF else dtype
+        self.ours = case.ours(parameters(values, dtype), backend="native")
+        self.theirs = case.make(parameters([v.to(dtype) for v in values], wide))
+        self.free = case.ours(parameters(values, dtype), backend="native") if free else None
+        #: one segment per set of state tensors; the set grows with each first gradient
+        self.segments = []
+        self._take()
+
+    def step(self, grads, wide_grads=None):
+        """Take one step with these gradients, in their parameters' layout; None for no gradient."""
+        if wide_grads is None:
+            wide_grads = [g if g is None or self.dtype not in HALF else g.double() for g in grads]
+        for optimizer, given in (
+            (self.ours, grads), (self.free, grads), (self.theirs, wide_grads),
+        ):  # fmt: skip
+            if optimizer is not None:
+                for p, g in zip(members(optimizer), given, strict=True):
+                    p.grad = g
+        feed(self.theirs, self.ours)
+        for optimizer in (self.ours, self.theirs, self.free):
+            if optimizer is not None:
+                optimizer.step()
+        self._log()
+
+    def _take(self):
+        """Begin a new segment with all present tensors and their values."""
+        mine, reference = tensors_of(self.ours), tensors_of(self.theirs)
+        assert list(mine) == list(reference)
+        keys = [key for key in mine if key[1] != "step"]
+        for key in keys:
+            assert strides(mine[key]) == strides(reference[key])
+            assert mine[key].dtype == self.dtype
+        self.keys = keys
+        self.count = sum(len(state) for state in self.theirs.state.values())
+        self.mine, self.reference = [mine[k] for k in keys], [reference[k] for k in keys]
+        # New state had no value before the step.
+        last = self.last() if self.segments else {}
+        before = flat([last.get(k, t) for k, t in zip(keys, self.reference, strict=True)])
+        self.segments.append((keys, [before], [], []))
+
+    def last(self):
+        """Return the values after the last step."""
+        keys, before, _, _ = self.segments[-1]
+        found = tensors_of(self.ours)
+        return dict(zip(keys, before[-1].split([found[key].numel() for key in keys]), strict=True))
+
+    def _log(self):
+        if sum(len(state) for state in self.theirs.state.values()) != self.count:
+            self._take()
+        _, before, mine, reference = self.segments[-1]
+        theirs = flat(self.reference)
+        if self.dtype in HALF:
+            rounded = [t.to(self.dtype) for t in self.reference]
+        else:
+            rounded = self.reference
+        mine.append(flat(self.mine))
+        reference.append(theirs)
+        before.append(flat(rounded))
+        if self.dtype != torch.float64:
+            torch._foreach_copy_(self.mine, rounded)
+        if self.dtype in HALF:
+            torch._foreach_copy_(self.reference, rounded)
+
+    def compare(self):
+        """Assert that every step so far is within the bound of the dtype."""
+        found = tensors_of(self.ours)
+        for key, t in tensors_of(self.theirs).items():
+            if key[1] == "step":
+                assert (found[key].dtype, found[key].item()) == (t.dtype, t.item())
+        for keys, before, mine, reference in self.segments:
+            if not mine:
+                continue
+            sizes = [found[key].numel() for key in keys]
+            columns = [torch.stack(c).split(sizes, 1) for c in (before[:-1], mine, reference)]
+            for key, old, ours, wide in zip(keys, *columns, strict=True):
+                if ours.numel():
+                    self.bound(key, old.double(), ours, wide.double())
+
+    def bound(self, key, before, ours, wide):
+        """Assert the bound for one tensor, with one row per step."""
+        error = (ours.double() - wide.to(self.dtype).double()).abs()
+        size = torch.maximum(wide.abs(), before.abs())
+        if self.dtype == torch.float64:
+            allowed = 1e-12 * wide.abs().amax(1, keepdim=True)
+        elif self.dtype == torch.float32:
+            # Relative to the largest value of the state tensor, since sums of both signs cancel.
+            largest = (wide - before).abs() if key[1] == "" else size
+            allowed = FEW * ULP32 * largest.amax(1, keepdim=True)
+            if key[1] == "":
+                allowed = allowed + ULP32 * wide.abs()
+        else:
+            near = (ordered(ours) - ordered(wide.to(self.dtype))).abs() <= 1
+            # If a sum is nearly 0, its error is the rounding of its terms to float32.
+            terms = FEW * ULP32 * size.amax(1, keepdim=True)
+            assert (near | (error <= terms)).all(), (key, ours, wide)
+            return
+        assert (error <= allowed).all(), (key, (error / allowed).max())
+
+    def deviation(self):
+        """Return the largest deviation of the free run, relative to a tensor's largest value."""
+        free, reference = tensors_of(self.free or self.ours), tensors_of(self.theirs)
+        return max(
+            ((free[key].double() - t.double()).abs().max() / t.abs().max()).item()
+            for key, t in reference.items()
+            if key[1] == "" and t.numel()
+        )
+
+
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def ordered(x):
+    """Return 16-bit floats as integers in the same order, with neighbours one apart."""
+    bits = x.contiguous().view(torch.int16).to(torch.int32)
+    return torch.where(bits < 0, -(bits & 0x7FFF), bits)

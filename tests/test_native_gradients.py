@@ -1,0 +1,282 @@
+"""The native backend beside torch: which gradients come, groups, shared memory, clipping."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from changes import PATTERNS, drop, sparse
+from contract import kernels, name_of
+from native_helpers import (
+    BY_NAME,
+    DTYPES,
+    HALF,
+    MIXED_GROUPS,
+    Twins,
+    assert_close,
+    drawn,
+    feed,
+    held,
+    many_groups,
+    members,
+    parameters,
+    tensors_of,
+    twins,
+)
+
+from clr_optim import CyclicalOptimizer
+
+pytestmark = pytest.mark.usefixtures("native_kernels")
+
+
+# ---- gradients that come and go
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@kernels
+def test_gradient_patterns(case, pattern):
+    pair = twins(case, ((5, 3), (7,), (), (7,)))
+    for k in range(9):
+        PATTERNS[pattern](pair, k)
+        pair.step()
+
+
+# torch warns once per process, in its step on sparse gradients.
+quiet = pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+
+
+@quiet
+@pytest.mark.parametrize("name", ["sgd", "sgd-mom", "adagrad-decay", "adagrad-init"])
+def test_sparse_gradients_beside_dense(name):
+    pair = twins(BY_NAME[name], ((5, 3), (7,), (4, 2)))
+    for k in range(9):
+        pair.draw()
+        for opt in pair.both():
+            p = members(opt)[0]
+            p.grad = sparse(p.grad, k)
+            if k % 4 == 3:
+                p.grad = None
+        pair.step()
+
+
+@quiet
+@pytest.mark.parametrize("name", ["sgd", "sgd-mom", "adam", "adadelta", "rmsprop", "adagrad"])
+def test_gradients_that_turn_sparse_and_dense_again(name):
+    # SGD's sparse buffer takes no dense gradient, and Adam takes no sparse one: both raise.
+    pair = twins(BY_NAME[name], ((5, 3), (7,)))
+    for k in range(9):
+        pair.draw()
+        if k % 3 == 1:
+            for opt in pair.both():
+                p = members(opt)[0]
+                p.grad = sparse(p.grad, k)
+        pair.step()
+
+
+def test_a_gradient_that_is_its_parameter():
+    pair = twins(BY_NAME["adam-wd"])
+    for _ in range(3):
+        for opt in pair.both():
+            for p in members(opt):
+                p.grad = p.detach()
+        pair.step()
+
+
+# ---- groups
+
+
+@pytest.mark.parametrize("name", MIXED_GROUPS)
+def test_groups(name):
+    pair = Twins(many_groups(*MIXED_GROUPS[name]))
+    for k in range(12):
+        pair.draw()
+        drop(pair, lambda i: (i + k) % 4 == 0)  # noqa: B023
+        pair.step()
+
+
+@kernels
+def test_several_dtypes_in_one_optimizer(case):
+    values = drawn([(5, 3)] * 4, torch.float64)
+    mixed = case.ours([p for d in DTYPES for p in parameters(values[:1], d)], backend="native")
+    alone = [case.ours(parameters(values[:1], d), backend="native") for d in DTYPES]
+    for k in range(6):
+        for p, single in zip(members(mixed), alone, strict=True):
+            grad = drawn([(5, 3)], p.dtype, seed=k)[0]
+            p.grad, members(single)[0].grad = grad, grad.clone()
+            single.step()
+        mixed.step()
+    for i, single in enumerate(alone):
+        (mine,), theirs = held(single), held(mixed)[i]
+        for (_, a), (_, b) in zip(mine, theirs, strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(members(mixed)[i], members(single)[0])
+
+
+@pytest.mark.parametrize("name", ["sgd-mom", "adamw", "adagrad", "rmsprop-mom"])
+def test_a_parameter_given_twice(name):
+    def make():
+        p, q = parameters(drawn(((4, 3), (5,)), torch.float64))
+        with pytest.warns(UserWarning, match="duplicate parameters"):
+            return BY_NAME[name].make([p, q, p])
+
+    Twins(make).run(5)
+
+
+@pytest.mark.parametrize("kind", ["all-of-it", "part", "neighbours"])
+@kernels
+def test_parameters_that_share_memory(case, kind):
+    def make():
+        base = drawn([(24,)], torch.float64)[0]
+        views = {
+            "all-of-it": [base, base.view(4, 6)],
+            "part": [base[:16], base[8:]],
+            "neighbours": [base[:8], base[8:]],
+        }[kind]
+        (other,) = parameters(drawn([(3,)], torch.float64))
+        return case.make([*map(torch.nn.Parameter, views), other])
+
+    Twins(make).run(6)
+
+
+@pytest.mark.parametrize("gaps_first", [True, False])
+@pytest.mark.parametrize("name", ["adamw", "sgd-wd", "rmsprop-mom"])
+def test_parameters_that_share_memory_with_one_left_to_torch(name, gaps_first):
+    def make():
+        base = drawn([(4, 6)], torch.float64)[0]
+        pair = [torch.nn.Parameter(base), torch.nn.Parameter(base[:, :3])]
+        case = BY_NAME[name]
+        return case.make(pair[::-1] if gaps_first else pair, lr=0.5, weight_decay=0.5)
+
+    Twins(make).run(4)
+
+
+@kernels
+def test_parameters_with_gaps(case):
+    def make():
+        base = drawn([(4, 6)], torch.float64)[0]
+        gaps = torch.nn.Parameter(base[:, ::2])
+        assert not gaps.is_contiguous()
+        return case.make([gaps, *parameters(drawn([(5,)], torch.float64))])
+
+    pair = Twins(make)
+    pair.run(5)
+    assert "gaps" in pair.ours.explain()
+
+
+def test_an_overlapping_parameter():
+    def make():
+        return torch.optim.SGD([torch.nn.Parameter(torch.ones(1).expand(3))], lr=0.1, foreach=False)
+
+    pair = Twins(make)
+    pair.draw()
+    for opt in pair.both():
+        members(opt)[0].grad = torch.ones(3)
+    pair.step()
+
+
+# ---- clipping
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1.0, 1e6, math.inf])
+@kernels
+def test_clipping(case, limit):
+    pair = twins(case, max_grad_norm=limit)
+    assert pair.ours.grad_norm is None
+    for k in range(6):
+        pair.draw()
+        drop(pair, lambda i: i == k % 4)  # noqa: B023
+        kept = [(p, p.grad, p.grad.clone()) for p in members(pair.ours) if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(members(pair.theirs), limit)
+        pair.step()
+        assert_close(pair.ours.grad_norm, norm, 1e-12)
+        for p, grad, values in kept:
+            assert p.grad is grad
+            assert torch.equal(grad, values)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=name_of)
+def test_clipping_in_other_dtypes(dtype):
+    case = BY_NAME["adam-wd"]
+    values = drawn(((5, 3), (300,)), dtype)
+    ours = case.ours(parameters(values), backend="native", max_grad_norm=0.5)
+    theirs = case.make(parameters(values, torch.float64))
+    for k in range(3):
+        for p, q, g in zip(*map(members, (ours, theirs)), drawn(((5, 3), (300,)), dtype, k + 9)):  # noqa: B905
+            p.grad, q.grad = g.clone(), g.double()
+        norm = torch.nn.utils.clip_grad_norm_(members(theirs), 0.5)
+        feed(theirs, ours)
+        theirs.step()
+        ours.step()
+        assert ours.grad_norm.dtype == torch.float32
+        assert ours.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
+        for p, q in zip(*map(members, (ours, theirs)), strict=True):
+            assert_close(p, q.to(dtype), 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0])
+@kernels
+def test_clipping_nan_and_inf(case, value):
+    pair = twins(case, max_grad_norm=1.0)
+    for k in range(4):
+        pair.draw()
+        if k != 1:
+            for opt in pair.both():
+                members(opt)[0].grad[0, 0] = value
+        norm = torch.nn.utils.clip_grad_norm_(members(pair.theirs), 1.0)
+        pair.step()
+        assert_close(pair.ours.grad_norm, norm, 1e-12)
+
+
+def test_clipping_one_norm_over_both_backends():
+    pair = Twins(
+        many_groups(*MIXED_GROUPS["adamw-differentiable"]),
+        max_grad_norm=0.5,
+    )
+    for _ in range(5):
+        pair.draw()
+        kept = [(p, p.grad, p.grad.clone()) for p in members(pair.ours)]
+        norm = torch.nn.utils.clip_grad_norm_(members(pair.theirs), 0.5)
+        pair.step()
+        assert_close(pair.ours.grad_norm, norm, 1e-12)
+        assert all(p.grad is g and torch.equal(g, values) for p, g, values in kept)
+
+
+def test_clipping_sparse_gradients_fails_as_in_torch_and_changes_nothing():
+    pair = twins(BY_NAME["sgd-mom"], ((5, 3), (7,)), max_grad_norm=0.5)
+    pair.draw()
+    torch.nn.utils.clip_grad_norm_(members(pair.theirs), 0.5)
+    pair.step()
+    pair.draw()
+    p, q = members(pair.ours)
+    p.grad = sparse(p.grad, 2)
+    grads = p.grad, q.grad
+    before = copy.deepcopy(tensors_of(pair.ours))
+    try:
+        torch.nn.utils.clip_grad_norm_([p, q], 0.5)
+    except NotImplementedError:
+        with pytest.raises(NotImplementedError, match=r"max_grad_norm=0\.5 cannot clip sparse"):
+            pair.ours.step()
+    else:
+        pytest.skip("this torch clips sparse gradients")
+    assert (p.grad, q.grad) == grads
+    assert pair.ours.iteration == 1
+    assert all(torch.equal(t, before[k]) for k, t in tensors_of(pair.ours).items())
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "torch"])
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_clipping_sparse_gradients_says_what_to_do(backend, with_closure):
+    rows, dense = torch.nn.Parameter(torch.ones(4, 2)), torch.nn.Parameter(torch.ones(3))
+    adagrad = torch.optim.Adagrad([rows, dense], lr=0.1)
+    opt = CyclicalOptimizer(adagrad, max_grad_norm=2.0, backend=backend)
+    rows.grad = sparse(torch.ones(4, 2), 1)
+    dense.grad = torch.ones(3)
+    before = copy.deepcopy(opt.state_dict())
+    message = r"max_grad_norm=2\.0 cannot clip sparse .*shape \[4, 2\].*without max_grad_norm"
+    with pytest.raises(NotImplementedError, match=message):
+        opt.step(*([lambda: torch.ones(())] if with_closure else []))
+    assert str(opt.state_dict()) == str(before)
+    assert (rows.tolist(), dense.tolist()) == ([[1.0] * 2] * 4, [1.0] * 3)
+    assert rows.grad.layout is torch.sparse_coo
