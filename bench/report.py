@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from clr_optim.backends.native import NativeBackend
+from clr_optim.backends.triton import TritonBackend
+
 __all__ = ["table"]
 
 # A cell below this ratio counts as lost. Noise is a few percent.
@@ -51,7 +54,8 @@ def table(results: Mapping[str, Any]) -> str:
         waited = [name for name in shown if row["times"].get(name, {}).get("waited", 0.0) > 0.5]
         if waited:
             remark += f" ({', '.join(waited)}: the device waited for the host)"
-        if row["backend"] != ("triton" if on_gpu else "native"):
+        usual = TritonBackend if on_gpu else NativeBackend
+        if row["backend"] != usual.name:
             remark += f" [{row['backend']} backend]"
         lines.append(
             [

@@ -99,6 +99,11 @@ class UpdateRule:
                 return f"{name} is a tensor"
         return None
 
+    @property
+    def momentum_column(self) -> int | None:
+        """The index of the momentum that may cycle in :meth:`row`."""
+        return None if self.momentum is None else 3 + self.momentum
+
     def row(self, group: Group) -> tuple[float, ...]:
         """Return all scalars of a group in the kernels' order; each step fills in the rate."""
         sign = -1.0 if group["maximize"] else 1.0

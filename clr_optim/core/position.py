@@ -190,6 +190,10 @@ class Position:
             steps: the kernels' count of steps.
         """
         self._mirror.advance(values)
+        fused = self._serving.fused
+        if values.momenta and fused is not None:
+            settings = [record.momentum for record in self._mirror.records]
+            fused.plan.take_momenta(settings, values.momenta)
         # A signal handler may have gone elsewhere before this line, and cannot within it.
         counted = (values.position, steps)
         self.counted = counted if self.counted is before else self.counted

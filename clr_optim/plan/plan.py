@@ -297,6 +297,18 @@ class Plan:
 
     # ---- after a step
 
+    def take_momenta(self, settings: Sequence[object], momenta: Sequence[float]) -> None:
+        """Take in the momenta that the optimizer wrote into its groups after a step.
+
+        Args:
+            settings: the new ``momentum`` or ``betas`` of each group.
+            momenta: the number of each.
+        """
+        readings = self._readings
+        if len(readings.readings) == len(settings):
+            for i, (setting, momentum) in enumerate(zip(settings, momenta, strict=True)):
+                readings.take_momentum(i, setting, momentum, self.scalars)
+
     def active_params(self) -> list[Tensor]:
         """Return the parameters of the buckets that have a gradient."""
         return self._placement.active_params() if self.partial else self._placement.params

@@ -34,7 +34,7 @@ class Reading(NamedTuple):
     why: str | None
     kernel: str
     slots: tuple[Slot, ...]
-    scalars: tuple[float, ...]
+    scalars: list[float]
     fused: bool
     keys: list[str]
     values: list[Any]
@@ -67,7 +67,7 @@ class GroupReadings:
     ) -> None:
         self._rule = rule
         self._capturable = capturable
-        unread = Reading(why, "", (), (), False, [], [])
+        unread = Reading(why, "", (), [], False, [], [])
         self.readings = [self._read(group) if why is None else unread for group in groups]
         #: the parameters of each group
         self.members: list[list[Tensor]] = [list(group["params"]) for group in groups]
@@ -92,7 +92,7 @@ class GroupReadings:
         """Return the scalars of all groups, a row each."""
         rows = [reading.scalars for reading in self.readings]
         width = max([1, *map(len, rows)])  # column 0 takes the rate even if no kernel serves
-        table = np.array([row or (0.0,) * width for row in rows], dtype=np.float64)
+        table = np.array([row or [0.0] * width for row in rows], dtype=np.float64)
         return table.reshape(len(rows), width)  # without groups, numpy knows no width
 
     def take_settings(
@@ -119,6 +119,31 @@ class GroupReadings:
         self.settings[:] = [reading.values for reading in readings]
         self.mutables = _mutables_in(readings)
         return True
+
+    def take_momentum(
+        self,
+        number: int,
+        setting: object,
+        momentum: float,
+        scalars: np.ndarray[Any, np.dtype[np.float64]],
+    ) -> None:
+        """Take in a momentum that the optimizer wrote, so that the next scan finds no change.
+
+        A momentum of 0 has another kernel: the next scan then finds the change.
+
+        Args:
+            number: the number of the group.
+            setting: the new ``momentum``, or the new ``betas``.
+            momentum: its number.
+            scalars: the table to update.
+        """
+        reading, column = self.readings[number], self._rule.momentum_column
+        if column is None or not reading.scalars or 0.0 in (momentum, reading.scalars[column]):
+            return
+        at = reading.keys.index("momentum" if type(setting) is float else "betas")
+        if type(reading.values[at]) is type(setting):
+            reading.values[at] = setting
+            reading.scalars[column] = scalars[number, column] = momentum
 
     def take_members(self, groups: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, int]] | None:
         """Take in groups added at the end of all groups, and parameters at the end of a group.
@@ -158,7 +183,7 @@ class GroupReadings:
             why,
             rule.kernel(settings),
             rule.slots(settings) if why is None else (),
-            rule.row(settings) if why is None else (),
+            list(rule.row(settings)) if why is None else [],
             bool(settings.get("fused")),
             list(known),
             list(known.values()),

@@ -70,7 +70,7 @@ _ADVICE = (
 
 
 class BuildError(RuntimeError):
-    """The kernels cannot be compiled or loaded; the message says what was tried and what to do."""
+    """The kernels cannot be compiled or loaded; the message names the attempts and the remedy."""
 
 
 class _Compiler(NamedTuple):
@@ -199,7 +199,7 @@ def _entries(cache: Path, key: str, compilers: list[_Compiler]) -> Iterator[Path
     for mark in [compiler.mark for compiler in compilers] or ["*"]:
         for entry in sorted(cache.glob(f"{key}-{mark}-*.so")):
             try:
-                # Follow no symbolic link, wait for no pipe; and read the very file that is checked.
+                # Follow no symbolic link, wait for no pipe; and read the same file that is checked.
                 descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             except OSError:
                 continue
