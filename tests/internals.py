@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clr_optim import CyclicalOptimizer
-from clr_optim.backends.base import Course, FusedBackend, Gradients
+from clr_optim.backends.base import Course, FusedBackend, Gradients, WhoKnows
 from clr_optim.backends.native import NativeBackend, rule_for
 from clr_optim.core.groups import GroupMirror
 from clr_optim.plan import Plan
@@ -77,7 +77,7 @@ def only_device_knows(opt: Wrapped) -> bool:
     """Return whether the host must ask the device which step is next."""
     backend = backend_of(opt)
     assert backend is not None
-    return backend.uncertain
+    return backend.who_knows is not WhoKnows.HOST
 
 
 def device_positions(opt: Wrapped) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import threading
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple, Protocol
@@ -13,7 +14,7 @@ from clr_optim.plan import Plan
 from clr_optim.rules import UpdateRule
 from clr_optim.schedule import Schedule
 
-__all__ = ["Course", "FusedBackend", "Gradients"]
+__all__ = ["Course", "FusedBackend", "Gradients", "WhoKnows"]
 
 
 class Course(NamedTuple):
@@ -50,6 +51,14 @@ class Gradients(NamedTuple):
     scale: Tensor | None = None
     found_inf: Tensor | None = None
     max_norm: float | None = None
+
+
+class WhoKnows(enum.Enum):
+    """Who knows the position: the number of the next step."""
+
+    HOST = "the host has counted all steps"
+    MAYBE = "the device may have skipped a step, and knows"
+    DEVICE = "a graph's replays count on the device alone, for good"
 
 
 class FusedBackend(Protocol):
@@ -102,23 +111,17 @@ class FusedBackend(Protocol):
             BuildError: if the kernels cannot be compiled here.
         """
 
-    @property
-    def uncertain(self) -> bool:
-        """Whether only the device knows the position.
-
-        True after steps that the device may have skipped, and for good after a capture.
-        """
+    who_knows: WhoKnows
+    """Who knows the position. A step changes the answer, and so do the three methods below."""
 
     def position(self) -> int:
         """Return the position that the device has counted; wait for the device."""
 
-    def move_to(self, course: Course, *, there: bool = False) -> None:
-        """Take in a position and bounds before the next step, which may be a graph's replay.
+    def move_to(self, course: Course) -> None:
+        """Take in a position and bounds before the next step, which may be a graph's replay."""
 
-        Args:
-            course: the new place in the schedule.
-            there: whether the device itself has just reported this position.
-        """
+    def take_bounds(self, course: Course) -> None:
+        """Take in bounds alone: the device itself has just reported the position."""
 
     def keeps(self, lr: Tensor) -> bool:
         """Return whether steps write the next rate into this tensor."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clr_optim.backends import gil
-from clr_optim.backends.base import Course, Gradients
+from clr_optim.backends.base import Course, Gradients, WhoKnows
 from clr_optim.backends.torch import has_own_step
 from clr_optim.kernels.native import build
 from clr_optim.kernels.native.build import BuildError
@@ -92,7 +92,8 @@ class NativeBackend:
     keeps_rates: ClassVar[bool] = False
     reuses_norm: ClassVar[bool] = False
     sees_overflows: ClassVar[bool] = False
-    uncertain = False
+
+    who_knows = WhoKnows.HOST
 
     @classmethod
     def device_types(cls) -> tuple[str, ...]:
@@ -115,7 +116,10 @@ class NativeBackend:
         """Raise: the host counts the steps, so no caller asks the backend."""
         raise AssertionError("the host knows the position")
 
-    def move_to(self, course: Course, *, there: bool = False) -> None:
+    def move_to(self, course: Course) -> None:
+        """Do nothing: every step gets its course."""
+
+    def take_bounds(self, course: Course) -> None:
         """Do nothing: every step gets its course."""
 
     def keeps(self, lr: Tensor) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clr_optim.backends.base import Course
+from clr_optim.backends.base import Course, WhoKnows
 from clr_optim.core import leftover
 from clr_optim.core.groups import UNCHANGED, GroupMirror, Values
 from clr_optim.core.rates import momentum_bounds
@@ -45,8 +45,8 @@ class Position:
         self._serving = serving
         #: the position that the groups hold, and the kernels' count of steps at that time
         self.counted = (0, 0)
-        #: the position whose rate a scheduler view shows as the last
-        self.shown = 0
+        #: the position whose rates a scheduler view shows, instead of the last step's
+        self.viewed = 0
         self._has_warned = False
 
     # ---- who knows it?
@@ -66,13 +66,15 @@ class Position:
     def is_on_device(self) -> bool:
         """Whether only the device knows the position."""
         fused = self._serving.fused
-        return fused is not None and fused.uncertain
+        return fused is not None and fused.who_knows is not WhoKnows.HOST
 
     @property
     def is_certain(self) -> bool:
         """Whether the host knows the position, and the groups show all steps that were taken."""
         fused = self._serving.fused
-        return fused is None or not (fused.plan.tally[1] != self.counted[1] or fused.uncertain)
+        if fused is None:
+            return True
+        return fused.plan.tally[1] == self.counted[1] and fused.who_knows is WhoKnows.HOST
 
     def believed(self) -> int:
         """Return the position as far as the host knows, without waiting for the device."""
@@ -87,16 +89,18 @@ class Position:
         position = self.believed()
         groups = self._settings.optimizer.param_groups
         # Groups that were loaded into the wrapped optimizer hold their own position.
-        if fused is None or not fused.uncertain or position != self.number:
+        if fused is None or fused.who_knows is WhoKnows.HOST:
             return position
-        if not mirror.are_ours(groups):
+        if position != self.number or not mirror.are_ours(groups):
             return position
         position = fused.position()
         if position != self.number or any(map(self._serving.is_kept, groups)):
             mirror.adopt()
             # Bounds that other code wrote are still news to the device, and an older graph does
             # not keep the rate of a group that was added.
-            self._write(position, is_told=True)
+            self._write_groups(position)
+            if self.is_on_device:
+                fused.take_bounds(self.course())
         return position
 
     # ---- what other code wrote
@@ -150,7 +154,7 @@ class Position:
     def go_to(self, position: int) -> None:
         """Go to a step that does not follow the last one."""
         self._write(position)
-        self.shown = position
+        self.viewed = position
 
     def follow(self, position: int) -> None:
         """Go to a step that the device reaches by itself."""
@@ -164,18 +168,16 @@ class Position:
         else:
             self._write(position)
 
-    def _write(self, position: int, *, is_told: bool = False) -> None:
-        """Write a position into the groups, and send it to the device.
+    def _write(self, position: int) -> None:
+        """Write a position into the groups, and send it to the device if that counts."""
+        self._write_groups(position)
+        fused = self._serving.fused
+        if fused is not None and fused.who_knows is not WhoKnows.HOST:
+            fused.move_to(self.course())
 
-        Args:
-            position: the position.
-            is_told: whether the device itself has told the position.
-        """
+    def _write_groups(self, position: int) -> None:
         self._mirror.write(position, _never)
         self.counted = (position, self.kernel_steps)
-        fused = self._serving.fused
-        if fused is not None and fused.uncertain:
-            fused.move_to(self.course(), there=is_told)
 
     def look_ahead(self) -> Values:
         """Return what the groups will hold after the next step."""

@@ -71,7 +71,7 @@ class CyclicalScheduler(LRScheduler):
         """
         optimizer = self.optimizer
         iteration = optimizer.iteration
-        if iteration in (0, optimizer._shared.position.shown):
+        if iteration in (0, optimizer._shared.position.viewed):
             return list(optimizer.get_last_lr())
         return list(optimizer.lr_at(iteration - 1))
 
@@ -85,7 +85,7 @@ class CyclicalScheduler(LRScheduler):
         Args:
             epoch: ignored.
         """
-        self.optimizer._shared.position.shown = self.optimizer.iteration
+        self.optimizer._shared.position.viewed = self.optimizer.iteration
 
     def state_dict(self) -> dict[str, Any]:
         """Return an empty dictionary: the optimizer's state dict holds the position."""

@@ -169,7 +169,7 @@ def _fused_step(context: StepContext, fused: FusedBackend) -> int:
         ahead = position.look_ahead()
     elif _is_checkpointers_step(context):
         context.creates_state = True
-        if shared.settings.cycle_momentum and fused.uncertain:
+        if shared.settings.cycle_momentum and position.is_on_device:
             position.settle()  # the step uses the groups' momentum
     else:
         _prepare(shared)
@@ -231,7 +231,7 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: _Borrowed) -> b
             plan.release()
             return False
         found_inf = None
-    if acts and fused.uncertain and not (context.capturing or context.creates_state):
+    if acts and shared.position.is_on_device and not (context.capturing or context.creates_state):
         shared.position.settle()
     gradients = _UNCHANGED_GRADIENTS
     if signals.scale is not None or found_inf is not None or settings.max_grad_norm is not None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clr_optim.backends.base import Course, Gradients
+from clr_optim.backends.base import Course, Gradients, WhoKnows
 from clr_optim.backends.native import library
 from clr_optim.backends.triton import device as current
 from clr_optim.backends.triton import here
@@ -95,43 +95,45 @@ class TritonBackend:
         self._launches: list[Launch] = []
         self._by_device: dict[torch.device, list[Launch]] = {}
         self._clocks: dict[torch.device, Clock] = {}
-        self._unsure = False
+        self.who_knows = WhoKnows.HOST
         # Tables and tensors that captured graphs still read; three entries per captured step.
         self._given_up: list[Any] = []
-
-    @property
-    def uncertain(self) -> bool:
-        """Whether only the device knows the position.
-
-        True after steps that the device may have skipped, and for good after a capture.
-        """
-        return bool(self._clocks) and (self._unsure or bool(self._given_up))
 
     def position(self) -> int:
         """Return the position that the device has counted; wait for the device."""
         found = max(clock.ask() for clock in self._clocks.values())  # all are equal
-        self._unsure = False  # after asking: during a capture ask() raises
+        self._believe_host()  # after asking: during a capture ask() raises
         return found
 
     def keeps(self, lr: Tensor) -> bool:
         """Return whether steps write the next rate into this tensor: its device has a clock."""
         return lr.device in self._clocks
 
-    def move_to(self, course: Course, *, there: bool = False) -> None:
-        """Take in a position and bounds before the next step, which may be a graph's replay.
+    def move_to(self, course: Course) -> None:
+        """Take in a position and bounds before the next step, which may be a graph's replay."""
+        self._write(course, moves=True)
 
-        Args:
-            course: the new place in the schedule.
-            there: whether the device itself has just reported this position. The position is then
-                not written: on another stream a write could undo a later step.
+    def take_bounds(self, course: Course) -> None:
+        """Take in bounds alone: the device itself has just reported the position.
+
+        The host does not write the position back: on another stream a write could undo a later
+        step.
         """
-        self._unsure = False
+        self._write(course, moves=False)
+
+    def _write(self, course: Course, *, moves: bool) -> None:
+        self._believe_host()
         with current.no_inference_mode():
             for clock in self._clocks.values():
                 with current.guard(clock.device):
-                    if not there:
+                    if moves:
                         clock.move_to(course)
                     clock.groups(course, self.plan.scalars, self._momentum)
+
+    def _believe_host(self) -> None:
+        """Take note that host and device agree now; after a capture the device counts for good."""
+        if self.who_knows is WhoKnows.MAYBE:
+            self.who_knows = WhoKnows.HOST
 
     def step(self, course: Course, gradients: Gradients) -> Tensor | None:
         """Update all tensors of the plan: one launch per bucket, and one to advance the position.
@@ -176,7 +178,11 @@ class TritonBackend:
                     rows[launch] = launch.refresh()
                     launch.choose()
         gates, norm = self._gates(by_device, rows, gradients)
-        unsure = self._unsure or (gradients.found_inf is not None and bool(by_device))
+        # The kernels of a step with found_inf may skip it.
+        doubts = gradients.found_inf is not None and bool(by_device)
+        afterwards = WhoKnows.MAYBE if doubts else self.who_knows
+        if capturing or self.who_knows is WhoKnows.DEVICE:
+            afterwards = WhoKnows.DEVICE
         done = 0
         try:
             for device, launches in by_device.items():
@@ -192,7 +198,7 @@ class TritonBackend:
         if not capturing:
             plan.tally[0] += 1
             plan.tally[1] += course.moves
-        self._unsure = unsure
+        self.who_knows = afterwards
         if capturing:
             self._given_up.append([launch.give_up() for launch in self._launches])
             self._given_up.append([clock.give_up() for clock in self._clocks.values()])
@@ -254,7 +260,8 @@ class TritonBackend:
                 )  # fmt: skip
         programs = max(1, -(-count // _ADVANCED_AT_ONCE))
         # If Ctrl-C comes between this launch and the host's note of it, the host asks the device.
-        self._unsure = self._unsure or not current.is_capturing()
+        if self.who_knows is WhoKnows.HOST and not current.is_capturing():
+            self.who_knows = WhoKnows.MAYBE
         multi_tensor.advance[(programs,)](
             counters, count, rates, kept, groups, width, ints, floats, phases, control, gate,
             BLOCK=_ADVANCED_AT_ONCE, enable_fp_fusion=False,
