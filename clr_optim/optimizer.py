@@ -15,7 +15,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from clr_optim.backends.torch import is_wrapped_by_torch
 from clr_optim.checks import as_position, check_int
-from clr_optim.core import checkpoint, course, settings
+from clr_optim.core import arguments, checkpoint, edits, settings
 from clr_optim.core.refused_writes import refuse_writes
 from clr_optim.core.scheduler_view import CyclicalScheduler
 from clr_optim.core.shared import alone
@@ -46,9 +46,10 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
     The cycle starts at step 0. If the optimizer has loaded a checkpoint of this library before it
     is wrapped, the cycle starts at the checkpoint's position.
 
-    A step without any gradient advances the cycle. A step that did not happen (an exception in the
-    closure or a pre-hook, an overflow under AMP) does not. If other code writes ``lr``, the policy
-    overrules it, with one warning: use :meth:`set_bounds` and :meth:`set_iteration`.
+    A step without any gradient advances the cycle. If an exception in the closure or a pre-hook, or
+    an overflow under AMP, prevents a step, the cycle keeps its position. If other code writes
+    ``lr``, the policy overrules it, with one warning: use :meth:`set_bounds` and
+    :meth:`set_iteration`.
 
     Args:
         optimizer: any :class:`torch.optim.Optimizer` instance.
@@ -119,8 +120,8 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
         max_grad_norm: float | None = None,
         backend: str = "auto",
     ) -> None:
-        settings.check_optimizer(optimizer, CyclicalOptimizer)
-        schedule = settings.make_schedule(
+        arguments.check_optimizer(optimizer, CyclicalOptimizer)
+        schedule = arguments.make_schedule(
             policy,
             CyclicalOptimizer,
             step_size_up=step_size_up,
@@ -130,7 +131,7 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
             scale_fn=scale_fn,
             scale_mode=scale_mode,
         )
-        start = settings.check_arguments(
+        start = arguments.check_arguments(
             optimizer,
             schedule,
             base_lr=base_lr,
@@ -141,9 +142,9 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
             max_grad_norm=max_grad_norm,
             backend=backend,
         )
-        # Nothing has changed up to here, and nothing raises from here on.
+        # From here on only a warning that the user turned into an error can raise.
         self._set_up(start.settings, start.chosen)
-        course.begin(self._shared, start)
+        edits.begin(self._shared, start)
 
     @classmethod
     def from_scheduler(
@@ -197,12 +198,12 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
         """
         taken = read_scheduler(scheduler)
         # The scheduler knows the position; the keys of an earlier wrapper or checkpoint are old.
-        with course.without_our_keys(scheduler.optimizer.param_groups):
+        with edits.without_our_keys(scheduler.optimizer.param_groups):
             opt = cast("type[CyclicalOptimizer[Optimizer]]", cls)(
                 scheduler.optimizer,
                 max_grad_norm=max_grad_norm,
                 backend=backend,
-                **course.arguments_of(taken),
+                **edits.arguments_of(taken),
             )
         opt.set_iteration(taken.position)
         return opt
@@ -225,7 +226,7 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
             >>> opt.get_last_lr()
             [0.1, 0.2]
         """
-        course.add_param_group(self._shared, param_group)
+        edits.add_param_group(self._shared, param_group)
 
     def __repr__(self) -> str:
         inner = "\n".join(
@@ -332,7 +333,7 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
             >>> opt.get_last_lr(), opt.lr_at(2000)
             ([0.2], [0.4])
         """
-        course.set_bounds(self._shared, base_lr, max_lr)
+        edits.set_bounds(self._shared, base_lr, max_lr)
 
     @property
     def grad_norm(self) -> Tensor | None:

@@ -46,7 +46,11 @@ def notes_of(opt: Wrapped) -> dict[str, Any]:
     Tests compare these values by ``repr``: an object that hides its fields must be opened here.
     """
     shared = opt._shared
-    notes = {"lock": shared.lock, "given": shared.given, "grad_norm": shared.grad_norm}
+    notes = {
+        "lock": shared.lock,
+        "constructor_bounds": shared.constructor_bounds,
+        "grad_norm": shared.grad_norm,
+    }
     for each in (shared.serving, shared.position):
         notes.update(vars(each))
     for i, record in enumerate(shared.mirror.records):

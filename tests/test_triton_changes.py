@@ -90,6 +90,14 @@ def test_gradients_dropped_between_scan_and_launch(monkeypatch):
     assert reference() is None  # the step has released the gradient
 
 
+def test_a_layout_without_groups_is_saved():
+    """The step counters stay on the device: the layout does not say where torch has them."""
+    pair = twins(BY_NAME["adam-wd"])
+    pair.run(1)
+    pair.ours.optimizer.register_state_dict_post_hook(lambda _, saved: {"flat": saved["state"]})
+    assert set(pair.ours.state_dict()) == {"flat", "clr_optim"}
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_ctrl_c_between_device_and_host(first, monkeypatch):
     """The device has advanced, and the host has no note of it."""

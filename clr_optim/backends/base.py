@@ -112,7 +112,7 @@ class FusedBackend(Protocol):
         """
 
     who_knows: WhoKnows
-    """Who knows the position. A step changes the answer, and so do the three methods below."""
+    """Who knows the position. A step changes the answer, and so does an answer of the device."""
 
     def position(self) -> int:
         """Return the position that the device has counted; wait for the device."""

@@ -1,4 +1,4 @@
-"""Why a step cannot be captured into a CUDA graph: conditions and reasons, in one list.
+"""Why this step cannot be captured into a CUDA graph: conditions and reasons, in one list.
 
 The Triton backend adds the reasons that only a launch finds (see its ``cannot_capture``).
 """
@@ -82,7 +82,7 @@ REASONS: tuple[tuple[Callable[[Any], bool], str], ...] = (
     ),
     (
         lambda wrapper: momentum_vanishes(wrapper._shared),
-        "momentum cycles down to 0, and steps without momentum are others than those with it; "
+        "momentum cycles down to 0, and a step without momentum needs another kernel; "
         "construct CyclicalOptimizer with a base_momentum above 0",
     ),
     (

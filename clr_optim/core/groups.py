@@ -11,6 +11,7 @@ from torch import Tensor
 from clr_optim.core.rates import (
     momentum_bounds,
     momentum_of,
+    never_driven,
     write_momentum,
     write_rate,
     written_rate,
@@ -19,19 +20,15 @@ from clr_optim.core.saved import found_bounds, written_position
 from clr_optim.core.settings import HIGH_MOMENTUM, LOW_MOMENTUM, Settings
 from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM, SCHEDULE, STEP
 
-__all__ = ["UNCHANGED", "Changes", "GroupMirror", "Record", "Values"]
+__all__ = ["GroupMirror", "Record", "Values"]
 
 _BOUNDS_OF, _RATE_OF = operator.itemgetter(BASE, MAX), operator.itemgetter("lr")
-
-
-def _never(_: Tensor) -> bool:
-    return False
 
 
 class Record:
     """One group as we wrote it."""
 
-    __slots__ = ("bounds", "group", "lr", "momenta", "momentum", "rate")
+    __slots__ = ("bounds", "group", "lr", "momentum", "momentum_bounds", "rate")
 
     def __init__(
         self, group: dict[str, Any], bounds: tuple[float, float], lr: object, rate: float
@@ -42,19 +39,8 @@ class Record:
         #: the object in ``group["lr"]``, and its value
         self.lr, self.rate = lr, rate
         #: ``(base_momentum, max_momentum)`` if momentum cycles, and the object that holds momentum
-        self.momenta: tuple[float, float] | None = None
+        self.momentum_bounds: tuple[float, float] | None = None
         self.momentum: object = None
-
-
-class Changes(NamedTuple):
-    """What other code has written since the last write."""
-
-    #: the list of groups, a group's bounds, or the position
-    course: bool
-    #: the numbers of the groups whose ``lr`` was written
-    rates: Sequence[int]
-    #: a group's momentum, or the bounds of one
-    momentum: bool
 
 
 class Values(NamedTuple):
@@ -76,15 +62,12 @@ class Values(NamedTuple):
     momenta: list[float]
 
 
-#: The answer of :meth:`GroupMirror.changes` if other code has written nothing.
-UNCHANGED = Changes(course=False, rates=(), momentum=False)
-
-
 class GroupMirror:
     """One record per group, in the order of the groups.
 
-    :meth:`changes` compares the groups with the records. :meth:`adopt`, :meth:`overrule` and
-    :meth:`write` are the three answers to a change. No other code asks whether groups changed.
+    The library compares groups with records only here: :meth:`changed_rates`. The answers to a
+    change are :meth:`adopt` (take over bounds that other code wrote) and :meth:`write` (overrule
+    the rest).
 
     Args:
         settings: the optimizer and its policy.
@@ -105,20 +88,23 @@ class GroupMirror:
 
     # ---- the question
 
-    def changes(self, position: int) -> Changes:
-        """Return what other code has written, compared with the records and a position."""
-        if self.is_untouched(position):
-            return UNCHANGED
-        course = not self.is_settled() or self.position(position) != position
-        rates = [
+    def changed_rates(self) -> dict[int, float] | None:
+        """Return the rates that other code wrote, by group; None if other code wrote nothing.
+
+        The dictionary is empty if other code wrote a momentum, or the same rate as a new object.
+        """
+        changed = [
             i
             for i, (group, record) in enumerate(
                 zip(self._optimizer.param_groups, self.records, strict=False)
             )
             if self.is_foreign(group, record)
         ]
-        momentum = not self._is_momentum_ours()
-        return Changes(course, rates, momentum) if course or rates or momentum else UNCHANGED
+        if not changed and self._is_momentum_ours():
+            return None
+        groups = self._optimizer.param_groups
+        written = {i: written_rate(groups[i]["lr"], i) for i in changed}
+        return {i: lr for i, lr in written.items() if lr != self.records[i].rate}
 
     def is_untouched(self, position: int) -> bool:
         """Return whether all groups certainly hold what we wrote, without any tensor.
@@ -153,9 +139,9 @@ class GroupMirror:
             if (
                 (group.get("momentum") if betas is None else betas) is not momentum
                 or type(momentum) not in (float, tuple)
-                or record.momenta is None
-                or group.get(BASE_MOMENTUM) is not record.momenta[0]
-                or group.get(MAX_MOMENTUM) is not record.momenta[1]
+                or record.momentum_bounds is None
+                or group.get(BASE_MOMENTUM) is not record.momentum_bounds[0]
+                or group.get(MAX_MOMENTUM) is not record.momentum_bounds[1]
             ):
                 return False
         return True
@@ -178,8 +164,7 @@ class GroupMirror:
     def is_known(self, position: int) -> bool:
         """Return whether the groups hold the position, bounds and rates that we wrote.
 
-        A user may add thousands of groups one by one, so the question is as cheap as torch's own
-        check of a new group.
+        A user may add thousands of groups one by one, so the answer must be cheap.
         """
         groups = self._optimizer.param_groups
         if not self.are_ours(groups) or len(self.records) != len(groups):
@@ -216,7 +201,7 @@ class GroupMirror:
         groups, records = self._optimizer.param_groups, self.records
         if len(groups) != len(records):
             return False
-        if [record.momenta for record in records] != [*map(momentum_bounds, groups)]:
+        if [record.momentum_bounds for record in records] != [*map(momentum_bounds, groups)]:
             return False
         # Other code may have filled a tensor: the object does not show it.
         return all(
@@ -244,7 +229,8 @@ class GroupMirror:
         """Return ``(base_lr, max_lr)`` of each group: what the group holds, else what we wrote.
 
         A load into the wrapped optimizer may replace the groups by others without our keys. Those
-        keep the bounds of the groups in their places.
+        keep the bounds of the groups in their places. The mirror remembers the bounds of loaded
+        groups for the next call, since a second load may follow.
         """
         groups = list(self._optimizer.param_groups) if groups is None else groups
         if self.groups is None or self.are_ours(groups):
@@ -255,17 +241,24 @@ class GroupMirror:
         self._loaded = groups, found
         return found
 
-    def set_bounds(self, index: int, group: dict[str, Any], bounds: tuple[float, float]) -> None:
+    def fill_in_bounds(
+        self, index: int, group: dict[str, Any], bounds: tuple[float, float]
+    ) -> None:
         """Write a group's bounds, and those of its momentum if the group has none."""
         group[BASE], group[MAX] = bounds
-        if self._settings.cycle_momentum and not (BASE_MOMENTUM in group and MAX_MOMENTUM in group):
-            # The first group's, if this group is new. If all groups were taken away: torch's.
-            known = [record.momenta for record in self.records]
-            low, high = (known[index if index < len(known) else 0] if known else None) or (
-                LOW_MOMENTUM,
-                HIGH_MOMENTUM,
-            )
-            group[BASE_MOMENTUM], group[MAX_MOMENTUM] = low, high
+        self.fill_in_momentum_bounds(index, group)
+
+    def fill_in_momentum_bounds(self, index: int, group: dict[str, Any]) -> None:
+        """Write the bounds of a group's momentum, if momentum cycles and the group has none.
+
+        A new group gets those of the first group, or torch's if all groups were taken away.
+        """
+        if not self._settings.cycle_momentum or {BASE_MOMENTUM, MAX_MOMENTUM} <= group.keys():
+            return
+        bounds: tuple[float, float] | None = None
+        if self.records:
+            bounds = self.records[index if index < len(self.records) else 0].momentum_bounds
+        group[BASE_MOMENTUM], group[MAX_MOMENTUM] = bounds or (LOW_MOMENTUM, HIGH_MOMENTUM)
 
     # ---- values
 
@@ -277,7 +270,7 @@ class GroupMirror:
         records = self.records
         momenta: list[Any] = []
         if self._settings.cycle_momentum:
-            momenta = [record.momenta for record in records]
+            momenta = [record.momentum_bounds for record in records]
         return self._values(position, [record.bounds for record in records], momenta)
 
     def _values(
@@ -296,19 +289,13 @@ class GroupMirror:
         self._ahead = Values(position, bounds, momentum_bounds, rates, momenta)
         return self._ahead
 
-    # ---- the three verbs
+    # ---- the answers
 
     def adopt(self) -> None:
         """Take over the bounds that other code wrote; write the bounds of groups without."""
         groups = list(self._optimizer.param_groups)
         for i, (group, bounds) in enumerate(zip(groups, self.bounds(groups), strict=True)):
-            self.set_bounds(i, group, bounds)
-
-    def overrule(self, changes: Changes) -> dict[int, float]:
-        """Return the rates that other code wrote and that :meth:`write` will replace, by group."""
-        groups = self._optimizer.param_groups
-        written = {i: written_rate(groups[i]["lr"], i) for i in changes.rates}
-        return {i: lr for i, lr in written.items() if lr != self.records[i].rate}
+            self.fill_in_bounds(i, group, bounds)
 
     def write(self, position: int, is_driven: Callable[[Tensor], bool]) -> None:
         """Write position, policy, rates and momenta of a step into all groups.
@@ -328,7 +315,7 @@ class GroupMirror:
         taken: set[int] = set()
         for i, (group, rate) in enumerate(zip(groups, values.rates, strict=True)):
             lr = before[i].lr if i < len(before) else group["lr"]
-            kept = self._write_course(group, position)
+            kept = self._write_keys(group, position)
             lr, rate = write_rate(group, lr, rate, taken, is_driven, kept=kept)
             records.append(Record(group, values.bounds[i], lr, rate))
         _write_momenta(records, values, set())
@@ -360,8 +347,8 @@ class GroupMirror:
         taken: set[int] = set()
         if isinstance(group["lr"], Tensor):
             taken = {id(record.lr) for record in self.records}
-        kept = self._write_course(group, position)
-        lr, rate = write_rate(group, group["lr"], values.rates[0], taken, _never, kept=kept)
+        kept = self._write_keys(group, position)
+        lr, rate = write_rate(group, group["lr"], values.rates[0], taken, never_driven, kept=kept)
         record = Record(group, bounds, lr, rate)
         taken = set()
         if momenta and isinstance(momentum_of(group), Tensor):
@@ -370,7 +357,7 @@ class GroupMirror:
         self.groups = groups
         self.records.append(record)
 
-    def _write_course(self, group: dict[str, Any], position: int) -> bool:
+    def _write_keys(self, group: dict[str, Any], position: int) -> bool:
         """Write position and policy into a group; return whether the device keeps its rate."""
         group[STEP] = position
         group[SCHEDULE] = self._settings.schedule_json
@@ -389,5 +376,5 @@ def _write_momenta(records: Sequence[Record], values: Values, taken: set[int]) -
         records, values.momentum_bounds, values.momenta, strict=False
     ):
         write_momentum(record.group, momentum, taken)
-        record.momenta = each
+        record.momentum_bounds = each
         record.momentum = momentum_of(record.group)

@@ -27,7 +27,7 @@ __all__ = [
     "note_of",
     "noted_settings",
     "own_settings",
-    "starts_anew",
+    "starts_anew_warning",
     "take_note",
 ]
 
@@ -158,7 +158,7 @@ def clear(groups: Sequence[dict[str, Any]], own: Sequence[Mapping[str, Any]]) ->
             group.pop(key, None)
 
 
-def starts_anew(groups: Sequence[Mapping[str, Any]], loaded: int | None) -> str | None:
+def starts_anew_warning(groups: Sequence[Mapping[str, Any]], loaded: int | None) -> str | None:
     """Return a warning if the new cycle does not continue one that came from a checkpoint.
 
     Args:

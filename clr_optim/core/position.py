@@ -2,7 +2,8 @@
 
 The host counts the steps that it takes. After a step that the device may have skipped, only the
 device knows the position; after a captured step, for good, since a graph's replays count on the
-device. The host then asks when a user asks, and never within a step.
+device. Most steps leave the question open. If a user, a hook, a ``scale_fn`` or torch's own step
+needs the position, the host asks the device and waits.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from clr_optim.backends.base import Course, WhoKnows
 from clr_optim.core import leftover
-from clr_optim.core.groups import UNCHANGED, GroupMirror, Values
-from clr_optim.core.rates import momentum_bounds
+from clr_optim.core.groups import GroupMirror, Values
+from clr_optim.core.rates import momentum_bounds, never_driven
 from clr_optim.core.serving import Serving
 from clr_optim.core.settings import Settings
 from clr_optim.core.warn import callers_level
@@ -24,14 +25,11 @@ from clr_optim.keys import STEP
 __all__ = ["Position"]
 
 
-def _never(_: Tensor) -> bool:
-    return False
-
-
 class Position:
     """The position of one optimizer: on the host, in its groups and on its device.
 
-    Each method is called by a thread that holds the optimizer's lock.
+    A caller holds the optimizer's lock, except for :attr:`is_certain` and :meth:`believed`, which
+    only read.
 
     Args:
         settings: the optimizer and its policy.
@@ -132,10 +130,9 @@ class Position:
         The first replaced rate warns.
         """
         self.settle(self.believed())
-        changes = self._mirror.changes(self.counted[0])
-        if changes is UNCHANGED:
+        written = self._mirror.changed_rates()
+        if written is None:
             return
-        written = self._mirror.overrule(changes)
         if written and not self._has_warned:
             self._has_warned = True
             warnings.warn(
@@ -176,7 +173,7 @@ class Position:
             fused.move_to(self.course())
 
     def _write_groups(self, position: int) -> None:
-        self._mirror.write(position, _never)
+        self._mirror.write(position, never_driven)
         self.counted = (position, self.kernel_steps)
 
     def look_ahead(self) -> Values:
@@ -194,9 +191,10 @@ class Position:
         self._mirror.advance(values)
         fused = self._serving.fused
         if values.momenta and fused is not None:
-            settings = [record.momentum for record in self._mirror.records]
-            fused.plan.take_momenta(settings, values.momenta)
-        # A signal handler may have gone elsewhere before this line, and cannot within it.
+            written = [record.momentum for record in self._mirror.records]
+            fused.plan.take_momenta(written, values.momenta)
+        # A signal handler may have moved the position up to here. CPython runs no handler within
+        # the next expression.
         counted = (values.position, steps)
         self.counted = counted if self.counted is before else self.counted
         if self.counted is not counted:

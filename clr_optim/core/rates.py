@@ -17,6 +17,7 @@ __all__ = [
     "momentum_bounds",
     "momentum_number",
     "momentum_of",
+    "never_driven",
     "write_momentum",
     "write_rate",
     "written_rate",
@@ -52,6 +53,11 @@ def fill(tensor: Tensor, value: float) -> None:
     """Write a rate or a momentum into a tensor, at most the largest number of its dtype."""
     largest = torch.finfo(tensor.dtype).max
     tensor.fill_(max(-largest, min(value, largest)))
+
+
+def never_driven(_: Tensor) -> bool:
+    """Return False: the device has written no rate."""
+    return False
 
 
 def write_rate(

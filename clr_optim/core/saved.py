@@ -18,7 +18,7 @@ from clr_optim.schedule import Schedule
 __all__ = [
     "BASE_FRACTION",
     "are_close",
-    "edited_rates",
+    "edited_rates_warning",
     "found_bounds",
     "initial_bounds",
     "is_rate",
@@ -181,14 +181,14 @@ def written_rates(
             yield None
             continue
         text, step = group[SCHEDULE], group[STEP]
-        course = (group[BASE], group[MAX], step, text)
+        key = (group[BASE], group[MAX], step, text)
         try:
-            if course not in rates:
+            if key not in rates:
                 if text not in policies:
                     policies[text] = _schedule_of(text)
                 policy, position = policies[text], as_position(step, STEP)
-                rates[course] = None if policy is None else policy.rates(position, [course[:2]])[0]
-            yield rates[course]
+                rates[key] = None if policy is None else policy.rates(position, [key[:2]])[0]
+            yield rates[key]
         except (ArithmeticError, LookupError, TypeError, ValueError):
             yield None
 
@@ -214,7 +214,7 @@ def is_rate(lr: object, rate: float) -> bool:
         return False
 
 
-def edited_rates(
+def edited_rates_warning(
     groups: Sequence[Mapping[str, Any]], schedule: Schedule, lrs: Sequence[object] | None = None
 ) -> str | None:
     """Return a warning if an ``lr`` of a checkpoint is not the rate of its position and bounds.

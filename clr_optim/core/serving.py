@@ -48,7 +48,10 @@ class Serving:
         return backends.traits(self.name)
 
     def is_kept(self, group: Mapping[str, Any]) -> bool:
-        """Return whether the device keeps a group's ``lr``, a tensor then, current."""
+        """Return whether the device updates a group's ``lr``.
+
+        If so, ``lr`` is a tensor, or becomes one at the next write.
+        """
         if not group.get("capturable") or self._settings.has_scale_fn:
             return False
         traits = self.traits

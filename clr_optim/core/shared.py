@@ -40,7 +40,7 @@ class Shared:
         self.mirror = GroupMirror(settings, self.serving.is_kept)
         self.position = Position(settings, self.mirror, self.serving)
         #: bounds by the constructor's arguments; ``None`` stands for the default base_lr
-        self.given: list[tuple[float | None, float]] = []
+        self.constructor_bounds: list[tuple[float | None, float]] = []
         #: global gradient norm before clipping, of the last step
         self.grad_norm: Tensor | None = None
         _alive.add(self)

@@ -1,7 +1,7 @@
 """One step, from the wrapped optimizer's pre-hooks to its post-hooks.
 
 A step is the kernels' (:func:`_fused_step`) or the wrapped optimizer's own (:func:`_wrapped_step`).
-Both compute the next rates before anything changes, since a ``scale_fn`` may raise.
+Both evaluate the next rates before a parameter changes, since a ``scale_fn`` may raise.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from clr_optim.core.serving import parameters_of
 from clr_optim.core.shared import Shared
 from clr_optim.sharding import local_part, no_sums, spread_of, spreads, sum_over_ranks
 
-__all__ = ["StepContext", "take_step"]
+__all__ = ["take_step"]
 
 _UNCHANGED_GRADIENTS = Gradients()
 
@@ -40,7 +40,7 @@ _Borrowed = list[ClippedGradients | HiddenGradients]
 
 
 class StepContext:
-    """What one step knows from its beginning.
+    """Facts about one step, filled in as the step finds them.
 
     Args:
         wrapper: the CyclicalOptimizer.
@@ -82,13 +82,13 @@ def take_step(
     context = StepContext(wrapper)
     shared = context.shared
     inner: Any = shared.settings.optimizer
-    # If torch's wrapper is not the outermost layer, the wrapped step runs the hooks by itself.
-    hooked = is_profiled(inner)
+    # If torch's wrapper is the outermost layer, raw_step() goes beneath it, and the hooks run here.
+    runs_hooks = is_profiled(inner)
     if context.capturing:
         check_capture(wrapper)
     call: tuple[Any, ...] = (inner, closure, *args) if closure is not None or args else (inner,)
     # An optimizer that never calls Optimizer.__init__ has no hooks.
-    pre_hooks = getattr(inner, "_optimizer_step_pre_hooks", None) if hooked else None
+    pre_hooks = getattr(inner, "_optimizer_step_pre_hooks", None) if runs_hooks else None
     given = kwargs
     if pre_hooks:
         call, given = _run_pre_hooks(pre_hooks.values(), inner, call, kwargs)
@@ -97,7 +97,7 @@ def take_step(
     context.evaluates = closure is not None
 
     fused = None
-    if hooked and not args and not kwargs:
+    if runs_hooks and not args and not kwargs:
         fused = shared.serving.fused or shared.serving.make(shared.lock)
     if fused is None:
         loss, reached = _wrapped_step(context, closure, args, kwargs)
@@ -115,7 +115,7 @@ def take_step(
     if hooks and reached and shared.settings.schedule.is_cycle_end(reached):
         for hook in list(hooks.values()):
             hook(wrapper)
-    post_hooks = getattr(inner, "_optimizer_step_post_hooks", None) if hooked else None
+    post_hooks = getattr(inner, "_optimizer_step_post_hooks", None) if runs_hooks else None
     if post_hooks:
         for post_hook in post_hooks.values():
             post_hook(inner, call, given)
@@ -142,7 +142,11 @@ def _run_pre_hooks(
 
 
 def _prepare(shared: Shared) -> None:
-    """Make the groups hold what this step uses. A ``scale_fn`` that raises does so here."""
+    """Make the groups hold what this step uses, and compute the next values ahead.
+
+    The mirror keeps the values for the write after the step. If a ``scale_fn`` raises, it does so
+    here.
+    """
     shared.position.overrule()
     shared.position.look_ahead()
 
@@ -181,7 +185,7 @@ def _fused_step(context: StepContext, fused: FusedBackend) -> int:
         # The device counts a graph's replays.
         if not happened or context.creates_state or context.capturing:
             return 0
-        # Unless a group was added meanwhile, or a signal handler went elsewhere.
+        # If no other code moved the position meanwhile, write the values computed ahead.
         if ahead is not None and position.counted is before:
             position.advance(before, ahead, tally[1])
         else:
@@ -223,7 +227,7 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: _Borrowed) -> b
         or rest
         or settings.has_scale_fn
         or context.wrapper._cycle_end_hooks
-        or (settings.cycle_momentum and momentum_vanishes(shared))
+        or momentum_vanishes(shared)
     )
     found_inf = signals.found_inf
     if found_inf is not None and (acts or not fused.sees_overflows) and not context.capturing:

@@ -124,7 +124,7 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
 
         The hook is the place to take a snapshot, to average weights, or to stop. If a cycle falls
         at its end, the rate is then at its lowest. The hook runs before step post-hooks. Copies and
-        pickles leave it out, as they leave out those.
+        pickles omit all hooks.
 
         Args:
             hook: a callable of one optimizer, this one.

@@ -12,7 +12,13 @@ from clr_optim.core.groups import GroupMirror
 from clr_optim.core.saved import BASE_FRACTION, are_close, read_position
 from clr_optim.keys import BASE, BASE_MOMENTUM, ENTRY, KEYS, MAX, MAX_MOMENTUM, STEP
 
-__all__ = ["checked_keys", "keys_in_use", "other_bounds", "with_our_entry", "without_our_entry"]
+__all__ = [
+    "checked_keys",
+    "keys_in_use",
+    "other_bounds_warning",
+    "with_our_entry",
+    "without_our_entry",
+]
 
 
 def checked_keys(
@@ -62,7 +68,7 @@ def keys_in_use(mirror: GroupMirror, groups: Sequence[Mapping[str, Any]]) -> lis
     ]
 
 
-def other_bounds(
+def other_bounds_warning(
     given: Sequence[tuple[float | None, float]],
     before: Sequence[Mapping[str, Any]],
     keys: Sequence[Mapping[str, Any]],

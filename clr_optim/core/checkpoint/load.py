@@ -12,23 +12,23 @@ from clr_optim.core import leftover
 from clr_optim.core.checkpoint.keys import (
     checked_keys,
     keys_in_use,
-    other_bounds,
+    other_bounds_warning,
     without_our_entry,
 )
 from clr_optim.core.checkpoint.settings import are_groups, check_for, check_layout
 from clr_optim.core.checkpoint.state import check_mapping, own_counters
 from clr_optim.core.checkpoint.undo import undone_on_error
 from clr_optim.core.checkpoint.wrapped import (
-    after_load_hooks,
-    in_our_words,
+    load_errors_as_value_errors,
     loads_as_torch,
-    without_load_hooks,
+    run_load_pre_hooks,
+    without_load_pre_hooks,
 )
-from clr_optim.core.saved import edited_rates, policy_name, read_position
+from clr_optim.core.saved import edited_rates_warning, policy_name, read_position
 from clr_optim.core.settings import Settings
 from clr_optim.core.shared import Shared
 from clr_optim.core.warn import callers_level, warn_each
-from clr_optim.keys import BASE, ENTRY, KEYS, MAX, SCHEDULE
+from clr_optim.keys import ENTRY, KEYS, SCHEDULE
 
 __all__ = ["load", "shallow_copy", "warn_other_policy"]
 
@@ -64,16 +64,15 @@ def load(shared: Shared, state_dict: Any) -> None:
         position, resumed = read_position(keys, _GROUPS)
         warned = []
         if not settings.schedule.has_bounds:
-            warned.append(other_bounds(shared.given, before, keys))
+            warned.append(other_bounds_warning(shared.constructor_bounds, before, keys))
         if saved_keys is None and not _fills_in_our_keys():
             lrs = [group.get("lr") for group in loaded]
-            warned.append(edited_rates(keys, settings.schedule, lrs))
+            warned.append(edited_rates_warning(keys, settings.schedule, lrs))
         for i, (group, old, new) in enumerate(zip_longest(inner.param_groups, before, keys)):
             if group is not None:
                 group.update({**(old or {}), **(new or {})})
-                if BASE in group and MAX in group:
-                    mirror.set_bounds(i, group, (group[BASE], group[MAX]))
-        with in_our_words(inner):
+                mirror.fill_in_momentum_bounds(i, group)
+        with load_errors_as_value_errors(inner):
             shared.position.go_to(position)
     leftover.take_note(inner, own, settings.schedule, position if resumed else None)
     if resumed and SCHEDULE in keys[0]:
@@ -97,13 +96,13 @@ def _load_as_torch(
         The checkpoint's groups, and our keys in each.
     """
     inner, cycles = settings.optimizer, settings.cycle_momentum
-    state_dict = dict(check_mapping("state_dict", after_load_hooks(inner, state_dict)))
+    state_dict = dict(check_mapping("state_dict", run_load_pre_hooks(inner, state_dict)))
     check_layout(state_dict)
     groups = state_dict["param_groups"]
     keys = checked_keys(groups, _GROUPS, cycle_momentum=cycles)
     check_for(inner, state_dict, cycles)
     state_dict["state"] = own_counters(state_dict["state"])
-    with in_our_words(inner), without_load_hooks(inner):
+    with load_errors_as_value_errors(inner), without_load_pre_hooks(inner):
         inner.load_state_dict(state_dict)
     return groups, keys
 
@@ -125,7 +124,7 @@ def _load_own_layout(
     for group in inner.param_groups:
         for key in KEYS:
             group.pop(key, None)
-    with in_our_words(inner):
+    with load_errors_as_value_errors(inner):
         inner.load_state_dict(state_dict)
     loaded = inner.param_groups  # perhaps other objects than before
     return loaded, checked_keys(loaded, _GROUPS, cycle_momentum=cycles)

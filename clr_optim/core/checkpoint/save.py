@@ -18,11 +18,15 @@ _ATTEMPTS = 8
 
 
 def save(shared: Shared) -> dict[str, Any]:
-    """Return a checkpoint of an optimizer; the caller holds the lock."""
+    """Return a checkpoint of an optimizer; the caller holds the lock.
+
+    If other code wrote an ``lr``, the policy overrules it first: a checkpoint holds the policy's
+    rates.
+    """
     inner = shared.settings.optimizer
     state_dict: dict[str, Any] = {}
     for _ in range(_ATTEMPTS):
-        shared.position.settle()
+        shared.position.settle()  # asks the device, if only the device knows the position
         shared.position.overrule()
         state_dict = inner.state_dict()
         if len(shared.mirror.records) == len(inner.param_groups):
@@ -37,7 +41,7 @@ def save(shared: Shared) -> dict[str, Any]:
             for group in state_dict["param_groups"]
         ]
     traits = shared.serving.traits
-    if traits is not None and traits.counts_on_device:
+    if has_groups and "state" in state_dict and traits is not None and traits.counts_on_device:
         state_dict["state"] = _with_counters_as_torch(state_dict)
     whole: dict[str, Any] = with_our_entry(state_dict, inner.param_groups)
     return whole

@@ -218,10 +218,10 @@ def _fits(
 
 
 def own_counters(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The state of a checkpoint in which no two parameters share a step counter.
+    """Return the state of a checkpoint with a separate step counter for each parameter.
 
-    One that writes it for each of them may well have written one tensor for all; the first step
-    would then count as many times.
+    A checkpoint may hold one counter tensor for several parameters. A step would then increment
+    that tensor once per parameter.
     """
     seen: set[int] = set()
     own: dict[Any, Any] = dict(state)

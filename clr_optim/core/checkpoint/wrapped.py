@@ -8,7 +8,12 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-__all__ = ["after_load_hooks", "in_our_words", "loads_as_torch", "without_load_hooks"]
+__all__ = [
+    "load_errors_as_value_errors",
+    "loads_as_torch",
+    "run_load_pre_hooks",
+    "without_load_pre_hooks",
+]
 
 
 def loads_as_torch(optimizer: Optimizer) -> bool:
@@ -17,7 +22,7 @@ def loads_as_torch(optimizer: Optimizer) -> bool:
     return method is Optimizer.load_state_dict
 
 
-def after_load_hooks(optimizer: Optimizer, state_dict: Any) -> Any:
+def run_load_pre_hooks(optimizer: Optimizer, state_dict: Any) -> Any:
     """Run the load pre-hooks that are registered on an optimizer; return what they leave."""
     for hook in getattr(optimizer, "_optimizer_load_state_dict_pre_hooks", {}).values():
         result = hook(optimizer, state_dict)
@@ -27,7 +32,7 @@ def after_load_hooks(optimizer: Optimizer, state_dict: Any) -> Any:
 
 
 @contextmanager
-def without_load_hooks(optimizer: Any) -> Iterator[None]:
+def without_load_pre_hooks(optimizer: Any) -> Iterator[None]:
     """Keep torch from running the load pre-hooks a second time."""
     hooks = optimizer._optimizer_load_state_dict_pre_hooks
     optimizer._optimizer_load_state_dict_pre_hooks = {}
@@ -38,8 +43,8 @@ def without_load_hooks(optimizer: Any) -> Iterator[None]:
 
 
 @contextmanager
-def in_our_words(optimizer: Optimizer) -> Iterator[None]:
-    """Say what is wrong with a checkpoint where loading stumbles over it."""
+def load_errors_as_value_errors(optimizer: Optimizer) -> Iterator[None]:
+    """If loading raises one of these errors, raise a ValueError that names the wrapped class."""
     try:
         yield
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as error:

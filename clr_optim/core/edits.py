@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 
 from clr_optim.checks import check_bounds, shown
 from clr_optim.core import leftover
+from clr_optim.core.arguments import Start, optional_number, optional_per_group, separate_defaults
 from clr_optim.core.checkpoint import warn_other_policy
 from clr_optim.core.rates import check_tensor_lr
 from clr_optim.core.saved import initial_bounds
-from clr_optim.core.settings import Start, optional_number, optional_per_group, separate_defaults
 from clr_optim.core.shared import Shared
 from clr_optim.core.warn import warn_each
 from clr_optim.keys import BASE, BASE_MOMENTUM, KEYS, MAX, MAX_MOMENTUM
@@ -29,18 +29,18 @@ def begin(shared: Shared, start: Start) -> None:
     if start.note is not None:
         leftover.clear(optimizer.param_groups, start.own)
     for group, (base, top), (low, high) in zip(
-        optimizer.param_groups, start.bounds, start.momenta, strict=True
+        optimizer.param_groups, start.bounds, start.momentum_bounds, strict=True
     ):
         group[BASE], group[MAX] = base, top
         if settings.cycle_momentum:
             group[BASE_MOMENTUM], group[MAX_MOMENTUM] = low, high
     shared.position.go_to(start.position)
-    shared.given = start.given
+    shared.constructor_bounds = start.constructor_bounds
     loaded = start.position if start.resumed else None
     leftover.take_note(optimizer, start.own, settings.schedule, loaded)
     if start.saved_policy is not None:
         warn_other_policy(shared, start.saved_policy, "the wrapped optimizer")
-    warn_each(start.warned)
+    warn_each(start.warnings)
 
 
 def arguments_of(taken: TorchsCourse) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def add_param_group(shared: Shared, param_group: Any) -> None:
         raise
     groups = inner.param_groups
     leftover.note_group(inner, groups[-1])
-    mirror.set_bounds(len(groups) - 1, groups[-1], bounds)
+    mirror.fill_in_bounds(len(groups) - 1, groups[-1], bounds)
     if known:
         mirror.join(position.number)
     else:

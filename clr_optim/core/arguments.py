@@ -1,0 +1,315 @@
+"""Check the constructor's arguments, and turn them into settings, bounds and a position."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from clr_optim import backends
+from clr_optim.checks import (
+    check_bool,
+    check_choice,
+    check_momenta,
+    check_number,
+    item,
+    values_of,
+)
+from clr_optim.core import leftover
+from clr_optim.core.checkpoint.state import check_momentum_state
+from clr_optim.core.rates import check_tensor_lr
+from clr_optim.core.saved import (
+    are_close,
+    edited_rates_warning,
+    initial_bounds,
+    read_position,
+)
+from clr_optim.core.settings import Settings
+from clr_optim.core.warn import callers_level
+from clr_optim.keys import BASE, MAX, SCHEDULE
+from clr_optim.schedule import POLICIES, SCALE_MODES, Schedule, check_growth, triangular
+
+__all__ = [
+    "Start",
+    "check_arguments",
+    "check_optimizer",
+    "make_schedule",
+    "optional_number",
+    "optional_per_group",
+    "separate_defaults",
+]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a new CyclicalOptimizer starts, from checked arguments.
+
+    Args:
+        settings: the settings.
+        chosen: the backend's name, and why it was chosen.
+        position: the number of the first step.
+        resumed: whether the position is a checkpoint's.
+        bounds: ``(base_lr, max_lr)`` of each group.
+        constructor_bounds: the same by the arguments alone; ``None`` is the default base_lr.
+        momentum_bounds: ``(base_momentum, max_momentum)`` of each group.
+        note: the note of an earlier wrapper that left its rates in the groups, if any.
+        own: the settings of each group before it was cycled.
+        saved_policy: the policy in a checkpoint that the optimizer has loaded, if any.
+        warnings: messages for the user.
+    """
+
+    settings: Settings
+    chosen: tuple[str, str]
+    position: int
+    resumed: bool
+    bounds: list[tuple[float, float]]
+    constructor_bounds: list[tuple[float | None, float]]
+    momentum_bounds: list[tuple[float, float]]
+    note: dict[str, Any] | None
+    own: list[dict[str, Any]]
+    saved_policy: object
+    warnings: list[str | None]
+
+
+def check_arguments(
+    optimizer: Optimizer,
+    schedule: Schedule,
+    *,
+    base_lr: object,
+    max_lr: object,
+    cycle_momentum: object,
+    base_momentum: object,
+    max_momentum: object,
+    max_grad_norm: object,
+    backend: Any,
+) -> Start:
+    """Check the constructor's arguments; change nothing.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what would be right.
+    """
+    groups = optimizer.param_groups
+    for i, group in enumerate(groups):
+        if "lr" not in group:
+            raise ValueError(
+                f"optimizer: parameter group {i} of {type(optimizer).__name__} has no 'lr', "
+                "so there is no rate to cycle"
+            )
+        check_tensor_lr(group["lr"], f"optimizer: lr of parameter group {i}")
+    if schedule.has_bounds and not (base_lr is None and max_lr is None):
+        raise ValueError(
+            f"base_lr={base_lr!r} and max_lr={max_lr!r} have no effect: every phase of the "
+            f"schedule {schedule.name!r} has bounds already; leave them out"
+        )
+    note = leftover.note_of(optimizer)
+    # The user may have loaded a checkpoint before wrapping the optimizer.
+    position, resumed = read_position(groups, "optimizer") if note is None else (0, False)
+    own = leftover.own_settings(optimizer, schedule, note, max_lr is not None)
+    bounds = [
+        initial_bounds(group, f" in parameter group {i}", base, top)
+        for i, (group, base, top) in enumerate(
+            zip(
+                groups if note is None else own,
+                optional_per_group("base_lr", base_lr, len(groups)),
+                optional_per_group("max_lr", max_lr, len(groups)),
+                strict=True,
+            )
+        )
+    ]
+    if max_lr is None and not schedule.has_bounds:
+        _warn_scheduled_rates(groups)
+    cycles = check_bool("cycle_momentum", cycle_momentum)
+    momenta = _check_momenta(optimizer, cycles, base_momentum, max_momentum)
+    if max_grad_norm is not None:
+        max_grad_norm = check_number(
+            "max_grad_norm", max_grad_norm, open_minimum=True, finite=False
+        )
+    schedule.rates(position, bounds)  # a scale_fn may raise
+    chosen = backends.resolve(backend, optimizer)
+    warned: list[str | None] = []
+    if note is not None:
+        warned = [leftover.starts_anew_warning(groups, note["loaded"])]
+    elif resumed and not schedule.has_bounds:
+        arguments = base_lr is not None or max_lr is not None
+        warned = [
+            _other_bounds_warning(groups, bounds)
+            if arguments
+            else edited_rates_warning(groups, schedule)
+        ]
+    return Start(
+        Settings(optimizer, schedule, cycles, max_grad_norm, backend),
+        chosen,
+        position,
+        resumed,
+        bounds,
+        [(None if base_lr is None else base, top) for base, top in bounds],
+        momenta,
+        note,
+        own,
+        groups[0].get(SCHEDULE) if resumed and groups else None,
+        warned,
+    )
+
+
+def check_optimizer(optimizer: object, wrapper: type[Optimizer]) -> None:
+    """Raise unless an object is a torch optimizer that is not wrapped yet.
+
+    Args:
+        optimizer: the object.
+        wrapper: the class of wrappers.
+    """
+    if isinstance(optimizer, wrapper):
+        raise ValueError(
+            f"optimizer is already a {wrapper.__name__}: wrap its .optimizer, or change its "
+            "course with set_bounds and set_iteration"
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer must be an instance of torch.optim.Optimizer, got {optimizer!r} "
+            f"of type {type(optimizer).__name__}"
+        )
+
+
+# ---- the policy
+
+
+def make_schedule(policy: object, constructor: Callable[..., Any], **options: Any) -> Schedule:
+    """Return the schedule that a policy's name and options describe.
+
+    Args:
+        policy: a name in :data:`POLICIES`, or a schedule, which needs no options.
+        constructor: the function whose signature has the options' defaults.
+        **options: step sizes, gamma, window, scale_fn and scale_mode.
+    """
+    if isinstance(policy, Schedule):
+        parameters = inspect.signature(constructor).parameters
+        for name in options:
+            value, default = options[name], parameters[name].default
+            if value is not default and not (type(value) is type(default) and value == default):
+                raise ValueError(
+                    f"{name}={options[name]!r} has no effect with policy={policy.name!r}, a "
+                    f"Schedule: give {name} to the schedule's constructor"
+                )
+        check_growth(policy)
+        return policy
+    if not isinstance(policy, str) or policy not in POLICIES:
+        raise ValueError(
+            f"policy must be one of {', '.join(map(repr, POLICIES))} or a Schedule "
+            f"(see clr_optim.schedule: fixed, one_cycle, sequence, ...), got {policy!r}"
+        )
+    gamma, scale_fn = options.pop("gamma"), options.pop("scale_fn")
+    scale_mode = check_choice("scale_mode", options.pop("scale_mode"), SCALE_MODES)
+    check_number("gamma", gamma, open_minimum=True, maximum=1.0)
+    if scale_fn is not None:
+        schedule = triangular(**options, scale_fn=scale_fn, scale_mode=scale_mode)
+        return Schedule(policy, schedule.phases)
+    make = POLICIES[policy]
+    if "gamma" in inspect.signature(make).parameters:
+        options["gamma"] = gamma
+    return make(**options)
+
+
+# ---- bounds
+
+
+def optional_number(name: str, value: object) -> float | None:
+    """Return a number >= 0, or ``None`` for ``None``."""
+    return None if value is None else check_number(name, value)
+
+
+def optional_per_group(name: str, value: object, groups: int) -> list[float | None]:
+    """Return a number for each group, or ``None`` for each."""
+    return [None] * groups if value is None else list(_per_group(name, value, groups))
+
+
+def _per_group(name: str, value: object, groups: int, **limits: Any) -> list[float]:
+    """Return a list with a number for each group, from one number or a sequence."""
+    values = values_of(value)
+    if values is not None:
+        if len(values) != groups:
+            raise ValueError(
+                f"{name} has {len(values)} values and the optimizer {groups} parameter groups: "
+                f"give one number, or one per group; got {value!r}"
+            )
+        return [check_number(f"{name}[{i}]", v, **limits) for i, v in enumerate(values)]
+    return [check_number(name, value, **limits)] * groups
+
+
+def _check_momenta(
+    optimizer: Optimizer, cycles: bool, base_momentum: object, max_momentum: object
+) -> list[tuple[float, float]]:
+    """Return the bounds of each group's momentum; raise if momentum is to cycle and cannot."""
+    groups = optimizer.param_groups
+    low = _per_group("base_momentum", base_momentum, len(groups), maximum=1.0)
+    high = _per_group("max_momentum", max_momentum, len(groups), maximum=1.0)
+    for i, (group, b, m) in enumerate(zip(groups, low, high, strict=True)):
+        if cycles and "betas" not in group and "momentum" not in group:
+            raise ValueError(
+                f"cycle_momentum=True needs a 'momentum' or 'betas' to cycle, and "
+                f"parameter group {i} of {type(optimizer).__name__} has neither: "
+                "leave it False"
+            )
+        check_momenta(b, m, f" for parameter group {i}", beta=cycles and "betas" in group)
+    if cycles:
+        check_momentum_state(optimizer)
+    return list(zip(low, high, strict=True))
+
+
+def separate_defaults(optimizer: Optimizer) -> None:
+    """Give the defaults tensors that no group shares.
+
+    torch puts one tensor into the defaults and into groups. Steps fill a group's tensor, and a
+    group that is added later starts with the user's value.
+    """
+    defaults = getattr(optimizer, "defaults", None)
+    if not isinstance(defaults, dict):
+        return
+    if isinstance(defaults.get("lr"), Tensor):
+        defaults["lr"] = defaults["lr"].detach().clone()
+    betas = defaults.get("betas")
+    if isinstance(betas, Tensor):
+        defaults["betas"] = betas.detach().clone()
+    elif isinstance(betas, (list, tuple)) and any(isinstance(beta, Tensor) for beta in betas):
+        defaults["betas"] = tuple(
+            beta.detach().clone() if isinstance(beta, Tensor) else beta for beta in betas
+        )
+
+
+# ---- warnings about the arguments
+
+
+def _warn_scheduled_rates(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Warn if the top of the cycle becomes a rate that a torch scheduler has written."""
+    for i, group in enumerate(groups):
+        lr, initial = item(group["lr"]), item(group.get("initial_lr"))
+        if MAX not in group and isinstance(initial, float) and initial != lr:
+            warnings.warn(
+                f"lr in parameter group {i} is {lr!r}, to which a scheduler has brought it from "
+                f"the initial_lr {initial!r}, and becomes the top of the cycle: give the rate that "
+                f"is meant, as max_lr={initial!r}",
+                UserWarning,
+                stacklevel=callers_level(),
+            )
+            return
+
+
+def _other_bounds_warning(
+    groups: Sequence[Mapping[str, Any]], bounds: Sequence[tuple[float, float]]
+) -> str | None:
+    """Return a warning if a checkpoint's bounds differ from the constructor's arguments."""
+    for i, (group, (base, top)) in enumerate(zip(groups, bounds, strict=True)):
+        if BASE in group and MAX in group:
+            saved = float(group[BASE]), float(group[MAX])
+            if not (are_close(saved[0], base) and are_close(saved[1], top)):
+                return (
+                    f"the wrapped optimizer's checkpoint has the bounds base_lr={saved[0]:g}, "
+                    f"max_lr={saved[1]:g} in parameter group {i}, and the arguments give "
+                    f"base_lr={base:g}, max_lr={top:g}: the arguments hold. To train with the "
+                    f"checkpoint's, call set_bounds(base_lr={saved[0]:g}, max_lr={saved[1]:g})."
+                )
+    return None
