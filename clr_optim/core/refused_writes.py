@@ -18,7 +18,7 @@ _BOUNDS = "the policy decides the rate; opt.set_bounds(base_lr=..., max_lr=...) 
 _POSITION = "the position decides; opt.set_iteration(...) changes the position"
 _ANEW = (
     "it is fixed by the constructor; construct another CyclicalOptimizer around opt.optimizer with "
-    "{name}=... and call its set_iteration(opt.iteration)"
+    "{name}=... and continue with its set_iteration(opt.iteration)"
 )
 _SCHEDULE = _ANEW.replace("{name}", "policy")
 _STEP_SIZE = _ANEW.replace("{name}", "step_size_up")

@@ -142,8 +142,9 @@ class GroupReadings:
             return
         at = reading.keys.index("momentum" if type(setting) is float else "betas")
         if type(reading.values[at]) is type(setting):
-            reading.values[at] = setting
+            # The setting last: after an interrupt in between, the next scan finds the change.
             reading.scalars[column] = scalars[number, column] = momentum
+            reading.values[at] = setting
 
     def take_members(self, groups: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, int]] | None:
         """Take in groups added at the end of all groups, and parameters at the end of a group.
