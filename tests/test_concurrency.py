@@ -43,6 +43,7 @@ from native_helpers import (
     wrapped,
 )
 
+from clr_optim import CyclicalOptimizer
 from clr_optim.plan import Bucket, Plan
 
 #: Long enough for the GIL to be released and for other threads to run.
@@ -364,6 +365,24 @@ def test_threads_that_change_an_optimizer_while_another_steps_it():
     for p in params:
         assert (p == p.flatten()[0]).all()
         assert p.isfinite().all()
+
+
+def test_a_save_waits_for_state_that_torchs_step_creates():
+    """torch's own step runs without the lock, and its dictionary of state grows while a save reads."""
+    (weight,) = parameters(drawn([(3,)], torch.float32))
+    inner = torch.optim.Adamax([weight])
+    opt = CyclicalOptimizer(inner, backend="torch")
+    whole, calls = inner.state_dict, []
+
+    def growing():
+        calls.append(1)
+        if len(calls) < 3:
+            raise RuntimeError("dictionary changed size during iteration")
+        return whole()
+
+    inner.state_dict = growing
+    assert opt.state_dict()["param_groups"][0]["clr_step"] == 0
+    assert len(calls) == 3
 
 
 def test_a_plan_that_is_forgotten_while_it_is_built_is_built_again(monkeypatch):

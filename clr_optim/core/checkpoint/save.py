@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from clr_optim.core.checkpoint.keys import with_our_entry
 from clr_optim.core.shared import Shared
@@ -15,6 +17,9 @@ __all__ = ["save"]
 
 # How often a state dict is read again if another thread adds a group meanwhile.
 _ATTEMPTS = 8
+
+# How often, and after which pause, if another thread creates state meanwhile.
+_PATIENT_ATTEMPTS, _PAUSE_S = 1000, 0.001
 
 
 def save(shared: Shared) -> dict[str, Any]:
@@ -28,7 +33,7 @@ def save(shared: Shared) -> dict[str, Any]:
     for _ in range(_ATTEMPTS):
         shared.position.settle()  # asks the device, if only the device knows the position
         shared.position.overrule()
-        state_dict = inner.state_dict()
+        state_dict = _read(inner)
         if len(shared.mirror.records) == len(inner.param_groups):
             break  # no other thread has added a group, which would lack our keys
     has_groups = isinstance(state_dict, dict) and "param_groups" in state_dict
@@ -45,6 +50,22 @@ def save(shared: Shared) -> dict[str, Any]:
         state_dict["state"] = _with_counters_as_torch(state_dict)
     whole: dict[str, Any] = with_our_entry(state_dict, inner.param_groups)
     return whole
+
+
+def _read(inner: Optimizer) -> dict[str, Any]:
+    """Return the wrapped optimizer's state dict.
+
+    torch's own step runs without the lock. If the step creates state meanwhile, torch's iteration
+    over the state fails, and begins again after a pause.
+    """
+    for _ in range(_PATIENT_ATTEMPTS):
+        try:
+            return inner.state_dict()
+        except RuntimeError as error:
+            if "changed size during iteration" not in str(error):
+                raise
+            time.sleep(_PAUSE_S)
+    return inner.state_dict()
 
 
 def _with_counters_as_torch(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
