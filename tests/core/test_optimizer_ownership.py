@@ -464,7 +464,7 @@ def test_loading_under_another_policy_warns_and_says_which_wins():
     problem.run(opt, range(4))
     other = CyclicalOptimizer(case.make(Problem(case).params), "triangular", step_size_up=5)
     with pytest.warns(
-        UserWarning, match="'triangular2'.*own, 'triangular' .*decides.* step 4"
+        UserWarning, match="'triangular2'.*this optimizer's policy, 'triangular' .*decides.* step 4"
     ) as w:
         other.load_state_dict(opt.state_dict())
     assert w[0].filename == __file__
