@@ -13,7 +13,10 @@ from clr_optim.schedule import fixed
 
 BOUNDS = r"opt\.set_bounds\(base_lr=\.\.\., max_lr=\.\.\.\)"
 POSITION = r"opt\.set_iteration\(\.\.\.\)"
-ANEW = r"construct another CyclicalOptimizer around opt\.optimizer with {}=\.\.\. and go on with"
+ANEW = (
+    r"construct another CyclicalOptimizer around opt\.optimizer with {}=\.\.\. "
+    r"and call its set_iteration\(opt\.iteration\)"
+)
 GROUPS = r"write group\['{}'\] for each group of opt\.param_groups"
 
 # name: the remedy that the message names
