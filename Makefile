@@ -6,16 +6,16 @@ NEWEST := .venv-newest
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-DISTRIBUTED := tests/test_distributed.py tests/test_distributed_checkpoint.py \
-	tests/test_dtensor.py tests/test_dtensor_models.py tests/test_dtensor_norm.py \
-	tests/test_examples.py
+DISTRIBUTED := tests/distributed tests/test_examples.py
 
 # What runs on a GPU and in Triton's interpreter.
-ON_TRITON := tests/test_triton.py tests/test_triton_changes.py tests/test_triton_gpu.py \
-	tests/test_triton_graphs.py tests/test_triton_refusals.py tests/test_triton_schedule.py
+TRITON := tests/backends/triton_backend
+ON_TRITON := $(TRITON)/test_triton.py $(TRITON)/test_triton_changes.py \
+	$(TRITON)/test_triton_gpu.py $(TRITON)/test_triton_graphs.py \
+	$(TRITON)/test_triton_refusals.py $(TRITON)/test_triton_schedule.py
 
-INTERPRETED := $(ON_TRITON) tests/test_triton_machine.py tests/test_triton_memory.py \
-	tests/test_hostile_checkpoints.py tests/test_resume_data.py tests/fuzz/test_fuzz.py
+INTERPRETED := $(ON_TRITON) $(TRITON)/test_triton_machine.py $(TRITON)/test_triton_memory.py \
+	tests/core/test_hostile_checkpoints.py tests/core/test_resume_data.py tests/fuzz/test_fuzz.py
 
 .PHONY: demo test format lint types check interpreted fuzz fuzz-kill fuzz-threads distributed test-frameworks test-newest package docs pictures errors gpu-check gpu-sanitize gpu-paper clean FORCE
 
@@ -155,7 +155,7 @@ gpu-check: build/tree
 	keep() { for f; do [ -z "$$OUT" ] || [ ! -e "$$f" ] || cp "$$f" "$$OUT/"; done; }; \
 	mkdir -p bench/results; \
 	timeout -k 10 200 $(PYTHON) -m pytest tests/test_gpu.py $(ON_TRITON) \
-		tests/test_paper_runs.py -m "gpu or triton" \
+		tests/bench/test_paper_runs.py -m "gpu or triton" \
 		tests/test_docs.py::test_the_readmes_captured_step \
 		--junitxml=build/gpu-tests.xml $(ARGS) || failed="tests"; \
 	keep build/gpu-tests.xml; \
@@ -178,7 +178,7 @@ gpu-sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
 gpu-sanitize: build/tree
 	for tool in memcheck racecheck; do \
 		compute-sanitizer --tool $$tool --error-exitcode 9 \
-			$(PYTHON) -m pytest tests/test_triton.py -q -k "$(SANITIZED)" $(ARGS) || exit 1; \
+			$(PYTHON) -m pytest $(TRITON)/test_triton.py -q -k "$(SANITIZED)" $(ARGS) || exit 1; \
 	done
 
 # The paper's tables there, at full length, from DATA (CIFAR-10, binary version), each iteration a

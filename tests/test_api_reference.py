@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
 import clr_optim
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = ROOT / "docs"
 MODULES = ["clr_optim", "clr_optim.schedule", "clr_optim.range_test", "clr_optim.plotting"]
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
 import clr_optim
 from clr_optim.bench import paper
 from clr_optim.bench.paper.readme import BEGIN, END
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 

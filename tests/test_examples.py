@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from places import ROOT
 
 from clr_optim.schedule import triangular2
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.skipif(
     reason="this torch has no gloo, or this system no process groups",
 )
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 FSDP2 = EXAMPLES / "torchrun_fsdp2.py"
 TIMEOUT_S = 120.0
 

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from places import ROOT, TESTS
 
 #: from the ground up: a module may import modules of its own floor and of lower floors
 FLOORS = (
@@ -84,7 +83,7 @@ def test_a_file_of_c_is_small(pattern):
 
 
 def test_a_file_of_tests_is_small():
-    for path in (ROOT / "tests").rglob("*.py"):
+    for path in TESTS.rglob("*.py"):
         assert path.read_text("utf-8").count("\n") <= TEST_FILE, path.name
 
 

@@ -6,11 +6,9 @@ CONTRIBUTING.md has the rules of style. This file enforces the part that a searc
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from places import ROOT
 
 #: phrase (a regular expression; a space matches a line break too) -> what to write instead
 INSTEAD = {
@@ -46,20 +44,20 @@ SOURCES = ("clr_optim/**/*.py", "bench/**/*.py", "kernels/**/*.py", "kernels/**/
 OTHERS = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
-    "tests/bench_helpers.py",
-    "tests/paper_helpers.py",
-    "tests/test_bench.py",
-    "tests/test_bench_gpu.py",
-    "tests/test_cifar10.py",
-    "tests/test_cli.py",
-    "tests/test_commands.py",
-    "tests/test_demo.py",
-    "tests/test_paper.py",
-    "tests/test_paper_report.py",
-    "tests/test_paper_rows.py",
-    "tests/test_paper_runs.py",
-    "tests/test_throughput.py",
-    "tests/test_throughput_gpu.py",
+    "tests/bench/bench_helpers.py",
+    "tests/bench/paper_helpers.py",
+    "tests/bench/test_bench.py",
+    "tests/bench/test_bench_gpu.py",
+    "tests/bench/test_cifar10.py",
+    "tests/demo/test_cli.py",
+    "tests/demo/test_commands.py",
+    "tests/demo/test_demo.py",
+    "tests/bench/test_paper.py",
+    "tests/bench/test_paper_report.py",
+    "tests/bench/test_paper_rows.py",
+    "tests/bench/test_paper_runs.py",
+    "tests/bench/test_throughput.py",
+    "tests/bench/test_throughput_gpu.py",
 )
 
 # Between two words: spaces, or a line break with the signs of comments and split strings around it.

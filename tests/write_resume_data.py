@@ -25,18 +25,18 @@ import sys
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from places import TESTS
 from torch import Tensor
 from torch.nn import Parameter
 
 from clr_optim import CyclicalOptimizer, __version__
 from clr_optim.schedule import Schedule, one_cycle, sequence, triangular, triangular2
 
-FOLDER = Path(__file__).parent / "data" / "resume"
+FOLDER = TESTS / "data" / "resume"
 BACKENDS = ("torch", "native", "triton")
 
 #: Steps before the files were written, and in all. A cycle of 8 steps is cut on its way down.

@@ -10,10 +10,15 @@ import contextlib
 import io
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from places import ROOT, TESTS
+
+# The tables stand in the tests of several folders.
+sys.path += [str(TESTS / folder) for folder in ("core", "demo", "plotting", "range_test")]
 
 import test_cli
 import test_commands
@@ -30,7 +35,7 @@ from clr_optim import CyclicalOptimizer, RangeTest, lr_range_test, plotting
 from clr_optim.cli import main
 from clr_optim.schedule import triangular
 
-PAGE = Path(__file__).parent.parent / "docs/errors.md"
+PAGE = ROOT / "docs/errors.md"
 
 HEAD = """# What is said to wrong input
 

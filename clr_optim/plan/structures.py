@@ -1,7 +1,7 @@
 """The structures that Python fills and the C++ scan reads, and the answers of a scan.
 
 ``kernels/native/view.h`` declares the same structures and answers, with a comment for each field.
-``tests/test_plan_structures.py`` compares the two files.
+``tests/plan/test_plan_structures.py`` compares the two files.
 """
 
 from __future__ import annotations

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from framework_helpers import imported
+from places import ROOT
 
 from clr_optim.schedule import triangular2
 
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 TIMEOUT_S = 300
 
 

@@ -6,19 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from internals import overlook_outside_writes
 from native_helpers import members
+from places import TESTS
 from triton_helpers import INTERPRETED
 
 from fuzz import run
 from fuzz.machine import EVENTS, Machine
 from fuzz.setups import BACKENDS, TOLERANCES, compile_kernels, setups
 
-HERE = Path(__file__).parent
-FOUND = sorted((HERE / "found").glob("*.json"))
+FOUND = sorted((TESTS / "fuzz" / "found").glob("*.json"))
 #: Seeds that are played here, and events of each.
 SHORT = {"native": (range(12), 60), "torch": (range(12), 60), "triton": (range(6), 40)}
 
@@ -108,7 +107,7 @@ def test_the_command_goes_on_where_it_was(tmp_path):
     for _ in range(2):
         done = subprocess.run(
             [*command, "--length", "30", "--folder", str(tmp_path)],
-            env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+            env={**os.environ, "PYTHONPATH": str(TESTS)},
             capture_output=True,
             text=True,
             timeout=300,

@@ -3,9 +3,9 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import TESTS
 
 from fuzz.kill_and_resume import MOMENTS
 
@@ -14,7 +14,7 @@ def killed(*arguments):
     """Run the tool in another process, whose children may use threads."""
     return subprocess.run(
         [sys.executable, "-m", "fuzz.kill_and_resume", "--fixed", *arguments],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
         capture_output=True,
         text=True,
         timeout=300,

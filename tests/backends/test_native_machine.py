@@ -3,8 +3,8 @@
 A stale pointer shows here as a difference, or kills the process. The events are those of
 ``fuzz.machine``; here hypothesis chooses them, and cuts a sequence that fails down to the shortest.
 
-``HYPOTHESIS_PROFILE=long pytest tests/test_native_machine.py`` looks longer, and anew each time;
-``make fuzz`` plays many more events in the same time.
+``HYPOTHESIS_PROFILE=long pytest tests/backends/test_native_machine.py`` looks longer, and anew each
+time; ``make fuzz`` plays many more events in the same time.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@
 #include <cstdlib>
 #include <memory>
 
-#include "../kernels/native/multi_tensor.cpp"
+#include "../../kernels/native/multi_tensor.cpp"
 
 using namespace clr;
 

@@ -1,9 +1,10 @@
 """The Triton backend's numbers against torch's own for-loop step.
 
 On the CPU the tests run in Triton's interpreter, in a separate process, since Triton decides at its
-import: ``TRITON_INTERPRET=1 pytest tests/test_triton.py`` (``make interpreted``). On a GPU they run
-compiled (``make gpu-check``). The tolerances are those of the native backend's tests. A program
-takes the interpreter some milliseconds, so there only some pairs of setting and dtype run.
+import: ``TRITON_INTERPRET=1 pytest tests/backends/triton_backend/test_triton.py`` (``make
+interpreted``). On a GPU they run compiled (``make gpu-check``). The tolerances are those of the
+native backend's tests. A program takes the interpreter some milliseconds, so there only some pairs
+of setting and dtype run.
 """
 
 from __future__ import annotations

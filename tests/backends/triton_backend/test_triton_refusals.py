@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-import test_distributed
+import sharded_training
 import torch
 from native_helpers import BY_NAME, members, parameters, tensors_of, wrapped
 from triton_helpers import DEVICE, INTERPRETED, MARKS, RUNS, choose_triton, drawn, on_gpus, twins
@@ -23,8 +23,8 @@ _backend = pytest.fixture(autouse=True)(choose_triton)
 @pytest.mark.parametrize("name", ["sgd-nest-wd", "adam-cycled"])
 @pytest.mark.skipif(RUNS and not INTERPRETED, reason="the ranks' tensors are on the CPU")
 def test_a_ranks_part_of_dtensors(ranks, name, max_norm):
-    expected, norms = test_distributed.reference(BY_NAME[name], max_norm)
-    for result in ranks.run(2, test_distributed.train, name, "fsdp", "triton", max_norm):
+    expected, norms = sharded_training.reference(BY_NAME[name], max_norm)
+    for result in ranks.run(2, sharded_training.train, name, "fsdp", "triton", max_norm):
         assert result["backends"] == {"triton"}
         assert result["norms"] == pytest.approx(norms, rel=1e-5)
         for ours, theirs in zip(result["params"], expected, strict=True):
@@ -33,7 +33,7 @@ def test_a_ranks_part_of_dtensors(ranks, name, max_norm):
 
 @pytest.mark.skipif(RUNS and not INTERPRETED, reason="the ranks' tensors are on the CPU")
 def test_the_norm_on_a_rank_without_gradients(ranks):
-    found = ranks.run(2, test_distributed.norm_of_the_first_ranks_gradient, "triton")
+    found = ranks.run(2, sharded_training.norm_of_the_first_ranks_gradient, "triton")
     assert found == [pytest.approx(12**0.5)] * 2
 
 

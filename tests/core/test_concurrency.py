@@ -368,7 +368,7 @@ def test_threads_that_change_an_optimizer_while_another_steps_it():
 
 
 def test_a_save_waits_for_state_that_torchs_step_creates():
-    """torch's own step runs without the lock, and its dictionary of state grows while a save reads."""
+    """torch's own step runs without the lock, so the state may grow while a save reads it."""
     (weight,) = parameters(drawn([(3,)], torch.float32))
     inner = torch.optim.Adamax([weight])
     opt = CyclicalOptimizer(inner, backend="torch")

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from exact_formulas import FORMULAS
 from native_helpers import BY_NAME, feed, held, like, members, parameters, wrapped
-from test_long_horizon import FORMULAS
 from triton_helpers import (
     INTERPRETED,
     MARKS,

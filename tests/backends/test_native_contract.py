@@ -1,7 +1,7 @@
 """Every rule, flag, dtype and layout of the native kernels, within the bounds of contract.py.
 
 How far 300 free steps drift from torch's is recorded for each case (`record_property`), and
-``pytest tests/test_native_contract.py -k contract -rP`` prints the largest for each dtype.
+``pytest tests/backends/test_native_contract.py -k contract -rP`` prints the largest for each dtype.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from distributed_helpers import Ranks
 from native_helpers import BY_NAME, Case, feed
-from test_distributed import Model, _full, _loss, _wrapped
+from sharded_training import Model, loss_of_share, whole_copy, wrap_case
 
 from clr_optim import CyclicalOptimizer
 
@@ -60,7 +60,7 @@ def _model(sharded: bool) -> Any:
 
 def _start(name: str, backend: str, sharded: bool = True, **wrap: Any) -> tuple[Any, Any]:
     model = _model(sharded)
-    return model, _wrapped(_case(name), _groups(model), backend, **wrap)
+    return model, wrap_case(_case(name), _groups(model), backend, **wrap)
 
 
 def _other_start(name: str, backend: str, sharded: bool = True) -> tuple[Any, Any]:
@@ -74,7 +74,7 @@ def _other_start(name: str, backend: str, sharded: bool = True) -> tuple[Any, An
 
 def _plain(name: str) -> tuple[Any, Any, Any]:
     """Return a sharded model, a plain optimizer, and the rates that our wrapper would give it."""
-    model, twin = _model(True), _wrapped(_case(name), _groups(Model()), "torch")
+    model, twin = _model(True), wrap_case(_case(name), _groups(Model()), "torch")
     return model, _case(name).make(_groups(model)), twin.lr_at
 
 
@@ -95,7 +95,7 @@ def _train(model: Any, opt: Any, first: int, steps: int, rates: Any = None) -> N
         for group, rate in zip(opt.param_groups, rates(step) if rates else (), strict=False):
             group["lr"] = rate
         opt.zero_grad()
-        _loss(model, step, *share).backward()
+        loss_of_share(model, step, *share).backward()
         opt.step()
     opt.zero_grad()
 
@@ -118,7 +118,10 @@ def _course(opt: Any) -> dict[str, Any]:
 def _values(opt: Any) -> list[dict[str, Any]]:
     """Return each parameter and its state, whole."""
     return [
-        {"": _full(p), **{k: _full(v) for k, v in opt.state.get(p, {}).items() if v is not None}}
+        {
+            "": whole_copy(p),
+            **{k: whole_copy(v) for k, v in opt.state.get(p, {}).items() if v is not None},
+        }
         for group in opt.param_groups
         for p in group["params"]
     ]
@@ -290,9 +293,9 @@ def _make_state(name: str, backend: str, base_lr: float) -> dict[str, Any]:
     )
     fired: list[int] = []
     opt.register_cycle_end_hook(lambda opt: fired.append(opt.iteration))
-    before = _course(opt), [_full(p) for p in model.parameters()]
+    before = _course(opt), [whole_copy(p) for p in model.parameters()]
     get_optimizer_state_dict(model, opt)
-    after = _course(opt), [_full(p) for p in model.parameters()]
+    after = _course(opt), [whole_copy(p) for p in model.parameters()]
     twin = _model(True)
     plain = case.make(_groups(twin))
     get_optimizer_state_dict(twin, plain)
@@ -511,7 +514,7 @@ def _zero_run(where, backend, name, file, first) -> dict[str, Any]:
                 assert (group["clr_step"], group["lr"]) == (ours.iteration, lr)
         # A copy, since on the CPU this rank's part shares the memory of the live state.
         state = copy.deepcopy(opt.state_dict()) if rank == 0 else None
-        return course, [_full(p) for p in model.parameters()], state
+        return course, [whole_copy(p) for p in model.parameters()], state
 
     if first:
         _forget(model)
@@ -525,7 +528,7 @@ def _zero_run(where, backend, name, file, first) -> dict[str, Any]:
             if rank == 0:
                 torch.save({"model": model.state_dict(), "opt": saved[2]}, file)
         opt.zero_grad()
-        _loss(model, step, rank, world).backward()
+        loss_of_share(model, step, rank, world).backward()
         for p in model.parameters():
             if p.grad is not None:
                 dist.all_reduce(p.grad)
@@ -543,7 +546,7 @@ def _zero_run(where, backend, name, file, first) -> dict[str, Any]:
 def test_zero_redundancy_optimizer(ranks, tmp_path, name, where, backend):
     file = str(tmp_path / "checkpoint.pt")
     model = Model()
-    opt = _wrapped(_case(name), _groups(model), "torch")
+    opt = wrap_case(_case(name), _groups(model), "torch")
     rates = [opt.lr_at(step) for step in range(SAVED + MORE + 1)]
     _train(model, opt, 0, SAVED + MORE)
     whole = ranks.run(2, _zero_run, where, backend, name, file, 0)
@@ -600,7 +603,7 @@ def test_a_group_added_inside_zero_joins_the_cycle(ranks, backend):
 
     That write is overruled as any other.
     """
-    opt = _wrapped(BY_NAME["sgd"], _groups(Model()), "torch")
+    opt = wrap_case(BY_NAME["sgd"], _groups(Model()), "torch")
     opt.set_iteration(4)
     for warned, course in ranks.run(2, _join_inside_zero, backend):
         assert course == _course(opt)

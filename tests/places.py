@@ -1,0 +1,6 @@
+"""The folders of the repository that tests read."""
+
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
