@@ -124,7 +124,7 @@ def _holds_key(value: object, key: str, depth: int = 8) -> bool:
     if isinstance(value, Mapping):
         if key in value:
             return True
-        value = value.values()
+        value = list(value.values())  # a copy: another thread's step may create state
     elif not isinstance(value, (list, tuple)):
         return False
     return depth > 0 and any(_holds_key(each, key, depth - 1) for each in value)
