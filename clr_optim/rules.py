@@ -20,6 +20,8 @@ __all__ = ["KERNELS", "RULES", "STATE_SLOTS", "Slot", "StateSlots", "UpdateRule"
 Group = Mapping[str, Any]
 Shape = tuple[int, ...]
 
+# The number of scalars that every row begins with: `Common` in rules.h.
+_COMMON = 4
 # Types of settings that cannot hold a tensor.
 _NO_TENSORS = frozenset({bool, int, float, str, type(None)})
 
@@ -61,9 +63,11 @@ class UpdateRule:
         kernel: returns the name of the kernel for the flags of a group.
         slots: returns the state that this kernel reads and writes, in the kernel's order.
         has_step: whether ``state[p]["step"]`` counts the parameter's steps.
-        scalars: returns the scalars of the kernel that follow learning rate, weight decay and sign.
+        scalars: returns the kernel's own scalars, which follow the scalars of all rules in a row.
         state_order: the names of all state, in the order in which torch creates it.
         momentum: the index in the scalars of the momentum or ``betas[0]``, which may cycle.
+        is_decoupled: returns whether the weight decay of a group shrinks the weights. Otherwise
+            the weight decay is added to the gradient.
     """
 
     optimizer: type[torch.optim.Optimizer]
@@ -73,6 +77,7 @@ class UpdateRule:
     scalars: Callable[[Group], tuple[float, ...]]
     state_order: tuple[str, ...]
     momentum: int | None = None
+    is_decoupled: Callable[[Group], bool] = lambda group: False
 
     @functools.cached_property
     def settings(self) -> frozenset[str]:
@@ -102,12 +107,13 @@ class UpdateRule:
     @property
     def momentum_column(self) -> int | None:
         """The index of the momentum that may cycle in :meth:`row`."""
-        return None if self.momentum is None else 3 + self.momentum
+        return None if self.momentum is None else _COMMON + self.momentum
 
     def row(self, group: Group) -> tuple[float, ...]:
         """Return all scalars of a group in the kernels' order; each step fills in the rate."""
-        sign = -1.0 if group["maximize"] else 1.0
-        return (0.0, float(group["weight_decay"]), sign, *self.scalars(group))
+        decay = float(group["weight_decay"])
+        added, shrinking = (0.0, decay) if self.is_decoupled(group) else (decay, 0.0)
+        return (0.0, added, shrinking, -1.0 if group["maximize"] else 1.0, *self.scalars(group))
 
 
 # Slots are made once: a change of settings asks for the slots of its group again.
@@ -139,10 +145,7 @@ def _adam_slots(group: Group) -> tuple[Slot, ...]:
 
 def _adam(optimizer: type[torch.optim.Optimizer], decoupled: bool) -> UpdateRule:
     def scalars(group: Group) -> tuple[float, ...]:
-        beta1, beta2 = group["betas"]
-        # torch before 2.12 has no such key: the class decides.
-        is_decoupled = group.get("decoupled_weight_decay", decoupled)
-        return (beta1, beta2, group["eps"], float(bool(is_decoupled)))
+        return (*group["betas"], group["eps"])
 
     return UpdateRule(
         optimizer,
@@ -152,6 +155,8 @@ def _adam(optimizer: type[torch.optim.Optimizer], decoupled: bool) -> UpdateRule
         scalars=scalars,
         state_order=("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
         momentum=0,
+        # torch before 2.12 has no such key: the class decides.
+        is_decoupled=lambda group: bool(group.get("decoupled_weight_decay", decoupled)),
     )
 
 

@@ -72,7 +72,10 @@ template <class A> struct Lerp {
 
 // The scalars that every group begins with, as UpdateRule.row in rules.py writes them. The scalars of
 // the rule follow.
-enum Common { LR, WEIGHT_DECAY, SIGN, OWN };
+enum Common { LR, WEIGHT_DECAY, SHRINKING, SIGN, OWN };
+
+// Decoupled weight decay: the factor by which the weights shrink before the update.
+template <class A> A shrinkage(const double* s) { return held<A>(1 - s[LR] * s[SHRINKING]); }
 
 // All rules first scale the gradient (clipping), negate it (maximize) and add the weight decay.
 // Without weight decay nothing is added, since 0·p is NaN for an infinite p.
@@ -116,14 +119,9 @@ template <class A, bool AMSGRAD> struct Adam {
     Lerp<A> lerp;
     A shrink, beta2, rest2, correction2, eps, step_size;
     Adam(const double* s, double grad_scale, double step, bool)
-        : gradient(s, grad_scale), lerp(1 - s[OWN]), shrink(1), beta2(A(s[OWN + 1])),
+        : gradient(s, grad_scale), lerp(1 - s[OWN]), shrink(shrinkage<A>(s)), beta2(A(s[OWN + 1])),
           rest2(A(1 - s[OWN + 1])), correction2(A(std::sqrt(1 - std::pow(s[OWN + 1], step)))),
-          eps(A(s[OWN + 2])), step_size(held<A>(-(s[LR] / (1 - std::pow(s[OWN], step))))) {
-        if (s[OWN + 3] != 0) {  // decoupled: the weights shrink, the gradient stays
-            gradient.decays = Switch<A>(false);
-            shrink = held<A>(1 - s[LR] * s[WEIGHT_DECAY]);
-        }
-    }
+          eps(A(s[OWN + 2])), step_size(held<A>(-(s[LR] / (1 - std::pow(s[OWN], step))))) {}
     void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
                     [[maybe_unused]] A& s2) const {
         g = gradient(g, p);
