@@ -37,6 +37,7 @@ KERNELS = (
     "rmsprop_momentum",
     "rmsprop_centered",
     "rmsprop_momentum_centered",
+    "adamax",
 )
 
 
@@ -122,6 +123,7 @@ _FIRST_GRADIENT = Slot("momentum_buffer", None)
 _SUM = Slot("sum", lambda defaults: float(defaults["initial_accumulator_value"]))
 _SQUARE_AVG, _GRAD_AVG, _ACC_DELTA = Slot("square_avg"), Slot("grad_avg"), Slot("acc_delta")
 _ADAM = (Slot("exp_avg"), Slot("exp_avg_sq"))
+_ADAMAX = (Slot("exp_avg"), Slot("exp_inf"))
 _AMSGRAD = (*_ADAM, Slot("max_exp_avg_sq"))
 
 
@@ -214,6 +216,15 @@ RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
             state_order=("step", "square_avg", "momentum_buffer", "grad_avg"),
             momentum=2,
         ),
+        UpdateRule(
+            torch.optim.Adamax,
+            kernel=lambda group: "adamax",
+            slots=lambda group: _ADAMAX,
+            has_step=True,
+            scalars=lambda g: (*g["betas"], g["eps"]),
+            state_order=("step", "exp_avg", "exp_inf"),
+            momentum=0,
+        ),
     )
 }
 
@@ -281,7 +292,6 @@ STATE_SLOTS: dict[type[torch.optim.Optimizer], StateSlots] = {
         },
         frozenset({"step"}),
     ),
-    torch.optim.Adamax: _slots("exp_avg", "exp_inf"),
     torch.optim.ASGD: _slots("ax", numbers=("step", "eta", "mu")),
     torch.optim.LBFGS: StateSlots(
         {},

@@ -151,6 +151,11 @@ def _with_kernels() -> Iterator[Case]:
         ("adamw-ams-cycled", _optim.AdamW, {"amsgrad": True}, "adam_amsgrad", 0.005, cycled),
         ("rmsprop-mom-cycled", _optim.RMSprop, {"momentum": 0.9}, "rmsprop_momentum", 0.005,
          cycled),
+        ("adamax", _optim.Adamax, {}, "adamax", 0.01, {}),
+        ("adamax-wd-max", _optim.Adamax,
+         {"weight_decay": 0.1, "maximize": True, "betas": (0.4, 0.9), "eps": 1e-3}, "adamax",
+         0.01, {}),
+        ("adamax-cycled", _optim.Adamax, {}, "adamax", 0.005, cycled),
     ):  # fmt: skip
         yield Case(name, cls, options, lr, wrap, kernel)
 
@@ -172,7 +177,6 @@ OTHER_IMPLEMENTATIONS = [
 ]
 #: Rows that only torch's own step serves.
 WITHOUT_KERNEL = [
-    Case("adamax", _optim.Adamax),
     Case("nadam", _optim.NAdam),
     Case("radam", _optim.RAdam),
     Case("asgd", _optim.ASGD),
@@ -186,7 +190,7 @@ WITHOUT_KERNEL = [
 BY_NAME = {case.name: case for case in [*WITH_KERNEL, *OTHER_IMPLEMENTATIONS, *WITHOUT_KERNEL]}
 
 _COMMON = ("sgd", "sgd-momentum", "sgd-nest", "sgd-dampening-maximize", "adam", "adamw",
-           "adagrad-decay-start", "adadelta", "rmsprop", "rmsprop-mom-cent")  # fmt: skip
+           "adagrad-decay-start", "adadelta", "rmsprop", "rmsprop-mom-cent", "adamax")  # fmt: skip
 #: Each class and each implementation of torch, for tests that concern all of them.
 EVERY_CLASS = [BY_NAME[name] for name in _COMMON] + OTHER_IMPLEMENTATIONS + WITHOUT_KERNEL
 

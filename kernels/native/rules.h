@@ -205,4 +205,24 @@ template <class A, bool MOMENTUM, bool CENTERED> struct RmsProp {
     }
 };
 
+template <class A> struct Adamax {
+    static constexpr int slots = 2;
+    Gradient<A> gradient;
+    Lerp<A> lerp;
+    A beta2, eps, step_size;
+    Adamax(const double* s, double grad_scale, double step, bool)
+        : gradient(s, grad_scale), lerp(1 - s[OWN]), beta2(A(s[OWN + 1])), eps(A(s[OWN + 2])),
+          step_size(held<A>(-(s[LR] / (1 - std::pow(s[OWN], step))))) {}
+    void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
+                    [[maybe_unused]] A& s2) const {
+        g = gradient(g, p);
+        const A m = lerp(s0, g);
+        const A before = s1 * beta2, now = std::abs(g) + eps;
+        const A norm = before > now || before != before ? before : now;  // NaN wins
+        s0 = m;
+        s1 = norm;
+        p += step_size * m / norm;
+    }
+};
+
 }  // namespace clr

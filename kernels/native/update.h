@@ -122,6 +122,7 @@ template <class T> Kernel pick(int64_t kernel) {
         case 7: return KERNEL("rmsprop_momentum", RmsProp<A, true, false>);
         case 8: return KERNEL("rmsprop_centered", RmsProp<A, false, true>);
         case 9: return KERNEL("rmsprop_momentum_centered", RmsProp<A, true, true>);
+        case 10: return KERNEL("adamax", Adamax<A>);
         default: return {nullptr, 0, nullptr, nullptr};
     }
 #undef KERNEL

@@ -195,6 +195,22 @@ def rmsprop(
 
 
 @triton.jit
+def adamax_constants(own, rate, step, momentum, cycles, A: tl.constexpr):
+    beta1 = tl.where(cycles, momentum, tl.load(own))
+    lr = held(-(rate / (1.0 - _power(beta1, step))), A)
+    return held(1.0 - beta1, A), tl.load(own + 1), tl.load(own + 2), lr, lr, lr, lr, lr
+
+
+@triton.jit
+def adamax(p, g, s0, s1, weight, beta2, eps, step_size):
+    s0 = _lerp(s0, g, weight)
+    before = s1 * beta2
+    now = tl.abs(g) + eps
+    s1 = tl.where((before > now) | (before != before), before, now)  # NaN wins
+    return p + _divide(step_size * s0, s1), s0, s1
+
+
+@triton.jit
 def constants(
     own, rate, step, momentum, cycles, KERNEL: tl.constexpr, A: tl.constexpr
 ):  # fmt: skip
@@ -210,6 +226,8 @@ def constants(
         return adagrad_constants(own, rate, step, momentum, cycles, A)
     elif KERNEL == "adadelta":
         return adadelta_constants(own, rate, step, momentum, cycles, A)
+    elif KERNEL == "adamax":
+        return adamax_constants(own, rate, step, momentum, cycles, A)
     else:
         return rmsprop_constants(own, rate, step, momentum, cycles, A)
 
@@ -229,6 +247,8 @@ def update(p, g, s0, s1, s2, first, c0, c1, c2, c3, c4, c5, c6, c7, KERNEL: tl.c
         p, s0 = adagrad(p, g, s0, c0, c1)
     elif KERNEL == "adadelta":
         p, s0, s1 = adadelta(p, g, s0, s1, c0, c1, c2, c3)
+    elif KERNEL == "adamax":
+        p, s0, s1 = adamax(p, g, s0, s1, c0, c1, c2, c3)
     elif KERNEL == "rmsprop":
         p, s0, s1, s2 = rmsprop(p, g, s0, s1, s2, c0, c1, c2, c3, c4, False, False)
     elif KERNEL == "rmsprop_momentum":
