@@ -38,6 +38,7 @@ KERNELS = (
     "rmsprop_centered",
     "rmsprop_momentum_centered",
     "adamax",
+    "radam",
 )
 
 
@@ -225,6 +226,16 @@ RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
             state_order=("step", "exp_avg", "exp_inf"),
             momentum=0,
         ),
+        UpdateRule(
+            torch.optim.RAdam,
+            kernel=lambda group: "radam",
+            slots=lambda group: _ADAM,
+            has_step=True,
+            scalars=lambda g: (*g["betas"], g["eps"]),
+            state_order=("step", "exp_avg", "exp_avg_sq"),
+            momentum=0,
+            is_decoupled=lambda group: bool(group["decoupled_weight_decay"]),
+        ),
     )
 }
 
@@ -306,7 +317,6 @@ STATE_SLOTS: dict[type[torch.optim.Optimizer], StateSlots] = {
         {"momentum_buffer": _whole}, lazy=frozenset({"momentum_buffer"})
     ),
     torch.optim.NAdam: _slots("exp_avg", "exp_avg_sq", numbers=("step", "mu_product")),
-    torch.optim.RAdam: _slots("exp_avg", "exp_avg_sq"),
     torch.optim.Rprop: _slots("prev", "step_size"),
     torch.optim.SparseAdam: _slots("exp_avg", "exp_avg_sq"),
 }  # fmt: skip

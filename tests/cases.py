@@ -156,6 +156,12 @@ def _with_kernels() -> Iterator[Case]:
          {"weight_decay": 0.1, "maximize": True, "betas": (0.4, 0.9), "eps": 1e-3}, "adamax",
          0.01, {}),
         ("adamax-cycled", _optim.Adamax, {}, "adamax", 0.005, cycled),
+        ("radam", _optim.RAdam, {}, "radam", 0.01, {}),
+        ("radam-wd-max", _optim.RAdam,
+         {"weight_decay": 0.1, "maximize": True, "betas": (0.4, 0.9), "eps": 1e-3}, "radam",
+         0.01, {}),
+        ("radam-decoupled-cycled", _optim.RAdam,
+         {"weight_decay": 0.1, "decoupled_weight_decay": True}, "radam", 0.005, cycled),
     ):  # fmt: skip
         yield Case(name, cls, options, lr, wrap, kernel)
 
@@ -178,7 +184,6 @@ OTHER_IMPLEMENTATIONS = [
 #: Rows that only torch's own step serves.
 WITHOUT_KERNEL = [
     Case("nadam", _optim.NAdam),
-    Case("radam", _optim.RAdam),
     Case("asgd", _optim.ASGD),
     Case("rprop", _optim.Rprop),
     Case("adafactor", _optim.Adafactor),
@@ -190,7 +195,8 @@ WITHOUT_KERNEL = [
 BY_NAME = {case.name: case for case in [*WITH_KERNEL, *OTHER_IMPLEMENTATIONS, *WITHOUT_KERNEL]}
 
 _COMMON = ("sgd", "sgd-momentum", "sgd-nest", "sgd-dampening-maximize", "adam", "adamw",
-           "adagrad-decay-start", "adadelta", "rmsprop", "rmsprop-mom-cent", "adamax")  # fmt: skip
+           "adagrad-decay-start", "adadelta", "rmsprop", "rmsprop-mom-cent", "adamax",
+           "radam")  # fmt: skip
 #: Each class and each implementation of torch, for tests that concern all of them.
 EVERY_CLASS = [BY_NAME[name] for name in _COMMON] + OTHER_IMPLEMENTATIONS + WITHOUT_KERNEL
 

@@ -225,4 +225,40 @@ template <class A> struct Adamax {
     }
 };
 
+// Adam's second moment serves once enough steps have been averaged: if rho, the length of the
+// average, is above 5.
+template <class A> struct RAdam {
+    static constexpr int slots = 2;
+    Gradient<A> gradient;
+    Lerp<A> lerp;
+    Switch<A> rectifies;
+    A shrink, beta2, rest2, correction1, lr, correction2, eps, rectification;
+    RAdam(const double* s, double grad_scale, double step, bool)
+        : gradient(s, grad_scale), lerp(1 - s[OWN]), rectifies(false), shrink(shrinkage<A>(s)),
+          beta2(A(s[OWN + 1])), rest2(A(1 - s[OWN + 1])),
+          correction1(A(1 - std::pow(s[OWN], step))), lr(held<A>(s[LR])), correction2(1),
+          eps(A(s[OWN + 2])), rectification(1) {
+        const double power = std::pow(s[OWN + 1], step), rest = 1 - power;
+        const double longest = 2 / (1 - s[OWN + 1]) - 1, rho = longest - 2 * step * power / rest;
+        correction2 = A(std::sqrt(rest));
+        if (rho > 5) {
+            rectifies = Switch<A>(true);
+            rectification = A(std::sqrt((rho - 4) * (rho - 2) * longest /
+                                        ((longest - 4) * (longest - 2) * rho)));
+        }
+    }
+    void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
+                    [[maybe_unused]] A& s2) const {
+        g = gradient(g, p);
+        p *= shrink;
+        const A m = lerp(s0, g);
+        const A v = fmadd(rest2 * g, g, s1 * beta2);
+        s0 = m;
+        s1 = v;
+        const A change = m / correction1 * lr;
+        const A rate = A(1) / (root(v) + eps) * correction2;
+        p -= rectifies(change * rate * rectification, change);
+    }
+};
+
 }  // namespace clr

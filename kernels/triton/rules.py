@@ -211,6 +211,50 @@ def adamax(p, g, s0, s1, weight, beta2, eps, step_size):
 
 
 @triton.jit
+def radam_constants(own, rate, step, momentum, cycles, A: tl.constexpr):
+    beta1 = tl.where(cycles, momentum, tl.load(own))
+    beta2 = tl.load(own + 1)
+    power = _power(beta2, step)
+    longest = 2.0 / (1.0 - beta2) - 1.0
+    rho = longest - 2.0 * step * power / (1.0 - power)
+    square = (rho - 4.0) * (rho - 2.0) * longest / ((longest - 4.0) * (longest - 2.0) * rho)
+    # Until enough steps have been averaged, 0 tells that the second moment does not serve.
+    rectification = tl.where(rho > 5.0, tl.sqrt(tl.where(rho > 5.0, square, 1.0)), 0.0)
+    return (
+        held(1.0 - beta1, A),
+        beta2,
+        1.0 - beta2,
+        1.0 - _power(beta1, step),
+        held(rate, A),
+        tl.sqrt(1.0 - power),
+        tl.load(own + 2),
+        rectification,
+    )
+
+
+@triton.jit
+def radam(
+    p,
+    g,
+    s0,
+    s1,
+    weight,
+    beta2,
+    rest2,
+    correction1,
+    lr,
+    correction2,
+    eps,
+    rectification,
+):
+    s0 = _lerp(s0, g, weight)
+    s1 = tl.fma(rest2 * g, g, s1 * beta2)
+    change = _divide(s0, correction1) * lr
+    rate = _divide(1.0, _root(s1) + eps) * correction2
+    return p - tl.where(rectification > 0.0, change * rate * rectification, change), s0, s1
+
+
+@triton.jit
 def constants(
     own, rate, step, momentum, cycles, KERNEL: tl.constexpr, A: tl.constexpr
 ):  # fmt: skip
@@ -228,6 +272,8 @@ def constants(
         return adadelta_constants(own, rate, step, momentum, cycles, A)
     elif KERNEL == "adamax":
         return adamax_constants(own, rate, step, momentum, cycles, A)
+    elif KERNEL == "radam":
+        return radam_constants(own, rate, step, momentum, cycles, A)
     else:
         return rmsprop_constants(own, rate, step, momentum, cycles, A)
 
@@ -249,6 +295,8 @@ def update(p, g, s0, s1, s2, first, c0, c1, c2, c3, c4, c5, c6, c7, KERNEL: tl.c
         p, s0, s1 = adadelta(p, g, s0, s1, c0, c1, c2, c3)
     elif KERNEL == "adamax":
         p, s0, s1 = adamax(p, g, s0, s1, c0, c1, c2, c3)
+    elif KERNEL == "radam":
+        p, s0, s1 = radam(p, g, s0, s1, c0, c1, c2, c3, c4, c5, c6, c7)
     elif KERNEL == "rmsprop":
         p, s0, s1, s2 = rmsprop(p, g, s0, s1, s2, c0, c1, c2, c3, c4, False, False)
     elif KERNEL == "rmsprop_momentum":
