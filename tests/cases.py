@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clr_optim import CyclicalOptimizer
+from clr_optim import CyclicalOptimizer, register_rule
 
 
 class SignDescent(torch.optim.Optimizer):
@@ -32,6 +32,36 @@ class SignDescent(torch.optim.Optimizer):
                     mean.lerp_(p.grad, 1 - group["decay"])
                     p.sub_(mean.sign() * group["lr"])
         return loss
+
+
+class Lion(torch.optim.Optimizer):
+    """The optimizer of lion-pytorch, in its order of operations. It ignores torch's flags."""
+
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, **flags):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(p)
+                mean = state["exp_avg"]
+                p.mul_(1.0 - lr * group["weight_decay"])
+                p.add_(mean.clone().mul_(beta1).add(p.grad, alpha=1.0 - beta1).sgn_(), alpha=-lr)
+                mean.mul_(beta2).add_(p.grad, alpha=1.0 - beta2)
+        return loss
+
+
+register_rule(Lion, "lion")
 
 
 @dataclass(frozen=True)
@@ -162,6 +192,11 @@ def _with_kernels() -> Iterator[Case]:
          0.01, {}),
         ("radam-decoupled-cycled", _optim.RAdam,
          {"weight_decay": 0.1, "decoupled_weight_decay": True}, "radam", 0.005, cycled),
+        # With these betas a mean of 16-bit values is exact in float32. If the mean were rounded,
+        # its sign could differ from the reference's.
+        ("lion", Lion, {"betas": (0.75, 0.5)}, "lion", 0.01, {}),
+        ("lion-wd-cycled", Lion, {"weight_decay": 0.1, "betas": (0.8, 0.7)}, "lion", 0.005,
+         cycled),
     ):  # fmt: skip
         yield Case(name, cls, options, lr, wrap, kernel)
 
@@ -196,7 +231,7 @@ BY_NAME = {case.name: case for case in [*WITH_KERNEL, *OTHER_IMPLEMENTATIONS, *W
 
 _COMMON = ("sgd", "sgd-momentum", "sgd-nest", "sgd-dampening-maximize", "adam", "adamw",
            "adagrad-decay-start", "adadelta", "rmsprop", "rmsprop-mom-cent", "adamax",
-           "radam")  # fmt: skip
+           "radam", "lion")  # fmt: skip
 #: Each class and each implementation of torch, for tests that concern all of them.
 EVERY_CLASS = [BY_NAME[name] for name in _COMMON] + OTHER_IMPLEMENTATIONS + WITHOUT_KERNEL
 

@@ -261,4 +261,21 @@ template <class A> struct RAdam {
     }
 };
 
+template <class A> struct Lion {
+    static constexpr int slots = 1;
+    Gradient<A> gradient;
+    A shrink, lr, beta1, rest1, beta2, rest2;
+    Lion(const double* s, double grad_scale, double, bool)
+        : gradient(s, grad_scale), shrink(shrinkage<A>(s)), lr(held<A>(-s[LR])), beta1(A(s[OWN])),
+          rest1(A(1 - s[OWN])), beta2(A(s[OWN + 1])), rest2(A(1 - s[OWN + 1])) {}
+    void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
+                    [[maybe_unused]] A& s2) const {
+        g = gradient(g, p);
+        p *= shrink;
+        const A mean = fmadd(g, rest1, s0 * beta1);
+        s0 = fmadd(g, rest2, s0 * beta2);
+        p = fmadd(lr, A(mean > 0) - A(mean < 0), p);  // the sign of NaN is 0, as in torch
+    }
+};
+
 }  // namespace clr

@@ -124,6 +124,7 @@ template <class T> Kernel pick(int64_t kernel) {
         case 9: return KERNEL("rmsprop_momentum_centered", RmsProp<A, true, true>);
         case 10: return KERNEL("adamax", Adamax<A>);
         case 11: return KERNEL("radam", RAdam<A>);
+        case 12: return KERNEL("lion", Lion<A>);
         default: return {nullptr, 0, nullptr, nullptr};
     }
 #undef KERNEL

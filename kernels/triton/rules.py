@@ -255,6 +255,23 @@ def radam(
 
 
 @triton.jit
+def lion_constants(own, rate, step, momentum, cycles, A: tl.constexpr):
+    beta1 = tl.where(cycles, momentum, tl.load(own))
+    beta2 = tl.load(own + 1)
+    lr = held(-rate, A)
+    return lr, held(beta1, A), held(1.0 - beta1, A), beta2, 1.0 - beta2, lr, lr, lr
+
+
+@triton.jit
+def lion(p, g, s0, lr, beta1, rest1, beta2, rest2):
+    mean = tl.fma(g, rest1, s0 * beta1)
+    s0 = tl.fma(g, rest2, s0 * beta2)
+    # The sign of NaN is 0, as in torch.
+    sign = tl.where(mean > 0.0, 1.0, tl.where(mean < 0.0, -1.0, 0.0)).to(p.dtype)
+    return tl.fma(lr, sign, p), s0
+
+
+@triton.jit
 def constants(
     own, rate, step, momentum, cycles, KERNEL: tl.constexpr, A: tl.constexpr
 ):  # fmt: skip
@@ -274,6 +291,8 @@ def constants(
         return adamax_constants(own, rate, step, momentum, cycles, A)
     elif KERNEL == "radam":
         return radam_constants(own, rate, step, momentum, cycles, A)
+    elif KERNEL == "lion":
+        return lion_constants(own, rate, step, momentum, cycles, A)
     else:
         return rmsprop_constants(own, rate, step, momentum, cycles, A)
 
@@ -297,6 +316,8 @@ def update(p, g, s0, s1, s2, first, c0, c1, c2, c3, c4, c5, c6, c7, KERNEL: tl.c
         p, s0, s1 = adamax(p, g, s0, s1, c0, c1, c2, c3)
     elif KERNEL == "radam":
         p, s0, s1 = radam(p, g, s0, s1, c0, c1, c2, c3, c4, c5, c6, c7)
+    elif KERNEL == "lion":
+        p, s0 = lion(p, g, s0, c0, c1, c2, c3, c4)
     elif KERNEL == "rmsprop":
         p, s0, s1, s2 = rmsprop(p, g, s0, s1, s2, c0, c1, c2, c3, c4, False, False)
     elif KERNEL == "rmsprop_momentum":
