@@ -8,6 +8,7 @@ line to change; :mod:`clr_optim.schedule` has every policy, and
 from clr_optim._version import __version__
 from clr_optim.optimizer import CyclicalOptimizer, CyclicalScheduler
 from clr_optim.range_test import Bounds, RangeTest, lr_range_test
+from clr_optim.rules import register_rule
 from clr_optim.schedule import Phase, Schedule
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "Schedule",
     "__version__",
     "lr_range_test",
+    "register_rule",
 ]

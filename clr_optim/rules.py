@@ -9,17 +9,23 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-__all__ = ["KERNELS", "RULES", "STATE_SLOTS", "Slot", "StateSlots", "UpdateRule", "class_name"]
+__all__ = [
+    "KERNELS", "RULES", "SHIPPED", "STATE_SLOTS", "Slot", "StateSlots", "UpdateRule", "class_name",
+    "register_rule",
+]  # fmt: skip
 
 Group = Mapping[str, Any]
 Shape = tuple[int, ...]
 
+# The number of scalars that every row begins with: `Common` in rules.h.
+_COMMON = 4
 # Types of settings that cannot hold a tensor.
 _NO_TENSORS = frozenset({bool, int, float, str, type(None)})
 
@@ -35,6 +41,9 @@ KERNELS = (
     "rmsprop_momentum",
     "rmsprop_centered",
     "rmsprop_momentum_centered",
+    "adamax",
+    "radam",
+    "lion",
 )
 
 
@@ -58,28 +67,40 @@ class UpdateRule:
 
     Args:
         optimizer: the exact class. A subclass may override ``step``, so torch serves subclasses.
+            ``Optimizer`` for a rule that :func:`register_rule` binds to a class.
         kernel: returns the name of the kernel for the flags of a group.
         slots: returns the state that this kernel reads and writes, in the kernel's order.
         has_step: whether ``state[p]["step"]`` counts the parameter's steps.
-        scalars: returns the scalars of the kernel that follow learning rate, weight decay and sign.
+        scalars: returns the kernel's own scalars, which follow the scalars of all rules in a row.
         state_order: the names of all state, in the order in which torch creates it.
         momentum: the index in the scalars of the momentum or ``betas[0]``, which may cycle.
+        is_decoupled: returns whether the weight decay of a group shrinks the weights. Otherwise
+            the weight decay is added to the gradient.
+        refuses: returns why the kernel cannot serve an optimizer of the class, or None.
+        reads: settings that the kernel reads, if the class has no arguments of these names.
     """
 
-    optimizer: type[torch.optim.Optimizer]
+    optimizer: type[Optimizer]
     kernel: Callable[[Group], str]
     slots: Callable[[Group], tuple[Slot, ...]]
     has_step: bool
     scalars: Callable[[Group], tuple[float, ...]]
     state_order: tuple[str, ...]
     momentum: int | None = None
+    is_decoupled: Callable[[Group], bool] = lambda group: False
+    refuses: Callable[[Optimizer], str | None] = lambda optimizer: None
+    reads: frozenset[str] = frozenset()
 
     @functools.cached_property
     def settings(self) -> frozenset[str]:
         """The names of the class's settings, without the rate and without keys of the user."""
         names = inspect.signature(self.optimizer).parameters
         # No argument of AdamW, but a key in its groups: torch tells AdamW from Adam by this key.
-        return frozenset({*names, "decoupled_weight_decay"}) - {"params", "lr"}
+        return frozenset({*names, *self.reads, "decoupled_weight_decay"}) - {"params", "lr"}
+
+    def bound_to(self, cls: type[Optimizer]) -> UpdateRule:
+        """Return the same rule for another class."""
+        return replace(self, optimizer=cls, reads=self.settings)
 
     def not_fused(self, group: Group, *, capturable: bool = False) -> str | None:
         """Return the reason why torch must serve a group with these settings, or None.
@@ -97,29 +118,37 @@ class UpdateRule:
             values = value if isinstance(value, Sequence) else (value,)
             if any(isinstance(v, Tensor) for v in values):
                 return f"{name} is a tensor"
+        try:
+            self.kernel(group), self.slots(group), self.row(group)
+        except KeyError as missing:
+            return f"its group has no {missing}"
         return None
 
     @property
     def momentum_column(self) -> int | None:
         """The index of the momentum that may cycle in :meth:`row`."""
-        return None if self.momentum is None else 3 + self.momentum
+        return None if self.momentum is None else _COMMON + self.momentum
 
     def row(self, group: Group) -> tuple[float, ...]:
         """Return all scalars of a group in the kernels' order; each step fills in the rate."""
-        sign = -1.0 if group["maximize"] else 1.0
-        return (0.0, float(group["weight_decay"]), sign, *self.scalars(group))
+        decay = float(group["weight_decay"])
+        added, shrinking = (0.0, decay) if self.is_decoupled(group) else (decay, 0.0)
+        maximizes = "maximize" in self.settings and group["maximize"]
+        return (0.0, added, shrinking, -1.0 if maximizes else 1.0, *self.scalars(group))
 
 
 # Slots are made once: a change of settings asks for the slots of its group again.
 _MOMENTUM_BUFFER = Slot("momentum_buffer")
 _FIRST_GRADIENT = Slot("momentum_buffer", None)
 _SUM = Slot("sum", lambda defaults: float(defaults["initial_accumulator_value"]))
+_EXP_AVG = (Slot("exp_avg"),)
 _SQUARE_AVG, _GRAD_AVG, _ACC_DELTA = Slot("square_avg"), Slot("grad_avg"), Slot("acc_delta")
 _ADAM = (Slot("exp_avg"), Slot("exp_avg_sq"))
+_ADAMAX = (Slot("exp_avg"), Slot("exp_inf"))
 _AMSGRAD = (*_ADAM, Slot("max_exp_avg_sq"))
 
 
-def class_name(cls: type[torch.optim.Optimizer]) -> str:
+def class_name(cls: type[Optimizer]) -> str:
     """Return the name of a class, with its module if torch has another class of that name."""
     torchs = getattr(torch.optim, cls.__name__, cls)
     return cls.__name__ if torchs is cls else f"{cls.__module__}.{cls.__qualname__}"
@@ -137,12 +166,9 @@ def _adam_slots(group: Group) -> tuple[Slot, ...]:
     return _AMSGRAD if group["amsgrad"] else _ADAM
 
 
-def _adam(optimizer: type[torch.optim.Optimizer], decoupled: bool) -> UpdateRule:
+def _adam(optimizer: type[Optimizer], decoupled: bool) -> UpdateRule:
     def scalars(group: Group) -> tuple[float, ...]:
-        beta1, beta2 = group["betas"]
-        # torch before 2.12 has no such key: the class decides.
-        is_decoupled = group.get("decoupled_weight_decay", decoupled)
-        return (beta1, beta2, group["eps"], float(bool(is_decoupled)))
+        return (*group["betas"], group["eps"])
 
     return UpdateRule(
         optimizer,
@@ -152,6 +178,8 @@ def _adam(optimizer: type[torch.optim.Optimizer], decoupled: bool) -> UpdateRule
         scalars=scalars,
         state_order=("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
         momentum=0,
+        # torch before 2.12 has no such key: the class decides.
+        is_decoupled=lambda group: bool(group.get("decoupled_weight_decay", decoupled)),
     )
 
 
@@ -169,47 +197,86 @@ def _rmsprop_slots(group: Group) -> tuple[Slot, ...]:
     return tuple(slots)
 
 
+#: The rules that have kernels, by the name that :func:`register_rule` takes.
+SHIPPED: dict[str, UpdateRule] = {
+    "lion": UpdateRule(
+        Optimizer,
+        kernel=lambda group: "lion",
+        slots=lambda group: _EXP_AVG,
+        has_step=False,
+        scalars=lambda g: tuple(g["betas"]),
+        state_order=("exp_avg",),
+        momentum=0,
+        is_decoupled=lambda group: True,
+        # The class keeps this argument out of its groups, and divides the weight decay by lr.
+        refuses=lambda lion: (
+            "decoupled_weight_decay=True" if getattr(lion, "decoupled_wd", False) else None
+        ),
+        reads=frozenset({"betas", "weight_decay"}),
+    ),
+}
+for _rule in (
+    UpdateRule(
+        torch.optim.SGD,
+        kernel=_sgd_kernel,
+        slots=_sgd_slots,
+        has_step=False,
+        scalars=lambda g: (g["momentum"], g["dampening"], float(bool(g["nesterov"]))),
+        state_order=("momentum_buffer",),
+        momentum=0,
+    ),
+    _adam(torch.optim.Adam, decoupled=False),
+    _adam(torch.optim.AdamW, decoupled=True),
+    UpdateRule(
+        torch.optim.Adagrad,
+        kernel=lambda group: "adagrad",
+        slots=lambda group: (_SUM,),
+        has_step=True,
+        scalars=lambda g: (g["lr_decay"], g["eps"]),
+        state_order=("step", "sum"),
+    ),
+    UpdateRule(
+        torch.optim.Adadelta,
+        kernel=lambda group: "adadelta",
+        slots=lambda group: (_SQUARE_AVG, _ACC_DELTA),
+        has_step=True,
+        scalars=lambda g: (g["rho"], g["eps"]),
+        state_order=("step", "square_avg", "acc_delta"),
+    ),
+    UpdateRule(
+        torch.optim.RMSprop,
+        kernel=_rmsprop_kernel,
+        slots=_rmsprop_slots,
+        has_step=True,
+        scalars=lambda g: (g["alpha"], g["eps"], g["momentum"]),
+        state_order=("step", "square_avg", "momentum_buffer", "grad_avg"),
+        momentum=2,
+    ),
+    UpdateRule(
+        torch.optim.Adamax,
+        kernel=lambda group: "adamax",
+        slots=lambda group: _ADAMAX,
+        has_step=True,
+        scalars=lambda g: (*g["betas"], g["eps"]),
+        state_order=("step", "exp_avg", "exp_inf"),
+        momentum=0,
+    ),
+    UpdateRule(
+        torch.optim.RAdam,
+        kernel=lambda group: "radam",
+        slots=lambda group: _ADAM,
+        has_step=True,
+        scalars=lambda g: (*g["betas"], g["eps"]),
+        state_order=("step", "exp_avg", "exp_avg_sq"),
+        momentum=0,
+        is_decoupled=lambda group: bool(group["decoupled_weight_decay"]),
+    ),
+):
+    SHIPPED[_rule.optimizer.__name__.lower()] = _rule
+
 #: The fused rules, by exact class.
-RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
-    rule.optimizer: rule
-    for rule in (
-        UpdateRule(
-            torch.optim.SGD,
-            kernel=_sgd_kernel,
-            slots=_sgd_slots,
-            has_step=False,
-            scalars=lambda g: (g["momentum"], g["dampening"], float(bool(g["nesterov"]))),
-            state_order=("momentum_buffer",),
-            momentum=0,
-        ),
-        _adam(torch.optim.Adam, decoupled=False),
-        _adam(torch.optim.AdamW, decoupled=True),
-        UpdateRule(
-            torch.optim.Adagrad,
-            kernel=lambda group: "adagrad",
-            slots=lambda group: (_SUM,),
-            has_step=True,
-            scalars=lambda g: (g["lr_decay"], g["eps"]),
-            state_order=("step", "sum"),
-        ),
-        UpdateRule(
-            torch.optim.Adadelta,
-            kernel=lambda group: "adadelta",
-            slots=lambda group: (_SQUARE_AVG, _ACC_DELTA),
-            has_step=True,
-            scalars=lambda g: (g["rho"], g["eps"]),
-            state_order=("step", "square_avg", "acc_delta"),
-        ),
-        UpdateRule(
-            torch.optim.RMSprop,
-            kernel=_rmsprop_kernel,
-            slots=_rmsprop_slots,
-            has_step=True,
-            scalars=lambda g: (g["alpha"], g["eps"], g["momentum"]),
-            state_order=("step", "square_avg", "momentum_buffer", "grad_avg"),
-            momentum=2,
-        ),
-    )
+RULES: dict[type[Optimizer], UpdateRule] = {
+    rule.optimizer: rule for rule in SHIPPED.values() if rule.optimizer is not Optimizer
 }
 
 
@@ -266,7 +333,7 @@ def _fused_slots(rule: UpdateRule) -> StateSlots:
 
 
 #: The names that ``optimizer.state[p]`` may hold, by exact class of the optimizer.
-STATE_SLOTS: dict[type[torch.optim.Optimizer], StateSlots] = {
+STATE_SLOTS: dict[type[Optimizer], StateSlots] = {
     **{cls: _fused_slots(rule) for cls, rule in RULES.items()},
     torch.optim.Adafactor: StateSlots(
         {
@@ -276,7 +343,6 @@ STATE_SLOTS: dict[type[torch.optim.Optimizer], StateSlots] = {
         },
         frozenset({"step"}),
     ),
-    torch.optim.Adamax: _slots("exp_avg", "exp_inf"),
     torch.optim.ASGD: _slots("ax", numbers=("step", "eta", "mu")),
     torch.optim.LBFGS: StateSlots(
         {},
@@ -291,7 +357,47 @@ STATE_SLOTS: dict[type[torch.optim.Optimizer], StateSlots] = {
         {"momentum_buffer": _whole}, lazy=frozenset({"momentum_buffer"})
     ),
     torch.optim.NAdam: _slots("exp_avg", "exp_avg_sq", numbers=("step", "mu_product")),
-    torch.optim.RAdam: _slots("exp_avg", "exp_avg_sq"),
     torch.optim.Rprop: _slots("prev", "step_size"),
     torch.optim.SparseAdam: _slots("exp_avg", "exp_avg_sq"),
 }  # fmt: skip
+
+
+def register_rule(optimizer_class: type[Optimizer], rule: str) -> None:
+    """Let the fused kernels of a rule update the parameters of another optimizer class.
+
+    The kernels then replace the class's ``step``, so ``step`` must compute the rule. The class must
+    have the settings and the state of the rule, under the same names. A group that lacks a setting
+    is served by the class's own ``step``. A binding holds for the exact class, until the process
+    ends, and for optimizers that are wrapped afterwards.
+
+    Args:
+        optimizer_class: the class. It is no class of torch.
+        rule: ``"lion"``, which updates as the class ``Lion`` of the package lion-pytorch, or the
+            name of a fused class of torch in lower case: ``"sgd"``, ``"adam"``, ``"adamw"``,
+            ``"adagrad"``, ``"adadelta"``, ``"rmsprop"``, ``"adamax"``, ``"radam"``.
+
+    Raises:
+        TypeError: ``optimizer_class`` is no subclass of ``torch.optim.Optimizer``.
+        ValueError: ``optimizer_class`` is already bound to a rule or is a class of torch, or no
+            rule has this name.
+
+    Example:
+        >>> from clr_optim import register_rule
+        >>> from lion_pytorch import Lion  # doctest: +SKIP
+        >>> register_rule(Lion, "lion")  # doctest: +SKIP
+        >>> opt = CyclicalOptimizer(Lion(model.parameters(), lr=1e-4))  # doctest: +SKIP
+    """
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
+        raise TypeError(
+            f"optimizer_class must be a subclass of torch.optim.Optimizer, got {optimizer_class!r}"
+        )
+    cls = optimizer_class
+    if cls is Optimizer or getattr(torch.optim, cls.__name__, None) is cls:
+        raise ValueError(f"optimizer_class must not be a class of torch, got {class_name(cls)}")
+    if cls in RULES:
+        raise ValueError(f"{class_name(cls)} is already bound to a rule")
+    if not isinstance(rule, str) or rule not in SHIPPED:
+        names = ", ".join(map(repr, SHIPPED))
+        raise ValueError(f"rule must be one of {names}, got {rule!r}")
+    RULES[cls] = SHIPPED[rule].bound_to(cls)
+    STATE_SLOTS[cls] = _fused_slots(RULES[cls])

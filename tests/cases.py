@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clr_optim import CyclicalOptimizer
+from clr_optim import CyclicalOptimizer, register_rule
 
 
 class SignDescent(torch.optim.Optimizer):
@@ -32,6 +32,36 @@ class SignDescent(torch.optim.Optimizer):
                     mean.lerp_(p.grad, 1 - group["decay"])
                     p.sub_(mean.sign() * group["lr"])
         return loss
+
+
+class Lion(torch.optim.Optimizer):
+    """The optimizer of lion-pytorch, in its order of operations. It ignores torch's flags."""
+
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, **flags):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(p)
+                mean = state["exp_avg"]
+                p.mul_(1.0 - lr * group["weight_decay"])
+                p.add_(mean.clone().mul_(beta1).add(p.grad, alpha=1.0 - beta1).sgn_(), alpha=-lr)
+                mean.mul_(beta2).add_(p.grad, alpha=1.0 - beta2)
+        return loss
+
+
+register_rule(Lion, "lion")
 
 
 @dataclass(frozen=True)
@@ -151,6 +181,22 @@ def _with_kernels() -> Iterator[Case]:
         ("adamw-ams-cycled", _optim.AdamW, {"amsgrad": True}, "adam_amsgrad", 0.005, cycled),
         ("rmsprop-mom-cycled", _optim.RMSprop, {"momentum": 0.9}, "rmsprop_momentum", 0.005,
          cycled),
+        ("adamax", _optim.Adamax, {}, "adamax", 0.01, {}),
+        ("adamax-wd-max", _optim.Adamax,
+         {"weight_decay": 0.1, "maximize": True, "betas": (0.4, 0.9), "eps": 1e-3}, "adamax",
+         0.01, {}),
+        ("adamax-cycled", _optim.Adamax, {}, "adamax", 0.005, cycled),
+        ("radam", _optim.RAdam, {}, "radam", 0.01, {}),
+        ("radam-wd-max", _optim.RAdam,
+         {"weight_decay": 0.1, "maximize": True, "betas": (0.4, 0.9), "eps": 1e-3}, "radam",
+         0.01, {}),
+        ("radam-decoupled-cycled", _optim.RAdam,
+         {"weight_decay": 0.1, "decoupled_weight_decay": True}, "radam", 0.005, cycled),
+        # With these betas a mean of 16-bit values is exact in float32. If the mean were rounded,
+        # its sign could differ from the reference's.
+        ("lion", Lion, {"betas": (0.75, 0.5)}, "lion", 0.01, {}),
+        ("lion-wd-cycled", Lion, {"weight_decay": 0.1, "betas": (0.8, 0.7)}, "lion", 0.005,
+         cycled),
     ):  # fmt: skip
         yield Case(name, cls, options, lr, wrap, kernel)
 
@@ -172,9 +218,7 @@ OTHER_IMPLEMENTATIONS = [
 ]
 #: Rows that only torch's own step serves.
 WITHOUT_KERNEL = [
-    Case("adamax", _optim.Adamax),
     Case("nadam", _optim.NAdam),
-    Case("radam", _optim.RAdam),
     Case("asgd", _optim.ASGD),
     Case("rprop", _optim.Rprop),
     Case("adafactor", _optim.Adafactor),
@@ -186,7 +230,8 @@ WITHOUT_KERNEL = [
 BY_NAME = {case.name: case for case in [*WITH_KERNEL, *OTHER_IMPLEMENTATIONS, *WITHOUT_KERNEL]}
 
 _COMMON = ("sgd", "sgd-momentum", "sgd-nest", "sgd-dampening-maximize", "adam", "adamw",
-           "adagrad-decay-start", "adadelta", "rmsprop", "rmsprop-mom-cent")  # fmt: skip
+           "adagrad-decay-start", "adadelta", "rmsprop", "rmsprop-mom-cent", "adamax",
+           "radam", "lion")  # fmt: skip
 #: Each class and each implementation of torch, for tests that concern all of them.
 EVERY_CLASS = [BY_NAME[name] for name in _COMMON] + OTHER_IMPLEMENTATIONS + WITHOUT_KERNEL
 

@@ -32,7 +32,7 @@ def rule_for(optimizer: Optimizer) -> UpdateRule | str:
         return f"no fused kernel for {class_name(type(optimizer))}"
     if has_own_step(optimizer):
         return "its step was replaced"
-    return rule
+    return rule.refuses(optimizer) or rule
 
 
 # Answers of clr_step and clr_sums_of_squares, see multi_tensor.cpp.

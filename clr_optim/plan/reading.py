@@ -182,7 +182,7 @@ class GroupReadings:
         known = {name: value for name, value in settings.items() if name in rule.settings}
         return Reading(
             why,
-            rule.kernel(settings),
+            rule.kernel(settings) if why is None else "",
             rule.slots(settings) if why is None else (),
             list(rule.row(settings)) if why is None else [],
             bool(settings.get("fused")),

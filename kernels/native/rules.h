@@ -72,7 +72,10 @@ template <class A> struct Lerp {
 
 // The scalars that every group begins with, as UpdateRule.row in rules.py writes them. The scalars of
 // the rule follow.
-enum Common { LR, WEIGHT_DECAY, SIGN, OWN };
+enum Common { LR, WEIGHT_DECAY, SHRINKING, SIGN, OWN };
+
+// Decoupled weight decay: the factor by which the weights shrink before the update.
+template <class A> A shrinkage(const double* s) { return held<A>(1 - s[LR] * s[SHRINKING]); }
 
 // All rules first scale the gradient (clipping), negate it (maximize) and add the weight decay.
 // Without weight decay nothing is added, since 0·p is NaN for an infinite p.
@@ -116,14 +119,9 @@ template <class A, bool AMSGRAD> struct Adam {
     Lerp<A> lerp;
     A shrink, beta2, rest2, correction2, eps, step_size;
     Adam(const double* s, double grad_scale, double step, bool)
-        : gradient(s, grad_scale), lerp(1 - s[OWN]), shrink(1), beta2(A(s[OWN + 1])),
+        : gradient(s, grad_scale), lerp(1 - s[OWN]), shrink(shrinkage<A>(s)), beta2(A(s[OWN + 1])),
           rest2(A(1 - s[OWN + 1])), correction2(A(std::sqrt(1 - std::pow(s[OWN + 1], step)))),
-          eps(A(s[OWN + 2])), step_size(held<A>(-(s[LR] / (1 - std::pow(s[OWN], step))))) {
-        if (s[OWN + 3] != 0) {  // decoupled: the weights shrink, the gradient stays
-            gradient.decays = Switch<A>(false);
-            shrink = held<A>(1 - s[LR] * s[WEIGHT_DECAY]);
-        }
-    }
+          eps(A(s[OWN + 2])), step_size(held<A>(-(s[LR] / (1 - std::pow(s[OWN], step))))) {}
     void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
                     [[maybe_unused]] A& s2) const {
         g = gradient(g, p);
@@ -204,6 +202,79 @@ template <class A, bool MOMENTUM, bool CENTERED> struct RmsProp {
         } else {
             p += lr * g / spread;
         }
+    }
+};
+
+template <class A> struct Adamax {
+    static constexpr int slots = 2;
+    Gradient<A> gradient;
+    Lerp<A> lerp;
+    A beta2, eps, step_size;
+    Adamax(const double* s, double grad_scale, double step, bool)
+        : gradient(s, grad_scale), lerp(1 - s[OWN]), beta2(A(s[OWN + 1])), eps(A(s[OWN + 2])),
+          step_size(held<A>(-(s[LR] / (1 - std::pow(s[OWN], step))))) {}
+    void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
+                    [[maybe_unused]] A& s2) const {
+        g = gradient(g, p);
+        const A m = lerp(s0, g);
+        const A before = s1 * beta2, now = std::abs(g) + eps;
+        const A norm = before > now || before != before ? before : now;  // NaN wins
+        s0 = m;
+        s1 = norm;
+        p += step_size * m / norm;
+    }
+};
+
+// Adam's second moment serves once enough steps have been averaged: if rho, the length of the
+// average, is above 5.
+template <class A> struct RAdam {
+    static constexpr int slots = 2;
+    Gradient<A> gradient;
+    Lerp<A> lerp;
+    Switch<A> rectifies;
+    A shrink, beta2, rest2, correction1, lr, correction2, eps, rectification;
+    RAdam(const double* s, double grad_scale, double step, bool)
+        : gradient(s, grad_scale), lerp(1 - s[OWN]), rectifies(false), shrink(shrinkage<A>(s)),
+          beta2(A(s[OWN + 1])), rest2(A(1 - s[OWN + 1])),
+          correction1(A(1 - std::pow(s[OWN], step))), lr(held<A>(s[LR])), correction2(1),
+          eps(A(s[OWN + 2])), rectification(1) {
+        const double power = std::pow(s[OWN + 1], step), rest = 1 - power;
+        const double longest = 2 / (1 - s[OWN + 1]) - 1, rho = longest - 2 * step * power / rest;
+        correction2 = A(std::sqrt(rest));
+        if (rho > 5) {
+            rectifies = Switch<A>(true);
+            rectification = A(std::sqrt((rho - 4) * (rho - 2) * longest /
+                                        ((longest - 4) * (longest - 2) * rho)));
+        }
+    }
+    void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
+                    [[maybe_unused]] A& s2) const {
+        g = gradient(g, p);
+        p *= shrink;
+        const A m = lerp(s0, g);
+        const A v = fmadd(rest2 * g, g, s1 * beta2);
+        s0 = m;
+        s1 = v;
+        const A change = m / correction1 * lr;
+        const A rate = A(1) / (root(v) + eps) * correction2;
+        p -= rectifies(change * rate * rectification, change);
+    }
+};
+
+template <class A> struct Lion {
+    static constexpr int slots = 1;
+    Gradient<A> gradient;
+    A shrink, lr, beta1, rest1, beta2, rest2;
+    Lion(const double* s, double grad_scale, double, bool)
+        : gradient(s, grad_scale), shrink(shrinkage<A>(s)), lr(held<A>(-s[LR])), beta1(A(s[OWN])),
+          rest1(A(1 - s[OWN])), beta2(A(s[OWN + 1])), rest2(A(1 - s[OWN + 1])) {}
+    void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
+                    [[maybe_unused]] A& s2) const {
+        g = gradient(g, p);
+        p *= shrink;
+        const A mean = fmadd(g, rest1, s0 * beta1);
+        s0 = fmadd(g, rest2, s0 * beta2);
+        p = fmadd(lr, A(mean > 0) - A(mean < 0), p);  // the sign of NaN is 0, as in torch
     }
 };
 

@@ -102,6 +102,7 @@ template <class Rule> struct Update<Float16, Rule> {
 
 struct Kernel {
     const char* name;
+    int slots;
     void (*build)(AnyRule&, const double* scalars, double grad_scale, double step, bool first);
     void (*update)(const AnyRule&, const Row&, int64_t begin, int64_t end);
 };
@@ -109,7 +110,7 @@ struct Kernel {
 // The kernels by number. KERNELS in clr_optim/rules.py has the same order; a test compares.
 template <class T> Kernel pick(int64_t kernel) {
     using A = typename T::A;
-#define KERNEL(name, ...) {name, build<__VA_ARGS__>, Update<T, __VA_ARGS__>::run}
+#define KERNEL(name, ...) {name, __VA_ARGS__::slots, build<__VA_ARGS__>, Update<T, __VA_ARGS__>::run}
     switch (kernel) {
         case 0: return KERNEL("sgd", Sgd<A, false>);
         case 1: return KERNEL("sgd_momentum", Sgd<A, true>);
@@ -121,7 +122,10 @@ template <class T> Kernel pick(int64_t kernel) {
         case 7: return KERNEL("rmsprop_momentum", RmsProp<A, true, false>);
         case 8: return KERNEL("rmsprop_centered", RmsProp<A, false, true>);
         case 9: return KERNEL("rmsprop_momentum_centered", RmsProp<A, true, true>);
-        default: return {nullptr, nullptr, nullptr};
+        case 10: return KERNEL("adamax", Adamax<A>);
+        case 11: return KERNEL("radam", RAdam<A>);
+        case 12: return KERNEL("lion", Lion<A>);
+        default: return {nullptr, 0, nullptr, nullptr};
     }
 #undef KERNEL
 }
@@ -133,7 +137,7 @@ inline Kernel pick(int64_t kernel, int64_t dtype) {
         case FLOAT64: return pick<Float64>(kernel);
         case BFLOAT16: return pick<Bfloat16>(kernel);
         case FLOAT16: return pick<Float16>(kernel);
-        default: return {nullptr, nullptr, nullptr};
+        default: return {nullptr, 0, nullptr, nullptr};
     }
 }
 

@@ -31,7 +31,8 @@ COLUMNS = (
 )  # fmt: skip
 #: The first columns of the groups' table, float64. The kernel's own scalars follow.
 GROUP = (
-    "base_lr", "max_lr", "base_momentum", "max_momentum", "cycle_momentum", "weight_decay", "sign",
+    "base_lr", "max_lr", "base_momentum", "max_momentum", "cycle_momentum", "weight_decay",
+    "shrinking", "sign",
 )  # fmt: skip
 
 #: Blocks of a chunk. They share the cost of the schedule, evaluated once per program.
@@ -118,6 +119,7 @@ def _block(
     scale,
     decay,
     decays,
+    shrink,
     first,
     c0,
     c1,
@@ -126,6 +128,7 @@ def _block(
     c4,
     c5,
     c6,
+    c7,
     KERNEL: tl.constexpr,
     SLOTS: tl.constexpr,
     A: tl.constexpr,
@@ -145,7 +148,11 @@ def _block(
         a1 = _load(s1, at, mask, MASKED).to(A)
     if SLOTS > 2:
         a2 = _load(s2, at, mask, MASKED).to(A)
-    param, a0, a1, a2 = update(param, grad, a0, a1, a2, first, c0, c1, c2, c3, c4, c5, c6, KERNEL)
+    # Decoupled weight decay. Without it `shrink` is 1.
+    param = param * shrink
+    param, a0, a1, a2 = update(
+        param, grad, a0, a1, a2, first, c0, c1, c2, c3, c4, c5, c6, c7, KERNEL
+    )
     _store(p, at, param, mask, MASKED)
     if SLOTS > 0:
         _store(s0, at, a0, mask, MASKED)
@@ -211,17 +218,16 @@ def multi_tensor(
         step = tl.load(tl.load(rows + 5).to(tl.pointer_type(COUNTER))).to(tl.float64) + 1.0
     decay = tl.load(groups + 5)
     own = groups + _OWN
-    c0, c1, c2, c3, c4, c5, c6 = constants(
-        own, rate, decay, step, momentum, tl.load(groups + 4) != 0, KERNEL, A
+    c0, c1, c2, c3, c4, c5, c6, c7 = constants(
+        own, rate, step, momentum, tl.load(groups + 4) != 0, KERNEL, A
     )
-    c0, c1, c2, c3, c4, c5, c6 = (
-        c0.to(A), c1.to(A), c2.to(A), c3.to(A), c4.to(A), c5.to(A), c6.to(A)
+    c0, c1, c2, c3, c4, c5, c6, c7 = (
+        c0.to(A), c1.to(A), c2.to(A), c3.to(A), c4.to(A), c5.to(A), c6.to(A), c7.to(A)
     )  # fmt: skip
     decays = decay != 0
-    if KERNEL == "adam" or KERNEL == "adam_amsgrad":
-        decays = decays & (tl.load(own + 3) == 0)
     decay = decay.to(A)
-    scale = tl.load(gate).to(A) * tl.load(groups + 6).to(A)
+    shrink = held(1.0 - rate * tl.load(groups + 6), A).to(A)
+    scale = tl.load(gate).to(A) * tl.load(groups + 7).to(A)
 
     begin = tl.load(chunks + 1).to(tl.int64) * (BLOCK * BLOCKS)
     p = _pointer(rows, 0, DTYPE, ALIGNED) + begin
@@ -235,13 +241,13 @@ def multi_tensor(
     lanes = tl.arange(0, BLOCK)
     for i in range(0, full):
         _block(
-            p, g, s0, s1, s2, i * BLOCK + lanes, left, scale, decay, decays, first,
-            c0, c1, c2, c3, c4, c5, c6, KERNEL, SLOTS, A, False,
+            p, g, s0, s1, s2, i * BLOCK + lanes, left, scale, decay, decays, shrink, first,
+            c0, c1, c2, c3, c4, c5, c6, c7, KERNEL, SLOTS, A, False,
         )  # fmt: skip
     if full * BLOCK < left:
         _block(
-            p, g, s0, s1, s2, full * BLOCK + lanes, left, scale, decay, decays, first,
-            c0, c1, c2, c3, c4, c5, c6, KERNEL, SLOTS, A, True,
+            p, g, s0, s1, s2, full * BLOCK + lanes, left, scale, decay, decays, shrink, first,
+            c0, c1, c2, c3, c4, c5, c6, c7, KERNEL, SLOTS, A, True,
         )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from clr_optim.rules import KERNELS, RULES
+from clr_optim.rules import KERNELS, SHIPPED
 
 __all__ = ["DTYPES", "ReportError", "main", "rows"]
 
@@ -143,7 +143,7 @@ def _kernels() -> dict[str, tuple[int, bool]]:
     found = {}
     for momentum, *flags in itertools.product((0.0, 0.9), (False, True), (False, True)):
         group = {"momentum": momentum, **dict(zip(("amsgrad", "centered"), flags, strict=True))}
-        for rule in RULES.values():
+        for rule in SHIPPED.values():
             found[rule.kernel(group)] = (len(rule.slots(group)), rule.has_step)
     return {kernel: found[kernel] for kernel in KERNELS}
 

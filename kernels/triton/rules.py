@@ -1,6 +1,6 @@
 """The update rules on the device: two functions per rule, the counterparts of rules.h.
 
-``<rule>_constants`` turns a group's float64 scalars into up to seven constants, once per program.
+``<rule>_constants`` turns a group's float64 scalars into up to eight constants, once per program.
 ``<rule>`` updates a block with these constants in the arithmetic type. The order of operations is
 that of torch's for-loop step, with a fused multiply-add wherever torch's operator has one. Triton
 compiles these functions, so their arguments have no Python types:
@@ -64,10 +64,10 @@ def _power(base, exponent):
 
 
 @triton.jit
-def sgd_constants(own, rate, decay, step, momentum, cycles, A: tl.constexpr):
+def sgd_constants(own, rate, step, momentum, cycles, A: tl.constexpr):
     m = tl.where(cycles, momentum, tl.load(own))
     lr = held(-rate, A)
-    return lr, held(m, A), 1.0 - tl.load(own + 1), tl.load(own + 2), lr, lr, lr
+    return lr, held(m, A), 1.0 - tl.load(own + 1), tl.load(own + 2), lr, lr, lr, lr
 
 
 @triton.jit
@@ -82,20 +82,19 @@ def sgd(p, g, s0, first, lr, momentum, keep, nesterov, MOMENTUM: tl.constexpr):
 
 
 @triton.jit
-def adam_constants(own, rate, decay, step, momentum, cycles, A: tl.constexpr):
+def adam_constants(own, rate, step, momentum, cycles, A: tl.constexpr):
     beta1 = tl.where(cycles, momentum, tl.load(own))
     beta2 = tl.load(own + 1)
-    # With decoupled weight decay the weights shrink, and the gradient stays.
-    shrink = held(tl.where(tl.load(own + 3) != 0, 1.0 - rate * decay, 1.0), A)
     correction2 = tl.sqrt(1.0 - _power(beta2, step))
     step_size = held(-(rate / (1.0 - _power(beta1, step))), A)
     return (
         held(1.0 - beta1, A),
         beta2,
         1.0 - beta2,
-        shrink,
         correction2,
         tl.load(own + 2),
+        step_size,
+        step_size,
         step_size,
     )
 
@@ -110,13 +109,11 @@ def adam(
     weight,
     beta2,
     rest2,
-    shrink,
     correction2,
     eps,
     step_size,
     AMSGRAD: tl.constexpr,
 ):
-    p = p * shrink
     s0 = _lerp(s0, g, weight)
     s1 = tl.fma(rest2 * g, g, s1 * beta2)
     second = s1
@@ -128,9 +125,9 @@ def adam(
 
 
 @triton.jit
-def adagrad_constants(own, rate, decay, step, momentum, cycles, A: tl.constexpr):
+def adagrad_constants(own, rate, step, momentum, cycles, A: tl.constexpr):
     lr = held(-(rate / (1.0 + (step - 1.0) * tl.load(own))), A)
-    return lr, tl.load(own + 1), lr, lr, lr, lr, lr
+    return lr, tl.load(own + 1), lr, lr, lr, lr, lr, lr
 
 
 @triton.jit
@@ -140,10 +137,10 @@ def adagrad(p, g, s0, lr, eps):
 
 
 @triton.jit
-def adadelta_constants(own, rate, decay, step, momentum, cycles, A: tl.constexpr):
+def adadelta_constants(own, rate, step, momentum, cycles, A: tl.constexpr):
     rho = tl.load(own)
     lr = held(-rate, A)
-    return lr, rho, 1.0 - rho, tl.load(own + 1), lr, lr, lr
+    return lr, rho, 1.0 - rho, tl.load(own + 1), lr, lr, lr, lr
 
 
 @triton.jit
@@ -155,11 +152,11 @@ def adadelta(p, g, s0, s1, lr, rho, rest, eps):
 
 
 @triton.jit
-def rmsprop_constants(own, rate, decay, step, momentum, cycles, A: tl.constexpr):
+def rmsprop_constants(own, rate, step, momentum, cycles, A: tl.constexpr):
     alpha = tl.load(own)
     m = tl.where(cycles, momentum, tl.load(own + 2))
     lr = held(-rate, A)
-    return lr, alpha, 1.0 - alpha, tl.load(own + 1), held(m, A), lr, lr
+    return lr, alpha, 1.0 - alpha, tl.load(own + 1), held(m, A), lr, lr, lr
 
 
 @triton.jit
@@ -198,40 +195,129 @@ def rmsprop(
 
 
 @triton.jit
+def adamax_constants(own, rate, step, momentum, cycles, A: tl.constexpr):
+    beta1 = tl.where(cycles, momentum, tl.load(own))
+    lr = held(-(rate / (1.0 - _power(beta1, step))), A)
+    return held(1.0 - beta1, A), tl.load(own + 1), tl.load(own + 2), lr, lr, lr, lr, lr
+
+
+@triton.jit
+def adamax(p, g, s0, s1, weight, beta2, eps, step_size):
+    s0 = _lerp(s0, g, weight)
+    before = s1 * beta2
+    now = tl.abs(g) + eps
+    s1 = tl.where((before > now) | (before != before), before, now)  # NaN wins
+    return p + _divide(step_size * s0, s1), s0, s1
+
+
+@triton.jit
+def radam_constants(own, rate, step, momentum, cycles, A: tl.constexpr):
+    beta1 = tl.where(cycles, momentum, tl.load(own))
+    beta2 = tl.load(own + 1)
+    power = _power(beta2, step)
+    longest = 2.0 / (1.0 - beta2) - 1.0
+    rho = longest - 2.0 * step * power / (1.0 - power)
+    square = (rho - 4.0) * (rho - 2.0) * longest / ((longest - 4.0) * (longest - 2.0) * rho)
+    # Until enough steps have been averaged, 0 tells that the second moment does not serve.
+    rectification = tl.where(rho > 5.0, tl.sqrt(tl.where(rho > 5.0, square, 1.0)), 0.0)
+    return (
+        held(1.0 - beta1, A),
+        beta2,
+        1.0 - beta2,
+        1.0 - _power(beta1, step),
+        held(rate, A),
+        tl.sqrt(1.0 - power),
+        tl.load(own + 2),
+        rectification,
+    )
+
+
+@triton.jit
+def radam(
+    p,
+    g,
+    s0,
+    s1,
+    weight,
+    beta2,
+    rest2,
+    correction1,
+    lr,
+    correction2,
+    eps,
+    rectification,
+):
+    s0 = _lerp(s0, g, weight)
+    s1 = tl.fma(rest2 * g, g, s1 * beta2)
+    change = _divide(s0, correction1) * lr
+    rate = _divide(1.0, _root(s1) + eps) * correction2
+    return p - tl.where(rectification > 0.0, change * rate * rectification, change), s0, s1
+
+
+@triton.jit
+def lion_constants(own, rate, step, momentum, cycles, A: tl.constexpr):
+    beta1 = tl.where(cycles, momentum, tl.load(own))
+    beta2 = tl.load(own + 1)
+    lr = held(-rate, A)
+    return lr, held(beta1, A), held(1.0 - beta1, A), beta2, 1.0 - beta2, lr, lr, lr
+
+
+@triton.jit
+def lion(p, g, s0, lr, beta1, rest1, beta2, rest2):
+    mean = tl.fma(g, rest1, s0 * beta1)
+    s0 = tl.fma(g, rest2, s0 * beta2)
+    # The sign of NaN is 0, as in torch.
+    sign = tl.where(mean > 0.0, 1.0, tl.where(mean < 0.0, -1.0, 0.0)).to(p.dtype)
+    return tl.fma(lr, sign, p), s0
+
+
+@triton.jit
 def constants(
-    own, rate, decay, step, momentum, cycles, KERNEL: tl.constexpr, A: tl.constexpr
+    own, rate, step, momentum, cycles, KERNEL: tl.constexpr, A: tl.constexpr
 ):  # fmt: skip
-    """Return seven float64 constants of a kernel, by its name in :data:`clr_optim.rules.KERNELS`.
+    """Return eight float64 constants of a kernel, by its name in :data:`clr_optim.rules.KERNELS`.
 
     Constants that depend on the rate lie within the range of the arithmetic type ``A``.
     """
     if KERNEL == "sgd" or KERNEL == "sgd_momentum":
-        return sgd_constants(own, rate, decay, step, momentum, cycles, A)
+        return sgd_constants(own, rate, step, momentum, cycles, A)
     elif KERNEL == "adam" or KERNEL == "adam_amsgrad":
-        return adam_constants(own, rate, decay, step, momentum, cycles, A)
+        return adam_constants(own, rate, step, momentum, cycles, A)
     elif KERNEL == "adagrad":
-        return adagrad_constants(own, rate, decay, step, momentum, cycles, A)
+        return adagrad_constants(own, rate, step, momentum, cycles, A)
     elif KERNEL == "adadelta":
-        return adadelta_constants(own, rate, decay, step, momentum, cycles, A)
+        return adadelta_constants(own, rate, step, momentum, cycles, A)
+    elif KERNEL == "adamax":
+        return adamax_constants(own, rate, step, momentum, cycles, A)
+    elif KERNEL == "radam":
+        return radam_constants(own, rate, step, momentum, cycles, A)
+    elif KERNEL == "lion":
+        return lion_constants(own, rate, step, momentum, cycles, A)
     else:
-        return rmsprop_constants(own, rate, decay, step, momentum, cycles, A)
+        return rmsprop_constants(own, rate, step, momentum, cycles, A)
 
 
 @triton.jit
-def update(p, g, s0, s1, s2, first, c0, c1, c2, c3, c4, c5, c6, KERNEL: tl.constexpr):
+def update(p, g, s0, s1, s2, first, c0, c1, c2, c3, c4, c5, c6, c7, KERNEL: tl.constexpr):
     """Return the new ``(p, s0, s1, s2)`` of a block."""
     if KERNEL == "sgd":
         p, s0 = sgd(p, g, s0, first, c0, c1, c2, c3, False)
     elif KERNEL == "sgd_momentum":
         p, s0 = sgd(p, g, s0, first, c0, c1, c2, c3, True)
     elif KERNEL == "adam":
-        p, s0, s1, s2 = adam(p, g, s0, s1, s2, c0, c1, c2, c3, c4, c5, c6, False)
+        p, s0, s1, s2 = adam(p, g, s0, s1, s2, c0, c1, c2, c3, c4, c5, False)
     elif KERNEL == "adam_amsgrad":
-        p, s0, s1, s2 = adam(p, g, s0, s1, s2, c0, c1, c2, c3, c4, c5, c6, True)
+        p, s0, s1, s2 = adam(p, g, s0, s1, s2, c0, c1, c2, c3, c4, c5, True)
     elif KERNEL == "adagrad":
         p, s0 = adagrad(p, g, s0, c0, c1)
     elif KERNEL == "adadelta":
         p, s0, s1 = adadelta(p, g, s0, s1, c0, c1, c2, c3)
+    elif KERNEL == "adamax":
+        p, s0, s1 = adamax(p, g, s0, s1, c0, c1, c2, c3)
+    elif KERNEL == "radam":
+        p, s0, s1 = radam(p, g, s0, s1, c0, c1, c2, c3, c4, c5, c6, c7)
+    elif KERNEL == "lion":
+        p, s0 = lion(p, g, s0, c0, c1, c2, c3, c4)
     elif KERNEL == "rmsprop":
         p, s0, s1, s2 = rmsprop(p, g, s0, s1, s2, c0, c1, c2, c3, c4, False, False)
     elif KERNEL == "rmsprop_momentum":

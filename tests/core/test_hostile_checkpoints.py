@@ -356,7 +356,8 @@ def damages(case: Case) -> list[tuple[Callable[[Checkpoint], None], str]]:
             where = rf"\['state'\]\[{index}\]"
             param = problem.params[index]
             (group,) = (g for g in opt.param_groups if any(p is param for p in g["params"]))
-            if name in slots.needed(group, tuple(param.shape)):
+            # A parameter without any state begins anew.
+            if name in slots.needed(group, tuple(param.shape)) and len(values) > 1:
                 found.append((lambda s, i=index, n=name: s["state"][i].pop(n), rf"{where} lacks"))
             wrong: list[Any] = ["x", torch.ones(5, 5)]
             if name in slots.numbers:

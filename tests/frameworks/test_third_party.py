@@ -11,6 +11,9 @@ from framework_helpers import STEPS, Watch, assert_rates, backends, expected_rat
 from framework_helpers import TOP as LR
 from torch import Tensor, nn
 
+from clr_optim import register_rule
+from clr_optim.rules import RULES, STATE_SLOTS
+
 lion = imported("lion_pytorch")
 bitsandbytes = imported("bitsandbytes.optim")
 schedulefree = imported("schedulefree")
@@ -159,3 +162,30 @@ def test_clipping_on_the_way_to_their_step(name):
         bare.step(k)
         handle.remove()
     assert_same(ours.values(), bare.values())
+
+
+@pytest.fixture
+def bound_lion():
+    """Bind the class for one test."""
+    register_rule(lion.Lion, "lion")
+    yield
+    del RULES[lion.Lion], STATE_SLOTS[lion.Lion]
+
+
+@pytest.mark.usefixtures("bound_lion")
+def test_a_bound_lion_trains_as_the_bare_one():
+    ours, bare = Run("lion", "auto"), Run("lion", None)
+    assert ours.opt.explain().startswith("native")
+    for k in range(STEPS):
+        feed(bare.opt, ours.opt.lr_at(k))
+        ours.step(k)
+        bare.step(k)
+    for mine, its in zip(ours.values(), bare.values(), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-6)
+    loaded = Run("lion", "auto")
+    loaded.opt.load_state_dict(ours.opt.state_dict())
+    assert loaded.opt.iteration == STEPS
+    # This argument is in no group, so the kernel does not know it.
+    model = nn.Linear(3, 2)
+    divided = lion.Lion(model.parameters(), lr=LR, weight_decay=0.1, decoupled_weight_decay=True)
+    assert wrap(divided, "auto").explain().endswith("Lion: decoupled_weight_decay=True")

@@ -18,7 +18,7 @@ from clr_optim.schedule import Schedule, fixed
 __all__ = ["OWN", "SUMMED_AT_ONCE", "Clock", "fill_open_gate"]
 
 #: Columns of the groups' table before the kernel's own scalars. A test compares it with ``GROUP``.
-OWN = 7
+OWN = 8
 
 #: Sums that :func:`open_gate` adds in one block.
 SUMMED_AT_ONCE = 1024

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from cases import EVERY_KERNEL, Problem
 
 from clr_optim.kernels.triton import report
 from clr_optim.rules import KERNELS
@@ -15,18 +16,17 @@ needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
 
-SLOTS = {
-    "sgd": 0,
-    "sgd_momentum": 1,
-    "adam": 2,
-    "adam_amsgrad": 3,
-    "adagrad": 1,
-    "adadelta": 2,
-    "rmsprop": 1,
-    "rmsprop_momentum": 2,
-    "rmsprop_centered": 2,
-    "rmsprop_momentum_centered": 3,
-}
+
+def slots_of(case):
+    """Return the number of state tensors that torch keeps for a parameter, without its counter."""
+    problem = Problem(case)
+    optimizer = case.make(problem.params)
+    problem.step(optimizer, 0)
+    state = optimizer.state.get(problem.params[0], {})
+    return sum(value is not None for name, value in state.items() if name != "step")
+
+
+SLOTS = {case.kernel: slots_of(case) for case in EVERY_KERNEL}
 
 # An SM has 65536 registers: it then runs four programs of 256 threads at a time, or three.
 MOST_REGISTERS = {"float32": 64, "bfloat16": 64, "float16": 64, "float64": 80}
