@@ -9,12 +9,12 @@ import pickle
 import subprocess
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 from cases import BY_NAME, EVERY_CLASS, Problem, SignDescent, assert_same, feed
 from internals import drop_cycle_end_hooks
+from places import TESTS
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -31,7 +31,6 @@ def backend(request, monkeypatch):
     return request.param
 
 
-ROOT = Path(__file__).parent.parent
 ids = pytest.mark.parametrize("case", EVERY_CLASS, ids=lambda c: c.name)
 
 
@@ -420,7 +419,7 @@ torch.save(out, save)
 
 
 def test_resume_in_a_new_process_with_and_without_closures(tmp_path):
-    here = str(ROOT / "tests")
+    here = str(TESTS)
 
     def worker(start, stop, load, save):
         args = [here, str(start), str(stop), str(load), str(save)]
