@@ -271,23 +271,19 @@ class GroupMirror:
         momenta: list[Any] = []
         if self._settings.cycle_momentum:
             momenta = [record.momentum_bounds for record in records]
-        return self._values(position, [record.bounds for record in records], momenta)
+        self._ahead = self._evaluate(position, [record.bounds for record in records], momenta)
+        return self._ahead
 
-    def _values(
+    def _evaluate(
         self,
         position: int,
         bounds: list[tuple[float, float]],
         momentum_bounds: list[tuple[float, float]],
     ) -> Values:
-        """Evaluate the policy, or return the last look ahead if it was at the same values."""
-        ahead = self._ahead
-        if ahead is not None and ahead[:3] == (position, bounds, momentum_bounds):
-            return ahead
         schedule = self._settings.schedule
         rates = schedule.rates(position, bounds)
         momenta = schedule.momenta(position, momentum_bounds) if momentum_bounds else []
-        self._ahead = Values(position, bounds, momentum_bounds, rates, momenta)
-        return self._ahead
+        return Values(position, bounds, momentum_bounds, rates, momenta)
 
     # ---- the answers
 
@@ -309,7 +305,9 @@ class GroupMirror:
         momenta: list[tuple[float, float]] = []
         if self._settings.cycle_momentum:
             momenta = [*map(momentum_bounds, groups)]
-        values = self._values(position, self.bounds(groups), momenta)
+        bounds, values = self.bounds(groups), self._ahead
+        if values is None or values[:3] != (position, bounds, momenta):
+            values = self._evaluate(position, bounds, momenta)
         before = self.records if self.are_ours(all_groups) else []
         records: list[Record] = []
         taken: set[int] = set()
@@ -336,6 +334,7 @@ class GroupMirror:
             record.lr = record.rate = rate
         if values.momenta:
             _write_momenta(self.records, values, set())
+        self._ahead = None
 
     def join(self, position: int) -> None:
         """:meth:`write` the last group alone, which was added to those that we know."""
@@ -343,7 +342,7 @@ class GroupMirror:
         group = groups[-1]
         bounds = (group[BASE], group[MAX])
         momenta = [momentum_bounds(group)] if self._settings.cycle_momentum else []
-        values = self._values(position, [bounds], momenta)
+        values = self._evaluate(position, [bounds], momenta)
         taken: set[int] = set()
         if isinstance(group["lr"], Tensor):
             taken = {id(record.lr) for record in self.records}

@@ -220,23 +220,24 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: _Borrowed) -> b
     rest = plan.rest and [(p, why) for p, why in plan.rest if p.grad is not None]
     if rest and (backends.is_fused(settings.backend) or context.capturing):
         raise _cannot_serve(context, fused, rest)
-    # The device need not tell whether the step happened, unless the host acts on it: calls hooks
-    # and functions, runs torch's own step, keeps new state, chooses the kernel.
-    acts = bool(
-        plan.pending
-        or rest
-        or settings.has_scale_fn
-        or context.wrapper._cycle_end_hooks
-        or momentum_vanishes(shared)
-    )
     found_inf = signals.found_inf
-    if found_inf is not None and (acts or not fused.sees_overflows) and not context.capturing:
-        if signals.overflowed():
-            plan.release()
-            return False
-        found_inf = None
-    if acts and shared.position.is_on_device and not (context.capturing or context.creates_state):
-        shared.position.settle()
+    if (found_inf is not None or shared.position.is_on_device) and not context.capturing:
+        # The device need not tell whether the step happened, unless the host acts on it: calls
+        # hooks and functions, runs torch's own step, keeps new state, chooses the kernel.
+        acts = bool(
+            plan.pending
+            or rest
+            or settings.has_scale_fn
+            or context.wrapper._cycle_end_hooks
+            or momentum_vanishes(shared)
+        )
+        if found_inf is not None and (acts or not fused.sees_overflows):
+            if signals.overflowed():
+                plan.release()
+                return False
+            found_inf = None
+        if acts and shared.position.is_on_device and not context.creates_state:
+            shared.position.settle()
     gradients = _UNCHANGED_GRADIENTS
     if signals.scale is not None or found_inf is not None or settings.max_grad_norm is not None:
         gradients = Gradients(signals.scale, found_inf, settings.max_grad_norm)

@@ -659,3 +659,14 @@ def test_gradscalers_fused_path_is_the_wrapped_optimizers_own(name, max_grad_nor
 def test_amp_scaling_is_not_claimed_for_the_user():
     _, opt = wrapped()
     assert getattr(opt, "_step_supports_amp_scaling", False) is False
+
+
+def test_a_return_to_the_same_step_asks_the_scale_fn_again():
+    factor = [1.0]
+    sgd = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.4)
+    opt = CyclicalOptimizer(sgd, step_size_up=1, scale_fn=lambda cycle: factor[0])
+    opt.step()
+    assert opt.param_groups[0]["lr"] == 0.4
+    factor[0] = 0.5
+    opt.set_iteration(1)
+    assert opt.param_groups[0]["lr"] == opt.get_last_lr()[0] == 0.25
