@@ -9,31 +9,13 @@ from fractions import Fraction
 
 import pytest
 import torch
-from paper_helpers import SMALL_BATCH, TWO_HUNDRED, result_of, run_paper, write_slice
+from paper_helpers import TWO_HUNDRED, result_of, run_paper, write_slice
 
 from clr_optim.bench.cifar10 import cifar10_full
 from clr_optim.bench.paper import ROWS, Run, Scale, speed
 from clr_optim.bench.paper import data as images
 from clr_optim.bench.paper.report import report
 from clr_optim.bench.paper.store import Store
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cifar10") / "bin"
-    write_slice(path)
-    return path
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Make batches small: a tenth of the time."""
-    monkeypatch.setattr(images, "BATCH_SIZE", SMALL_BATCH)
-
-
-@pytest.fixture
-def data(folder, small):
-    return images.read(folder)
 
 
 def test_a_line_that_was_cut_off_is_not_a_result(tmp_path):

@@ -7,29 +7,9 @@ from fractions import Fraction
 
 import pytest
 import torch
-from paper_helpers import SMALL_BATCH, write_slice
 
 from clr_optim.bench.paper import ROWS, CaffeSGD, Run, Scale
-from clr_optim.bench.paper import data as images
 from clr_optim.bench.paper.rows import stages
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cifar10") / "bin"
-    write_slice(path)
-    return path
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Make batches small: a tenth of the time."""
-    monkeypatch.setattr(images, "BATCH_SIZE", SMALL_BATCH)
-
-
-@pytest.fixture
-def data(folder, small):
-    return images.read(folder)
 
 
 def cyclic(t, step_size, base_lr, max_lr):

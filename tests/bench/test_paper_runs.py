@@ -10,30 +10,12 @@ from fractions import Fraction
 
 import pytest
 import torch
-from paper_helpers import SMALL_BATCH, TWO_HUNDRED, results_of, run_paper, write_slice
+from paper_helpers import TWO_HUNDRED, results_of, run_paper
 
 from clr_optim.bench.paper import ROWS, Run, Scale, one_run
 from clr_optim.bench.paper import data as images
 from clr_optim.bench.paper.store import Store
 from clr_optim.bench.paper.training import train
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cifar10") / "bin"
-    write_slice(path)
-    return path
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Make batches small: a tenth of the time."""
-    monkeypatch.setattr(images, "BATCH_SIZE", SMALL_BATCH)
-
-
-@pytest.fixture
-def data(folder, small):
-    return images.read(folder)
 
 
 def _stop_at(monkeypatch, *iterations, signals=(signal.SIGTERM,)):

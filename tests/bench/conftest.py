@@ -1,0 +1,24 @@
+"""Fixtures of the paper's tests: a slice of CIFAR-10 on disk, read in small batches."""
+
+import pytest
+from paper_helpers import SMALL_BATCH, write_slice
+
+from clr_optim.bench.paper import data as images
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cifar10") / "bin"
+    write_slice(path)
+    return path
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Make batches small: a tenth of the time."""
+    monkeypatch.setattr(images, "BATCH_SIZE", SMALL_BATCH)
+
+
+@pytest.fixture
+def data(folder, small):
+    return images.read(folder)
