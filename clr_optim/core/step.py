@@ -449,7 +449,7 @@ def _is_checkpointers_step(context: StepContext) -> bool:
         return False
     for i, group in enumerate(groups):
         # A group that was added to the wrapped optimizer has no record yet.
-        if i < len(mirror.records) and not mirror.is_foreign(group, mirror.records[i]):
+        if i < len(mirror.records) and not mirror.is_foreign(i, group):
             return False
         if written_rate(group["lr"], i) != 0.0:
             return False

@@ -120,31 +120,35 @@ class GroupReadings:
         self.mutables = _mutables_in(readings)
         return True
 
-    def take_momentum(
+    def take_momenta(
         self,
-        number: int,
-        setting: object,
-        momentum: float,
+        settings: Sequence[object],
+        momenta: Sequence[float],
         scalars: np.ndarray[Any, np.dtype[np.float64]],
     ) -> None:
-        """Take in a momentum that the optimizer wrote, so that the next scan finds no change.
+        """Take in the momenta that the optimizer wrote, so that the next scan finds no change.
 
         A momentum of 0 has another kernel: the next scan then finds the change.
 
         Args:
-            number: the number of the group.
-            setting: the new ``momentum``, or the new ``betas``.
-            momentum: its number.
+            settings: the new ``momentum``, or the new ``betas``, of each group.
+            momenta: the number of each.
             scalars: the table to update.
         """
-        reading, column = self.readings[number], self._rule.momentum_column
-        if column is None or not reading.scalars or 0.0 in (momentum, reading.scalars[column]):
+        column = self._rule.momentum_column
+        if column is None or len(settings) != len(self.readings):
             return
-        at = reading.keys.index("momentum" if type(setting) is float else "betas")
-        if type(reading.values[at]) is type(setting):
-            # The setting last: after an interrupt in between, the next scan finds the change.
-            reading.scalars[column] = scalars[number, column] = momentum
-            reading.values[at] = setting
+        for i, (reading, setting, momentum) in enumerate(
+            zip(self.readings, settings, momenta, strict=True)
+        ):
+            before = reading.scalars
+            if not before or momentum == 0.0 or before[column] == 0.0:
+                continue
+            at = reading.keys.index("momentum" if type(setting) is float else "betas")
+            if type(reading.values[at]) is type(setting):
+                # The setting last: after an interrupt in between, the next scan finds the change.
+                before[column] = scalars[i, column] = momentum
+                reading.values[at] = setting
 
     def take_members(self, groups: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, int]] | None:
         """Take in groups added at the end of all groups, and parameters at the end of a group.
