@@ -207,12 +207,13 @@ class Position:
         The kernels are ahead of the groups after an exception between the two, and while a signal
         handler asks or saves there.
         """
-        position, steps = self.counted
-        position += self.kernel_steps - steps
-        fused = self._serving.fused
-        if fused is not None and position != self.counted[0]:
-            fused.plan.commit_if_called()
-            self.follow(position)
+        fused, counted = self._serving.fused, self.counted
+        if fused is None or fused.plan.tally[1] == counted[1]:
+            return
+        fused.plan.commit_if_called()
+        # A signal handler that moved the position meanwhile has caught up already.
+        if self.counted is counted:
+            self.follow(counted[0] + fused.plan.tally[1] - counted[1])
 
     def rewrite(self) -> None:
         """Write the same position into groups that have changed."""
