@@ -16,7 +16,10 @@ from native_helpers import (
     DTYPES,
     HALF,
     KERNELS,
+    MIXED_GROUPS,
+    assert_close,
     feed,
+    many_groups,
     members,
     parameters,
     strides,
@@ -163,3 +166,37 @@ def ordered(x):
     """Return 16-bit floats as integers in the same order, with neighbours one apart."""
     bits = x.contiguous().view(torch.int16).to(torch.int32)
     return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+
+# ---- clipping, for both backends
+
+
+def assert_one_norm_over_both_backends(make_twins, *, steps, draw=None):
+    """Assert that one norm clips the tensors of the kernels and the tensors of torch's own step.
+
+    Args:
+        make_twins: makes twins of a function that makes an optimizer, and of the wrapper's options.
+        steps: the number of steps.
+        draw: returns tensors for shapes, a dtype and a seed; None for tensors on the CPU.
+    """
+    make = many_groups(*MIXED_GROUPS["adamw-differentiable"], draw=draw)
+    pair = make_twins(make, backend="auto", max_grad_norm=0.5)
+    for _ in range(steps):
+        pair.draw()
+        gradients = [(p, p.grad, p.grad.clone()) for p in members(pair.ours)]
+        norm = torch.nn.utils.clip_grad_norm_(members(pair.twin), 0.5)
+        pair.step()
+        assert_close(pair.ours.grad_norm, norm, 1e-12)
+        assert all(p.grad is g and torch.equal(g, values) for p, g, values in gradients)
+
+
+def assert_clips_nan_and_inf(pair, value, *, steps):
+    """Assert that twins clipped to 1.0 agree if one gradient is NaN, infinite or 0."""
+    for k in range(steps):
+        pair.draw()
+        if k != 1:
+            for opt in pair.both():
+                members(opt)[0].grad[0, 0] = value
+        norm = torch.nn.utils.clip_grad_norm_(members(pair.twin), 1.0)
+        pair.step()
+        assert_close(pair.ours.grad_norm, norm, 1e-12)

@@ -8,7 +8,12 @@ import math
 import pytest
 import torch
 from changes import PATTERNS, drop, sparse
-from contract import kernels, name_of
+from contract import (
+    assert_clips_nan_and_inf,
+    assert_one_norm_over_both_backends,
+    kernels,
+    name_of,
+)
 from native_helpers import (
     BY_NAME,
     DTYPES,
@@ -218,29 +223,11 @@ def test_clipping_in_other_dtypes(dtype):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0])
 @kernels
 def test_clipping_nan_and_inf(case, value):
-    pair = twins(case, max_grad_norm=1.0)
-    for k in range(4):
-        pair.draw()
-        if k != 1:
-            for opt in pair.both():
-                members(opt)[0].grad[0, 0] = value
-        norm = torch.nn.utils.clip_grad_norm_(members(pair.twin), 1.0)
-        pair.step()
-        assert_close(pair.ours.grad_norm, norm, 1e-12)
+    assert_clips_nan_and_inf(twins(case, max_grad_norm=1.0), value, steps=4)
 
 
 def test_clipping_one_norm_over_both_backends():
-    pair = Twins(
-        many_groups(*MIXED_GROUPS["adamw-differentiable"]),
-        max_grad_norm=0.5,
-    )
-    for _ in range(5):
-        pair.draw()
-        kept = [(p, p.grad, p.grad.clone()) for p in members(pair.ours)]
-        norm = torch.nn.utils.clip_grad_norm_(members(pair.twin), 0.5)
-        pair.step()
-        assert_close(pair.ours.grad_norm, norm, 1e-12)
-        assert all(p.grad is g and torch.equal(g, values) for p, g, values in kept)
+    assert_one_norm_over_both_backends(Twins, steps=5)
 
 
 def test_clipping_sparse_gradients_fails_as_in_torch_and_changes_nothing():

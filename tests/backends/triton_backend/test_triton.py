@@ -378,15 +378,7 @@ def test_clipping_where_there_is_no_gradient():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0])
 @pytest.mark.parametrize("name", ["sgd-nest-wd", "adam-wd"])
 def test_clipping_nan_and_inf(name, value):
-    pair = twins(BY_NAME[name], max_grad_norm=1.0)
-    for k in range(3):
-        pair.draw()
-        if k != 1:
-            for opt in pair.both():
-                members(opt)[0].grad[0, 0] = value
-        norm = torch.nn.utils.clip_grad_norm_(members(pair.twin), 1.0)
-        pair.step()
-        assert_close(pair.ours.grad_norm, norm, 1e-12)
+    contract.assert_clips_nan_and_inf(twins(BY_NAME[name], max_grad_norm=1.0), value, steps=3)
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=contract.name_of)
@@ -408,15 +400,4 @@ def test_clipping_in_other_dtypes(dtype):
 
 
 def test_clipping_one_norm_over_both_backends():
-    pair = Twins(
-        many_groups(*MIXED_GROUPS["adamw-differentiable"], draw=drawn),
-        backend="auto",
-        max_grad_norm=0.5,
-    )
-    for _ in range(3):
-        pair.draw()
-        kept = [(p, p.grad, p.grad.clone()) for p in members(pair.ours)]
-        norm = torch.nn.utils.clip_grad_norm_(members(pair.twin), 0.5)
-        pair.step()
-        assert_close(pair.ours.grad_norm, norm, 1e-12)
-        assert all(p.grad is g and torch.equal(g, values) for p, g, values in kept)
+    contract.assert_one_norm_over_both_backends(Twins, draw=drawn, steps=3)
