@@ -395,9 +395,13 @@ def register_rule(optimizer_class: type[Optimizer], rule: str) -> None:
     if cls is Optimizer or getattr(torch.optim, cls.__name__, None) is cls:
         raise ValueError(f"optimizer_class must not be a class of torch, got {class_name(cls)}")
     if cls in RULES:
-        raise ValueError(f"{class_name(cls)} is already bound to a rule")
+        raise ValueError(
+            f"optimizer_class must not be bound twice: {class_name(cls)} is already bound to a "
+            "rule; bind a subclass to another rule"
+        )
     if not isinstance(rule, str) or rule not in SHIPPED:
         names = ", ".join(map(repr, SHIPPED))
-        raise ValueError(f"rule must be one of {names}, got {rule!r}")
+        got = repr(rule) if isinstance(rule, str) else f"an object of type {type(rule).__name__}"
+        raise ValueError(f"rule must be one of {names}, got {got}")
     RULES[cls] = SHIPPED[rule].bound_to(cls)
     STATE_SLOTS[cls] = _fused_slots(RULES[cls])

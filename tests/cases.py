@@ -309,9 +309,9 @@ class Problem:
         return [p.detach().clone() for p in self.params]
 
 
-def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+def assert_same(ours: list[Tensor], expected: list[Tensor]) -> None:
     """Assert equality bit for bit. NaN equals NaN."""
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip(ours, expected, strict=True):
         assert a.dtype == b.dtype
         a, b = a.detach(), b.detach()
         same = (a == b) | (a.isnan() & b.isnan())

@@ -16,7 +16,10 @@ from native_helpers import (
     DTYPES,
     HALF,
     KERNELS,
+    MIXED_GROUPS,
+    assert_close,
     feed,
+    many_groups,
     members,
     parameters,
     strides,
@@ -50,7 +53,7 @@ class Contract:
         self.case, self.dtype = case, dtype
         wide = torch.float64 if dtype in HALF else dtype
         self.ours = case.ours(parameters(values, dtype), backend="native")
-        self.theirs = case.make(parameters([v.to(dtype) for v in values], wide))
+        self.twin = case.make(parameters([v.to(dtype) for v in values], wide))
         self.free = case.ours(parameters(values, dtype), backend="native") if free else None
         #: one segment per set of state tensors; the set grows with each first gradient
         self.segments = []
@@ -61,27 +64,27 @@ class Contract:
         if wide_grads is None:
             wide_grads = [g if g is None or self.dtype not in HALF else g.double() for g in grads]
         for optimizer, given in (
-            (self.ours, grads), (self.free, grads), (self.theirs, wide_grads),
+            (self.ours, grads), (self.free, grads), (self.twin, wide_grads),
         ):  # fmt: skip
             if optimizer is not None:
                 for p, g in zip(members(optimizer), given, strict=True):
                     p.grad = g
-        feed(self.theirs, self.ours)
-        for optimizer in (self.ours, self.theirs, self.free):
+        feed(self.twin, self.ours)
+        for optimizer in (self.ours, self.twin, self.free):
             if optimizer is not None:
                 optimizer.step()
         self._log()
 
     def _take(self):
         """Begin a new segment with all present tensors and their values."""
-        mine, reference = tensors_of(self.ours), tensors_of(self.theirs)
+        mine, reference = tensors_of(self.ours), tensors_of(self.twin)
         assert list(mine) == list(reference)
         keys = [key for key in mine if key[1] != "step"]
         for key in keys:
             assert strides(mine[key]) == strides(reference[key])
             assert mine[key].dtype == self.dtype
         self.keys = keys
-        self.count = sum(len(state) for state in self.theirs.state.values())
+        self.count = sum(len(state) for state in self.twin.state.values())
         self.mine, self.reference = [mine[k] for k in keys], [reference[k] for k in keys]
         # New state had no value before the step.
         last = self.last() if self.segments else {}
@@ -95,16 +98,15 @@ class Contract:
         return dict(zip(keys, before[-1].split([found[key].numel() for key in keys]), strict=True))
 
     def _log(self):
-        if sum(len(state) for state in self.theirs.state.values()) != self.count:
+        if sum(len(state) for state in self.twin.state.values()) != self.count:
             self._take()
         _, before, mine, reference = self.segments[-1]
-        theirs = flat(self.reference)
         if self.dtype in HALF:
             rounded = [t.to(self.dtype) for t in self.reference]
         else:
             rounded = self.reference
         mine.append(flat(self.mine))
-        reference.append(theirs)
+        reference.append(flat(self.reference))
         before.append(flat(rounded))
         if self.dtype != torch.float64:
             torch._foreach_copy_(self.mine, rounded)
@@ -114,7 +116,7 @@ class Contract:
     def compare(self):
         """Assert that every step so far is within the bound of the dtype."""
         found = tensors_of(self.ours)
-        for key, t in tensors_of(self.theirs).items():
+        for key, t in tensors_of(self.twin).items():
             if key[1] == "step":
                 assert (found[key].dtype, found[key].item()) == (t.dtype, t.item())
         for keys, before, mine, reference in self.segments:
@@ -148,7 +150,7 @@ class Contract:
 
     def deviation(self):
         """Return the largest deviation of the free run, relative to a tensor's largest value."""
-        free, reference = tensors_of(self.free or self.ours), tensors_of(self.theirs)
+        free, reference = tensors_of(self.free or self.ours), tensors_of(self.twin)
         return max(
             ((free[key].double() - t.double()).abs().max() / t.abs().max()).item()
             for key, t in reference.items()
@@ -164,3 +166,37 @@ def ordered(x):
     """Return 16-bit floats as integers in the same order, with neighbours one apart."""
     bits = x.contiguous().view(torch.int16).to(torch.int32)
     return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+
+# ---- clipping, for both backends
+
+
+def assert_one_norm_over_both_backends(make_twins, *, steps, draw=None):
+    """Assert that one norm clips the tensors of the kernels and the tensors of torch's own step.
+
+    Args:
+        make_twins: makes twins of a function that makes an optimizer, and of the wrapper's options.
+        steps: the number of steps.
+        draw: returns tensors for shapes, a dtype and a seed; None for tensors on the CPU.
+    """
+    make = many_groups(*MIXED_GROUPS["adamw-differentiable"], draw=draw)
+    pair = make_twins(make, backend="auto", max_grad_norm=0.5)
+    for _ in range(steps):
+        pair.draw()
+        gradients = [(p, p.grad, p.grad.clone()) for p in members(pair.ours)]
+        norm = torch.nn.utils.clip_grad_norm_(members(pair.twin), 0.5)
+        pair.step()
+        assert_close(pair.ours.grad_norm, norm, 1e-12)
+        assert all(p.grad is g and torch.equal(g, values) for p, g, values in gradients)
+
+
+def assert_clips_nan_and_inf(pair, value, *, steps):
+    """Assert that twins clipped to 1.0 agree if one gradient is NaN, infinite or 0."""
+    for k in range(steps):
+        pair.draw()
+        if k != 1:
+            for opt in pair.both():
+                members(opt)[0].grad[0, 0] = value
+        norm = torch.nn.utils.clip_grad_norm_(members(pair.twin), 1.0)
+        pair.step()
+        assert_close(pair.ours.grad_norm, norm, 1e-12)

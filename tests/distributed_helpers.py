@@ -95,12 +95,12 @@ class Ranks:
         # Without this each process would warn about the number of threads.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         for rank in range(self._most):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            parent_end, child_end = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, child_end), daemon=True)
             process.start()
-            theirs.close()
+            child_end.close()
             self._processes.append(process)
-            self._connections.append(ours)
+            self._connections.append(parent_end)
 
     def close(self) -> None:
         """End the processes. The next test starts new ones."""

@@ -28,15 +28,15 @@ BY_NAME = {case.name: case for case in CASES}
 KERNELS = [case.as_for_loop() for case in EVERY_KERNEL]
 
 
-def feed(theirs: torch.optim.Optimizer, ours: CyclicalOptimizer[Any]) -> None:
+def feed(twin: torch.optim.Optimizer, ours: CyclicalOptimizer[Any]) -> None:
     """Give the twin the rates, and cycled momenta, of our next step."""
-    for twin, group, lr in zip(
-        theirs.param_groups, ours.param_groups, ours.get_last_lr(), strict=True
+    for twin_group, group, lr in zip(
+        twin.param_groups, ours.param_groups, ours.get_last_lr(), strict=True
     ):
-        twin["lr"] = lr
+        twin_group["lr"] = lr
         if "clr_base_momentum" in group:
             key = "betas" if "betas" in group else "momentum"
-            twin[key] = group[key]
+            twin_group[key] = group[key]
 
 
 def unaligned(tensor: Tensor) -> Tensor:
@@ -87,11 +87,11 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
-def assert_close(ours: Tensor, theirs: Tensor, tolerance: float, what: object = "") -> None:
+def assert_close(ours: Tensor, expected: Tensor, tolerance: float, what: object = "") -> None:
     """Relative to the tensor's largest value; NaN and Inf in the same places."""
-    assert ours.shape == theirs.shape, what
-    assert ours.dtype == theirs.dtype, what
-    a, b = dense(ours.detach()).double(), dense(theirs.detach()).double()
+    assert ours.shape == expected.shape, what
+    assert ours.dtype == expected.dtype, what
+    a, b = dense(ours.detach()).double(), dense(expected.detach()).double()
     assert_pattern(a, b, what)
     finite = b.isfinite()
     if finite.any():
@@ -99,11 +99,11 @@ def assert_close(ours: Tensor, theirs: Tensor, tolerance: float, what: object = 
         assert error <= tolerance * max(b[finite].abs().max().item(), 1e-300), (what, error, a, b)
 
 
-def assert_pattern(ours: Tensor, theirs: Tensor, what: object = "") -> None:
+def assert_pattern(ours: Tensor, expected: Tensor, what: object = "") -> None:
     """NaN, Inf and -Inf in the same places."""
-    assert torch.equal(ours.isnan(), theirs.isnan()), (what, ours, theirs)
-    assert torch.equal(ours.isposinf(), theirs.isposinf()), (what, ours, theirs)
-    assert torch.equal(ours.isneginf(), theirs.isneginf()), (what, ours, theirs)
+    assert torch.equal(ours.isnan(), expected.isnan()), (what, ours, expected)
+    assert torch.equal(ours.isposinf(), expected.isposinf()), (what, ours, expected)
+    assert torch.equal(ours.isneginf(), expected.isneginf()), (what, ours, expected)
 
 
 def _extremes(dtype: torch.dtype) -> Tensor:
@@ -137,18 +137,18 @@ def assert_nan_and_inf_where_torch_has_them(
         if k in (1, 2):
             chosen = torch.randint(0, count, (count * count,), generator=generator)
         p.grad = extremes[chosen.to(device)] if k < 4 else torch.full_like(p, 0.5)
-        twin = torch.nn.Parameter(p.detach().to(arithmetic, copy=True))
-        twin.grad = p.grad.to(arithmetic)
-        theirs = case.make([twin])
+        copied = torch.nn.Parameter(p.detach().to(arithmetic, copy=True))
+        copied.grad = p.grad.to(arithmetic)
+        twin = case.make([copied])
         for name, value in ours.state.get(p, {}).items():
             where = "cpu" if name == "step" else device
             kind = value.dtype if name == "step" else arithmetic
-            theirs.state[twin][name] = value.to(where, kind, copy=True)
-        feed(theirs, ours)
-        theirs.step()
+            twin.state[copied][name] = value.to(where, kind, copy=True)
+        feed(twin, ours)
+        twin.step()
         ours.step()
         found = tensors_of(ours)
-        for key, wanted in tensors_of(theirs).items():
+        for key, wanted in tensors_of(twin).items():
             assert_pattern(found[key].cpu(), wanted.to(found[key].dtype).cpu(), (k, key))
 
 
@@ -168,12 +168,12 @@ def assert_no_nan_at_a_rate_beyond_all_floats(
 
 
 def assert_alike(
-    ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, tolerance: float = 1e-12
+    ours: torch.optim.Optimizer, twin: torch.optim.Optimizer, tolerance: float = 1e-12
 ) -> None:
     """Parameters and state: names in order, dtypes, layouts, values."""
-    for i, (p, q) in enumerate(zip(members(ours), members(theirs), strict=True)):
+    for i, (p, q) in enumerate(zip(members(ours), members(twin), strict=True)):
         assert_close(p, q, tolerance, i)
-    for i, (mine, other) in enumerate(zip(held(ours), held(theirs), strict=True)):
+    for i, (mine, other) in enumerate(zip(held(ours), held(twin), strict=True)):
         assert [name for name, _ in mine] == [name for name, _ in other], i
         for (name, a), (_, b) in zip(mine, other, strict=True):
             if not isinstance(b, Tensor):
@@ -221,33 +221,32 @@ class Twins:
     """
 
     def __init__(self, make: Callable[[], torch.optim.Optimizer], **wrap: Any) -> None:
-        self.theirs = make()
+        self.twin = make()
         self.ours = wrapped(make(), **wrap)
         self.generator = torch.Generator().manual_seed(99)
 
     def both(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-        return self.ours, self.theirs
+        return self.ours, self.twin
 
     def each(self, change: Callable[[torch.optim.Optimizer], object]) -> None:
         """Do the same to both; if torch raises, ours must raise the same type of error."""
-        error = failure(change, self.theirs)
-        ours = failure(change, self.ours)
-        if ADAGRAD_LACKS_STATE and isinstance(error, KeyError) and ours is None:
+        twin_error, error = failure(change, self.twin), failure(change, self.ours)
+        if ADAGRAD_LACKS_STATE and isinstance(twin_error, KeyError) and error is None:
             pytest.skip("this torch's Adagrad raises where its state was taken away")
-        if type(ours) is not type(error):
-            raise AssertionError(f"torch raises {error!r}, ours {ours!r}") from ours
+        if type(error) is not type(twin_error):
+            raise AssertionError(f"torch raises {twin_error!r}, ours {error!r}") from error
 
     def draw(self) -> None:
         """Give every parameter a new gradient, the same to both, in the parameter's layout."""
-        for p, q in zip(members(self.ours), members(self.theirs), strict=True):
+        for p, q in zip(members(self.ours), members(self.twin), strict=True):
             values = torch.randn(p.shape, generator=self.generator, dtype=torch.float64)
             p.grad, q.grad = like(values, p), like(values, q)
 
     def step(self, tolerance: float = 1e-12) -> None:
         """Step both with their present gradients; then both must be alike."""
-        feed(self.theirs, self.ours)
+        feed(self.twin, self.ours)
         self.each(lambda optimizer: optimizer.step())
-        assert_alike(self.ours, self.theirs, tolerance)
+        assert_alike(self.ours, self.twin, tolerance)
 
     def run(self, steps: int, tolerance: float = 1e-12) -> None:
         for _ in range(steps):

@@ -23,7 +23,7 @@ def test_all_of_it_is_refused_by_an_error_made_for_it(rows):
     assert len(rows) > 350
     allowed = {"TypeError", "ValueError", "SystemExit"}
     assert not [row for row in rows if row.error not in allowed]
-    # Ours may add theirs to what must be.
+    # Our messages may quote torch's after what must be.
     assert not [r for r in rows if BARE.search(r.message) and " must be " not in r.message]
 
 

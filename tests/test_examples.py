@@ -150,7 +150,7 @@ def killed(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("world", [2, 3, 1])
 def test_a_killed_run_goes_on_with_any_number_of_ranks(uninterrupted, killed, tmp_path, world):
-    expected, theirs = uninterrupted
+    expected, whole = uninterrupted
     folder = tmp_path / "run"
     shutil.copytree(killed, folder)
     if world == 1:
@@ -162,7 +162,7 @@ def test_a_killed_run_goes_on_with_any_number_of_ranks(uninterrupted, killed, tm
 
     # Positions and rates to the last bit; with other numbers of ranks gradients are summed in
     # another order.
-    assert ours["opt"]["param_groups"] == theirs["opt"]["param_groups"]
+    assert ours["opt"]["param_groups"] == whole["opt"]["param_groups"]
     assert ours["opt"]["param_groups"][0]["clr_step"] == END
     assert [step["step"] for step in output.steps] == ["30", "40"]
     for our, their in zip(output.steps, expected.steps[-2:], strict=True):
@@ -173,7 +173,7 @@ def test_a_killed_run_goes_on_with_any_number_of_ranks(uninterrupted, killed, tm
     if world == 2:
         assert output.steps == expected.steps[-2:]
         for kind in ("model", "opt"):
-            state, other = (c[kind].get("state", c[kind]) for c in (ours, theirs))
+            state, other = (c[kind].get("state", c[kind]) for c in (ours, whole))
             torch.testing.assert_close(state, other, rtol=0.0, atol=0.0)
 
 

@@ -5,6 +5,7 @@ CONTRIBUTING.md has the rules of style. This file enforces the part that a searc
 
 from __future__ import annotations
 
+import pathlib
 import re
 
 import pytest
@@ -15,7 +16,7 @@ INSTEAD = {
     "(some|any)body": "the noun: the user, a caller, other code",
     "nobody": "the noun with a negation: no caller, no other code",
     "whoever": "the noun: the user, the caller",
-    "theirs": "the noun: torch's optimizer, the user's function",
+    "([a-z]+_)?theirs(_[a-z]+)?": "the noun: torch's optimizer, the user's function",
     "of (its|their|his|her) own": "'its own …' or 'a separate …' before the noun",
     "as it is": "'unchanged', or the noun and its state",
     "by then": "the condition: 'if …', or the event: 'before the step'",
@@ -85,6 +86,23 @@ def findings(text: str, name: str) -> list[str]:
 def files() -> list[str]:
     found = [str(path.relative_to(ROOT)) for glob in SOURCES for path in ROOT.glob(glob)]
     return sorted((*found, *OTHERS))
+
+
+#: names that no test may give to a thing, alone or as a part of a name -> what to write instead
+NAMES = {"theirs": "twin (torch's optimizer), expected (its values)"}
+
+
+def test_the_tests_name_things_by_nouns():
+    found = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        if path != pathlib.Path(__file__):
+            text = path.read_text("utf-8")
+            for name, remedy in NAMES.items():
+                for match in re.finditer(rf"(?<![a-z]){name}(?![a-z])", text, re.IGNORECASE):
+                    line = text.count("\n", 0, match.start()) + 1
+                    found.append(f"{path.relative_to(ROOT)}:{line}: {name}; write: {remedy}")
+    if found:
+        pytest.fail("\n".join(found), pytrace=False)
 
 
 def test_the_sources_have_none_of_the_phrases():

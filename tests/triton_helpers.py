@@ -205,8 +205,8 @@ def at_home(optimizer: torch.optim.Optimizer) -> Any:
     return SimpleNamespace(param_groups=groups, state=state)
 
 
-def assert_alike(ours: Any, theirs: Any, tolerance: float = 1e-12) -> None:
-    native_helpers.assert_alike(at_home(ours), at_home(theirs), tolerance)
+def assert_alike(ours: Any, twin: Any, tolerance: float = 1e-12) -> None:
+    native_helpers.assert_alike(at_home(ours), at_home(twin), tolerance)
 
 
 class Twins(native_helpers.Twins):
@@ -216,9 +216,9 @@ class Twins(native_helpers.Twins):
         super().__init__(make, **{"backend": "triton", **wrap})
 
     def step(self, tolerance: float = 1e-12) -> None:
-        feed(self.theirs, self.ours)
+        feed(self.twin, self.ours)
         self.each(lambda optimizer: optimizer.step())
-        assert_alike(self.ours, self.theirs, tolerance)
+        assert_alike(self.ours, self.twin, tolerance)
 
 
 def twins(case: Case, shapes: Sequence[Any] = ((5, 3), (7,)), **wrap: Any) -> Twins:
@@ -241,6 +241,6 @@ class Contract(contract.Contract):
             groups(values, dtype), backend="triton", base_lr=base, max_lr=[4 * lr for lr in base]
         )
         wide = torch.float64 if dtype in HALF else dtype
-        self.theirs = case.make(groups([v.to(dtype) for v in values], wide))
+        self.twin = case.make(groups([v.to(dtype) for v in values], wide))
         self.segments: list[Any] = []
         self._take()

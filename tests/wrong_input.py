@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 from places import ROOT, TESTS
 
 # The tables stand in the tests of several folders.
-sys.path += [str(TESTS / folder) for folder in ("core", "demo", "plotting", "range_test")]
+sys.path += [
+    str(TESTS / folder) for folder in ("backends", "core", "demo", "plotting", "range_test")
+]
 
 import test_cli
 import test_commands
@@ -28,10 +30,11 @@ import test_optimizer_errors as errors
 import test_plotting
 import test_range_test_arguments as range_test_arguments
 import test_range_test_result as range_test_result
+import test_register_rule
 from cases import BY_NAME
 from torch import Tensor
 
-from clr_optim import CyclicalOptimizer, RangeTest, lr_range_test, plotting
+from clr_optim import CyclicalOptimizer, RangeTest, lr_range_test, plotting, register_rule
 from clr_optim.cli import main
 from clr_optim.schedule import triangular
 
@@ -126,6 +129,8 @@ def attempts() -> Iterator[Attempt]:
             f"bounds of momentum: {name}",
             lambda k=keys: _loaded(checkpoints.set_group(**k), cycle_momentum=True),
         )
+    for name, (cls, rule, *_) in test_register_rule.REFUSED.items():
+        yield Attempt("register_rule", name, lambda c=cls, r=rule: register_rule(c, r))
     for name, (call, *_) in errors.SCHEDULES.items():
         yield Attempt("clr_optim.schedule", name, call)
     for _, _, change in range_test_arguments.ERRORS:

@@ -7,7 +7,7 @@ import threading
 
 from torch.optim import Optimizer
 
-from clr_optim.backends import gil, triton
+from clr_optim.backends import gil
 from clr_optim.backends.base import FusedBackend
 from clr_optim.backends.native import BuildError, NativeBackend, library, rule_for
 from clr_optim.backends.triton import TritonBackend, here
@@ -76,7 +76,7 @@ def make(
         rule: its update rule.
         schedule: the policy.
         lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
-        asked: whether the user named the backend. If not, a kernel is tried out first.
+        asked: whether the user named the backend.
 
     Raises:
         BuildError: if the kernels cannot be compiled here.
@@ -86,9 +86,7 @@ def make(
     if not any(param.device.type in types for param in params):
         return None
     device = plan_device(name, optimizer)
-    if name == TritonBackend.name and not asked and not is_capturing():
-        triton.try_out(next(p.device for p in params if p.device.type == device))
-    return _FUSED[name].make(optimizer, rule, schedule, device, lock)
+    return _FUSED[name].make(optimizer, rule, schedule, device, lock, asked=asked)
 
 
 def resolve(backend: object, optimizer: Optimizer) -> tuple[str, str]:

@@ -97,6 +97,8 @@ class FusedBackend(Protocol):
         schedule: Schedule,
         device: str,
         lock: threading.RLock | None,
+        *,
+        asked: bool,
     ) -> FusedBackend:
         """Return a backend for one optimizer.
 
@@ -106,6 +108,8 @@ class FusedBackend(Protocol):
             schedule: the policy.
             device: one of :meth:`device_types`.
             lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
+            asked: whether the user named the backend. If not, a missing compiler must raise here,
+                so that torch's step can serve.
 
         Raises:
             BuildError: if the kernels cannot be compiled here.

@@ -108,6 +108,8 @@ class NativeBackend:
         schedule: Schedule,
         device: str,
         lock: threading.RLock | None,
+        *,
+        asked: bool,
     ) -> NativeBackend:
         """Return a backend for one optimizer; the host evaluates the schedule."""
         return cls(optimizer, rule, lock)

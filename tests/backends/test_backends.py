@@ -165,7 +165,7 @@ def test_make_tries_triton_out_unless_the_user_named_it(monkeypatch):
     from clr_optim.backends import triton
 
     tried = []
-    monkeypatch.setattr(triton, "try_out", tried.append)
+    monkeypatch.setattr(triton.here, "try_out", tried.append)
     monkeypatch.setattr(triton.here, "DEVICES", ("cpu",))
     inner = adam()
     for asked in (True, False):
@@ -221,7 +221,7 @@ def test_where_triton_cannot_compile_only_who_asked_for_it_is_refused(monkeypatc
     def no_headers(device):
         raise triton.BuildError("Triton on cuda:0: CalledProcessError: no Python.h")
 
-    monkeypatch.setattr(triton, "try_out", no_headers)
+    monkeypatch.setattr(triton.here, "try_out", no_headers)
     monkeypatch.setattr(triton.here, "DEVICES", ("cpu",))
     monkeypatch.setattr(module, "_warned_no_kernels", False)
     monkeypatch.setattr(triton.here, "why_no_triton", lambda: None)

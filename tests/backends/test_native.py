@@ -217,12 +217,12 @@ def test_explain_names_the_reasons():
 @kernels
 def test_what_the_wrapped_optimizer_was_built_with_does_not_matter(case, flag):
     values = drawn(((5, 3), (7,)), torch.float64)
-    theirs = case.make(parameters(values))
+    twin = case.make(parameters(values))
     try:
         inner = case.cls(parameters(values), **{"lr": case.lr, **case.options, flag: True})
     except TypeError:
         pytest.skip(f"{case.cls.__name__} has no {flag}")
-    pair = Twins(lambda: theirs)
+    pair = Twins(lambda: twin)
     pair.ours = wrapped(inner)
     pair.run(6)
 

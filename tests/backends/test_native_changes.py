@@ -83,7 +83,7 @@ def test_a_copy_and_the_original_go_on(case, duplicate):
     pair = twins(case)
     pair.run(3)
     other = Twins.__new__(Twins)
-    other.theirs, other.ours = duplicate(pair.theirs), duplicate(pair.ours)
+    other.twin, other.ours = duplicate(pair.twin), duplicate(pair.ours)
     other.generator = torch.Generator().manual_seed(7)
     for _ in range(3):
         pair.run(1)
@@ -100,7 +100,7 @@ def test_events(case, event):
     pair.run(3)
     pair.each(event)
     pair.step(tolerance)  # with the gradients that the event left
-    if event in (shrink_the_parameter_alone, swap_shape) and pair.theirs.state:
+    if event in (shrink_the_parameter_alone, swap_shape) and pair.twin.state:
         refused(pair)
         return
     pair.run(3, tolerance)
@@ -111,7 +111,7 @@ def test_events(case, event):
 def refused(pair):
     """Assert that ours raises where torch does: before any update, while torch stops half-way."""
     pair.draw()
-    feed(pair.theirs, pair.ours)
+    feed(pair.twin, pair.ours)
     before = pair.ours.iteration
     for _ in range(2):
         pair.each(lambda opt: opt.step())
@@ -145,7 +145,7 @@ def test_settings_changed_in_mid_run(case, setting):
     # Some settings do not exist for the class. Some torch cannot change without other state.
     pair = twins(case)
     pair.run(2)
-    before = dict(pair.theirs.param_groups[0])
+    before = dict(pair.twin.param_groups[0])
     for _ in range(2):
         for opt in pair.both():
             for key, value in SETTINGS[setting].items():

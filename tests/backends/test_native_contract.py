@@ -182,8 +182,8 @@ def test_nan_and_inf(case, dtype):
         feed(own, contract.ours)
         own.step()
         contract.step([like(g, p) for g, p in zip(grads, members(contract.ours), strict=True)])
-        _, _, mine, theirs = contract.segments[-1]
-        assert_pattern(mine[-1], theirs[-1].to(dtype), k)
+        _, _, mine, expected = contract.segments[-1]
+        assert_pattern(mine[-1], expected[-1].to(dtype), k)
         # torch's own step in 16 bits may overflow in between where float64 does not.
         for key, t in tensors_of(own).items() if dtype not in HALF else ():
             assert_pattern(tensors_of(contract.ours)[key], t, (k, key))

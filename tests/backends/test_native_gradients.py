@@ -8,7 +8,12 @@ import math
 import pytest
 import torch
 from changes import PATTERNS, drop, sparse
-from contract import kernels, name_of
+from contract import (
+    assert_clips_nan_and_inf,
+    assert_one_norm_over_both_backends,
+    kernels,
+    name_of,
+)
 from native_helpers import (
     BY_NAME,
     DTYPES,
@@ -108,8 +113,8 @@ def test_several_dtypes_in_one_optimizer(case):
             single.step()
         mixed.step()
     for i, single in enumerate(alone):
-        (mine,), theirs = held(single), held(mixed)[i]
-        for (_, a), (_, b) in zip(mine, theirs, strict=True):
+        (mine,), expected = held(single), held(mixed)[i]
+        for (_, a), (_, b) in zip(mine, expected, strict=True):
             assert torch.equal(a, b)
         assert torch.equal(members(mixed)[i], members(single)[0])
 
@@ -188,7 +193,7 @@ def test_clipping(case, limit):
         pair.draw()
         drop(pair, lambda i: i == k % 4)  # noqa: B023
         kept = [(p, p.grad, p.grad.clone()) for p in members(pair.ours) if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(members(pair.theirs), limit)
+        norm = torch.nn.utils.clip_grad_norm_(members(pair.twin), limit)
         pair.step()
         assert_close(pair.ours.grad_norm, norm, 1e-12)
         for p, grad, values in kept:
@@ -201,52 +206,34 @@ def test_clipping_in_other_dtypes(dtype):
     case = BY_NAME["adam-wd"]
     values = drawn(((5, 3), (300,)), dtype)
     ours = case.ours(parameters(values), backend="native", max_grad_norm=0.5)
-    theirs = case.make(parameters(values, torch.float64))
+    twin = case.make(parameters(values, torch.float64))
     for k in range(3):
-        for p, q, g in zip(*map(members, (ours, theirs)), drawn(((5, 3), (300,)), dtype, k + 9)):  # noqa: B905
+        for p, q, g in zip(*map(members, (ours, twin)), drawn(((5, 3), (300,)), dtype, k + 9)):  # noqa: B905
             p.grad, q.grad = g.clone(), g.double()
-        norm = torch.nn.utils.clip_grad_norm_(members(theirs), 0.5)
-        feed(theirs, ours)
-        theirs.step()
+        norm = torch.nn.utils.clip_grad_norm_(members(twin), 0.5)
+        feed(twin, ours)
+        twin.step()
         ours.step()
         assert ours.grad_norm.dtype == torch.float32
         assert ours.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
-        for p, q in zip(*map(members, (ours, theirs)), strict=True):
+        for p, q in zip(*map(members, (ours, twin)), strict=True):
             assert_close(p, q.to(dtype), 4 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0])
 @kernels
 def test_clipping_nan_and_inf(case, value):
-    pair = twins(case, max_grad_norm=1.0)
-    for k in range(4):
-        pair.draw()
-        if k != 1:
-            for opt in pair.both():
-                members(opt)[0].grad[0, 0] = value
-        norm = torch.nn.utils.clip_grad_norm_(members(pair.theirs), 1.0)
-        pair.step()
-        assert_close(pair.ours.grad_norm, norm, 1e-12)
+    assert_clips_nan_and_inf(twins(case, max_grad_norm=1.0), value, steps=4)
 
 
 def test_clipping_one_norm_over_both_backends():
-    pair = Twins(
-        many_groups(*MIXED_GROUPS["adamw-differentiable"]),
-        max_grad_norm=0.5,
-    )
-    for _ in range(5):
-        pair.draw()
-        kept = [(p, p.grad, p.grad.clone()) for p in members(pair.ours)]
-        norm = torch.nn.utils.clip_grad_norm_(members(pair.theirs), 0.5)
-        pair.step()
-        assert_close(pair.ours.grad_norm, norm, 1e-12)
-        assert all(p.grad is g and torch.equal(g, values) for p, g, values in kept)
+    assert_one_norm_over_both_backends(Twins, steps=5)
 
 
 def test_clipping_sparse_gradients_fails_as_in_torch_and_changes_nothing():
     pair = twins(BY_NAME["sgd-mom"], ((5, 3), (7,)), max_grad_norm=0.5)
     pair.draw()
-    torch.nn.utils.clip_grad_norm_(members(pair.theirs), 0.5)
+    torch.nn.utils.clip_grad_norm_(members(pair.twin), 0.5)
     pair.step()
     pair.draw()
     p, q = members(pair.ours)

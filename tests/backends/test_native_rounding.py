@@ -28,10 +28,10 @@ def rounded(dtype, values):
 
 def assert_rounds(dtype, values):
     values = values.contiguous()
-    ours, theirs = rounded(dtype, values), values.to(dtype).float()
-    wrong = ~((ours == theirs) & (ours.signbit() == theirs.signbit()))
-    wrong &= ~(ours.isnan() & theirs.isnan())
-    assert not wrong.any(), (values[wrong][:5], ours[wrong][:5], theirs[wrong][:5])
+    ours, expected = rounded(dtype, values), values.to(dtype).float()
+    wrong = ~((ours == expected) & (ours.signbit() == expected.signbit()))
+    wrong &= ~(ours.isnan() & expected.isnan())
+    assert not wrong.any(), (values[wrong][:5], ours[wrong][:5], expected[wrong][:5])
 
 
 def patterns(dtype):

@@ -163,11 +163,11 @@ def test_an_exception_in_a_scan_keeps_no_gradient_and_is_forgotten(at):
 
     grads = [p.grad for p in members(pair.ours)]
     before = counts(grads)
-    feed(pair.theirs, pair.ours)
+    feed(pair.twin, pair.ours)
     with Fails():
         pair.ours.step()
     assert raised
-    pair.theirs.step()
+    pair.twin.step()
     assert_alike(*pair.both())
     assert counts(grads) == before
     pair.run(2)

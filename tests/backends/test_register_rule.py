@@ -79,39 +79,60 @@ def test_a_lion_whose_decay_is_divided_by_its_first_rate_is_served_by_its_own_st
     assert wrapped(lion).explain().endswith("Lion: decoupled_weight_decay=True")
 
 
-@pytest.mark.parametrize(
-    ("cls", "rule", "error", "message"),
-    [
-        (
-            int,
-            "lion",
-            TypeError,
-            "optimizer_class must be a subclass of torch.optim.Optimizer, got <class",
-        ),
-        ("Lion", "lion", TypeError, "optimizer_class must be a subclass .*, got 'Lion'"),
-        (
-            torch.optim.Adam,
-            "adam",
-            ValueError,
-            "optimizer_class must not be a class of torch, got Adam",
-        ),
-        (
-            torch.optim.ASGD,
-            "sgd",
-            ValueError,
-            "optimizer_class must not be a class of torch, got ASGD",
-        ),
-        (
-            torch.optim.Optimizer,
-            "sgd",
-            ValueError,
-            "optimizer_class must not be a class of torch, got Optimizer",
-        ),
-        (Lion, "lion", ValueError, "Lion is already bound to a rule"),
-        (Fork, "adam8bit", ValueError, "rule must be one of .*'lion'.*, got 'adam8bit'"),
-        (Fork, SHIPPED["lion"], ValueError, "rule must be one of .*, got UpdateRule"),
-    ],
-)
+#: what was tried -> class, rule, error, message
+REFUSED = {
+    "no optimizer": (
+        int,
+        "lion",
+        TypeError,
+        "optimizer_class must be a subclass of torch.optim.Optimizer, got <class",
+    ),
+    "the name of a class": (
+        "Lion",
+        "lion",
+        TypeError,
+        "optimizer_class must be a subclass .*, got 'Lion'",
+    ),
+    "a class of torch with a kernel": (
+        torch.optim.Adam,
+        "adam",
+        ValueError,
+        "optimizer_class must not be a class of torch, got Adam",
+    ),
+    "a class of torch without a kernel": (
+        torch.optim.ASGD,
+        "sgd",
+        ValueError,
+        "optimizer_class must not be a class of torch, got ASGD",
+    ),
+    "torch's base class": (
+        torch.optim.Optimizer,
+        "sgd",
+        ValueError,
+        "optimizer_class must not be a class of torch, got Optimizer",
+    ),
+    "a class that is bound": (
+        Lion,
+        "lion",
+        ValueError,
+        "must not be bound twice: Lion is already bound to a rule; bind a subclass",
+    ),
+    "an unknown rule": (
+        Fork,
+        "adam8bit",
+        ValueError,
+        "rule must be one of .*'lion'.*, got 'adam8bit'",
+    ),
+    "a rule instead of its name": (
+        Fork,
+        SHIPPED["lion"],
+        ValueError,
+        "rule must be one of .*, got an object of type UpdateRule$",
+    ),
+}
+
+
+@pytest.mark.parametrize(("cls", "rule", "error", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_bound_is_refused(cls, rule, error, message):
     before = dict(RULES)
     with pytest.raises(error, match=message):

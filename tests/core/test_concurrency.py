@@ -270,9 +270,9 @@ def test_two_optimizers_in_two_threads(size):
 def test_a_model_trained_by_several_optimizers(clip):
     """The optimizers take turns. Each has its own state, as with torch's."""
     names = ("sgd-mom", "adam-wd", "rmsprop-cent")
-    ours, theirs = (parameters(drawn([(4, 3), (5,), ()], torch.float64)) for _ in range(2))
-    mine = [BY_NAME[name].ours(ours, max_grad_norm=clip) for name in names]
-    torchs = [BY_NAME[name].make(theirs) for name in names]
+    params, twin_params = (parameters(drawn([(4, 3), (5,), ()], torch.float64)) for _ in range(2))
+    mine = [BY_NAME[name].ours(params, max_grad_norm=clip) for name in names]
+    torchs = [BY_NAME[name].make(twin_params) for name in names]
     for seed in range(30):
         i = seed % 3
         for opt in (mine[i], torchs[i]):
@@ -280,7 +280,7 @@ def test_a_model_trained_by_several_optimizers(clip):
         feed(torchs[i], mine[i])
         mine[i].step()
         if clip is not None:
-            torch.nn.utils.clip_grad_norm_(theirs, clip)
+            torch.nn.utils.clip_grad_norm_(twin_params, clip)
         torchs[i].step()
         assert_alike(mine[i], torchs[i])
     assert [opt.iteration for opt in mine] == [10] * 3
@@ -439,19 +439,19 @@ torch.set_num_threads(2)
 counts = {"at first": count()}
 big = torch.ones(1 << 20)
 
-def ours():
+def step():
     p = torch.nn.Parameter(torch.zeros(1 << 20))
     p.grad = torch.ones_like(p)
     opt = CyclicalOptimizer(torch.optim.Adam([p]), max_grad_norm=1.0, backend="native")
     for _ in range(3):
         opt.step()
 
-def theirs():
+def multiply():
     for _ in range(3):
         big.mul(2.0).add_(1.0)
 
 for name in sys.argv[1:]:
-    {"ours": ours, "theirs": theirs}[name]()
+    {"step": step, "multiply": multiply}[name]()
     counts[name] = count()
 print(json.dumps(counts))
 """
@@ -460,7 +460,7 @@ print(json.dumps(counts))
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="/proc is Linux's")
 def test_our_threads_are_torchs():
     counts = {}
-    for order in (("theirs", "ours"), ("ours", "theirs")):
+    for order in (("multiply", "step"), ("step", "multiply")):
         done = subprocess.run(
             [sys.executable, "-c", _COUNT_THREADS, *order],
             capture_output=True,

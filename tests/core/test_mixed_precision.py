@@ -139,9 +139,9 @@ def test_the_fused_path_equals_torchs(name, scale):
     """torch's fused step unscales by a division, ours by a product."""
     run = Run(BY_NAME[name], "native", fused=True)
     twin = Run(BY_NAME[name], "torch", fused=True)
-    mine, theirs = (torch.amp.GradScaler("cpu", init_scale=scale) for _ in range(2))
+    scalers = [torch.amp.GradScaler("cpu", init_scale=scale) for _ in range(2)]
     for _ in range(5):
-        for side, scaler in ((run, mine), (twin, theirs)):
+        for side, scaler in zip((run, twin), scalers, strict=True):
             side.opt.zero_grad()
             scaler.scale(side.loss()).backward()
             scaler.step(side.opt)

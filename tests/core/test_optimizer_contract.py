@@ -117,8 +117,8 @@ def test_closures_are_called_as_torch_calls_them(case):
             return problem.backward(k)
 
         ours = opt.step(lambda: closure(mine, "mine"))
-        theirs = reference.step(lambda: closure(torchs, "torch"))
-        assert torch.equal(ours, theirs)
+        expected = reference.step(lambda: closure(torchs, "torch"))
+        assert torch.equal(ours, expected)
         assert calls["mine"] == calls["torch"] >= 1
     assert_same(mine.values(), torchs.values())
 

@@ -399,13 +399,13 @@ def test_another_classs_checkpoint_that_torch_can_step_with_loads(target):
     p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
     saved = stepped(_optim.NAdam, lr=0.1)
     saved["param_groups"][0].pop("decoupled_weight_decay", None)
-    ours, theirs = CyclicalOptimizer(target([p], lr=0.1), fixed(0.1)), target([q], lr=0.1)
-    for each, opt in ((p, ours), (q, theirs)):
+    ours, twin = CyclicalOptimizer(target([p], lr=0.1), fixed(0.1)), target([q], lr=0.1)
+    for each, opt in ((p, ours), (q, twin)):
         opt.load_state_dict(copy.deepcopy(saved))
         each.grad = torch.ones(2)
         opt.step()
     assert torch.allclose(p, q, rtol=1e-6)
-    assert ours.param_groups[0]["momentum_decay"] == theirs.param_groups[0]["momentum_decay"]
+    assert ours.param_groups[0]["momentum_decay"] == twin.param_groups[0]["momentum_decay"]
 
 
 def test_positions_that_disagree():

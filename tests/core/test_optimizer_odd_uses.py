@@ -60,8 +60,8 @@ def test_a_parameter_given_twice_resumes(backend):
         torch.optim.AdamW([*(first := [weight(), weight()]), first[0]], lr=0.1), backend=backend
     )
     step(start, *first)
-    for mine, theirs in zip(again, first, strict=True):
-        mine.data.copy_(theirs.data)
+    for param, first_param in zip(again, first, strict=True):
+        param.data.copy_(first_param.data)
     resumed.load_state_dict(saved)
     step(resumed, *again)
     assert all(map(torch.equal, again, expected))
@@ -252,23 +252,23 @@ def test_a_default_device_is_not_that_of_the_norm(backend):
 @pytest.mark.parametrize("taken", [["last"], ["first"], ["first", "last"], ["first", "middle"]])
 def test_keys_written_into_a_group_and_taken_away(taken, backend):
     """Keys come and go: torch's schedulers write ``initial_lr``, users delete it."""
-    ours, theirs = weight(), weight()
-    plain = torch.optim.SGD([theirs], lr=0.4, momentum=0.9)
+    param, twin_param = weight(), weight()
+    plain = torch.optim.SGD([twin_param], lr=0.4, momentum=0.9)
     opt = CyclicalOptimizer(
-        torch.optim.SGD([ours], lr=0.4, momentum=0.9), base_lr=0.4, max_lr=0.4, backend=backend
+        torch.optim.SGD([param], lr=0.4, momentum=0.9), base_lr=0.4, max_lr=0.4, backend=backend
     )
     keys = ["first", "middle", "last"]
     opt.param_groups[0].update(dict.fromkeys(keys, "a word"))
     for k in range(8):
-        step(opt, ours)
-        step(plain, theirs)
+        step(opt, param)
+        step(plain, twin_param)
         if k in (2, 4):
             for key in taken:
                 del opt.param_groups[0][key]
         if k == 3:
             opt.param_groups[0].update(dict.fromkeys(taken, "another"))
     assert opt.iteration == 8
-    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(param, twin_param)
 
 
 def test_explain_tells_what_only_a_step_finds_out():

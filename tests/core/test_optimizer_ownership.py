@@ -76,9 +76,9 @@ def test_state_has_torchs_names_shapes_and_dtypes(case):
     mine.run(opt, range(3), closure=case.closure)
     torchs.run(reference, range(3), closure=case.closure)
     for p, q in zip(mine.params, torchs.params, strict=True):
-        ours, theirs = opt.state[p], reference.state[q]
-        assert list(ours) == list(theirs)
-        for name, value in theirs.items():
+        ours, expected = opt.state[p], reference.state[q]
+        assert list(ours) == list(expected)
+        for name, value in expected.items():
             assert type(ours[name]) is type(value)
             if isinstance(value, torch.Tensor):
                 assert (ours[name].shape, ours[name].dtype) == (value.shape, value.dtype)

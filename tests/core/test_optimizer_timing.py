@@ -581,15 +581,15 @@ def test_the_scheduler_view_shows_the_rate_that_torchs_scheduler_shows():
     """Between the two steps, where frameworks log, the view shows the rate that was used."""
     problem, opt = wrapped(base_lr=0.1, max_lr=0.5, step_size_up=3)
     param = torch.nn.Parameter(torch.zeros(1))
-    theirs = torch.optim.SGD([param], lr=0.5)
+    twin = torch.optim.SGD([param], lr=0.5)
     reference = torch.optim.lr_scheduler.CyclicLR(
-        theirs, base_lr=0.1, max_lr=0.5, step_size_up=3, cycle_momentum=False
+        twin, base_lr=0.1, max_lr=0.5, step_size_up=3, cycle_momentum=False
     )
     scheduler = opt.scheduler
     for k in range(10):
         assert scheduler.get_last_lr() == pytest.approx(reference.get_last_lr())
         problem.step(opt, k)
-        theirs.step()
+        twin.step()
         assert scheduler.get_last_lr() == pytest.approx(reference.get_last_lr())
         assert scheduler.get_lr() == opt.get_last_lr()  # ignite writes these, before a step
         scheduler.step()

@@ -263,13 +263,13 @@ def test_a_users_own_keys_in_a_checkpoint():
 
 def test_a_tensor_that_other_code_put_in_lr_is_not_filled():
     opt = CyclicalOptimizer(torch.optim.SGD([param()], lr=0.1))
-    for theirs in (torch.tensor(1), torch.tensor(0.7)):
-        kept = theirs.clone()
-        opt.param_groups[0]["lr"] = theirs
+    for foreign in (torch.tensor(1), torch.tensor(0.7)):
+        kept = foreign.clone()
+        opt.param_groups[0]["lr"] = foreign
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             opt.step()
-        assert torch.equal(theirs, kept)
+        assert torch.equal(foreign, kept)
         assert opt.param_groups[0]["lr"] == opt.get_last_lr()[0]
         assert type(opt.param_groups[0]["lr"]) is float
     with pytest.raises(ValueError, match="floating point tensor of one element, got tensor"):

@@ -427,13 +427,13 @@ def test_settings_that_torch_fills_in_may_be_missing(case):
         for key in set(probe.param_groups[0]) & set(group) - {"params", "lr"}:
             del group[key]
         group.update(old_name_of_a_setting=3, another={"a": 1})
-    ours, theirs = (
+    ours, twin = (
         CyclicalOptimizer(case.make(problem.params), fixed(case.lr)),
         case.make(other.params),
     )
-    for each in (ours, theirs):
+    for each in (ours, twin):
         each.load_state_dict(copy.deepcopy(saved))
-    assert set(theirs.param_groups[0]) <= set(ours.param_groups[0])
+    assert set(twin.param_groups[0]) <= set(ours.param_groups[0])
 
 
 def test_state_that_the_default_settings_would_need():

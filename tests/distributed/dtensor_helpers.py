@@ -37,22 +37,22 @@ def local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def assert_same(ours: Any, theirs: Any, tolerance: float, what: object) -> None:
+def assert_same(ours: Any, expected: Any, tolerance: float, what: object) -> None:
     """Assert that both have the same type, division and values on this rank."""
-    assert type(ours) is type(theirs), what
-    if not isinstance(theirs, Tensor):
-        assert ours == theirs, what
+    assert type(ours) is type(expected), what
+    if not isinstance(expected, Tensor):
+        assert ours == expected, what
         return
-    assert ours.requires_grad == theirs.requires_grad, what
-    assert ours.shape == theirs.shape, what
-    if isinstance(theirs, DTensor):
-        assert ours.device_mesh == theirs.device_mesh, what
-        assert ours.placements == theirs.placements, what
-        assert ours.stride() == theirs.stride(), what
-        ours, theirs = ours._local_tensor, theirs._local_tensor
-        assert type(ours) is type(theirs), what
-    assert ours.stride() == theirs.stride(), what
-    assert_close(ours, theirs, tolerance, what)
+    assert ours.requires_grad == expected.requires_grad, what
+    assert ours.shape == expected.shape, what
+    if isinstance(expected, DTensor):
+        assert ours.device_mesh == expected.device_mesh, what
+        assert ours.placements == expected.placements, what
+        assert ours.stride() == expected.stride(), what
+        ours, expected = ours._local_tensor, expected._local_tensor
+        assert type(ours) is type(expected), what
+    assert ours.stride() == expected.stride(), what
+    assert_close(ours, expected, tolerance, what)
 
 
 class Pair:
@@ -64,7 +64,7 @@ class Pair:
     """
 
     def __init__(self, case: Case, make: Callable[[], Any], **wrap: Any) -> None:
-        self.theirs = case.make(make())
+        self.twin = case.make(make())
         self.ours = case.ours(make(), **{"step_size_up": 3, **wrap})
         self.generator = torch.Generator().manual_seed(5)
 
@@ -77,10 +77,10 @@ class Pair:
 
         If torch raises, ours must raise too. Return whether neither raised.
         """
-        theirs, ours = failure(change, self.theirs), failure(change, self.ours)
-        if type(ours) is not type(theirs):
-            raise AssertionError(f"torch raises {theirs!r}, ours {ours!r}") from ours
-        return theirs is None
+        twin_error, error = failure(change, self.twin), failure(change, self.ours)
+        if type(error) is not type(twin_error):
+            raise AssertionError(f"torch raises {twin_error!r}, ours {error!r}") from error
+        return twin_error is None
 
     def on(self, index: int, change: Callable[[Any, Any], object]) -> None:
         """Call ``change(optimizer, parameter)`` with this parameter of both optimizers."""
@@ -91,7 +91,7 @@ class Pair:
 
         Both get equal values, divided as the parameters are.
         """
-        for i, pair in enumerate(zip(members(self.ours), members(self.theirs), strict=True)):
+        for i, pair in enumerate(zip(members(self.ours), members(self.twin), strict=True)):
             values = torch.randn(pair[0].shape, generator=self.generator, dtype=torch.float64)
             for p in pair:
                 whole = values.to(p.dtype, copy=True)
@@ -101,16 +101,16 @@ class Pair:
 
     def step(self, tolerance: float = 1e-12) -> bool:
         """Step both and compare them. Return False if both raised."""
-        feed(self.theirs, self.ours)
+        feed(self.twin, self.ours)
         good = self.each(lambda opt: opt.step())
         if good:
             self.compare(tolerance)
         return good
 
     def compare(self, tolerance: float = 1e-12) -> None:
-        for i, (p, q) in enumerate(zip(members(self.ours), members(self.theirs), strict=True)):
+        for i, (p, q) in enumerate(zip(members(self.ours), members(self.twin), strict=True)):
             assert_same(p, q, tolerance, i)
-        for i, (mine, other) in enumerate(zip(held(self.ours), held(self.theirs), strict=True)):
+        for i, (mine, other) in enumerate(zip(held(self.ours), held(self.twin), strict=True)):
             assert [name for name, _ in mine] == [name for name, _ in other], i
             for (name, a), (_, b) in zip(mine, other, strict=True):
                 assert_same(a, b, tolerance, (i, name))

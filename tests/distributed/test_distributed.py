@@ -44,8 +44,8 @@ def test_ranks_compute_what_one_process_does(ranks, name, how, backend, world):
     results = ranks.run(world, train, name, how, backend, None)
     for result in results:
         assert result["course"] == results[0]["course"]
-        for ours, theirs in zip(result["params"], expected, strict=True):
-            torch.testing.assert_close(ours, theirs)
+        for param, expected_param in zip(result["params"], expected, strict=True):
+            torch.testing.assert_close(param, expected_param)
         assert result["backends"] == {backend}
 
 
@@ -58,8 +58,8 @@ def test_the_norm_is_over_all_ranks(ranks, how, backend, world):
     for result in results:
         assert result["norms"] == results[0]["norms"]
         assert result["norms"] == pytest.approx(norms, rel=1e-5)
-        for ours, theirs in zip(result["params"], expected, strict=True):
-            torch.testing.assert_close(ours, theirs)
+        for param, expected_param in zip(result["params"], expected, strict=True):
+            torch.testing.assert_close(param, expected_param)
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
@@ -103,8 +103,8 @@ def test_an_overflow_on_one_rank_is_one_on_all(ranks, fused, backend):
     (course, params), (other_course, _) = results
     assert course == other_course
     assert len(course) == STEPS + 4
-    for ours, theirs in zip(params, quiet[0][1], strict=True):
-        assert torch.equal(ours, theirs)
+    for param, expected_param in zip(params, quiet[0][1], strict=True):
+        assert torch.equal(param, expected_param)
 
 
 def _train_in_backward(backend: str) -> list[Tensor]:
@@ -136,5 +136,5 @@ def _train_in_backward(backend: str) -> list[Tensor]:
 def test_optimizers_in_backward_on_sharded_parameters(ranks, backend):
     expected, _ = reference(BY_NAME["adam-wd"])
     for params in ranks.run(2, _train_in_backward, backend):
-        for ours, theirs in zip(params, expected, strict=True):
-            torch.testing.assert_close(ours, theirs)
+        for param, expected_param in zip(params, expected, strict=True):
+            torch.testing.assert_close(param, expected_param)

@@ -563,16 +563,16 @@ def test_zero_redundancy_optimizer(ranks, tmp_path, name, where, backend):
                 for step in range(first, SAVED + MORE)
             ]
             assert result["end"][0] == _course(opt)
-            for ours, theirs in zip(result["end"][1], model.parameters(), strict=True):
-                torch.testing.assert_close(ours, theirs.detach())
+            for ours, reference in zip(result["end"][1], model.parameters(), strict=True):
+                torch.testing.assert_close(ours, reference.detach())
             assert result["saved"][0] == whole[0]["saved"][0]
         for when in ("saved", "end"):
             bound = EXACTLY if when == "saved" else tolerance
             for result, expected in zip(results, whole, strict=False):
                 torch.testing.assert_close(result[when][1], expected[when][1], **bound)
-            ours, theirs = results[0][when][2], whole[0][when][2]
-            torch.testing.assert_close(ours["state"], theirs["state"], **bound)
-            assert ours["param_groups"] == theirs["param_groups"]
+            ours, reference = results[0][when][2], whole[0][when][2]
+            torch.testing.assert_close(ours["state"], reference["state"], **bound)
+            assert ours["param_groups"] == reference["param_groups"]
 
 
 def _join_inside_zero(backend: str) -> Any:

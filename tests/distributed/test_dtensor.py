@@ -245,7 +245,7 @@ def _loaded(pair: Pair) -> None:
         opt.step()
         opt.load_state_dict(saved)
 
-    feed(pair.theirs, pair.ours)
+    feed(pair.twin, pair.ours)
     assert pair.each(reload)
 
 
@@ -322,10 +322,10 @@ def _shared_memory(pair: Pair) -> None:
 @_attack
 def _copied(pair: Pair) -> None:
     """Go on with a copy, and spoil the memory of the original."""
-    grads = [[p.grad for p in members(opt)] for opt in (pair.ours, pair.theirs)]
-    before = [*members(pair.ours), *members(pair.theirs)]
-    pair.ours, pair.theirs = copy.deepcopy(pair.ours), copy.deepcopy(pair.theirs)
-    for opt, own in zip((pair.ours, pair.theirs), grads, strict=True):
+    grads = [[p.grad for p in members(opt)] for opt in (pair.ours, pair.twin)]
+    before = [*members(pair.ours), *members(pair.twin)]
+    pair.ours, pair.twin = copy.deepcopy(pair.ours), copy.deepcopy(pair.twin)
+    for opt, own in zip((pair.ours, pair.twin), grads, strict=True):
         for p, grad in zip(members(opt), own, strict=True):
             p.grad = copy.deepcopy(grad)
     with torch.no_grad():
@@ -335,7 +335,7 @@ def _copied(pair: Pair) -> None:
 
 @_attack
 def _pickled(pair: Pair) -> None:
-    pair.ours, pair.theirs = (pickle.loads(pickle.dumps(opt)) for opt in (pair.ours, pair.theirs))
+    pair.ours, pair.twin = (pickle.loads(pickle.dumps(opt)) for opt in (pair.ours, pair.twin))
     pair.draw()
 
 

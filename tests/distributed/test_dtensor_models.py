@@ -110,8 +110,8 @@ def _assert_trained(results: list[Any], expected: Run) -> None:
     for norms, params, *_ in results:
         assert norms == results[0][0]
         assert norms == pytest.approx(expected[0], rel=1e-5)
-        for ours, theirs in zip(params, expected[1], strict=True):
-            torch.testing.assert_close(ours, theirs)
+        for ours, reference in zip(params, expected[1], strict=True):
+            torch.testing.assert_close(ours, reference)
 
 
 COURSES = pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def _clipped(
     answers = []
     for _ in range(3):
         pair.draw(idle)
-        for p, q in zip(members(pair.ours), members(pair.theirs), strict=True):
+        for p, q in zip(members(pair.ours), members(pair.twin), strict=True):
             if p.grad is not None and p.shape == (5, 3) and rank == world - 1:
                 for grad in (p.grad, q.grad):
                     grad._local_tensor[0, 0] = huge
@@ -87,7 +87,7 @@ def _clipped(
             mesh is None or not any(p.is_shard() for p in places) for _, mesh, places in layouts
         ]
         norm = torch.where(torch.tensor(whole), squares, everywhere).sum().sqrt()
-        for q in members(pair.theirs):
+        for q in members(pair.twin):
             if q.grad is not None:
                 local(q.grad).mul_(torch.clamp(0.5 / (norm + 1e-6), max=1.0))
         if rank in spaced:
@@ -255,7 +255,7 @@ def _summands() -> tuple[str, str]:
     assert opt.iteration == 0
     assert all(torch.equal(local(p), q) for p, q in zip(members(opt), before, strict=True))
     pair = Pair(BY_NAME["sgd-wd"], make)
-    for own in (pair.ours, pair.theirs):
+    for own in (pair.ours, pair.twin):
         for p in members(own):
             p.grad = torch.ones_like(p)
     pair.step()

@@ -97,21 +97,21 @@ def expected_rates(steps: int = STEPS + 1) -> list[float]:
     return rates
 
 
-def assert_rates(ours: list[float], theirs: list[float]) -> None:
+def assert_rates(ours: list[float], expected: list[float]) -> None:
     """Assert equal rates, but for CyclicLR's own drift."""
-    assert ours == pytest.approx(theirs, rel=1e-10)
+    assert ours == pytest.approx(expected, rel=1e-10)
 
 
 def values(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
-def assert_like_torch(ours: nn.Module, theirs: nn.Module, backend: str) -> None:
+def assert_like_torch(ours: nn.Module, twin: nn.Module, backend: str) -> None:
     """Assert equal parameters: exact on the optimizer's own step, up to rounding on a kernel."""
     if backend == "torch":
-        assert_same(values(ours), values(theirs))
+        assert_same(values(ours), values(twin))
     else:
-        torch.testing.assert_close(values(ours), values(theirs), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(values(ours), values(twin), rtol=1e-4, atol=1e-6)
 
 
 def assert_served(optimizer: CyclicalOptimizer, backend: str) -> None:
@@ -119,16 +119,16 @@ def assert_served(optimizer: CyclicalOptimizer, backend: str) -> None:
     assert optimizer.explain().startswith({"auto": "native", "torch": "torch"}[backend])
 
 
-def assert_same_checkpoint(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+def assert_same_checkpoint(ours: dict[str, Any], expected: dict[str, Any]) -> None:
     """Assert that two checkpoints hold all of torch's keys, and ours in the groups."""
-    assert ours.keys() == theirs.keys()
-    assert ours["state"].keys() == theirs["state"].keys()
-    for i, state in theirs["state"].items():
+    assert ours.keys() == expected.keys()
+    assert ours["state"].keys() == expected["state"].keys()
+    for i, state in expected["state"].items():
         assert list(ours["state"][i]) == list(state)
         for name, value in state.items():
             mine = ours["state"][i][name]
             assert (type(mine), mine.shape, mine.dtype) == (type(value), value.shape, value.dtype)
-    for mine, group in zip(ours["param_groups"], theirs["param_groups"], strict=True):
+    for mine, group in zip(ours["param_groups"], expected["param_groups"], strict=True):
         added = {"clr_step", "clr_base_lr", "clr_max_lr", "clr_schedule"}
         assert set(mine) - set(group) == added
         assert set(group) - set(mine) <= {"initial_lr"}  # torch's schedulers leave it there

@@ -172,9 +172,9 @@ def test_save_state_and_load_state_in_mid_cycle(backend, listed, tmp_path):
         whole.epochs(1)
     reset()
     ours = torch.load(tmp_path / "1" / "optimizer.bin", weights_only=True)
-    theirs = torch.load(tmp_path / "before" / "optimizer.bin", weights_only=True)
+    expected = torch.load(tmp_path / "before" / "optimizer.bin", weights_only=True)
     assert ours["param_groups"][0]["clr_step"] == EPOCH  # of a cycle of 7
-    assert_same_checkpoint(ours, theirs)
+    assert_same_checkpoint(ours, expected)
     names = {path.name for path in (tmp_path / "before").iterdir()}
     assert {path.name for path in (tmp_path / "1").iterdir()} == (
         names if listed else names - {"scheduler.bin"}

@@ -198,9 +198,9 @@ def test_checkpoint_and_resume_in_mid_cycle(backend, make, tmp_path):
     whole = Run(backend, tmp_path / "after", make=make).train()
     before, after = (tmp_path / name / f"checkpoint-{EPOCH}" for name in ("before", "after"))
     assert {path.name for path in after.iterdir()} == {path.name for path in before.iterdir()}
-    ours, theirs = (torch.load(p / "optimizer.pt", weights_only=True) for p in (after, before))
+    ours, expected = (torch.load(p / "optimizer.pt", weights_only=True) for p in (after, before))
     assert ours["param_groups"][0]["clr_step"] == EPOCH  # of a cycle of 7
-    assert_same_checkpoint(ours, theirs)
+    assert_same_checkpoint(ours, expected)
     for epoch in range(1, EPOCHS):
         resumed = Run(backend, tmp_path / "again", make=make)
         resumed.train(tmp_path / "after" / f"checkpoint-{epoch * EPOCH}")

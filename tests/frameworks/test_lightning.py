@@ -127,7 +127,7 @@ def fit(module, *, epochs=EPOCHS, monitor=False, resume=None, folder=None, **opt
 @backends
 def test_the_same_course_as_with_a_scheduler(backend, kind, listed):
     before, after = kind(None), kind(backend, listed=listed)
-    theirs, ours = fit(before, monitor=True), fit(after, monitor=True)
+    twin, ours = fit(before, monitor=True), fit(after, monitor=True)
     assert_served(ours.optimizers[0], backend)
     assert_like_torch(after.net, before.net, backend)
     assert ours.global_step == ours.optimizers[0].iteration == STEPS
@@ -139,7 +139,7 @@ def test_the_same_course_as_with_a_scheduler(backend, kind, listed):
     assert all(sorted(entry) == names for entry in ours.logger.logged)
     for name in names:
         assert [entry[name] for entry in ours.logger.logged] == after.used
-    assert_rates(after.used, [entry["lr-AdamW"] for entry in theirs.logger.logged])
+    assert_rates(after.used, [entry["lr-AdamW"] for entry in twin.logger.logged])
 
 
 @pytest.mark.parametrize("kind", [Module, Manual], ids=["automatic", "manual"])
@@ -244,10 +244,10 @@ def test_checkpoint_and_resume_in_mid_cycle(backend, kind, listed, tmp_path):
     fit(before, folder=tmp_path / "before")
     fit(whole, folder=tmp_path / "after")
     ours = torch.load(tmp_path / "after" / f"step={EPOCH}.ckpt", weights_only=True)
-    theirs = torch.load(tmp_path / "before" / f"step={EPOCH}.ckpt", weights_only=True)
-    assert ours.keys() == theirs.keys()
+    expected = torch.load(tmp_path / "before" / f"step={EPOCH}.ckpt", weights_only=True)
+    assert ours.keys() == expected.keys()
     assert ours["optimizer_states"][0]["param_groups"][0]["clr_step"] == EPOCH  # of a cycle of 7
-    assert_same_checkpoint(ours["optimizer_states"][0], theirs["optimizer_states"][0])
+    assert_same_checkpoint(ours["optimizer_states"][0], expected["optimizer_states"][0])
 
     for epoch in range(1, EPOCHS):
         resumed = kind(backend, listed=listed)

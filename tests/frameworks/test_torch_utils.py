@@ -55,25 +55,25 @@ def take_step(model, opt, batch):
 def test_weights_averaged_at_the_ends_of_cycles(backend, ema):
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.5) if ema else None
     before, after = with_norm(), with_norm()
-    theirs, ours = (AveragedModel(model, multi_avg_fn=average) for model in (before, after))
+    twin, ours = (AveragedModel(model, multi_avg_fn=average) for model in (before, after))
     reference = inner(before.parameters())
     scheduler = cyclic_lr(reference)
     for i, batch in enumerate(batches()):
         take_step(before, reference, batch)
         scheduler.step()
         if (i + 1) % CYCLE == 0:
-            theirs.update_parameters(before)
+            twin.update_parameters(before)
 
     opt = wrap(inner(after.parameters()), backend)
     opt.register_cycle_end_hook(lambda opt: ours.update_parameters(after))
     for batch in batches():
         take_step(after, opt, batch)
     assert_served(opt, backend)
-    assert ours.n_averaged == theirs.n_averaged == STEPS // CYCLE
-    assert_like_torch(ours, theirs, backend)
-    for averaged in (ours, theirs):
+    assert ours.n_averaged == twin.n_averaged == STEPS // CYCLE
+    assert_like_torch(ours, twin, backend)
+    for averaged in (ours, twin):
         update_bn(build_loader(), averaged)
-    expected = theirs.module[1].running_mean
+    expected = twin.module[1].running_mean
     assert not torch.equal(expected, before[1].running_mean)
     torch.testing.assert_close(ours.module[1].running_mean, expected, rtol=1e-4, atol=1e-6)
 

@@ -20,29 +20,29 @@ from fuzz.setups import FLAGS
 class CheckpointEvents(Pair):
     """Save, load, copy and wrap again."""
 
-    def loads(self, ours: Any, theirs: Any) -> bool:
+    def loads(self, state: Any, twin_state: Any) -> bool:
         """Load both. Return False if ours refused state with which torch cannot step."""
-        error = failure(lambda opt: opt.load_state_dict(ours), self.ours)
+        error = failure(lambda opt: opt.load_state_dict(state), self.ours)
         if error is not None:
-            if not self.is_refusal(error, theirs):
+            if not self.is_refusal(error, twin_state):
                 raise error
             return False
-        self.theirs.load_state_dict(theirs)
+        self.twin.load_state_dict(twin_state)
         return True
 
-    def is_refusal(self, error: Exception, theirs: Any) -> bool:
+    def is_refusal(self, error: Exception, twin_state: Any) -> bool:
         """Return whether ours refused a checkpoint that torch loads and then cannot step with."""
         if not isinstance(error, ValueError):
             return False
-        twin = copy.deepcopy(self.theirs)
-        twin.load_state_dict(copy.deepcopy(theirs))
-        for p in members(twin):
+        loaded = copy.deepcopy(self.twin)
+        loaded.load_state_dict(copy.deepcopy(twin_state))
+        for p in members(loaded):
             p.grad = torch.zeros_like(p)
-        return failure(lambda opt: opt.step(), twin) is not None
+        return failure(lambda opt: opt.step(), loaded) is not None
 
     def from_torch(self) -> Any:
         """Return torch's checkpoint with the flags that our optimizer was built with."""
-        state = copy.deepcopy(self.theirs.state_dict())
+        state = copy.deepcopy(self.twin.state_dict())
         if not self.exact:
             for saved, group in zip(state["param_groups"], self.ours.param_groups, strict=True):
                 saved.update({k: group[k] for k in FLAGS if k in group})
@@ -50,8 +50,8 @@ class CheckpointEvents(Pair):
 
     @event(0.5)
     def load_own_state_dict(self) -> bool | None:
-        theirs = copy.deepcopy(self.theirs.state_dict())
-        done = self.loads(copy.deepcopy(self.ours.state_dict()), theirs)
+        twin_state = copy.deepcopy(self.twin.state_dict())
+        done = self.loads(copy.deepcopy(self.ours.state_dict()), twin_state)
         self.overwritten = False
         return None if done else False
 
@@ -59,7 +59,7 @@ class CheckpointEvents(Pair):
     def load_torchs_state_dict(self, sets: bool) -> bool | None:
         """A checkpoint without a position starts at 0."""
         state = self.from_torch()
-        if not self.loads(state, copy.deepcopy(self.theirs.state_dict())):
+        if not self.loads(state, copy.deepcopy(self.twin.state_dict())):
             return False
         self.overwritten = False
         if sets:
@@ -71,18 +71,18 @@ class CheckpointEvents(Pair):
     @event(0.4, own=FLAG)
     def load_beneath(self, own: bool) -> bool | None:
         """Load into the wrapped optimizer, as code does that still holds a reference to it."""
-        rates = self.expected.rates() if own else [g["lr"] for g in self.theirs.param_groups]
+        rates = self.expected.rates() if own else [g["lr"] for g in self.twin.param_groups]
         if not any(rates):
             return False  # with zero gradients, a loaded rate of 0 looks like a checkpointer's step
         if own:
             state = copy.deepcopy(self.ours.state_dict())
-            theirs = copy.deepcopy(self.theirs.state_dict())
+            twin_state = copy.deepcopy(self.twin.state_dict())
         else:
             state = self.from_torch()
-            theirs = copy.deepcopy(self.theirs.state_dict())
+            twin_state = copy.deepcopy(self.twin.state_dict())
             self.expected.position = 0
         self.ours.optimizer.load_state_dict(state)
-        self.theirs.load_state_dict(theirs)
+        self.twin.load_state_dict(twin_state)
         self.overwritten = True  # until the next step
         self.noticed()
         return None
@@ -93,7 +93,7 @@ class CheckpointEvents(Pair):
         ours = copy.deepcopy(self.ours.state_dict())
         state = copy.deepcopy(self.ours.state_dict())
         self.overwritten = False  # state_dict() wrote our rates into the groups
-        for saved, group in zip(state["param_groups"], self.theirs.param_groups, strict=True):
+        for saved, group in zip(state["param_groups"], self.twin.param_groups, strict=True):
             if not self.exact:
                 saved.update({k: group[k] for k in (*FLAGS, "lr") if k in group})
             for key in [key for key in saved if key.startswith("clr_")]:
@@ -104,7 +104,7 @@ class CheckpointEvents(Pair):
         """Return what a checkpoint must fit. A kernel's state also has its parameter's layout."""
         return [
             [(p.shape, p.stride() if self.only_kernels else ()) for p in group["params"]]
-            for group in self.theirs.param_groups
+            for group in self.twin.param_groups
         ]
 
     @event(0.7)
@@ -152,7 +152,7 @@ class CheckpointEvents(Pair):
         # since.
         assert self.ours.iteration in (0, self.expected.position)
         error = failure(lambda opt: opt.load_state_dict(saved), self.ours)
-        if error is not None and not self.is_refusal(error, self.theirs.state_dict()):
+        if error is not None and not self.is_refusal(error, self.twin.state_dict()):
             raise error
         self.ours.set_iteration(self.expected.position)
         self.listen()
@@ -161,15 +161,15 @@ class CheckpointEvents(Pair):
     @event(0.7, pickled=FLAG)
     def keep_a_copy(self, pickled: bool) -> None:
         """Neither torch nor we copy gradients and hooks."""
-        kept = self.ours, self.theirs, self.expected, self.ended
+        kept = self.ours, self.twin, self.expected, self.ended
         whole = (*self.pair(), self.expected)
-        ours, theirs, expected = (
+        ours, twin, expected = (
             pickle.loads(pickle.dumps(whole)) if pickled else copy.deepcopy(whole)
         )
-        self.ours, self.theirs, self.expected = ours, theirs, expected
+        self.ours, self.twin, self.expected = ours, twin, expected
         self.listen()
         self.others = [*self.others, (*self.pair(), self.expected, self.ended, False)][-2:]
-        self.ours, self.theirs, self.expected, self.ended = kept
+        self.ours, self.twin, self.expected, self.ended = kept
 
     @event(0.7, i=WHICH)
     def go_on_with_a_copy(self, i: int) -> bool | None:
@@ -178,5 +178,5 @@ class CheckpointEvents(Pair):
         i %= len(self.others)
         now = (*self.pair(), self.expected, self.ended, self.overwritten)
         other, self.others[i] = self.others[i], now
-        self.ours, self.theirs, self.expected, self.ended, self.overwritten = other
+        self.ours, self.twin, self.expected, self.ended, self.overwritten = other
         return None

@@ -102,19 +102,19 @@ class Expected:
             assert rates == pytest.approx(by_paper, rel=1e-9, abs=1e-12)
         return rates
 
-    def feed_rates(self, theirs: Optimizer, rates: list[float] | None = None) -> None:
-        for group, lr in zip(theirs.param_groups, rates or self.rates(), strict=True):
+    def feed_rates(self, twin: Optimizer, rates: list[float] | None = None) -> None:
+        for group, lr in zip(twin.param_groups, rates or self.rates(), strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
 
-    def feed(self, theirs: Optimizer, rates: list[float] | None = None) -> None:
-        self.feed_rates(theirs, rates)
+    def feed(self, twin: Optimizer, rates: list[float] | None = None) -> None:
+        self.feed_rates(twin, rates)
         if self.momenta is None:
             return
         momenta = POLICIES[self.policy].schedule.momenta(self.position, self.momenta)
-        for group, momentum in zip(theirs.param_groups, momenta, strict=True):
+        for group, momentum in zip(twin.param_groups, momenta, strict=True):
             if "betas" in group:
                 group["betas"] = (momentum, group["betas"][1])
             else:

@@ -55,7 +55,7 @@ class GroupEvents(Pair):
             return False
         if key == "centered" and not self.centered:
             return False
-        if key == "decoupled_weight_decay" and isinstance(self.theirs, torch.optim.AdamW):
+        if key == "decoupled_weight_decay" and isinstance(self.twin, torch.optim.AdamW):
             return False  # torch's AdamW writes it at every load
         for opt in self.pair():
             group = opt.param_groups[i % len(opt.param_groups)]

@@ -107,7 +107,7 @@ class Pair:
             made: Optimizer = known.make(parameters(values), **options)
             return made
 
-        self.theirs = make(options if self.exact else {})
+        self.twin = make(options if self.exact else {})
         self.wrap = {
             **POLICIES[policy].options,
             "max_grad_norm": clip,
@@ -150,7 +150,7 @@ class Pair:
     # ---- both at once
 
     def pair(self) -> tuple[Any, Any]:
-        return self.ours, self.theirs
+        return self.ours, self.twin
 
     def pick(self, i: int) -> list[tuple[Any, Any]]:
         """Return the same parameter of both."""
@@ -158,10 +158,10 @@ class Pair:
 
     def both(self, change: Callable[[Any], object]) -> bool:
         """Do the same to both. If torch raises, ours must raise too."""
-        theirs, ours = failure(change, self.theirs), failure(change, self.ours)
-        if type(theirs) is not type(ours):
-            raise AssertionError(f"torch raises {theirs!r}, ours {ours!r}") from ours
-        return theirs is None
+        twin_error, error = failure(change, self.twin), failure(change, self.ours)
+        if type(twin_error) is not type(error):
+            raise AssertionError(f"torch raises {twin_error!r}, ours {error!r}") from error
+        return twin_error is None
 
     @staticmethod
     def normal(shape: Any, seed: int) -> Tensor:
@@ -173,9 +173,9 @@ class Pair:
 
         Compare the position too, unless the question may change it.
         """
-        for i, (p, q) in enumerate(zip(members(self.ours), members(self.theirs), strict=True)):
+        for i, (p, q) in enumerate(zip(members(self.ours), members(self.twin), strict=True)):
             self.compare(p, q, None if before is None else before[i][0], i)
-        for i, (mine, other) in enumerate(zip(held(self.ours), held(self.theirs), strict=True)):
+        for i, (mine, other) in enumerate(zip(held(self.ours), held(self.twin), strict=True)):
             assert [name for name, _ in mine] == [name for name, _ in other], i
             then = {} if before is None else before[i][1]
             for (name, a), (_, b) in zip(mine, other, strict=True):
@@ -190,11 +190,11 @@ class Pair:
         if self.backend != "triton":
             self.look()
 
-    def compare(self, ours: Tensor, theirs: Tensor, before: Tensor | None, what: object) -> None:
+    def compare(self, ours: Tensor, expected: Tensor, before: Tensor | None, what: object) -> None:
         """Compare relative to the largest value before or after the step, as sums may cancel."""
-        assert ours.shape == theirs.shape, what
-        assert ours.dtype == theirs.dtype, what
-        a, b = dense(ours.detach()).double(), dense(theirs.detach()).double()
+        assert ours.shape == expected.shape, what
+        assert ours.dtype == expected.dtype, what
+        a, b = dense(ours.detach()).double(), dense(expected.detach()).double()
         if torch.equal(a, b):
             return
         assert_pattern(a, b, what)
@@ -203,7 +203,7 @@ class Pair:
             return
         error = (a - b)[finite].abs().max().item()
         largest = max(b[finite].abs().max().item(), 1e-3)
-        if before is not None and before.shape == theirs.shape:
+        if before is not None and before.shape == expected.shape:
             then = dense(before.detach()).double().nan_to_num(0.0, 0.0, 0.0).abs().max().item()
             largest = max(largest, then)
         tolerance = 0.0 if self.exact else TOLERANCES[self.precision or ours.dtype]
@@ -285,13 +285,13 @@ class Pair:
         before = [self.snapshot(opt) for opt in self.pair()]
         self.stale += 1
         self.norm: float | None = None
-        self.expected.feed(self.theirs, rates)
-        theirs = failure(self.plain_step, self.theirs)
-        ours = failure(call, self.ours)
-        wanted = BoomError if late and theirs is None else type(theirs)
-        if type(ours) is not wanted:
-            raise AssertionError(f"torch raises {theirs!r}, ours {ours!r}") from ours
-        if theirs is None:
+        self.expected.feed(self.twin, rates)
+        twin_error = failure(self.plain_step, self.twin)
+        error = failure(call, self.ours)
+        wanted = BoomError if late and twin_error is None else type(twin_error)
+        if type(error) is not wanted:
+            raise AssertionError(f"torch raises {twin_error!r}, ours {error!r}") from error
+        if twin_error is None:
             self.overwritten = self.overwritten and not moves
             if moves:
                 self.expected.stepped()
@@ -300,7 +300,7 @@ class Pair:
             self.check(before[1])
             self.doubt = None
             if self.norm is not None:
-                wide = all(p.dtype == torch.float64 for p in members(self.theirs))
+                wide = all(p.dtype == torch.float64 for p in members(self.twin))
                 close = pytest.approx(self.norm, rel=1e-10 if wide else 1e-5)
                 assert self.ours.grad_norm.item() == close
             self.meet()
@@ -313,7 +313,7 @@ class Pair:
 
         The result holds float64 tensors: of parameters by number, of state by number and name.
         """
-        norm, came_to = self.norm, self.snapshot(self.theirs)
+        norm, came_to = self.norm, self.snapshot(self.twin)
         apart: dict[object, Tensor] = {}
 
         def note(what: object, a: Any, b: Any) -> None:
@@ -322,32 +322,32 @@ class Pair:
                 apart[what] = torch.maximum(apart[what], gap) if what in apart else gap
 
         for off in (ROUNDING, -ROUNDING):
-            twin = copy.deepcopy(self.theirs)
-            self.restore(twin, copy.deepcopy(before))
-            for p, q in zip(members(twin), members(self.theirs), strict=True):
+            disturbed = copy.deepcopy(self.twin)
+            self.restore(disturbed, copy.deepcopy(before))
+            for p, q in zip(members(disturbed), members(self.twin), strict=True):
                 p.grad = None if q.grad is None else q.grad.clone()
-            self.plain_step(twin, off)
-            for i, (mine, other) in enumerate(zip(self.snapshot(twin), came_to, strict=True)):
+            self.plain_step(disturbed, off)
+            for i, (mine, other) in enumerate(zip(self.snapshot(disturbed), came_to, strict=True)):
                 note(i, mine[0], other[0])
                 for name, t in mine[1].items():
                     note((i, name), t, other[1][name])
         self.norm = norm
         return apart
 
-    def plain_step(self, theirs: Any, off: float = 0.0) -> None:
+    def plain_step(self, twin: Any, off: float = 0.0) -> None:
         """Take torch's step: gradients clipped by their norm, 16-bit parameters in float64.
 
         Args:
-            theirs: the optimizer.
+            twin: torch's optimizer.
             off: the error of the gradients, relative to themselves and their weight decay.
         """
-        with self.widened(theirs):
-            for group in theirs.param_groups if off else ():
+        with self.widened(twin):
+            for group in twin.param_groups if off else ():
                 for p in group["params"]:
                     if p.grad is not None and p.grad.layout is torch.strided:
                         decay = group.get("weight_decay", 0.0) * p.detach().abs()
                         p.grad = p.grad + off * (p.grad.abs() + decay)
-            kept = [(p, p.grad) for p in members(theirs)]
+            kept = [(p, p.grad) for p in members(twin)]
             there = [g for _, g in kept if g is not None]
             if self.clip is not None and all(g.layout is torch.strided for g in there):
                 for p, g in kept:
@@ -355,7 +355,7 @@ class Pair:
                 norm = torch.nn.utils.clip_grad_norm_([p for p, _ in kept], self.clip)
                 self.norm = norm.item()
             try:
-                theirs.step()
+                twin.step()
             finally:
                 for p, g in kept:
                     p.grad = g
@@ -391,10 +391,10 @@ class Pair:
         """Take over our values where rounding would accumulate."""
         if self.exact:
             return
-        for p, q in zip(members(self.ours), members(self.theirs), strict=True):
+        for p, q in zip(members(self.ours), members(self.twin), strict=True):
             if (self.precision or q.dtype) != torch.float64:
                 q.data.copy_(p.data)
-                for name, t in self.theirs.state.get(q, {}).items():
+                for name, t in self.twin.state.get(q, {}).items():
                     if isinstance(t, Tensor) and t.layout is torch.strided:
                         t.copy_(self.ours.state[p][name])
 

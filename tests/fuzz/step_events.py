@@ -94,7 +94,7 @@ class StepEvents(TensorEvents):
             return 2.5
 
         self.stale = 0
-        self.fill(self.theirs, seed)
+        self.fill(self.twin, seed)
 
         def call(opt: Any) -> None:
             assert opt.step(closure) == 2.5
@@ -157,7 +157,7 @@ class StepEvents(TensorEvents):
                     group["lr"] = lr
 
         self.take(call, rates=[0.0] * len(self.ours.param_groups), moves=False)
-        self.expected.feed_rates(self.theirs)  # a checkpoint of the twin must hold a rate in use
+        self.expected.feed_rates(self.twin)  # a checkpoint of the twin must hold a rate in use
         return None
 
     @event(2.0, seed=SEEDS, overflow=(False, False, True), power=range(4), unscales=FLAG)
@@ -169,7 +169,7 @@ class StepEvents(TensorEvents):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (2 * power))
         scaler.scale(torch.zeros(()))
         self.stale = 0
-        for opt, scale in ((self.theirs, 1.0), (self.ours, scaler.get_scale())):
+        for opt, scale in ((self.twin, 1.0), (self.ours, scaler.get_scale())):
             for i, p in enumerate(members(opt)):
                 grad = like(self.normal(p.shape, seed + i), p) * scale
                 p.grad = grad if p.requires_grad else None

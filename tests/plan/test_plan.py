@@ -377,7 +377,7 @@ def test_any_order_of_latecomers(events):
                 elif what == "list":
                     opt.param_groups[-1]["params"] = list(opt.param_groups[-1]["params"])
             step(pair, set(range(len(members(pair.ours)))) - there)
-        assert_alike(pair.ours, pair.theirs)
+        assert_alike(pair.ours, pair.twin)
 
 
 # ---- from an attack

@@ -69,8 +69,13 @@ class TritonBackend:
         schedule: Schedule,
         device: str,
         lock: threading.RLock | None,
+        *,
+        asked: bool,
     ) -> TritonBackend:
-        """Return a backend for one optimizer."""
+        """Return a backend for one optimizer; try a kernel out if the user did not name Triton."""
+        if not asked and not current.is_capturing():
+            params = (p for group in optimizer.param_groups for p in group["params"])
+            here.try_out(next(p.device for p in params if p.device.type == device))
         return cls(optimizer, rule, schedule, device, lock)
 
     def __init__(

@@ -186,12 +186,12 @@ class Run:
         graph.replay()
 
 
-def assert_together(ours: Run, theirs: Run) -> None:
-    assert ours.opt.iteration == theirs.opt.iteration
-    assert ours.opt.cycle == theirs.opt.cycle
-    assert ours.opt.get_last_lr() == theirs.opt.get_last_lr()
-    assert ours.opt.state_dict()["param_groups"] == theirs.opt.state_dict()["param_groups"]
-    assert_identical(ours.opt, theirs.opt)
+def assert_together(ours: Run, twin: Run) -> None:
+    assert ours.opt.iteration == twin.opt.iteration
+    assert ours.opt.cycle == twin.opt.cycle
+    assert ours.opt.get_last_lr() == twin.opt.get_last_lr()
+    assert ours.opt.state_dict()["param_groups"] == twin.opt.state_dict()["param_groups"]
+    assert_identical(ours.opt, twin.opt)
 
 
 def scaled(run: Run, number: int, scale: float, overflow: bool) -> None:

@@ -143,8 +143,8 @@ def test_nan_and_inf(cell):
     for k in range(4):
         grads = gradients if k < 2 else [g.nan_to_num(0.25, 0.5, -0.5) for g in gradients]
         contract.step([like(g, p) for g, p in zip(grads, members(contract.ours), strict=True)])
-        _, _, mine, theirs = contract.segments[-1]
-        assert_pattern(mine[-1], theirs[-1].to(dtype), k)
+        _, _, mine, expected = contract.segments[-1]
+        assert_pattern(mine[-1], expected[-1].to(dtype), k)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=contract.name_of)
@@ -360,7 +360,7 @@ def test_clipping(name, limit):
         pair.draw()
         changes.drop(pair, lambda i: i == k)  # noqa: B023
         kept = [(p, p.grad, p.grad.clone()) for p in members(pair.ours) if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(members(pair.theirs), limit)
+        norm = torch.nn.utils.clip_grad_norm_(members(pair.twin), limit)
         pair.step()
         assert_close(pair.ours.grad_norm, norm, 1e-12)
         for p, grad, values in kept:
@@ -378,15 +378,7 @@ def test_clipping_where_there_is_no_gradient():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0])
 @pytest.mark.parametrize("name", ["sgd-nest-wd", "adam-wd"])
 def test_clipping_nan_and_inf(name, value):
-    pair = twins(BY_NAME[name], max_grad_norm=1.0)
-    for k in range(3):
-        pair.draw()
-        if k != 1:
-            for opt in pair.both():
-                members(opt)[0].grad[0, 0] = value
-        norm = torch.nn.utils.clip_grad_norm_(members(pair.theirs), 1.0)
-        pair.step()
-        assert_close(pair.ours.grad_norm, norm, 1e-12)
+    contract.assert_clips_nan_and_inf(twins(BY_NAME[name], max_grad_norm=1.0), value, steps=3)
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=contract.name_of)
@@ -394,29 +386,18 @@ def test_clipping_in_other_dtypes(dtype):
     case, shapes = BY_NAME["adam-wd"], ((5, 3), (300,))
     values = drawn(shapes, dtype)
     ours = case.ours(parameters(values), backend="triton", max_grad_norm=0.5)
-    theirs = case.make(parameters(values, torch.float64))
+    twin = case.make(parameters(values, torch.float64))
     for k in range(3):
-        for p, q, g in zip(*map(members, (ours, theirs)), drawn(shapes, dtype, k + 9), strict=True):
+        for p, q, g in zip(*map(members, (ours, twin)), drawn(shapes, dtype, k + 9), strict=True):
             p.grad, q.grad = g.clone(), g.double()
-        norm = torch.nn.utils.clip_grad_norm_(members(theirs), 0.5)
-        feed(theirs, ours)
-        theirs.step()
+        norm = torch.nn.utils.clip_grad_norm_(members(twin), 0.5)
+        feed(twin, ours)
+        twin.step()
         ours.step()
         assert ours.grad_norm.item() == pytest.approx(norm.item(), rel=4 * torch.finfo(dtype).eps)
-        for p, q in zip(*map(members, (ours, theirs)), strict=True):
+        for p, q in zip(*map(members, (ours, twin)), strict=True):
             assert_close(p, q.to(dtype), 4 * torch.finfo(dtype).eps)
 
 
 def test_clipping_one_norm_over_both_backends():
-    pair = Twins(
-        many_groups(*MIXED_GROUPS["adamw-differentiable"], draw=drawn),
-        backend="auto",
-        max_grad_norm=0.5,
-    )
-    for _ in range(3):
-        pair.draw()
-        kept = [(p, p.grad, p.grad.clone()) for p in members(pair.ours)]
-        norm = torch.nn.utils.clip_grad_norm_(members(pair.theirs), 0.5)
-        pair.step()
-        assert_close(pair.ours.grad_norm, norm, 1e-12)
-        assert all(p.grad is g and torch.equal(g, values) for p, g, values in kept)
+    contract.assert_one_norm_over_both_backends(Twins, draw=drawn, steps=3)

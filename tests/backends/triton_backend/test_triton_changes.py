@@ -47,14 +47,14 @@ def test_a_default_device_is_not_ours():
         pair.ours.step()  # nothing has a gradient
     for _ in range(2):
         pair.draw()
-        feed(pair.theirs, pair.ours)
+        feed(pair.twin, pair.ours)
         with torch.device("meta"):
             pair.ours.step()
             assert pair.ours.grad_norm.device == DEVICE
             assert pair.ours.iteration
-        torch.nn.utils.clip_grad_norm_(members(pair.theirs), 0.5)
-        pair.theirs.step()
-        assert_alike(pair.ours, pair.theirs)
+        torch.nn.utils.clip_grad_norm_(members(pair.twin), 0.5)
+        pair.twin.step()
+        assert_alike(pair.ours, pair.twin)
 
 
 def test_steps_in_inference_mode_and_out_of_it():
@@ -106,14 +106,14 @@ def test_ctrl_c_between_device_and_host(first, monkeypatch):
         pair.draw()
         pair.step()
     pair.draw()
-    feed(pair.theirs, pair.ours)
+    feed(pair.twin, pair.ours)
     with monkeypatch.context() as patch:
         fail_after_triton_launches(patch, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             pair.ours.step()
-    pair.theirs.step()
+    pair.twin.step()
     assert pair.ours.iteration == 2 - first
-    assert_alike(pair.ours, pair.theirs)
+    assert_alike(pair.ours, pair.twin)
     for _ in range(2):
         pair.draw()
         pair.step()
@@ -152,7 +152,7 @@ def test_a_device_that_joins_stands_where_the_others_do(monkeypatch):
 def test_tensors_that_are_not_aligned(which, dtype):
     contract = Contract(BY_NAME["adamw-ams"], dtype, drawn([(3, 5), (17,)], torch.float64))
     if which != "gradients":
-        for opt in (contract.ours, contract.theirs):
+        for opt in (contract.ours, contract.twin):
             for p in members(opt)[1:]:
                 p.data = unaligned(p.detach())
         contract.segments = []
@@ -223,7 +223,7 @@ def test_a_copy_and_the_original_go_on(name, duplicate):
     pair = twins(BY_NAME[name])
     pair.run(2)
     other = Twins.__new__(Twins)
-    other.theirs, other.ours = duplicate(pair.theirs), duplicate(pair.ours)
+    other.twin, other.ours = duplicate(pair.twin), duplicate(pair.ours)
     other.generator = torch.Generator().manual_seed(7)
     for _ in range(2):
         pair.run(1)
@@ -288,16 +288,16 @@ def test_a_run_may_change_backend_at_checkpoints(case):
 def test_a_checkpoint_is_as_torch_writes_it():
     pair = twins(BY_NAME["adamw-ams"])
     pair.run(3)
-    ours, theirs = pair.ours.state_dict(), pair.theirs.state_dict()
-    assert list(ours["state"]) == list(theirs["state"])
-    for mine, other in zip(ours["state"].values(), theirs["state"].values(), strict=True):
+    ours, expected = pair.ours.state_dict(), pair.twin.state_dict()
+    assert list(ours["state"]) == list(expected["state"])
+    for mine, other in zip(ours["state"].values(), expected["state"].values(), strict=True):
         assert list(mine) == list(other)
         for name, t in other.items():
             assert (mine[name].device, mine[name].dtype) == (t.device, t.dtype), name
         assert mine["step"].item() == 3
     pair.run(1)
     assert ours["state"][0]["step"].item() in (3, 4)  # torch's own counters go on in the checkpoint
-    pair.theirs.load_state_dict(copy.deepcopy(pair.ours.state_dict()))
+    pair.twin.load_state_dict(copy.deepcopy(pair.ours.state_dict()))
     pair.run(2)
 
 
@@ -314,7 +314,7 @@ def test_a_checkpoint_keeps_state_of_no_parameter():
 def test_a_plain_checkpoint_loads_and_the_position_is_set():
     pair = twins(BY_NAME["adam"])
     pair.run(3)
-    pair.ours.load_state_dict(copy.deepcopy(pair.theirs.state_dict()))
+    pair.ours.load_state_dict(copy.deepcopy(pair.twin.state_dict()))
     assert pair.ours.iteration == 0
     pair.run(2)
     pair.ours.set_iteration(9)

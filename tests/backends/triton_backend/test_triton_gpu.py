@@ -74,7 +74,7 @@ def test_a_side_stream():
 
     def step():
         pair.draw()
-        torch.nn.utils.clip_grad_norm_(members(pair.theirs), 1.0)
+        torch.nn.utils.clip_grad_norm_(members(pair.twin), 1.0)
         pair.step()
 
     step()

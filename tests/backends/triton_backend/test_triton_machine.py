@@ -314,17 +314,17 @@ class Machine:
     def look(self) -> None:
         assert self.ours.iteration == self.twin.iteration
         assert self.ours.get_last_lr() == self.twin.get_last_lr()
-        ours, theirs = self.ours.state_dict(), self.twin.state_dict()
-        for mine, other in zip(ours["param_groups"], theirs["param_groups"], strict=True):
+        ours, expected = self.ours.state_dict(), self.twin.state_dict()
+        for mine, other in zip(ours["param_groups"], expected["param_groups"], strict=True):
             assert set(mine) == set(other)
             for key in set(mine) - {"lr", "capturable", "params"}:
                 assert mine[key] == other[key], key
             assert float(mine["lr"]) == pytest.approx(float(other["lr"]), rel=1e-6)
 
     def compare(self) -> None:
-        ours, theirs = tensors_of(self.ours), tensors_of(self.twin)
-        assert set(ours) == set(theirs)
-        for key, value in theirs.items():
+        ours, expected = tensors_of(self.ours), tensors_of(self.twin)
+        assert set(ours) == set(expected)
+        for key, value in expected.items():
             assert_close(ours[key], value, 1e-9, key)
 
     WEIGHTS: ClassVar = {

@@ -27,8 +27,8 @@ def test_a_ranks_part_of_dtensors(ranks, name, max_norm):
     for result in ranks.run(2, sharded_training.train, name, "fsdp", "triton", max_norm):
         assert result["backends"] == {"triton"}
         assert result["norms"] == pytest.approx(norms, rel=1e-5)
-        for ours, theirs in zip(result["params"], expected, strict=True):
-            torch.testing.assert_close(ours, theirs)
+        for ours, reference in zip(result["params"], expected, strict=True):
+            torch.testing.assert_close(ours, reference)
 
 
 @pytest.mark.skipif(RUNS and not INTERPRETED, reason="the ranks' tensors are on the CPU")
@@ -52,10 +52,10 @@ def test_dtensors_on_a_gpu(name):
         sharded = copy.deepcopy(plain)
         fully_shard(sharded, mesh=init_device_mesh("cuda", (1,)))
         ours = case.ours(sharded.parameters(), backend="triton", max_grad_norm=0.5)
-        theirs = case.ours(plain.parameters(), backend="torch", max_grad_norm=0.5)
+        twin = case.ours(plain.parameters(), backend="torch", max_grad_norm=0.5)
         for _ in range(4):
             x = torch.randn(8, 70, device=DEVICE)
-            for model, opt in ((sharded, ours), (plain, theirs)):
+            for model, opt in ((sharded, ours), (plain, twin)):
                 opt.zero_grad()
                 model(x).square().mean().backward()
                 opt.step()

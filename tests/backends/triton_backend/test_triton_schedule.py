@@ -134,16 +134,16 @@ def at_backend(case, backend, **options):
     return case.ours(parameters(values), backend=backend, **{"step_size_up": 3, **options})
 
 
-def run_both(ours, theirs, steps, seed=0):
+def run_both(ours, twin, steps, seed=0):
     for k in range(steps):
-        for p, q in zip(members(ours), members(theirs), strict=True):
+        for p, q in zip(members(ours), members(twin), strict=True):
             p.grad = like(drawn([p.shape], p.dtype, seed + k)[0], p)
             q.grad = p.grad.clone()
         ours.step()
-        theirs.step()
-    assert_alike(ours, theirs)
-    assert ours.get_last_lr() == theirs.get_last_lr()
-    assert ours.iteration == theirs.iteration
+        twin.step()
+    assert_alike(ours, twin)
+    assert ours.get_last_lr() == twin.get_last_lr()
+    assert ours.iteration == twin.iteration
 
 
 POLICIES = {
@@ -246,7 +246,7 @@ def test_torchs_own_counter_stalls_where_it_does_in_torch(name):
 def test_settings_changed_in_mid_run(setting):
     pair = twins(BY_NAME["adam"], backend="auto")
     pair.run(2)
-    before = dict(pair.theirs.param_groups[0])
+    before = dict(pair.twin.param_groups[0])
     for _ in range(2):
         for opt in pair.both():
             opt.param_groups[0].update(changes.SETTINGS[setting])
@@ -264,7 +264,7 @@ def test_a_zero_rate_step_makes_state_and_nothing_else(name, warm):
     pair.run(warm)
     before = [p.detach().clone() for p in members(pair.ours)]
     position, rates = pair.ours.iteration, pair.ours.get_last_lr()
-    feed(pair.theirs, pair.ours)
+    feed(pair.twin, pair.ours)
     for opt in pair.both():
         kept = [group["lr"] for group in opt.param_groups]
         for group in opt.param_groups:
