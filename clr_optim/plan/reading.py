@@ -29,6 +29,7 @@ class Reading(NamedTuple):
         fused: torch's flag of that name.
         keys: the names of the settings, see :attr:`UpdateRule.settings`.
         values: the settings.
+        momentum_at: the place among them of the momentum, or of the betas, that may cycle.
     """
 
     why: str | None
@@ -38,6 +39,7 @@ class Reading(NamedTuple):
     fused: bool
     keys: list[str]
     values: list[Any]
+    momentum_at: int | None = None
 
     def differs_in_values_only(self, other: Reading) -> bool:
         """Return whether both readings lead to the same buckets."""
@@ -141,13 +143,12 @@ class GroupReadings:
         for i, (reading, setting, momentum) in enumerate(
             zip(self.readings, settings, momenta, strict=True)
         ):
-            before = reading.scalars
-            if not before or momentum == 0.0 or before[column] == 0.0:
+            at, row = reading.momentum_at, reading.scalars
+            if at is None or 0.0 in (momentum, row[column]):
                 continue
-            at = reading.keys.index("momentum" if type(setting) is float else "betas")
             if type(reading.values[at]) is type(setting):
                 # The setting last: after an interrupt in between, the next scan finds the change.
-                before[column] = scalars[i, column] = momentum
+                row[column] = scalars[i, column] = momentum
                 reading.values[at] = setting
 
     def take_members(self, groups: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, int]] | None:
@@ -184,6 +185,8 @@ class GroupReadings:
         settings, rule = dict(group), self._rule
         why = rule.not_fused(settings, capturable=self._capturable)
         known = {name: value for name, value in settings.items() if name in rule.settings}
+        cycled = "betas" if "betas" in known else "momentum"
+        cycles = why is None and rule.momentum is not None
         return Reading(
             why,
             rule.kernel(settings) if why is None else "",
@@ -192,6 +195,7 @@ class GroupReadings:
             bool(settings.get("fused")),
             list(known),
             list(known.values()),
+            list(known).index(cycled) if cycles else None,
         )
 
 
