@@ -337,7 +337,7 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Global gradient norm of the last step, before clipping: a 0-dim tensor.
+        """The global gradient norm of the last step before clipping, a 0-dim tensor.
 
         ``None`` before the first step with ``max_grad_norm``.
         """

@@ -19,6 +19,7 @@ from clr_optim.core.rates import (
 from clr_optim.core.saved import found_bounds, written_position
 from clr_optim.core.settings import HIGH_MOMENTUM, LOW_MOMENTUM, Settings
 from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM, SCHEDULE, STEP
+from clr_optim.schedule import rates_and_momenta
 
 __all__ = ["GroupMirror", "Record", "Values"]
 
@@ -174,12 +175,7 @@ class GroupMirror:
         return len(known) == len(groups) and all(map(operator.is_, known, groups))
 
     def is_foreign(self, index: int, group: dict[str, Any]) -> bool:
-        """Return whether other code wrote the ``lr`` of a group that has a record.
-
-        Args:
-            index: the number of the group.
-            group: the group.
-        """
+        """Return whether other code wrote the ``lr`` of a recorded group, by its index."""
         lr = group["lr"]
         if lr is not self.records[index].lr:
             return True
@@ -269,9 +265,8 @@ class GroupMirror:
         bounds: list[tuple[float, float]],
         momentum_bounds: list[tuple[float, float]],
     ) -> Values:
-        rates, momenta = self._settings.schedule.rates_and_momenta(
-            position, bounds, momentum_bounds
-        )
+        schedule = self._settings.schedule
+        rates, momenta = rates_and_momenta(schedule, position, bounds, momentum_bounds)
         return Values(position, bounds, momentum_bounds, rates, momenta)
 
     # ---- the answers
