@@ -57,8 +57,7 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
             :class:`~clr_optim.schedule.Schedule`, which brings step sizes, gamma, window and scale
             function.
         base_lr: lower bound, a number or one per group (a list, a tuple, an array or a tensor; a
-            tensor of one element is a number); ``None`` is ``max_lr / 4``, the paper's
-            guideline.
+            tensor of one element is a number); ``None`` is the paper's ``max_lr / 4``.
         max_lr: upper bound, a number or one per group; ``None`` is the group's ``lr``, so that the
             rate chosen for the optimizer becomes the top of the cycle. If an earlier wrapper cycled
             the optimizer, ``None`` is the ``lr`` before that, or a rate that other code has written
@@ -73,9 +72,8 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
         cycle_momentum: cycle ``momentum``, or ``betas[0]``, against the rate.
         base_momentum, max_momentum: the bounds of momentum, a number or one per group, in [0, 1];
             used only with ``cycle_momentum=True``.
-        max_grad_norm: clip by the global norm before each step, as
-            :func:`torch.nn.utils.clip_grad_norm_` does; gradients in memory keep their values. See
-            :attr:`grad_norm`.
+        max_grad_norm: clip by the global norm, as :func:`torch.nn.utils.clip_grad_norm_` before
+            each step; gradients in memory keep their values. See :attr:`grad_norm`.
         backend: ``"torch"`` (the wrapped optimizer's step), ``"native"`` (C++ kernels for CPU
             tensors), ``"triton"`` (kernels for GPU tensors) or ``"auto"``: ``"triton"`` for
             parameters on NVIDIA GPUs that Triton compiles for, ``"native"`` on the CPU, and the
@@ -388,8 +386,8 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
             What the wrapped ``step`` returns, which is the closure's loss.
 
         Raises:
-            RuntimeError: if a backend that was asked for by name cannot serve all parameters, and
-                if the step cannot be captured into a CUDA graph, saying why.
+            RuntimeError: if a backend that was asked for by name cannot serve all parameters or a
+                replaced ``step``, and if a CUDA graph cannot capture the step, saying why.
 
         Example:
             >>> weight = torch.ones(3, requires_grad=True)
@@ -399,6 +397,8 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
             >>> opt.iteration, opt.get_last_lr()
             (1, [0.2])
         """
+        if "step" in self._inner.__dict__:
+            self._shared.serving.refuse_replaced_step()
         observed = (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks

@@ -28,11 +28,13 @@ def has_own_step(optimizer: Optimizer) -> bool:
     """Return whether other code replaced ``step`` on the object.
 
     A torch scheduler also replaces ``step``, to see that the user calls it. The step below the
-    scheduler's then decides.
+    scheduler's then decides. The class's own step, put back on the object, replaces nothing.
     """
     step = optimizer.__dict__.get("step")
     if step is None:
         return False
+    if getattr(step, "__func__", None) is type(optimizer).step:
+        return step.__self__ is not optimizer
     if hasattr(step, "_wrapped_by_lr_sched"):
         return getattr(step, "__wrapped__", None) is not type(optimizer).step
     return True

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from clr_optim import backends
 from clr_optim.backends import BuildError, rule_for
 from clr_optim.backends.base import FusedBackend
+from clr_optim.backends.torch import has_own_step
 from clr_optim.core.settings import Settings
 from clr_optim.core.warn import callers_level
 from clr_optim.plan import classify
@@ -82,7 +83,7 @@ class Serving:
         optimizer = self._settings.optimizer
         rule = rule_for(optimizer)
         if self.fused is not None or isinstance(rule, str):
-            return  # another thread was faster, or the step was replaced
+            return  # another thread was faster, or other code replaced the step
         asked = self._settings.backend != "auto"
         schedule = self._settings.schedule
         try:
@@ -93,6 +94,16 @@ class Serving:
             self.name = "torch"
             self.reason = f"the fused kernels cannot be compiled: {error}"
             _warn_no_kernels(error)
+
+    def refuse_replaced_step(self) -> None:
+        """Raise if other code replaced the wrapped step, and the user asked for kernels by name."""
+        optimizer, backend = self._settings.optimizer, self._settings.backend
+        if backends.is_fused(backend) and has_own_step(optimizer):
+            raise RuntimeError(
+                f"backend={backend!r} cannot serve {class_name(type(optimizer))}: its step was "
+                f"replaced after it was wrapped; delete the new step (del optimizer.step), or use "
+                f"backend='auto', which runs it"
+            )
 
     def explain(self) -> str:
         """Return a line for each backend and reason: which parameters it serves, and why."""
@@ -112,7 +123,8 @@ class Serving:
                     by = ("torch", known) if known else (name, reason)
                     served.setdefault(by, []).append(param)
         else:
-            served = {(name, reason): list(parameters_of(optimizer))}
+            why = reason if traits is None else str(rule)
+            served = {("torch", why): list(parameters_of(optimizer))}
         of_class = class_name(type(optimizer))
         return "\n".join(
             f"{by}: {len(params)} parameter tensors, {_values_in(params)}, {of_class}: {why}"

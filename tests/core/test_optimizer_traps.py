@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cases import BY_NAME, Problem
+from native_helpers import members
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from clr_optim import CyclicalOptimizer
@@ -77,6 +78,47 @@ def test_a_step_replaced_on_the_object_runs_even_below_a_scheduler():
     opt = CyclicalOptimizer(inner, max_lr=0.1)
     opt.step()
     assert (p == 42).all()
+
+
+@pytest.mark.parametrize("stepped", [False, True], ids=["at first", "after a step"])
+def test_a_step_replaced_after_the_wrapping_is_refused_by_a_backend_by_name(stepped):
+    inner = torch.optim.SGD([param()], lr=0.1)
+    opt = CyclicalOptimizer(inner, backend="native")
+    if stepped:
+        opt.step()
+    calls, fired = [], []
+    inner.step = lambda closure=None: calls.append(closure)
+    opt.register_step_pre_hook(lambda *a: fired.append("pre"))
+    before = copy.deepcopy(opt.state_dict()), members(opt)[0].detach().clone()
+    message = "backend='native' cannot serve SGD: its step was replaced.*del .*step.*'auto'"
+    with pytest.raises(RuntimeError, match=message):
+        opt.step()
+    assert not calls
+    assert not fired
+    assert (opt.state_dict(), opt.iteration) == (before[0], int(stepped))
+    assert torch.equal(members(opt)[0], before[1])
+    assert opt.explain().endswith("SGD: its step was replaced")
+    del inner.step
+    opt.step()
+    assert opt.iteration == stepped + 1
+    assert opt.explain().startswith("native")
+
+
+def test_a_step_replaced_after_the_wrapping_runs_under_auto():
+    inner = torch.optim.SGD([param()], lr=0.1)
+    opt = CyclicalOptimizer(inner)
+    opt.step()
+    explained = opt.explain()
+    calls, step = [], inner.step
+    inner.step = lambda closure=None: calls.append(closure)
+    opt.step()
+    assert (len(calls), opt.iteration) == (1, 2)
+    assert opt.explain().startswith("torch: ")
+    assert explained.startswith("torch") or opt.explain().endswith("SGD: its step was replaced")
+    inner.step = step  # as tools do that replaced the step for a while
+    opt.step()
+    assert (len(calls), opt.iteration) == (1, 3)
+    assert opt.explain() == explained
 
 
 def test_a_warm_ups_zero_with_a_closure_is_no_zero_rate_step():

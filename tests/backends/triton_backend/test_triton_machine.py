@@ -22,7 +22,7 @@ import torch
 from graph_helpers import PlayedGraph, Run, WaitedError, assert_together, scaled
 from native_helpers import BY_NAME, Case, assert_close, like, members, tensors_of
 from torch import Tensor
-from triton_helpers import INTERPRETED, drawn
+from triton_helpers import INTERPRETED, choose_triton, drawn
 
 from clr_optim import CyclicalOptimizer
 
@@ -560,9 +560,10 @@ def test_a_hook_registered_after_replays_fires_at_cycle_ends():
     assert ends == [6, 6]
 
 
-def test_the_wrapped_step_after_replays_goes_on_where_they_were():
+def test_the_wrapped_step_after_replays_goes_on_where_they_were(monkeypatch):
     """No kernel serves a replaced step: it uses the device's rate, and the device counts it."""
-    run, plain = pair(capturable=False)
+    choose_triton(monkeypatch)  # a backend by name refuses a replaced step
+    run, plain = pair(backend="auto", capturable=False)
     graph = graph_of(run)
     for k in (1, 2):
         run.replay(graph, k)
