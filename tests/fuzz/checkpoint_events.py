@@ -8,7 +8,8 @@ import pickle
 from typing import Any
 
 import torch
-from native_helpers import failure, members
+from native_helpers import HALF, NUMBERS, failure, load, members
+from torch import Tensor
 
 from clr_optim import CyclicalOptimizer
 from fuzz.events import FLAG, WHICH, event
@@ -27,7 +28,7 @@ class CheckpointEvents(Pair):
             if not self.is_refusal(error, theirs):
                 raise error
             return False
-        self.theirs.load_state_dict(theirs)
+        load(self.theirs, theirs)
         return True
 
     def is_refusal(self, error: Exception, theirs: Any) -> bool:
@@ -81,8 +82,14 @@ class CheckpointEvents(Pair):
             state = self.from_torch()
             theirs = copy.deepcopy(self.theirs.state_dict())
             self.expected.position = 0
+        # A kernel widens the states of one element that torch's load has cast to 16 bits.
         self.ours.optimizer.load_state_dict(state)
         self.theirs.load_state_dict(theirs)
+        for opt in () if self.exact else self.pair():
+            for values in map(opt.state.get, members(opt)):
+                for name in NUMBERS & (values or {}).keys():
+                    if isinstance(values[name], Tensor) and values[name].dtype in HALF:
+                        values[name] = values[name].float()
         self.overwritten = True  # until the next step
         self.noticed()
         return None
