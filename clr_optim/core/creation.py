@@ -68,10 +68,13 @@ def create_state(shared: Shared, fused: FusedBackend, borrowed: Borrowed) -> Non
     if shared.settings.cycle_momentum and position.is_on_device:
         position.settle()  # the kernels use the groups' momentum
     fused.plan.refresh()
+    gradients = Gradients(max_norm=shared.settings.max_grad_norm)
     if rest_of(shared, fused, capturing=False):
-        step_rest(shared, fused, amp.NO_SIGNALS, Gradients(), borrowed)
+        gradients = step_rest(shared, fused, amp.NO_SIGNALS, gradients, borrowed)
     course = position.course()
-    fused.step(course._replace(rates=[0.0] * len(course.rates), moves=False), Gradients())
+    norm = fused.step(course._replace(rates=[0.0] * len(course.rates), moves=False), gradients)
+    if norm is not None:
+        shared.grad_norm = norm
 
 
 def _is_zero(grad: Tensor) -> bool:
