@@ -379,7 +379,8 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
 
         Args:
             closure: reevaluates the model and returns the loss, as in torch.
-            *args, **kwargs: further arguments of the wrapped ``step``.
+            *args: further arguments of the wrapped ``step``.
+            **kwargs: likewise.
 
         Returns:
             What the wrapped ``step`` returns, which is the closure's loss.
