@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clr_optim.plan.eligible import DTYPES
 from clr_optim.plan.row import Row
-from clr_optim.plan.structures import DLPACK_TYPES, ROW, Scan
+from clr_optim.plan.structures import DLPACK_TYPES, NO_DATA, ROW, Scan
 from clr_optim.plan.words import known_words
 from clr_optim.rules import KERNELS, Slot
 from clr_optim.sharding import DTensor, Spread, local_part
@@ -64,8 +64,11 @@ class Bucket:
     #: the gradients that the rows point to, kept alive until the step is over, or None
     grads: list[Tensor | None] = field(default_factory=list)
     scan: Scan = field(init=False)
-    # Both arrays have room for more rows.
+    #: how often the rows have changed
+    edition: int = 0
+    # All arrays have room for more rows.
     _table: np.ndarray[Any, np.dtype[np.void]] = field(init=False)
+    _gradients: np.ndarray[Any, np.dtype[np.int64]] = field(init=False)
     _layout: np.ndarray[Any, np.dtype[np.int64]] = field(init=False)
     # Where each row's layout begins, and where the last one ends.
     _begins: list[int] = field(default_factory=list)
@@ -77,9 +80,14 @@ class Bucket:
         return self._table[: len(self.rows)]
 
     @property
+    def gradients(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The addresses of the rows' gradients, which a scan renews; 0 without a gradient."""
+        return self._gradients[: len(self.rows)]
+
+    @property
     def memory(self) -> tuple[object, ...]:
         """All memory that native code points to."""
-        return (self.scan, self._table, self._layout)
+        return (self.scan, self._table, self._gradients, self._layout)
 
     def begin(self, first: Row) -> None:
         """Make the tables for rows like this first one."""
@@ -100,6 +108,7 @@ class Bucket:
             words = words._replace(storage=0)
         counter_bits, scalar_bits = (8 * size for size in self._number_sizes)
         self._table = np.zeros(1, dtype=ROW)
+        self._gradients = np.zeros(1, dtype=np.int64)
         self._layout = np.zeros(8, dtype=np.int64)
         self.scan = Scan(
             params=self.params,
@@ -137,8 +146,10 @@ class Bucket:
         count, layout = len(self.rows), _layout_of(row.param)
         end = self._end + len(layout)
         self._table = _with_room(self._table, count + 1)
+        self._gradients = _with_room(self._gradients, count + 1)
         self._layout = _with_room(self._layout, end)
-        self._table[count] = self._line(row, grad)
+        self._table[count] = self._line(row)
+        self._gradients[count] = _address(grad)
         self._layout[self._end : end] = layout
         self._begins.append(self._end)
         self._end = end
@@ -153,6 +164,7 @@ class Bucket:
         self.grads.append(grad)
         self.params.append(row.param)
         self.rows.append(row)
+        self.edition += 1
 
     def replace(self, index: int, row: Row, grad: Tensor, entry: dict[str, Any]) -> bool:
         """Replace a row by another one of the same parameter; return False if it does not fit.
@@ -168,7 +180,8 @@ class Bucket:
         if self._layout[begin] != layout[0] or self._table["numel"][index] != numel:
             return False
         self._layout[begin : begin + len(layout)] = layout
-        self._table[index] = self._line(row, grad)
+        self._table[index] = self._line(row)
+        self._gradients[index] = _address(grad)
         scan, keys = self.scan, len(self.scan.keys)
         if keys:
             scan.dicts[index] = entry
@@ -178,6 +191,7 @@ class Bucket:
             scan.specs[index * len(specs) : (index + 1) * len(specs)] = specs
         self.grads[index] = grad
         self.rows[index] = row
+        self.edition += 1
         return True
 
     def spans(self, index: int) -> list[tuple[int, int]]:
@@ -195,6 +209,7 @@ class Bucket:
         row = self.rows[index]
         row.pending, row.first = {}, False
         self._table["first"][index] = 0
+        self.edition += 1
         if self.scan.keys:
             self.scan.dicts[index] = entry
 
@@ -209,8 +224,9 @@ class Bucket:
         return (
             ctypes.addressof(self.scan),
             self._table.ctypes.data,
+            self._gradients.ctypes.data,
             len(self.rows),
-            int(self.table["active"].sum()),
+            int(np.count_nonzero(self.gradients)),
             KERNELS.index(self.kernel),
             DTYPES.index(self.dtype),
             *(size == 8 for size in self._number_sizes),
@@ -222,14 +238,13 @@ class Bucket:
         self.grads[:] = [None] * len(self.grads)
 
     @staticmethod
-    def _line(row: Row, grad: Tensor | None) -> tuple[int, ...]:
+    def _line(row: Row) -> tuple[int, ...]:
         """Return the row's line in the table, see ``structures.ROW``."""
         slots = [local_part(tensor).data_ptr() for tensor in row.slots]
         numbers = [number.data_ptr() for number in row.numbers]
         part = local_part(row.param)
         return (
             part.data_ptr(),
-            0 if grad is None else local_part(grad).data_ptr(),
             *slots,
             *[0] * (3 - len(slots)),
             *numbers,
@@ -237,8 +252,13 @@ class Bucket:
             part.numel(),
             row.group,
             row.first,
-            grad is not None,
         )
+
+
+def _address(grad: Tensor | None) -> int:
+    """Return the address of a gradient, as a scan writes it."""
+    part = None if grad is None else local_part(grad)
+    return 0 if part is None else part.data_ptr() if part.numel() else NO_DATA
 
 
 def _layout_of(param: Tensor) -> tuple[int, ...]:

@@ -198,12 +198,12 @@ class Placement:
         return [
             bucket.params[i]
             for bucket in self.buckets
-            for i in np.flatnonzero(bucket.table["active"]).tolist()
+            for i in np.flatnonzero(bucket.gradients).tolist()
         ]
 
     def unfilled_are_active(self) -> bool:
         """Return whether every row whose state the next step creates has a gradient."""
-        return all(bucket.table["active"][index] for bucket, index in self.unfilled)
+        return all(bucket.gradients[index] for bucket, index in self.unfilled)
 
     def was_called(self) -> bool:
         """Return whether a kernel was called since the first of the ``unfilled`` rows came."""

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-__all__ = ["BUCKET", "DLPACK_TYPES", "ROW", "Answer", "Scan", "View"]
+__all__ = ["BUCKET", "DLPACK_TYPES", "NO_DATA", "ROW", "Answer", "Scan", "View"]
 
 Table = np.ndarray[Any, np.dtype[np.void]]
 
@@ -23,13 +23,21 @@ def _int64s(*names: str) -> np.dtype[np.void]:
 
 
 #: A row: one tensor of a bucket, as kernels read it. Addresses are 0 where there is no tensor.
-ROW = _int64s(
-    "param", "grad", "state0", "state1", "state2", "counter", "scalar", "numel", "group", "first",
-    "active",
-)  # fmt: skip
+ROW = _int64s("param", "state0", "state1", "state2", "counter", "scalar", "numel", "group", "first")
+#: The address of the gradient of a tensor without elements: not 0, since the row has a gradient.
+NO_DATA = 16
 #: The header of a bucket.
 BUCKET = _int64s(
-    "scan", "rows", "count", "active", "kernel", "dtype", "wide_counter", "wide_scalar", "held"
+    "scan",
+    "rows",
+    "gradients",
+    "count",
+    "active",
+    "kernel",
+    "dtype",
+    "wide_counter",
+    "wide_scalar",
+    "held",
 )
 
 #: Type code and bits by which DLPack names each dtype.

@@ -12,8 +12,9 @@ namespace clr {
 
 class Ahead {
 public:
-    Ahead(const Scan& scan, const Row* rows, ptrdiff_t count)
-        : scan_(scan), rows_(rows), count_(count), keys_(PyList_Size(scan.keys)) {
+    Ahead(const Bucket& bucket, ptrdiff_t count)
+        : scan_(*bucket.scan), rows_(bucket.rows), gradients_(bucket.gradients), count_(count),
+          keys_(PyList_Size(scan_.keys)) {
         for (ptrdiff_t i = -4 * STAGE; i < 0; ++i) look(i);
     }
     Ahead(const Ahead&) = delete;
@@ -75,13 +76,14 @@ private:
         }
     }
     // In the last scan. The scan reads no more of a row without a gradient.
-    bool was_active(ptrdiff_t i) const { return rows_[i].active; }
+    bool was_active(ptrdiff_t i) const { return gradients_[i]; }
     PyObject* held(ptrdiff_t i, ptrdiff_t k) const {
         return PyList_GetItem(scan_.tensors, i * keys_ + k);
     }
 
     const Scan& scan_;
     const Row* rows_;
+    const void* const* gradients_;
     ptrdiff_t count_, keys_;
     PyObject* grads_[RING] = {};
 };

@@ -22,22 +22,29 @@ constexpr int64_t ALIGN = 64;
 // Pieces per thread: enough to even out a thread that the system has paused for a while.
 constexpr int64_t PIECES = 8;
 
-// Runs body(row, begin, end) over all active rows, cut into pieces of equal size whatever the sizes
-// of the tensors, so that a thousand small ones and a single huge one are both balanced.
-template <class Body>
-void for_pieces(const Row* rows, int64_t count, int threads, const Body& body) {
+// The number of values that a step updates.
+int64_t size(const Bucket& b) {
     int64_t total = 0;
-    for (int64_t i = 0; i < count; ++i) total += rows[i].active ? rows[i].numel : 0;
+    for (int64_t i = 0; i < b.count; ++i) total += b.gradients[i] ? b.rows[i].numel : 0;
+    return total;
+}
+
+// Runs body(row, begin, end) over all rows with a gradient, cut into pieces of equal size whatever
+// the sizes of the tensors, so that a thousand small ones and a single huge one are both balanced.
+template <class Body>
+void for_pieces(const Bucket& b, int threads, const Body& body) {
+    const Row* const rows = b.rows;
+    const int64_t count = b.count, total = size(b);
     if (threads <= 1 || total < std::min(threads * GRAIN, PARALLEL)) {
         for (int64_t i = 0; i < count; ++i)
-            if (rows[i].active) body(i, int64_t(0), rows[i].numel);
+            if (b.gradients[i]) body(i, int64_t(0), rows[i].numel);
         return;
     }
     std::vector<int64_t> ends(static_cast<size_t>(count));
     int64_t sum = 0;
     for (int64_t i = 0; i < count; ++i) {
         // Rounded up, so that every cut is at the beginning of a cache line's worth of a tensor.
-        sum += rows[i].active ? (rows[i].numel + ALIGN - 1) / ALIGN * ALIGN : 0;
+        sum += b.gradients[i] ? (rows[i].numel + ALIGN - 1) / ALIGN * ALIGN : 0;
         ends[size_t(i)] = sum;
     }
     int64_t piece = (sum + threads * PIECES - 1) / (threads * PIECES);
@@ -50,7 +57,7 @@ void for_pieces(const Row* rows, int64_t count, int threads, const Body& body) {
         int64_t i = std::upper_bound(ends.begin(), ends.end(), at) - ends.begin();
         while (at < stop) {
             const int64_t start = i ? ends[size_t(i - 1)] : 0;
-            if (rows[i].active) {
+            if (b.gradients[i]) {
                 const int64_t end = std::min(rows[i].numel, stop - start);
                 if (at - start < end) body(i, at - start, end);
             }
@@ -85,7 +92,7 @@ void step(const Kernel& kernel, const Bucket& b, const double* scalars, int64_t 
     int64_t group = -1;
     Step last = {grad_scale, -1, false, 0};
     for (int64_t i = 0; i < count; ++i) {
-        if (!rows[i].active) continue;
+        if (!b.gradients[i]) continue;
         const double* const own = scalars + rows[i].group * width;
         const double number = count_step(rows[i], b.wide_counter);
         const double scalar = advance_scalar(rows[i], b.wide_scalar, kernel.factor, own, number);
@@ -98,8 +105,8 @@ void step(const Kernel& kernel, const Bucket& b, const double* scalars, int64_t 
         }
         which[size_t(i)] = int64_t(rules.size()) - 1;
     }
-    for_pieces(rows, count, threads, [&](int64_t i, int64_t begin, int64_t end) {
-        kernel.update(rules[size_t(which[size_t(i)])], rows[i], begin, end);
+    for_pieces(b, threads, [&](int64_t i, int64_t begin, int64_t end) {
+        kernel.update(rules[size_t(which[size_t(i)])], rows[i], b.gradients[i], begin, end);
     });
 }
 
@@ -108,8 +115,8 @@ void step(const Kernel& kernel, const Bucket& b, const double* scalars, int64_t 
 constexpr int64_t BLOCK = 1 << 14;
 constexpr int LANES = 16;
 
-template <class T> double squares(const Row& row, int64_t begin, int64_t end) {
-    const auto* g = static_cast<const typename T::Raw*>(row.grad);
+template <class T> double squares(const void* grad, int64_t begin, int64_t end) {
+    const auto* g = static_cast<const typename T::Raw*>(grad);
     double lanes[LANES] = {};
     int64_t i = begin;
     for (; i + LANES <= end; i += LANES)
@@ -126,21 +133,21 @@ template <class T> double squares(const Row& row, int64_t begin, int64_t end) {
     return sum;
 }
 
-template <class T> double sum_of_squares(const Row* rows, int64_t count, int threads) {
+template <class T> double sum_of_squares_of(const Bucket& b, int threads) {
     struct Block { int64_t row, begin; };
     std::vector<Block> blocks;
-    for (int64_t i = 0; i < count; ++i)
-        if (rows[i].active)
-            for (int64_t begin = 0; begin < rows[i].numel; begin += BLOCK)
+    for (int64_t i = 0; i < b.count; ++i)
+        if (b.gradients[i])
+            for (int64_t begin = 0; begin < b.rows[i].numel; begin += BLOCK)
                 blocks.push_back({i, begin});
     std::vector<double> sums(blocks.size());
     const int64_t many = int64_t(blocks.size());
     threads = many > 4 ? threads : 1;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t k = 0; k < many; ++k) {
-        const Row& row = rows[blocks[size_t(k)].row];
-        const int64_t begin = blocks[size_t(k)].begin;
-        sums[size_t(k)] = squares<T>(row, begin, std::min(row.numel, begin + BLOCK));
+        const auto [i, begin] = blocks[size_t(k)];
+        const int64_t end = std::min(b.rows[i].numel, begin + BLOCK);
+        sums[size_t(k)] = squares<T>(b.gradients[i], begin, end);
     }
     double sum = 0;
     for (const double s : sums) sum += s;
@@ -149,19 +156,17 @@ template <class T> double sum_of_squares(const Row* rows, int64_t count, int thr
 
 double sum_of_squares(const Bucket& b, int threads) {
     switch (b.dtype) {
-        case FLOAT32: return sum_of_squares<Float32>(b.rows, b.count, threads);
-        case FLOAT64: return sum_of_squares<Float64>(b.rows, b.count, threads);
-        case BFLOAT16: return sum_of_squares<Bfloat16>(b.rows, b.count, threads);
-        default: return sum_of_squares<Float16>(b.rows, b.count, threads);
+        case FLOAT32: return sum_of_squares_of<Float32>(b, threads);
+        case FLOAT64: return sum_of_squares_of<Float64>(b, threads);
+        case BFLOAT16: return sum_of_squares_of<Bfloat16>(b, threads);
+        default: return sum_of_squares_of<Float16>(b, threads);
     }
 }
 
 // Whether a step takes longer than giving the GIL away and getting it back.
 bool is_long(const View& view) {
     int64_t total = 0;
-    for (int64_t b = 0; b < view.count; ++b)
-        for (int64_t i = 0; i < view.buckets[b].count; ++i)
-            total += view.buckets[b].rows[i].active ? view.buckets[b].rows[i].numel : 0;
+    for (int64_t b = 0; b < view.count; ++b) total += size(view.buckets[b]);
     return total >= PARALLEL;
 }
 
@@ -171,7 +176,7 @@ bool is_long(const View& view) {
 extern "C" {
 
 // Raise it whenever a signature or a layout changes. build.py refuses any other version.
-int clr_abi_version() { return 10; }
+int clr_abi_version() { return 11; }
 
 // The name of a kernel and of a dtype, or null for an unknown number.
 const char* clr_kernel_name(int64_t kernel) { return clr::pick(kernel, clr::FLOAT32).name; }
@@ -193,7 +198,7 @@ int clr_can_scan(PyObject* capsule) {
 }
 
 // Returns an Answer: has anything changed that the plan was built from? If not, the gradients'
-// addresses and `active` of the rows are up to date, and a step may follow. An exception during the
+// addresses are up to date, and a step may follow. An exception during the
 // scan (a sparse gradient has no strides) counts as a change. Needs the GIL.
 int clr_current(clr::View* view) {
     const clr::Hold hold(*view);
@@ -205,7 +210,7 @@ int clr_current(clr::View* view) {
     return answer;
 }
 
-// Updates all active rows of all buckets and their step counters, and lets go of the gradients.
+// Updates all rows with a gradient of all buckets, counts their steps, and lets go of the gradients.
 // `counts` is 1 for a step of the schedule, else 0. Needs the GIL. Returns 0; or, before anything
 // has changed, 1 for an unknown kernel or dtype, 2 if the rows must be scanned first: no scan has
 // found them right, or another thread uses them.

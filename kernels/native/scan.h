@@ -200,10 +200,12 @@ inline bool is_negated(const Scan& scan, PyObject* tensor) {
 
 // Whether row i still describes its tensors. Takes in the address of the gradient, which may change.
 // Of a row without a gradient, which no kernel touches, nothing is read.
-inline bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff_t i,
+inline bool same_row(const Bucket& bucket, const ExchangeApi& api, ptrdiff_t i,
                      const int64_t* layout, PyObject* grad) {
-    row.active = grad != scan.none;
-    if (!row.active) return true;
+    const Scan& scan = *bucket.scan;
+    const Row& row = bucket.rows[i];
+    bucket.gradients[i] = nullptr;
+    if (grad == scan.none) return true;
     DLTensor t;
     // Reads a tensor of the parameter's kind and layout; of a DTensor the part of this rank.
     const auto view = [&](PyObject* tensor) {
@@ -232,7 +234,7 @@ inline bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff
     if (!scan.dtensor && !is_tensor(scan, grad)) return false;
     // Without data: a tensor that represents zeros, or a subclass that wraps other tensors.
     if (!view(grad) || !(t.data || !row.numel)) return false;
-    row.grad = t.data;
+    bucket.gradients[i] = row.numel ? t.data : NO_DATA;
     return true;
 }
 
@@ -243,21 +245,20 @@ inline ptrdiff_t changed_row(Bucket& bucket, bool every) {
     const ExchangeApi* api = exchange_api(scan.capsule);
     if (!api) return 0;
     every = every || scan.dtensor;
-    Ahead ahead(scan, bucket.rows, every ? 0 : bucket.count);
+    Ahead ahead(bucket, every ? 0 : bucket.count);
     const int64_t* layout = scan.layout;
     bucket.active = 0;
     for (ptrdiff_t i = 0; i < bucket.count; ++i) {
-        Row& row = bucket.rows[i];
         PyObject* grad = every ? nullptr : ahead.next_grad(i);
         if (!every && !grad) return i;
-        if (every || needs_asking(scan, row)) {
+        if (every || needs_asking(scan, bucket.rows[i])) {
             if (grad) Py_DecRef(grad);
             grad = PyList_GetItem(scan.grads, i);  // the gradient that the first part asked about
         } else if (PyList_SetItem(scan.grads, i, grad)) {
             return i;
         }
-        if (!same_row(scan, *api, row, i, layout, grad)) return i;
-        bucket.active += row.active;
+        if (!same_row(bucket, *api, i, layout, grad)) return i;
+        bucket.active += grad != scan.none;
         layout += 1 + 2 * *layout;
     }
     return -1;

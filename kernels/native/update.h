@@ -40,13 +40,14 @@ void update_one(const Rule& r, Raw* p, const Raw* g, Raw* const* s, int64_t i) {
 
 // Updates values [begin, end) of a tensor.
 template <class T, class Rule> struct Update {
-    static void run(const AnyRule& rule, const Row& row, int64_t begin, int64_t end) {
+    static void run(const AnyRule& rule, const Row& row, const void* grad, int64_t begin,
+                    int64_t end) {
         using A = typename T::A;
         using Raw = typename T::Raw;
         using Unit = typename T::Unit;
         constexpr int width = T::width, slots = Rule::slots;
         Raw* const p = static_cast<Raw*>(row.param) + begin;
-        const Raw* const g = static_cast<const Raw*>(row.grad) + begin;
+        const Raw* const g = static_cast<const Raw*>(grad) + begin;
         Raw* s[3] = {};
         for (int k = 0; k < slots; ++k) s[k] = static_cast<Raw*>(row.state[k]) + begin;
         Unit* __restrict pu = reinterpret_cast<Unit*>(p);
@@ -78,24 +79,25 @@ template <class T, class Rule> struct Update {
 // Converts vector by vector, with an instruction that compilers do not find by themselves. The
 // arrays are vectors, and stay in registers.
 template <class Rule> struct Update<Float16, Rule> {
-    static void run(const AnyRule& rule, const Row& row, int64_t begin, int64_t end) {
+    static void run(const AnyRule& rule, const Row& row, const void* grad, int64_t begin,
+                    int64_t end) {
         using Raw = Float16::Raw;
         constexpr int lanes = Float16::lanes, slots = Rule::slots;
         Raw* const p = static_cast<Raw*>(row.param);
-        const Raw* const g = static_cast<const Raw*>(row.grad);
+        const Raw* const g = static_cast<const Raw*>(grad);
         Raw* s[3] = {};
         for (int k = 0; k < slots; ++k) s[k] = static_cast<Raw*>(row.state[k]);
         const Rule r = *reinterpret_cast<const Rule*>(&rule);
         int64_t i = begin;
         for (; i + lanes <= end; i += lanes) {
-            alignas(64) float param[lanes], grad[lanes], s0[lanes], s1[lanes], s2[lanes];
+            alignas(64) float param[lanes], gradient[lanes], s0[lanes], s1[lanes], s2[lanes];
             Float16::load(p + i, param);
-            Float16::load(g + i, grad);
+            Float16::load(g + i, gradient);
             if (slots > 0) Float16::load(s[0] + i, s0);
             if (slots > 1) Float16::load(s[1] + i, s1);
             if (slots > 2) Float16::load(s[2] + i, s2);
 #pragma omp simd
-            for (int j = 0; j < lanes; ++j) r(param[j], grad[j], s0[j], s1[j], s2[j]);
+            for (int j = 0; j < lanes; ++j) r(param[j], gradient[j], s0[j], s1[j], s2[j]);
             Float16::store(param, p + i);
             if (slots > 0) Float16::store(s0, s[0] + i);
             if (slots > 1) Float16::store(s1, s[1] + i);
@@ -110,7 +112,7 @@ struct Kernel {
     int slots;
     Factor factor;
     void (*build)(AnyRule&, const double* scalars, const Step&);
-    void (*update)(const AnyRule&, const Row&, int64_t begin, int64_t end);
+    void (*update)(const AnyRule&, const Row&, const void* grad, int64_t begin, int64_t end);
 };
 
 // The kernels by number. KERNELS in clr_optim/rules.py has the same order; a test compares.

@@ -50,24 +50,30 @@ struct Scan {
 };
 static_assert(sizeof(Scan) == 31 * 8, "a field of Scan has other than 8 bytes");
 
-// A tensor of a bucket.
+// A tensor of a bucket. A scan writes no row: what changes from step to step is the address of the
+// gradient, which lies in a table beside the rows.
 struct Row {
     void* param;
-    const void* grad;
     void* state[3];
     void* counter;   // torch's step counter of this parameter, or null
     void* scalar;    // the scalar state of this parameter, or null
     int64_t numel;
     int64_t group;   // the number of the group that has its scalars
     int64_t first;   // 1 if its state holds nothing yet
-    int64_t active;  // 1 if it has a gradient this time; no kernel touches it otherwise
 };
-static_assert(sizeof(Row) == 11 * 8, "a field of Row has other than 8 bytes");
+static_assert(sizeof(Row) == 9 * 8, "a field of Row has other than 8 bytes");
+
+// The gradient of a tensor without elements, whose data may be null. No kernel reads the address,
+// which is a multiple of 16 like those of aligned gradients.
+const void* const NO_DATA = reinterpret_cast<const void*>(16);
 
 // The header of a bucket.
 struct Bucket {
     const Scan* scan;
-    Row* rows;
+    const Row* rows;
+    // Addresses of the gradients, one per row; null for a row without a gradient, which no kernel
+    // touches. Written by the scan.
+    const void** gradients;
     int64_t count;
     int64_t active;  // how many rows have a gradient: written by the scan
     int64_t kernel;  // by number
@@ -76,7 +82,7 @@ struct Bucket {
     int64_t wide_scalar;   // the same of the scalar states
     int64_t held;    // 1 if scan->grads holds gradients
 };
-static_assert(sizeof(Bucket) == 9 * 8, "a field of Bucket has other than 8 bytes");
+static_assert(sizeof(Bucket) == 10 * 8, "a field of Bucket has other than 8 bytes");
 
 // What a whole plan was built from.
 struct View {

@@ -26,10 +26,9 @@ __all__ = [
     "constexprs", "multi_tensor", "open_gate", "options", "shape_of", "sum_of_squares",
 ]  # fmt: skip
 
-#: Columns of the rows' table, int64: the fields of ``_ROW`` in plan.py, in this order.
+#: Columns of the rows' table, int64: the fields of ``ROW`` in plan/structures.py, in this order.
 COLUMNS = (
-    "param", "grad", "state0", "state1", "state2", "counter", "scalar", "numel", "group", "first",
-    "active",
+    "param", "state0", "state1", "state2", "counter", "scalar", "numel", "group", "first",
 )  # fmt: skip
 #: The first columns of the groups' table, float64. The kernel's own scalars follow.
 GROUP = (
@@ -183,8 +182,8 @@ def _block(
 
 
 @triton.jit
-def _pointer(rows, column: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = tl.load(rows + column).to(tl.pointer_type(DTYPE))
+def _pointer(place, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(place).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
@@ -195,6 +194,7 @@ def _pointer(rows, column: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.conste
     do_not_specialize_on_alignment=[
         "chunks",
         "rows",
+        "gradients",
         "groups",
         "ints",
         "floats",
@@ -203,7 +203,7 @@ def _pointer(rows, column: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.conste
     ],
 )
 def multi_tensor(
-    chunks, rows, groups, width, ints, floats, phases, control, gate,
+    chunks, rows, gradients, groups, width, ints, floats, phases, control, gate,
     KERNEL: tl.constexpr, SLOTS: tl.constexpr, DTYPE: tl.constexpr,
     COUNTER: tl.constexpr, SCALAR: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -213,6 +213,7 @@ def multi_tensor(
     Args:
         chunks: int32 pairs, one per program: the row of a tensor and the number of its chunk.
         rows: the rows' table, int64.
+        gradients: int64, the address of each row's gradient.
         groups: the groups' table, float64, ``width`` columns.
         ints, floats, phases: the schedule's tables, and their number of rows.
         control: int64, the position in the schedule first.
@@ -226,10 +227,11 @@ def multi_tensor(
     """
     A: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
     chunks += tl.program_id(0).to(tl.int64) * 2
-    rows += tl.load(chunks).to(tl.int64) * _ROW
-    numel = tl.load(rows + 7)
-    groups += tl.load(rows + 8) * width
-    first = tl.load(rows + 9) != 0
+    row = tl.load(chunks).to(tl.int64)
+    rows += row * _ROW
+    numel = tl.load(rows + 6)
+    groups += tl.load(rows + 7) * width
+    first = tl.load(rows + 8) != 0
 
     rate, momentum = rate_and_momentum(
         ints, floats, phases, tl.load(control),
@@ -237,10 +239,10 @@ def multi_tensor(
     )  # fmt: skip
     step = rate
     if COUNTER is not None:
-        step = tl.load(tl.load(rows + 5).to(tl.pointer_type(COUNTER))).to(tl.float64) + 1.0
+        step = tl.load(tl.load(rows + 4).to(tl.pointer_type(COUNTER))).to(tl.float64) + 1.0
     scalar = rate
     if SCALAR is not None:
-        scalar = tl.load(tl.load(rows + 6).to(tl.pointer_type(SCALAR)))
+        scalar = tl.load(tl.load(rows + 5).to(tl.pointer_type(SCALAR)))
     decay = tl.load(groups + 5)
     own = groups + _OWN
     c0, c1, c2, c3, c4, c5, c6, c7 = constants(
@@ -255,11 +257,11 @@ def multi_tensor(
     scale = tl.load(gate).to(A) * tl.load(groups + 7).to(A)
 
     begin = tl.load(chunks + 1).to(tl.int64) * (BLOCK * BLOCKS)
-    p = _pointer(rows, 0, DTYPE, ALIGNED) + begin
-    g = _pointer(rows, 1, DTYPE, ALIGNED) + begin
-    s0 = _pointer(rows, 2, DTYPE, ALIGNED) + begin
-    s1 = _pointer(rows, 3, DTYPE, ALIGNED) + begin
-    s2 = _pointer(rows, 4, DTYPE, ALIGNED) + begin
+    p = _pointer(rows, DTYPE, ALIGNED) + begin
+    g = _pointer(gradients + row, DTYPE, ALIGNED) + begin
+    s0 = _pointer(rows + 1, DTYPE, ALIGNED) + begin
+    s1 = _pointer(rows + 2, DTYPE, ALIGNED) + begin
+    s2 = _pointer(rows + 3, DTYPE, ALIGNED) + begin
     left = tl.minimum(numel - begin, BLOCK * BLOCKS).to(tl.int32)
     left = tl.where(tl.load(gate + 1) == 0, left, 0)
     full = left // BLOCK
@@ -276,23 +278,23 @@ def multi_tensor(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=["chunks", "rows", "grad_scale", "sums"])
+@triton.jit(do_not_specialize_on_alignment=["chunks", "rows", "gradients", "grad_scale", "sums"])
 def sum_of_squares(
-    chunks, rows, grad_scale, sums,
+    chunks, rows, gradients, grad_scale, sums,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Sum the squares of one chunk of one gradient, in a fixed order.
 
     Args:
-        chunks, rows: as for :func:`multi_tensor`.
+        chunks, rows, gradients: as for :func:`multi_tensor`.
         grad_scale: float32, divided out first: squares of scaled gradients may exceed float32.
         sums: float64, one per program.
     """
     A: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
     chunks += tl.program_id(0).to(tl.int64) * 2
-    rows += tl.load(chunks).to(tl.int64) * _ROW
-    numel = tl.load(rows + 7)
-    g = _pointer(rows, 1, DTYPE, ALIGNED)
+    row = tl.load(chunks).to(tl.int64)
+    numel = tl.load(rows + row * _ROW + 6)
+    g = _pointer(gradients + row, DTYPE, ALIGNED)
     scale = (1.0 / tl.load(grad_scale).to(tl.float64)).to(A)
     begin = tl.load(chunks + 1).to(tl.int64) * (BLOCK * BLOCKS)
     left = numel - begin

@@ -52,6 +52,7 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 _SIGNATURE = {
     "chunks": "*i32",
     "rows": "*i64",
+    "gradients": "*i64",
     "groups": "*fp64",
     "width": "i32",
     "ints": "*i64",

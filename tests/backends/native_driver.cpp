@@ -103,6 +103,7 @@ Bytes values(int64_t dtype, int64_t count, unsigned seed, bool positive) {
 struct Run {
     std::vector<Bytes> memory;
     std::vector<clr::Row> rows;
+    std::vector<const void*> gradients;
     std::vector<unsigned char> result;  // of all active rows: parameters, state, counters
 
     void keep(const void* from, size_t size) {
@@ -134,8 +135,8 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
         row.param = tensor(1);
         row.numel = LENGTHS[i] + (overrun && i == TENSORS - 1);
         row.group = i % GROUPS;
-        row.active = i % 5 != 4;
-        row.grad = row.active ? tensor(2) : nullptr;
+        const bool active = i % 5 != 4;
+        run.gradients.push_back(!active ? nullptr : LENGTHS[i] ? tensor(2) : NO_DATA);
         // A first step may find any bytes in its momentum, and must not use them.
         row.first = kernel == 1 && i % 3 == 0;
         for (int k = 0; k < slots_of(kernel); ++k) row.state[k] = tensor(3 + unsigned(k), true);
@@ -155,7 +156,7 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
             *number = run.memory.back().get();
         }
         run.rows.push_back(row);
-        grads.items.push_back(row.active ? new PyObject : &none);
+        grads.items.push_back(active ? new PyObject : &none);
         nones.items.push_back(&none);
         none.references += 2;
     }
@@ -174,8 +175,9 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
     }
     clr::Scan scan = {};
     scan.grads = &grads, scan.nones = &nones, scan.none = &none;
-    clr::Bucket bucket = {&scan, run.rows.data(), TENSORS, 0, kernel, dtype, wide, wide, 1};
-    for (const clr::Row& row : run.rows) bucket.active += row.active;
+    clr::Bucket bucket = {&scan, run.rows.data(), run.gradients.data(), TENSORS, 0,
+                          kernel, dtype, wide, wide, 1};
+    for (const void* gradient : run.gradients) bucket.active += gradient != nullptr;
     int64_t tally[2] = {};
     clr::View view = {};
     view.buckets = &bucket, view.count = 1, view.tally = tally, view.ready = 1;
@@ -193,7 +195,7 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
         // Do what a scan does between steps.
         for (int64_t i = 0; i < TENSORS; ++i) {
             require(grads.items[size_t(i)] == &none, "a gradient held", kernel, dtype);
-            if (run.rows[size_t(i)].active) {
+            if (run.gradients[size_t(i)]) {
                 grads.items[size_t(i)] = new PyObject;
                 --none.references;
             }
@@ -213,7 +215,7 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
     for (int64_t i = 0; i < TENSORS; ++i) {
         const clr::Row& row = run.rows[size_t(i)];
         const size_t size = SIZES[dtype] * size_t(row.numel);
-        if (!row.active) {
+        if (!run.gradients[size_t(i)]) {
             still.keep(row.param, size);
             continue;
         }
@@ -240,7 +242,7 @@ int main(int argc, char**) {
                 runs += 2;
             }
     for (const int64_t kernel : {int64_t(-1), kernels()}) {
-        clr::Bucket bucket = {nullptr, nullptr, 0, 0, kernel, 0, 0, 0, 0};
+        clr::Bucket bucket = {nullptr, nullptr, nullptr, 0, 0, kernel, 0, 0, 0, 0};
         clr::View view = {};
         view.buckets = &bucket, view.count = 1;
         require(clr_step(&view, nullptr, 0, 1, 1, 1) == 1, "an unknown kernel", kernel, 0);

@@ -5,9 +5,10 @@ in the schedule. The host uploads a table when it changed. The device advances t
 ordinary step needs only the gradients' addresses from the host.
 
 **Graphs.** A captured step cycles at every replay: the graph reads and advances the device's
-position. A graph keeps the tables that describe its tensors, and later steps make new tables.
-Position, bounds and settings are shared. A replay repeats the uploads of the capture from the
-host's memory. The only such upload is the gradients' addresses, from memory that the graph keeps.
+position. A graph keeps the tables that describe its tensors. Later steps read the same tables, and
+make new ones where anything changed. Position, bounds and settings are shared. A replay repeats the
+uploads of the capture from the host's memory. The only such upload is the gradients' addresses,
+from memory that the graph keeps.
 """
 
 from __future__ import annotations
@@ -172,7 +173,6 @@ class TritonBackend:
         if [id(launch.bucket) for launch in self._launches] != [id(b) for b in plan.buckets]:
             self._arrange([Launch(bucket) for bucket in plan.buckets])
         by_device = self._by_device
-        rows = {}
         for device, launches in by_device.items():
             with current.guard(device):
                 if current.is_capturing() is not capturing:
@@ -181,9 +181,9 @@ class TritonBackend:
                         "devices that have parameters and not on another; capture on all or none"
                     )
                 for launch in launches:
-                    rows[launch] = launch.refresh()
+                    launch.refresh()
                     launch.choose()
-        gates, norm = self._gates(by_device, rows, gradients)
+        gates, norm = self._gates(by_device, gradients)
         # The kernels of a step with found_inf may skip it.
         doubts = gradients.found_inf is not None and bool(by_device)
         afterwards = WhoKnows.MAYBE if doubts else self.who_knows
@@ -194,7 +194,7 @@ class TritonBackend:
             for device, launches in by_device.items():
                 clock = self._clocks[device]
                 with current.guard(device):
-                    self._step_on(clock, launches, rows, course, gates[device])
+                    self._step_on(clock, launches, course, gates[device])
                     done += 1
                     clock.advanced(course)
         except BaseException:
@@ -234,21 +234,11 @@ class TritonBackend:
         self._launches, self._by_device = launches, by_device
 
     def _gates(
-        self,
-        by_device: dict[torch.device, list[Launch]],
-        rows: dict[Launch, Tensor],
-        gradients: Gradients,
+        self, by_device: dict[torch.device, list[Launch]], gradients: Gradients
     ) -> tuple[dict[torch.device, Tensor], Tensor | None]:
-        return fill_gates(self.plan, self._clocks, by_device, rows, gradients)
+        return fill_gates(self.plan, self._clocks, by_device, gradients)
 
-    def _step_on(
-        self,
-        clock: Clock,
-        launches: list[Launch],
-        rows: dict[Launch, Tensor],
-        course: Course,
-        gate: Tensor,
-    ) -> None:
+    def _step_on(self, clock: Clock, launches: list[Launch], course: Course, gate: Tensor) -> None:
         from clr_optim.kernels.triton import multi_tensor
 
         groups = clock.groups(course, self.plan.scalars, self._momentum)
@@ -261,7 +251,7 @@ class TritonBackend:
         for launch in launches:
             if launch.count:
                 multi_tensor.multi_tensor[(launch.count,)](
-                    launch.chunks, rows[launch], groups, width, ints, floats, phases, control, gate,
+                    *launch.tables, groups, width, ints, floats, phases, control, gate,
                     **launch.compiled_for,
                 )  # fmt: skip
         if self._has_scalars and count:

@@ -182,10 +182,10 @@ class Clock:
         return self._own if self.decides(course) else self._constant
 
     def give_up(self) -> list[object]:
-        """Hand the tables that describe tensors to a graph; return all tables that it reads."""
+        """Return all tables, which a graph reads; a change of tensors makes new tables."""
         return [
-            self._counters.give_up(),
-            self._rates.give_up(),
+            self._counters.lend(),
+            self._rates.lend(),
             *(mirror.table for mirrors in self._groups for mirror in mirrors),
             self._limit.table,
         ]

@@ -24,7 +24,6 @@ def fill_gates(
     plan: Plan,
     clocks: Mapping[torch.device, Clock],
     by_device: Mapping[torch.device, Sequence[Launch]],
-    rows: Mapping[Launch, Tensor],
     gradients: Gradients,
 ) -> tuple[dict[torch.device, Tensor], Tensor | None]:
     """Return each device's gate, and the norm by which the step clips its gradients.
@@ -33,7 +32,6 @@ def fill_gates(
         plan: the plan of the optimizer.
         clocks: the clock of each device.
         by_device: the launches on each device.
-        rows: the rows of each launch on the device.
         gradients: how the step changes its gradients.
     """
     from clr_optim.kernels.triton import multi_tensor
@@ -47,7 +45,7 @@ def fill_gates(
         parts: dict[Launch, Tensor] = {}
         for device, launches in by_device.items():
             with current.guard(device):
-                parts.update(_sum_squares(device, launches, rows, scales[device]))
+                parts.update(_sum_squares(device, launches, scales[device]))
         sums = _join(plan, parts)
         count = len(sums)
     gates: dict[torch.device, Tensor] = {}
@@ -77,7 +75,7 @@ def fill_gates(
 
 
 def _sum_squares(
-    device: torch.device, launches: Sequence[Launch], rows: Mapping[Launch, Tensor], scale: Tensor
+    device: torch.device, launches: Sequence[Launch], scale: Tensor
 ) -> dict[Launch, Tensor]:
     """Return sums of squares of the gradients on one device, a sum per chunk, in order."""
     from clr_optim.kernels.triton import multi_tensor
@@ -88,7 +86,7 @@ def _sum_squares(
     for launch, part in parts.items():
         if launch.count:
             multi_tensor.sum_of_squares[(launch.count,)](
-                launch.chunks, rows[launch], scale, part, **launch.squares_compiled_for
+                *launch.tables, scale, part, **launch.squares_compiled_for
             )
     return parts
 

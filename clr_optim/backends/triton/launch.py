@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,11 @@ __all__ = ["Launch"]
 
 
 class Launch:
-    """A bucket's tables: its rows, and the chunks of the rows that this step updates."""
+    """A bucket's tables: its rows, their gradients, and the chunks that this step updates.
+
+    The rows seldom change, so the device has them from an earlier step. The addresses of the
+    gradients come from the host whenever they differ.
+    """
 
     def __init__(self, bucket: Bucket) -> None:
         from clr_optim.kernels.triton import multi_tensor
@@ -38,50 +42,58 @@ class Launch:
         self._aligned = False
         self._loaded: set[bool] = set()
         self._active = b""
-        self._rows = Mirror(bucket.device)
-        self._uploaded = bucket.table[:0]
-        self._unchanged = b""
-        self._chunks = Mirror(bucket.device)
-        self.chunks: Tensor | None = None
+        self._rows, self._gradients, self._chunks = (Mirror(bucket.device) for _ in range(3))
+        self._edition = -1  # of the bucket's rows on the device
+        self._is_current = False  # whether the last refresh ended, and was not of a capture
         #: programs of the launch, one per chunk
         self.count = 0
         #: a row for each step counter that this step advances
         self.counters = self._counters_of(bucket.table[:0])
 
-    def refresh(self) -> Tensor:
-        """Return the rows on the device; renew chunks and counters if other rows are active."""
-        table = self.bucket.table
-        whole = table.tobytes()
-        if whole == self._unchanged:  # true of nearly all steps
-            return cast("Tensor", self._rows.table)
-        self._unchanged = b""
-        active = table["active"]
-        now = active.tobytes()
-        if now != self._active or self.chunks is None:
-            rows = np.flatnonzero(active)
-            chunks = -(-table["numel"][rows] // self._chunk)
-            first = np.cumsum(chunks) - chunks
-            of_row = np.repeat(rows, chunks)
-            index = np.arange(len(of_row)) - np.repeat(first, chunks)
-            pairs = np.stack([of_row, index], axis=1).astype(np.int32)
-            # Upload first: if a capture refuses the upload, nothing else has changed.
-            self.chunks = self._chunks.put(pairs) if len(pairs) else None
-            self.count = len(pairs)
-            self.counters = self._counters_of(table[rows])
-            self._active = now
-        if not current.is_capturing():
-            on_device = self._rows.put(_words(table))
-            self._rows.stage()
-            self._uploaded = table.copy()
-            self._unchanged = whole
-            return on_device
-        # A graph's gradients lie in its own memory. A capture takes in no other change.
-        rest = table.copy()
-        rest["grad"] = self._uploaded["grad"] if len(self._uploaded) == len(table) else 0
-        on_device = self._rows.put(_words(rest))
-        if np.array_equal(rest["grad"], table["grad"]):
-            return on_device
-        return self._rows.put_in_graph(_words(table))
+    def refresh(self) -> None:
+        """Bring the tables on the device up to date.
+
+        Raises:
+            RuntimeError: if the step is being captured, and anything but the addresses of the
+                gradients changed.
+        """
+        bucket = self.bucket
+        gradients, changed = bucket.gradients, bucket.edition != self._edition
+        if not changed and self._is_current and self._gradients.holds(gradients):
+            return
+        self._is_current = False
+        if changed:
+            self._rows.fill(bucket.table.view(np.int64).reshape(len(gradients), -1))
+        active = (gradients != 0).tobytes()
+        if changed or active != self._active:
+            self._active = b""
+            self._choose_chunks(np.flatnonzero(gradients))
+            self._active, self._edition = active, bucket.edition
+        if current.is_capturing():
+            self._gradients.put_in_graph(gradients)
+        else:
+            self._gradients.put(gradients)
+            self._gradients.stage()
+            self._is_current = True
+
+    def _choose_chunks(self, rows: npt.NDArray[np.int64]) -> None:
+        """Have the step update these rows alone."""
+        table = self.bucket.table[rows]
+        chunks = -(-table["numel"] // self._chunk)
+        first = np.cumsum(chunks) - chunks
+        of_row = np.repeat(rows, chunks)
+        index = np.arange(len(of_row)) - np.repeat(first, chunks)
+        pairs = np.stack([of_row, index], axis=1).astype(np.int32)
+        # Upload first: if a capture refuses the upload, nothing else has changed.
+        if len(pairs):
+            self._chunks.put(pairs)
+        self.count = len(pairs)
+        self.counters = self._counters_of(table)
+
+    @property
+    def tables(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The chunks, rows and gradients on the device; a launch without chunks has none."""
+        return self._chunks.table, self._rows.table, self._gradients.table
 
     def _counters_of(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         """Return the table of the rows' step counters, as ``COUNTER`` in multi_tensor.py."""
@@ -96,11 +108,8 @@ class Launch:
         return counters
 
     def give_up(self) -> list[object]:
-        """Hand the tables to a graph."""
-        tables = [self._rows.give_up(), self._chunks.give_up()]
-        self.chunks = None
-        self._unchanged = b""
-        return [*tables]
+        """Return the tables that a captured step reads, and writes at every replay."""
+        return [self._rows.lend(), self._chunks.lend(), self._gradients.give_up()]
 
     def choose(self) -> None:
         """Choose the kernel by the alignment of the gradients.
@@ -109,8 +118,8 @@ class Launch:
             RuntimeError: if the step is being captured and the kernel was never launched. A
                 capture can load no kernel.
         """
-        grads = self.bucket.table["grad"]
-        self._aligned = self.bucket.aligned and not int(np.bitwise_or.reduce(grads)) & 15
+        addresses = int(np.bitwise_or.reduce(self.bucket.gradients))
+        self._aligned = self.bucket.aligned and not addresses & 15
         if current.is_capturing() and self._aligned not in self._loaded:
             self._aligned = False  # the kernel for any alignment
             if self._aligned not in self._loaded:
@@ -130,8 +139,4 @@ class Launch:
     def squares_compiled_for(self) -> dict[str, Any]:
         """Constants and options of :func:`sum_of_squares`."""
         both = self._compiled_for[self._aligned]
-        return {k: v for k, v in both.items() if k not in ("KERNEL", "SLOTS", "COUNTER")}
-
-
-def _words(table: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    return table.view(np.int64).reshape(len(table), -1)
+        return {k: v for k, v in both.items() if k not in ("KERNEL", "SLOTS", "COUNTER", "SCALAR")}

@@ -20,8 +20,14 @@ class Mirror:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._last = b""
+        self._is_filled = False
+        self._lent = False
         self._staged: Tensor | None = None
         self.table: Tensor | None = None
+
+    def holds(self, table: npt.NDArray[Any]) -> bool:
+        """Return whether :meth:`put` has put this table on the device, and nothing has since."""
+        return self._is_filled and self._fits(table) and table.tobytes() == self._last
 
     def put(self, table: npt.NDArray[Any]) -> Tensor:
         """Return the table on the device; upload a changed table without waiting for the copy.
@@ -29,26 +35,32 @@ class Mirror:
         Raises:
             RuntimeError: if the table changed and the step is being captured.
         """
-        now = table.tobytes()
-        fits = self.table is not None and self.table.shape == table.shape
-        if fits and now == self._last:
-            return cast("Tensor", self.table)
+        if not self.holds(table):
+            self.fill(table)
+            self._last = table.tobytes()
+            self._is_filled = True
+        return cast("Tensor", self.table)
+
+    def fill(self, table: npt.NDArray[Any]) -> None:
+        """Upload the table, changed or not, without waiting for the copy.
+
+        Raises:
+            RuntimeError: if the step is being captured.
+        """
         if current.is_capturing():
-            raise RuntimeError(
-                "step() cannot be captured now: tensors or settings of the optimizer changed since "
-                "its last step, or its last step was captured; take a step with the same "
-                "parameters having gradients, and then capture"
-            )
-        if not fits:
+            raise _cannot_capture()
+        self._is_filled = False  # remains so if an interrupt ends the upload
+        if self._lent or not self._fits(table):
             dtype = torch.from_numpy(np.empty(0, table.dtype)).dtype
             self.table = torch.empty(table.shape, dtype=dtype, device=self._device)
-        on_device = cast("Tensor", self.table)
-        host = torch.from_numpy(table.copy())
+            self._lent = False
+        host = torch.from_numpy(table)
         if self._device.type != "cpu":
             host = host.pin_memory()
-        on_device.copy_(host, non_blocking=True)
-        self._last = now
-        return on_device
+        cast("Tensor", self.table).copy_(host, non_blocking=True)
+
+    def _fits(self, table: npt.NDArray[Any]) -> bool:
+        return self.table is not None and self.table.shape == table.shape
 
     def renew(self, table: npt.NDArray[Any]) -> None:
         """Upload as many rows of this table as fit; leave the mirror's further rows."""
@@ -68,17 +80,36 @@ class Mirror:
                 table.shape, dtype=table.dtype, device="cpu", pin_memory=pinned
             )
 
-    def put_in_graph(self, table: npt.NDArray[Any]) -> Tensor:
-        """Return the table on the device, which every replay uploads again.
+    def put_in_graph(self, table: npt.NDArray[Any]) -> None:
+        """Put the table on the device; if it changed, every replay uploads it again.
 
         Call :meth:`stage` before the capture and :meth:`give_up` after it.
+
+        Raises:
+            RuntimeError: if a table of this shape was not staged.
         """
-        staged, on_device = cast("Tensor", self._staged), cast("Tensor", self.table)
-        staged.numpy()[...] = table
-        return on_device.copy_(staged, non_blocking=True)
+        if self.holds(table):
+            return
+        if self._staged is None or not self._fits(table):
+            raise _cannot_capture()
+        self._staged.numpy()[...] = table
+        cast("Tensor", self.table).copy_(self._staged, non_blocking=True)
+
+    def lend(self) -> Tensor | None:
+        """Return the table, which a graph reads from now on; a change makes a new table."""
+        self._lent = True
+        return self.table
 
     def give_up(self) -> tuple[Tensor | None, Tensor | None]:
-        """Hand the table and its host memory to a graph; the next :meth:`put` makes a new table."""
+        """Return the table and its host memory, which a graph uploads; a step makes new ones."""
         given = self.table, self._staged
         self.table = self._staged = None
         return given
+
+
+def _cannot_capture() -> RuntimeError:
+    return RuntimeError(
+        "step() cannot be captured now: tensors or settings of the optimizer changed since "
+        "its last step, or its last step was captured; take a step with the same "
+        "parameters having gradients, and then capture"
+    )
