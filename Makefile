@@ -17,7 +17,7 @@ ON_TRITON := $(TRITON)/test_triton.py $(TRITON)/test_triton_changes.py \
 INTERPRETED := $(ON_TRITON) $(TRITON)/test_triton_machine.py $(TRITON)/test_triton_memory.py \
 	tests/core/test_hostile_checkpoints.py tests/core/test_resume_data.py tests/fuzz/test_fuzz.py
 
-.PHONY: demo test format lint types check interpreted fuzz fuzz-kill fuzz-threads distributed test-frameworks test-newest package docs pictures errors gpu-check gpu-sanitize gpu-paper clean FORCE
+.PHONY: demo test format lint types check interpreted fuzz fuzz-kill fuzz-threads distributed test-frameworks test-newest package docs pictures notebook tables errors gpu-check gpu-sanitize gpu-paper clean FORCE
 
 demo: $(VENV)/.demo
 	$(BIN)/clr-optim demo $(ARGS)
@@ -121,7 +121,7 @@ package: $(VENV)/.test
 	build/empty/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
 	cd build && empty/bin/python ../tests/installed_step.py
 
-# The API reference as HTML. A warning is an error, and so is a page that loads anything from
+# Pages and reference as HTML. A warning is an error, and so is a page that loads anything from
 # elsewhere (links may lead there).
 docs: $(VENV)/.docs
 	rm -rf build/docs
@@ -135,6 +135,15 @@ docs: $(VENV)/.docs
 # The pictures in docs/ that the README shows.
 pictures: $(VENV)/.demo
 	$(BIN)/clr-optim plot --out docs
+	$(BIN)/python docs/draw_range_test.py
+
+# The notebook of the docs, with its outputs.
+notebook: $(VENV)/.docs $(VENV)/.demo
+	$(BIN)/jupyter-execute --inplace docs/five_minutes.ipynb
+
+# The tables of README and docs pages, from the committed results that their marks name.
+tables: $(VENV)/.test
+	$(BIN)/python -m clr_optim.bench.pages $$(grep -l '<!-- table: ' README.md docs/*.md)
 
 # docs/errors.md: what is said to each wrong input that the tests try.
 errors: $(VENV)/.test
@@ -156,7 +165,7 @@ gpu-check: build/tree
 	mkdir -p bench/results; \
 	timeout -k 10 200 $(PYTHON) -m pytest tests/test_gpu.py $(ON_TRITON) \
 		tests/bench/test_paper_runs.py -m "gpu or triton" \
-		tests/test_docs.py::test_the_readmes_captured_step \
+		tests/test_docs.py::test_the_captured_step_of_the_docs \
 		--junitxml=build/gpu-tests.xml $(ARGS) || failed="tests"; \
 	keep build/gpu-tests.xml; \
 	$(PYTHON) -c "import matplotlib, PIL" 2>/dev/null && plot="--plot $$results.png"; \

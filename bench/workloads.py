@@ -36,6 +36,9 @@ RULES = {
     "adadelta": Rule(torch.optim.Adadelta),
     "rmsprop": Rule(torch.optim.RMSprop),
     "rmsprop_full": Rule(torch.optim.RMSprop, {"momentum": 0.9, "centered": True}),
+    "adamax": Rule(torch.optim.Adamax),
+    "radam": Rule(torch.optim.RAdam),
+    "nadam": Rule(torch.optim.NAdam),
 }
 
 

@@ -11,6 +11,8 @@ from clr_optim.range_test import Bounds, RangeTest, lr_range_test
 from clr_optim.rules import register_rule
 from clr_optim.schedule import Phase, Schedule
 
+from clr_optim import plotting as plotting  # isort: skip  (enters the functions of plot methods)
+
 __all__ = [
     "Bounds",
     "CyclicalOptimizer",

@@ -22,6 +22,7 @@ from clr_optim.core.shared import alone
 from clr_optim.core.step import take_step
 from clr_optim.core.wrapper import OptimizerT, Wrapper
 from clr_optim.keys import SCHEDULE
+from clr_optim.pictures import plot_optimizer
 from clr_optim.schedule import ScaleFn, Schedule
 from clr_optim.torch_schedulers import read_scheduler
 
@@ -56,8 +57,8 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
         policy: ``"triangular"``, ``"triangular2"``, ``"exp_range"``, ``"exp_range_bounds"`` or a
             :class:`~clr_optim.schedule.Schedule`, which brings step sizes, gamma, window and scale
             function.
-        base_lr: lower bound, a number or one per group (a list, a tuple, an array or a tensor; a
-            tensor of one element is a number); ``None`` is the paper's ``max_lr / 4``.
+        base_lr: lower bound, a number or one per group (a list, tuple, array or tensor; a tensor of
+            one element is a number); ``None`` is the paper's ``max_lr / 4``.
         max_lr: upper bound, a number or one per group; ``None`` is the group's ``lr``, so that the
             rate chosen for the optimizer becomes the top of the cycle. If an earlier wrapper cycled
             the optimizer, ``None`` is the ``lr`` before that, or a rate that other code has written
@@ -335,7 +336,7 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Global gradient norm of the last step, before clipping: a 0-dim tensor.
+        """The global gradient norm of the last step before clipping, a 0-dim tensor.
 
         ``None`` before the first step with ``max_grad_norm``.
         """
@@ -344,10 +345,7 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
         return norm.clone() if norm is not None and traits and traits.reuses_norm else norm
 
     def explain(self) -> str:
-        """Return which backend serves which parameters, and why, in words.
-
-        Returns:
-            A line for each backend and reason.
+        """Return which backend serves which parameters and why, in a line for each.
 
         Example:
             >>> model = torch.nn.Linear(4, 2)
@@ -356,6 +354,8 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
             torch: 2 parameter tensors, 10 values, SGD: asked for by backend='torch'
         """
         return self._shared.serving.explain()
+
+    plot = plot_optimizer
 
     # ---- a step
 
@@ -379,8 +379,7 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
 
         Args:
             closure: reevaluates the model and returns the loss, as in torch.
-            *args: further arguments of the wrapped ``step``.
-            **kwargs: likewise.
+            *args, **kwargs: further arguments of the wrapped ``step``.
 
         Returns:
             What the wrapped ``step`` returns, which is the closure's loss.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 __all__ = [
-    "KERNELS", "RULES", "SHIPPED", "STATE_SLOTS", "Slot", "StateSlots", "UpdateRule", "class_name",
-    "register_rule",
+    "KERNELS", "NUMBERS", "RULES", "SHIPPED", "STATE_SLOTS", "Slot", "StateSlots", "UpdateRule",
+    "class_name", "register_rule",
 ]  # fmt: skip
 
 Group = Mapping[str, Any]
@@ -46,6 +46,7 @@ KERNELS = (
     "adamax",
     "radam",
     "lion",
+    "nadam",
 )
 
 
@@ -76,6 +77,8 @@ class UpdateRule:
         scalars: returns the kernel's own scalars, which follow the scalars of all rules in a row.
         state_order: the names of all state, in the order in which torch creates it.
         momentum: the index in the scalars of the momentum or ``betas[0]``, which may cycle.
+        scalar_states: the first values of states that have one element, by name. Each step
+            multiplies them by the kernel's factor. At most one, and only beside a step counter.
         is_decoupled: returns whether the weight decay of a group shrinks the weights. Otherwise
             the weight decay is added to the gradient.
         refuses: returns why the kernel cannot serve an optimizer of the class, or None.
@@ -89,6 +92,7 @@ class UpdateRule:
     scalars: Callable[[Group], tuple[float, ...]]
     state_order: tuple[str, ...]
     momentum: int | None = None
+    scalar_states: Mapping[str, float] = field(default_factory=dict)
     is_decoupled: Callable[[Group], bool] = lambda group: False
     refuses: Callable[[Optimizer], str | None] = lambda optimizer: None
     reads: frozenset[str] = frozenset()
@@ -125,6 +129,11 @@ class UpdateRule:
         except KeyError as missing:
             return f"its group has no {missing}"
         return None
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The first values of all state that has one element, by name, the step counter first."""
+        return {"step": 0.0, **self.scalar_states} if self.has_step else {}
 
     @property
     def momentum_column(self) -> int | None:
@@ -273,8 +282,22 @@ for _rule in (
         momentum=0,
         is_decoupled=lambda group: bool(group["decoupled_weight_decay"]),
     ),
+    UpdateRule(
+        torch.optim.NAdam,
+        kernel=lambda group: "nadam",
+        slots=lambda group: _ADAM,
+        has_step=True,
+        scalars=lambda g: (*g["betas"], g["eps"], g["momentum_decay"]),
+        state_order=("step", "mu_product", "exp_avg", "exp_avg_sq"),
+        momentum=0,
+        scalar_states={"mu_product": 1.0},
+        is_decoupled=lambda group: bool(group["decoupled_weight_decay"]),
+    ),
 ):
     SHIPPED[_rule.optimizer.__name__.lower()] = _rule
+
+#: The names of all state that has one element.
+NUMBERS = frozenset(name for rule in SHIPPED.values() for name in rule.numbers)
 
 #: The fused rules, by exact class.
 RULES: dict[type[Optimizer], UpdateRule] = {
@@ -330,8 +353,8 @@ def _slots(*names: str, numbers: tuple[str, ...] = ("step",)) -> StateSlots:
 
 
 def _fused_slots(rule: UpdateRule) -> StateSlots:
-    tensors = {name: _whole for name in rule.state_order if name != "step"}
-    return StateSlots(tensors, frozenset({"step"} if rule.has_step else ()), rule=rule)
+    tensors = {name: _whole for name in rule.state_order if name not in rule.numbers}
+    return StateSlots(tensors, frozenset(rule.numbers), rule=rule)
 
 
 #: The names that ``optimizer.state[p]`` may hold, by exact class of the optimizer.
@@ -358,7 +381,6 @@ STATE_SLOTS: dict[type[Optimizer], StateSlots] = {
     torch.optim.Muon: StateSlots(
         {"momentum_buffer": _whole}, lazy=frozenset({"momentum_buffer"})
     ),
-    torch.optim.NAdam: _slots("exp_avg", "exp_avg_sq", numbers=("step", "mu_product")),
     torch.optim.Rprop: _slots("prev", "step_size"),
     torch.optim.SparseAdam: _slots("exp_avg", "exp_avg_sq"),
 }  # fmt: skip
@@ -376,7 +398,8 @@ def register_rule(optimizer_class: type[Optimizer], rule: str) -> None:
         optimizer_class: the class. It is no class of torch.
         rule: ``"lion"``, which updates as the class ``Lion`` of the package lion-pytorch, or the
             name of a fused class of torch in lower case: ``"sgd"``, ``"adam"``, ``"adamw"``,
-            ``"adagrad"``, ``"adadelta"``, ``"rmsprop"``, ``"adamax"``, ``"radam"``.
+            ``"adagrad"``, ``"adadelta"``, ``"rmsprop"``, ``"adamax"``, ``"radam"``,
+            ``"nadam"``.
 
     Raises:
         TypeError: ``optimizer_class`` is no subclass of ``torch.optim.Optimizer``.

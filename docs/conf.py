@@ -1,4 +1,4 @@
-"""How Sphinx renders the API reference: `make docs`, pages into build/docs."""
+"""How Sphinx renders the pages and the reference: `make docs`, into build/docs."""
 
 import re
 from typing import Any
@@ -10,7 +10,11 @@ author = "The clr_optim developers"
 copyright = author
 version = release = clr_optim.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # the notebook holds its outputs; a test runs its cells
 
 html_theme = "furo"
 html_title = f"clr_optim {release}"
@@ -32,7 +36,7 @@ napoleon_custom_sections = [("Source", "notes_style")]
 # A reference that leads nowhere is an error, except to what other projects document.
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|numpy|np|npt|matplotlib|collections|pathlib|typing)\..*|Figure|Path"),
-    (r"py:.*", r"clr_optim\.optimizer\.OptimizerT"),
+    (r"py:.*", r"clr_optim\.core\.wrapper\.\w+"),
 ]
 
 

@@ -212,6 +212,12 @@ def _with_kernels() -> Iterator[Case]:
         ("lion", Lion, {"betas": (0.75, 0.5)}, "lion", 0.01, {}),
         ("lion-wd-cycled", Lion, {"weight_decay": 0.1, "betas": (0.8, 0.7)}, "lion", 0.005,
          cycled),
+        ("nadam", _optim.NAdam, {}, "nadam", 0.01, {}),
+        ("nadam-wd-max", _optim.NAdam,
+         {"weight_decay": 0.1, "maximize": True, "betas": (0.4, 0.9), "eps": 1e-3,
+          "momentum_decay": 0.1}, "nadam", 0.01, {}),
+        ("nadam-decoupled-cycled", _optim.NAdam,
+         {"weight_decay": 0.1, "decoupled_weight_decay": True}, "nadam", 0.005, cycled),
     ):  # fmt: skip
         yield Case(name, cls, options, lr, wrap, kernel)
 
@@ -233,7 +239,6 @@ OTHER_IMPLEMENTATIONS = [
 ]
 #: Rows that only torch's own step serves.
 WITHOUT_KERNEL = [
-    Case("nadam", _optim.NAdam),
     Case("asgd", _optim.ASGD),
     Case("rprop", _optim.Rprop),
     Case("adafactor", _optim.Adafactor),
@@ -246,7 +251,7 @@ BY_NAME = {case.name: case for case in [*WITH_KERNEL, *OTHER_IMPLEMENTATIONS, *W
 
 _COMMON = ("sgd", "sgd-momentum", "sgd-nest", "sgd-dampening-maximize", "adam", "adamw",
            "adagrad-decay-start", "adadelta", "rmsprop", "rmsprop-mom-cent", "adamax",
-           "radam", "lion")  # fmt: skip
+           "radam", "nadam", "lion")  # fmt: skip
 #: Each class and each implementation of torch, for tests that concern all of them.
 EVERY_CLASS = [BY_NAME[name] for name in _COMMON] + OTHER_IMPLEMENTATIONS + WITHOUT_KERNEL
 

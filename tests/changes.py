@@ -11,7 +11,7 @@ import io
 import pickle
 
 import torch
-from native_helpers import BY_NAME, drawn, like, members, parameters, twins, wrapped
+from native_helpers import BY_NAME, NUMBERS, drawn, like, load, members, parameters, twins, wrapped
 
 
 def many(name, count, **wrap):
@@ -174,7 +174,7 @@ def shrink(opt):
     p.grad = None
     p.data = p.detach()[:4]
     for name, t in opt.state[p].items():
-        if name != "step":
+        if name not in NUMBERS:
             opt.state[p][name] = t[:4]
 
 
@@ -183,7 +183,7 @@ def shrink_in_place(opt):
     p.grad = None
     p.data = p.detach().resize_(4)
     for name, t in opt.state[p].items():
-        if name != "step":
+        if name not in NUMBERS:
             t.resize_(4)
 
 
@@ -198,7 +198,7 @@ def grow(opt):
     p.grad = None
     p.data = torch.cat([p.detach(), p.detach()])
     for name, t in opt.state[p].items():
-        if name != "step":
+        if name not in NUMBERS:
             opt.state[p][name] = torch.cat([t, t])
 
 
@@ -278,7 +278,7 @@ def new_state_object(opt):
 
 
 def load_own(opt):
-    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    load(opt, copy.deepcopy(opt.state_dict()))
 
 
 def load_other(opt):
@@ -286,7 +286,7 @@ def load_other(opt):
     for p in members(other):
         p.grad = like(torch.ones(p.shape), p)
     other.step()
-    opt.load_state_dict(other.state_dict())
+    load(opt, other.state_dict())
 
 
 def to_float32(opt):

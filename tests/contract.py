@@ -17,6 +17,7 @@ from native_helpers import (
     HALF,
     KERNELS,
     MIXED_GROUPS,
+    NUMBERS,
     assert_close,
     feed,
     many_groups,
@@ -79,7 +80,7 @@ class Contract:
         """Begin a new segment with all present tensors and their values."""
         mine, reference = tensors_of(self.ours), tensors_of(self.twin)
         assert list(mine) == list(reference)
-        keys = [key for key in mine if key[1] != "step"]
+        keys = [key for key in mine if key[1] not in NUMBERS]
         for key in keys:
             assert strides(mine[key]) == strides(reference[key])
             assert mine[key].dtype == self.dtype
@@ -117,7 +118,7 @@ class Contract:
         """Assert that every step so far is within the bound of the dtype."""
         found = tensors_of(self.ours)
         for key, t in tensors_of(self.twin).items():
-            if key[1] == "step":
+            if key[1] in NUMBERS:
                 assert (found[key].dtype, found[key].item()) == (t.dtype, t.item())
         for keys, before, mine, reference in self.segments:
             if not mine:

@@ -16,6 +16,7 @@ from cases import EVERY_KERNEL, WITH_KERNEL, Case, wrapped
 from torch import Tensor
 
 from clr_optim import CyclicalOptimizer
+from clr_optim.rules import NUMBERS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
@@ -83,6 +84,21 @@ def tensors_of(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Tensor
     return found
 
 
+def load(optimizer: torch.optim.Optimizer, state_dict: Any) -> None:
+    """Load a checkpoint; states of one element keep their dtype in torch's optimizer too.
+
+    torch casts them to the dtype of the parameter, ours does not.
+    """
+    optimizer.load_state_dict(state_dict)
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        for param, index in zip(group["params"], saved["params"], strict=True):
+            values = state_dict["state"].get(index, {})
+            for name in NUMBERS & values.keys():
+                if isinstance(values[name], Tensor):
+                    number = optimizer.state[param][name].to(values[name].dtype)
+                    optimizer.state[param][name] = number.copy_(values[name])
+
+
 def dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
@@ -141,8 +157,8 @@ def assert_nan_and_inf_where_torch_has_them(
         copied.grad = p.grad.to(arithmetic)
         twin = case.make([copied])
         for name, value in ours.state.get(p, {}).items():
-            where = "cpu" if name == "step" else device
-            kind = value.dtype if name == "step" else arithmetic
+            where = "cpu" if name in NUMBERS else device
+            kind = value.dtype if name in NUMBERS else arithmetic
             twin.state[copied][name] = value.to(where, kind, copy=True)
         feed(twin, ours)
         twin.step()

@@ -1,58 +1,136 @@
-"""What the README says is so: its code is run in its order, its links lead somewhere."""
+"""README and docs pages are true: their code runs, tables equal results, links lead somewhere."""
 
 from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
-import torch
 from places import ROOT
 
 import clr_optim
-from clr_optim.bench import paper
+from clr_optim.bench import pages, paper
 from clr_optim.bench.paper.readme import BEGIN, END
 
-README = (ROOT / "README.md").read_text()
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+TEXTS = {page: (ROOT / page).read_text("utf-8") for page in PAGES}
+README = TEXTS["README.md"]
 
 
-def test_the_readmes_code_runs_from_top_to_bottom(tmp_path, monkeypatch):
+def blocks_of(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", TEXTS[page], flags=re.S | re.M)
+
+
+def run(page: str) -> dict[str, Any]:
+    """Run the blocks of a page in their order, as pasted into an empty interpreter."""
+    space: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks_of(page):
+        exec(compile(block, page, "exec"), space)
+    return space
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
+def test_the_code_of_a_page_runs_as_pasted(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(blocks) == 8
-    model = torch.nn.Linear(20, 2)
-    space = {"torch": torch, "CyclicalOptimizer": clr_optim.CyclicalOptimizer, "model": model}
-    for block in blocks:
-        exec(block, space)
-    assert space["opt"].cycle == 5.0
-    assert space["averaged"].n_averaged == 2
-    assert space["table2"](17_000) == 0.0005
-    assert space["optimizer"].iteration == 100
-    assert space["optimizer"].cycle == 1.0
-    assert space["cyclic"].steps_to_cycle_end == 2 * 4 * len(space["loader"])
+    run(page)
+
+
+def test_the_cells_of_the_notebook_run_in_order():
+    pytest.importorskip("matplotlib")
+    notebook = json.loads((ROOT / "docs/five_minutes.ipynb").read_text("utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    space: dict[str, Any] = {"__name__": "__main__"}
+    for cell in cells:
+        exec("".join(cell["source"]), space)
+    assert space["opt"].cycle == 2.0
+    assert all(cell["outputs"] for cell in cells if cell is not cells[0])  # run `make notebook`
+
+
+def test_pages_have_code():
+    assert sum(len(blocks_of(page)) for page in PAGES) > 35
+    assert len(blocks_of("README.md")) == 2
+
+
+def test_the_readmes_run_ends_a_cycle():
+    space = run("README.md")
+    assert isinstance(space["opt"], clr_optim.CyclicalOptimizer)
+    assert space["result"].suggest().base_lr < space["result"].suggest().max_lr
 
 
 @pytest.mark.gpu
-def test_the_readmes_captured_step():
-    recipe = next(b for b in re.findall(r"```python\n(.*?)```", README, flags=re.S) if "graph" in b)
-    space = {"torch": torch, "CyclicalOptimizer": clr_optim.CyclicalOptimizer}
-    exec(recipe, space)
+def test_the_captured_step_of_the_docs():
+    space = run("docs/cuda_graphs.md")
     assert space["optimizer"].iteration == 100
     assert space["run"] == space["graph"].replay
 
 
-def test_the_readmes_pictures_and_links_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+# ---- links
 
 
-def test_the_readmes_paper_table_is_of_the_committed_results():
+def anchors_of(text: str) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub and MyST name them."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_lead_somewhere(page):
+    folder = (ROOT / page).parent
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = folder / path if path else ROOT / page
+        assert file.exists(), f"{page}: {target}"
+        assert not anchor or anchor in anchors_of(file.read_text("utf-8")), f"{page}: {target}"
+
+
+def test_every_page_is_in_the_table_of_contents():
+    index = TEXTS["docs/index.md"]
+    listed = set(re.findall(r"^([\w/]+)$", index, flags=re.M))
+    assert {page.removeprefix("docs/").removesuffix(".md") for page in PAGES[1:]} - listed == {
+        "index"
+    }
+    for name in re.findall(r"\{doc\}`([\w/]+)`", "".join(TEXTS.values())):
+        assert name in listed
+
+
+# ---- figures
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "<!-- table: " in TEXTS[page]])
+def test_tables_are_of_the_committed_results(page):
+    assert pages.renewed(TEXTS[page], ROOT) == TEXTS[page], "run `make tables`"
+
+
+def test_the_papers_table_is_of_the_committed_results():
     whole = json.loads((ROOT / "bench/results/paper-gpu/paper.json").read_text())
     table = "\n".join(paper.readme_table(paper.summarize(whole["runs"])))
-    assert f"{BEGIN}\n{table}\n{END}" in README
+    assert f"{BEGIN}\n{table}\n{END}" in TEXTS["docs/paper.md"]
 
 
 def test_versions_agree():
     assert f"version: {clr_optim.__version__}" in (ROOT / "CITATION.cff").read_text()
     assert f"## {clr_optim.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+# ---- a README for a reader with three minutes
+
+
+def sentences_of(text: str) -> list[str]:
+    """Return the sentences of a page's prose, without code, tables, comments and addresses."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
+    text = re.sub(r"^(\||#|    ).*$", "", text, flags=re.M)
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    return [s for part in text.split("\n\n") for s in re.split(r"(?<=[.:?!])\s", part) if s.strip()]
+
+
+def test_the_readme_is_short():
+    assert README.count("\n") <= 180
+
+
+def test_the_readmes_sentences_are_short():
+    long = [s for s in sentences_of(README) if len(s.split()) > 30]
+    assert not long, long

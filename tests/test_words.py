@@ -84,7 +84,8 @@ def findings(text: str, name: str) -> list[str]:
 
 
 def files() -> list[str]:
-    found = [str(path.relative_to(ROOT)) for glob in SOURCES for path in ROOT.glob(glob)]
+    globs = (*SOURCES, "README.md", "docs/*.md")
+    found = [str(path.relative_to(ROOT)) for glob in globs for path in ROOT.glob(glob)]
     return sorted((*found, *OTHERS))
 
 

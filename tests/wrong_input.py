@@ -40,7 +40,7 @@ from clr_optim.schedule import triangular
 
 PAGE = ROOT / "docs/errors.md"
 
-HEAD = """# What is said to wrong input
+HEAD = """# Errors and warnings
 
 Written by `make errors` from the tables of the tests, which try each row and check that nothing has
 changed. Every message names what was wrong, its value, and what would be right.

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Signals", "forget", "handed_down", "signals_on"]
+__all__ = ["NO_SIGNALS", "Signals", "forget", "handed_down", "signals_on"]
 
 
 class Signals(NamedTuple):
@@ -39,14 +39,15 @@ class Signals(NamedTuple):
         return self.found_inf is not None and bool(self.found_inf)
 
 
-_NONE = Signals(None, None)
+#: The signals where no GradScaler is at work.
+NO_SIGNALS = Signals(None, None)
 
 
 def signals_on(wrapper: object) -> Signals:
     """Return the signals that a GradScaler has left on a wrapper."""
     attributes = vars(wrapper)
     if "found_inf" not in attributes and "grad_scale" not in attributes:
-        return _NONE
+        return NO_SIGNALS
     return Signals(attributes.get("grad_scale"), attributes.get("found_inf"))
 
 

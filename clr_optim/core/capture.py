@@ -13,6 +13,7 @@ from torch import Tensor
 from clr_optim.backends.torch import is_profiled
 from clr_optim.core.shared import Shared
 from clr_optim.keys import BASE_MOMENTUM, MAX_MOMENTUM
+from clr_optim.rules import NUMBERS
 
 __all__ = ["cannot_capture", "check_capture", "momentum_vanishes"]
 
@@ -58,9 +59,10 @@ def _was_moved(wrapper: Any) -> bool:
 
 def _has_counters_elsewhere(wrapper: Any) -> bool:
     for param, state in wrapper.state.items():
-        counter = state.get("step") if isinstance(state, dict) else None
-        if isinstance(counter, Tensor) and counter.device != param.device:
-            return True
+        for name in NUMBERS if isinstance(state, dict) else ():
+            number = state.get(name)
+            if isinstance(number, Tensor) and number.device != param.device:
+                return True
     return False
 
 

@@ -19,6 +19,7 @@ from clr_optim.core.rates import (
 from clr_optim.core.saved import found_bounds, written_position
 from clr_optim.core.settings import HIGH_MOMENTUM, LOW_MOMENTUM, Settings
 from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM, SCHEDULE, STEP
+from clr_optim.schedule import rates_and_momenta
 
 __all__ = ["GroupMirror", "Record", "Values"]
 
@@ -26,20 +27,15 @@ _BOUNDS_OF, _RATE_OF = operator.itemgetter(BASE, MAX), operator.itemgetter("lr")
 
 
 class Record:
-    """One group as we wrote it."""
+    """One group, and the objects that we put there. :class:`Values` has their numbers."""
 
-    __slots__ = ("bounds", "group", "lr", "momentum", "momentum_bounds", "rate")
+    __slots__ = ("group", "lr", "momentum")
 
-    def __init__(
-        self, group: dict[str, Any], bounds: tuple[float, float], lr: object, rate: float
-    ) -> None:
+    def __init__(self, group: dict[str, Any], lr: object) -> None:
         self.group = group
-        #: ``(base_lr, max_lr)``
-        self.bounds = bounds
-        #: the object in ``group["lr"]``, and its value
-        self.lr, self.rate = lr, rate
-        #: ``(base_momentum, max_momentum)`` if momentum cycles, and the object that holds momentum
-        self.momentum_bounds: tuple[float, float] | None = None
+        #: the object in ``group["lr"]``: a float, or the user's tensor
+        self.lr = lr
+        #: the object that holds the momentum, see :func:`momentum_of`; None if none cycles
         self.momentum: object = None
 
 
@@ -81,6 +77,8 @@ class GroupMirror:
         #: the list of groups that was last written; some optimizers make a new list at each access
         self.groups: Sequence[dict[str, Any]] | None = None
         self.records: list[Record] = []
+        #: the numbers that we wrote. A tensor may have rounded its rate.
+        self.written = Values(0, [], [], [], [])
         # Groups that were loaded into the wrapped optimizer since the last write, and their bounds.
         self._loaded: tuple[Sequence[dict[str, Any]], list[tuple[float, float]]] | None = None
         # What the last look ahead found, for the write that follows it.
@@ -93,18 +91,13 @@ class GroupMirror:
 
         The dictionary is empty if other code wrote a momentum, or the same rate as a new object.
         """
-        changed = [
-            i
-            for i, (group, record) in enumerate(
-                zip(self._optimizer.param_groups, self.records, strict=False)
-            )
-            if self.is_foreign(group, record)
-        ]
+        groups = self._optimizer.param_groups
+        known = min(len(groups), len(self.records))
+        changed = [i for i in range(known) if self.is_foreign(i, groups[i])]
         if not changed and self._is_momentum_ours():
             return None
-        groups = self._optimizer.param_groups
-        written = {i: written_rate(groups[i]["lr"], i) for i in changed}
-        return {i: lr for i, lr in written.items() if lr != self.records[i].rate}
+        rates = {i: written_rate(groups[i]["lr"], i) for i in changed}
+        return {i: lr for i, lr in rates.items() if lr != self.written.rates[i]}
 
     def is_untouched(self, position: int) -> bool:
         """Return whether all groups certainly hold what we wrote, without any tensor.
@@ -116,15 +109,13 @@ class GroupMirror:
             return False
         if self.groups is not groups and not self.are_ours(groups):
             return False
-        for group, record in zip(groups, records, strict=False):
+        for group, record, (base, top) in zip(groups, records, self.written.bounds, strict=False):
             rate = record.lr
-            base, top = record.bounds
             if (
                 group["lr"] is not rate
                 or type(rate) is not float
                 or group.get("capturable")
-                or type(group.get(STEP)) is not int
-                or group[STEP] != position
+                or group.get(STEP) is not position
                 or group.get(BASE) is not base
                 or group.get(MAX) is not top
             ):
@@ -133,15 +124,14 @@ class GroupMirror:
 
     def _is_momentum_untouched(self) -> bool:
         """Return whether all groups certainly hold the momentum that we wrote, without a tensor."""
-        for record in self.records:
+        for record, (low, high) in zip(self.records, self.written.momentum_bounds, strict=False):
             group, momentum = record.group, record.momentum
             betas = group.get("betas")
             if (
                 (group.get("momentum") if betas is None else betas) is not momentum
                 or type(momentum) not in (float, tuple)
-                or record.momentum_bounds is None
-                or group.get(BASE_MOMENTUM) is not record.momentum_bounds[0]
-                or group.get(MAX_MOMENTUM) is not record.momentum_bounds[1]
+                or group.get(BASE_MOMENTUM) is not low
+                or group.get(MAX_MOMENTUM) is not high
             ):
                 return False
         return True
@@ -156,8 +146,8 @@ class GroupMirror:
                 STEP in group
                 and isinstance(group.get(BASE), float)
                 and isinstance(group.get(MAX), float)
-                and (group[BASE], group[MAX]) == record.bounds
-                for group, record in zip(groups, self.records, strict=False)
+                and (group[BASE], group[MAX]) == bounds
+                for group, bounds in zip(groups, self.written.bounds, strict=False)
             )
         )
 
@@ -170,12 +160,12 @@ class GroupMirror:
         if not self.are_ours(groups) or len(self.records) != len(groups):
             return False
         try:
-            same = [*map(_BOUNDS_OF, groups)] == [record.bounds for record in self.records]
+            same = [*map(_BOUNDS_OF, groups)] == self.written.bounds
             same = same and groups[0][STEP] == position
         except LookupError:  # a group without our keys, or no group
             return False
-        rates = [record.lr for record in self.records]
-        return same and all(map(operator.is_, map(_RATE_OF, groups), rates))
+        ours = [record.lr for record in self.records]
+        return same and all(map(operator.is_, map(_RATE_OF, groups), ours))
 
     def are_ours(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Return whether these are the groups that were last written, in this or another list."""
@@ -184,15 +174,15 @@ class GroupMirror:
             return known is groups
         return len(known) == len(groups) and all(map(operator.is_, known, groups))
 
-    def is_foreign(self, group: dict[str, Any], record: Record) -> bool:
-        """Return whether other code wrote a group's ``lr``."""
+    def is_foreign(self, index: int, group: dict[str, Any]) -> bool:
+        """Return whether other code wrote the ``lr`` of a recorded group, by its index."""
         lr = group["lr"]
-        if lr is not record.lr:
+        if lr is not self.records[index].lr:
             return True
         # To read a tensor on a GPU would wait for the device.
         if not isinstance(lr, Tensor) or lr.device.type != "cpu" or self._is_kept(group):
             return False
-        return lr.item() != record.rate
+        return lr.item() != self.written.rates[index]
 
     def _is_momentum_ours(self) -> bool:
         """Return whether the groups hold the momenta, and the bounds of momentum, that we wrote."""
@@ -201,7 +191,7 @@ class GroupMirror:
         groups, records = self._optimizer.param_groups, self.records
         if len(groups) != len(records):
             return False
-        if [record.momentum_bounds for record in records] != [*map(momentum_bounds, groups)]:
+        if self.written.momentum_bounds != [*map(momentum_bounds, groups)]:
             return False
         # Other code may have filled a tensor: the object does not show it.
         return all(
@@ -236,7 +226,7 @@ class GroupMirror:
         if self.groups is None or self.are_ours(groups):
             self._loaded = None
             return found_bounds(groups, [])
-        last = self._loaded or (self.groups, [record.bounds for record in self.records])
+        last = self._loaded or (self.groups, self.written.bounds)
         found = found_bounds(groups, found_bounds(*last))
         self._loaded = groups, found
         return found
@@ -255,10 +245,8 @@ class GroupMirror:
         """
         if not self._settings.cycle_momentum or {BASE_MOMENTUM, MAX_MOMENTUM} <= group.keys():
             return
-        bounds: tuple[float, float] | None = None
-        if self.records:
-            bounds = self.records[index if index < len(self.records) else 0].momentum_bounds
-        group[BASE_MOMENTUM], group[MAX_MOMENTUM] = bounds or (LOW_MOMENTUM, HIGH_MOMENTUM)
+        known = self.written.momentum_bounds or [(LOW_MOMENTUM, HIGH_MOMENTUM)]
+        group[BASE_MOMENTUM], group[MAX_MOMENTUM] = known[index if index < len(known) else 0]
 
     # ---- values
 
@@ -267,11 +255,8 @@ class GroupMirror:
 
         A step asks before the kernels change anything, since a user's ``scale_fn`` may raise.
         """
-        records = self.records
-        momenta: list[Any] = []
-        if self._settings.cycle_momentum:
-            momenta = [record.momentum_bounds for record in records]
-        self._ahead = self._evaluate(position, [record.bounds for record in records], momenta)
+        written = self.written
+        self._ahead = self._evaluate(position, written.bounds, written.momentum_bounds)
         return self._ahead
 
     def _evaluate(
@@ -281,8 +266,7 @@ class GroupMirror:
         momentum_bounds: list[tuple[float, float]],
     ) -> Values:
         schedule = self._settings.schedule
-        rates = schedule.rates(position, bounds)
-        momenta = schedule.momenta(position, momentum_bounds) if momentum_bounds else []
+        rates, momenta = rates_and_momenta(schedule, position, bounds, momentum_bounds)
         return Values(position, bounds, momentum_bounds, rates, momenta)
 
     # ---- the answers
@@ -310,14 +294,17 @@ class GroupMirror:
             values = self._evaluate(position, bounds, momenta)
         before = self.records if self.are_ours(all_groups) else []
         records: list[Record] = []
+        rates: list[float] = []
         taken: set[int] = set()
         for i, (group, rate) in enumerate(zip(groups, values.rates, strict=True)):
             lr = before[i].lr if i < len(before) else group["lr"]
             kept = self._write_keys(group, position)
             lr, rate = write_rate(group, lr, rate, taken, is_driven, kept=kept)
-            records.append(Record(group, values.bounds[i], lr, rate))
-        _write_momenta(records, values, set())
+            records.append(Record(group, lr))
+            rates.append(rate)
+        _write_momenta(records, values.momenta, set())
         self.groups, self.records = all_groups, records
+        self.written = values._replace(rates=rates)
         self._loaded = self._ahead = None
 
     def advance(self, values: Values) -> None:
@@ -326,15 +313,18 @@ class GroupMirror:
         Args:
             values: what :meth:`look_ahead` returned for the next step.
         """
-        position, rates = values.position, values.rates
-        for record, rate in zip(self.records, rates, strict=False):
+        position = values.position
+        for record, rate in zip(self.records, values.rates, strict=False):
             group = record.group
-            group["lr"] = rate
+            group["lr"] = record.lr = rate
             group[STEP] = position
-            record.lr = record.rate = rate
-        if values.momenta:
-            _write_momenta(self.records, values, set())
-        self._ahead = None
+        for record, momentum in zip(self.records, values.momenta, strict=False):
+            before: Any = record.momentum
+            if type(before) is float:
+                record.group["momentum"] = record.momentum = momentum
+            else:
+                record.group["betas"] = record.momentum = (momentum, *before[1:])
+        self.written, self._ahead = values, None
 
     def join(self, position: int) -> None:
         """:meth:`write` the last group alone, which was added to those that we know."""
@@ -348,13 +338,15 @@ class GroupMirror:
             taken = {id(record.lr) for record in self.records}
         kept = self._write_keys(group, position)
         lr, rate = write_rate(group, group["lr"], values.rates[0], taken, never_driven, kept=kept)
-        record = Record(group, bounds, lr, rate)
+        record = Record(group, lr)
         taken = set()
         if momenta and isinstance(momentum_of(group), Tensor):
             taken = {id(each.momentum) for each in self.records}
-        _write_momenta([record], values, taken)
+        _write_momenta([record], values.momenta, taken)
         self.groups = groups
         self.records.append(record)
+        values = values._replace(rates=[rate])
+        self.written = Values(position, *(map(operator.add, self.written[1:], values[1:])))
 
     def _write_keys(self, group: dict[str, Any], position: int) -> bool:
         """Write position and policy into a group; return whether the device keeps its rate."""
@@ -363,17 +355,14 @@ class GroupMirror:
         return self._is_kept(group)
 
 
-def _write_momenta(records: Sequence[Record], values: Values, taken: set[int]) -> None:
-    """Write the momenta of a step, if momentum cycles, into the groups of some records.
+def _write_momenta(records: Sequence[Record], momenta: Sequence[float], taken: set[int]) -> None:
+    """Write momenta into the groups of some records, which take note of the objects.
 
     Args:
-        records: the records, which take note of the momenta.
-        values: the momenta and their bounds.
+        records: the records.
+        momenta: the momentum of each; empty if momentum does not cycle.
         taken: ids of what other groups have for their ``betas[0]``; tensors are added.
     """
-    for record, each, momentum in zip(
-        records, values.momentum_bounds, values.momenta, strict=False
-    ):
+    for record, momentum in zip(records, momenta, strict=False):
         write_momentum(record.group, momentum, taken)
-        record.momentum_bounds = each
         record.momentum = momentum_of(record.group)

@@ -16,7 +16,7 @@ from torch import Tensor
 from clr_optim.backends.base import Course, WhoKnows
 from clr_optim.core import leftover
 from clr_optim.core.groups import GroupMirror, Values
-from clr_optim.core.rates import momentum_bounds, never_driven
+from clr_optim.core.rates import never_driven
 from clr_optim.core.serving import Serving
 from clr_optim.core.settings import Settings
 from clr_optim.core.warn import callers_level
@@ -191,8 +191,9 @@ class Position:
         self._mirror.advance(values)
         fused = self._serving.fused
         if values.momenta and fused is not None:
-            written = [record.momentum for record in self._mirror.records]
-            fused.plan.take_momenta(written, values.momenta)
+            fused.plan.take_momenta(
+                [record.momentum for record in self._mirror.records], values.momenta
+            )
         # A signal handler may have moved the position up to here. CPython runs no handler within
         # the next expression.
         counted = (values.position, steps)
@@ -206,12 +207,13 @@ class Position:
         The kernels are ahead of the groups after an exception between the two, and while a signal
         handler asks or saves there.
         """
-        position, steps = self.counted
-        position += self.kernel_steps - steps
-        fused = self._serving.fused
-        if fused is not None and position != self.counted[0]:
-            fused.plan.commit_if_called()
-            self.follow(position)
+        fused, counted = self._serving.fused, self.counted
+        if fused is None or fused.plan.tally[1] == counted[1]:
+            return
+        fused.plan.commit_if_called()
+        # A signal handler that moved the position meanwhile has caught up already.
+        if self.counted is counted:
+            self.follow(counted[0] + fused.plan.tally[1] - counted[1])
 
     def rewrite(self) -> None:
         """Write the same position into groups that have changed."""
@@ -219,22 +221,13 @@ class Position:
 
     def course(self) -> Course:
         """Return what the backend needs to know of the next step."""
-        records = self._mirror.records
+        records, written = self._mirror.records, self._mirror.written
         groups: list[dict[str, Any]] = self._settings.optimizer.param_groups
-        momenta = None
-        if self._settings.cycle_momentum:
-            momenta = [momentum_bounds(group) for group in groups[: len(records)]]
         kept = [
             (i, record.lr)
             for i, record in enumerate(records)
             # After a group has become capturable, its rate is a float for one more step.
             if isinstance(record.lr, Tensor) and self._serving.is_kept(groups[i])
         ]
-        return Course(
-            self.counted[0],
-            [record.rate for record in records],
-            [record.bounds for record in records],
-            momenta,
-            kept,
-            True,
-        )
+        momenta = written.momentum_bounds or None
+        return Course(self.counted[0], written.rates, written.bounds, momenta, kept, True)

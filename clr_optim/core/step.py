@@ -11,32 +11,22 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from clr_optim import backends
 from clr_optim.backends.base import FusedBackend, Gradients
-from clr_optim.backends.torch import (
-    ClippedGradients,
-    HiddenGradients,
-    check_clippable,
-    is_profiled,
-    raw_step,
-)
+from clr_optim.backends.torch import ClippedGradients, is_profiled, raw_step
 from clr_optim.checks import shown
 from clr_optim.core import amp
-from clr_optim.core.capture import cannot_capture, check_capture, momentum_vanishes
-from clr_optim.core.groups import GroupMirror, Values
-from clr_optim.core.rates import written_rate
+from clr_optim.core.capture import check_capture, momentum_vanishes
+from clr_optim.core.creation import asks_for_state, create_state
+from clr_optim.core.groups import Values
+from clr_optim.core.rest import Borrowed, give_back, rest_of, step_rest
 from clr_optim.core.serving import parameters_of
 from clr_optim.core.shared import Shared
-from clr_optim.sharding import local_part, no_sums, spread_of, spreads, sum_over_ranks
 
 __all__ = ["take_step"]
 
 _UNCHANGED_GRADIENTS = Gradients()
-
-#: What keeps the user's gradients while copies, or nothing, take their place.
-_Borrowed = list[ClippedGradients | HiddenGradients]
 
 
 class StepContext:
@@ -46,19 +36,39 @@ class StepContext:
         wrapper: the CyclicalOptimizer.
     """
 
-    __slots__ = ("capturing", "creates_state", "evaluates", "shared", "signals", "wrapper")
+    __slots__ = (
+        "ahead", "before", "capturing", "creates_state", "evaluates", "shared", "signals",
+        "wrapper",
+    )  # fmt: skip
 
     def __init__(self, wrapper: Any) -> None:
         self.wrapper = wrapper
         self.shared: Shared = wrapper._shared
         #: whether a graph is being captured, so that nothing runs
         self.capturing = backends.is_capturing()
-        #: whether the step evaluates a closure, which may write anything
-        self.evaluates = False
-        #: whether the step only creates state, see :func:`_is_checkpointers_step`
-        self.creates_state = False
         #: what a GradScaler left on the wrapper
         self.signals = amp.signals_on(wrapper)
+        #: whether the step evaluates a closure, which may write anything
+        self.evaluates = False
+        #: whether the step only creates state
+        self.creates_state = False
+        #: :attr:`Position.counted` before the step
+        self.before = (0, 0)
+        #: what to write after the step, if other code has not touched the groups
+        self.ahead: Values | None = None
+
+    def begin(self) -> None:
+        """Make the groups hold what this step uses, and look ahead; the caller holds the lock."""
+        shared = self.shared
+        position = shared.position
+        position.catch_up()
+        self.before = position.counted
+        if shared.mirror.is_untouched(self.before[0]):
+            self.ahead = position.look_ahead()
+        elif not (self.evaluates or self.capturing) and asks_for_state(shared):
+            self.creates_state = True
+        else:
+            _prepare(shared)
 
 
 def take_step(
@@ -164,35 +174,29 @@ def _fused_step(context: StepContext, fused: FusedBackend) -> int:
         The position reached, or 0 if the cycle did not advance.
     """
     shared = context.shared
-    position, tally = shared.position, fused.plan.tally
-    if tally[1] != position.counted[1]:
-        position.catch_up()
-    before = position.counted
-    ahead: Values | None = None
-    if shared.mirror.is_untouched(before[0]):
-        ahead = position.look_ahead()
-    elif _is_checkpointers_step(context):
-        context.creates_state = True
-        if shared.settings.cycle_momentum and position.is_on_device:
-            position.settle()  # the step uses the groups' momentum
-    else:
-        _prepare(shared)
+    position = shared.position
+    context.begin()
     inner: Any = shared.settings.optimizer
     inner._opt_called = True  # a scheduler that was built on it looks at this
-    borrowed: _Borrowed = []
+    borrowed: Borrowed = []
     try:
-        happened = _launch(context, fused, borrowed)
+        if context.creates_state:
+            create_state(shared, fused, borrowed)
+            happened = False
+        else:
+            happened = _launch(context, fused, borrowed)
+        give_back(borrowed)
         # The device counts a graph's replays.
-        if not happened or context.creates_state or context.capturing:
+        if not happened or context.capturing:
             return 0
         # If no other code moved the position meanwhile, write the values computed ahead.
-        if ahead is not None and position.counted is before:
-            position.advance(before, ahead, tally[1])
+        if context.ahead is not None and position.counted is context.before:
+            position.advance(context.before, context.ahead, fused.plan.tally[1])
         else:
             position.catch_up()
         return position.counted[0]
     except BaseException:
-        _give_back(borrowed)
+        give_back(borrowed)
         amp.forget(inner)
         position.catch_up()
         fused.plan.release()
@@ -201,7 +205,7 @@ def _fused_step(context: StepContext, fused: FusedBackend) -> int:
         raise
 
 
-def _launch(context: StepContext, fused: FusedBackend, borrowed: _Borrowed) -> bool:
+def _launch(context: StepContext, fused: FusedBackend, borrowed: Borrowed) -> bool:
     """Run the kernels, and torch's own step for the other parameters.
 
     Args:
@@ -215,16 +219,14 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: _Borrowed) -> b
     shared, plan, signals = context.shared, fused.plan, context.signals
     settings = shared.settings
     plan.refresh()
-    if len(plan.scalars) != len(shared.mirror.records) and not context.creates_state:
+    if len(plan.scalars) != len(shared.mirror.records):
         shared.position.overrule()  # another thread has just added a group
-    rest = plan.rest and [(p, why) for p, why in plan.rest if p.grad is not None]
-    if rest and (backends.is_fused(settings.backend) or context.capturing):
-        raise _cannot_serve(context, fused, rest)
+    rest = rest_of(shared, fused, capturing=context.capturing) if plan.rest else False
     found_inf = signals.found_inf
     if (found_inf is not None or shared.position.is_on_device) and not context.capturing:
         # The device need not tell whether the step happened, unless the host acts on it: calls
         # hooks and functions, runs torch's own step, keeps new state, chooses the kernel.
-        acts = bool(
+        acts = (
             plan.pending
             or rest
             or settings.has_scale_fn
@@ -236,70 +238,17 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: _Borrowed) -> b
                 plan.release()
                 return False
             found_inf = None
-        if acts and shared.position.is_on_device and not context.creates_state:
+        if acts and shared.position.is_on_device:
             shared.position.settle()
     gradients = _UNCHANGED_GRADIENTS
     if signals.scale is not None or found_inf is not None or settings.max_grad_norm is not None:
         gradients = Gradients(signals.scale, found_inf, settings.max_grad_norm)
     if rest:
-        gradients = _step_rest(context, fused, gradients, borrowed)
-    course = shared.position.course()
-    if context.creates_state:
-        course = course._replace(rates=[0.0] * len(course.rates), moves=False)
-    norm = fused.step(course, gradients)
+        gradients = step_rest(shared, fused, signals, gradients, borrowed)
+    norm = fused.step(shared.position.course(), gradients)
     if norm is not None:
         shared.grad_norm = norm
-    if borrowed:
-        _give_back(borrowed)
     return True
-
-
-def _step_rest(
-    context: StepContext, fused: FusedBackend, gradients: Gradients, borrowed: _Borrowed
-) -> Gradients:
-    """Take torch's own step with the parameters that no kernel serves.
-
-    Args:
-        context: the step.
-        fused: the backend.
-        gradients: what the step does to the gradients.
-        borrowed: takes what keeps the user's gradients.
-
-    Returns:
-        What the kernels still have to do to the gradients.
-    """
-    shared, plan = context.shared, fused.plan
-    inner = shared.settings.optimizer
-    if shared.settings.max_grad_norm is not None:
-        # One norm over all parameters: clipped copies, on which torch and the kernels then work.
-        clipped = ClippedGradients(shared.settings.max_grad_norm)
-        borrowed.append(clipped)
-        shared.grad_norm = clipped.clip(parameters_of(inner), gradients.scale)
-        gradients = _UNCHANGED_GRADIENTS
-        plan.refresh()
-    hidden = HiddenGradients(p for bucket in plan.buckets for p in bucket.params)
-    with amp.handed_down(context.signals, inner, scaled=not borrowed):
-        borrowed.append(hidden)
-        hidden.hide()
-        raw_step(inner)()
-    hidden.restore()
-    return gradients
-
-
-def _cannot_serve(
-    context: StepContext, fused: FusedBackend, rest: list[tuple[Tensor, str]]
-) -> RuntimeError:
-    """Return the error of a step whose parameters the kernels do not all serve."""
-    settings = context.shared.settings
-    if settings.max_grad_norm is not None and not context.capturing:
-        check_clippable(parameters_of(settings.optimizer), settings.max_grad_norm)
-    fused.plan.forget()  # the reason may be gone by the next step
-    if context.capturing:
-        return cannot_capture(f"no kernel serves {len(rest)} parameters: {rest[0][1]}")
-    return RuntimeError(
-        f"backend={settings.backend!r} cannot serve {len(rest)} of the parameters: "
-        f"{rest[0][1]}; use backend='auto', which leaves them to the wrapped optimizer's own step"
-    )
 
 
 # ---- the wrapped optimizer's own step
@@ -320,20 +269,13 @@ def _wrapped_step(
     """
     shared = context.shared
     position, serving = shared.position, shared.serving
-    ahead: Values | None = None
     with shared.lock:
-        position.catch_up()
-        if closure is None and shared.mirror.is_untouched(position.number):
-            ahead = position.look_ahead()
-        elif _is_checkpointers_step(context):
-            context.creates_state = True
-        else:
-            _prepare(shared)
+        context.begin()
         # The device will not notice this step.
         if position.is_on_device and not context.creates_state:
             position.settle()
-        before = position.counted
-    borrowed: _Borrowed = []
+    moves = not (context.creates_state or context.capturing)
+    borrowed: Borrowed = []
     losses: list[float | None] = []
     reached = 0
 
@@ -342,8 +284,9 @@ def _wrapped_step(
         nonlocal reached
         with shared.lock:
             reached = reached or position.number + 1  # other threads step, too
-            if ahead is not None and serving.fused is None and position.counted is before:
-                position.advance(before, ahead, 0)
+            is_as_before = serving.fused is None and position.counted is context.before
+            if context.ahead is not None and is_as_before and not context.evaluates:
+                position.advance(context.before, context.ahead, 0)
             elif position.number != reached:
                 position.reach(reached)
 
@@ -351,13 +294,13 @@ def _wrapped_step(
         if context.signals.overflowed():
             return None, 0
         _run_wrapped_step(context, losses, borrowed, closure, args, kwargs)
-        if not (context.creates_state or context.capturing):
+        if moves:
             advance()
         return losses[0], reached
     except BaseException:
-        _give_back(borrowed)
+        give_back(borrowed)
         amp.forget(shared.settings.optimizer)
-        if losses and not (context.creates_state or context.capturing):  # the step was taken
+        if losses and moves:  # the step was taken
             advance()
         raise
 
@@ -365,7 +308,7 @@ def _wrapped_step(
 def _run_wrapped_step(
     context: StepContext,
     losses: list[float | None],
-    borrowed: _Borrowed,
+    borrowed: Borrowed,
     closure: Callable[[], float] | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -413,7 +356,7 @@ def _run_wrapped_step(
             losses.append(step(reevaluate, *args, **kwargs))
         else:
             losses.append(step(closure=reevaluate, **kwargs))
-    _give_back(borrowed)
+    give_back(borrowed)
 
 
 def _takes_closure_by_name(step: Callable[..., Any]) -> bool:
@@ -422,52 +365,3 @@ def _takes_closure_by_name(step: Callable[..., Any]) -> bool:
     except (TypeError, ValueError):
         return False
     return parameter is not None and parameter.kind is not parameter.POSITIONAL_ONLY
-
-
-def _give_back(borrowed: _Borrowed) -> None:
-    """Restore the user's gradients, the last borrowed first. A second call does no harm."""
-    while borrowed:
-        borrowed[-1].restore()
-        borrowed.pop()
-
-
-# ---- a checkpointer's step
-
-
-def _is_checkpointers_step(context: StepContext) -> bool:
-    """Return whether this step only creates state, for a checkpoint to load into.
-
-    ``torch.distributed.checkpoint`` writes 0 into the ``lr`` of every group, gives every parameter
-    a zero gradient and steps, without a closure. A policy's own 0.0 is another object, and under a
-    warm-up scheduler the gradients are not zero.
-    """
-    if context.evaluates or context.capturing:
-        return False
-    mirror: GroupMirror = context.shared.mirror
-    groups: list[dict[str, Any]] = context.shared.settings.optimizer.param_groups
-    if not groups:
-        return False
-    for i, group in enumerate(groups):
-        # A group that was added to the wrapped optimizer has no record yet.
-        if i < len(mirror.records) and not mirror.is_foreign(group, mirror.records[i]):
-            return False
-        if written_rate(group["lr"], i) != 0.0:
-            return False
-    # All ranks must give the same answer, or their positions would part. Each rank takes part in
-    # the sums, whatever gradients it has.
-    params = list(parameters_of(context.shared.settings.optimizer))
-    present, nonzero = no_sums(spreads(params)), no_sums(spreads(params))
-    for p in params:
-        if p.grad is not None:
-            present[spread_of(p)] += 1
-            nonzero[spread_of(p)] += not _is_zero(local_part(p.grad))
-    if not sum_over_ranks(present):
-        return not any(p.requires_grad for p in params)
-    return not sum_over_ranks(nonzero)
-
-
-def _is_zero(grad: Tensor) -> bool:
-    """Return whether all values of a gradient are 0."""
-    if grad.layout is not torch.strided:
-        grad = grad.coalesce().values() if grad.layout is torch.sparse_coo else grad.to_dense()
-    return not bool(grad.any())

@@ -20,12 +20,16 @@ from clr_optim.sharding import DTensor, Spread, local_part
 __all__ = ["Bucket", "BucketKey"]
 
 
+# The columns of a row that hold the addresses of `Row.numbers`.
+_NUMBERS = ("counter", "scalar")
+
+
 class BucketKey(NamedTuple):
     """What all rows of one bucket have in common, see :class:`Bucket`."""
 
     kernel: str
     dtype: torch.dtype
-    wide_counter: bool
+    number_dtypes: tuple[torch.dtype, ...]
     device: torch.device
     aligned: bool
     spread: Spread | None
@@ -38,21 +42,23 @@ class Bucket:
     Args:
         kernel: the name of the kernel.
         dtype: the dtype of parameters, gradients and slots.
-        wide_counter: whether ``state["step"]`` is float64.
+        number_dtypes: the dtypes of the state of one element, see :attr:`Row.numbers`.
         device: the device of all tensors.
         aligned: whether all tensors began at a multiple of 16 bytes when the plan was built. False
             where kernels take no advantage of that.
         spread: how the DTensors are divided over ranks, or None for plain tensors.
         slots: the state that the kernel keeps.
+        numbers: the names of the state of one element.
     """
 
     kernel: str
     dtype: torch.dtype
-    wide_counter: bool
+    number_dtypes: tuple[torch.dtype, ...]
     device: torch.device
     aligned: bool
     spread: Spread | None
     slots: tuple[Slot, ...]
+    numbers: tuple[str, ...]
     rows: list[Row] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
     #: the gradients that the rows point to, kept alive until the step is over, or None
@@ -75,12 +81,6 @@ class Bucket:
         """All memory that native code points to."""
         return (self.scan, self._table, self._layout)
 
-    @property
-    def counter_dtype(self) -> torch.dtype | None:
-        """The dtype of ``state["step"]``, or None if the rule counts no steps."""
-        counter = self.rows[0].counter
-        return None if counter is None else counter.dtype
-
     def begin(self, first: Row) -> None:
         """Make the tables for rows like this first one."""
         device_type, device_id = local_part(first.param).__dlpack_device__()
@@ -98,13 +98,13 @@ class Bucket:
             }
             # A scan reads attributes of DTensors, never the memory of their objects.
             words = words._replace(storage=0)
-        counters = [] if first.counter is None else ["step"]
+        counter_bits, scalar_bits = (8 * size for size in self._number_sizes)
         self._table = np.zeros(1, dtype=ROW)
         self._layout = np.zeros(8, dtype=np.int64)
         self.scan = Scan(
             params=self.params,
             dicts=[],
-            keys=[slot.name for slot in self.slots] + counters,
+            keys=[slot.name for slot in self.slots] + [*self.numbers],
             tensors=[],
             grad="grad",
             none=None,
@@ -118,7 +118,8 @@ class Bucket:
             slots=len(self.slots),
             code=code,
             bits=bits,
-            counter_bits=64 if self.wide_counter else 32,
+            counter_bits=counter_bits,
+            scalar_bits=scalar_bits,
             device_type=int(device_type),
             device_id=int(device_id),
             **words._asdict(),
@@ -180,13 +181,13 @@ class Bucket:
         return True
 
     def spans(self, index: int) -> list[tuple[int, int]]:
-        """Return the memory that a row points to: parameter, slots and step counter."""
+        """Return the memory that a row points to."""
         line = self._table[index]
         size = int(line["numel"]) * self.dtype.itemsize
         names = ("param", "state0", "state1", "state2")
         spans = [(int(line[name]), int(line[name]) + size) for name in names if size]
-        counter = int(line["counter"])
-        spans.append((counter, counter + (8 if self.wide_counter else 4)))
+        for name, bytes_of_number in zip(_NUMBERS, self._number_sizes, strict=True):
+            spans.append((int(line[name]), int(line[name]) + bytes_of_number))
         return [span for span in spans if span[0]]
 
     def note_filled(self, index: int, entry: dict[str, Any]) -> None:
@@ -197,6 +198,12 @@ class Bucket:
         if self.scan.keys:
             self.scan.dicts[index] = entry
 
+    @property
+    def _number_sizes(self) -> list[int]:
+        """The bytes of each of the row's ``_NUMBERS``; 0 for those that the rule lacks."""
+        sizes = [dtype.itemsize for dtype in self.number_dtypes]
+        return sizes + [0] * (len(_NUMBERS) - len(sizes))
+
     def header(self) -> tuple[int, ...]:
         """Return the bucket's line in the view's table, see ``structures.BUCKET``."""
         return (
@@ -206,7 +213,7 @@ class Bucket:
             int(self.table["active"].sum()),
             KERNELS.index(self.kernel),
             DTYPES.index(self.dtype),
-            self.wide_counter,
+            *(size == 8 for size in self._number_sizes),
             1,
         )
 
@@ -218,13 +225,15 @@ class Bucket:
     def _line(row: Row, grad: Tensor | None) -> tuple[int, ...]:
         """Return the row's line in the table, see ``structures.ROW``."""
         slots = [local_part(tensor).data_ptr() for tensor in row.slots]
+        numbers = [number.data_ptr() for number in row.numbers]
         part = local_part(row.param)
         return (
             part.data_ptr(),
             0 if grad is None else local_part(grad).data_ptr(),
             *slots,
             *[0] * (3 - len(slots)),
-            0 if row.counter is None else row.counter.data_ptr(),
+            *numbers,
+            *[0] * (len(_NUMBERS) - len(numbers)),
             part.numel(),
             row.group,
             row.first,

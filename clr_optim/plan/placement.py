@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -248,7 +247,8 @@ class Placement:
         key = self._key_of(row, grad)
         bucket = self._by_key.get(key)
         if bucket is None:
-            bucket = self._by_key[key] = Bucket(*key, self._groups.readings[row.group].slots)
+            slots, numbers = self._groups.readings[row.group].slots, self._target.rule.numbers
+            bucket = self._by_key[key] = Bucket(*key, slots, tuple(numbers))
             bucket.begin(row)
             self.buckets.append(bucket)
         self._note_pending(row, bucket, len(bucket.rows))
@@ -257,10 +257,10 @@ class Placement:
 
     def _key_of(self, row: Row, grad: Tensor) -> BucketKey:
         param = row.param
-        wide = row.counter is not None and row.counter.dtype == torch.float64
+        numbers = tuple(number.dtype for number in row.numbers)
         aligned = self._target.by_alignment and _is_aligned(row, grad)
         kernel = self._groups.readings[row.group].kernel
-        return BucketKey(kernel, param.dtype, wide, param.device, aligned, spread_of(param))
+        return BucketKey(kernel, param.dtype, numbers, param.device, aligned, spread_of(param))
 
     def _entry_of(self, row: Row) -> dict[str, Any]:
         """Return the dictionary of a row's state, or a draft of it while state is pending."""

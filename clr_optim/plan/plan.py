@@ -304,10 +304,7 @@ class Plan:
             settings: the new ``momentum`` or ``betas`` of each group.
             momenta: the number of each.
         """
-        readings = self._readings
-        if len(readings.readings) == len(settings):
-            for i, (setting, momentum) in enumerate(zip(settings, momenta, strict=True)):
-                readings.take_momentum(i, setting, momentum, self.scalars)
+        self._readings.take_momenta(settings, momenta, self.scalars)
 
     def active_params(self) -> list[Tensor]:
         """Return the parameters of the buckets that have a gradient."""

@@ -29,6 +29,7 @@ class Reading(NamedTuple):
         fused: torch's flag of that name.
         keys: the names of the settings, see :attr:`UpdateRule.settings`.
         values: the settings.
+        momentum_at: the place among them of the momentum, or of the betas, that may cycle.
     """
 
     why: str | None
@@ -38,6 +39,7 @@ class Reading(NamedTuple):
     fused: bool
     keys: list[str]
     values: list[Any]
+    momentum_at: int | None = None
 
     def differs_in_values_only(self, other: Reading) -> bool:
         """Return whether both readings lead to the same buckets."""
@@ -120,31 +122,34 @@ class GroupReadings:
         self.mutables = _mutables_in(readings)
         return True
 
-    def take_momentum(
+    def take_momenta(
         self,
-        number: int,
-        setting: object,
-        momentum: float,
+        settings: Sequence[object],
+        momenta: Sequence[float],
         scalars: np.ndarray[Any, np.dtype[np.float64]],
     ) -> None:
-        """Take in a momentum that the optimizer wrote, so that the next scan finds no change.
+        """Take in the momenta that the optimizer wrote, so that the next scan finds no change.
 
         A momentum of 0 has another kernel: the next scan then finds the change.
 
         Args:
-            number: the number of the group.
-            setting: the new ``momentum``, or the new ``betas``.
-            momentum: its number.
+            settings: the new ``momentum``, or the new ``betas``, of each group.
+            momenta: the number of each.
             scalars: the table to update.
         """
-        reading, column = self.readings[number], self._rule.momentum_column
-        if column is None or not reading.scalars or 0.0 in (momentum, reading.scalars[column]):
+        column = self._rule.momentum_column
+        if column is None or len(settings) != len(self.readings):
             return
-        at = reading.keys.index("momentum" if type(setting) is float else "betas")
-        if type(reading.values[at]) is type(setting):
-            # The setting last: after an interrupt in between, the next scan finds the change.
-            reading.scalars[column] = scalars[number, column] = momentum
-            reading.values[at] = setting
+        for i, (reading, setting, momentum) in enumerate(
+            zip(self.readings, settings, momenta, strict=True)
+        ):
+            at, row = reading.momentum_at, reading.scalars
+            if at is None or 0.0 in (momentum, row[column]):
+                continue
+            if type(reading.values[at]) is type(setting):
+                # The setting last: after an interrupt in between, the next scan finds the change.
+                row[column] = scalars[i, column] = momentum
+                reading.values[at] = setting
 
     def take_members(self, groups: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, int]] | None:
         """Take in groups added at the end of all groups, and parameters at the end of a group.
@@ -180,6 +185,8 @@ class GroupReadings:
         settings, rule = dict(group), self._rule
         why = rule.not_fused(settings, capturable=self._capturable)
         known = {name: value for name, value in settings.items() if name in rule.settings}
+        cycled = "betas" if "betas" in known else "momentum"
+        cycles = why is None and rule.momentum is not None
         return Reading(
             why,
             rule.kernel(settings) if why is None else "",
@@ -188,6 +195,7 @@ class GroupReadings:
             bool(settings.get("fused")),
             list(known),
             list(known.values()),
+            list(known).index(cycled) if cycles else None,
         )
 
 

@@ -15,6 +15,8 @@ from clr_optim.rules import UpdateRule
 
 __all__ = ["Row", "make_row"]
 
+_WIDE, _NARROW = (torch.float32, torch.float64), (torch.bfloat16, torch.float16)
+
 
 @dataclass(eq=False)
 class Row:
@@ -24,7 +26,7 @@ class Row:
         param: the parameter.
         group: the number of its group.
         slots: its state tensors, in the kernel's order.
-        counter: ``state["step"]``, or None if the rule counts no steps.
+        numbers: its state of one element, in the order of :attr:`UpdateRule.numbers`.
         pending: state that torch would create in this step, by name.
         first: whether the first slot holds nothing yet.
     """
@@ -32,14 +34,14 @@ class Row:
     param: Tensor
     group: int
     slots: list[Tensor]
-    counter: Tensor | None
+    numbers: list[Tensor]
     pending: dict[str, Tensor]
     first: bool
 
     @property
     def state_tensors(self) -> list[Tensor]:
-        """The slots, and the step counter if the row has one."""
-        return self.slots if self.counter is None else [*self.slots, self.counter]
+        """The slots and the state of one element."""
+        return [*self.slots, *self.numbers]
 
 
 def make_row(
@@ -70,14 +72,17 @@ def make_row(
         return "state that is no dictionary"
     fresh = len(state) == 0
     pending: dict[str, Tensor] = {}
-    counter = None
-    if rule.has_step:
+    numbers: list[Tensor] = []
+    for name, value in rule.numbers.items():
         if fresh:
-            counter = pending["step"] = _new_counter(param, reading)
+            number = pending[name] = _new_number(value, param, reading)
         else:
-            counter = _counter_in(state, param, device)
-            if counter is None:
-                return "a step counter that is no float tensor on the CPU"
+            found = _number_in(state, name, param, device)
+            if found is None:
+                what = "a step counter" if name == "step" else f"state[{name!r}]"
+                return f"{what} that is no float tensor on the CPU"
+            number = found
+        numbers.append(number)
     slots: list[Tensor] = []
     first = False
     for slot in reading.slots:
@@ -93,30 +98,33 @@ def make_row(
             return f"state[{slot.name!r}] of another layout, dtype or type than its parameter"
         slots.append(tensor)
     ordered = {name: pending[name] for name in rule.state_order if name in pending}
-    return Row(param, group, slots, counter, ordered, first)
+    return Row(param, group, slots, numbers, ordered, first)
 
 
-def _new_counter(param: Tensor, reading: Reading) -> Tensor:
-    """Return a step counter as torch's ``_get_scalar_dtype`` makes it, beside its parameter."""
+def _new_number(value: float, param: Tensor, reading: Reading) -> Tensor:
+    """Return a tensor of the dtype of torch's ``_get_scalar_dtype``, beside its parameter."""
     wide = torch.get_default_dtype() == torch.float64 and not reading.fused
-    return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=param.device)
+    dtype = torch.float64 if wide else torch.float32
+    return torch.full((), value, dtype=dtype, device=param.device)
 
 
-def _counter_in(state: dict[str, Any], param: Tensor, device: str) -> Tensor | None:
-    """Return the step counter in this state, or None if a kernel cannot use it.
+def _number_in(state: dict[str, Any], name: str, param: Tensor, device: str) -> Tensor | None:
+    """Return a state of one element, or None if a kernel cannot use it.
 
-    Moves the counter beside its parameter, where the kernel counts. ``state_dict`` moves it back to
-    where torch keeps it.
+    Moves the tensor beside its parameter, where the kernel counts. ``state_dict`` moves the tensor
+    back to where torch keeps it.
     """
-    counter = state.get("step")
+    number = state.get(name)
     if (
-        type(counter) is not Tensor
-        or counter.device.type not in ("cpu", device)
-        or counter.dim() != 0
-        or counter.is_neg()
-        or counter.dtype not in (torch.float32, torch.float64)
+        type(number) is not Tensor
+        or number.device.type not in ("cpu", device)
+        or number.dim() != 0
+        or number.is_neg()
+        or number.dtype not in (_WIDE if name == "step" else (*_WIDE, *_NARROW))
     ):
         return None
-    if counter.device != param.device:
-        counter = state["step"] = counter.to(param.device)
-    return counter
+    # torch's load_state_dict casts all state but the counter to the dtype of the parameter.
+    dtype = torch.float32 if number.dtype in _NARROW else number.dtype
+    if number.device != param.device or number.dtype != dtype:
+        number = state[name] = number.to(param.device, dtype)
+    return number

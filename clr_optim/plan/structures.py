@@ -24,10 +24,13 @@ def _int64s(*names: str) -> np.dtype[np.void]:
 
 #: A row: one tensor of a bucket, as kernels read it. Addresses are 0 where there is no tensor.
 ROW = _int64s(
-    "param", "grad", "state0", "state1", "state2", "counter", "numel", "group", "first", "active"
-)
+    "param", "grad", "state0", "state1", "state2", "counter", "scalar", "numel", "group", "first",
+    "active",
+)  # fmt: skip
 #: The header of a bucket.
-BUCKET = _int64s("scan", "rows", "count", "active", "kernel", "dtype", "wide_counter", "held")
+BUCKET = _int64s(
+    "scan", "rows", "count", "active", "kernel", "dtype", "wide_counter", "wide_scalar", "held"
+)
 
 #: Type code and bits by which DLPack names each dtype.
 DLPACK_TYPES = {
@@ -69,7 +72,8 @@ class Scan(ctypes.Structure):
         *_objects("dtensor", "specs", "local", "spec", "placements", "mesh"),
         *_objects("grads", "nones"),
         ("layout", ctypes.c_void_p),
-        *_integers("slots", "code", "bits", "counter_bits", "device_type", "device_id"),
+        *_integers("slots", "code", "bits", "counter_bits", "scalar_bits"),
+        *_integers("device_type", "device_id"),
         *_integers("impl", "storage", "key_set"),
         ("negative", ctypes.c_uint64),
     ]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clr_optim.checks import check_path
+from clr_optim.pictures import enter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,9 +35,10 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install clr-optim[plot]") from error
+        raise ImportError("pictures need matplotlib: pip install matplotlib") from error
 
 
+@enter
 def check_picture(path: str | Path) -> None:
     """Raise the error that :func:`save` would raise, before the picture is drawn.
 
@@ -64,6 +66,7 @@ def check_picture(path: str | Path) -> None:
         raise FileNotFoundError(f"{path}: there is no such folder")
 
 
+@enter
 def save(figure: Figure, path: str | Path) -> Path:
     """Write a picture to a file.
 
@@ -134,9 +137,9 @@ def make_figure(
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure of this size in pixels, and its panels line by line."""
     require_matplotlib()
-    from matplotlib.figure import Figure
+    from clr_optim.plotting.figure import Picture
 
-    figure = Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
+    figure = Picture(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
     return figure, list(panels.flat)
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from clr_optim.checks import check_bool, check_bounds, check_int, check_number, check_path
 from clr_optim.optimizer import CyclicalOptimizer
+from clr_optim.pictures import enter
 from clr_optim.plotting.canvas import (
     COLORS,
     GREEN,
@@ -45,6 +46,7 @@ _BASE_LR, _MAX_LR, _STEP_SIZE = 0.001, 0.006, 2000
 _MOST_STEPS = 1_000_000
 
 
+@enter
 def plot_schedule(
     schedule: Schedule | Mapping[str, Schedule] | CyclicalOptimizer[Any],
     steps: int,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from clr_optim.pictures import enter
 from clr_optim.plotting.canvas import (
     BLUE,
     COLORS,
@@ -48,6 +49,7 @@ _METRIC_LABELS = {
 }
 
 
+@enter
 def plot_range_test(
     result: RangeTest, bounds: Bounds | None = None, *, title: str | None = None
 ) -> Figure:

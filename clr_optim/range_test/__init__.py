@@ -5,6 +5,8 @@ section 3.3: base_lr is the rate at which the curve begins to improve. max_lr is
 the curve slows, turns ragged or falls.
 """
 
+from clr_optim.range_test.arguments import DEFAULT_RANGE as DEFAULT_RANGE
+from clr_optim.range_test.arguments import DEFAULT_STEPS as DEFAULT_STEPS
 from clr_optim.range_test.measure import lr_range_test
 from clr_optim.range_test.reading import BASES as BASES
 from clr_optim.range_test.reading import METHODS as METHODS

@@ -16,10 +16,34 @@ from clr_optim.keys import MAX
 from clr_optim.optimizer import CyclicalOptimizer
 
 __all__ = [
-    "as_device", "check_amp_dtype", "check_functions", "check_length", "check_loader",
+    "DEFAULT_RANGE", "DEFAULT_STEPS", "as_device", "check_amp_dtype", "check_functions",
+    "check_length", "check_loader",
     "check_model", "check_optimizer", "check_rates", "check_types", "check_validate_every",
-    "check_validation", "no_batches", "peak_rate",
+    "check_validation", "choose_range", "no_batches", "peak_rate",
 ]  # fmt: skip
+
+#: The range of a test without a range, for ``mode="exponential"``: from rates far too small to
+#: rates far too large for any optimizer. 83 steps per power of ten.
+DEFAULT_RANGE = (1e-5, 10.0)
+DEFAULT_STEPS = 500
+
+
+def choose_range(
+    start_lr: object, end_lr: object, mode: object, num_steps: object, epochs: object
+) -> tuple[object, object, object, object]:
+    """Return range, mode and number of steps; defaults replace what the user left out."""
+    if mode is None:
+        mode = "exponential" if start_lr is None or end_lr is None else "linear"
+    if mode == "linear" and (start_lr is None or end_lr is None):
+        raise ValueError(
+            f"start_lr={start_lr!r} and end_lr={end_lr!r}: give both for mode='linear', as in "
+            "start_lr=0.0, end_lr=1.0, or leave out mode"
+        )
+    if start_lr is None and end_lr is None and num_steps is None and epochs is None:
+        num_steps = DEFAULT_STEPS
+    start_lr = DEFAULT_RANGE[0] if start_lr is None else start_lr
+    end_lr = DEFAULT_RANGE[1] if end_lr is None else end_lr
+    return start_lr, end_lr, mode, num_steps
 
 
 def check_types(model: object, optimizer: object) -> None:

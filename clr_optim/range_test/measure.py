@@ -29,6 +29,7 @@ from clr_optim.range_test.arguments import (
     check_types,
     check_validate_every,
     check_validation,
+    choose_range,
     no_batches,
     peak_rate,
 )
@@ -52,11 +53,11 @@ def lr_range_test(
     loader: Iterable[Any],
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     *,
-    start_lr: float,
-    end_lr: float,
+    start_lr: float | None = None,
+    end_lr: float | None = None,
     num_steps: int | None = None,
     epochs: float | None = None,
-    mode: str = "linear",
+    mode: str | None = None,
     metric: str = "loss",
     step_fn: StepFn | None = None,
     target_key: str = "labels",
@@ -124,11 +125,14 @@ def lr_range_test(
             ``loss_fn(model(**rest), batch[target_key])``. Other batches need ``step_fn``.
         loss_fn: as above; ``None`` if the model itself returns the loss of a dictionary
             (``output.loss`` or ``output["loss"]`` of ``model(**batch)``).
-        start_lr, end_lr: the range of rates, >= 0, or > 0 for ``mode="exponential"``.
+        start_lr, end_lr: the range of rates, >= 0, or > 0 for ``mode="exponential"``. The defaults
+            are 1e-5 and 10, which hold the bounds of most optimizers.
         num_steps, epochs: length in optimizer steps (an integer >= 2) or in epochs (a number > 0,
-            for loaders with a length): one of the two. The paper's test took 8 epochs of 500 steps.
-            With fewer than 60 steps per power of ten the rates found are too large.
-        mode: ``"linear"``, as in the paper, or ``"exponential"``, for ranges over decades.
+            for loaders with a length): one of the two; without ``start_lr`` and ``end_lr`` the
+            default is 500 steps. The paper's test took 8 epochs of 500 steps. With fewer than 60
+            steps per power of ten the rates found are too large.
+        mode: ``"linear"``, as in the paper, or ``"exponential"``, for ranges over decades. ``None``
+            is ``"linear"`` if both ends of the range are given, else ``"exponential"``.
         metric: ``"loss"`` or ``"accuracy"`` (in percent) of the training batches, or
             ``"validation_loss"`` or ``"validation_accuracy"`` after every ``validate_every`` steps.
         step_fn: ``step_fn(model, batch)`` instead of ``loss_fn``: returns the loss, a dictionary
@@ -164,17 +168,17 @@ def lr_range_test(
         >>> model = nn.Linear(2, 1, bias=False)  # its loss: (3·w₀)²/2 + w₁²/2, curvature <= 9
         >>> data = [(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.zeros(2, 1))]
         >>> result = lr_range_test(model, torch.optim.SGD(model.parameters(), lr=0.1), data,
-        ...                        nn.functional.mse_loss, start_lr=1e-3, end_lr=10.0,
-        ...                        num_steps=100, mode="exponential")
+        ...                        nn.functional.mse_loss)
         >>> result.diverged
         True
         >>> 1 / 9 < result.suggest().max_lr < 2 / 9
         True
     """
     check_types(model, optimizer)
-    check_choice("mode", mode, MODES)
+    start, end, chosen, length = choose_range(start_lr, end_lr, mode, num_steps, epochs)
+    mode = check_choice("mode", chosen, MODES)
     check_choice("metric", metric, METRICS)
-    start_lr, end_lr = check_rates(start_lr, end_lr, mode)
+    start_lr, end_lr = check_rates(start, end, mode)
     accumulate = check_int("accumulate", accumulate, minimum=1, maximum=LAST_STEP)
     diverge_factor = check_number(
         "diverge_factor", diverge_factor, minimum=1.0, open_minimum=True, finite=False
@@ -192,7 +196,7 @@ def lr_range_test(
     check_loader("val_loader", val_loader)
     here = next(model.parameters()).device if device is None else as_device(device)
     ranks = Ranks(model, average_ranks, here)
-    steps = ranks.largest(check_length(num_steps, epochs, loader, accumulate))
+    steps = ranks.largest(check_length(length, epochs, loader, accumulate))
     every = 0 if val_loader is None else check_validate_every(validate_every, steps)
 
     groups = inner.param_groups

@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -21,8 +21,12 @@ from clr_optim.checks import (
     check_number,
     check_path,
 )
+from clr_optim.pictures import draw
 from clr_optim.range_test.curve import Measurements, smooth_lines
 from clr_optim.range_test.reading import BASES, METHODS, read_bounds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["METRICS", "MODES", "Bounds", "BoundsDict", "RangeTest"]
 
@@ -115,6 +119,8 @@ class RangeTest:
         >>> curve = RangeTest([0.1, 0.2, 0.3], [2.0, 1.0, 1.5])
         >>> curve.steps, curve.num_steps
         ([0, 1, 2], 3)
+        >>> curve
+        RangeTest(loss 2 to 1.5, lr 0.1 to 0.3, linear, 3 of 3 steps, complete)
     """
 
     lrs: list[float]
@@ -160,6 +166,16 @@ class RangeTest:
                 f"lrs must rise, from {'0' if self.mode == 'linear' else 'above 0'}: {self.lrs!r}"
             )
 
+    def __repr__(self) -> str:
+        ends = "diverged" if self.diverged else "interrupted" if self.interrupted else "complete"
+        if not self.lrs:
+            return f"RangeTest({self.metric}, no measurements, {ends})"
+        return (
+            f"RangeTest({self.metric} {self.values[0]:.4g} to {self.values[-1]:.4g}, "
+            f"lr {self.lrs[0]:.3g} to {self.lrs[-1]:.3g}, {self.mode}, "
+            f"{self.steps[-1] + 1} of {self.num_steps} steps, {ends})"
+        )
+
     def smoothed(self) -> list[float]:
         """Return the curve without its noise: lines fitted to windows, weighted by a Gaussian.
 
@@ -189,6 +205,36 @@ class RangeTest:
             interrupted=self.interrupted,
             smoothing=self.smoothing,
         )
+
+    def plot(
+        self,
+        path: str | Path | None = None,
+        *,
+        bounds: Bounds | None = None,
+        title: str | None = None,
+    ) -> Figure:
+        """Draw the curve, measured and smoothed, and mark both bounds.
+
+        Args:
+            path: a file to write the picture to, such as ``"range-test.png"``; ``None`` writes no
+                file.
+            bounds: the bounds to mark; ``None`` marks those of :meth:`suggest`.
+            title: the title; ``None`` is the two bounds, or "no bounds found".
+
+        Returns:
+            The figure. A notebook shows the figure; ``figure.axes[0]`` has the curves.
+
+        Raises:
+            ImportError: without matplotlib.
+            OSError: if the file cannot be written.
+            TypeError, ValueError: naming the argument and what would be right.
+
+        Example:
+            >>> curve = RangeTest([0.1, 0.2, 0.3], [2.0, 1.0, 1.5])
+            >>> curve.plot(bounds=Bounds(0.1, 0.2)).axes[0].get_title()
+            'base_lr 0.1, max_lr 0.2'
+        """
+        return draw("plot_range_test", self, bounds, title=title, path=path)
 
     # ---- saving and loading
 

@@ -28,6 +28,7 @@ from clr_optim.schedule.policies import (
 )
 from clr_optim.schedule.schedule import Schedule
 from clr_optim.schedule.schedule import check_growth as check_growth
+from clr_optim.schedule.schedule import rates_and_momenta as rates_and_momenta
 from clr_optim.schedule.store import describe_callable as describe_callable
 
 __all__ = [
@@ -50,8 +51,8 @@ __all__ = [
 
 # The API reference reads the descriptions of constants here.
 
-#: The policies that an optimizer takes by name: name to function.
+#: The functions that an optimizer takes by name, in a dictionary from name to function.
 POLICIES = policies.POLICIES
 
-#: The windows of cycles: ``"triangle"``, ``"welch"`` (parabolic) and ``"hann"`` (sinusoidal).
+#: The windows of cycles, ``"triangle"``, ``"welch"`` (parabolic) and ``"hann"`` (sinusoidal).
 WINDOWS = phase.WINDOWS

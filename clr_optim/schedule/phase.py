@@ -251,9 +251,17 @@ class Phase:
 __test__ = {"Phase": Phase}
 
 
-def rates(phase: Phase, step: int, bounds: Sequence[tuple[float, float]]) -> list[float]:
-    """Return the learning rate of each group at a step of a phase, by the formula of Phase."""
-    b, w, a = phase.shape(step)
+def rates(
+    phase: Phase, shape: tuple[float, float, float], bounds: Sequence[tuple[float, float]]
+) -> list[float]:
+    """Return the learning rate of each group in a phase, by the formula of Phase.
+
+    Args:
+        phase: the phase.
+        shape: what :meth:`Phase.shape` returns at the step.
+        bounds: ``(base_lr, max_lr)`` of each group.
+    """
+    b, w, a = shape
     rates = []
     try:
         for base_lr, max_lr in bounds:
@@ -270,9 +278,17 @@ def rates(phase: Phase, step: int, bounds: Sequence[tuple[float, float]]) -> lis
     return rates
 
 
-def momenta(phase: Phase, step: int, bounds: Sequence[tuple[float, float]]) -> list[float]:
-    """Return the momentum of each group at a step of a phase: it falls as the rate rises."""
-    _, w, a = phase.shape(step) if phase.cycle_momentum else (0.0, 0.0, 0.0)
+def momenta(
+    phase: Phase, shape: tuple[float, float, float], bounds: Sequence[tuple[float, float]]
+) -> list[float]:
+    """Return the momentum of each group in a phase: momentum falls as the rate rises.
+
+    Args:
+        phase: the phase.
+        shape: what :meth:`Phase.shape` returns at the step.
+        bounds: ``(base_momentum, max_momentum)`` of each group.
+    """
+    _, w, a = shape if phase.cycle_momentum else (0.0, 0.0, 0.0)
     try:
         return [high - (high - low) * w * a for low, high in bounds]
     except (TypeError, ValueError, OverflowError) as error:

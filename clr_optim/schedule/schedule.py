@@ -184,8 +184,7 @@ class Schedule:
             >>> triangular(2).rates(1, [(0.0, 1.0), (1.0, 3.0)])
             [0.5, 2.0]
         """
-        index, local = self._timeline.locate(step)
-        return formula.rates(self.phases[index], local, bounds)
+        return rates_and_momenta(self, step, bounds, ())[0]
 
     @overload
     def momentum(
@@ -235,8 +234,7 @@ class Schedule:
         Raises:
             TypeError, ValueError: naming the argument, its value and what would be right.
         """
-        index, local = self._timeline.locate(step)
-        return formula.momenta(self.phases[index], local, bounds)
+        return rates_and_momenta(self, step, (), bounds)[1]
 
     def cycle(self, step: int) -> float:
         """Return the cycles done at a step: 2.5 is half-way through the third; 0.0 without cycles.
@@ -322,6 +320,32 @@ class Schedule:
 
 # doctest finds a class by its __module__, which is the public module.
 __test__ = {"Schedule": Schedule}
+
+
+def rates_and_momenta(
+    schedule: Schedule,
+    step: int,
+    bounds: Sequence[tuple[float, float]],
+    momentum_bounds: Sequence[tuple[float, float]],
+) -> tuple[list[float], list[float]]:
+    """Return rates and momenta of several groups at one step, from one call of a ``scale_fn``.
+
+    Args:
+        schedule: the schedule.
+        step: an integer >= 0.
+        bounds: ``(base_lr, max_lr)`` of each group.
+        momentum_bounds: ``(base_momentum, max_momentum)`` of each group.
+
+    Returns:
+        One rate for each of ``bounds``, and one momentum for each of ``momentum_bounds``.
+    """
+    index, local = schedule.locate(step)
+    phase = schedule.phases[index]
+    shape = phase.shape(local)
+    return (
+        formula.rates(phase, shape, bounds),
+        formula.momenta(phase, shape, momentum_bounds) if momentum_bounds else [],
+    )
 
 
 def _check_phases(phases: object) -> None:

@@ -62,6 +62,7 @@ private:
                 if (keys_) fetch(word(PyList_GetItem(scan_.dicts, middle), 4), 3);  // its table
                 for (ptrdiff_t k = 0; k < keys_; ++k) fetch_impl(held(middle, k));
                 fetch(rows_[middle].counter, 1);
+                fetch(rows_[middle].scalar, 1);
             }
             PyObject* grad = grads_[middle % RING] = PyObject_GetAttr(param, scan_.grad);
             if (scan_.storage && is_tensor(grad)) fetch_impl(grad);

@@ -51,7 +51,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 """The number that the library's ``int clr_abi_version()`` must return."""
 
 SOURCE = Path(__file__).with_name("multi_tensor.cpp")

@@ -66,20 +66,35 @@ double count_step(const Row& row, bool wide) {
                 : double(*static_cast<float*>(row.counter) += 1);
 }
 
-void step(const Kernel& kernel, Row* rows, int64_t count, const double* scalars, int64_t width,
-          double grad_scale, bool wide_counter, int threads) {
+// Multiplies the scalar state of the parameter and returns it; 0 if the rule has none.
+double advance_scalar(const Row& row, bool wide, Factor factor, const double* scalars,
+                      double number) {
+    if (!factor) return 0;
+    const double by = factor(scalars, number);
+    return wide ? (*static_cast<double*>(row.scalar) *= by)
+                : double(*static_cast<float*>(row.scalar) *= float(by));
+}
+
+void step(const Kernel& kernel, const Bucket& b, const double* scalars, int64_t width,
+          double grad_scale, int threads) {
+    const Row* const rows = b.rows;
+    const int64_t count = b.count;
     // One rule object per group and step, which most tensors share: a rule may compute two powers.
     std::vector<int64_t> which(static_cast<size_t>(count));
     std::vector<AnyRule> rules;
-    int64_t group = -1, first = -1;
-    double step = -1;
+    int64_t group = -1;
+    Step last = {grad_scale, -1, false, 0};
     for (int64_t i = 0; i < count; ++i) {
         if (!rows[i].active) continue;
-        const double now = count_step(rows[i], wide_counter);
-        if (rows[i].group != group || now != step || rows[i].first != first) {
-            group = rows[i].group, step = now, first = rows[i].first;
+        const double* const own = scalars + rows[i].group * width;
+        const double number = count_step(rows[i], b.wide_counter);
+        const double scalar = advance_scalar(rows[i], b.wide_scalar, kernel.factor, own, number);
+        const Step now = {grad_scale, number, rows[i].first != 0, scalar};
+        if (rows[i].group != group || now.number != last.number || now.first != last.first ||
+            now.scalar != last.scalar) {
+            group = rows[i].group, last = now;
             rules.emplace_back();
-            kernel.build(rules.back(), scalars + group * width, grad_scale, step, first != 0);
+            kernel.build(rules.back(), own, now);
         }
         which[size_t(i)] = int64_t(rules.size()) - 1;
     }
@@ -156,7 +171,7 @@ bool is_long(const View& view) {
 extern "C" {
 
 // Raise it whenever a signature or a layout changes. build.py refuses any other version.
-int clr_abi_version() { return 9; }
+int clr_abi_version() { return 10; }
 
 // The name of a kernel and of a dtype, or null for an unknown number.
 const char* clr_kernel_name(int64_t kernel) { return clr::pick(kernel, clr::FLOAT32).name; }
@@ -205,8 +220,8 @@ int clr_step(clr::View* view, const double* scalars, int64_t width, double grad_
         for (int64_t i = 0; i < view->count; ++i) {
             const clr::Bucket& b = view->buckets[i];
             if (b.active)
-                clr::step(clr::pick(b.kernel, b.dtype), b.rows, b.count, scalars, width, grad_scale,
-                          b.wide_counter != 0, int(threads));
+                clr::step(clr::pick(b.kernel, b.dtype), b, scalars, width, grad_scale,
+                          int(threads));
         }
     }
     view->ready = 0;

@@ -74,6 +74,14 @@ template <class A> struct Lerp {
 // the rule follow.
 enum Common { LR, WEIGHT_DECAY, SHRINKING, SIGN, OWN };
 
+// What a rule reads of a step beside the scalars of the group.
+struct Step {
+    double grad_scale;
+    double number;  // counted from 1; 0 if the rule counts no steps
+    bool first;     // whether the state holds nothing yet
+    double scalar;  // the scalar state after this step, for a rule with one
+};
+
 // Decoupled weight decay: the factor by which the weights shrink before the update.
 template <class A> A shrinkage(const double* s) { return held<A>(1 - s[LR] * s[SHRINKING]); }
 
@@ -96,10 +104,10 @@ template <class A, bool MOMENTUM> struct Sgd {
     Gradient<A> gradient;
     A lr, momentum, keep;
     Switch<A> nesterov, first;
-    Sgd(const double* s, double grad_scale, double, bool first)
-        : gradient(s, grad_scale), lr(held<A>(-s[LR])), momentum(held<A>(s[OWN])),
+    Sgd(const double* s, const Step& step)
+        : gradient(s, step.grad_scale), lr(held<A>(-s[LR])), momentum(held<A>(s[OWN])),
           keep(A(1 - s[OWN + 1])),
-          nesterov(s[OWN + 2] != 0), first(first) {}
+          nesterov(s[OWN + 2] != 0), first(step.first) {}
     void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
                     [[maybe_unused]] A& s2) const {
         g = gradient(g, p);
@@ -118,10 +126,11 @@ template <class A, bool AMSGRAD> struct Adam {
     Gradient<A> gradient;
     Lerp<A> lerp;
     A shrink, beta2, rest2, correction2, eps, step_size;
-    Adam(const double* s, double grad_scale, double step, bool)
-        : gradient(s, grad_scale), lerp(1 - s[OWN]), shrink(shrinkage<A>(s)), beta2(A(s[OWN + 1])),
-          rest2(A(1 - s[OWN + 1])), correction2(A(std::sqrt(1 - std::pow(s[OWN + 1], step)))),
-          eps(A(s[OWN + 2])), step_size(held<A>(-(s[LR] / (1 - std::pow(s[OWN], step))))) {}
+    Adam(const double* s, const Step& step)
+        : gradient(s, step.grad_scale), lerp(1 - s[OWN]), shrink(shrinkage<A>(s)),
+          beta2(A(s[OWN + 1])), rest2(A(1 - s[OWN + 1])),
+          correction2(A(std::sqrt(1 - std::pow(s[OWN + 1], step.number)))), eps(A(s[OWN + 2])),
+          step_size(held<A>(-(s[LR] / (1 - std::pow(s[OWN], step.number))))) {}
     void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
                     [[maybe_unused]] A& s2) const {
         g = gradient(g, p);
@@ -143,8 +152,8 @@ template <class A> struct Adagrad {
     static constexpr int slots = 1;
     Gradient<A> gradient;
     A rate, eps;
-    Adagrad(const double* s, double grad_scale, double step, bool)
-        : gradient(s, grad_scale), rate(held<A>(-(s[LR] / (1 + (step - 1) * s[OWN])))),
+    Adagrad(const double* s, const Step& step)
+        : gradient(s, step.grad_scale), rate(held<A>(-(s[LR] / (1 + (step.number - 1) * s[OWN])))),
           eps(A(s[OWN + 1])) {}
     void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
                     [[maybe_unused]] A& s2) const {
@@ -159,8 +168,8 @@ template <class A> struct Adadelta {
     static constexpr int slots = 2;
     Gradient<A> gradient;
     A lr, rho, rest, eps;
-    Adadelta(const double* s, double grad_scale, double, bool)
-        : gradient(s, grad_scale), lr(held<A>(-s[LR])), rho(A(s[OWN])), rest(A(1 - s[OWN])),
+    Adadelta(const double* s, const Step& step)
+        : gradient(s, step.grad_scale), lr(held<A>(-s[LR])), rho(A(s[OWN])), rest(A(1 - s[OWN])),
           eps(A(s[OWN + 1])) {}
     void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
                     [[maybe_unused]] A& s2) const {
@@ -178,8 +187,8 @@ template <class A, bool MOMENTUM, bool CENTERED> struct RmsProp {
     Gradient<A> gradient;
     Lerp<A> lerp;
     A lr, alpha, rest, eps, momentum;
-    RmsProp(const double* s, double grad_scale, double, bool)
-        : gradient(s, grad_scale), lerp(1 - s[OWN]), lr(held<A>(-s[LR])), alpha(A(s[OWN])),
+    RmsProp(const double* s, const Step& step)
+        : gradient(s, step.grad_scale), lerp(1 - s[OWN]), lr(held<A>(-s[LR])), alpha(A(s[OWN])),
           rest(A(1 - s[OWN])), eps(A(s[OWN + 1])), momentum(held<A>(s[OWN + 2])) {}
     void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
                     [[maybe_unused]] A& s2) const {
@@ -210,9 +219,9 @@ template <class A> struct Adamax {
     Gradient<A> gradient;
     Lerp<A> lerp;
     A beta2, eps, step_size;
-    Adamax(const double* s, double grad_scale, double step, bool)
-        : gradient(s, grad_scale), lerp(1 - s[OWN]), beta2(A(s[OWN + 1])), eps(A(s[OWN + 2])),
-          step_size(held<A>(-(s[LR] / (1 - std::pow(s[OWN], step))))) {}
+    Adamax(const double* s, const Step& step)
+        : gradient(s, step.grad_scale), lerp(1 - s[OWN]), beta2(A(s[OWN + 1])), eps(A(s[OWN + 2])),
+          step_size(held<A>(-(s[LR] / (1 - std::pow(s[OWN], step.number))))) {}
     void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
                     [[maybe_unused]] A& s2) const {
         g = gradient(g, p);
@@ -233,13 +242,14 @@ template <class A> struct RAdam {
     Lerp<A> lerp;
     Switch<A> rectifies;
     A shrink, beta2, rest2, correction1, lr, correction2, eps, rectification;
-    RAdam(const double* s, double grad_scale, double step, bool)
-        : gradient(s, grad_scale), lerp(1 - s[OWN]), rectifies(false), shrink(shrinkage<A>(s)),
+    RAdam(const double* s, const Step& step)
+        : gradient(s, step.grad_scale), lerp(1 - s[OWN]), rectifies(false), shrink(shrinkage<A>(s)),
           beta2(A(s[OWN + 1])), rest2(A(1 - s[OWN + 1])),
-          correction1(A(1 - std::pow(s[OWN], step))), lr(held<A>(s[LR])), correction2(1),
+          correction1(A(1 - std::pow(s[OWN], step.number))), lr(held<A>(s[LR])), correction2(1),
           eps(A(s[OWN + 2])), rectification(1) {
-        const double power = std::pow(s[OWN + 1], step), rest = 1 - power;
-        const double longest = 2 / (1 - s[OWN + 1]) - 1, rho = longest - 2 * step * power / rest;
+        const double power = std::pow(s[OWN + 1], step.number), rest = 1 - power;
+        const double longest = 2 / (1 - s[OWN + 1]) - 1;
+        const double rho = longest - 2 * step.number * power / rest;
         correction2 = A(std::sqrt(rest));
         if (rho > 5) {
             rectifies = Switch<A>(true);
@@ -261,13 +271,44 @@ template <class A> struct RAdam {
     }
 };
 
+// Its scalar state is the product of the momenta of all steps: each step multiplies it by `factor`.
+template <class A> struct NAdam {
+    static constexpr int slots = 2;
+    Gradient<A> gradient;
+    Lerp<A> lerp;
+    A shrink, beta2, rest2, correction2, eps, of_gradient, of_mean;
+    static double factor(const double* s, double number) {
+        return s[OWN] * (1.0 - 0.5 * std::pow(0.96, number * s[OWN + 3]));
+    }
+    NAdam(const double* s, const Step& step)
+        : gradient(s, step.grad_scale), lerp(1 - s[OWN]), shrink(shrinkage<A>(s)),
+          beta2(A(s[OWN + 1])), rest2(A(1 - s[OWN + 1])),
+          correction2(A(1 - std::pow(s[OWN + 1], step.number))), eps(A(s[OWN + 2])),
+          of_gradient(held<A>(-s[LR] * (1.0 - factor(s, step.number)) / (1.0 - step.scalar))) {
+        const double next = factor(s, step.number + 1);
+        of_mean = held<A>(-s[LR] * next / (1.0 - step.scalar * next));
+    }
+    void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
+                    [[maybe_unused]] A& s2) const {
+        g = gradient(g, p);
+        p *= shrink;
+        const A m = lerp(s0, g);
+        const A v = fmadd(rest2 * g, g, s1 * beta2);
+        s0 = m;
+        s1 = v;
+        const A spread = root(v / correction2) + eps;
+        p += of_gradient * g / spread;
+        p += of_mean * m / spread;
+    }
+};
+
 template <class A> struct Lion {
     static constexpr int slots = 1;
     Gradient<A> gradient;
     A shrink, lr, beta1, rest1, beta2, rest2;
-    Lion(const double* s, double grad_scale, double, bool)
-        : gradient(s, grad_scale), shrink(shrinkage<A>(s)), lr(held<A>(-s[LR])), beta1(A(s[OWN])),
-          rest1(A(1 - s[OWN])), beta2(A(s[OWN + 1])), rest2(A(1 - s[OWN + 1])) {}
+    Lion(const double* s, const Step& step)
+        : gradient(s, step.grad_scale), shrink(shrinkage<A>(s)), lr(held<A>(-s[LR])),
+          beta1(A(s[OWN])), rest1(A(1 - s[OWN])), beta2(A(s[OWN + 1])), rest2(A(1 - s[OWN + 1])) {}
     void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
                     [[maybe_unused]] A& s2) const {
         g = gradient(g, p);

@@ -212,6 +212,10 @@ inline bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff
         return tensor && !api.view(tensor, &t) && is_kind(scan, t, scan.code, scan.bits) &&
                has_layout(t, layout) && !is_negated(scan, tensor);
     };
+    const auto same_number = [&](PyObject* tensor, const void* data, int64_t bits) {
+        return !api.view(tensor, &t) && t.data == data && t.ndim == 0 &&
+               is_kind(scan, t, 2, bits) && !is_negated(scan, tensor);
+    };
     if (!view(PyList_GetItem(scan.params, i)) || t.data != row.param) return false;
 
     const ptrdiff_t keys = PyList_Size(scan.keys);
@@ -219,11 +223,9 @@ inline bool same_row(const Scan& scan, const ExchangeApi& api, Row& row, ptrdiff
     for (ptrdiff_t k = 0; k < keys; ++k) {
         PyObject* held = PyDict_GetItemWithError(dict, PyList_GetItem(scan.keys, k));
         if (!held || held != PyList_GetItem(scan.tensors, i * keys + k)) return false;
-        const bool same = k < scan.slots
-                              ? view(held) && t.data == row.state[k]
-                              : !api.view(held, &t) && t.data == row.counter && t.ndim == 0 &&
-                                    is_kind(scan, t, 2, scan.counter_bits) &&
-                                    !is_negated(scan, held);
+        const bool same = k < scan.slots    ? view(held) && t.data == row.state[k]
+                          : k == scan.slots ? same_number(held, row.counter, scan.counter_bits)
+                                            : same_number(held, row.scalar, scan.scalar_bits);
         if (!same) return false;
     }
 

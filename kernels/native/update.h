@@ -15,12 +15,17 @@ namespace {
 // A rule object of any class. Only Update is compiled for each rule and format.
 struct alignas(8) AnyRule { unsigned char bytes[112]; };
 
-template <class Rule>
-void build(AnyRule& to, const double* scalars, double grad_scale, double step, bool first) {
+template <class Rule> void build(AnyRule& to, const double* scalars, const Step& step) {
     static_assert(sizeof(Rule) <= sizeof(AnyRule) && std::is_trivially_copyable<Rule>::value, "");
-    const Rule rule(scalars, grad_scale, step, first);
+    const Rule rule(scalars, step);
     std::memcpy(&to, &rule, sizeof rule);
 }
+
+// By what a step multiplies the scalar state, or null for a rule without one.
+using Factor = double (*)(const double* scalars, double number);
+template <class Rule, class = void> constexpr Factor factor = nullptr;
+template <class Rule>
+constexpr Factor factor<Rule, std::void_t<decltype(&Rule::factor)>> = &Rule::factor;
 
 // Updates the one value at i.
 template <class T, class Rule, class Raw>
@@ -103,14 +108,17 @@ template <class Rule> struct Update<Float16, Rule> {
 struct Kernel {
     const char* name;
     int slots;
-    void (*build)(AnyRule&, const double* scalars, double grad_scale, double step, bool first);
+    Factor factor;
+    void (*build)(AnyRule&, const double* scalars, const Step&);
     void (*update)(const AnyRule&, const Row&, int64_t begin, int64_t end);
 };
 
 // The kernels by number. KERNELS in clr_optim/rules.py has the same order; a test compares.
 template <class T> Kernel pick(int64_t kernel) {
     using A = typename T::A;
-#define KERNEL(name, ...) {name, __VA_ARGS__::slots, build<__VA_ARGS__>, Update<T, __VA_ARGS__>::run}
+#define KERNEL(name, ...)                                                      \
+    {name, __VA_ARGS__::slots, factor<__VA_ARGS__>, build<__VA_ARGS__>, \
+     Update<T, __VA_ARGS__>::run}
     switch (kernel) {
         case 0: return KERNEL("sgd", Sgd<A, false>);
         case 1: return KERNEL("sgd_momentum", Sgd<A, true>);
@@ -125,7 +133,8 @@ template <class T> Kernel pick(int64_t kernel) {
         case 10: return KERNEL("adamax", Adamax<A>);
         case 11: return KERNEL("radam", RAdam<A>);
         case 12: return KERNEL("lion", Lion<A>);
-        default: return {nullptr, 0, nullptr, nullptr};
+        case 13: return KERNEL("nadam", NAdam<A>);
+        default: return {};
     }
 #undef KERNEL
 }
@@ -137,7 +146,7 @@ inline Kernel pick(int64_t kernel, int64_t dtype) {
         case FLOAT64: return pick<Float64>(kernel);
         case BFLOAT16: return pick<Bfloat16>(kernel);
         case FLOAT16: return pick<Float16>(kernel);
-        default: return {nullptr, 0, nullptr, nullptr};
+        default: return {};
     }
 }
 

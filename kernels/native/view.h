@@ -15,7 +15,7 @@ namespace clr {
 struct Scan {
     PyObject* params;   // list of tensors, one per row
     PyObject* dicts;    // list of optimizer.state[p], one per row; empty if the rule keeps no state
-    PyObject* keys;     // list of the names in these: state slots, then "step" if the rule counts
+    PyObject* keys;     // list of the names in these: state slots, step counter, scalar state
     PyObject* tensors;  // list of the tensors in these: len(keys) per row
     PyObject* grad;     // the name "grad"
     PyObject* none;
@@ -39,6 +39,7 @@ struct Scan {
     int64_t code;           // DLPack's name for the dtype of parameters, gradients and slots
     int64_t bits;
     int64_t counter_bits;  // the width of the step counters, which are floats
+    int64_t scalar_bits;   // the same of the scalar states
     int64_t device_type;   // DLPack's name for the device of all tensors
     int64_t device_id;
     // Places in torch's objects, see clr_optim/plan/words.py.
@@ -47,7 +48,7 @@ struct Scan {
     int64_t key_set;    // which word of the implementation holds the dispatch keys
     uint64_t negative;  // the bit of a lazy negation in these; 0: ask torch
 };
-static_assert(sizeof(Scan) == 30 * 8, "a field of Scan has other than 8 bytes");
+static_assert(sizeof(Scan) == 31 * 8, "a field of Scan has other than 8 bytes");
 
 // A tensor of a bucket.
 struct Row {
@@ -55,12 +56,13 @@ struct Row {
     const void* grad;
     void* state[3];
     void* counter;   // torch's step counter of this parameter, or null
+    void* scalar;    // the scalar state of this parameter, or null
     int64_t numel;
     int64_t group;   // the number of the group that has its scalars
     int64_t first;   // 1 if its state holds nothing yet
     int64_t active;  // 1 if it has a gradient this time; no kernel touches it otherwise
 };
-static_assert(sizeof(Row) == 10 * 8, "a field of Row has other than 8 bytes");
+static_assert(sizeof(Row) == 11 * 8, "a field of Row has other than 8 bytes");
 
 // The header of a bucket.
 struct Bucket {
@@ -71,9 +73,10 @@ struct Bucket {
     int64_t kernel;  // by number
     int64_t dtype;   // by number
     int64_t wide_counter;  // 1 if step counters are double
+    int64_t wide_scalar;   // the same of the scalar states
     int64_t held;    // 1 if scan->grads holds gradients
 };
-static_assert(sizeof(Bucket) == 8 * 8, "a field of Bucket has other than 8 bytes");
+static_assert(sizeof(Bucket) == 9 * 8, "a field of Bucket has other than 8 bytes");
 
 // What a whole plan was built from.
 struct View {

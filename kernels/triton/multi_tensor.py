@@ -11,23 +11,25 @@ After an overflow the step does nothing. With clipping or a GradScaler, :func:`s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from clr_optim.kernels.triton.rules import constants, held, update
+from clr_optim.kernels.triton.rules import advanced, constants, factor, held, update
 from clr_optim.kernels.triton.schedule import rate_and_momentum
 
 __all__ = [
-    "BLOCKS_PER_CHUNK", "COLUMNS", "GROUP", "Shape", "advance", "constexprs", "multi_tensor",
-    "open_gate", "options", "shape_of", "sum_of_squares",
+    "BLOCKS_PER_CHUNK", "COLUMNS", "COUNTER", "GROUP", "Shape", "advance", "advance_scalars",
+    "constexprs", "multi_tensor", "open_gate", "options", "shape_of", "sum_of_squares",
 ]  # fmt: skip
 
 #: Columns of the rows' table, int64: the fields of ``_ROW`` in plan.py, in this order.
 COLUMNS = (
-    "param", "grad", "state0", "state1", "state2", "counter", "numel", "group", "first", "active",
+    "param", "grad", "state0", "state1", "state2", "counter", "scalar", "numel", "group", "first",
+    "active",
 )  # fmt: skip
 #: The first columns of the groups' table, float64. The kernel's own scalars follow.
 GROUP = (
@@ -35,10 +37,14 @@ GROUP = (
     "shrinking", "sign",
 )  # fmt: skip
 
+#: Columns of the table of step counters, int64: addresses, and whether a float64 lies there.
+COUNTER = ("counter", "wide_counter", "scalar", "wide_scalar", "group")
+
 #: Blocks of a chunk. They share the cost of the schedule, evaluated once per program.
 BLOCKS_PER_CHUNK = 8
 
 _ROW: tl.constexpr = tl.constexpr(len(COLUMNS))
+_COUNTER: tl.constexpr = tl.constexpr(len(COUNTER))
 _OWN: tl.constexpr = tl.constexpr(len(GROUP))
 
 
@@ -68,14 +74,28 @@ _TYPES = {
 
 
 def constexprs(
-    kernel: str, slots: int, dtype: torch.dtype, counter: torch.dtype | None, aligned: bool
+    kernel: str,
+    slots: int,
+    dtype: torch.dtype,
+    numbers: Sequence[torch.dtype],
+    aligned: bool,
 ) -> dict[str, Any]:
-    """Return the constants that :func:`multi_tensor` is compiled for."""
+    """Return the constants that :func:`multi_tensor` is compiled for.
+
+    Args:
+        kernel: the name of the kernel.
+        slots: the number of state tensors.
+        dtype: the dtype of parameters, gradients and state tensors.
+        numbers: the dtypes of the step counter and the scalar state, as far as the rule has them.
+        aligned: whether all tensors begin at a multiple of 16 bytes.
+    """
+    counter, scalar = (*(_TYPES[number] for number in numbers), None, None)[:2]
     return {
         "KERNEL": kernel,
         "SLOTS": slots,
         "DTYPE": _TYPES[dtype],
-        "COUNTER": None if counter is None else _TYPES[counter],
+        "COUNTER": counter,
+        "SCALAR": scalar,
         "ALIGNED": aligned,
         "BLOCK": shape_of(dtype.itemsize).block,
         "BLOCKS": BLOCKS_PER_CHUNK,
@@ -185,7 +205,8 @@ def _pointer(rows, column: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.conste
 def multi_tensor(
     chunks, rows, groups, width, ints, floats, phases, control, gate,
     KERNEL: tl.constexpr, SLOTS: tl.constexpr, DTYPE: tl.constexpr,
-    COUNTER: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    COUNTER: tl.constexpr, SCALAR: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk of one tensor.
 
@@ -198,16 +219,17 @@ def multi_tensor(
         gate: float64, the factor of the gradients and whether they overflowed. After an overflow
             the kernel writes nothing.
         KERNEL, SLOTS: the name in :data:`clr_optim.rules.KERNELS`, and the number of state tensors.
-        DTYPE, COUNTER: the dtype of parameters, gradients and state, and of step counters, if any.
+        DTYPE: the dtype of parameters, gradients and state.
+        COUNTER, SCALAR: the dtypes of step counters and of scalar states, if any.
         ALIGNED: whether all tensors begin at a multiple of 16 bytes.
         BLOCK, BLOCKS: elements per block and blocks per chunk.
     """
     A: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
     chunks += tl.program_id(0).to(tl.int64) * 2
     rows += tl.load(chunks).to(tl.int64) * _ROW
-    numel = tl.load(rows + 6)
-    groups += tl.load(rows + 7) * width
-    first = tl.load(rows + 8) != 0
+    numel = tl.load(rows + 7)
+    groups += tl.load(rows + 8) * width
+    first = tl.load(rows + 9) != 0
 
     rate, momentum = rate_and_momentum(
         ints, floats, phases, tl.load(control),
@@ -216,10 +238,13 @@ def multi_tensor(
     step = rate
     if COUNTER is not None:
         step = tl.load(tl.load(rows + 5).to(tl.pointer_type(COUNTER))).to(tl.float64) + 1.0
+    scalar = rate
+    if SCALAR is not None:
+        scalar = tl.load(tl.load(rows + 6).to(tl.pointer_type(SCALAR)))
     decay = tl.load(groups + 5)
     own = groups + _OWN
     c0, c1, c2, c3, c4, c5, c6, c7 = constants(
-        own, rate, step, momentum, tl.load(groups + 4) != 0, KERNEL, A
+        own, rate, step, scalar, momentum, tl.load(groups + 4) != 0, KERNEL, A
     )
     c0, c1, c2, c3, c4, c5, c6, c7 = (
         c0.to(A), c1.to(A), c2.to(A), c3.to(A), c4.to(A), c5.to(A), c6.to(A), c7.to(A)
@@ -266,7 +291,7 @@ def sum_of_squares(
     A: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
     chunks += tl.program_id(0).to(tl.int64) * 2
     rows += tl.load(chunks).to(tl.int64) * _ROW
-    numel = tl.load(rows + 6)
+    numel = tl.load(rows + 7)
     g = _pointer(rows, 1, DTYPE, ALIGNED)
     scale = (1.0 / tl.load(grad_scale).to(tl.float64)).to(A)
     begin = tl.load(chunks + 1).to(tl.int64) * (BLOCK * BLOCKS)
@@ -319,6 +344,48 @@ def open_gate(
 
 
 @triton.jit(
+    do_not_specialize=["width", "phases"],
+    do_not_specialize_on_alignment=[
+        "counters", "control", "gate", "groups", "ints", "floats",
+    ],
+)  # fmt: skip
+def advance_scalars(
+    counters, groups, width, ints, floats, phases, control, gate, KERNEL: tl.constexpr
+):
+    """Multiply the scalar state of one tensor, after the updates of a step and before its end.
+
+    The programs of an update read the state, and :func:`advance` moves the counter and the
+    position that the factor depends on. So this is a launch between the two.
+
+    Args:
+        counters: as for :func:`advance`; one program per row.
+        groups, width, ints, floats, phases, control: as for :func:`multi_tensor`.
+        gate: float64. After an overflow nothing moves.
+        KERNEL: a name in :data:`clr_optim.rules.KERNELS`.
+    """
+    counters += tl.program_id(0).to(tl.int64) * _COUNTER
+    groups += tl.load(counters + 4) * width
+    _, momentum = rate_and_momentum(
+        ints, floats, phases, tl.load(control),
+        tl.load(groups), tl.load(groups + 1), tl.load(groups + 2), tl.load(groups + 3),
+    )  # fmt: skip
+    place = tl.load(counters)
+    if tl.load(counters + 1) != 0:
+        step = tl.load(place.to(tl.pointer_type(tl.float64)))
+    else:
+        step = tl.load(place.to(tl.pointer_type(tl.float32))).to(tl.float64)
+    by = factor(groups + _OWN, step + 1.0, momentum, tl.load(groups + 4) != 0, KERNEL)
+    happened = tl.load(gate + 1) == 0
+    place = tl.load(counters + 2)
+    if tl.load(counters + 3) != 0:
+        wide = place.to(tl.pointer_type(tl.float64))
+        tl.store(wide, advanced(tl.load(wide), by), mask=happened)
+    else:
+        narrow = place.to(tl.pointer_type(tl.float32))
+        tl.store(narrow, advanced(tl.load(narrow), by), mask=happened)
+
+
+@triton.jit(
     do_not_specialize=["count", "kept", "width", "phases"],
     do_not_specialize_on_alignment=[
         "counters", "control", "gate", "rates", "groups", "ints", "floats",
@@ -331,8 +398,7 @@ def advance(
     """Advance the step counters, the position and the kept rates, after the updates of a step.
 
     Args:
-        counters: int64 pairs, one per updated tensor: the address of its counter, and whether the
-            counter is a float64 instead of a float32.
+        counters: int64, a row of ``COUNTER`` per updated tensor.
         count: the number of counters.
         rates: int64 triples, one per group whose ``lr`` is a tensor that the device keeps current:
             its address, whether it is a float64, and the group's number.
@@ -344,8 +410,8 @@ def advance(
     happened = tl.load(gate + 1) == 0
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < tl.where(happened, count, 0)
-    address = tl.load(counters + 2 * at, mask=mask, other=0)
-    wide = tl.load(counters + 2 * at + 1, mask=mask, other=0) != 0
+    address = tl.load(counters + _COUNTER * at, mask=mask, other=0)
+    wide = tl.load(counters + _COUNTER * at + 1, mask=mask, other=0) != 0
     narrow = address.to(tl.pointer_type(tl.float32))
     value = tl.load(narrow, mask=mask & ~wide, other=0.0)
     tl.store(narrow, value + 1.0, mask=mask & ~wide)

@@ -123,10 +123,10 @@ def rows(target: str) -> Iterator[dict[str, Any]]:
         gpu = GPUTarget("cuda", int(named[1]), 32)
     else:
         gpu = GPUTarget("hip", target, 64 if int(target[3:-2]) < 10 else 32)
-    for (rule, (slots, counts)), name in itertools.product(_kernels().items(), DTYPES):
+    for (rule, (slots, numbers)), name in itertools.product(_kernels().items(), DTYPES):
         dtype: torch.dtype = getattr(torch, name)
         try:
-            compiled = _compile(rule, slots, dtype, torch.float32 if counts else None, gpu)
+            compiled = _compile(rule, slots, dtype, [torch.float32] * numbers, gpu)
         except Exception as error:  # each stage of Triton's has its own
             words = " ".join(str(error).partition("Repro command")[0].split())
             raise ReportError(
@@ -138,18 +138,18 @@ def rows(target: str) -> Iterator[dict[str, Any]]:
         yield {"rule": rule, "dtype": name, **{column: found[column] for column in _COLUMNS}}
 
 
-def _kernels() -> dict[str, tuple[int, bool]]:
-    """Return each kernel's number of state slots, and whether the kernel counts steps."""
+def _kernels() -> dict[str, tuple[int, int]]:
+    """Return each kernel's number of state slots, and its number of states of one element."""
     found = {}
     for momentum, *flags in itertools.product((0.0, 0.9), (False, True), (False, True)):
         group = {"momentum": momentum, **dict(zip(("amsgrad", "centered"), flags, strict=True))}
         for rule in SHIPPED.values():
-            found[rule.kernel(group)] = (len(rule.slots(group)), rule.has_step)
+            found[rule.kernel(group)] = (len(rule.slots(group)), len(rule.numbers))
     return {kernel: found[kernel] for kernel in KERNELS}
 
 
 def _compile(
-    rule: str, slots: int, dtype: torch.dtype, counter: torch.dtype | None, gpu: Any
+    rule: str, slots: int, dtype: torch.dtype, numbers: Sequence[torch.dtype], gpu: Any
 ) -> Any:
     import triton
     from triton.compiler import ASTSource, make_backend
@@ -157,7 +157,7 @@ def _compile(
     from clr_optim.kernels.triton import multi_tensor
 
     kernel = multi_tensor.multi_tensor
-    constants = multi_tensor.constexprs(rule, slots, dtype, counter, aligned=True)
+    constants = multi_tensor.constexprs(rule, slots, dtype, numbers, aligned=True)
     # Tell the compiler what a launch would tell: tables are aligned and smaller than 2 GB.
     backend = make_backend(gpu)
     attributes = {

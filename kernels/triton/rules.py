@@ -9,15 +9,21 @@ compiles these functions, so their arguments have no Python types:
 - ``momentum`` is the schedule's momentum, used if ``cycles`` holds.
 - ``step`` is the number of this step, counted from 1.
 - ``first`` tells that the state is not filled yet.
+- ``scalar`` is the scalar state before this step, if the rule has one.
 - ``s0`` to ``s2`` are the state tensors, in the order of the slots in rules.py.
 """
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
-__all__ = ["constants", "held", "update"]
+__all__ = ["advanced", "constants", "factor", "held", "update"]
+
+# Triton would compute the logarithm of a number, other than that of a tensor, in float32.
+_LOG2_096: tl.constexpr = tl.constexpr(math.log2(0.96))
 
 
 @triton.jit
@@ -272,8 +278,55 @@ def lion(p, g, s0, lr, beta1, rest1, beta2, rest2):
 
 
 @triton.jit
+def nadam_factor(own, step, momentum, cycles):
+    beta1 = tl.where(cycles, momentum, tl.load(own))
+    return beta1 * (1.0 - 0.5 * tl.exp2(step * tl.load(own + 3) * _LOG2_096))
+
+
+@triton.jit
+def nadam_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexpr):
+    beta1 = tl.where(cycles, momentum, tl.load(own))
+    beta2 = tl.load(own + 1)
+    now = nadam_factor(own, step, momentum, cycles)
+    after = nadam_factor(own, step + 1.0, momentum, cycles)
+    product = advanced(scalar, now).to(tl.float64)
+    return (
+        held(1.0 - beta1, A),
+        beta2,
+        1.0 - beta2,
+        1.0 - _power(beta2, step),
+        tl.load(own + 2),
+        held(-rate * (1.0 - now) / (1.0 - product), A),
+        held(-rate * after / (1.0 - product * after), A),
+        beta2,
+    )
+
+
+@triton.jit
+def nadam(p, g, s0, s1, weight, beta2, rest2, correction2, eps, of_gradient, of_mean):
+    s0 = _lerp(s0, g, weight)
+    s1 = tl.fma(rest2 * g, g, s1 * beta2)
+    spread = _root(_divide(s1, correction2)) + eps
+    p = p + _divide(of_gradient * g, spread)
+    return p + _divide(of_mean * s0, spread), s0, s1
+
+
+@triton.jit
+def advanced(scalar, factor):
+    """Return the scalar state after a step, in the dtype of the state."""
+    return scalar * factor.to(scalar.dtype)
+
+
+@triton.jit
+def factor(own, step, momentum, cycles, KERNEL: tl.constexpr):
+    """Return by what a step of the kernel multiplies the scalar state, float64."""
+    tl.static_assert(KERNEL == "nadam")
+    return nadam_factor(own, step, momentum, cycles)
+
+
+@triton.jit
 def constants(
-    own, rate, step, momentum, cycles, KERNEL: tl.constexpr, A: tl.constexpr
+    own, rate, step, scalar, momentum, cycles, KERNEL: tl.constexpr, A: tl.constexpr
 ):  # fmt: skip
     """Return eight float64 constants of a kernel, by its name in :data:`clr_optim.rules.KERNELS`.
 
@@ -293,6 +346,8 @@ def constants(
         return radam_constants(own, rate, step, momentum, cycles, A)
     elif KERNEL == "lion":
         return lion_constants(own, rate, step, momentum, cycles, A)
+    elif KERNEL == "nadam":
+        return nadam_constants(own, rate, step, scalar, momentum, cycles, A)
     else:
         return rmsprop_constants(own, rate, step, momentum, cycles, A)
 
@@ -318,6 +373,8 @@ def update(p, g, s0, s1, s2, first, c0, c1, c2, c3, c4, c5, c6, c7, KERNEL: tl.c
         p, s0, s1 = radam(p, g, s0, s1, c0, c1, c2, c3, c4, c5, c6, c7)
     elif KERNEL == "lion":
         p, s0 = lion(p, g, s0, c0, c1, c2, c3, c4)
+    elif KERNEL == "nadam":
+        p, s0, s1 = nadam(p, g, s0, s1, c0, c1, c2, c3, c4, c5, c6)
     elif KERNEL == "rmsprop":
         p, s0, s1, s2 = rmsprop(p, g, s0, s1, s2, c0, c1, c2, c3, c4, False, False)
     elif KERNEL == "rmsprop_momentum":

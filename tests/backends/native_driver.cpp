@@ -123,7 +123,7 @@ int64_t kernels() {
 
 Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
     Run run;
-    const bool counts = kernel >= 2;
+    const bool counts = kernel >= 2, has_scalar = clr::pick(kernel, FLOAT32).factor;
     PyObject none, grads, nones;
     for (int64_t i = 0; i < TENSORS; ++i) {
         const auto tensor = [&](unsigned seed, bool positive = false) -> void* {
@@ -148,10 +148,11 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
             const size_t size = SIZES[dtype] * size_t(LENGTHS[i]);
             if (size) std::memset(row.state[0], threads == 1 ? 255 : 1, size);
         }
-        if (counts) {
+        for (void** number : {&row.counter, &row.scalar}) {
+            if (!(number == &row.counter ? counts : has_scalar)) continue;
             run.memory.emplace_back(static_cast<unsigned char*>(std::calloc(1, wide ? 8 : 4)),
                                     std::free);
-            row.counter = run.memory.back().get();
+            *number = run.memory.back().get();
         }
         run.rows.push_back(row);
         grads.items.push_back(row.active ? new PyObject : &none);
@@ -173,7 +174,7 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
     }
     clr::Scan scan = {};
     scan.grads = &grads, scan.nones = &nones, scan.none = &none;
-    clr::Bucket bucket = {&scan, run.rows.data(), TENSORS, 0, kernel, dtype, wide, 1};
+    clr::Bucket bucket = {&scan, run.rows.data(), TENSORS, 0, kernel, dtype, wide, wide, 1};
     for (const clr::Row& row : run.rows) bucket.active += row.active;
     int64_t tally[2] = {};
     clr::View view = {};
@@ -219,6 +220,7 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
         run.keep(row.param, size);
         for (int k = 0; k < slots_of(kernel); ++k) run.keep(row.state[k], size);
         if (counts) run.keep(row.counter, wide ? 8 : 4);
+        if (has_scalar) run.keep(row.scalar, wide ? 8 : 4);
     }
     require(still.result == idle, "a row without a gradient moved", kernel, dtype);
     return run;
@@ -238,7 +240,7 @@ int main(int argc, char**) {
                 runs += 2;
             }
     for (const int64_t kernel : {int64_t(-1), kernels()}) {
-        clr::Bucket bucket = {nullptr, nullptr, 0, 0, kernel, 0, 0, 0};
+        clr::Bucket bucket = {nullptr, nullptr, 0, 0, kernel, 0, 0, 0, 0};
         clr::View view = {};
         view.buckets = &bucket, view.count = 1;
         require(clr_step(&view, nullptr, 0, 1, 1, 1) == 1, "an unknown kernel", kernel, 0);

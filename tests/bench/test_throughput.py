@@ -11,6 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 from bench_helpers import TINY, error, run_tiny
+from native_helpers import NUMBERS
 
 from clr_optim import cli
 from clr_optim.bench import machine, throughput
@@ -30,6 +31,9 @@ BYTES = {
     "adadelta": 28,
     "rmsprop": 20,
     "rmsprop_full": 36,
+    "adamax": 28,
+    "radam": 28,
+    "nadam": 28,
 }
 
 
@@ -47,7 +51,8 @@ def test_bytes_per_element_are_counted_from_the_rules_state(rule):
     optimizer = RULES[rule].optimizer(params, **RULES[rule].settings)
     param.grad = torch.ones(3)
     optimizer.step()
-    slots = [v for k, v in optimizer.state[param].items() if k != "step" and v is not None]
+    state = optimizer.state[param].items()
+    slots = [v for k, v in state if k not in NUMBERS and v is not None]
     assert BYTES[rule] == 4 * (3 + 2 * len(slots))
 
 
@@ -177,7 +182,9 @@ def test_what_takes_no_step_is_not_among_the_best(monkeypatch):
 
 def test_filter_and_choices(tmp_path):
     results = run_tiny(tmp_path, "--quick", "--workloads", "1000x256", "--filter", "adam")
-    assert [row["rule"] for row in results["rows"]] == ["adam", "adamw"]
+    assert [row["rule"] for row in results["rows"]] == [
+        "adam", "adamw", "adamax", "radam", "nadam",
+    ]  # fmt: skip
     results = run_tiny(
         tmp_path, "--rules", "sgd", "--workloads", "mlp", "--dtypes", "float64,float16"
     )

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 import clr_optim
-from clr_optim import cli, plotting, schedule
-from clr_optim.cli import main
+from clr_optim import plotting, schedule
+from clr_optim.cli import command, main
 from clr_optim.kernels.native import build as native_build
 from clr_optim.kernels.native.build import BuildError
 from clr_optim.rules import STATE_SLOTS
@@ -29,8 +29,8 @@ def test_without_arguments_prints_help(capsys):
     assert main([]) == 0
     out = capsys.readouterr().out
     assert out.startswith("usage: clr-optim")
-    for command in ("demo", "plot", "bench", "build", "info"):
-        assert command in out
+    for name in ("demo", "plot", "bench", "build", "info"):
+        assert name in out
 
 
 def test_version(capsys):
@@ -75,7 +75,7 @@ def test_info_shows_why_there_are_no_kernels(capsys, monkeypatch):
     def failed():
         raise BuildError("no C++ compiler:\n  install one")
 
-    monkeypatch.setattr(cli, "library", failed)
+    monkeypatch.setattr(command, "library", failed)
     monkeypatch.setenv("CLR_OPTIM_BACKEND", "native")
     assert main(["info"]) == 0
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
@@ -214,5 +214,5 @@ def test_interrupt_ends_without_traceback(monkeypatch):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_info", interrupted)
+    monkeypatch.setattr(command, "_info", interrupted)
     assert main(["info"]) == 130

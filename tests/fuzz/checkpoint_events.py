@@ -8,7 +8,8 @@ import pickle
 from typing import Any
 
 import torch
-from native_helpers import failure, members
+from native_helpers import HALF, NUMBERS, failure, load, members
+from torch import Tensor
 
 from clr_optim import CyclicalOptimizer
 from fuzz.events import FLAG, WHICH, event
@@ -27,7 +28,7 @@ class CheckpointEvents(Pair):
             if not self.is_refusal(error, twin_state):
                 raise error
             return False
-        self.twin.load_state_dict(twin_state)
+        load(self.twin, twin_state)
         return True
 
     def is_refusal(self, error: Exception, twin_state: Any) -> bool:
@@ -81,8 +82,14 @@ class CheckpointEvents(Pair):
             state = self.from_torch()
             twin_state = copy.deepcopy(self.twin.state_dict())
             self.expected.position = 0
+        # A kernel widens the states of one element that torch's load has cast to 16 bits.
         self.ours.optimizer.load_state_dict(state)
         self.twin.load_state_dict(twin_state)
+        for opt in () if self.exact else self.pair():
+            for values in map(opt.state.get, members(opt)):
+                for name in NUMBERS & (values or {}).keys():
+                    if isinstance(values[name], Tensor) and values[name].dtype in HALF:
+                        values[name] = values[name].float()
         self.overwritten = True  # until the next step
         self.noticed()
         return None

@@ -13,6 +13,7 @@ import torch
 from native_helpers import (
     BY_NAME,
     HALF,
+    NUMBERS,
     assert_pattern,
     dense,
     failure,
@@ -370,7 +371,7 @@ class Pair:
             p.grad = None if grad is None else grad.double()
             if state:
                 opt.state[p] = {
-                    name: t.double() if isinstance(t, Tensor) and name != "step" else t
+                    name: t.double() if isinstance(t, Tensor) and name not in NUMBERS else t
                     for name, t in state.items()
                 }
         done = False
@@ -383,7 +384,7 @@ class Pair:
                 p.data = data.copy_(wide) if done else data
                 p.grad = grad
                 for name, t in opt.state.get(p, {}).items():
-                    if name != "step" and isinstance(t, Tensor) and done:
+                    if name not in NUMBERS and isinstance(t, Tensor) and done:
                         old = state.get(name)
                         opt.state[p][name] = t.to(data.dtype) if old is None else old.copy_(t)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 
@@ -381,3 +382,35 @@ def test_paper_curves_have_two_panels_a_line_and_a_look_per_label(tmp_path):
     assert _pixels(path).shape[1] == 700
     with pytest.raises(ValueError, match="panels is empty"):
         plotting.plot_paper_curves({})
+
+
+def test_results_and_optimizers_draw_themselves(tmp_path):
+    curve = RangeTest([0.1, 0.2, 0.3], [2.0, 1.0, 1.5])
+    figure = curve.plot(tmp_path / "curve.png", bounds=Bounds(0.1, 0.2), title="mine")
+    assert figure.axes[0].get_title() == "mine"
+    assert _pixels(tmp_path / "curve.png").shape == (320, 640, 3)
+    assert curve.plot().axes[0].get_title() == "no bounds found"
+    adam = torch.optim.Adam([torch.zeros(3, requires_grad=True)], lr=1e-3)
+    opt = CyclicalOptimizer(adam, step_size_up=10, cycle_momentum=True)
+    opt.step()
+    rates, momenta = opt.plot(40, str(tmp_path / "next.svg")).axes
+    assert _curves(rates)[0].get_xdata().tolist() == list(range(1, 42))
+    assert _curves(rates)[0].get_ydata().tolist() == [opt.lr_at(t)[0] for t in range(1, 42)]
+    assert momenta.get_ylabel() == "betas[0]"
+    assert (tmp_path / "next.svg").read_text().startswith("<?xml")
+    assert opt.plot(4, log=True).axes[0].get_yscale() == "log"
+
+
+def test_a_plot_method_refuses_a_file_before_it_draws(tmp_path):
+    curve = RangeTest([0.1, 0.2, 0.3], [2.0, 1.0, 1.5])
+    with pytest.raises(OSError, match="a picture's name must end in one of"):
+        curve.plot(tmp_path / "curve.docx")
+    with pytest.raises(TypeError, match="bounds must be Bounds"):
+        curve.plot(bounds=(0.1, 0.2))  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_notebook_shows_a_figure_without_pyplot():
+    figure = RangeTest([0.1, 0.2, 0.3], [2.0, 1.0, 1.5]).plot()
+    assert figure._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]
+    assert pickle.loads(pickle.dumps(figure)).axes[0].get_ylabel() == "training loss"

@@ -483,3 +483,34 @@ def test_the_progress_is_for_terminals_only(monkeypatch):
         measure(make_data())
         assert ("range test 1/6  lr 0.01  loss" in stream.getvalue()) == terminal
         assert bool(stream.getvalue()) == terminal
+
+
+def test_a_test_without_a_range_takes_the_default_one():
+    model = linear_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = [param.clone() for param in model.parameters()]
+    result = lr_range_test(model, optimizer, make_data(), functional.cross_entropy)
+    assert (result.mode, result.num_steps) == ("exponential", 500)
+    assert result.lrs[0] == 1e-5
+    assert result.diverged or result.lrs[-1] > 9
+    assert same(before, list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"start_lr": 1e-3}, (1e-3, 10.0, "exponential")),
+        ({"end_lr": 1e-3}, (1e-5, 1e-3, "exponential")),
+        ({"start_lr": 0.0, "end_lr": 1e-3}, (0.0, 1e-3, "linear")),
+        ({"start_lr": 1e-4, "end_lr": 1e-3, "mode": "exponential"}, (1e-4, 1e-3, "exponential")),
+    ],
+)
+def test_defaults_replace_only_what_is_left_out(given, expected):
+    model = linear_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    result = lr_range_test(
+        model, optimizer, make_data(), functional.cross_entropy, num_steps=8, diverge_factor=1e9,
+        **given,
+    )  # fmt: skip
+    assert (result.lrs[0], result.lrs[-1]) == pytest.approx(expected[:2])
+    assert result.mode == expected[2]

@@ -41,6 +41,8 @@ ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "start_lr must be .* got -1", {"start_lr": -1}),
     (ValueError, "start_lr must be a finite number > 0", {"start_lr": 0, "mode": "exponential"}),
     (ValueError, "end_lr must be", {"end_lr": math.inf}),
+    (ValueError, "start_lr=None and end_lr=0.1: give both", {"start_lr": None, "mode": "linear"}),
+    (ValueError, "num_steps=None and epochs=None", {"start_lr": None, "num_steps": None}),
     (ValueError, "mode must be one of", {"mode": "log"}),
     (ValueError, "metric must be one of", {"metric": "f1"}),
     (ValueError, "num_steps must be an integer >= 2, got 0", {"num_steps": 0}),

@@ -333,6 +333,7 @@ def test_read_only_memory_is_not_written():
     assert model.numbers is numbers
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch 2.14 and later
 def test_a_script_module_is_put_back():
     model = torch.jit.script(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -103,6 +103,25 @@ def test_a_result_is_saved_and_loaded(tmp_path):
         RangeTest.suggest_step_size(10**400)
 
 
+@pytest.mark.parametrize(
+    ("change", "ending"),
+    [
+        ({}, "30 of 30 steps, complete)"),
+        ({"diverged": True, "num_steps": 99}, "30 of 99 steps, diverged)"),
+        ({"interrupted": True, "num_steps": 123_456}, "30 of 123456 steps, interrupted)"),
+        ({"lrs": [], "values": [], "steps": []}, "RangeTest(loss, no measurements, complete)"),
+    ],
+    ids=["complete", "diverged", "interrupted", "empty"],
+)
+def test_a_repr_fits_on_a_line(change, ending):
+    curve = {"lrs": [1.2345678e-5 * (i + 1) for i in range(30)], "values": [-1.23456e-7] * 30}
+    text = repr(RangeTest(**{**curve, **change}))
+    assert text.endswith(ending)
+    assert text.startswith("RangeTest(loss")
+    assert "\n" not in text
+    assert len(text) <= 120
+
+
 def test_an_exponential_curve_has_no_rate_of_zero():
     with pytest.raises(ValueError, match="above 0"):
         RangeTest([0.0, 2.0], [1.0, 2.0], mode="exponential")

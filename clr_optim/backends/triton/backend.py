@@ -97,6 +97,7 @@ class TritonBackend:
         )
         self._schedule = schedule
         self._momentum = rule.momentum
+        self._has_scalars = bool(rule.scalar_states)
         self._launches: list[Launch] = []
         self._by_device: dict[torch.device, list[Launch]] = {}
         self._clocks: dict[torch.device, Clock] = {}
@@ -263,6 +264,11 @@ class TritonBackend:
                     launch.chunks, rows[launch], groups, width, ints, floats, phases, control, gate,
                     **launch.compiled_for,
                 )  # fmt: skip
+        if self._has_scalars and count:
+            multi_tensor.advance_scalars[(count,)](
+                counters, groups, width, ints, floats, phases, control, gate,
+                KERNEL=launches[0].bucket.kernel, enable_fp_fusion=False,
+            )  # fmt: skip
         programs = max(1, -(-count // _ADVANCED_AT_ONCE))
         # If Ctrl-C comes between this launch and the host's note of it, the host asks the device.
         if self.who_knows is WhoKnows.HOST and not current.is_capturing():

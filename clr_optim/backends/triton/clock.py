@@ -24,7 +24,7 @@ OWN = 8
 SUMMED_AT_ONCE = 1024
 
 # Tables for steps without counters or rates: an empty tensor has no address to load from.
-_NO_COUNTER = np.zeros((1, 2), dtype=np.int64)
+_NO_COUNTER = np.zeros((1, 5), dtype=np.int64)
 _NO_RATE = np.zeros((1, 3), dtype=np.int64)
 
 

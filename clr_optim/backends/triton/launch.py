@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from clr_optim.backends.triton import device as current
@@ -28,7 +29,7 @@ class Launch:
         self._compiled_for = [
             {
                 **multi_tensor.constexprs(
-                    bucket.kernel, len(bucket.slots), bucket.dtype, bucket.counter_dtype, aligned
+                    bucket.kernel, len(bucket.slots), bucket.dtype, bucket.number_dtypes, aligned
                 ),
                 **multi_tensor.options(bucket.dtype, current.warp(bucket.device)),
             }
@@ -44,8 +45,8 @@ class Launch:
         self.chunks: Tensor | None = None
         #: programs of the launch, one per chunk
         self.count = 0
-        #: ``(address, whether a float64)`` of each step counter that this step advances
-        self.counters = np.zeros((0, 2), dtype=np.int64)
+        #: a row for each step counter that this step advances
+        self.counters = self._counters_of(bucket.table[:0])
 
     def refresh(self) -> Tensor:
         """Return the rows on the device; renew chunks and counters if other rows are active."""
@@ -66,9 +67,7 @@ class Launch:
             # Upload first: if a capture refuses the upload, nothing else has changed.
             self.chunks = self._chunks.put(pairs) if len(pairs) else None
             self.count = len(pairs)
-            addresses = table["counter"][rows]
-            wide = np.full(len(rows), self.bucket.wide_counter, dtype=np.int64)
-            self.counters = np.stack([addresses, wide], axis=1)[addresses != 0]
+            self.counters = self._counters_of(table[rows])
             self._active = now
         if not current.is_capturing():
             on_device = self._rows.put(_words(table))
@@ -83,6 +82,18 @@ class Launch:
         if np.array_equal(rest["grad"], table["grad"]):
             return on_device
         return self._rows.put_in_graph(_words(table))
+
+    def _counters_of(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """Return the table of the rows' step counters, as ``COUNTER`` in multi_tensor.py."""
+        dtypes = self.bucket.number_dtypes
+        counters = np.zeros((len(rows) if dtypes else 0, 5), dtype=np.int64)
+        if dtypes:
+            counters[:, 0], counters[:, 2], counters[:, 4] = (
+                rows["counter"], rows["scalar"], rows["group"],
+            )  # fmt: skip
+            for i, dtype in enumerate(dtypes):
+                counters[:, 2 * i + 1] = dtype == torch.float64
+        return counters
 
     def give_up(self) -> list[object]:
         """Hand the tables to a graph."""

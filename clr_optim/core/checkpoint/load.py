@@ -16,7 +16,7 @@ from clr_optim.core.checkpoint.keys import (
     without_our_entry,
 )
 from clr_optim.core.checkpoint.settings import are_groups, check_for, check_layout
-from clr_optim.core.checkpoint.state import check_mapping, own_counters
+from clr_optim.core.checkpoint.state import check_mapping, own_counters, restore_numbers
 from clr_optim.core.checkpoint.undo import undone_on_error
 from clr_optim.core.checkpoint.wrapped import (
     load_errors_as_value_errors,
@@ -104,6 +104,7 @@ def _load_as_torch(
     state_dict["state"] = own_counters(state_dict["state"])
     with load_errors_as_value_errors(inner), without_load_pre_hooks(inner):
         inner.load_state_dict(state_dict)
+    restore_numbers(inner, state_dict)
     return groups, keys
 
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from clr_optim.core.checkpoint.keys import with_our_entry
 from clr_optim.core.shared import Shared
+from clr_optim.rules import NUMBERS
 
 __all__ = ["save"]
 
@@ -71,8 +72,8 @@ def _read(inner: Optimizer) -> dict[str, Any]:
 def _with_counters_as_torch(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
     """Return the state of a state dict, its step counters on the device where torch has them.
 
-    torch keeps counters on the CPU, unless a group's flags say otherwise; the kernels keep them on
-    the device. One copy brings all of them.
+    torch keeps counters and other states of one element on the CPU, unless a group's flags say
+    otherwise; the kernels keep them on the device. One copy brings all of them.
     """
     stays = {
         index
@@ -83,12 +84,13 @@ def _with_counters_as_torch(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
     state: dict[Any, Any] = dict(state_dict["state"])
     by_kind: dict[Any, list[Any]] = {}
     for index, values in state.items():
-        counter = values.get("step") if isinstance(values, Mapping) else None
-        if index not in stays and isinstance(counter, Tensor) and counter.device.type != "cpu":
-            kind = (counter.device, counter.dtype, counter.shape)
-            by_kind.setdefault(kind, []).append(index)
-    for indices in by_kind.values():
-        counters = torch.stack([state[index]["step"] for index in indices]).cpu()
-        for index, counter in zip(indices, counters, strict=True):
-            state[index] = {**state[index], "step": counter.clone()}
+        for name in NUMBERS if isinstance(values, Mapping) and index not in stays else ():
+            number = values.get(name)
+            if isinstance(number, Tensor) and number.device.type != "cpu":
+                kind = (number.device, number.dtype, number.shape)
+                by_kind.setdefault(kind, []).append((index, name))
+    for places in by_kind.values():
+        numbers = torch.stack([state[index][name] for index, name in places]).cpu()
+        for (index, name), number in zip(places, numbers, strict=True):
+            state[index] = {**state[index], name: number.clone()}
     return state

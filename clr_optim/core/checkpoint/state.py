@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clr_optim.checks import check_int, check_number, item, shown
-from clr_optim.rules import STATE_SLOTS, Shape, StateSlots
+from clr_optim.rules import NUMBERS, STATE_SLOTS, Shape, StateSlots
 from clr_optim.sharding import local_part
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "check_state",
     "other_class",
     "own_counters",
+    "restore_numbers",
     "with_momentum",
 ]
 
@@ -221,17 +222,35 @@ def own_counters(state: Mapping[Any, Any]) -> dict[Any, Any]:
     """Return the state of a checkpoint with a separate step counter for each parameter.
 
     A checkpoint may hold one counter tensor for several parameters. A step would then increment
-    that tensor once per parameter.
+    that tensor once per parameter. The same holds for other states of one element.
     """
     seen: set[int] = set()
     own: dict[Any, Any] = dict(state)
     for index, values in state.items():
-        counter = values.get("step") if isinstance(values, Mapping) else None
-        if isinstance(counter, Tensor):
-            if id(counter) in seen:
-                own[index] = {**values, "step": counter.clone()}
-            seen.add(id(counter))
+        for name in NUMBERS if isinstance(values, Mapping) else ():
+            number = values.get(name)
+            if isinstance(number, Tensor):
+                if id(number) in seen:
+                    own[index] = {**own[index], name: number.clone()}
+                seen.add(id(number))
     return own
+
+
+def restore_numbers(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Give states of one element the dtype that they have in a checkpoint.
+
+    torch's load casts all state but the step counter to the dtype of the parameter. A resumed
+    training would then round otherwise than an uninterrupted one.
+    """
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        for param, index in zip(group["params"], saved["params"], strict=True):
+            loaded, values = optimizer.state.get(param), state_dict["state"].get(index)
+            if not isinstance(loaded, dict) or not isinstance(values, Mapping):
+                continue
+            for name in NUMBERS & loaded.keys() & values.keys():
+                number = values[name]
+                if name != "step" and isinstance(number, Tensor):
+                    loaded[name] = number.detach().to(loaded[name].device, copy=True)
 
 
 def _is_plain(value: object, param: Tensor, shape: Shape) -> bool:

@@ -59,7 +59,7 @@ class _Kernel:
         return launch
 
 
-NAMES = ("multi_tensor", "advance", "open_gate", "sum_of_squares")
+NAMES = ("multi_tensor", "advance", "advance_scalars", "open_gate", "sum_of_squares")
 
 
 @contextmanager

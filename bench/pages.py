@@ -1,0 +1,133 @@
+"""Tables of committed benchmark results, written between marks into README and docs pages.
+
+A mark names the table and the results:
+
+    <!-- table: adamw bench/results/cpu-2-threads.json -->
+    <!-- end of table -->
+
+``make tables`` renews every table. A test compares each table with the results that it names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["TABLES", "main", "renewed"]
+
+_MARKED = re.compile(
+    r"(<!-- table: (?P<name>\w+) (?P<path>\S+)(?: (?P<dtype>\w+))? -->\n)"
+    r".*?(<!-- end of table -->)",
+    re.DOTALL,
+)
+
+#: torch's steps, by the names in results, and how pages name them on a CPU and on a GPU.
+_TORCHS = {
+    "default": ("for-loop", "foreach"),
+    "forloop": ("for-loop", "for-loop"),
+    "foreach": ("foreach", "foreach"),
+    "fused": ("fused", "fused"),
+}
+_CLOCKS = {"median_s": "", "device_median_s": ", on the device", "host_median_s": ", on the host"}
+
+#: Numbers of values, for readers who do not know a workload by its name.
+_WORKLOADS = {
+    "mlp": "MLP, 6 tensors",
+    "1000x256": "1,000 tensors of 256",
+    "resnet50": "ResNet-50",
+    "gpt2": "GPT-2, 124 M",
+    "vit_b": "ViT-B",
+    "one_33m": "one tensor of 33.5 M",
+    "1b": "Llama 3.2 1B",
+}
+
+
+def _adamw(rows: Sequence[Mapping[str, Any]], clock: str, on_gpu: bool) -> Iterator[str]:
+    """Yield absolute times of AdamW, a line per workload; a slower cell is bold."""
+    default = _TORCHS["default"][on_gpu]
+    heads = f"AdamW{_CLOCKS[clock]}", f"torch's default ({default})", "torch fused", "clr_optim"
+    yield f"| {' | '.join(heads)} | times as fast |"
+    yield "| --- | --- | --- | --- | --- |"
+    for row in rows:
+        if row["rule"] == "adamw":
+            times = row["times"]
+            cells = [_time(times[name][clock]) for name in ("default", "fused", "ours")]
+            cells = [_WORKLOADS[row["workload"]], *cells, _gain(row, clock, on_gpu)]
+            yield f"| {' | '.join(cells)} |"
+
+
+def _rules(rows: Sequence[Mapping[str, Any]], clock: str, on_gpu: bool) -> Iterator[str]:
+    """Yield our time and the gain over torch's best step, per rule and workload."""
+    workloads = list(dict.fromkeys(row["workload"] for row in rows))
+    names = " | ".join(_WORKLOADS[name] for name in workloads)
+    yield f"| rule{_CLOCKS[clock]} | {names} |"
+    yield "| --- " * (1 + len(workloads)) + "|"
+    cells = {(row["rule"], row["workload"]): row for row in rows}
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        line = [
+            f"{_time(row['times']['ours'][clock])}, {_gain(row, clock, on_gpu)}" if row else "–"
+            for row in (cells.get((rule, workload)) for workload in workloads)
+        ]
+        yield f"| `{rule}` | {' | '.join(line)} |"
+
+
+#: The tables, by the name in a mark.
+TABLES: dict[str, Callable[[Sequence[Mapping[str, Any]], str, bool], Iterator[str]]] = {
+    "adamw": _adamw,
+    "rules": _rules,
+}
+
+
+def renewed(text: str, root: Path) -> str:
+    """Return a page with each marked table made anew.
+
+    Args:
+        text: the page.
+        root: the folder that the paths of results start from.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        results = json.loads((root / match["path"]).read_text("utf-8"))
+        rows = [row for row in results["rows"] if row["dtype"] == (match["dtype"] or "float32")]
+        on_gpu = results.get("device", "cpu") != "cpu"
+        clocks = ("device_median_s", "host_median_s") if on_gpu else ("median_s",)
+        tables = ["\n".join(TABLES[match["name"]](rows, clock, on_gpu)) for clock in clocks]
+        return match[1] + "\n\n".join(tables) + "\n" + match[5]
+
+    return _MARKED.sub(table, text)
+
+
+def _gain(row: Mapping[str, Any], clock: str, on_gpu: bool) -> str:
+    """Return the time of torch's fastest step, divided by ours, and the name of that step."""
+    times = {
+        name: row["times"][name][clock]
+        for name in _TORCHS
+        if name in row["times"] and name not in row["wrong"]
+    }
+    best = min(times, key=lambda name: times[name])
+    gain = times[best] / row["times"]["ours"][clock]
+    text = f"{gain:.2f}×" if gain < 9.95 else f"{gain:.1f}×"
+    text = f"**{text}**" if gain < 1 else text
+    return f"{text} {_TORCHS[best][on_gpu]}"
+
+
+def _time(seconds: float) -> str:
+    for unit, scale in (("µs", 1e6), ("ms", 1e3)):
+        if seconds * scale < 999.5:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds:.2f} s"
+
+
+def main(paths: Sequence[str]) -> int:
+    """Renew the tables in these pages; return the exit code."""
+    for path in map(Path, paths):
+        path.write_text(renewed(path.read_text("utf-8"), Path.cwd()), "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

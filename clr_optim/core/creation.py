@@ -1,0 +1,84 @@
+"""Create state without a step: the step by which a distributed checkpointer asks for all state.
+
+Before ``torch.distributed.checkpoint`` loads, the state must be there to load into. So the
+checkpointer writes 0 into the ``lr`` of every group, gives every parameter a zero gradient, and
+steps. Such a step creates state as torch does, and neither position nor bounds change.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clr_optim.backends.base import FusedBackend, Gradients
+from clr_optim.core import amp
+from clr_optim.core.rates import written_rate
+from clr_optim.core.rest import Borrowed, rest_of, step_rest
+from clr_optim.core.serving import parameters_of
+from clr_optim.core.shared import Shared
+from clr_optim.sharding import local_part, no_sums, spread_of, spreads, sum_over_ranks
+
+__all__ = ["asks_for_state", "create_state"]
+
+
+def asks_for_state(shared: Shared) -> bool:
+    """Return whether the next step is a checkpointer's: every rate and every gradient is 0.
+
+    A policy's own 0.0 is another object than a checkpointer's, and under a warm-up scheduler the
+    gradients are not zero. All ranks give the same answer, since otherwise their positions would
+    part.
+    """
+    mirror, optimizer = shared.mirror, shared.settings.optimizer
+    groups = optimizer.param_groups
+    if not groups:
+        return False
+    for i, group in enumerate(groups):
+        # A group that was added to the wrapped optimizer has no record yet.
+        if i < len(mirror.records) and not mirror.is_foreign(i, group):
+            return False
+        if written_rate(group["lr"], i) != 0.0:
+            return False
+    # Each rank takes part in the sums, whatever gradients it has.
+    params = list(parameters_of(optimizer))
+    present, nonzero = no_sums(spreads(params)), no_sums(spreads(params))
+    for p in params:
+        if p.grad is not None:
+            present[spread_of(p)] += 1
+            nonzero[spread_of(p)] += not _is_zero(local_part(p.grad))
+    if not sum_over_ranks(present):
+        return not any(p.requires_grad for p in params)
+    return not sum_over_ranks(nonzero)
+
+
+def create_state(shared: Shared, fused: FusedBackend, borrowed: Borrowed) -> None:
+    """Create the state that a step at rate 0 creates; the caller holds the lock.
+
+    The kernels create the state themselves: with torch's own step, a float16 parameter would
+    become NaN, since its ``eps`` rounds to 0.
+
+    Args:
+        shared: the optimizer.
+        fused: the backend.
+        borrowed: takes what keeps the user's gradients.
+
+    Raises:
+        RuntimeError: if the user asked for a backend that cannot serve all parameters.
+    """
+    position = shared.position
+    if shared.settings.cycle_momentum and position.is_on_device:
+        position.settle()  # the kernels use the groups' momentum
+    fused.plan.refresh()
+    gradients = Gradients(max_norm=shared.settings.max_grad_norm)
+    if rest_of(shared, fused, capturing=False):
+        gradients = step_rest(shared, fused, amp.NO_SIGNALS, gradients, borrowed)
+    course = position.course()
+    norm = fused.step(course._replace(rates=[0.0] * len(course.rates), moves=False), gradients)
+    if norm is not None:
+        shared.grad_norm = norm
+
+
+def _is_zero(grad: Tensor) -> bool:
+    """Return whether all values of a gradient are 0."""
+    if grad.layout is not torch.strided:
+        grad = grad.coalesce().values() if grad.layout is torch.sparse_coo else grad.to_dense()
+    return not bool(grad.any())

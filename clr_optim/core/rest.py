@@ -1,0 +1,85 @@
+"""The parameters that no kernel serves: torch's own step takes them, or the step raises."""
+
+from __future__ import annotations
+
+from clr_optim import backends
+from clr_optim.backends.base import FusedBackend, Gradients
+from clr_optim.backends.torch import ClippedGradients, HiddenGradients, check_clippable, raw_step
+from clr_optim.core import amp
+from clr_optim.core.capture import cannot_capture
+from clr_optim.core.serving import parameters_of
+from clr_optim.core.shared import Shared
+
+__all__ = ["Borrowed", "give_back", "rest_of", "step_rest"]
+
+#: What keeps the user's gradients while copies, or nothing, take their place.
+Borrowed = list[ClippedGradients | HiddenGradients]
+
+
+def rest_of(shared: Shared, fused: FusedBackend, *, capturing: bool) -> bool:
+    """Return whether torch's own step must serve a parameter that has a gradient.
+
+    Args:
+        shared: the optimizer.
+        fused: the backend, whose plan is up to date.
+        capturing: whether a graph is being captured.
+
+    Raises:
+        RuntimeError: if the user asked for this backend by name, or if the step is captured.
+    """
+    plan, settings = fused.plan, shared.settings
+    rest = [(p, why) for p, why in plan.rest if p.grad is not None] if plan.rest else []
+    if not rest or not (capturing or backends.is_fused(settings.backend)):
+        return bool(rest)
+    if settings.max_grad_norm is not None and not capturing:
+        check_clippable(parameters_of(settings.optimizer), settings.max_grad_norm)
+    plan.forget()  # the reason may be gone by the next step
+    if capturing:
+        raise cannot_capture(f"no kernel serves {len(rest)} parameters: {rest[0][1]}")
+    raise RuntimeError(
+        f"backend={settings.backend!r} cannot serve {len(rest)} of the parameters: {rest[0][1]}; "
+        "use backend='auto', which leaves them to the wrapped optimizer's own step"
+    )
+
+
+def step_rest(
+    shared: Shared,
+    fused: FusedBackend,
+    signals: amp.Signals,
+    gradients: Gradients,
+    borrowed: Borrowed,
+) -> Gradients:
+    """Take torch's own step with the parameters that no kernel serves.
+
+    Args:
+        shared: the optimizer.
+        fused: the backend.
+        signals: what a GradScaler left on the wrapper.
+        gradients: what the step does to the gradients.
+        borrowed: takes what keeps the user's gradients.
+
+    Returns:
+        What the kernels still have to do to the gradients.
+    """
+    plan, inner = fused.plan, shared.settings.optimizer
+    if gradients.max_norm is not None:
+        # One norm over all parameters: clipped copies, on which torch and the kernels then work.
+        clipped = ClippedGradients(gradients.max_norm)
+        borrowed.append(clipped)
+        shared.grad_norm = clipped.clip(parameters_of(inner), gradients.scale)
+        gradients = Gradients()
+        plan.refresh()
+    hidden = HiddenGradients(p for bucket in plan.buckets for p in bucket.params)
+    with amp.handed_down(signals, inner, scaled=not borrowed):
+        borrowed.append(hidden)
+        hidden.hide()
+        raw_step(inner)()
+    hidden.restore()
+    return gradients
+
+
+def give_back(borrowed: Borrowed) -> None:
+    """Restore the user's gradients, the last borrowed first. A second call does no harm."""
+    while borrowed:
+        borrowed[-1].restore()
+        borrowed.pop()
