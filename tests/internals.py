@@ -55,7 +55,7 @@ def notes_of(opt: Wrapped) -> dict[str, Any]:
         notes.update(vars(each))
     for i, record in enumerate(shared.mirror.records):
         notes.update({f"{name} {i}": getattr(record, name) for name in type(record).__slots__})
-    return {**notes, "groups": shared.mirror.groups, "written": shared.mirror.written}
+    return {**notes, "written": shared.mirror.written}
 
 
 def is_next_step_ordinary(opt: Wrapped) -> bool:

@@ -40,7 +40,7 @@ from clr_optim.schedule import triangular
 
 PAGE = ROOT / "docs/errors.md"
 
-HEAD = """# Errors and warnings
+HEAD = """# Errors on wrong arguments
 
 Written by `make errors` from the tables of the tests, which try each row and check that nothing has
 changed. Every message names what was wrong, its value, and what would be right.

@@ -61,9 +61,9 @@ class Values(NamedTuple):
 class GroupMirror:
     """One record per group, in the order of the groups.
 
-    The library compares groups with records only here: :meth:`changed_rates`. The answers to a
-    change are :meth:`adopt` (take over bounds that other code wrote) and :meth:`write` (overrule
-    the rest).
+    :meth:`is_untouched` and :meth:`is_known` are cheap, and may answer False for untouched groups.
+    :meth:`changed_rates` reads the values. The answers to a change are :meth:`adopt` (take over
+    bounds that other code wrote) and :meth:`write` (overrule rates and momenta).
 
     Args:
         settings: the optimizer and its policy.
@@ -74,8 +74,6 @@ class GroupMirror:
         self._settings = settings
         self._optimizer: Any = settings.optimizer
         self._is_kept = is_kept
-        #: the list of groups that was last written; some optimizers make a new list at each access
-        self.groups: Sequence[dict[str, Any]] | None = None
         self.records: list[Record] = []
         #: the numbers that we wrote. A tensor may have rounded its rate.
         self.written = Values(0, [], [], [], [])
@@ -107,12 +105,11 @@ class GroupMirror:
         records, groups = self.records, self._optimizer.param_groups
         if len(records) != len(groups):
             return False
-        if self.groups is not groups and not self.are_ours(groups):
-            return False
         for group, record, (base, top) in zip(groups, records, self.written.bounds, strict=False):
             rate = record.lr
             if (
-                group["lr"] is not rate
+                record.group is not group
+                or group["lr"] is not rate
                 or type(rate) is not float
                 or group.get("capturable")
                 or group.get(STEP) is not position
@@ -137,18 +134,14 @@ class GroupMirror:
         return True
 
     def is_settled(self) -> bool:
-        """Return whether the groups are those that we wrote, with our keys and bounds."""
+        """Return whether the groups are ours and hold our bounds. Rates are not compared."""
         groups = self._optimizer.param_groups
-        return (
-            self.are_ours(groups)
-            and len(self.records) == len(groups)
-            and all(
-                STEP in group
-                and isinstance(group.get(BASE), float)
-                and isinstance(group.get(MAX), float)
-                and (group[BASE], group[MAX]) == bounds
-                for group, bounds in zip(groups, self.written.bounds, strict=False)
-            )
+        return self.are_ours(groups) and all(
+            STEP in group
+            and isinstance(group.get(BASE), float)
+            and isinstance(group.get(MAX), float)
+            and (group[BASE], group[MAX]) == bounds
+            for group, bounds in zip(groups, self.written.bounds, strict=False)
         )
 
     def is_known(self, position: int) -> bool:
@@ -157,7 +150,7 @@ class GroupMirror:
         A user may add thousands of groups one by one, so the answer must be cheap.
         """
         groups = self._optimizer.param_groups
-        if not self.are_ours(groups) or len(self.records) != len(groups):
+        if not self.are_ours(groups):
             return False
         try:
             same = [*map(_BOUNDS_OF, groups)] == self.written.bounds
@@ -168,11 +161,14 @@ class GroupMirror:
         return same and all(map(operator.is_, map(_RATE_OF, groups), ours))
 
     def are_ours(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """Return whether these are the groups that were last written, in this or another list."""
-        known = self.groups
-        if known is groups or known is None:
-            return known is groups
+        """Return whether these are the groups that we last wrote, in this or another list."""
+        known = [record.group for record in self.records]
         return len(known) == len(groups) and all(map(operator.is_, known, groups))
+
+    def have_ours(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Return whether one of our groups is among these. A load leaves none of them."""
+        known = {id(record.group) for record in self.records}
+        return not known or not groups or any(id(group) in known for group in groups)
 
     def is_foreign(self, index: int, group: dict[str, Any]) -> bool:
         """Return whether other code wrote the ``lr`` of a recorded group, by its index."""
@@ -210,7 +206,7 @@ class GroupMirror:
         position = written_position(groups, believed, ours)
         if position is None:
             # Groups that were loaded from a checkpoint without a position start at 0.
-            return believed if self.are_ours(groups) else 0
+            return believed if self.have_ours(groups) else 0
         return position
 
     # ---- bounds
@@ -223,10 +219,10 @@ class GroupMirror:
         groups for the next call, since a second load may follow.
         """
         groups = list(self._optimizer.param_groups) if groups is None else groups
-        if self.groups is None or self.are_ours(groups):
+        if not self.records or self.are_ours(groups):
             self._loaded = None
-            return found_bounds(groups, [])
-        last = self._loaded or (self.groups, self.written.bounds)
+            return found_bounds(groups, self.written.bounds)
+        last = self._loaded or ([record.group for record in self.records], self.written.bounds)
         found = found_bounds(groups, found_bounds(*last))
         self._loaded = groups, found
         return found
@@ -284,27 +280,28 @@ class GroupMirror:
             position: the number of the step.
             is_driven: returns whether the device has already written the rate into a tensor.
         """
-        all_groups = self._optimizer.param_groups
-        groups = list(all_groups)  # another thread may add a group meanwhile
+        groups = list(self._optimizer.param_groups)  # another thread may add a group meanwhile
         momenta: list[tuple[float, float]] = []
         if self._settings.cycle_momentum:
             momenta = [*map(momentum_bounds, groups)]
         bounds, values = self.bounds(groups), self._ahead
         if values is None or values[:3] != (position, bounds, momenta):
             values = self._evaluate(position, bounds, momenta)
-        before = self.records if self.are_ours(all_groups) else []
+        known = self.records
         records: list[Record] = []
         rates: list[float] = []
         taken: set[int] = set()
         for i, (group, rate) in enumerate(zip(groups, values.rates, strict=True)):
-            lr = before[i].lr if i < len(before) else group["lr"]
+            is_ours = i < len(known) and known[i].group is group
+            lr = known[i].lr if is_ours else group["lr"]
             kept = self._write_keys(group, position)
             lr, rate = write_rate(group, lr, rate, taken, is_driven, kept=kept)
             records.append(Record(group, lr))
             rates.append(rate)
         _write_momenta(records, values.momenta, set())
-        self.groups, self.records = all_groups, records
-        self.written = values._replace(rates=rates)
+        values = values._replace(rates=rates)
+        # An interrupt finds either both as before, or both new.
+        self.records, self.written = records, values
         self._loaded = self._ahead = None
 
     def advance(self, values: Values) -> None:
@@ -343,10 +340,10 @@ class GroupMirror:
         if momenta and isinstance(momentum_of(group), Tensor):
             taken = {id(each.momentum) for each in self.records}
         _write_momenta([record], values.momenta, taken)
-        self.groups = groups
-        self.records.append(record)
         values = values._replace(rates=[rate])
-        self.written = Values(position, *(map(operator.add, self.written[1:], values[1:])))
+        records = [*self.records, record]
+        values = Values(position, *map(operator.add, self.written[1:], values[1:]))
+        self.records, self.written = records, values
 
     def _write_keys(self, group: dict[str, Any], position: int) -> bool:
         """Write position and policy into a group; return whether the device keeps its rate."""

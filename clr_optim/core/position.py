@@ -83,35 +83,44 @@ class Position:
         if self.is_certain:
             return self.believed()
         self.catch_up()
+        counted = self.counted
         mirror, fused = self._mirror, self._serving.fused
         position = self.believed()
         groups = self._settings.optimizer.param_groups
         # Groups that were loaded into the wrapped optimizer hold their own position.
         if fused is None or fused.who_knows is WhoKnows.HOST:
             return position
-        if position != self.number or not mirror.are_ours(groups):
+        if position != self.number or not mirror.have_ours(groups):
             return position
         position = fused.position()
         if position != self.number or any(map(self._serving.is_kept, groups)):
             mirror.adopt()
             # Bounds that other code wrote are still news to the device, and an older graph does
             # not keep the rate of a group that was added.
-            self._write_groups(position)
+            self._write_groups(position, counted)
             if self.is_on_device:
                 fused.take_bounds(self.course())
         return position
 
     # ---- what other code wrote
 
-    def settle(self, position: int | None = None) -> int:
+    def settle(self) -> int:
         """Take over the position, bounds and groups that other code wrote; return the position.
 
-        Args:
-            position: the position; ``None`` asks the device, if only the device knows.
+        If only the device knows the position, the host asks and waits.
         """
-        if position is None:
-            position = self.ask()
-        if position == self.number and self._mirror.is_settled():
+        position, before = self._asked()
+        return self._take_over(position, before)
+
+    def _asked(self) -> tuple[int, tuple[int, int]]:
+        """Return the answer of :meth:`ask`, and the value of :attr:`counted` that it belongs to."""
+        before = self.counted
+        position = self.ask()
+        counted = self.counted
+        return (position, before) if counted is before else (counted[0], counted)
+
+    def _take_over(self, position: int, before: tuple[int, int]) -> int:
+        if position == before[0] and self._mirror.is_settled():
             return position
         optimizer = self._settings.optimizer
         for group in optimizer.param_groups:
@@ -119,9 +128,9 @@ class Position:
                 leftover.note_group(optimizer, group)
         leftover.forget_removed_groups(optimizer)
         self._mirror.adopt()
-        if position == self.number:
-            position = self.ask()  # other code has changed the groups and not the device
-        self._write(position)
+        if position == before[0]:
+            position, before = self._asked()  # other code has changed the groups, not the device
+        self._write(position, before)
         return position
 
     def overrule(self) -> None:
@@ -129,7 +138,9 @@ class Position:
 
         The first replaced rate warns.
         """
-        self.settle(self.believed())
+        before = self.counted
+        self._take_over(self.believed(), before)
+        before = self.counted
         written = self._mirror.changed_rates()
         if written is None:
             return
@@ -144,37 +155,58 @@ class Position:
                 UserWarning,
                 stacklevel=callers_level(),
             )
-        self.follow(self.counted[0])
+        self.follow(before[0], before)
 
     # ---- where to
+    #
+    # A signal handler may change the course within any of these methods. `before` is the value of
+    # `counted` from which a method started. Each write makes a new tuple, so the identity shows
+    # whether a handler has written since.
 
     def go_to(self, position: int) -> None:
         """Go to a step that does not follow the last one."""
-        self._write(position)
+        self._write(position, self.counted)
         self.viewed = position
 
-    def follow(self, position: int) -> None:
-        """Go to a step that the device reaches by itself."""
+    def follow(self, position: int, before: tuple[int, int]) -> None:
+        """Write a position into the groups alone: a device that counts is there by itself."""
+        steps = self.kernel_steps
         self._mirror.write(position, self._serving.is_driven)
-        self.counted = (position, self.kernel_steps)
+        self._count(before, (position, steps))
 
-    def reach(self, position: int) -> None:
+    def reach(self, position: int, before: tuple[int, int]) -> None:
         """Go to the step that follows torch's own step, of which the device has not heard."""
         if self._serving.fused is None:
-            self.follow(position)
+            self.follow(position, before)
         else:
-            self._write(position)
+            self._write(position, before)
 
-    def _write(self, position: int) -> None:
+    def rewrite(self) -> None:
+        """Write the same position into groups that have changed."""
+        counted = self.counted
+        self._write(counted[0], counted)
+
+    def _write(self, position: int, before: tuple[int, int]) -> None:
         """Write a position into the groups, and send it to the device if that counts."""
-        self._write_groups(position)
+        self._write_groups(position, before)
         fused = self._serving.fused
         if fused is not None and fused.who_knows is not WhoKnows.HOST:
             fused.move_to(self.course())
 
-    def _write_groups(self, position: int) -> None:
+    def _write_groups(self, position: int, before: tuple[int, int]) -> None:
+        steps = self.kernel_steps
         self._mirror.write(position, never_driven)
-        self.counted = (position, self.kernel_steps)
+        self._count(before, (position, steps))
+
+    def _count(self, before: tuple[int, int], counted: tuple[int, int]) -> None:
+        """Note the position that the groups hold now, or obey a handler that wrote meanwhile."""
+        # CPython runs no handler within this expression.
+        self.counted = counted if self.counted is before else self.counted
+        latest = self.counted
+        if latest is not counted:
+            # A handler's position wins. If the handler changed the bounds alone, the step counts.
+            is_moved = latest[0] != before[0]
+            self._write(latest[0] if is_moved else counted[0], latest)
 
     def look_ahead(self) -> Values:
         """Return what the groups will hold after the next step."""
@@ -194,30 +226,26 @@ class Position:
             fused.plan.take_momenta(
                 [record.momentum for record in self._mirror.records], values.momenta
             )
-        # A signal handler may have moved the position up to here. CPython runs no handler within
-        # the next expression.
-        counted = (values.position, steps)
-        self.counted = counted if self.counted is before else self.counted
-        if self.counted is not counted:
-            self._write(self.counted[0])
+        self._count(before, (values.position, steps))
 
     def catch_up(self) -> None:
-        """Write the steps into the groups that the kernels have taken.
+        """Bring the groups up to the kernels' count of steps, and commit what the kernels did.
 
         The kernels are ahead of the groups after an exception between the two, and while a signal
         handler asks or saves there.
         """
-        fused, counted = self._serving.fused, self.counted
-        if fused is None or fused.plan.tally[1] == counted[1]:
-            return
-        fused.plan.commit_if_called()
-        # A signal handler that moved the position meanwhile has caught up already.
-        if self.counted is counted:
-            self.follow(counted[0] + fused.plan.tally[1] - counted[1])
+        fused = self._serving.fused
+        if fused is not None and fused.plan.tally[1] != self.counted[1]:
+            fused.plan.commit_if_called()
+            self.follow_kernels()
 
-    def rewrite(self) -> None:
-        """Write the same position into groups that have changed."""
-        self._write(self.counted[0])
+    def follow_kernels(self) -> None:
+        """Bring the groups up to the kernels' count of steps."""
+        counted = self.counted
+        number = counted[0] + self.kernel_steps - counted[1]
+        # A signal handler that moved the position meanwhile has caught up already.
+        if number != counted[0] and self.counted is counted:
+            self.follow(number, counted)
 
     def course(self) -> Course:
         """Return what the backend needs to know of the next step."""

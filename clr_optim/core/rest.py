@@ -28,7 +28,7 @@ def rest_of(shared: Shared, fused: FusedBackend, *, capturing: bool) -> bool:
         RuntimeError: if the user asked for this backend by name, or if the step is captured.
     """
     plan, settings = fused.plan, shared.settings
-    rest = [(p, why) for p, why in plan.rest if p.grad is not None] if plan.rest else []
+    rest = [(p, why) for p, why in plan.rest if p.grad is not None]
     if not rest or not (capturing or backends.is_fused(settings.backend)):
         return bool(rest)
     if settings.max_grad_norm is not None and not capturing:

@@ -6,7 +6,9 @@ Both evaluate the next rates before a parameter changes, since a ``scale_fn`` ma
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -193,7 +195,7 @@ def _fused_step(context: StepContext, fused: FusedBackend) -> int:
         if context.ahead is not None and position.counted is context.before:
             position.advance(context.before, context.ahead, fused.plan.tally[1])
         else:
-            position.catch_up()
+            position.follow_kernels()
         return position.counted[0]
     except BaseException:
         give_back(borrowed)
@@ -277,26 +279,27 @@ def _wrapped_step(
     moves = not (context.creates_state or context.capturing)
     borrowed: Borrowed = []
     losses: list[float | None] = []
-    reached = 0
+    start: tuple[int, int] | None = None
 
-    def advance() -> None:
-        """Go on by one step. A second call, after an interrupt, goes where the first call went."""
-        nonlocal reached
+    def advance() -> int:
+        """Count the step and return the position. A second call, after an interrupt, returns."""
+        nonlocal start
         with shared.lock:
-            reached = reached or position.number + 1  # other threads step, too
-            is_as_before = serving.fused is None and position.counted is context.before
-            if context.ahead is not None and is_as_before and not context.evaluates:
-                position.advance(context.before, context.ahead, 0)
-            elif position.number != reached:
-                position.reach(reached)
+            start = start or position.counted  # other threads step, too
+            is_as_before = start is context.before and serving.fused is None
+            if position.number != start[0]:
+                pass  # the first call has counted the step, or a signal handler went elsewhere
+            elif context.ahead is not None and is_as_before and not context.evaluates:
+                position.advance(start, context.ahead, 0)
+            else:
+                position.reach(start[0] + 1, start)
+            return position.number
 
     try:
         if context.signals.overflowed():
             return None, 0
         _run_wrapped_step(context, losses, borrowed, closure, args, kwargs)
-        if moves:
-            advance()
-        return losses[0], reached
+        return losses[0], advance() if moves else 0
     except BaseException:
         give_back(borrowed)
         amp.forget(shared.settings.optimizer)
@@ -347,15 +350,16 @@ def _run_wrapped_step(
     inner._opt_called = True  # a scheduler that was built on it looks at this
     with amp.handed_down(context.signals, inner, scaled=clipped is None):
         step = raw_step(inner)
-        # One line each, so that no interrupt comes between the step and its note in `losses`.
         if closure is None:
             clip()
             given = (None, *args) if args else ()
-            losses.append(step(*given, **kwargs))
         elif args or not _takes_closure_by_name(step):
-            losses.append(step(reevaluate, *args, **kwargs))
+            given = (reevaluate, *args)
         else:
-            losses.append(step(closure=reevaluate, **kwargs))
+            given, kwargs = (), {"closure": reevaluate, **kwargs}
+        # extend() runs no Python code between the step and its note in `losses`, so that an
+        # interrupt finds both or none.
+        losses.extend(itertools.starmap(functools.partial(step, **kwargs), [given]))
     give_back(borrowed)
 
 

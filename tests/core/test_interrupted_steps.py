@@ -214,20 +214,97 @@ def test_a_handler_that_saves_at_any_line_saves_one_consistent_step(name, settin
     assert saved_at == {1, 2}
 
 
-def test_a_handler_that_changes_the_course_within_a_step_is_obeyed():
+def step(opt: Any) -> None:
+    opt.step()
+
+
+def step_with_closure(opt: Any) -> None:
+    opt.step(lambda: 0.0)
+
+
+def step_with_tensor_rates(opt: Any) -> None:
+    for group in opt.param_groups:
+        if not isinstance(group["lr"], torch.Tensor):
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
+    opt.step()
+
+
+@pytest.mark.filterwarnings("ignore:lr was written from outside")
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("take", [step, step_with_closure, step_with_tensor_rates])
+@pytest.mark.parametrize("change", ["position", "bounds"])
+def test_a_handler_that_changes_the_course_within_a_step_is_obeyed(change, take, backend):
     number = 0
     while True:
-        opt = make("sgd-mom")
+        opt = make("sgd-mom", backend=backend)
         gradients(opt, 1)
         opt.step()
-        if not at_line(number, lambda opt=opt: opt.set_iteration(10), opt.step):
+        top = 2 * opt.param_groups[0]["clr_max_lr"]
+
+        def act(opt=opt, top=top):
+            if change == "position":
+                opt.set_iteration(10)
+            else:
+                opt.set_bounds(max_lr=top)
+
+        if not at_line(number, act, lambda opt=opt: take(opt)):
             break
         # The running step counts as taken if the handler came before the kernel.
-        assert opt.iteration in (10, 11)
-        assert opt.param_groups[0]["clr_step"] == opt.iteration
-        assert [opt.param_groups[0]["lr"]] == opt.get_last_lr() == opt.lr_at(opt.iteration)
+        assert opt.iteration in ((10, 11) if change == "position" else (2,))
+        (group,) = opt.param_groups
+        assert group["clr_step"] == opt.iteration
+        assert change == "position" or group["clr_max_lr"] == top
+        assert [float(group["lr"])] == opt.get_last_lr() == opt.lr_at(opt.iteration)
         number += 1
     assert number > 50
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("beneath", [False, True], ids=["", "into the wrapped optimizer"])
+def test_ctrl_c_at_any_line_of_adding_a_group_loses_no_group(beneath, backend):
+    number = 0
+    while True:
+        opt = make("sgd-mom", backend=backend, cycle_momentum=True)
+        gradients(opt, 1)
+        opt.step()
+        extra = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+        def add(opt=opt, extra=extra):
+            adding = opt.optimizer if beneath else opt
+            adding.add_param_group({"params": [extra], "lr": 0.8})
+            opt.step()
+
+        gradients(opt, 2)
+        if not interrupted(number, add):
+            break
+        taken = opt.iteration
+        for k in range(3):
+            gradients(opt, 3 + k)
+            opt.step()
+        assert opt.iteration == taken + 3
+        assert [group["clr_step"] for group in opt.param_groups] == [taken + 3] * len(
+            opt.param_groups
+        )
+        assert [group["lr"] for group in opt.param_groups] == opt.lr_at(taken + 3)
+        number += 1
+    assert number > 100
+
+
+@pytest.mark.parametrize("name", ["adam-wd", "sgd-mom"])
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["float", "tensor"])
+def test_a_step_marks_its_parameters_as_changed_once(name, rate):
+    opt = make(name)
+    for group in opt.param_groups:
+        group["lr"] = copy.copy(rate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for seed in (1, 2):
+            gradients(opt, seed)
+            opt.step()
+    before = [p._version for p in members(opt)]
+    gradients(opt, 3)
+    opt.step()
+    assert [p._version for p in members(opt)] == [version + 1 for version in before]
 
 
 def test_an_exception_in_the_middle_leaves_no_gradient_held():
