@@ -1,4 +1,4 @@
-"""Print to any standard output and error: of any encoding, closed, or missing."""
+"""Print to stdout and stderr, whatever their encoding, and if they are closed or missing."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""The state of each torch optimizer, and the update rules of those that kernels serve.
+"""The update rules, one entry each: an optimizer class, and its kernel, state and scalars.
 
-Every backend reads these tables. A new update rule costs one entry here, one function per kernel
-language, and one row in the tests' table.
+The arithmetic of a rule is in ``kernels/native/rules.h`` and in ``kernels/triton/rules.py``.
+``STATE_SLOTS`` also has the state of the optimizers that no kernel serves. Every backend reads
+these tables. A new update rule costs one entry here, one function per kernel language, and one row
+in the tests' table.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What runs once per element: update kernels by language, installed as ``clr_optim.kernels``."""
+"""The update kernels, a folder for each language; installed as ``clr_optim.kernels``."""

@@ -109,6 +109,21 @@ def wrapped(optimizer: torch.optim.Optimizer, **options: Any) -> CyclicalOptimiz
     return CyclicalOptimizer(optimizer, **{"backend": "auto", "step_size_up": 7, **options})
 
 
+def rates_in_groups(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def step_in_backward(optimizers: Mapping[torch.nn.Parameter, torch.optim.Optimizer]) -> None:
+    """Let each optimizer step and free its parameter's gradient as soon as it is complete."""
+
+    def update(param: torch.nn.Parameter) -> None:
+        optimizers[param].step()
+        optimizers[param].zero_grad()
+
+    for param in optimizers:
+        param.register_post_accumulate_grad_hook(update)
+
+
 # ---- the one table of optimizers
 
 

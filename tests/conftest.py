@@ -50,6 +50,18 @@ def ctrl_c():
 
 
 @pytest.fixture
+def no_environment(monkeypatch):
+    """Have "auto" mean the backend that the library itself chooses."""
+    monkeypatch.delenv("CLR_OPTIM_BACKEND", raising=False)
+
+
+@pytest.fixture(params=["torch", "native"])
+def each_backend(request, monkeypatch):
+    """Have "auto" mean one backend after the other."""
+    monkeypatch.setenv("CLR_OPTIM_BACKEND", request.param)
+
+
+@pytest.fixture
 def native_kernels(monkeypatch):
     """Have "auto" mean the native backend, whose kernels must compile."""
     from clr_optim.kernels.native import build

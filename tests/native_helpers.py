@@ -262,6 +262,9 @@ class Twins:
         """Step both with their present gradients; then both must be alike."""
         feed(self.twin, self.ours)
         self.each(lambda optimizer: optimizer.step())
+        self.compare(tolerance)
+
+    def compare(self, tolerance: float) -> None:
         assert_alike(self.ours, self.twin, tolerance)
 
     def run(self, steps: int, tolerance: float = 1e-12) -> None:

@@ -13,14 +13,10 @@ from clr_optim.range_test import lr_range_test
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("no_environment"),
     pytest.mark.filterwarnings("ignore:Sparse invariant checks"),
 ]
 backends = pytest.mark.parametrize("backend", ["torch", "auto"])
-
-
-@pytest.fixture(autouse=True)
-def _no_environment(monkeypatch):
-    monkeypatch.delenv("CLR_OPTIM_BACKEND", raising=False)
 
 
 def test_auto_is_triton_with_the_kernels_numbers():

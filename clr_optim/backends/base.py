@@ -1,4 +1,4 @@
-"""What the optimizer and its fused backends say to each other."""
+"""The interface of fused backends: the methods, the arguments of a step, who knows the position."""
 
 from __future__ import annotations
 

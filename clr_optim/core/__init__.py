@@ -1,1 +1,1 @@
-"""What a CyclicalOptimizer is made of."""
+"""The parts of a CyclicalOptimizer, one job per file."""

@@ -1,4 +1,8 @@
-"""What a GradScaler's fused path leaves on the wrapper: the loss scale, and whether it overflowed.
+"""What happens on overflow: a GradScaler's signals, which keep a step from happening.
+
+If a gradient is infinite or NaN, the step changes nothing, and the cycle keeps its position. The
+host asks :meth:`Signals.overflowed` before a step. If the kernels can read ``found_inf``, and the
+host need not know, the gate on the device decides (:mod:`clr_optim.backends.triton.gate`).
 
 torch's GradScaler sets ``grad_scale`` and ``found_inf`` on the wrapper, the one optimizer that it
 knows, and deletes both after the step.

@@ -1,4 +1,4 @@
-"""Settings: what a CyclicalOptimizer was constructed with, apart from bounds."""
+"""Settings: the arguments of a CyclicalOptimizer's constructor, apart from bounds."""
 
 from __future__ import annotations
 

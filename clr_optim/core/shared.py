@@ -1,4 +1,4 @@
-"""Shared: what all copies of a wrapper's attributes have in common, and the lock around it."""
+"""Shared: the changing objects of one optimizer, shared by copies of a wrapper, and a lock."""
 
 from __future__ import annotations
 

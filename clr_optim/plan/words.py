@@ -1,4 +1,4 @@
-"""Where torch's objects hold what the scan reads behind torch's back; found anew in each process.
+"""Find, in each process, the places in torch's objects that the scan reads: storage, negation bit.
 
 A tensor's Python object points to its implementation, and the implementation to its storage. The
 implementation also holds the dispatch keys, among them the bit of a lazy negation. torch documents

@@ -1,4 +1,4 @@
-"""The values in a value (its members), and whether Python sees all of them."""
+"""List the members of a value, and tell whether Python sees all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How to put one value back: functions that copy a value, and return the function for later."""
+"""Copy one value, of any type, and return a function that puts the copy back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of values, and how to put each back."""
+"""Record: copies of many values, each copied once, and the functions that put them back."""
 
 from __future__ import annotations
 

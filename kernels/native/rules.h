@@ -1,4 +1,4 @@
-// The update rules: one function object per rule updates one element.
+// The arithmetic of the update rules in C++: one function object per rule updates one element.
 //
 // State is passed as up to three references s0, s1, s2, in the order of the slots in rules.py. A local
 // array instead of references would keep compilers from vectorising the loop around the rule.

@@ -1,4 +1,4 @@
-// Has anything that a bucket's table points to changed since the last step?
+// The scan: finds out whether anything that a bucket's table points to changed since the last step.
 //
 // A plan asks this question at every step, about every tensor. Asked from Python, it would take
 // longer than the update of a small tensor. All code here runs with the GIL.

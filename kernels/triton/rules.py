@@ -1,4 +1,4 @@
-"""The update rules on the device: two functions per rule, the counterparts of rules.h.
+"""The arithmetic of the update rules on a GPU: two functions per rule, the counterparts of rules.h.
 
 ``<rule>_constants`` turns a group's float64 scalars into up to eight constants, once per program.
 ``<rule>`` updates a block with these constants in the arithmetic type. The order of operations is

@@ -20,9 +20,7 @@ def adam(**options):
     return torch.optim.Adam([p], lr=0.1, **options)
 
 
-@pytest.fixture(autouse=True)
-def _no_environment(monkeypatch):
-    monkeypatch.delenv("CLR_OPTIM_BACKEND", raising=False)
+pytestmark = pytest.mark.usefixtures("no_environment")
 
 
 def test_auto_takes_a_kernel_where_there_is_one():

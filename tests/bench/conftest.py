@@ -1,6 +1,7 @@
-"""Fixtures of the paper's tests: a slice of CIFAR-10 on disk, read in small batches."""
+"""Fixtures of the benchmarks' tests: a slice of CIFAR-10 on disk, tiny workloads, a fake H200."""
 
 import pytest
+from bench_helpers import play_h200, shrink
 from paper_helpers import SMALL_BATCH, write_slice
 
 from clr_optim.bench.paper import data as images
@@ -22,3 +23,15 @@ def small(monkeypatch):
 @pytest.fixture
 def data(folder, small):
     return images.read(folder)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Shrink the workloads of the benchmarks."""
+    shrink(monkeypatch)
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    """Play an H200 on a machine without a GPU."""
+    return play_h200(monkeypatch)

@@ -7,14 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench_helpers import error, play_h200
+from bench_helpers import error
 
 from clr_optim.bench import gpu
-
-
-@pytest.fixture
-def h200(monkeypatch):
-    return play_h200(monkeypatch)
 
 
 class Clocked:

@@ -24,13 +24,6 @@ from clr_optim.bench.cifar10 import (
 from clr_optim.range_test import lr_range_test
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cifar10") / "bin"
-    write_slice(path)
-    return path
-
-
 def test_reads_the_official_layout_in_order(tmp_path):
     records = write_slice(tmp_path, per_file=7)
     training, test = read_cifar10(tmp_path)

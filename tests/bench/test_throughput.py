@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from bench_helpers import TINY, error, run_tiny, shrink
+from bench_helpers import TINY, error, run_tiny
 from native_helpers import NUMBERS
 
 from clr_optim import cli
@@ -19,10 +19,7 @@ from clr_optim.bench.throughput import cells, command, overhead, processes, timi
 from clr_optim.bench.throughput.tensors import Tensors
 from clr_optim.bench.workloads import DTYPES, RULES, WORKLOADS, Rule
 
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    shrink(monkeypatch)
+pytestmark = pytest.mark.usefixtures("tiny")
 
 
 BYTES = {

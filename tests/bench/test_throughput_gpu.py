@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from bench_helpers import TINY, FakeGraph, play_h200, run_tiny, shrink
+from bench_helpers import TINY, FakeGraph, run_tiny
 from PIL import Image
 
 from clr_optim import plotting
@@ -19,15 +19,7 @@ from clr_optim.bench.throughput import cells, command, variants
 from clr_optim.bench.throughput.tensors import Tensors
 from clr_optim.bench.workloads import RULES
 
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    shrink(monkeypatch)
-
-
-@pytest.fixture
-def h200(monkeypatch):
-    return play_h200(monkeypatch)
+pytestmark = pytest.mark.usefixtures("tiny")
 
 
 def _run_on_gpu(tmp_path, *options):

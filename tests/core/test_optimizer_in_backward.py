@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same
+from cases import assert_same, step_in_backward
 from native_helpers import BY_NAME, KERNELS, Case
 from torch import nn
 
@@ -32,12 +32,7 @@ def _in_backward(
         if p.requires_grad
     }
 
-    def update(param: nn.Parameter) -> None:
-        optimizers[param].step()
-        optimizers[param].zero_grad()
-
-    for param in optimizers:
-        param.register_post_accumulate_grad_hook(update)
+    step_in_backward(optimizers)
     return optimizers
 
 

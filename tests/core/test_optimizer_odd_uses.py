@@ -7,11 +7,11 @@ import io
 import re
 import warnings
 from collections import deque
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
+from list_config import ListConfig
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from clr_optim import CyclicalOptimizer
@@ -287,19 +287,6 @@ def test_explain_tells_what_only_a_step_finds_out():
 # ---- bounds of other types
 
 
-class ListConfig(Sequence):
-    """A sequence that is no list, like omegaconf's."""
-
-    def __init__(self, *values):
-        self.values = values
-
-    def __len__(self):
-        return len(self.values)
-
-    def __getitem__(self, index):
-        return self.values[index]
-
-
 def two_groups(**options):
     groups = [{"params": [weight()]}, {"params": [weight()]}]
     return CyclicalOptimizer(torch.optim.SGD(groups, lr=0.5, momentum=0.5), **options)
@@ -309,7 +296,7 @@ PER_GROUP = {
     "list": list,
     "tuple": tuple,
     "deque": deque,
-    "ListConfig": lambda values: ListConfig(*values),
+    "ListConfig": ListConfig,
     "array": np.array,
     "float32 array": lambda values: np.array(values, dtype=np.float32),
     "tensor": torch.tensor,

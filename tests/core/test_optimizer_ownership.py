@@ -1,4 +1,4 @@
-"""D4: the wrapped optimizer keeps all it owns. Hooks, checkpoints and copies lose nothing."""
+"""The wrapped optimizer keeps all it owns. Hooks, checkpoints and copies lose nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""D3: when ``lr``, the position, the hooks and the warnings say what."""
+"""What ``lr``, the position, the hooks and the warnings say, and when."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from cases import BY_NAME, Problem
+from cases import BY_NAME, Problem, rates_in_groups
 
 from clr_optim import CyclicalOptimizer, CyclicalScheduler
 from clr_optim.schedule import (
@@ -21,11 +21,7 @@ from clr_optim.schedule import (
     warm_restarts,
 )
 
-
-@pytest.fixture(autouse=True, params=["torch", "native"])
-def _backend(request, monkeypatch):
-    """Run every test on every backend."""
-    monkeypatch.setenv("CLR_OPTIM_BACKEND", request.param)
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 
 ADAM = BY_NAME["adam"]
@@ -40,13 +36,9 @@ def wrapped(policy="triangular", *, case=ADAM, groups=1, **options):
     return problem, CyclicalOptimizer(case.make(params), policy, **options)
 
 
-def lrs(opt):
-    return [float(group["lr"]) for group in opt.param_groups]
-
-
 def test_at_construction_lr_is_that_of_step_0():
     _, opt = wrapped()
-    assert lrs(opt) == opt.get_last_lr() == opt.lr_at(0) == [0.1]
+    assert rates_in_groups(opt) == opt.get_last_lr() == opt.lr_at(0) == [0.1]
     assert (opt.iteration, opt.cycle, opt.steps_to_cycle_end) == (0, 0.0, 8)
 
 
@@ -65,10 +57,10 @@ def test_defaults_are_the_groups_own_lr_and_a_quarter_of_it():
 def test_the_kth_step_uses_lr_k_and_lr_between_steps_is_the_next_one():
     problem, opt = wrapped("triangular2")
     used = []
-    opt.register_step_pre_hook(lambda o, args, kwargs: used.append(lrs(o)[0]))
+    opt.register_step_pre_hook(lambda o, args, kwargs: used.append(rates_in_groups(o)[0]))
     for k in range(20):
         assert opt.iteration == k
-        assert lrs(opt) == opt.get_last_lr() == opt.lr_at(k)
+        assert rates_in_groups(opt) == opt.get_last_lr() == opt.lr_at(k)
         problem.step(opt, k)
     expected = triangular2(4)
     assert used == [expected(k, 0.1, 0.5) for k in range(20)]
@@ -92,14 +84,14 @@ def test_a_step_without_any_gradient_advances():
     for _ in range(3):
         opt.step()
     assert opt.iteration == 3
-    assert lrs(opt) == opt.lr_at(3)
+    assert rates_in_groups(opt) == opt.lr_at(3)
     assert not opt.state
 
 
 def test_a_step_that_fails_does_not_advance():
     problem, opt = wrapped(max_grad_norm=1.0)
     problem.step(opt, 0)
-    before, rate = problem.values(), lrs(opt)
+    before, rate = problem.values(), rates_in_groups(opt)
 
     def fails(*args):
         raise RuntimeError("no such luck")
@@ -115,7 +107,7 @@ def test_a_step_that_fails_does_not_advance():
         opt.step()
     handle.remove()
     assert opt.iteration == 1
-    assert lrs(opt) == rate
+    assert rates_in_groups(opt) == rate
     assert all(torch.equal(a, b) for a, b in zip(before, problem.values(), strict=True))
     problem.step(opt, 1)
     assert opt.iteration == 2
@@ -134,11 +126,11 @@ def test_all_groups_share_one_position_and_a_later_one_joins_it():
     expected = [
         b + (m - b) * shape for b, m in [(0.1, 0.5), (0.2, 0.5), (0.3, 0.5), (0.2, 0.8), (0, 1)]
     ]
-    assert lrs(opt) == pytest.approx(expected, rel=1e-15)
+    assert rates_in_groups(opt) == pytest.approx(expected, rel=1e-15)
     extra.grad = torch.ones(2)
     opt.step()
     assert opt.iteration == 4
-    assert lrs(opt) == pytest.approx([0.5, 0.5, 0.5, 0.8, 1.0], rel=1e-15)
+    assert rates_in_groups(opt) == pytest.approx([0.5, 0.5, 0.5, 0.8, 1.0], rel=1e-15)
 
 
 def test_a_group_added_beneath_us_joins_too():
@@ -146,14 +138,14 @@ def test_a_group_added_beneath_us_joins_too():
     problem.run(opt, range(3))
     opt.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.4})
     problem.step(opt, 3)
-    assert lrs(opt) == opt.lr_at(4) == [0.5, 0.4]
+    assert rates_in_groups(opt) == opt.lr_at(4) == [0.5, 0.4]
 
 
 def test_cycle_end_hook_fires_after_the_step_that_completes_a_cycle():
     problem, opt = wrapped()
     seen = []
     handle = opt.register_cycle_end_hook(
-        lambda o: seen.append((o.iteration, o.cycle, lrs(o)[0], o.steps_to_cycle_end))
+        lambda o: seen.append((o.iteration, o.cycle, rates_in_groups(o)[0], o.steps_to_cycle_end))
     )
     order = []
     opt.register_step_post_hook(lambda o, a, k: order.append(("post", o.iteration)))
@@ -226,10 +218,10 @@ def test_an_outside_write_is_overruled_with_one_warning_naming_the_group():
         problem.step(opt, 1)
     assert len(caught) == 1
     assert caught[0].filename.endswith("cases.py")  # the caller of step()
-    assert lrs(opt) == opt.lr_at(2)
+    assert rates_in_groups(opt) == opt.lr_at(2)
     opt.param_groups[0]["lr"] = 9.0
     problem.step(opt, 2)  # the warning comes once: warnings are errors here
-    assert lrs(opt) == opt.lr_at(3)
+    assert rates_in_groups(opt) == opt.lr_at(3)
 
 
 def _through_a_torch_scheduler(opt):
@@ -435,7 +427,7 @@ def test_the_real_dcp_initialisation_leaves_the_position():
     )
     set_optimizer_state_dict(clone, fresh, saved)
     assert fresh.iteration == 4
-    assert lrs(fresh) == fresh.lr_at(4) == opt.get_last_lr()
+    assert rates_in_groups(fresh) == fresh.lr_at(4) == opt.get_last_lr()
     for m, o in ((model, opt), (clone, fresh)):
         m(torch.ones(1, 3)).sum().backward()
         o.step()
@@ -446,7 +438,7 @@ def test_a_policys_own_zero_advances():
     problem, opt = wrapped(base_lr=0.0)
     for p in problem.params:
         p.grad = torch.zeros_like(p)
-    assert lrs(opt) == [0.0]
+    assert rates_in_groups(opt) == [0.0]
     opt.step()
     assert opt.iteration == 1
 
@@ -522,11 +514,11 @@ def test_set_iteration_and_set_bounds():
     assert (opt.iteration, opt.cycle, fired) == (8, 1.0, [])
     opt.set_iteration(4)
     opt.set_bounds(max_lr=[0.6, 0.7, 0.8])
-    assert lrs(opt) == opt.lr_at(4) == [0.6, 0.7, 0.8]
+    assert rates_in_groups(opt) == opt.lr_at(4) == [0.6, 0.7, 0.8]
     opt.set_bounds(base_lr=0.2)
     problem.step(opt, 0)
     assert opt.iteration == 5
-    assert lrs(opt) == pytest.approx([0.2 + (m - 0.2) * 0.75 for m in (0.6, 0.7, 0.8)])
+    assert rates_in_groups(opt) == pytest.approx([0.2 + (m - 0.2) * 0.75 for m in (0.6, 0.7, 0.8)])
     opt.set_iteration(10**12)
     problem.step(opt, 0)
     assert opt.iteration == 10**12 + 1
@@ -542,7 +534,7 @@ def test_an_outside_write_of_the_position_is_honoured():
     problem.step(opt, 3)
     assert opt.iteration == 12
     assert [g["clr_step"] for g in opt.param_groups] == [12] * 3
-    assert lrs(opt) == opt.lr_at(12)
+    assert rates_in_groups(opt) == opt.lr_at(12)
 
 
 def test_a_hook_may_change_course():
@@ -551,7 +543,7 @@ def test_a_hook_may_change_course():
         lambda o: o.set_bounds(max_lr=o.param_groups[0]["clr_max_lr"] / 2, base_lr=0.01)
     )
     problem.run(opt, range(12))
-    assert lrs(opt) == [0.25]
+    assert rates_in_groups(opt) == [0.25]
 
 
 # ---- the view for frameworks
@@ -569,7 +561,7 @@ def test_the_scheduler_view_changes_nothing():
         problem.step(opt, k)
         for _ in range(3):  # as accelerate does for 3 processes
             scheduler.step()
-        assert scheduler.get_last_lr() == opt.get_last_lr() == lrs(opt)
+        assert scheduler.get_last_lr() == opt.get_last_lr() == rates_in_groups(opt)
         assert scheduler.last_epoch == opt.iteration == k + 1
     assert scheduler.base_lrs == [0.1, 0.2, 0.3]
     assert scheduler.state_dict() == {}
@@ -612,11 +604,11 @@ def test_a_gradscaler_overflow_moves_nothing():
         overflow = k in (2, 3)
         if overflow:
             problem.params[1].grad[0] = float("inf")
-        before, position, rate = problem.values(), opt.iteration, lrs(opt)
+        before, position, rate = problem.values(), opt.iteration, rates_in_groups(opt)
         scaler.step(opt)
         scaler.update()
         if overflow:
-            assert (opt.iteration, lrs(opt)) == (position, rate)
+            assert (opt.iteration, rates_in_groups(opt)) == (position, rate)
             assert all(torch.equal(a, b) for a, b in zip(before, problem.values(), strict=True))
         else:
             assert opt.iteration == position + 1

@@ -13,17 +13,14 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from cases import BY_NAME, Problem
+from cases import BY_NAME, Problem, rates_in_groups
 from native_helpers import members
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from clr_optim import CyclicalOptimizer
 from clr_optim.schedule import decay, fixed, one_cycle, ramp, sequence
 
-
-@pytest.fixture(autouse=True, params=["torch", "native"])
-def _backend(request, monkeypatch):
-    monkeypatch.setenv("CLR_OPTIM_BACKEND", request.param)
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 
 def param(value=1.0):
@@ -32,25 +29,21 @@ def param(value=1.0):
     return p
 
 
-def lrs(opt):
-    return [float(group["lr"]) for group in opt.param_groups]
-
-
 def test_a_tensor_lr_that_torch_shares_among_groups():
     lr = torch.tensor(0.1, dtype=torch.float64)
     inner = torch.optim.Adam([{"params": [param()]}, {"params": [param()]}], lr=lr, foreach=False)
     opt = CyclicalOptimizer(inner, max_lr=[0.1, 0.8], base_lr=[0.05, 0.2], step_size_up=4)
     assert opt.param_groups[0]["lr"] is lr
     for _ in range(3):
-        assert lrs(opt) == opt.get_last_lr()
+        assert rates_in_groups(opt) == opt.get_last_lr()
         opt.step()
     assert opt.defaults["lr"].item() == 0.1
     opt.add_param_group({"params": [param()]})
     assert opt.param_groups[-1]["clr_max_lr"] == 0.1
-    assert lrs(opt) == opt.get_last_lr()
+    assert rates_in_groups(opt) == opt.get_last_lr()
     opt.load_state_dict(opt.state_dict())
     opt.step()
-    assert lrs(opt) == opt.get_last_lr()
+    assert rates_in_groups(opt) == opt.get_last_lr()
 
 
 def test_tensor_betas_that_torch_shares_among_groups():
@@ -188,14 +181,14 @@ def test_a_scale_fn_that_raises_changes_nothing():
     )  # fmt: skip
     opt.step()
     opt.step()
-    before, rate = p.detach().clone(), lrs(opt)
+    before, rate = p.detach().clone(), rates_in_groups(opt)
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             opt.step()
         with pytest.raises(ZeroDivisionError):
             opt.set_iteration(3)
     assert opt.iteration == 2
-    assert lrs(opt) == rate
+    assert rates_in_groups(opt) == rate
     assert torch.equal(p, before)
 
 
@@ -389,8 +382,8 @@ def test_a_closure_may_add_a_group_beneath_us():
 
     opt.step(closure)
     assert opt.iteration == 1
-    assert len(lrs(opt)) == 2
-    assert lrs(opt) == opt.get_last_lr()
+    assert len(rates_in_groups(opt)) == 2
+    assert rates_in_groups(opt) == opt.get_last_lr()
 
 
 def test_a_group_removed_beneath_us_takes_nothing_of_its_neighbours():

@@ -6,12 +6,12 @@ import collections
 import copy
 import io
 import time
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 from cases import EVERY_CLASS, Problem
+from list_config import ListConfig
 from resume_helpers import assert_resumes_as_unwrapped, resumes
 from torch import nn
 
@@ -75,19 +75,6 @@ def test_a_sparse_momentum_buffer_resumes(backend, layout):
 # ---- settings
 
 
-class ListConfig(Sequence):
-    """A sequence like omegaconf's, neither a list nor a tuple."""
-
-    def __init__(self, *values):
-        self.values = values
-
-    def __getitem__(self, i):
-        return self.values[i]
-
-    def __len__(self):
-        return len(self.values)
-
-
 class Unpacks:
     """An object with only what torch needs of betas."""
 
@@ -114,7 +101,7 @@ class Number:
 
 
 SETTINGS = {
-    "a sequence": ("Adam", {"betas": ListConfig(0.9, 0.99)}),
+    "a sequence": ("Adam", {"betas": ListConfig([0.9, 0.99])}),
     "what unpacks": ("RAdam", {"betas": Unpacks()}),
     "a list": ("NAdam", {"betas": [0.9, 0.99]}),
     "a deque": ("Adamax", {"betas": collections.deque([0.9, 0.99])}),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from cases import step_in_backward
 from native_helpers import BY_NAME
 from sharded_training import (
     STEPS,
@@ -23,7 +24,7 @@ from sharded_training import (
     whole_copy,
     wrap_case,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from clr_optim import CyclicalOptimizer
 
@@ -119,12 +120,7 @@ def _train_in_backward(backend: str) -> list[Tensor]:
         if p.requires_grad
     }
 
-    def update(param: nn.Parameter) -> None:
-        optimizers[param].step()
-        optimizers[param].zero_grad()
-
-    for param in optimizers:
-        param.register_post_accumulate_grad_hook(update)
+    step_in_backward(optimizers)
     for step in range(STEPS):
         loss_of_share(model, step, dist.get_rank(), dist.get_world_size()).backward()
         assert all(p.grad is None for p in model.parameters())

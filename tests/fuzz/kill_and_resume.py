@@ -40,6 +40,8 @@ PHASES = ("starts", "compiles", "steps", "computes", "saves")
 #: In turn. After a killed compiler the next worker compiles again, which takes long.
 KILLED_IN = ("steps", "saves", "steps", "saves", "compiles")
 SAVE_EVERY = 3
+#: the threads of a step
+THREADS = 2
 
 #: Seconds after which a worker is given up that has neither ended nor reached its moment.
 PATIENCE = 120.0
@@ -88,9 +90,16 @@ class Trainer:
         )  # fmt: skip
 
     def backward(self) -> None:
+        """Compute gradients with one thread.
+
+        With more threads torch's products of matrices can round otherwise in a new process, if the
+        machine is busy.
+        """
         self.opt.zero_grad()
+        torch.set_num_threads(1)
         x = torch.randn(8, 300)
         (self.model(x) - x[:, :4]).square().mean().backward()
+        torch.set_num_threads(THREADS)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -153,7 +162,7 @@ def train(
     folder: Path, moment: Callable[[str], None], saver: Saver, steps: int | None = None
 ) -> None:
     """Resume and train on, up to this many steps if there is a limit."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     checkpoint = folder / "checkpoint.pt"
     moment("starts")
     with _compiling(moment):
@@ -194,7 +203,7 @@ def _compiling(moment: Callable[[str], None]) -> Iterator[None]:
 
 def never_killed(pipe: Any, wanted: Sequence[int]) -> None:
     """Send the digests of a run from the beginning, at these steps."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     trainer = Trainer()
     found = {}
     for step in range(max(wanted) + 1):

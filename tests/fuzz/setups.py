@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cases import OTHER_IMPLEMENTATIONS, WITHOUT_KERNEL
+from list_config import ListConfig
 from native_helpers import ADAGRAD_LACKS_STATE, BY_NAME
 
 from fuzz.expected import POLICIES
@@ -53,23 +54,10 @@ KEYS: dict[str, list[Any]] = {
 }
 
 
-class Settings(Sequence[float]):
-    """A sequence of the user's, as omegaconf's ListConfig is one."""
-
-    def __init__(self, values: Sequence[float]) -> None:
-        self.values = tuple(values)
-
-    def __getitem__(self, i: Any) -> Any:
-        return self.values[i]
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-
 #: Kinds of settings: the type that is replaced, and the function that replaces the value.
 ODD: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "list": (tuple, list),
-    "sequence": (tuple, Settings),
+    "sequence": (tuple, ListConfig),
     "number": (float, np.float64),
     "flag": (bool, np.bool_),
 }
