@@ -49,14 +49,12 @@ def best_of_torch(row: Mapping[str, Any], key: str) -> str:
         row: a row of the results.
         key: the time to compare: ``median_s``, ``device_median_s`` or ``host_median_s``.
     """
-    return min(
-        (
-            name
-            for name in row["times"]
-            if name != "ours" and not name.endswith("_graph") and name not in row["wrong"]
-        ),
-        key=lambda name: float(row["times"][name][key]),
-    )
+    names: list[str] = [
+        name
+        for name in row["times"]
+        if name != "ours" and not name.endswith("_graph") and name not in row["wrong"]
+    ]
+    return min(names, key=lambda name: float(row["times"][name][key]))
 
 
 def table(results: Mapping[str, Any]) -> str:

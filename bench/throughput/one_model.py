@@ -17,7 +17,13 @@ from clr_optim.bench.throughput.cells import Row, measure_cell, measure_cell_on_
 from clr_optim.bench.throughput.iterations import measure_iterations
 from clr_optim.bench.throughput.processes import measure_model_memory
 from clr_optim.bench.throughput.tensors import Tensors
-from clr_optim.bench.throughput.variants import ON_GPU, our_optimizer, torch_steps
+from clr_optim.bench.throughput.timing import Step
+from clr_optim.bench.throughput.variants import (
+    ON_GPU,
+    drop_failing_steps,
+    our_optimizer,
+    torch_steps,
+)
 from clr_optim.bench.user_model import UserModel, load_model
 from clr_optim.bench.workloads import RULES
 from clr_optim.options import OptionError
@@ -102,14 +108,12 @@ def _measure_rule(
 def _memory_on_gpu(rule: str, tensors: Tensors) -> dict[str, Any]:
     """Measure the memory that a step takes beyond parameters, gradients and state, in bytes."""
     kind = RULES[rule]
-    makers: dict[str, Callable[[], Callable[[], object]]] = {
-        name: lambda name=name: torch_steps(kind, tensors.params, plain=ON_GPU)[name]
-        for name in torch_steps(kind, tensors.params, plain=ON_GPU)
-    }
-    makers["ours"] = lambda: our_optimizer(kind, tensors.params).step
+    steps: dict[str, Step] = {**torch_steps(kind, tensors.params, plain=ON_GPU)}
+    steps["ours"] = our_optimizer(kind, tensors.params).step
+    drop_failing_steps(steps, ["fused"], tensors.move_gradients, rule)
     taken: dict[str, Any] = {}
-    for name, make in makers.items():
-        step = make()
+    for name in list(steps):
+        step = steps.pop(name)  # the next variant frees the state of this one
         for _ in range(2):
             tensors.move_gradients()
             step()

@@ -7,12 +7,15 @@ import json
 import re
 import sys
 import textwrap
+from argparse import Namespace
 
 import pytest
 import torch
+from bench_helpers import play_h200
 
 from clr_optim import cli
 from clr_optim.bench import model_report, user_model
+from clr_optim.bench.gpu import Gpu
 from clr_optim.bench.throughput import cells, one_model, timing
 from clr_optim.bench.user_model import load_model
 from clr_optim.options import OptionError
@@ -304,3 +307,32 @@ def test_all_dtypes_of_the_parameters_are_checked_for_wrong_variants(monkeypatch
     tensors = one_model.Tensors.of(given.params)
     assert cells._wrong(cells.RULES["sgd"], tensors) == ["foreach", "fused"]
     assert asked == [torch.float32, torch.bfloat16]
+
+
+def test_parameters_on_a_gpu_are_measured_there(quick, monkeypatch, capsys):
+    play_h200(monkeypatch)
+    small = one_model.Limit(2**12)
+    monkeypatch.setattr(one_model, "Limit", lambda *args: small)
+    given = load_model("mine:net", 0)
+    tensors = one_model.Tensors.of(given.params)
+    args = Namespace(compile=False, gradients="sets", seed=0)
+    row = one_model._measure_rule("adamw", given, tensors, Gpu(), 0.0, args)
+    assert {"default", "forloop", "fused", "ours"} <= set(row["times"])
+    assert row["bytes"] == 21 * 28
+    row |= {"memory": {"skipped": "no GPU"}, "iteration": None}
+    results = {"summary": "net", "machine": {"threads": 1}, "device": "cuda", "rows": [row]}
+    text = model_report.model_table(results)
+    for words in ("step on the device", "step on the host", "torch foreach (default)"):
+        assert words in text
+
+
+def test_the_memory_of_a_step_on_a_gpu_is_its_peak(monkeypatch):
+    held = iter(range(100, 10_000, 100))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(held))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(held))
+    taken = one_model._memory_on_gpu("sgd", one_model.Tensors.of(load_model("mine:net", 0).params))
+    assert taken == dict.fromkeys(
+        ("default_bytes", "forloop_bytes", "fused_bytes", "ours_bytes"), 100
+    )
