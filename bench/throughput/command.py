@@ -126,7 +126,7 @@ def _measure(cells: Sequence[Cell], args: argparse.Namespace) -> dict[str, Any]:
     peak = {name: max(rate, peak[name]) for name, rate in limit.best().items()}
     results.update(limit_gbps=max(peak.values()), limit=peak)
     if args.iterations:
-        results["iterations"] = _iterations(args, seconds)
+        _add_iterations(results, args, seconds)
     if not args.cells_only:
         results["overhead"] = measure_overhead(seconds, backward=backward)
         results["in_backward"] = measure_in_backward(seconds)
@@ -179,18 +179,20 @@ def _measure_on_gpu(gpu: Gpu, cells: Sequence[Cell], args: argparse.Namespace) -
             results["not_begun"] = len(cells) - len(rows) - len(left_out)
             _write(args.json, results)
     if args.iterations:
-        results["iterations"] = _iterations(args, seconds)
+        _add_iterations(results, args, seconds)
     return results
 
 
-def _iterations(args: argparse.Namespace, seconds: float) -> list[dict[str, Any]]:
-    """Measure whole iterations of the chosen workloads that have a model."""
-    chosen = [name for name in args.workloads or MODELS if name in MODELS]
-    return [
-        measure_workload_iterations(name, rule, seconds, device=args.device, seed=args.seed)
-        for name in chosen
-        for rule in args.rules or ["adamw"]
-    ]
+def _add_iterations(results: dict[str, Any], args: argparse.Namespace, seconds: float) -> None:
+    """Measure whole iterations of the workloads that have a model, and write each at once."""
+    results["iterations"] = []
+    for name in [name for name in args.workloads or MODELS if name in MODELS]:
+        for rule in args.rules or ["adamw"]:
+            results["iterations"].append(
+                measure_workload_iterations(name, rule, seconds, device=args.device, seed=args.seed)
+            )
+            gc.collect()
+            _write(args.json, results)
 
 
 def _until(seconds: float | None, cells: Iterable[Cell]) -> Iterator[Cell]:

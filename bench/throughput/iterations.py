@@ -23,7 +23,8 @@ from clr_optim.bench.workloads import RULES
 
 __all__ = ["measure_iterations", "measure_workload_iterations"]
 
-_WARM_UP = 2
+# A round of a large model takes seconds, and each round measures the passes once per variant.
+_LEAST_ROUNDS = 3
 
 
 def measure_workload_iterations(
@@ -56,7 +57,7 @@ def measure_iterations(
         fetch: returns the next batch.
         loss: runs the model on a batch and returns the loss.
         rule: the update rule.
-        seconds: how long to measure; at least 5 rounds.
+        seconds: how long to measure; at least 3 rounds.
         compiled: measure torch.compile too.
 
     Returns:
@@ -78,12 +79,12 @@ def measure_iterations(
 
     model.train()
     drop_failing_steps(steps, ["fused", "compile"], lambda: backward(fetch()), rule)
-    for name in list(steps) * _WARM_UP:
+    for name in steps:  # the first step creates state
         backward(fetch())
         steps[name]()
     before: list[float] = []
     taken: dict[str, list[float]] = {name: [] for name in steps}
-    for order in orders(list(steps), seconds):
+    for order in orders(list(steps), seconds, least=_LEAST_ROUNDS):
         for name in order:
             batch = fetch()
             wait()
