@@ -28,6 +28,7 @@ from clr_optim.demo.train import (
     search_bounds,
     train,
 )
+from clr_optim.options import add_json, whole
 
 __all__ = ["add_arguments", "report", "run"]
 
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", default="bench/results/bounds", metavar="DIR", help="folder (bench/results/bounds)"
     )
     add("--seeds", type=int, default=5, metavar="N", help="how many (5)")
+    add("--seed", type=whole(0), default=0, metavar="N", help="the first seed (0)")
     add(
         "--start-lr",
         type=float,
@@ -59,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--end-lr", type=float, default=10.0, metavar="LR", help="last rate of the range test (10)")
     add("--steps", type=int, default=500, metavar="N", help="iterations of the range test (500)")
     add("--cycles", type=int, default=4, metavar="N", help="cycles of the training (4)")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -93,6 +96,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _measure(args: argparse.Namespace, task: Task, plan: Plan, folder: Path) -> dict[str, Any]:
     rates = np.geomspace(args.start_lr, args.end_lr, _RATES).tolist()
     rows = []
+    seeds = range(args.seed, args.seed + args.seeds)
     for name in COMPARED:
         # Each seed finds its own bounds: a user has one run as well.
         tests = [
@@ -100,7 +104,7 @@ def _measure(args: argparse.Namespace, task: Task, plan: Plan, folder: Path) -> 
                 task, name, seed=seed,
                 start_lr=args.start_lr, end_lr=args.end_lr, num_steps=args.steps,
             )
-            for seed in range(args.seeds)
+            for seed in seeds
         ]  # fmt: skip
         found = [test.suggest() for test in tests]
         figure = plotting.plot_range_test(tests[0], title=f"LR range test, {name} on digits")
@@ -111,13 +115,12 @@ def _measure(args: argparse.Namespace, task: Task, plan: Plan, folder: Path) -> 
                     task, plan, seed,
                     _cyclic(task, name, policy, bounds.base_lr, bounds.max_lr, plan.step_size),
                 )
-                for seed, bounds in enumerate(found)
+                for seed, bounds in zip(seeds, found, strict=True)
             ]
             for policy in POLICIES
         }  # fmt: skip
         fixed = [
-            [_accuracy(task, plan, seed, _fixed(task, name, lr)) for seed in range(args.seeds)]
-            for lr in rates
+            [_accuracy(task, plan, seed, _fixed(task, name, lr)) for seed in seeds] for lr in rates
         ]
         rows.append(
             {

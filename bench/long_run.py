@@ -13,7 +13,6 @@ the CPU time of the old optimizer to that of the young one.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -28,6 +27,7 @@ import torch
 from clr_optim import CyclicalOptimizer
 from clr_optim.backends import BACKENDS
 from clr_optim.bench.machine import describe_machine
+from clr_optim.options import Parser, add_json, check_json, text_beside_json, write_json
 
 __all__ = ["add_arguments", "main", "run"]
 
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=10_000_000, metavar="N", help="how many (10,000,000)")
     add("--rows", type=int, default=10, metavar="N", help="parts to report on (10)")
     add("--backend", choices=BACKENDS, default="auto", help="(auto)")
-    add("--json", metavar="FILE", help="write the results there")
+    add_json(parser)
 
 
 def rate(step: int) -> float:
@@ -88,8 +88,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"--steps {steps} must be a positive multiple of {_CHUNK} times --rows {rows}, "
             "which must be at least 1"
         )
-    if args.json:
-        Path(args.json).open("a").close()  # find out before the run whether the file can be written
+    check_json(args.json)
     torch.set_num_threads(1)
     opt, values = _optimizer(args.backend)
     results: dict[str, Any] = {
@@ -144,11 +143,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     print(
         f"rate: off by at most {drift:.1e} of itself; sum of rates: by "
-        f"{results['error_of_sum_of_rates']:.1e}; memory grown by {results['grown_kib']} KiB; last "
-        f"part over first: {results['last_over_first']}"
+        f"{results['error_of_sum_of_rates']:.1e}; memory grown by {results['grown_kib']} KiB"
     )
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    ratios = results["last_over_first"]
+    print(
+        f"last part over first: {ratios['wall_us']:.3f} of the time, {ratios['cpu_us']:.3f} of the "
+        f"CPU's time, {ratios['fastest_us']:.3f} of the fastest, {ratios['to_young']:.3f} of the "
+        "ratio to a young optimizer"
+    )
+    if args.json != "-":
+        write_json(args.json, results)
     return results
 
 
@@ -179,11 +183,14 @@ def _timed(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``python -m clr_optim.bench.long_run``."""
-    parser = argparse.ArgumentParser(prog="clr_optim.bench.long_run", description=DESCRIPTION)
+    parser = Parser(prog="clr_optim.bench.long_run", description=DESCRIPTION)
     add_arguments(parser)
     args = parser.parse_args(argv)
     try:
-        run(args)
+        with text_beside_json(args.json):
+            results = run(args)
+        if args.json == "-":
+            write_json(args.json, results)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return 0

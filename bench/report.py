@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from clr_optim.backends.native import NativeBackend
 from clr_optim.backends.triton import TritonBackend
 
-__all__ = ["table"]
+__all__ = ["aligned", "best_of_torch", "iterations_table", "labels", "table", "time_in_words"]
 
 # A cell below this ratio counts as lost. Noise is a few percent.
 _LOST = 0.95
@@ -23,10 +23,38 @@ _VARIANTS = (
 )  # fmt: skip
 _ON_GPU = (
     "Each entry: time on the device/time on the host. vs, GB/s and of limit use the device's time.",
-    "torch's default is foreach. A graph is captured once and replayed; its gradients stay in",
-    "place. Our graph cycles the rate; a CyclicLR sets the rate of torch's after each replay.",
+    "A graph is captured once and replayed; its gradients stay in place. Our graph cycles the",
+    "rate; a CyclicLR sets the rate of torch's after each replay.",
     "",
 )
+# The bandwidth comes from other operations of the same rounds, so a share may exceed 1.
+_OVER_LIMIT = (
+    "*: the step moved its bytes up to {most:.0%} faster than the fastest plain copy or sum in the "
+    "same",
+    "rounds. The bandwidth is measured, and no bound: read such a share as all of it.",
+)
+
+
+def labels(on_gpu: bool) -> dict[str, str]:
+    """Return the names of the variants. The default is one of the other two."""
+    default = "foreach (default)" if on_gpu else "for-loop (default)"
+    known = {"default": default, "forloop": "for-loop"}
+    return {name: known.get(name, name.replace("_", " ")) for name in _VARIANTS}
+
+
+def best_of_torch(row: Mapping[str, Any], key: str) -> str:
+    """Return the fastest variant of torch that computes right values; graphs do not count.
+
+    Args:
+        row: a row of the results.
+        key: the time to compare: ``median_s``, ``device_median_s`` or ``host_median_s``.
+    """
+    names: list[str] = [
+        name
+        for name in row["times"]
+        if name != "ours" and not name.endswith("_graph") and name not in row["wrong"]
+    ]
+    return min(names, key=lambda name: float(row["times"][name][key]))
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -36,8 +64,22 @@ def table(results: Mapping[str, Any]) -> str:
     prefix = "device_" if on_gpu else ""
     shown = [n for n in _VARIANTS if any(n in row["times"] for row in rows)]
     host = ["host vs best"] if on_gpu else []
-    columns = [name.replace("_", " ") for name in shown]
-    lines = [["rule", *columns, "p10–p90", "vs default", "vs best", *host, "GB/s", "of limit", ""]]
+    named = labels(on_gpu)
+    short = {name: label.removesuffix(" (default)") for name, label in named.items()}
+    columns = [named[name] for name in shown]
+    lines = [
+        [
+            "rule",
+            *columns,
+            "p10–p90",
+            "vs default",
+            "vs torch's best",
+            *host,
+            "GB/s",
+            "of limit",
+            "",
+        ]
+    ]
     last = None
     for row in rows:
         heading = (row["workload"], row["dtype"])
@@ -48,12 +90,14 @@ def table(results: Mapping[str, Any]) -> str:
         spread = row["times"]["ours"]
         rate = row["bytes"] / spread[f"{prefix}median_s"] / 1e9
         share = row["fraction_of_limit"]
+        best = short[best_of_torch(row, f"{prefix}median_s")]
+        best_on_host = short[best_of_torch(row, "host_median_s")] if on_gpu else ""
         remark = "SLOWER than torch" if row["ratio_vs_best_torch"] < 1 else ""
         if row["wrong"]:
-            remark += f" ({', '.join(row['wrong'])}: WRONG results, not counted)"
+            remark += f" ({_listed(row['wrong'], short)}: WRONG results, not counted)"
         waited = [name for name in shown if row["times"].get(name, {}).get("waited", 0.0) > 0.5]
         if waited:
-            remark += f" ({', '.join(waited)}: the device waited for the host)"
+            remark += f" ({_listed(waited, short)}: the device waited for the host)"
         usual = TritonBackend if on_gpu else NativeBackend
         if row["backend"] != usual.name:
             remark += f" [{row['backend']} backend]"
@@ -61,17 +105,25 @@ def table(results: Mapping[str, Any]) -> str:
             [
                 f"  {row['rule']}",
                 *(_times(row["times"].get(name)) for name in shown),
-                f"{_time(spread[f'{prefix}p10_s'])} – {_time(spread[f'{prefix}p90_s'])}",
+                " – ".join(time_in_words(spread[f"{prefix}{p}_s"]) for p in ("p10", "p90")),
                 f"{row['ratio_vs_default_torch']:.2f}×",
-                f"{row['ratio_vs_best_torch']:.2f}×",
-                *([f"{row['host_ratio_vs_best_torch']:.2f}×"] if on_gpu else []),
+                f"{row['ratio_vs_best_torch']:.2f}× {best}",
+                *([f"{row['host_ratio_vs_best_torch']:.2f}× {best_on_host}"] if on_gpu else []),
                 "–" if share is None else f"{rate:.1f}",
-                "–" if share is None else f"{share:.0%}",
+                "–" if share is None else _share(share),
                 remark,
             ]
         )
     above = _ON_GPU if on_gpu else ()
-    return "\n".join([*above, *_aligned(lines), "", *_summary(results)])
+    return "\n".join([*above, *aligned(lines), "", *_summary(results)])
+
+
+def _listed(names: Iterable[str], named: Mapping[str, str]) -> str:
+    return ", ".join(named[name] for name in names)
+
+
+def _share(share: float) -> str:
+    return f"{share:.0%}" if share < 1.005 else "100%*"
 
 
 def _is_on_gpu(results: Mapping[str, Any]) -> bool:
@@ -83,11 +135,12 @@ def _times(times: Mapping[str, float] | None) -> str:
     if times is None:
         return "–"
     if "median_s" in times:
-        return _time(times["median_s"])
-    return f"{_time(times['device_median_s'])}/{_time(times['host_median_s'])}"
+        return time_in_words(times["median_s"])
+    return f"{time_in_words(times['device_median_s'])}/{time_in_words(times['host_median_s'])}"
 
 
-def _aligned(lines: list[list[str]]) -> list[str]:
+def aligned(lines: list[list[str]]) -> list[str]:
+    """Return lines whose cells stand below each other; the last cell is a remark."""
     full = [cells for cells in lines if len(cells) > 1]
     widths = [max(map(len, column)) for column in zip(*full, strict=True)]
     printed = []
@@ -121,14 +174,23 @@ def _summary(results: Mapping[str, Any]) -> list[str]:
         means.append(f"  {workload}: {'; '.join(words)}")
     lost = [row for row in rows if row["ratio_vs_best_torch"] < _LOST]
     lines = ["Geometric means:", *means, ""]
+    key = "device_median_s" if on_gpu else "median_s"
+    named = labels(on_gpu)
     lines.append(f"Below {_LOST} of torch's best: {len(lost)} of {len(rows)} cells")
-    lines += [f"  {_name(row)}: {row['ratio_vs_best_torch']:.2f}×" for row in lost]
+    lines += [
+        f"  {_name(row)}: {row['ratio_vs_best_torch']:.2f}× {named[best_of_torch(row, key)]}"
+        for row in lost
+    ]
+    lines += ["", _winners(rows, key, named)]
     lines.append("")
     limit = ", ".join(f"{name} {value:.1f}" for name, value in results["limit"].items())
     lines.append(
         f"Memory: {results['limit_gbps']:.1f} GB/s at best (the fastest of {limit}). Shares"
     )
     lines.append("are of the bandwidth that the same rounds measured")
+    over = [row["fraction_of_limit"] for row in rows if (row["fraction_of_limit"] or 0) >= 1.005]
+    if over:
+        lines += "\n".join(_OVER_LIMIT).format(most=max(over) - 1).split("\n")
     if on_gpu:
         cache = results["machine"]["gpu_cache_mib"]
         lines.append(f"A step that moves less than four times the cache's {cache} MiB has no share")
@@ -142,9 +204,50 @@ def _summary(results: Mapping[str, Any]) -> list[str]:
         ("Peak memory of a step", "memory"),
     ):
         if key in results:
-            values = ", ".join(_words(k, v) for k, v in results[key].items())
+            values = ", ".join(_words(k, v, named) for k, v in results[key].items())
             lines.append(f"{title}: {values}")
+    if results.get("iterations"):
+        lines += ["", *iterations_table(results["iterations"], on_gpu)]
     return lines
+
+
+def _winners(rows: list[Mapping[str, Any]], key: str, named: Mapping[str, str]) -> str:
+    """Say how often each variant of torch is its best."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        name = named[best_of_torch(row, key)]
+        counts[name] = counts.get(name, 0) + 1
+    words = ", ".join(f"{name} in {n}" for name, n in sorted(counts.items(), key=lambda c: -c[1]))
+    return f"torch's best: {words or 'nothing was measured'}"
+
+
+def iterations_table(rows: list[Mapping[str, Any]], on_gpu: bool) -> list[str]:
+    """Return a line per model: the time of forward and backward, and of whole iterations."""
+    named = labels(on_gpu)
+    shown = [name for name in _VARIANTS if any(name in row["step_s"] for row in rows)]
+    lines = [
+        ["model", "batch", "rule", "forward+backward", *(named[name] for name in shown),
+         "our step's part", "vs default", "vs torch's best", ""]
+    ]  # fmt: skip
+    for row in rows:
+        other = row["forward_backward_s"]
+        whole = {name: other + step for name, step in row["step_s"].items()}
+        best = min((name for name in whole if name != "ours"), key=lambda name: whole[name])
+        short = named[best].removesuffix(" (default)")
+        lines.append(
+            [
+                row["workload"],
+                row["batch"],
+                row["rule"],
+                time_in_words(other),
+                *(time_in_words(whole[name]) if name in whole else "–" for name in shown),
+                f"{row['step_s']['ours'] / whole['ours']:.0%}",
+                f"{whole['default'] / whole['ours']:.2f}×",
+                f"{whole[best] / whole['ours']:.2f}× {short}",
+                "",
+            ]
+        )
+    return ["Whole iterations, forward, backward and step:", *aligned(lines)]
 
 
 def _mean(rows: list[Mapping[str, Any]], key: str) -> float:
@@ -155,14 +258,17 @@ def _name(row: Mapping[str, Any]) -> str:
     return f"{row['rule']}/{row['workload']}/{row['dtype']}"
 
 
-def _words(key: str, value: Any) -> str:
+def _words(key: str, value: Any, named: Mapping[str, str]) -> str:
     name, _, unit = key.rpartition("_")
     if unit == "s":
-        return f"{name.replace('_', ' ')} {_time(value)}"
-    return f"{name} {value / 1e6:,.1f} MB" if unit == "bytes" else f"{key}: {value}"
+        return f"{name.replace('_', ' ')} {time_in_words(value)}"
+    if unit == "bytes":
+        return f"{named.get(name, name)} {value / 1e6:,.1f} MB"
+    return str(value) if key in ("workload", "rule", "dtype") else f"{key}: {value}"
 
 
-def _time(seconds: float) -> str:
+def time_in_words(seconds: float) -> str:
+    """Return a time with its unit, to three digits."""
     for unit, scale in (("µs", 1e6), ("ms", 1e3)):
         if seconds * scale < 999.5:
             return f"{seconds * scale:.3g} {unit}"

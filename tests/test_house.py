@@ -11,7 +11,7 @@ from places import ROOT, TESTS
 
 #: from the ground up: a module may import modules of its own floor and of lower floors
 FLOORS = (
-    ("_version", "checks", "console", "keys", "pictures"),
+    ("_version", "checks", "console", "keys", "options", "pictures"),
     ("rules", "schedule", "sharding"),
     ("kernels", "torch_schedulers"),
     ("plan",),

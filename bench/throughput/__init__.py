@@ -14,10 +14,11 @@ place.
 
 The files: ``tensors`` (parameters and gradients), ``variants`` and ``graphs`` (the steps),
 ``timing`` (turns), ``cells`` (one cell), ``overhead`` and ``processes`` (measurements beside the
-cells), ``options`` and ``command`` (the command line).
+cells), ``iterations`` (with forward and backward), ``one_model`` (the user's parameters),
+``options`` and ``command`` (the command line).
 """
 
-from clr_optim.bench.throughput.command import DESCRIPTION, exit_code, main, run
+from clr_optim.bench.throughput.command import DESCRIPTION, EXAMPLES, exit_code, main, run
 from clr_optim.bench.throughput.options import add_arguments
 
-__all__ = ["DESCRIPTION", "add_arguments", "exit_code", "main", "run"]
+__all__ = ["DESCRIPTION", "EXAMPLES", "add_arguments", "exit_code", "main", "run"]

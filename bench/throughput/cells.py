@@ -16,12 +16,12 @@ from clr_optim.bench.throughput.tensors import Tensors
 from clr_optim.bench.throughput.timing import Step, interleave, orders
 from clr_optim.bench.throughput.variants import (
     ON_GPU,
-    drop_failing,
+    drop_failing_steps,
     our_optimizer,
     torch_steps,
     wrong_variants,
 )
-from clr_optim.bench.workloads import DTYPES, RULES, Rule
+from clr_optim.bench.workloads import RULES, Rule
 
 __all__ = ["Row", "bytes_per_element", "measure_cell", "measure_cell_on_gpu"]
 
@@ -48,13 +48,15 @@ def measure_cell(
     dtype: str,
     tensors: Tensors,
     seconds: float,
-    limit: Limit,
+    limit: Limit | None,
     compiled: bool = False,
+    seed: int = 0,
 ) -> Row:
     """Measure a cell on the CPU.
 
     If the step moves more than the caches hold, the same rounds measure the memory's bandwidth. On
-    a shared machine, other users can change the bandwidth by half within minutes.
+    a shared machine, other users can change the bandwidth by half within minutes. Without ``limit``
+    the row has no share of the bandwidth.
 
     Returns:
         One row of the results.
@@ -62,15 +64,16 @@ def measure_cell(
     own = our_optimizer(RULES[rule], tensors.params)
     steps: dict[str, Step] = {**torch_steps(RULES[rule], tensors.params, compiled)}
     steps["ours"] = own.step
-    drop_failing(steps, ["compile"], tensors, f"{rule}/{workload}/{dtype}")
-    moved = tensors.size * bytes_per_element(RULES[rule], DTYPES[dtype])
-    from_memory = moved >= _CACHES_FULL * last_level_cache()
-    probes = limit.operations if from_memory else {}
-    times = interleave({**steps, **probes}, tensors.move_gradients, seconds)
+    drop_failing_steps(steps, ["compile"], tensors.move_gradients, f"{rule}/{workload}/{dtype}")
+    moved = _bytes_moved(RULES[rule], tensors)
+    if moved < _CACHES_FULL * last_level_cache():
+        limit = None
+    probes = limit.operations if limit else {}
+    times = interleave({**steps, **probes}, tensors.move_gradients, seconds, seed)
     median = {name: float(np.median(values)) for name, values in times.items()}
-    wrong = wrong_variants(RULES[rule], DTYPES[dtype])
+    wrong = _wrong(RULES[rule], tensors)
     best = min(median[name] for name in steps if name not in ("ours", *wrong))
-    gbps = max(limit.gbps(median).values()) if from_memory else None
+    gbps = max(limit.gbps(median).values()) if limit else None
     return {
         **_described(rule, workload, dtype, tensors, own),
         "rounds": len(times["ours"]),
@@ -90,6 +93,16 @@ def measure_cell(
     }
 
 
+def _bytes_moved(rule: Rule, tensors: Tensors) -> int:
+    return sum(size * bytes_per_element(rule, dtype) for dtype, size in tensors.sizes.items())
+
+
+def _wrong(rule: Rule, tensors: Tensors, *where: Any) -> list[str]:
+    """Return the variants that compute wrong values in one of the dtypes."""
+    found = [wrong_variants(rule, dtype, *where) for dtype in tensors.sizes]
+    return list(dict.fromkeys(name for names in found for name in names))
+
+
 def _described(
     rule: str, workload: str, dtype: str, tensors: Tensors, own: CyclicalOptimizer[Any]
 ) -> Row:
@@ -100,7 +113,7 @@ def _described(
         "dtype": dtype,
         "tensors": len(tensors.params),
         "params": tensors.size,
-        "bytes": tensors.size * bytes_per_element(RULES[rule], DTYPES[dtype]),
+        "bytes": _bytes_moved(RULES[rule], tensors),
         "backend": own.explain().partition(":")[0],
     }
 
@@ -115,6 +128,7 @@ def measure_cell_on_gpu(
     limit: Limit,
     compiled: bool = False,
     backward: bool = False,
+    seed: int = 0,
 ) -> Row:
     """Measure a cell on a GPU.
 
@@ -129,20 +143,20 @@ def measure_cell_on_gpu(
     kind, cell = RULES[rule], f"{rule}/{workload}/{dtype}"
     own = our_optimizer(kind, tensors.params, backend=gpu.backend)
     steps = torch_steps(kind, tensors.params, compiled, plain=ON_GPU)
-    drop_failing(steps, ["fused", "compile"], tensors, cell)
+    drop_failing_steps(steps, ["fused", "compile"], tensors.move_gradients, cell)
     torch_names = list(steps)
     steps["ours"] = own.step
     steps.update(captured_steps(gpu, kind, tensors, "fused" in torch_names, cell))
-    moved = tensors.size * bytes_per_element(kind, DTYPES[dtype])
+    moved = _bytes_moved(kind, tensors)
     from_memory = moved >= _CACHES_FULL * gpu.cache()
     timed = {**steps, **(limit.operations if from_memory else {})}
     busy = limit.operations["in_place"]
     watch = Stopwatch(gpu, busy, tensors.move_gradients, again=not backward)
-    times = watch.interleave(timed, orders(list(timed), seconds))
+    times = watch.interleave(timed, orders(list(timed), seconds, seed))
     device = {name: float(np.median(times[name].device)) for name in timed}
     host = {name: float(np.median(times[name].host)) for name in steps}
     checked = [name for name in steps if name in ("forloop", "fused", "ours", "ours_graph")]
-    wrong = wrong_variants(kind, DTYPES[dtype], checked, gpu)
+    wrong = _wrong(kind, tensors, checked, gpu)
     right = [name for name in torch_names if name not in wrong]
     gbps = max(limit.gbps(device).values()) if from_memory else None
     graph = None if "ours_graph" in wrong else device.get("ours_graph")

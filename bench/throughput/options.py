@@ -8,9 +8,11 @@ from collections.abc import Callable, Collection
 import torch
 
 from clr_optim.bench.arguments import device, duration
+from clr_optim.bench.models import MODELS
 from clr_optim.bench.workloads import DTYPES, ONLY_ON_GPU, RULES, WORKLOADS
+from clr_optim.options import add_json, flag, spelled, whole
 
-__all__ = ["Cell", "add_arguments", "chosen_cells"]
+__all__ = ["EXAMPLES", "Cell", "add_arguments", "check_model_options", "chosen_cells"]
 
 Cell = tuple[str, str, str]  # workload, dtype, rule
 
@@ -19,9 +21,27 @@ _QUICK = ("mlp", "1000x256", "resnet50")
 _WORKLOADS_ON_GPU = ("1b", "gpt2", "resnet50", "1000x256", "mlp")
 
 
+EXAMPLES = """examples:
+  clr-optim bench --quick
+  clr-optim bench --rules AdamW --workloads gpt2 --dtypes float32 --cells-only
+  clr-optim bench --iterations --workloads mlp --rules adamw --cells-only
+  clr-optim bench --model mine:task
+
+--model takes MODULE:FUNCTION. The function takes no arguments and returns an nn.Module, or an
+iterable of parameters. If it returns (model, loss_fn, loader), as for range-test, whole iterations
+are measured too. For the last example, mine.py:
+
+  import torch
+
+  def task():
+      return torch.nn.Linear(20, 3)
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the benchmark."""
     add = parser.add_argument
+    add("--model", metavar="MODULE:FUNCTION", help="measure your parameters (see below)")
     add("--quick", action="store_true", help=f"under a minute: float32, {', '.join(_QUICK)}")
     add("--rules", type=_names(RULES), metavar="A,B", help=", ".join(RULES))
     add("--workloads", type=_names(WORKLOADS), metavar="A,B", help=", ".join(WORKLOADS))
@@ -61,20 +81,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="sets",
         help="two sets in turns, or new ones from a backward pass before each step, as in training",
     )
+    add(
+        "--iterations",
+        action="store_true",
+        help="measure whole iterations too, forward, backward and step, by AdamW or --rules: of "
+        f"{', '.join(MODELS)} or the chosen --workloads; a minute each",
+    )
+    add("--seed", type=whole(0), default=0, metavar="N", help="of values, order and weights (0)")
     add("--threads", type=_threads, metavar="N", help=f"of torch ({torch.get_num_threads()})")
     add(
         "--device",
         type=device,
-        default="cpu",
         help=f"cpu, or cuda (ROCm too), which measures {', '.join(_WORKLOADS_ON_GPU)}",
     )
-    add("--json", metavar="FILE", help="write the results there")
+    add_json(parser)
     add("--plot", metavar="FILE", help="draw the results there")
 
 
 def _names(known: Collection[str]) -> Callable[[str], list[str]]:
+    find = spelled(known)
+
     def convert(text: str) -> list[str]:
-        names = text.split(",")
+        names = [find(name) for name in text.split(",")]
         for name in names:
             if name not in known:
                 raise argparse.ArgumentTypeError(f"no {name!r}; there are {', '.join(known)}")
@@ -105,6 +133,18 @@ def chosen_cells(args: argparse.Namespace) -> list[Cell]:
     if not cells:
         raise argparse.ArgumentError(None, f"--filter {args.filter}: no cell's name contains it")
     return cells
+
+
+def check_model_options(args: argparse.Namespace) -> None:
+    """Raise if an option has no effect with ``--model``.
+
+    Raises:
+        argparse.ArgumentError: naming the option.
+    """
+    for name in ("workloads", "dtypes", "device", "filter", "plot", "at_most", "iterations"):
+        if getattr(args, name):
+            words = "no effect with --model: the parameters are those of your function"
+            raise argparse.ArgumentError(None, f"{flag(name)} has {words}")
 
 
 def _workloads(args: argparse.Namespace) -> Collection[str]:

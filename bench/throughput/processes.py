@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from os import environ
 from pathlib import Path
 from time import perf_counter
@@ -20,9 +20,16 @@ import torch
 from clr_optim.bench.throughput.tensors import Tensors
 from clr_optim.bench.throughput.timing import Step
 from clr_optim.bench.throughput.variants import our_optimizer, torch_steps
+from clr_optim.bench.user_model import load_model
 from clr_optim.bench.workloads import RULES, WORKLOADS
 
-__all__ = ["measure_first_step", "measure_memory", "probe_first_step", "probe_memory"]
+__all__ = [
+    "measure_first_step", "measure_memory", "measure_model_memory", "probe_first_step",
+    "probe_memory", "probe_model_memory",
+]  # fmt: skip
+
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_NOT_LINUX = {"skipped": "needs /proc/self/clear_refs, which is Linux's"}
 
 
 def measure_first_step() -> dict[str, Any]:
@@ -70,18 +77,43 @@ def measure_memory(workload: str) -> dict[str, Any]:
     Returns:
         Bytes by variant, or ``skipped`` with the reason.
     """
-    if not Path("/proc/self/clear_refs").exists():
-        return {"skipped": "needs /proc/self/clear_refs, which is Linux's"}
+    if not _CLEAR_REFS.exists():
+        return dict(_NOT_LINUX)
     return _in_process("probe_memory", workload)
+
+
+def measure_model_memory(model: str, rule: str, seed: int) -> dict[str, Any]:
+    """Measure as :func:`measure_memory` does, for the user's parameters.
+
+    Args:
+        model: the option ``--model``.
+        rule: the update rule.
+        seed: of the first weights.
+    """
+    if not _CLEAR_REFS.exists():
+        return dict(_NOT_LINUX)
+    return _in_process("probe_model_memory", model, rule, seed)
 
 
 def probe_memory(workload: str) -> dict[str, Any]:
     """Measure in this process, which must have done nothing else before."""
     tensors = Tensors(WORKLOADS[workload], torch.float32)
-    adam = RULES["adam"]
-    steps: dict[str, Step] = {**torch_steps(adam, tensors.params)}
-    steps["ours"] = our_optimizer(adam, tensors.params).step
-    result: dict[str, Any] = {"workload": workload, "rule": "adam", "dtype": "float32"}
+    described = {"workload": workload, "rule": "adam", "dtype": "float32"}
+    return {**described, **_probe_memory(tensors, "adam")}
+
+
+def probe_model_memory(model: str, rule: str, seed: int) -> dict[str, Any]:
+    """Measure in this process, which must have done nothing else before."""
+    with redirect_stdout(sys.stderr):  # the user's function may print
+        params = load_model(model, seed).params
+    return _probe_memory(Tensors.of(params), rule)
+
+
+def _probe_memory(tensors: Tensors, rule: str) -> dict[str, Any]:
+    kind = RULES[rule]
+    steps: dict[str, Step] = {**torch_steps(kind, tensors.params)}
+    steps["ours"] = our_optimizer(kind, tensors.params).step
+    result: dict[str, Any] = {}
     for name in list(steps):
         step = steps.pop(name)  # the next variant frees the state of this one
         for _ in range(2):
@@ -94,7 +126,7 @@ def probe_memory(workload: str) -> dict[str, Any]:
             ctypes.CDLL(None).malloc_trim(0)
         before = _resident("VmRSS")
         try:
-            Path("/proc/self/clear_refs").write_text("5")
+            _CLEAR_REFS.write_text("5")
         except OSError as error:
             return {"skipped": f"/proc/self/clear_refs cannot be written ({error.strerror})"}
         step()

@@ -14,18 +14,30 @@ Step = Callable[[], object]
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 300
 
 
-def orders(names: list[str], seconds: float) -> Iterator[list[str]]:
-    """Yield the names in a new random order, round after round, until the time is up."""
+def orders(
+    names: list[str], seconds: float, seed: int = 0, least: int | None = None
+) -> Iterator[list[str]]:
+    """Yield the names in a new random order, round after round, until the time is up.
+
+    Args:
+        names: the names.
+        seconds: the time.
+        seed: of the order.
+        least: the least number of rounds; ``None`` is 5.
+    """
     # A random order keeps a variant from always running after the same neighbour.
-    chance = Random(0)
+    chance = Random(seed)
     end = perf_counter() + seconds
+    least = _LEAST_ROUNDS if least is None else least
     for number in range(_MOST_ROUNDS):
-        if number >= _LEAST_ROUNDS and perf_counter() > end:
+        if number >= least and perf_counter() > end:
             break
         yield chance.sample(names, len(names))
 
 
-def interleave(steps: Mapping[str, Step], prepare: Step, seconds: float) -> dict[str, list[float]]:
+def interleave(
+    steps: Mapping[str, Step], prepare: Step, seconds: float, seed: int = 0
+) -> dict[str, list[float]]:
     """Time the steps in turns, and call ``prepare`` before each step, untimed.
 
     Returns:
@@ -38,7 +50,7 @@ def interleave(steps: Mapping[str, Step], prepare: Step, seconds: float) -> dict
         steps[name]()
     gc.disable()
     try:
-        for order in orders(names, seconds):
+        for order in orders(names, seconds, seed):
             for name in order:
                 prepare()
                 begin = perf_counter()

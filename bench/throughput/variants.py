@@ -13,14 +13,14 @@ from torch.optim.lr_scheduler import CyclicLR
 
 from clr_optim import CyclicalOptimizer
 from clr_optim.bench.gpu import Gpu
-from clr_optim.bench.throughput.tensors import Tensors
 from clr_optim.bench.throughput.timing import Step
 from clr_optim.bench.workloads import Rule
 
 __all__ = [
     "LR",
+    "ON_CPU",
     "ON_GPU",
-    "drop_failing",
+    "drop_failing_steps",
     "our_optimizer",
     "torch_steps",
     "with_scheduler",
@@ -88,14 +88,16 @@ def with_scheduler(
     return both
 
 
-def drop_failing(steps: dict[str, Step], names: Iterable[str], tensors: Tensors, cell: str) -> None:
+def drop_failing_steps(
+    steps: dict[str, Step], names: Iterable[str], prepare: Step, cell: str
+) -> None:
     """Remove the named variants whose first step fails: no kernel, or no compiler."""
     if "compile" in steps:
         torch.compiler.reset()  # torch limits how much one process compiles
     for name in names:
         if name not in steps:
             continue
-        tensors.move_gradients()
+        prepare()
         try:
             steps[name]()
         except torch.OutOfMemoryError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,9 @@ from clr_optim.demo.train import (
 )
 from clr_optim.range_test import Bounds, RangeTest
 
-__all__ = ["COMPARED", "POLICIES", "Results", "load_digits", "run_demo", "table", "verdict"]
+__all__ = [
+    "COMPARED", "POLICIES", "Results", "as_json", "load_digits", "run_demo", "table", "verdict",
+]  # fmt: skip
 
 POLICIES = ("fixed", "triangular", "triangular2", "exp_range")
 COMPARED = ("SGD", "Adam")
@@ -52,7 +55,7 @@ def run_demo(
         The measurements of every run.
 
     Raises:
-        ImportError: without the packages of ``clr-optim[demo]``.
+        ImportError: without tqdm or matplotlib.
         OSError: if ``out`` cannot be created or written.
         ValueError: if a range test finds no bounds.
     """
@@ -60,7 +63,7 @@ def run_demo(
     try:
         from tqdm import tqdm
     except ImportError as error:
-        raise ImportError("the demo needs tqdm: pip install clr-optim[demo]") from error
+        raise ImportError("the demo needs tqdm: pip install tqdm") from error
     from clr_optim import plotting
 
     plotting.require_matplotlib()
@@ -184,6 +187,23 @@ def table(results: Results, plan: Plan) -> str:
     seeds = len(next(iter(results.values())))
     over = f", mean over {seeds} seeds (± standard deviation)" if seeds > 1 else ""
     return "\n".join([f"Test accuracy in %{over}:", "", *lines])
+
+
+def as_json(results: Results) -> dict[str, Any]:
+    """Return the results as numbers, texts and lists; accuracies in percent, one list per seed."""
+    rows = [
+        {
+            "optimizer": name,
+            "policy": policy,
+            "base_lr": min(runs[0].rates),
+            "max_lr": max(runs[0].rates),
+            "iterations": runs[0].evaluated,
+            "accuracies": [run.accuracies for run in runs],
+            "step_s": float(np.median([run.step_seconds for run in runs])),
+        }
+        for (name, policy), runs in results.items()
+    ]
+    return {"rows": rows}
 
 
 def verdict(name: str, finals: Mapping[str, npt.NDArray[np.float64]]) -> str:

@@ -1,4 +1,4 @@
-"""The commands ``range-test`` and ``train``, on the digits or on CIFAR-10."""
+"""The commands ``range-test`` and ``train``, on the digits, on CIFAR-10 or on the user's model."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import json
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from clr_optim import plotting
+from clr_optim.bench.user_model import load_model
 from clr_optim.demo.train import (
+    OPTIMIZERS,
     Plan,
     Run,
     Task,
@@ -22,61 +24,143 @@ from clr_optim.demo.train import (
     search_bounds,
     train,
 )
-from clr_optim.range_test import Bounds, RangeTest
+from clr_optim.options import OptionError, flag, name_options
+from clr_optim.range_test import Bounds, RangeTest, lr_range_test
 
 __all__ = ["range_test", "train_once"]
 
+#: the optimizer without ``--optimizer``
+_DEFAULT = "SGD"
 
-def range_test(args: Namespace) -> int:
+
+def range_test(args: Namespace) -> tuple[dict[str, Any], int]:
     """Find bounds, print them with the reason, draw and save the curve.
 
     Args:
         args: the command's options.
 
     Returns:
-        The exit code: 1 if the curve has no usable region, 130 if Ctrl-C ended it early.
+        Curve and bounds as numbers and texts, and the exit code: 1 if the curve has no usable
+        region, 130 if Ctrl-C ended it early.
 
     Raises:
-        ImportError, OSError, ValueError: for impossible options, before any training.
+        ImportError, OptionError, OSError, ValueError: for impossible options, before any training.
     """
     _check_files(args.out, args.save, (".json", ".csv"))
     with _Threads(args.threads):
-        task = _task(args)
-        step_size = RangeTest.suggest_step_size(len(task.batches), args.epochs_per_step_size)
-        print(f"{args.optimizer}; {task.summary}.", flush=True)
-        result = _search(task, args)
+        search = _search_model(args) if args.model else _search_task(args)
+    result, step_size = search.result, search.step_size
+    found: dict[str, Any] = {"optimizer": search.optimizer, "curve": result.to_dict()}
     if args.save and result.lrs:
         result.save(args.save)
+    interrupted = 130 if result.interrupted else 0
     try:
         bounds = result.suggest(args.method, base=args.base)
     except ValueError as error:
         if result.lrs and args.out:
             print(plotting.save(plotting.plot_range_test(result), args.out))
-        print(f"no bounds: {error}")
-        return 130 if result.interrupted else 1
-    print(_found(result, bounds))
+        why = name_options(str(error), args)
+        print(f"no bounds: {why}")
+        return {**found, "no_bounds": why}, interrupted or 1
+    print(name_options(_found(result, bounds), args))
+    print(f"\nTrain with them, {args.epochs_per_step_size} epochs up and as many down:")
+    if not args.model:
+        print(
+            f"  clr-optim train --optimizer {search.optimizer} --base-lr {bounds.base_lr:.3g} "
+            f"--max-lr {bounds.max_lr:.3g}{f' --data {args.data}' if args.data else ''}"
+        )
     print(
-        f"\nTrain with them, {args.epochs_per_step_size} epochs up and as many down:\n"
-        f"  clr-optim train --optimizer {args.optimizer} --base-lr {bounds.base_lr:.3g} "
-        f"--max-lr {bounds.max_lr:.3g}{f' --data {args.data}' if args.data else ''}\n"
-        f'  opt = CyclicalOptimizer(opt, "triangular2", base_lr={bounds.base_lr:.3g}, '
-        f"max_lr={bounds.max_lr:.3g}, step_size_up={step_size:_})\n"
+        f'  opt = CyclicalOptimizer(opt, "triangular2", {_arguments(bounds)}, '
+        f"step_size_up={step_size})\n"
     )
     if args.out:
         print(plotting.save(plotting.plot_range_test(result, bounds), args.out))
     if args.save:
         print(args.save)
-    return 130 if result.interrupted else 0
+    found |= {**bounds.asdict(), "confidence": bounds.confidence, "reason": bounds.reason}
+    return {**found, "step_size_up": step_size}, interrupted
 
 
-def train_once(args: Namespace) -> int:
+class _Search(NamedTuple):
+    """A finished range test, the optimizer's name, and the step size as Python code."""
+
+    result: RangeTest
+    optimizer: str
+    step_size: str
+
+
+def _search_task(args: Namespace) -> _Search:
+    """Search with the digits or CIFAR-10."""
+    name = args.optimizer or _DEFAULT
+    task = _task(args)
+    step_size = RangeTest.suggest_step_size(len(task.batches), args.epochs_per_step_size)
+    print(f"{name}; {task.summary}.", flush=True)
+    return _Search(
+        search_bounds(task, name, seed=args.seed, **_range(args)), name, f"{step_size:_}"
+    )
+
+
+def _search_model(args: Namespace) -> _Search:
+    """Search with the user's model."""
+    for name in ("data", "batch_size", "device"):
+        if getattr(args, name) is not None:
+            raise OptionError(f"{flag(name)} has no effect with --model: the function decides")
+    given = load_model(args.model, args.seed, training=True)
+    assert given.model is not None
+    if given.optimizer is None:
+        name = args.optimizer or _DEFAULT
+        optimizer = OPTIMIZERS[name]([{"params": given.params}], args.end_lr)
+    elif args.optimizer is not None:
+        raise OptionError(
+            f"--optimizer has no effect: {args.model} returns an optimizer; leave one of them out"
+        )
+    else:
+        name, optimizer = type(given.optimizer).__name__, given.optimizer
+    try:
+        batches = len(given.loader)
+    except TypeError:  # a loader without a length
+        step_size = f"{args.epochs_per_step_size} * steps_per_epoch"
+    else:
+        suggested = RangeTest.suggest_step_size(batches, args.epochs_per_step_size)
+        step_size = f"{suggested:_}"
+    print(f"{name}; {given.summary}.", flush=True)
+    result = lr_range_test(given.model, optimizer, given.loader, given.loss_fn, **_range(args))
+    return _Search(result, name, step_size)
+
+
+def _range(args: Namespace) -> dict[str, Any]:
+    """Return the options of the range test as arguments."""
+    return {
+        "start_lr": args.start_lr,
+        "end_lr": args.end_lr,
+        "num_steps": args.steps,
+        "mode": args.mode,
+        "metric": args.metric,
+        "backend": args.backend,
+    }
+
+
+def _arguments(bounds: Bounds) -> str:
+    """Return the bounds as Python code, one per group if the groups' rates differ."""
+
+    def code(value: float | list[float]) -> str:
+        if isinstance(value, list):
+            return f"[{', '.join(f'{rate:.3g}' for rate in value)}]"
+        return f"{value:.3g}"
+
+    both = bounds.asdict()
+    return f"base_lr={code(both['base_lr'])}, max_lr={code(both['max_lr'])}"
+
+
+def train_once(args: Namespace) -> tuple[dict[str, Any], int]:
     """Train a whole number of cycles, with bounds given or found by a range test.
 
     Args:
         args: the command's options.
 
     Returns:
-        The exit code: 130 if Ctrl-C ended it early. Measurements until then are saved and drawn.
+        The measurements, and the exit code: 130 if Ctrl-C ended it early. Measurements until then
+        are saved and drawn.
 
     Raises:
         ImportError, OSError, ValueError: for impossible options, before any training.
@@ -84,7 +168,7 @@ def train_once(args: Namespace) -> int:
     try:
         from tqdm import tqdm
     except ImportError as error:
-        raise ImportError("training needs tqdm: pip install clr-optim[demo]") from error
+        raise ImportError("training needs tqdm: pip install tqdm") from error
 
     _check_files(args.out, args.save, (".json", ".csv"))
     if (args.base_lr is None) != (args.max_lr is None):
@@ -97,6 +181,7 @@ def train_once(args: Namespace) -> int:
             "--base-lr 0 with --policy fixed: the fixed rate would be 0, the geometric mean of the "
             "bounds; give the rate as both bounds"
         )
+    name = args.optimizer or _DEFAULT
     with _Threads(args.threads):
         task = _task(args)
         plan = Plan(args.cycles, args.epochs_per_step_size, len(task.batches))
@@ -110,21 +195,21 @@ def train_once(args: Namespace) -> int:
                 options["window"] = args.window
         if base_lr is not None:  # refuse wrong bounds before the training
             build_optimizer(
-                args.optimizer, args.policy, task, task.build(),
+                name, args.policy, task, task.build(),
                 base_lr=base_lr, max_lr=max_lr, **options,
             )  # fmt: skip
-        print(f"{args.optimizer}, {args.policy}; {task.summary}.", flush=True)
+        print(f"{name}, {args.policy}; {task.summary}.", flush=True)
         if base_lr is None:
-            search = search_bounds(task, args.optimizer, seed=args.seed)
+            search = search_bounds(task, name, seed=args.seed)
             if search.interrupted:
-                return 130
+                return {}, 130
             bounds = search.suggest()
             base_lr, max_lr = bounds.base_lr, bounds.max_lr
             print(_found(search, bounds))
         torch.manual_seed(args.seed)
         model = task.build()
         optimizer = build_optimizer(
-            args.optimizer, args.policy, task, model, base_lr=base_lr, max_lr=max_lr, **options
+            name, args.policy, task, model, base_lr=base_lr, max_lr=max_lr, **options
         )
         print(
             f"{plan.cycles} cycles of 2 × {plan.step_size} iterations "
@@ -139,12 +224,21 @@ def train_once(args: Namespace) -> int:
             except KeyboardInterrupt:
                 interrupted = True
     print(_table(run, plan, interrupted))
+    rows = _rows(run)
+    settings = {
+        "optimizer": name,
+        "policy": args.policy,
+        "base_lr": base_lr,
+        "max_lr": max_lr,
+        "seed": args.seed,
+    }
+    results = {**settings, **({key: [row[key] for row in rows] for key in rows[0]} if rows else {})}
     if args.save:
-        _save(run, args, base_lr, max_lr)
+        _save(Path(args.save), results, rows)
         print(args.save)
     if args.out and run.losses:
-        print(plotting.save(_draw(run, plan, f"{args.optimizer}, {args.policy}"), args.out))
-    return 130 if interrupted else 0
+        print(plotting.save(_draw(run, plan, f"{name}, {args.policy}"), args.out))
+    return results, 130 if interrupted else 0
 
 
 class _Threads:
@@ -179,27 +273,13 @@ def _check_files(out: str | None, save: str | None, kinds: Sequence[str]) -> Non
 def _task(args: Namespace) -> Task:
     options = {} if args.batch_size is None else {"batch_size": args.batch_size}
     try:
-        device = torch.device(args.device)
+        device = torch.device(args.device or "cpu")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: {' '.join(str(error).split())}") from error
     if args.data is not None:
         return cifar10_task(args.data, device=device, **options)
     return digits_task(device=device, **options)
-
-
-def _search(task: Task, args: Namespace) -> RangeTest:
-    return search_bounds(
-        task,
-        args.optimizer,
-        seed=args.seed,
-        start_lr=args.start_lr,
-        end_lr=args.end_lr,
-        num_steps=args.steps,
-        mode=args.mode,
-        metric=args.metric,
-        backend=args.backend,
-    )
 
 
 def _found(result: RangeTest, bounds: Bounds) -> str:
@@ -224,23 +304,19 @@ def _table(run: Run, plan: Plan, interrupted: bool) -> str:
     return "\n".join(lines)
 
 
-def _save(run: Run, args: Namespace, base_lr: float, max_lr: float) -> None:
+def _rows(run: Run) -> list[dict[str, Any]]:
+    """Return a row per iteration."""
     accuracies = dict(zip(run.evaluated, run.accuracies, strict=True))
-    rows = [
+    return [
         {"iteration": i, "lr": lr, "loss": loss, "test_accuracy": accuracies.get(i)}
         for i, (lr, loss) in enumerate(zip(run.rates, run.losses, strict=True), 1)
     ]
-    path = Path(args.save)
+
+
+def _save(path: Path, results: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write the results as JSON, or the rows as CSV."""
     if path.suffix == ".json":
-        settings = {
-            "optimizer": args.optimizer,
-            "policy": args.policy,
-            "base_lr": base_lr,
-            "max_lr": max_lr,
-            "seed": args.seed,
-        }
-        columns = {key: [row[key] for row in rows] for key in rows[0]} if rows else {}
-        path.write_text(json.dumps({**settings, **columns}) + "\n")
+        path.write_text(json.dumps(results) + "\n")
         return
     with path.open("w", newline="") as file:
         table = csv.DictWriter(file, ["iteration", "lr", "loss", "test_accuracy"])

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clr_optim import CyclicalOptimizer
-from clr_optim.range_test import RangeTest, lr_range_test
+from clr_optim.bench.workloads import RULES, Rule
+from clr_optim.range_test import DEFAULT_RANGE, DEFAULT_STEPS, RangeTest, lr_range_test
 
 __all__ = [
     "OPTIMIZERS",
@@ -37,14 +38,23 @@ __all__ = [
 
 _Params = list[dict[str, Any]]
 
+#: Update rules of :data:`~clr_optim.bench.workloads.RULES` that share a class with another rule.
+_SETTINGS = ("sgd", "rmsprop_full")
+
+
+def _constructor(rule: Rule) -> Callable[[_Params, float], torch.optim.Optimizer]:
+    def make(params: _Params, lr: float) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = rule.optimizer(params, lr=lr, **rule.settings)
+        return optimizer
+
+    return make
+
+
 #: Constructors by torch's names. Settings are torch's defaults, except for SGD's momentum.
 OPTIMIZERS: dict[str, Callable[[_Params, float], torch.optim.Optimizer]] = {
-    "SGD": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
-    "Adam": lambda params, lr: torch.optim.Adam(params, lr=lr),
-    "AdamW": lambda params, lr: torch.optim.AdamW(params, lr=lr),
-    "RMSprop": lambda params, lr: torch.optim.RMSprop(params, lr=lr),
-    "Adagrad": lambda params, lr: torch.optim.Adagrad(params, lr=lr),
-    "Adadelta": lambda params, lr: torch.optim.Adadelta(params, lr=lr),
+    rule.optimizer.__name__: _constructor(rule)
+    for name, rule in RULES.items()
+    if name not in _SETTINGS
 }
 
 _TRAIN_PER_DIGIT = 120
@@ -294,9 +304,9 @@ def search_bounds(
     name: str,
     *,
     seed: int = 0,
-    start_lr: float = 1e-5,
-    end_lr: float = 10.0,
-    num_steps: int = 500,
+    start_lr: float = DEFAULT_RANGE[0],
+    end_lr: float = DEFAULT_RANGE[1],
+    num_steps: int = DEFAULT_STEPS,
     **options: Any,
 ) -> RangeTest:
     """Run the LR range test of an optimizer, from rates far too small to rates far too large.

@@ -44,6 +44,10 @@ class Forward:
         self._wants_accuracy = wants_accuracy
         self._device = device
 
+    def loss(self, batch: Any) -> Tensor:
+        """Return the loss of a batch, checked."""
+        return self._losses(batch, None)[0]
+
     def train(
         self,
         batches: Iterator[Any],

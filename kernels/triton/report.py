@@ -117,7 +117,7 @@ def rows(target: str) -> Iterator[dict[str, Any]]:
             "TRITON_INTERPRET is set: Triton then interprets kernels and compiles none; unset it"
         )
     if importlib.util.find_spec("triton") is None:
-        raise ReportError("triton is not installed: pip install 'clr-optim[triton]'")
+        raise ReportError("triton is not installed: pip install triton")
     from triton.backends.compiler import GPUTarget
 
     if named[1]:

@@ -40,7 +40,8 @@ def error(capsys, *options):
     with pytest.raises(SystemExit) as exit_:
         throughput.main([*TINY, *options])
     assert exit_.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()  # no usage text
+    return line
 
 
 def row_of(

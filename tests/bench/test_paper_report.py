@@ -155,9 +155,7 @@ def test_without_matplotlib_there_are_results_and_no_pictures(tmp_path, capsys, 
     Store(tmp_path).append(result_of())
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["bench", "paper", "--report", "--out", str(tmp_path)]) == 0
-    assert (
-        "pip install clr-optim[plot]; then --report draws the pictures" in capsys.readouterr().err
-    )
+    assert "pip install matplotlib; then --report draws the pictures" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == ["paper.json", "paper.md", "results.jsonl"]
 
 

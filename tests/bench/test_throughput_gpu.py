@@ -183,7 +183,7 @@ def test_out_of_memory_is_not_taken_for_a_missing_kernel(variant, h200):
 
     tensors = Tensors([(3,)], torch.float32)
     with pytest.raises(torch.OutOfMemoryError):
-        variants.drop_failing({variant: too_much}, [variant], tensors, "cell")
+        variants.drop_failing_steps({variant: too_much}, [variant], tensors.move_gradients, "cell")
 
 
 def test_what_is_measured_on_a_gpu_unless_told_otherwise(h200, monkeypatch):
@@ -202,5 +202,5 @@ def test_what_is_measured_on_a_gpu_unless_told_otherwise(h200, monkeypatch):
 def test_variants_that_the_device_waited_for_are_named(tmp_path, capsys, h200):
     _run_on_gpu(tmp_path, "--workloads", "mlp", "--rules", "sgd", "--dtypes", "float32")
     printed = capsys.readouterr().out
-    named = "default, forloop, fused, ours, ours_graph"
+    named = "foreach, for-loop, fused, ours, ours graph"
     assert f"({named}: the device waited for the host)" in printed

@@ -10,7 +10,7 @@ from PIL import Image
 
 import clr_optim
 from clr_optim import plotting, schedule
-from clr_optim.cli import command, main
+from clr_optim.cli import info, main
 from clr_optim.kernels.native import build as native_build
 from clr_optim.kernels.native.build import BuildError
 from clr_optim.rules import STATE_SLOTS
@@ -22,7 +22,8 @@ def _error(capsys, argv):
     assert exit_.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    return printed.err.splitlines()[-1]
+    (line,) = printed.err.splitlines()  # no usage text
+    return line
 
 
 def test_without_arguments_prints_help(capsys):
@@ -75,7 +76,7 @@ def test_info_shows_why_there_are_no_kernels(capsys, monkeypatch):
     def failed():
         raise BuildError("no C++ compiler:\n  install one")
 
-    monkeypatch.setattr(command, "library", failed)
+    monkeypatch.setattr(info, "library", failed)
     monkeypatch.setenv("CLR_OPTIM_BACKEND", "native")
     assert main(["info"]) == 0
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
@@ -166,12 +167,12 @@ def test_plot_names_the_file_after_the_policy(tmp_path, capsys, monkeypatch):
 
 # (options of plot, part of the message)
 WRONG_PLOTS = [
-    (["--policy", "triangular", "--step-size-up", "0"], "step_size_up=0"),
-    (["--policy", "exp_range", "--gamma", "1.5"], "gamma must be a finite number"),
-    (["--policy", "triangular", "--base-lr", "1"], "base_lr=1.0 is above max_lr=0.006"),
-    (["--policy", "triangular", "--max-lr", "nan"], "max_lr must be a finite number"),
-    (["--policy", "triangular", "--steps", "0"], "steps must be an integer >= 1"),
-    (["--policy", "one_cycle", "--steps", "2"], "total_steps must be an integer >= 3"),
+    (["--policy", "triangular", "--step-size-up", "0"], "--step-size-up=0"),
+    (["--policy", "exp_range", "--gamma", "1.5"], "error: --gamma must be a finite number"),
+    (["--policy", "triangular", "--base-lr", "1"], "--base-lr=1.0 is above --max-lr=0.006"),
+    (["--policy", "triangular", "--max-lr", "nan"], "--max-lr must be a finite number"),
+    (["--policy", "triangular", "--steps", "0"], "error: --steps must be an integer >= 1"),
+    (["--policy", "one_cycle", "--steps", "2"], "error: --steps must be an integer >= 3"),
     (
         ["--policy", "triangular", "--gamma", "0.9"],
         "--gamma has no effect with --policy triangular",
@@ -214,5 +215,5 @@ def test_interrupt_ends_without_traceback(monkeypatch):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "_info", interrupted)
+    monkeypatch.setattr(info, "_info", interrupted)
     assert main(["info"]) == 130

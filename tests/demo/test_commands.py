@@ -44,7 +44,8 @@ def _error(capsys, argv):
     with pytest.raises(SystemExit) as exit_:
         main(argv)
     assert exit_.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()  # no usage text
+    return line
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
@@ -92,7 +93,7 @@ def test_a_curve_without_bounds_is_drawn_and_kept_and_fails(tmp_path, capsys):
     assert main(["range-test", *options]) == 1
     out = capsys.readouterr().out
     assert "no bounds: the curve is flat" in out
-    assert "raise end_lr" in out
+    assert "raise --end-lr" in out
     assert (tmp_path / "range-test.png").exists()
     assert len(json.loads((tmp_path / "curve.json").read_text())["lrs"]) == 60
 
@@ -187,7 +188,7 @@ def test_an_interrupted_training_is_kept_and_drawn(tmp_path, monkeypatch, capsys
 IMPOSSIBLE = [
     (["--data", "no-such-folder"], "no-such-folder: there is no data_batch_1.bin"),
     (["--device", "abacus"], "--device abacus"),
-    (["--batch-size", "5000"], "batch_size must be from 1 to 1200"),
+    (["--batch-size", "5000"], "--batch-size must be from 1 to 1200"),
     (["--save", "curve.txt"], "--save must end in .json or .csv, got 'curve.txt'"),
     (
         ["--save", "nowhere/curve.csv"],
@@ -210,18 +211,24 @@ def test_options_that_cannot_be_met_are_refused_before_training(
 
 # (command line, part of the message)
 CONTRADICTIONS = [
-    (["range-test", "--start-lr", "1", "--end-lr", "0.5"], "start_lr=1.0 must be below"),
-    (["range-test", "--start-lr", "0"], "start_lr must be a finite number > 0"),
-    (["range-test", "--epochs-per-step-size", "11"], "epochs must be a finite number"),
+    (["range-test", "--start-lr", "1", "--end-lr", "0.5"], "--start-lr=1.0 must be below"),
+    (["range-test", "--start-lr", "0"], "--start-lr must be a finite number > 0"),
+    (["range-test", "--epochs-per-step-size", "11"], "--epochs-per-step-size must be"),
     (["range-test", "--steps", "1"], "must be a whole number >= 2, got '1'"),
     (["train", "--base-lr", "0.1"], "give both bounds, or neither"),
-    (["train", "--base-lr", "2", "--max-lr", "1"], "base_lr=2.0 is above max_lr=1.0"),
+    (["train", "--base-lr", "2", "--max-lr", "1"], "--base-lr=2.0 is above --max-lr=1.0"),
     (["train", "--policy", "fixed", "--base-lr", "0", "--max-lr", "1"], "--base-lr 0"),
     (["train", "--gamma", "0.9"], "--gamma has no effect with --policy triangular2"),
+    (["range-test", "--model", "mine"], "--model must be MODULE:FUNCTION, as in train:make_model"),
+    (["range-test", "--model", "absent:net"], "there is no module 'absent'; give a module in "),
+    (["range-test", "--model", "absent:net", "--data", "a"], "--data has no effect with --model"),
+    (["bench", "--model", "absent:net", "--dtypes", "float32"], "--dtypes has no effect with"),
+    (["bench", "--json", "no-such-folder/a.json"], "--json no-such-folder/a.json: there is no"),
+    (["info", "--json", "no-such-folder/a.json"], "--json no-such-folder/a.json: there is no"),
     (["train", "--policy", "fixed", "--window", "hann"],
      "--window has no effect with --policy fixed"),
     (["train", "--policy", "exp_range", "--gamma", "2", "--base-lr", "1", "--max-lr", "2"],
-     "gamma must be a finite number"),
+     "error: --gamma must be a finite number"),
 ]  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def is_interpreted() -> bool:
 def why_no_triton() -> str | None:
     """Return why this Python has no Triton kernels, or None."""
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install 'clr-optim[triton]'"
+        return "Triton is not installed: pip install triton"
     return None
 
 

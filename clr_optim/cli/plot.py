@@ -1,0 +1,97 @@
+"""The command ``plot``: draw all policies, or one schedule."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clr_optim import plotting, schedule
+from clr_optim.cli.outcome import Outcome
+from clr_optim.options import OptionError, add_json, flag, library_errors, spelled
+
+__all__ = ["add_plot"]
+
+#: The policies that ``plot --policy`` draws. An option applies if the constructor has it.
+_POLICIES: dict[str, Callable[..., schedule.Schedule]] = {
+    **schedule.POLICIES,
+    "one_cycle": schedule.one_cycle,
+    "warm_restarts": schedule.warm_restarts,
+}
+_SHAPE_OPTIONS = ("step_size_up", "step_size_down", "gamma", "window", "period")
+
+
+def add_plot(commands: Any) -> None:
+    """Add the command ``plot``."""
+    parser = commands.add_parser(
+        "plot",
+        help="draw all policies, or one schedule",
+        description="Without --policy, draws one picture per policy into the folder --out. With "
+        "--policy, draws one schedule into the file --out.",
+    )
+    add = parser.add_argument
+    add(
+        "--policy", type=spelled(_POLICIES), choices=_POLICIES, metavar="NAME",
+        help=", ".join(_POLICIES),
+    )  # fmt: skip
+    add("--steps", type=int, metavar="N", help="iterations to draw (20000)")
+    add("--step-size-up", type=int, metavar="N", help="rising half of a cycle (2000)")
+    add("--step-size-down", type=int, metavar="N", help="falling half (as --step-size-up)")
+    add("--period", type=int, metavar="N", help="first period of warm_restarts (2000)")
+    add("--base-lr", type=float, metavar="LR", help="lower bound (a quarter of --max-lr)")
+    add("--max-lr", type=float, metavar="LR", help="upper bound (0.006)")
+    add("--gamma", type=float, help="decay per iteration of exp_range (0.99994)")
+    add(
+        "--window", type=spelled(schedule.WINDOWS), choices=schedule.WINDOWS,
+        help="shape of a cycle (triangle)",
+    )  # fmt: skip
+    add("--out", metavar="PATH", help="folder (docs), or file (NAME.png)")
+    add_json(parser)
+    parser.set_defaults(run=_plot)
+
+
+def _plot(args: argparse.Namespace) -> Outcome:
+    given = {
+        name: getattr(args, name)
+        for name in ("steps", "base_lr", "max_lr", *_SHAPE_OPTIONS)
+        if getattr(args, name) is not None
+    }
+    if args.policy is None:
+        if given:
+            raise OptionError(f"{_flags(given)}: only together with --policy")
+        paths = plotting.plot_policies(args.out or "docs")
+        for path in paths:
+            print(path)
+        return Outcome({"pictures": [str(path) for path in paths]})
+    make = _POLICIES[args.policy]
+    steps = given.pop("steps", 20_000)
+    max_lr = given.pop("max_lr", 0.006)
+    base_lr = given.pop("base_lr", max_lr / 4)
+    unused = set(given) - set(inspect.signature(make).parameters)
+    if unused:
+        verb = "has" if len(unused) == 1 else "have"
+        raise OptionError(f"{_flags(unused)} {verb} no effect with --policy {args.policy}")
+    lengths = {"one_cycle": {"total_steps": steps}, "warm_restarts": {"period": 2000}}
+    options: dict[str, Any] = {**lengths.get(args.policy, {}), **given}
+    with library_errors(args):
+        drawn = make(**options)
+        figure = plotting.plot_schedule(drawn, steps, base_lr, max_lr)
+        path = plotting.save(figure, Path(args.out or f"{args.policy}.png"))
+    print(path)
+    return Outcome(
+        {
+            "pictures": [str(path)],
+            "schedule": drawn.to_dict(),
+            "base_lr": base_lr,
+            "max_lr": max_lr,
+            "lr": drawn(np.arange(steps + 1), base_lr, max_lr).tolist(),
+        }
+    )
+
+
+def _flags(names: Iterable[str]) -> str:
+    return ", ".join(sorted(map(flag, names)))
