@@ -219,10 +219,12 @@ class GroupMirror:
         groups for the next call, since a second load may follow.
         """
         groups = list(self._optimizer.param_groups) if groups is None else groups
-        if not self.records or self.are_ours(groups):
+        ours = [record.group for record in self.records]
+        if self.have_ours(groups):
             self._loaded = None
-            return found_bounds(groups, self.written.bounds)
-        last = self._loaded or ([record.group for record in self.records], self.written.bounds)
+            known = dict(zip(map(id, ours), self.written.bounds, strict=True))
+            return found_bounds(groups, [known.get(id(group)) for group in groups])
+        last = self._loaded or (ours, self.written.bounds)
         found = found_bounds(groups, found_bounds(*last))
         self._loaded = groups, found
         return found

@@ -131,18 +131,18 @@ def initial_bounds(
 
 
 def found_bounds(
-    groups: Sequence[Mapping[str, Any]], known: Sequence[tuple[float, float]]
+    groups: Sequence[Mapping[str, Any]], known: Sequence[tuple[float, float] | None]
 ) -> list[tuple[float, float]]:
-    """Return each group's bounds: those in its keys, else those in its place, else from ``lr``.
+    """Return each group's bounds: those in its keys, else the known ones, else from ``lr``.
 
     Args:
         groups: the groups.
-        known: the bounds by place.
+        known: bounds by place; None, or a missing place, for a group of which none are known.
     """
     return [
         _written_bounds(group, i)
         if BASE in group and MAX in group
-        else (known[i] if i < len(known) else initial_bounds(group, f" in group {i}"))
+        else (known[i] if i < len(known) else None) or initial_bounds(group, f" in group {i}")
         for i, group in enumerate(groups)
     ]
 
