@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     bounds.add_arguments(of_bounds)
     of_bounds.set_defaults(run=_bench_bounds)
     of_paper = others.add_parser(
-        "paper", help="rerun the paper's tables", description=paper.DESCRIPTION
+        "paper", help="rerun the paper's tables and Figure 6", description=paper.DESCRIPTION
     )
     paper.add_arguments(of_paper)
     of_paper.set_defaults(run=paper.run)
