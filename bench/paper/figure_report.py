@@ -71,7 +71,7 @@ def figure_table(summaries: Sequence[Mapping[str, Any]], *, of: str = "quarters"
     lines = [f"| row, % after | {ends} | seeds | time |", "| --- " * (len(milestones) + 3) + "|"]
     for row in summaries:
         if "accuracy" not in row:
-            lines.append(f"| {row['row']} | not run " + "| " * (len(milestones) + 2) + "|")
+            lines.append(f"| {row['row']} | not run " + "| " * (len(milestones) + 1) + "|")
             continue
         cells = [
             f"{quarter['accuracy']:.1f}"
