@@ -19,8 +19,8 @@ __all__ = ["figure_markdown", "figure_table", "report_on_figure"]
 _LIMITS = (
     "The best of four constant rates was chosen after the runs, by the test images: this favours "
     "the constant rates.",
-    "A cycle ends at its lowest rate, and a constant rate has no low end. A rate that only decays "
-    "has one too, and no row here decays without cycles: the gain may be that of the low end.",
+    "A cycle ends at its lowest rate, and a constant rate has no low end. Part of the gain may "
+    "come from the low end alone, which a decaying rate has too. No row here decays only.",
 )
 
 
@@ -66,7 +66,9 @@ def figure_table(summaries: Sequence[Mapping[str, Any]], *, of: str = "quarters"
         summaries: from :func:`summarize_quarters`.
         of: ``"quarters"`` or ``"by_averages"``, the key of the accuracies.
     """
-    milestones = next((row[of] for row in summaries if "accuracy" in row), [])
+    milestones: Sequence[Mapping[str, Any]] = next(
+        (row[of] for row in summaries if "accuracy" in row), ()
+    )
     ends = " | ".join(f"{quarter['iteration']:,}" for quarter in milestones)
     lines = [f"| row, % after | {ends} | seeds | time |", "| --- " * (len(milestones) + 3) + "|"]
     for row in summaries:
