@@ -40,6 +40,7 @@ def figure_markdown(results: Sequence[Mapping[str, Any]]) -> str:
         "",
         *figure_table(summaries),
         "",
+        *_unfinished(summaries),
         *conclusions(summaries),
         *_LIMITS,
         "",
@@ -53,10 +54,19 @@ def figure_markdown(results: Sequence[Mapping[str, Any]]) -> str:
         "`triangular` has 4 cycles between 0.001 and 0.01, `triangular-found` 4 cycles between the "
         "bounds of its range test, `one-triangle` a single triangle between 0.0005 and 0.01 (it is "
         "not the policy `one_cycle`).",
+        "Times are of training and of range tests, by the clock; other work on the machine "
+        "prolongs them.",
         *settings_lines(results),
         "",
     ]
     return "\n".join(lines)
+
+
+def _unfinished(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    seeds = [row.get("seeds", 0) for row in summaries]
+    if min(seeds) == max(seeds):
+        return []
+    return [f"Unfinished: the rows have {min(seeds)} to {max(seeds)} seeds so far."]
 
 
 def figure_table(summaries: Sequence[Mapping[str, Any]], *, of: str = "quarters") -> list[str]:

@@ -184,6 +184,7 @@ def test_the_figure_is_run_resumed_and_reported(folder, tmp_path, monkeypatch, c
     assert text.strip() == (tmp_path / "whole" / "figure-6.md").read_text().strip()
     assert "| row, % after | 2 | 4 | 6 | 8 | seeds | time |" in text
     assert "Data: made up" in text
+    assert "Unfinished" not in text
     assert "a range test of 3 s found (0.002 to 0.02)" in text
     whole = json.loads((tmp_path / "whole" / "figure-6.json").read_text())
     assert [row["row"] for row in whole["rows"]] == list(FIGURE_6)
@@ -311,6 +312,7 @@ def test_the_report_drops_no_row_and_renews_a_table(tmp_path, capsys):
         "| triangular | 42.0 ± 2.8 | 46.0 ± 1.4 | 51.0 ± 1.4 | 58.0 ± 1.4 | 2 | 1:01:40 |" in lines
     )
     assert "| one-triangle | not run | | | | | |" in lines
+    assert "Unfinished: the rows have 0 to 2 seeds so far." in report(tmp_path)
     assert {line.count("|") for line in lines} == {8}
     readme.write_text("nothing")
     with pytest.raises(SystemExit):
