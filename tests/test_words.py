@@ -54,6 +54,7 @@ OTHERS = (
     "tests/demo/test_commands.py",
     "tests/demo/test_demo.py",
     "tests/bench/test_paper.py",
+    "tests/bench/test_paper_figure.py",
     "tests/bench/test_paper_report.py",
     "tests/bench/test_paper_rows.py",
     "tests/bench/test_paper_runs.py",

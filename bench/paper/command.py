@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from clr_optim.bench.paper.data import read
+from clr_optim.bench.paper.networks import SIGMOID
 from clr_optim.bench.paper.options import chosen_rows
 from clr_optim.bench.paper.readme import write_readme
 from clr_optim.bench.paper.report import report
@@ -22,8 +23,9 @@ __all__ = ["DESCRIPTION", "run"]
 
 DESCRIPTION = (
     "Reruns the tables of the paper on cyclical learning rates (arXiv 1506.01186): cifar10_full on "
-    "CIFAR-10. Runs unattended: progress goes to stderr, each finished row goes to a file, and "
-    "--resume continues after an interruption."
+    "CIFAR-10. --figure 6 reruns its Figure 6: constant rates and cycles on a sigmoid network. "
+    "Runs unattended: progress goes to stderr, each finished row goes to a file, and --resume "
+    "continues after an interruption."
 )
 
 
@@ -80,7 +82,7 @@ def _speed(args: argparse.Namespace) -> int:
 
 
 def _run(rows: Sequence[Row], args: argparse.Namespace) -> int:
-    data = read(args.data, args.device)
+    data = read(args.data, args.device, SIGMOID.batch_size if args.figure else None)
     store = Store(args.out)
     if not args.resume and not store.is_empty():
         raise argparse.ArgumentError(

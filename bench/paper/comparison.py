@@ -9,7 +9,7 @@ from typing import Any
 
 from clr_optim.bench.paper.rows import FIXED, ROWS, Row
 
-__all__ = ["summarize"]
+__all__ = ["standard_error", "summarize", "verdict"]
 
 
 #: Two of the paper's accuracies count as the same up to this difference, in points: two standard
@@ -74,9 +74,9 @@ def _comparisons(row: Row, rows: Mapping[str, Mapping[str, Any]]) -> list[dict[s
     Returns:
         Dictionaries with ``"with"`` (the reference's name), ``"difference"`` (points of accuracy),
         ``"same"`` (accuracies count as the same up to so many points: two standard errors of the
-        difference, see :func:`_error`) and ``"found"`` (the verdict). If the paper has both rows,
-        also ``"expected"`` (the paper's verdict), ``"published_difference"`` and ``"holds"``: True,
-        False, ``"in direction"`` if the difference has the paper's sign and another size, or
+        difference, see :func:`standard_error`) and ``"found"`` (the verdict). If the paper has both
+        rows, also ``"expected"`` (the paper's verdict), ``"published_difference"`` and ``"holds"``:
+        True, False, ``"in direction"`` if the difference has the paper's sign and another size, or
         ``"and more"`` if the paper has the same accuracy in fewer iterations, and the accuracy
         here is higher.
     """
@@ -86,18 +86,18 @@ def _comparisons(row: Row, rows: Mapping[str, Mapping[str, Any]]) -> list[dict[s
         there, other = rows.get(name, {}), ROWS[name]
         if "accuracy" not in there:
             continue
-        same = 2 * math.hypot(_error(here), _error(there))
+        same = 2 * math.hypot(standard_error(here), standard_error(there))
         difference = here["accuracy"] - there["accuracy"]
         comparison = {
             "with": name,
             "difference": difference,
             "same": same,
-            "found": _verdict(difference, same),
+            "found": verdict(difference, same),
         }
         # The paper has one "fixed" row, so it says nothing about our two fixed rows.
         if row.name not in FIXED and row.published is not None and other.published is not None:
             published = round(row.published - other.published, 1)
-            expected = _verdict(published, _SAME)
+            expected = verdict(published, _SAME)
             holds: bool | str = expected == comparison["found"]
             if holds and abs(difference) > same < abs(difference - published):
                 holds = "in direction"
@@ -153,7 +153,7 @@ def _relation(row: Row, rows: Mapping[str, Mapping[str, Any]]) -> str:
     return f"{text}; {'; '.join(clauses)}."
 
 
-def _error(summary: Mapping[str, Any]) -> float:
+def standard_error(summary: Mapping[str, Any]) -> float:
     """Return the standard error of an accuracy in points: of its test images and its seeds."""
     share = summary["accuracy"] / 100
     by_images = 100 * math.sqrt(share * (1 - share) / summary["test_images"])
@@ -163,7 +163,7 @@ def _error(summary: Mapping[str, Any]) -> float:
 _AS_ACCURATE = "as accurate as"
 
 
-def _verdict(difference: float, same: float) -> str:
+def verdict(difference: float, same: float) -> str:
     """Put a difference of two accuracies into words."""
     if abs(difference) <= same:
         return _AS_ACCURATE

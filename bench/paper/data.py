@@ -14,7 +14,7 @@ from clr_optim.bench.cifar10 import Images, mean_image, read_cifar10
 
 __all__ = ["Data", "digest", "read"]
 
-#: Images per batch, as in the paper.
+#: Images per batch of the paper's tables.
 BATCH_SIZE = 100
 
 
@@ -37,21 +37,29 @@ class Data:
     batch_size: int
 
 
-def read(folder: str | Path, device: torch.device | str = "cpu") -> Data:
+def read(
+    folder: str | Path, device: torch.device | str = "cpu", batch_size: int | None = None
+) -> Data:
     """Read CIFAR-10 from its official binary layout.
+
+    Args:
+        folder: with the official files.
+        device: of the images.
+        batch_size: images per batch; ``None`` is that of the paper's tables.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`~clr_optim.bench.cifar10.read_cifar10`, and if
             there are fewer training images than a batch has.
     """
+    batch_size = batch_size or BATCH_SIZE
     training, test = read_cifar10(folder)
-    if len(training) < BATCH_SIZE:
+    if len(training) < batch_size:
         raise ValueError(
-            f"{folder}: {len(training)} training images, fewer than a batch of {BATCH_SIZE}"
+            f"{folder}: {len(training)} training images, fewer than a batch of {batch_size}"
         )
     fingerprint = digest([training.pixels, training.labels, test.pixels, test.labels])
     mean = mean_image(training)  # on the host: the same bits for every device
-    return Data(training.to(device), test.to(device), mean, fingerprint, BATCH_SIZE)
+    return Data(training.to(device), test.to(device), mean, fingerprint, batch_size)
 
 
 def digest(tensors: Sequence[Tensor]) -> str:

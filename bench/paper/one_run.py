@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import Any
@@ -12,16 +12,11 @@ import torch
 from torch.nn import functional
 
 from clr_optim import CyclicalOptimizer
-from clr_optim.bench.cifar10 import (
-    RATE_RATIOS,
-    Batches,
-    Images,
-    accuracy,
-    cifar10_full,
-    parameter_groups,
-)
+from clr_optim.bench.cifar10 import Batches, Images, accuracy
 from clr_optim.bench.gpu import Gpu
 from clr_optim.bench.paper.data import Data, digest
+from clr_optim.bench.paper.found_bounds import find_bounds
+from clr_optim.bench.paper.networks import batch_statistics
 from clr_optim.bench.paper.optimizers import CAFFE_RULES, RULES, CaffeSGD
 from clr_optim.bench.paper.rows import Row, Scale
 
@@ -63,18 +58,16 @@ class Run:
         self.iterations = scale.steps(row.iterations)
         self.device = torch.device(device)
         rules = {**RULES, **CAFFE_RULES} if caffe else RULES
-        self.model = cifar10_full(seed).to(self.device)
-        base_lr, max_lr = row.bounds
-        inner = rules[row.rule](parameter_groups(self.model, max_lr))
+        self.model = row.network.build(seed).to(self.device)
+        self._inner = rules[row.rule](row.network.groups(self.model, max(row.bounds or (1.0,))))
+        self._schedule = row.schedule(scale)
         #: whether Triton's kernels serve the row, so that a graph can capture the iteration
-        self.on_kernels = self.device.type == "cuda" and not isinstance(inner, CaffeSGD)
-        self.optimizer: Any = CyclicalOptimizer(
-            inner,
-            row.schedule(scale),
-            base_lr=[base_lr * ratio for ratio in RATE_RATIOS],
-            max_lr=[max_lr * ratio for ratio in RATE_RATIOS],
-            backend="triton" if self.on_kernels else "auto",
-        )
+        self.on_kernels = self.device.type == "cuda" and not isinstance(self._inner, CaffeSGD)
+        #: the range test of a row without bounds, see :func:`find_bounds`
+        self.range_test: dict[str, Any] | None = None
+        self.optimizer: Any = None
+        if row.bounds is not None:
+            self._wrap(row.bounds)
         self.batches = Batches(
             data.training, data.mean, batch_size=data.batch_size, seed=seed, device=self.device
         )
@@ -83,9 +76,9 @@ class Run:
             "seed": seed,
             "scale": str(scale.factor),
             "iterations": self.iterations,
-            "bounds": list(row.bounds),
-            "schedule": self.optimizer.schedule.to_dict(),
-            "optimizer": type(inner).__name__,
+            "bounds": None if row.bounds is None else list(row.bounds),
+            "schedule": self._schedule.to_dict(),
+            "optimizer": type(self._inner).__name__,
             "momentum": "caffe" if caffe else "torch",
             "batch_size": data.batch_size,
             "training_images": len(data.training),
@@ -93,16 +86,38 @@ class Run:
             "data": data.digest,
             "device": self.device.type,
         }
-        self.every = math.ceil(self.iterations / _EVALUATIONS)
+        self.every = math.ceil(self.iterations / (24 if row.quarters else _EVALUATIONS))
+        #: iterations before an accuracy on all test images
+        self.milestones = [self.iterations]
+        if row.quarters:
+            self.milestones = [self.iterations * k // 4 for k in (1, 2, 3, 4)]
         self.iteration = 0
         #: the accuracies so far, as ``(iterations, percent)``
         self.curve: list[tuple[int, float]] = []
+        #: the same at milestones, where running averages normalize, as in torch
+        self.by_averages: list[tuple[int, float]] = []
         self.training_s = self.evaluation_s = 0.0
         self._graph: Callable[[], object] | None = None
         self._stream = None
         if self.device.type == "cuda":
             self._stream = Gpu().stream()
             self._stream.wait_stream(torch.cuda.current_stream())
+
+    def _wrap(self, bounds: Sequence[float]) -> None:
+        base_lr, max_lr = ([lr * ratio for ratio in self.row.network.ratios] for lr in bounds)
+        self.optimizer = CyclicalOptimizer(
+            self._inner,
+            self._schedule,
+            base_lr=base_lr,
+            max_lr=max_lr,
+            backend="triton" if self.on_kernels else "auto",
+        )
+
+    def prepare(self) -> None:
+        """Find the bounds by a range test, if the row has none. Call this before training."""
+        if self.optimizer is None:
+            self.range_test = find_bounds(self.model, self._inner, self.batches)
+            self._wrap(self.range_test["bounds"])
 
     def on_stream(self) -> AbstractContextManager[object]:
         """Enter the run's stream on a GPU. Every call of a run belongs into this context."""
@@ -132,16 +147,24 @@ class Run:
 
     @property
     def next_evaluation(self) -> int:
-        """The iteration before the next accuracy: at equal distances, and at the end."""
-        return min((self.curve[-1][0] if self.curve else 0) + self.every, self.iterations)
+        """The iteration before the next accuracy: at equal distances, and at milestones."""
+        last = self.curve[-1][0] if self.curve else 0
+        return min([last + self.every, *(at for at in self.milestones if at > last)])
 
     def evaluate(self) -> None:
-        """Measure the accuracy: on all test images at the end, before that on the first 2,000."""
+        """Measure the accuracy: at milestones on all test images, else on the first 2,000."""
         begin = perf_counter()
         test = self.data.test
-        if self.iteration < self.iterations:
+        if self.iteration not in self.milestones:
             test = Images(test.pixels[:_ON_THE_WAY], test.labels[:_ON_THE_WAY])
-        value = accuracy(self.model, test, self.data.mean)
+        if self.row.network.test_batch is None:
+            value = accuracy(self.model, test, self.data.mean)
+        else:
+            with batch_statistics(self.model):
+                value = accuracy(self.model, test, self.data.mean, self.row.network.test_batch)
+            if self.iteration in self.milestones:
+                by_averages = accuracy(self.model, test, self.data.mean)
+                self.by_averages.append((self.iteration, by_averages))
         self.curve.append((self.iteration, value))
         if self.is_done:
             # The graph keeps the run alive, and with the run its copy of the images.
@@ -157,12 +180,14 @@ class Run:
         """Return the state for :meth:`load_state_dict`, which continues the run exactly."""
         return {
             "settings": self.settings,
+            "range_test": self.range_test,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "position": self.batches.position,
             "random": torch.get_rng_state(),
             "iteration": self.iteration,
             "curve": self.curve,
+            "by_averages": self.by_averages,
             "training_s": self.training_s,
             "evaluation_s": self.evaluation_s,
         }
@@ -174,11 +199,15 @@ class Run:
             ValueError: if the checkpoint belongs to another run.
         """
         check_settings(self.settings, state["settings"], "the checkpoint")
+        self.range_test = state.get("range_test")  # missing in files of earlier versions
+        if self.range_test is not None:
+            self._wrap(self.range_test["bounds"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.batches.position = state["position"]
         torch.set_rng_state(state["random"])
         self.iteration, self.curve = state["iteration"], list(state["curve"])
+        self.by_averages = list(state.get("by_averages", ()))
         self.training_s, self.evaluation_s = state["training_s"], state["evaluation_s"]
 
     def result(self) -> dict[str, Any]:
@@ -186,12 +215,15 @@ class Run:
         weights = list(self.model.state_dict().values())
         return {
             **self.settings,
+            "network": self.row.network.name,
+            "range_test": self.range_test,
             "table": self.row.table,
             "published": self.row.published,
             "published_iterations": self.row.iterations,
             "cycles": self.optimizer.schedule.cycle(self.iterations),
             "accuracy": self.curve[-1][1],
             "curve": self.curve,
+            "by_averages": self.by_averages,
             "finite": all(bool(w.isfinite().all()) for w in weights),
             "weights": digest(weights),
             "training_s": round(self.training_s, 2),

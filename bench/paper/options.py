@@ -9,9 +9,13 @@ from fractions import Fraction
 import torch
 
 from clr_optim.bench.arguments import device, duration
+from clr_optim.bench.paper.figure_6 import FIGURE, FIGURE_6
 from clr_optim.bench.paper.rows import ROWS, Row, Scale
 
 __all__ = ["add_arguments", "chosen_rows"]
+
+
+_KNOWN = {**ROWS, **FIGURE_6}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="1|2|3|beyond",
         help="one or several, as 1,3; 2 is a row of 1",
     )
-    add("--rows", type=_row_names, metavar="A,B", help=f"only these rows: {', '.join(ROWS)}")
+    add(
+        "--figure",
+        choices=("6",),
+        help="constant rates and cycles on Caffe's sigmoid network; --scale 1/50: 1,200 iterations",
+    )
+    add(
+        "--rows",
+        type=_row_names,
+        metavar="A,B",
+        help=f"only these rows: {', '.join(ROWS)}; of figure 6: {', '.join(FIGURE_6)}",
+    )
     add(
         "--scale",
         type=_scale,
@@ -93,8 +107,8 @@ def _tables(text: str) -> list[str]:
 def _row_names(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
-        if name not in ROWS:
-            raise argparse.ArgumentTypeError(f"no row {name!r}; there are {', '.join(ROWS)}")
+        if name not in _KNOWN:
+            raise argparse.ArgumentTypeError(f"no row {name!r}; there are {', '.join(_KNOWN)}")
     return names
 
 
@@ -117,20 +131,27 @@ def chosen_rows(args: argparse.Namespace) -> list[Row]:
     Raises:
         argparse.ArgumentError: if no row is chosen, or the scale does not suit a row.
     """
-    if args.table is None and args.rows is None:
-        raise argparse.ArgumentError(None, "give --table 1, 2, 3 or beyond, or --rows")
-    tables = args.table or ["1", "3", "beyond"]
+    if args.table is None and args.rows is None and args.figure is None:
+        raise argparse.ArgumentError(
+            None, "give --table 1, 2, 3 or beyond, or --rows, or --figure 6"
+        )
+    if args.figure and args.table:
+        raise argparse.ArgumentError(
+            None, f"--figure {args.figure} and --table {','.join(args.table)}: give one of them"
+        )
+    tables = args.table or ([FIGURE] if args.figure else ["1", "3", "beyond"])
     rows = [
         row
-        for row in ROWS.values()
+        for row in _KNOWN.values()
         if row.table in tables or ("2" in tables and row.name == "triangular2")
     ]
     if args.rows is not None:
         for name in args.rows:
-            if ROWS[name] not in rows:
-                raise argparse.ArgumentError(
-                    None, f"--rows {name}: not in table {', '.join(tables)}"
-                )
+            if _KNOWN[name] not in rows:
+                where = FIGURE if args.figure else f"table {', '.join(tables)}"
+                if name in FIGURE_6:
+                    where += "; add --figure 6"
+                raise argparse.ArgumentError(None, f"--rows {name}: not in {where}")
         rows = [row for row in rows if row.name in args.rows]
     for row in rows:
         _check_lengths(row, args.scale)
@@ -142,5 +163,6 @@ def _check_lengths(row: Row, scale: Scale) -> None:
         scale.steps(row.iterations)
         row.schedule(scale)
     except ValueError as error:
-        words = f"{error}, for row {row.name}: a multiple of 0.01 serves all rows"
+        serves = "1/7500" if row.table == FIGURE else "0.01"
+        words = f"{error}, for row {row.name}: a multiple of {serves} serves all rows"
         raise argparse.ArgumentError(None, words) from error

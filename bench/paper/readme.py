@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from clr_optim.bench.paper.comparison import summarize
+from clr_optim.bench.paper.figure_6 import FIGURE_6
+from clr_optim.bench.paper.figure_report import figure_table
+from clr_optim.bench.paper.quarters import summarize_quarters
 
-__all__ = ["BEGIN", "END", "readme_table", "write_readme"]
-
+__all__ = ["BEGIN", "END", "figure_mark", "readme_table", "write_readme"]
 
 BEGIN, END = "<!-- made by clr-optim bench paper --report --readme -->", "<!-- /made -->"
 
@@ -17,18 +19,32 @@ BEGIN, END = "<!-- made by clr-optim bench paper --report --readme -->", "<!-- /
 def write_readme(path: str | Path, results: Sequence[Mapping[str, Any]]) -> None:
     """Replace the text between a Markdown file's two marks by a table of all rows.
 
+    Figure 6 has a table, and a first mark, for each length of its runs.
+
     Raises:
         OSError: if the file cannot be read or written.
         ValueError: if the file lacks the marks.
     """
     path = Path(path)
     text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
+    if results and results[0]["row"] in FIGURE_6:
+        mark = figure_mark(results[0]["iterations"])
+        table = figure_table(summarize_quarters(results))
+    else:
+        mark = BEGIN
+        table = readme_table(summarize(results))
+    before, begin, rest = text.partition(mark)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"{path} has no place for the table: add these two lines: {BEGIN} {END}")
-    table = "\n".join(readme_table(summarize(results)))
-    path.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+        raise ValueError(f"{path} has no place for the table: add these two lines: {mark} {END}")
+    whole = "\n".join([mark, *table, END])
+    path.write_text(f"{before}{whole}{after}", encoding="utf-8")
+
+
+def figure_mark(iterations: int) -> str:
+    """Return the mark before the table of Figure 6 at a length."""
+    words = f"made by clr-optim bench paper --report --readme: figure 6, {iterations:,} iterations"
+    return f"<!-- {words} -->"
 
 
 def readme_table(summaries: Sequence[Mapping[str, Any]]) -> list[str]:

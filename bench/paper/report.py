@@ -11,8 +11,11 @@ from typing import Any
 
 from clr_optim import plotting
 from clr_optim.bench.paper.comparison import summarize
+from clr_optim.bench.paper.figure_6 import FIGURE_6
+from clr_optim.bench.paper.figure_report import report_on_figure
 from clr_optim.bench.paper.progress import duration
 from clr_optim.bench.paper.rows import ROWS
+from clr_optim.bench.paper.settings_lines import settings_lines
 from clr_optim.bench.paper.store import Store
 
 __all__ = ["markdown", "report"]
@@ -64,23 +67,7 @@ def _preamble(results: Sequence[Mapping[str, Any]]) -> list[str]:
             f"All lengths and step sizes are the paper's × {float(factor):g}, and decays come as "
             "far in them: rows can be compared with each other, and hardly with the paper's."
         )
-    lines.append(
-        "Momentum as in Caffe, the rate inside the buffer."
-        if first["momentum"] == "caffe"
-        else "Momentum as in torch, the rate outside the buffer (Caffe has it inside)."
-    )
-    lines += [f"Data: {note}" for note in dict.fromkeys(r["data_note"] for r in results) if note]
-    machines = dict.fromkeys(
-        f"{m.get('gpu') or m['cpu']}, {m['threads']} threads, torch {m['torch']}, "
-        f"clr_optim {m['clr_optim']}"
-        for m in (result["machine"] for result in results)
-    )
-    if any(result["machine"].get("tf32") for result in results):
-        lines.append("Convolutions in TF32, torch's default on such a GPU.")
-    together = max(result.get("together", 1) for result in results)
-    if together > 1:
-        lines.append(f"Times are of runs that shared the GPU, {together} beside each other.")
-    return [*lines, f"Machine: {'; '.join(machines)}."]
+    return [*lines, *settings_lines(results)]
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -104,8 +91,8 @@ def _line(row: Mapping[str, Any]) -> str:
 def report(folder: str | Path) -> str:
     """Write ``paper.md``, ``paper.json`` and the pictures into a folder of results.
 
-    Without matplotlib, the function draws no pictures and says so on stderr. A machine with
-    matplotlib can draw them later.
+    Results of Figure 6 have other files, see :func:`report_on_figure`. Without matplotlib, the
+    function draws no pictures and says so on stderr. A machine with matplotlib can draw them later.
 
     Returns:
         The Markdown.
@@ -117,6 +104,8 @@ def report(folder: str | Path) -> str:
     results = store.read()
     if not results:
         raise ValueError(f"{store.results}: no finished run to report on")
+    if results[0]["row"] in FIGURE_6:
+        return report_on_figure(store.folder, results)
     speed_file = store.folder / "speed.json"
     speed = json.loads(speed_file.read_text()) if speed_file.exists() else None
     summaries = summarize(results)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from clr_optim.bench.paper.networks import FULL, Network
 from clr_optim.schedule import (
     Schedule,
     decay,
@@ -55,24 +56,29 @@ class Row:
     """A row of a table.
 
     Args:
-        table: ``"1"``, ``"3"``, or ``"beyond"`` the paper.
+        table: ``"1"``, ``"3"``, ``"beyond"`` the paper, or ``"figure 6"``.
         name: unique among all tables.
         rule: the optimizer, a key of :data:`~clr_optim.bench.paper.optimizers.RULES`.
-        bounds: ``(base_lr, max_lr)`` of the groups with the network's rate; others have twice it.
+        bounds: ``(base_lr, max_lr)`` of the groups with the network's rate; others have a multiple.
+            With ``None``, each run finds its bounds by a range test.
         iterations: the length in the paper.
         schedule: makes the schedule at a scale.
         published: the paper's accuracy in percent, if it has the row.
         references: the names of the rows to compare this row with.
+        network: the network to train.
+        quarters: whether a run measures its accuracy on all test images after each quarter.
     """
 
     table: str
     name: str
     rule: str
-    bounds: tuple[float, float]
+    bounds: tuple[float, float] | None
     iterations: int
     schedule: Callable[[Scale], Schedule]
     published: float | None = None
     references: tuple[str, ...] = ()
+    network: Network = FULL
+    quarters: bool = False
 
     @property
     def label(self) -> str:
@@ -206,7 +212,7 @@ ROWS: dict[str, Row] = {
 
 def stages(scale: Scale) -> str:
     """Return Table 2 as Markdown."""
-    base_lr, max_lr = ROWS["triangular2"].bounds
+    base_lr, max_lr = ROWS["triangular2"].bounds or BOUNDS
     return "\n".join(
         [
             "| base_lr | max_lr | step size | start | end |",

@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 
+from clr_optim.bench.paper.figure_6 import FIGURE_6
 from clr_optim.bench.paper.one_run import Run
 from clr_optim.bench.paper.rows import ROWS
 
 __all__ = ["Store", "key"]
+
+
+_KNOWN = {**ROWS, **FIGURE_6}
 
 
 class Store:
@@ -50,7 +54,7 @@ class Store:
         for number, line in enumerate(lines, 1):
             try:
                 run = json.loads(line)
-                ROWS[key(run)[0]]
+                _KNOWN[key(run)[0]]
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{self.results}, line {number}: no result of a run") from error
             runs.append(run)

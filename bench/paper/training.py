@@ -15,6 +15,7 @@ class _Training:
 
     def __init__(self, run: Run, save: Callable[[Run], None], save_every_s: float) -> None:
         self.run, self._save, self._every = run, save, save_every_s
+        run.prepare()
         if run.on_kernels and run.iterations - run.iteration > WARM_UP:
             run.capture()
             run.synchronize()

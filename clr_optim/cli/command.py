@@ -96,7 +96,7 @@ def _add_bench(commands: Any) -> None:
         return other
 
     add("bounds", "train with suggested bounds and at ten fixed rates", bounds, _bounds)
-    add_json(add("paper", "rerun the paper's tables", paper, _paper))
+    add_json(add("paper", "rerun the paper's tables and Figure 6", paper, _paper))
     add("long", "take millions of steps: drift, memory, speed", long_run, _long)
 
 

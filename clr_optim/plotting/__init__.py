@@ -5,7 +5,11 @@ or its windows: pictures need no display, and leave the plots of the user alone.
 """
 
 from clr_optim.plotting.canvas import check_picture, require_matplotlib, save
-from clr_optim.plotting.results import plot_paper_curves, plot_throughput
+from clr_optim.plotting.results import (
+    plot_constant_and_cycled,
+    plot_paper_curves,
+    plot_throughput,
+)
 from clr_optim.plotting.schedules import plot_policies, plot_schedule
 from clr_optim.plotting.training import (
     plot_demo_accuracies,
@@ -16,6 +20,7 @@ from clr_optim.plotting.training import (
 
 __all__ = [
     "check_picture",
+    "plot_constant_and_cycled",
     "plot_demo_accuracies",
     "plot_demo_rates",
     "plot_history",

@@ -22,6 +22,10 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5F5F5F"
 COLORS = (BLUE, ORANGE, GREEN, GREY)
 MORE_COLORS = (*COLORS, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
+# Colours with a contrast of at least 3 to white and to the dark pages of GitHub (#0D1117).
+MIDDLE = "#737B84"
+BRIGHT_COLORS = ("#2F8AD8", "#D9640A", "#0F9D75")
+
 
 def require_matplotlib() -> None:
     """Raise an error if matplotlib is missing.
@@ -99,6 +103,13 @@ def save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     if not path.suffix:
         path = path.with_suffix(".png")
+    if path.suffix == ".svg":
+        from matplotlib import rc_context
+
+        # The same picture is the same file: no date, and no random names.
+        with rc_context({"svg.hashsalt": "clr_optim"}):
+            figure.savefig(path, metadata={"Date": None})
+        return path
     if path.suffix != ".png":
         figure.savefig(path)
         return path
@@ -148,6 +159,21 @@ def grid_of(panels: int) -> tuple[int, int]:
     """Return the rows and columns of a grid with at most two columns."""
     columns = min(2, panels)
     return -(-panels // columns), columns
+
+
+def suit_any_background(figure: Figure) -> None:
+    """Make the background transparent, and write and draw axes in a grey for dark and light."""
+    figure.patch.set_alpha(0.0)
+    for axes in figure.axes:
+        axes.patch.set_alpha(0.0)
+        axes.tick_params(colors=MIDDLE, labelcolor=MIDDLE)
+        for spine in axes.spines.values():
+            spine.set_color(MIDDLE)
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+            text.set_color(MIDDLE)
+        if legend := axes.get_legend():
+            for text in legend.get_texts():
+                text.set_color(MIDDLE)
 
 
 def label_axes(axes: Axes, title: str, y: str = "learning rate", x: str = "iteration") -> None:

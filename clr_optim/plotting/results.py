@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from clr_optim.plotting.canvas import (
     BLUE,
+    BRIGHT_COLORS,
     GREEN,
     GREY,
+    MIDDLE,
     MORE_COLORS,
     ORANGE,
     grid_of,
     label_axes,
     make_figure,
+    suit_any_background,
 )
 
 if TYPE_CHECKING:
@@ -82,6 +85,50 @@ def plot_paper_curves(
         axes.legend(frameon=False, loc="lower right", fontsize=8)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
+    return figure
+
+
+def plot_constant_and_cycled(
+    constant: Mapping[str, Sequence[tuple[int, float]]],
+    cycled: Mapping[str, Sequence[tuple[int, float]]],
+    *,
+    title: str = "",
+) -> Figure:
+    """Draw test accuracy against iteration: constant rates in grey, cycles in colour.
+
+    The picture is 700 pixels wide. Its background is transparent, and its text has a grey that dark
+    and light pages show equally well. Dotted lines mark the quarters of the run.
+
+    Args:
+        constant, cycled: by label, points of an iteration and an accuracy in percent.
+        title: the title.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: without a curve.
+
+    Example:
+        >>> points = [(600, 40.0), (1200, 50.0)]
+        >>> figure = plot_constant_and_cycled({"0.01": points}, {"triangular": points})
+        >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        ['0.01', 'triangular']
+    """
+    if not constant and not cycled:
+        raise ValueError("constant and cycled are empty: give at least one label with its points")
+    figure, (axes,) = make_figure(width=700, height=400)
+    for (label, points), dashes in zip(
+        constant.items(), cycle(("-", "--", "-.", ":")), strict=False
+    ):
+        axes.plot(*zip(*points, strict=True), label=label, color=MIDDLE, ls=dashes, lw=1.3)
+    for (label, points), color in zip(cycled.items(), cycle(BRIGHT_COLORS), strict=False):
+        axes.plot(*zip(*points, strict=True), label=label, color=color, lw=2.4)
+    last = max(at for points in (*constant.values(), *cycled.values()) for at, _ in points)
+    for quarter in (1, 2, 3, 4):
+        axes.axvline(last * quarter / 4, color=MIDDLE, linewidth=0.8, linestyle=":", zorder=0)
+    axes.set_xlim(0, 1.02 * last)
+    label_axes(axes, title, "test accuracy in %")
+    axes.legend(frameon=False, loc="lower right", fontsize=9, ncols=2)
+    suit_any_background(figure)
     return figure
 
 

@@ -357,6 +357,46 @@ def test_a_history_that_cannot_be_is_refused(curves, ends, words):
         plotting.plot_history(curves, ends)
 
 
+def test_constant_rates_are_grey_and_cycles_coloured_on_any_page(tmp_path):
+    points = [(300, 40.0), (600, 45.0), (1200, 50.0)]
+    figure = plotting.plot_constant_and_cycled(
+        {"0.001": points, "0.01": points}, {"triangular": points, "one": points}, title="six"
+    )
+    (axes,) = figure.axes
+    curves = {line.get_label(): line for line in _curves(axes)}
+    assert list(curves) == ["0.001", "0.01", "triangular", "one"]
+    assert list(curves["one"].get_xdata()) == [300, 600, 1200]
+    colors = [line.get_color() for line in curves.values()]
+    assert colors[:2] == [canvas.MIDDLE] * 2
+    assert len(set(colors)) == 3
+    assert curves["0.001"].get_linestyle() != curves["0.01"].get_linestyle()
+    assert (axes.get_title(), axes.get_ylabel()) == ("six", "test accuracy in %")
+    for color in (canvas.MIDDLE, *canvas.BRIGHT_COLORS):
+        assert min(_contrast(color, page) for page in ("#FFFFFF", "#0D1117")) >= 3
+    files = [
+        plotting.save(
+            plotting.plot_constant_and_cycled({"0.01": points}, {}), tmp_path / name
+        ).read_bytes()
+        for name in ("a.svg", "b.svg")
+    ]
+    assert files[0] == files[1]
+    assert b"#ffffff" not in files[0]  # no background
+    with pytest.raises(ValueError, match="give at least one label"):
+        plotting.plot_constant_and_cycled({}, {})
+
+
+def _contrast(one, other):
+    """Return the contrast of two colours, as WCAG 2 defines it."""
+
+    def luminance(color):
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        parts = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
 def test_paper_curves_have_two_panels_a_line_and_a_look_per_label(tmp_path):
     curve = [(10, 20.0), (20, 40.0), (30, 60.0)]
     panels = {
