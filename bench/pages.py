@@ -34,7 +34,7 @@ _TORCHS = {
 }
 _CLOCKS = {"median_s": "", "device_median_s": ", on the device", "host_median_s": ", on the host"}
 
-#: Numbers of values, for readers who do not know a workload by its name.
+#: How pages name the workloads.
 _WORKLOADS = {
     "mlp": "MLP, 6 tensors",
     "1000x256": "1,000 tensors of 256",
@@ -55,7 +55,10 @@ def _adamw(rows: Sequence[Mapping[str, Any]], clock: str, on_gpu: bool) -> Itera
     for row in rows:
         if row["rule"] == "adamw":
             times = row["times"]
-            cells = [_time(times[name][clock]) for name in ("default", "fused", "ours")]
+            cells = [
+                "wrong" if name in row["wrong"] else _time(times[name][clock])
+                for name in ("default", "fused", "ours")
+            ]
             cells = [_WORKLOADS[row["workload"]], *cells, _gain(row, clock, on_gpu)]
             yield f"| {' | '.join(cells)} |"
 
@@ -75,7 +78,6 @@ def _rules(rows: Sequence[Mapping[str, Any]], clock: str, on_gpu: bool) -> Itera
         yield f"| `{rule}` | {' | '.join(line)} |"
 
 
-#: The tables, by the name in a mark.
 TABLES: dict[str, Callable[[Sequence[Mapping[str, Any]], str, bool], Iterator[str]]] = {
     "adamw": _adamw,
     "rules": _rules,
@@ -108,10 +110,12 @@ def _gain(row: Mapping[str, Any], clock: str, on_gpu: bool) -> str:
         for name in _TORCHS
         if name in row["times"] and name not in row["wrong"]
     }
+    if not times or "ours" in row["wrong"]:
+        return "–"
     best = min(times, key=lambda name: times[name])
     gain = times[best] / row["times"]["ours"][clock]
     text = f"{gain:.2f}×" if gain < 9.95 else f"{gain:.1f}×"
-    text = f"**{text}**" if gain < 1 else text
+    text = f"**{text}**" if round(gain, 2) < 1 else text
     return f"{text} {_TORCHS[best][on_gpu]}"
 
 

@@ -121,7 +121,7 @@ def fail_native_launches(patch: pytest.MonkeyPatch, error: type[BaseException]) 
     def failing(*args: object) -> None:
         raise error
 
-    patch.setattr(NativeBackend, "_launch", failing)
+    patch.setattr(NativeBackend, "_call_kernels", failing)
 
 
 def fail_after_triton_launches(patch: pytest.MonkeyPatch, error: type[BaseException]) -> None:

@@ -146,7 +146,7 @@ class NativeBackend:
             dtype = torch.float64 if plan.wide else torch.float32
             norm = torch.tensor(length, dtype=dtype, device="cpu")
         try:
-            while self._launch(plan.view, course, factor) == _UNSCANNED:
+            while self._call_kernels(plan.view, course, factor) == _UNSCANNED:
                 plan.refresh()  # another thread has just stepped this optimizer, or still does
             plan.commit()
         except BaseException:
@@ -155,7 +155,7 @@ class NativeBackend:
             raise
         return norm
 
-    def _launch(self, view: View, course: Course, factor: float) -> int:
+    def _call_kernels(self, view: View, course: Course, factor: float) -> int:
         scalars = view.scalars
         for i, rate in zip(range(len(scalars)), course.rates, strict=False):
             scalars[i, 0] = rate

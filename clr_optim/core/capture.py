@@ -43,7 +43,7 @@ def momentum_vanishes(shared: Shared) -> bool:
     )
 
 
-def _runs_on_the_host(wrapper: Any) -> bool:
+def _is_not_capturable(wrapper: Any) -> bool:
     shared = wrapper._shared
     traits = shared.serving.traits
     is_capturable = traits is not None and traits.capturable
@@ -69,18 +69,18 @@ def _has_counters_elsewhere(wrapper: Any) -> bool:
 #: Each condition of a wrapper, and what to tell the user if the condition holds.
 REASONS: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (
-        _runs_on_the_host,
+        _is_not_capturable,
         "on backend {serving.name!r} ({serving.reason}) a graph would replay the same rate for "
         "ever; use backend='triton', or capture forward and backward only",
     ),
     (
         lambda wrapper: wrapper._shared.settings.has_scale_fn,
-        "a scale_fn runs on the host, which no graph asks; use a schedule without one",
+        "a scale_fn runs on the host, and no replay calls it; use a schedule without one",
     ),
     (
         lambda wrapper: bool(wrapper._cycle_end_hooks),
-        "cycle-end hooks run on the host, which no graph asks; remove them, and look at opt.cycle "
-        "between replays",
+        "cycle-end hooks run on the host, and no replay calls them; remove them, and read "
+        "opt.cycle between replays",
     ),
     (
         lambda wrapper: momentum_vanishes(wrapper._shared),

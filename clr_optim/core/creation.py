@@ -13,7 +13,7 @@ from torch import Tensor
 from clr_optim.backends.base import FusedBackend, Gradients
 from clr_optim.core import amp
 from clr_optim.core.rates import written_rate
-from clr_optim.core.rest import Borrowed, rest_of, step_rest
+from clr_optim.core.rest import Borrowed, has_rest, step_rest
 from clr_optim.core.serving import parameters_of
 from clr_optim.core.shared import Shared
 from clr_optim.sharding import local_part, no_sums, spread_of, spreads, sum_over_ranks
@@ -24,9 +24,9 @@ __all__ = ["asks_for_state", "create_state"]
 def asks_for_state(shared: Shared) -> bool:
     """Return whether the next step is a checkpointer's: every rate and every gradient is 0.
 
-    A policy's own 0.0 is another object than a checkpointer's, and under a warm-up scheduler the
-    gradients are not zero. All ranks give the same answer, since otherwise their positions would
-    part.
+    A 0.0 that the policy wrote does not count. Under a warm-up scheduler the gradients are not
+    zero. Without any gradient, the answer is yes only if no parameter requires one. All ranks give
+    the same answer, since otherwise their positions would part.
     """
     mirror, optimizer = shared.mirror, shared.settings.optimizer
     groups = optimizer.param_groups
@@ -56,11 +56,6 @@ def create_state(shared: Shared, fused: FusedBackend, borrowed: Borrowed) -> Non
     The kernels create the state themselves: with torch's own step, a float16 parameter would
     become NaN, since its ``eps`` rounds to 0.
 
-    Args:
-        shared: the optimizer.
-        fused: the backend.
-        borrowed: takes what keeps the user's gradients.
-
     Raises:
         RuntimeError: if the user asked for a backend that cannot serve all parameters.
     """
@@ -69,7 +64,7 @@ def create_state(shared: Shared, fused: FusedBackend, borrowed: Borrowed) -> Non
         position.settle()  # the kernels use the groups' momentum
     fused.plan.refresh()
     gradients = Gradients(max_norm=shared.settings.max_grad_norm)
-    if rest_of(shared, fused, capturing=False):
+    if has_rest(shared, fused, capturing=False):
         gradients = step_rest(shared, fused, amp.NO_SIGNALS, gradients, borrowed)
     course = position.course()
     norm = fused.step(course._replace(rates=[0.0] * len(course.rates), moves=False), gradients)

@@ -31,6 +31,16 @@ class Position:
     A caller holds the optimizer's lock, except for :attr:`is_certain` and :meth:`believed`, which
     only read.
 
+    ================== ==========================================================================
+    :meth:`settle`     take over the position and the bounds that other code wrote
+    :meth:`overrule`   settle, then replace each ``lr`` that other code wrote
+    :meth:`advance`    write the next step, whose values are known, into untouched groups
+    :meth:`go_to`      write a position into the groups and onto the device
+    :meth:`follow`     write a position into the groups alone
+    :meth:`reach`      write the position after torch's own step
+    :meth:`catch_up`   write the kernels' count into the groups
+    ================== ==========================================================================
+
     Args:
         settings: the optimizer and its policy.
         mirror: what we wrote into the groups.

@@ -10,19 +10,16 @@ from clr_optim.core.capture import cannot_capture
 from clr_optim.core.serving import parameters_of
 from clr_optim.core.shared import Shared
 
-__all__ = ["Borrowed", "give_back", "rest_of", "step_rest"]
+__all__ = ["Borrowed", "give_back", "has_rest", "step_rest"]
 
-#: What keeps the user's gradients while copies, or nothing, take their place.
+#: Objects that can give the user's gradients back. A step adds one before it replaces gradients.
 Borrowed = list[ClippedGradients | HiddenGradients]
 
 
-def rest_of(shared: Shared, fused: FusedBackend, *, capturing: bool) -> bool:
+def has_rest(shared: Shared, fused: FusedBackend, *, capturing: bool) -> bool:
     """Return whether torch's own step must serve a parameter that has a gradient.
 
-    Args:
-        shared: the optimizer.
-        fused: the backend, whose plan is up to date.
-        capturing: whether a graph is being captured.
+    The plan of the backend must be up to date.
 
     Raises:
         RuntimeError: if the user asked for this backend by name, or if the step is captured.
@@ -55,11 +52,11 @@ def step_rest(
         shared: the optimizer.
         fused: the backend.
         signals: what a GradScaler left on the wrapper.
-        gradients: what the step does to the gradients.
-        borrowed: takes what keeps the user's gradients.
+        gradients: how the step scales and clips gradients.
+        borrowed: an empty list, see :data:`Borrowed`.
 
     Returns:
-        What the kernels still have to do to the gradients.
+        How the kernels still have to scale and clip the gradients.
     """
     plan, inner = fused.plan, shared.settings.optimizer
     if gradients.max_norm is not None:
@@ -70,7 +67,8 @@ def step_rest(
         gradients = Gradients()
         plan.refresh()
     hidden = HiddenGradients(p for bucket in plan.buckets for p in bucket.params)
-    with amp.handed_down(signals, inner, scaled=not borrowed):
+    is_clipped = bool(borrowed)  # clipping has divided the scale out
+    with amp.handed_down(signals, inner, scaled=not is_clipped):
         borrowed.append(hidden)
         hidden.hide()
         raw_step(inner)()

@@ -22,7 +22,7 @@ from clr_optim.core import amp
 from clr_optim.core.capture import check_capture, momentum_vanishes
 from clr_optim.core.creation import asks_for_state, create_state
 from clr_optim.core.groups import Values
-from clr_optim.core.rest import Borrowed, give_back, rest_of, step_rest
+from clr_optim.core.rest import Borrowed, give_back, has_rest, step_rest
 from clr_optim.core.serving import parameters_of
 from clr_optim.core.shared import Shared
 
@@ -60,7 +60,10 @@ class StepContext:
         self.ahead: Values | None = None
 
     def begin(self) -> None:
-        """Make the groups hold what this step uses, and look ahead; the caller holds the lock."""
+        """Compute the next values, and settle the groups if other code has touched them.
+
+        A step that only creates state leaves the groups alone. The caller holds the lock.
+        """
         shared = self.shared
         position = shared.position
         position.catch_up()
@@ -191,7 +194,7 @@ def _fused_step(context: StepContext, fused: FusedBackend) -> int:
         # The device counts a graph's replays.
         if not happened or context.capturing:
             return 0
-        # If no other code moved the position meanwhile, write the values computed ahead.
+        # Each write makes a new tuple, so the identity shows that no other code moved the position.
         if context.ahead is not None and position.counted is context.before:
             position.advance(context.before, context.ahead, fused.plan.tally[1])
         else:
@@ -210,11 +213,6 @@ def _fused_step(context: StepContext, fused: FusedBackend) -> int:
 def _launch(context: StepContext, fused: FusedBackend, borrowed: Borrowed) -> bool:
     """Run the kernels, and torch's own step for the other parameters.
 
-    Args:
-        context: the step.
-        fused: the backend.
-        borrowed: takes what keeps the user's gradients.
-
     Returns:
         Whether the step happened, as far as the host knows.
     """
@@ -223,11 +221,11 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: Borrowed) -> bo
     plan.refresh()
     if len(plan.scalars) != len(shared.mirror.records):
         shared.position.overrule()  # another thread has just added a group
-    rest = rest_of(shared, fused, capturing=context.capturing) if plan.rest else False
+    rest = has_rest(shared, fused, capturing=context.capturing) if plan.rest else False
     found_inf = signals.found_inf
     if (found_inf is not None or shared.position.is_on_device) and not context.capturing:
-        # The device need not tell whether the step happened, unless the host acts on it: calls
-        # hooks and functions, runs torch's own step, keeps new state, chooses the kernel.
+        # The host waits for the device only if it acts on the answer. It acts for hooks, a
+        # scale_fn, torch's own step, new state and the choice of the kernel.
         acts = (
             plan.pending
             or rest
@@ -320,8 +318,8 @@ def _run_wrapped_step(
 
     Args:
         context: the step.
-        losses: takes what the step returns, as soon as the step was taken.
-        borrowed: takes what keeps the user's gradients.
+        losses: a list to which the loss is added as soon as the step was taken.
+        borrowed: an empty list, see :data:`Borrowed`.
         closure: as in torch.
         args: for a ``step`` that takes more.
         kwargs: likewise.

@@ -35,7 +35,7 @@ _IN_USE = (Answer.BUSY, Answer.NESTED)
 # Up to this number, rows are replaced one by one within one step. For more, the plan is built anew.
 _FEW_ROWS = 8
 
-# How often one step builds a plan that other code keeps changing.
+# How often one step builds a plan and looks again, while other code keeps changing things.
 _BUILDS = 3
 
 
@@ -68,7 +68,7 @@ class Plan:
         self._lib = lib
         self._target = Target(optimizer, rule, device, capturable, by_alignment)
         self._lock = threading.RLock() if lock is None else lock
-        #: the number of kernel calls, and of those that were steps of the schedule
+        #: two numbers: all kernel calls, and the calls that advanced the position
         self.tally = (ctypes.c_int64 * 2)()
         #: the scan compares with this view; kernels read the rows through it
         self.view = View()
@@ -126,7 +126,6 @@ class Plan:
             # Other threads keep changing things. Take the plan as just built: each of its rows is
             # right for one reading of the tensors.
             self._build()
-            self.view.ready = 1
 
     def is_current(self) -> bool:
         """Return whether everything that the plan was built from is the same.
