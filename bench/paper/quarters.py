@@ -155,8 +155,8 @@ def conclusions(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
     changes = [row["by_averages"][-1]["accuracy"] - row["accuracy"] for row in cycled]
     lines.append(
         f"Running averages change the best constant accuracy by {tops[1] - tops[0]:+.1f} points, "
-        f"and the cycled rows by {min(changes):+.1f} to {max(changes):+.1f}: the difference of the "
-        "two gains is not a merit of cycles."
+        f"and the cycled rows by {min(changes):+.1f} to {max(changes):+.1f}: the two gains differ "
+        "by these changes."
     )
     papers = next((row for row in run if row["row"] == PAPERS_CONSTANT), None)
     if papers is not None:
