@@ -47,7 +47,7 @@ def figure_markdown(results: Sequence[Mapping[str, Any]]) -> str:
         *(f"- {row['relation']}" for row in summaries if "relation" in row),
         "",
         "Batch normalization in tests has the statistics of each batch of 1,000 test images, as "
-        "Caffe's layer has no running averages. Torch's running averages lag behind the weights:",
+        "Caffe's layer has no running averages. The same with torch's running averages:",
         "",
         *figure_table(summaries, of="by_averages"),
         "",

@@ -135,13 +135,14 @@ def conclusions(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
     cycled = [summary for summary in run if summary["row"] in CYCLED]
     if not cycled or len(cycled) == len(run):
         return ["Constant rates and cycles were not both run: there is nothing to compare yet."]
-    lines = []
+    lines, tops = [], []
     for of, how in (
         ("quarters", "With the statistics of test batches, as in Caffe"),
         ("by_averages", "With torch's running averages"),
     ):
         best = _best(run, CONSTANT, of, -1)
         assert best is not None
+        tops.append(best[of][-1]["accuracy"])
         gaps = [(*_gap(row, best, of, -1), row["row"]) for row in cycled]
         above = sum(gap > same for gap, same, _ in gaps)
         gap, _, name = max(gaps)
@@ -151,6 +152,12 @@ def conclusions(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
             f"rate, `{best['row']}` ({best[of][-1]['accuracy']:.1f} %): from {low:+.1f} points "
             f"(`{worst}`) to {gap:+.1f} (`{name}`)."
         )
+    changes = [row["by_averages"][-1]["accuracy"] - row["accuracy"] for row in cycled]
+    lines.append(
+        f"Running averages change the best constant accuracy by {tops[1] - tops[0]:+.1f} points, "
+        f"and the cycled rows by {min(changes):+.1f} to {max(changes):+.1f}: the two gains differ "
+        "by these changes."
+    )
     papers = next((row for row in run if row["row"] == PAPERS_CONSTANT), None)
     if papers is not None:
         gains = [row["accuracy"] - papers["accuracy"] for row in cycled]

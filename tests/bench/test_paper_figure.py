@@ -284,11 +284,12 @@ def test_sentences_compare_cycles_with_the_best_constant_rate():
 
 
 def test_conclusions_count_both_ways_to_test():
-    by_batch, by_averages, papers = conclusions(summarize_quarters(RESULTS))
+    by_batch, by_averages, lag, papers = conclusions(summarize_quarters(RESULTS))
     assert "as in Caffe, 1 of 2 cycled rows end more accurate than" in by_batch
     assert by_batch.endswith("+0.5 points (`triangular-found`) to +8.0 (`triangular`).")
     assert "running averages, 2 of 2 cycled rows" in by_averages
     assert "`constant-0.001` (46.0 %)" in by_averages
+    assert "change the best constant accuracy by -4.0 points, and the cycled rows by +0.0" in lag
     assert "the gain is +4.5 to +12.0 points" in papers
     assert "72.2 against 60.8 %" in papers
     assert conclusions(summarize_quarters(RESULTS[:2])) == [
