@@ -110,6 +110,17 @@ def test_the_papers_table_is_of_the_committed_results():
     assert f"{BEGIN}\n{table}\n{END}" in TEXTS["docs/paper.md"]
 
 
+def test_the_readmes_figures_of_training_stand_in_the_results():
+    section = README.partition("## Does cycling train better?")[2].partition("\n## ")[0]
+    figure = (ROOT / "bench/results/figure-6/1200/figure-6.md").read_text("utf-8")
+    for gain in ("3.5", "4.7"):
+        assert gain in section
+        assert f"+{gain} points" in figure
+    for gain, shown in (("2.2", "+2.2 points"), ("1.4", "-1.4 points")):
+        assert gain in section
+        assert shown in TEXTS["docs/paper.md"]
+
+
 def test_versions_agree():
     assert f"version: {clr_optim.__version__}" in (ROOT / "CITATION.cff").read_text()
     assert f"## {clr_optim.__version__}" in (ROOT / "CHANGELOG.md").read_text()
