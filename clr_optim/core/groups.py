@@ -75,6 +75,8 @@ class GroupMirror:
         self._optimizer: Any = settings.optimizer
         self._is_kept = is_kept
         self.records: list[Record] = []
+        # The list of groups that was last written. Other code may append to it.
+        self._groups: Sequence[dict[str, Any]] = ()
         #: the numbers that we wrote. A tensor may have rounded its rate.
         self.written = Values(0, [], [], [], [])
         # Groups that were loaded into the wrapped optimizer since the last write, and their bounds.
@@ -219,13 +221,15 @@ class GroupMirror:
         groups for the next call, since a second load may follow.
         """
         groups = list(self._optimizer.param_groups) if groups is None else groups
-        ours = [record.group for record in self.records]
+        records = zip(self.records, self.written.bounds, strict=False)  # another thread may write
+        known = {id(record.group): bounds for record, bounds in records}
         if self.have_ours(groups):
             self._loaded = None
-            known = dict(zip(map(id, ours), self.written.bounds, strict=True))
             return found_bounds(groups, [known.get(id(group)) for group in groups])
-        last = self._loaded or (ours, self.written.bounds)
-        found = found_bounds(groups, found_bounds(*last))
+        before = self._groups  # perhaps with groups that were added just before the load
+        placed = [known.get(id(group)) for group in before]
+        last = found_bounds(*self._loaded) if self._loaded else found_bounds(before, placed)
+        found = found_bounds(groups, last)
         self._loaded = groups, found
         return found
 
@@ -282,7 +286,8 @@ class GroupMirror:
             position: the number of the step.
             is_driven: returns whether the device has already written the rate into a tensor.
         """
-        groups = list(self._optimizer.param_groups)  # another thread may add a group meanwhile
+        all_groups = self._optimizer.param_groups
+        groups = list(all_groups)  # another thread may add a group meanwhile
         momenta: list[tuple[float, float]] = []
         if self._settings.cycle_momentum:
             momenta = [*map(momentum_bounds, groups)]
@@ -302,8 +307,8 @@ class GroupMirror:
             rates.append(rate)
         _write_momenta(records, values.momenta, set())
         values = values._replace(rates=rates)
-        # An interrupt finds either both as before, or both new.
-        self.records, self.written = records, values
+        # An interrupt finds either all as before, or all new.
+        self.records, self.written, self._groups = records, values, all_groups
         self._loaded = self._ahead = None
 
     def advance(self, values: Values) -> None:
@@ -345,7 +350,7 @@ class GroupMirror:
         values = values._replace(rates=[rate])
         records = [*self.records, record]
         values = Values(position, *map(operator.add, self.written[1:], values[1:]))
-        self.records, self.written = records, values
+        self.records, self.written, self._groups = records, values, groups
 
     def _write_keys(self, group: dict[str, Any], position: int) -> bool:
         """Write position and policy into a group; return whether the device keeps its rate."""
