@@ -115,7 +115,7 @@ def test_the_readmes_figures_of_training_stand_in_the_results():
     figure = (ROOT / "bench/results/figure-6/1200/figure-6.md").read_text("utf-8")
     for gain in ("3.5", "4.7"):
         assert gain in section
-        assert f"+{gain} points" in figure
+        assert f"+{gain} " in figure
     for gain, shown in (("2.2", "+2.2 points"), ("1.4", "-1.4 points")):
         assert gain in section
         assert shown in TEXTS["docs/paper.md"]
