@@ -11,12 +11,12 @@ from clr_optim.backends import gil
 from clr_optim.backends.base import FusedBackend
 from clr_optim.backends.native import BuildError, NativeBackend, library, rule_for
 from clr_optim.backends.triton import TritonBackend, here
-from clr_optim.backends.triton import device as _current
+from clr_optim.backends.triton import device as current_device
 from clr_optim.rules import UpdateRule, class_name
 from clr_optim.schedule import Schedule
 
 __all__ = [
-    "BACKENDS", "BuildError", "devices", "is_capturing", "is_fused", "make", "plan_device",
+    "BACKENDS", "BuildError", "current_device", "devices", "is_fused", "make", "plan_device",
     "resolve", "rule_for", "traits",
 ]  # fmt: skip
 
@@ -26,11 +26,6 @@ _FUSED: dict[str, type[FusedBackend]] = {
 
 #: The values of ``backend=`` and ``CLR_OPTIM_BACKEND``.
 BACKENDS = ("auto", "torch", *_FUSED)
-
-
-def is_capturing() -> bool:
-    """Return whether launches now go into a graph instead of running."""
-    return _current.is_capturing()
 
 
 def is_fused(name: str) -> bool:

@@ -218,16 +218,12 @@ class Position:
             is_moved = latest[0] != before[0]
             self._write(latest[0] if is_moved else counted[0], latest)
 
-    def look_ahead(self) -> Values:
-        """Return what the groups will hold after the next step."""
-        return self._mirror.look_ahead(self.counted[0] + 1)
-
     def advance(self, before: tuple[int, int], values: Values, steps: int) -> None:
         """Go on by one step in groups that other code has not touched.
 
         Args:
             before: :attr:`counted` before the step.
-            values: what :meth:`look_ahead` returned before the step.
+            values: what :meth:`GroupMirror.look_ahead` returned before the step.
             steps: the kernels' count of steps.
         """
         self._mirror.advance(values)
@@ -259,13 +255,17 @@ class Position:
 
     def course(self) -> Course:
         """Return what the backend needs to know of the next step."""
-        records, written = self._mirror.records, self._mirror.written
+        written, fused = self._mirror.written, self._serving.fused
+        kept = self._kept() if fused is not None and fused.keeps_rates else ()
+        momenta = written.momentum_bounds or None
+        return Course(self.counted[0], written.rates, written.bounds, momenta, kept, True)
+
+    def _kept(self) -> list[tuple[int, Tensor]]:
+        """Return the learning rates that the device keeps current, see :class:`Course`."""
         groups: list[dict[str, Any]] = self._settings.optimizer.param_groups
-        kept = [
+        return [
             (i, record.lr)
-            for i, record in enumerate(records)
+            for i, record in enumerate(self._mirror.records)
             # After a group has become capturable, its rate is a float for one more step.
             if isinstance(record.lr, Tensor) and self._serving.is_kept(groups[i])
         ]
-        momenta = written.momentum_bounds or None
-        return Course(self.counted[0], written.rates, written.bounds, momenta, kept, True)

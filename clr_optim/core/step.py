@@ -47,7 +47,7 @@ class StepContext:
         self.wrapper = wrapper
         self.shared: Shared = wrapper._shared
         #: whether a graph is being captured, so that nothing runs
-        self.capturing = backends.is_capturing()
+        self.capturing = backends.current_device.is_capturing()
         #: what a GradScaler left on the wrapper
         self.signals = amp.signals_on(wrapper)
         #: whether the step evaluates a closure, which may write anything
@@ -69,7 +69,7 @@ class StepContext:
         position.catch_up()
         self.before = position.counted
         if shared.mirror.is_untouched(self.before[0]):
-            self.ahead = position.look_ahead()
+            self.ahead = shared.mirror.look_ahead(self.before[0] + 1)
         elif not (self.evaluates or self.capturing) and asks_for_state(shared):
             self.creates_state = True
         else:
@@ -163,7 +163,7 @@ def _prepare(shared: Shared) -> None:
     here.
     """
     shared.position.overrule()
-    shared.position.look_ahead()
+    shared.mirror.look_ahead(shared.position.number + 1)
 
 
 # ---- the kernels' step
@@ -190,7 +190,8 @@ def _fused_step(context: StepContext, fused: FusedBackend) -> int:
             happened = False
         else:
             happened = _launch(context, fused, borrowed)
-        give_back(borrowed)
+        if borrowed:
+            give_back(borrowed)
         # The device counts a graph's replays.
         if not happened or context.capturing:
             return 0

@@ -170,11 +170,7 @@ class Phase:
         Raises:
             TypeError, ValueError: naming the argument, its value and what would be right.
         """
-        period = self.period
-        if period == 0:
-            return 1.0
-        offset, up = check_step(step) % period, self.step_size_up
-        return offset / up if offset < up else (period - offset) / (period - up)
+        return _position(self, check_step(step))
 
     def amplitude(self, step: int) -> float:
         """Return the decay of the amplitude: 1 at step 0.
@@ -188,15 +184,7 @@ class Phase:
         Raises:
             TypeError, ValueError: if ``scale_fn`` does not return a finite number.
         """
-        step = check_step(step)
-        if self.scale_fn is not None:
-            x = step // self.period + 1 if self.scale_mode == "cycle" else step
-            # The value goes into the weights: refuse None and NaN.
-            return check_number(f"scale_fn({x})", self.scale_fn(x), minimum=-math.inf)
-        scale = _power(self.gamma, step)
-        if self.cycle_gamma != 1.0:
-            scale *= _power(self.cycle_gamma, step // self.period if self.period else 0)
-        return scale
+        return _amplitude(self, check_step(step))
 
     def ends(self, base_lr: float, max_lr: float) -> tuple[float, float]:
         """Return the ends of the rate for a group.
@@ -242,8 +230,8 @@ class Phase:
         """
         return (
             _power(self.base_gamma, step),
-            window_value(self.window, self.position(step)),
-            self.amplitude(step),
+            window_value(self.window, _position(self, step)),
+            _amplitude(self, step),
         )
 
 
@@ -298,6 +286,27 @@ def momenta(
 def hold(at: tuple[float, float] = TOP, **settings: Any) -> Phase:
     """Return a phase of constant rate, at these multiples of ``base_lr`` and ``max_lr``."""
     return Phase(window="constant", lower=at, upper=at, cycle_momentum=False, **settings)
+
+
+def _position(phase: Phase, step: int) -> float:
+    """Return x(step)."""
+    period = phase.period
+    if period == 0:
+        return 1.0
+    offset, up = step % period, phase.step_size_up
+    return offset / up if offset < up else (period - offset) / (period - up)
+
+
+def _amplitude(phase: Phase, step: int) -> float:
+    """Return a(step), or the value that ``scale_fn`` returns."""
+    if phase.scale_fn is not None:
+        x = step // phase.period + 1 if phase.scale_mode == "cycle" else step
+        # The value goes into the weights: refuse None and NaN.
+        return check_number(f"scale_fn({x})", phase.scale_fn(x), minimum=-math.inf)
+    scale = _power(phase.gamma, step)
+    if phase.cycle_gamma != 1.0:
+        scale *= _power(phase.cycle_gamma, step // phase.period if phase.period else 0)
+    return scale
 
 
 def window_value(window: str, x: float) -> float:

@@ -339,7 +339,7 @@ def rates_and_momenta(
     Returns:
         One rate for each of ``bounds``, and one momentum for each of ``momentum_bounds``.
     """
-    index, local = schedule.locate(step)
+    index, local = schedule._timeline.locate(step)
     phase = schedule.phases[index]
     shape = phase.shape(local)
     return (
