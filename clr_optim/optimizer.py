@@ -359,21 +359,11 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
 
     # ---- a step
 
-    def _step(
-        self, closure: Callable[[], float] | None = None, *args: Any, **kwargs: Any
-    ) -> float | None:
-        return take_step(self, closure, *args, **kwargs)
-
-    # torch's hooks and its range for profilers cost more than a step of a small model.
-    _observed_step = Optimizer.profile_hook_step(_step)
-
     @overload
     def step(self, closure: None = None, *args: Any, **kwargs: Any) -> None: ...
     @overload
     def step(self, closure: Callable[[], float], *args: Any, **kwargs: Any) -> float: ...
-    # torch.compile does not trace a step, so a new rate needs no new compilation.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @functools.wraps(_step, assigned=())
+    @functools.wraps(take_step, assigned=())
     def step(self, *args: Any, **kwargs: Any) -> float | None:
         """Take a step of the wrapped optimizer at the policy's rate, and advance the cycle.
 
@@ -397,19 +387,11 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
             >>> opt.iteration, opt.get_last_lr()
             (1, [0.2])
         """
-        if "step" in self._inner.__dict__:
-            self._shared.serving.refuse_replaced_step()
-        observed = (
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-            or torch.autograd.profiler._is_profiler_enabled
-        )
-        # torch wraps a subclass's own step, and that wrapper runs the hooks.
-        if observed and not is_wrapped_by_torch(type(self)):
-            return self._observed_step(*args, **kwargs)
-        return take_step(self, *args, **kwargs)
+        # The tracer of torch.compile takes this way. To ask costs less than to pass through the
+        # wrapper of torch.compiler.disable at each step.
+        if torch.compiler.is_compiling():
+            return cast("float | None", _untraced_step(self, *args, **kwargs))
+        return _step(self, *args, **kwargs)
 
     # This mark keeps torch from wrapping the method.
     step.hooked = True  # type: ignore[attr-defined]
@@ -482,3 +464,30 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
         checkpoint.load(self._shared, state_dict)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+
+# torch's hooks and its range for profilers cost more than a step of a small model.
+_observed_step = Optimizer.profile_hook_step(take_step)
+
+
+def _step(optimizer: CyclicalOptimizer[Any], *args: Any, **kwargs: Any) -> float | None:
+    """Take a step, between the hooks of the wrapper if it has any."""
+    if "step" in optimizer._inner.__dict__:
+        optimizer._shared.serving.refuse_replaced_step()
+    observed = (
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or torch.autograd.profiler._is_profiler_enabled
+    )
+    # torch wraps a subclass's own step, and that wrapper runs the hooks.
+    if observed and not is_wrapped_by_torch(type(optimizer)):
+        return _observed_step(optimizer, *args, **kwargs)
+    return take_step(optimizer, *args, **kwargs)
+
+
+# If torch.compile traced a step, each new rate would need a new compilation.
+_untraced_step = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    _step, reason="CyclicalOptimizer.step changes the parameters in compiled kernels"
+)
