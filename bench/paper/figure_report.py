@@ -119,11 +119,20 @@ def report_on_figure(folder: Path, results: Sequence[Mapping[str, Any]]) -> str:
         return text
     curves = {row["row"]: row["curve"] for row in summaries if "curve" in row}
     seeds = max(row["seeds"] for row in summaries if "seeds" in row)
+    constant, cycled = (
+        {_label(name): curves[name] for name in names if name in curves}
+        for names in (CONSTANT, CYCLED)
+    )
     figure = plotting.plot_constant_and_cycled(
-        {name.replace("-", " "): curves[name] for name in CONSTANT if name in curves},
-        {name.replace("-", ", "): curves[name] for name in CYCLED if name in curves},
+        constant,
+        cycled,
         title=f"Caffe's sigmoid network with batch normalization, "
         f"mean of {seeds} seed{'s' if seeds > 1 else ''}",
     )
     plotting.save(figure, folder / "figure-6.svg")
     return text
+
+
+def _label(row: str) -> str:
+    """Return the name of a row in words: "triangular, found"."""
+    return row.replace("-found", ", found").replace("-", " ")
