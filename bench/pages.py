@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clr_optim.bench.report import best_of_torch, is_on_gpu, short_labels, time_in_words
+
 __all__ = ["TABLES", "main", "renewed"]
 
 _MARKED = re.compile(
@@ -25,13 +27,6 @@ _MARKED = re.compile(
     re.DOTALL,
 )
 
-#: torch's steps, by the names in results, and how pages name them on a CPU and on a GPU.
-_TORCHS = {
-    "default": ("for-loop", "foreach"),
-    "forloop": ("for-loop", "for-loop"),
-    "foreach": ("foreach", "foreach"),
-    "fused": ("fused", "fused"),
-}
 _CLOCKS = {"median_s": "", "device_median_s": ", on the device", "host_median_s": ", on the host"}
 
 #: How pages name the workloads.
@@ -48,7 +43,7 @@ _WORKLOADS = {
 
 def _adamw(rows: Sequence[Mapping[str, Any]], clock: str, on_gpu: bool) -> Iterator[str]:
     """Yield absolute times of AdamW, a line per workload; a slower cell is bold."""
-    default = _TORCHS["default"][on_gpu]
+    default = short_labels(on_gpu)["default"]
     heads = f"AdamW{_CLOCKS[clock]}", f"torch's default ({default})", "torch fused", "clr_optim"
     yield f"| {' | '.join(heads)} | times as fast |"
     yield "| --- | --- | --- | --- | --- |"
@@ -56,7 +51,7 @@ def _adamw(rows: Sequence[Mapping[str, Any]], clock: str, on_gpu: bool) -> Itera
         if row["rule"] == "adamw":
             times = row["times"]
             cells = [
-                "wrong" if name in row["wrong"] else _time(times[name][clock])
+                "wrong" if name in row["wrong"] else time_in_words(times[name][clock])
                 for name in ("default", "fused", "ours")
             ]
             cells = [_WORKLOADS[row["workload"]], *cells, _gain(row, clock, on_gpu)]
@@ -72,7 +67,9 @@ def _rules(rows: Sequence[Mapping[str, Any]], clock: str, on_gpu: bool) -> Itera
     cells = {(row["rule"], row["workload"]): row for row in rows}
     for rule in dict.fromkeys(row["rule"] for row in rows):
         line = [
-            f"{_time(row['times']['ours'][clock])}, {_gain(row, clock, on_gpu)}" if row else "–"
+            f"{time_in_words(row['times']['ours'][clock])}, {_gain(row, clock, on_gpu)}"
+            if row
+            else "–"
             for row in (cells.get((rule, workload)) for workload in workloads)
         ]
         yield f"| `{rule}` | {' | '.join(line)} |"
@@ -95,7 +92,7 @@ def renewed(text: str, root: Path) -> str:
     def table(match: re.Match[str]) -> str:
         results = json.loads((root / match["path"]).read_text("utf-8"))
         rows = [row for row in results["rows"] if row["dtype"] == (match["dtype"] or "float32")]
-        on_gpu = results.get("device", "cpu") != "cpu"
+        on_gpu = is_on_gpu(results)
         clocks = ("device_median_s", "host_median_s") if on_gpu else ("median_s",)
         tables = ["\n".join(TABLES[match["name"]](rows, clock, on_gpu)) for clock in clocks]
         return match[1] + "\n\n".join(tables) + "\n" + match[5]
@@ -105,25 +102,14 @@ def renewed(text: str, root: Path) -> str:
 
 def _gain(row: Mapping[str, Any], clock: str, on_gpu: bool) -> str:
     """Return the time of torch's fastest step, divided by ours, and the name of that step."""
-    times = {
-        name: row["times"][name][clock]
-        for name in _TORCHS
-        if name in row["times"] and name not in row["wrong"]
-    }
-    if not times or "ours" in row["wrong"]:
+    wrong = row["wrong"]
+    if "ours" in wrong or all(name in wrong for name in row["times"] if name != "ours"):
         return "–"
-    best = min(times, key=lambda name: times[name])
-    gain = times[best] / row["times"]["ours"][clock]
+    best = best_of_torch(row, clock)
+    gain = row["times"][best][clock] / row["times"]["ours"][clock]
     text = f"{gain:.2f}×" if gain < 9.95 else f"{gain:.1f}×"
     text = f"**{text}**" if round(gain, 2) < 1 else text
-    return f"{text} {_TORCHS[best][on_gpu]}"
-
-
-def _time(seconds: float) -> str:
-    for unit, scale in (("µs", 1e6), ("ms", 1e3)):
-        if seconds * scale < 999.5:
-            return f"{seconds * scale:.3g} {unit}"
-    return f"{seconds:.2f} s"
+    return f"{text} {short_labels(on_gpu)[best]}"
 
 
 def main(paths: Sequence[str]) -> int:

@@ -11,7 +11,10 @@ import numpy as np
 from clr_optim.backends.native import NativeBackend
 from clr_optim.backends.triton import TritonBackend
 
-__all__ = ["aligned", "best_of_torch", "iterations_table", "labels", "table", "time_in_words"]
+__all__ = [
+    "aligned", "best_of_torch", "is_on_gpu", "iterations_table", "labels", "short_labels", "table",
+    "time_in_words",
+]  # fmt: skip
 
 # A cell below this ratio counts as lost. Noise is a few percent.
 _LOST = 0.95
@@ -42,6 +45,11 @@ def labels(on_gpu: bool) -> dict[str, str]:
     return {name: known.get(name, name.replace("_", " ")) for name in _VARIANTS}
 
 
+def short_labels(on_gpu: bool) -> dict[str, str]:
+    """Return the names of the variants, without a word on which is the default."""
+    return {name: label.removesuffix(" (default)") for name, label in labels(on_gpu).items()}
+
+
 def best_of_torch(row: Mapping[str, Any], key: str) -> str:
     """Return the fastest variant of torch that computes right values; graphs do not count.
 
@@ -60,12 +68,11 @@ def best_of_torch(row: Mapping[str, Any], key: str) -> str:
 def table(results: Mapping[str, Any]) -> str:
     """Return the results as text: a line per cell, then the summary."""
     rows = results["rows"]
-    on_gpu = _is_on_gpu(results)
+    on_gpu = is_on_gpu(results)
     prefix = "device_" if on_gpu else ""
     shown = [n for n in _VARIANTS if any(n in row["times"] for row in rows)]
     host = ["host vs best"] if on_gpu else []
-    named = labels(on_gpu)
-    short = {name: label.removesuffix(" (default)") for name, label in named.items()}
+    named, short = labels(on_gpu), short_labels(on_gpu)
     columns = [named[name] for name in shown]
     lines = [
         [
@@ -126,7 +133,8 @@ def _share(share: float) -> str:
     return f"{share:.0%}" if share < 1.005 else "100%*"
 
 
-def _is_on_gpu(results: Mapping[str, Any]) -> bool:
+def is_on_gpu(results: Mapping[str, Any]) -> bool:
+    """Return whether the results were measured on a GPU."""
     return bool(results.get("device", "cpu") != "cpu")
 
 
@@ -158,7 +166,7 @@ def aligned(lines: list[list[str]]) -> list[str]:
 
 def _summary(results: Mapping[str, Any]) -> list[str]:
     rows = results["rows"]
-    on_gpu = _is_on_gpu(results)
+    on_gpu = is_on_gpu(results)
     means = []
     for workload in dict.fromkeys(row["workload"] for row in rows):
         of = [row for row in rows if row["workload"] == workload]
@@ -223,7 +231,7 @@ def _winners(rows: list[Mapping[str, Any]], key: str, named: Mapping[str, str]) 
 
 def iterations_table(rows: list[Mapping[str, Any]], on_gpu: bool) -> list[str]:
     """Return a line per model: the time of forward and backward, and of whole iterations."""
-    named = labels(on_gpu)
+    named, short = labels(on_gpu), short_labels(on_gpu)
     shown = [name for name in _VARIANTS if any(name in row["step_s"] for row in rows)]
     lines = [
         ["model", "batch", "rule", "forward+backward", *(named[name] for name in shown),
@@ -233,7 +241,6 @@ def iterations_table(rows: list[Mapping[str, Any]], on_gpu: bool) -> list[str]:
         other = row["forward_backward_s"]
         whole = {name: other + step for name, step in row["step_s"].items()}
         best = min((name for name in whole if name != "ours"), key=lambda name: whole[name])
-        short = named[best].removesuffix(" (default)")
         lines.append(
             [
                 row["workload"],
@@ -243,7 +250,7 @@ def iterations_table(rows: list[Mapping[str, Any]], on_gpu: bool) -> list[str]:
                 *(time_in_words(whole[name]) if name in whole else "–" for name in shown),
                 f"{row['step_s']['ours'] / whole['ours']:.0%}",
                 f"{whole['default'] / whole['ours']:.2f}×",
-                f"{whole[best] / whole['ours']:.2f}× {short}",
+                f"{whole[best] / whole['ours']:.2f}× {short[best]}",
                 "",
             ]
         )
