@@ -228,6 +228,7 @@ class Phase:
             >>> Phase(step_size_up=2, gamma=0.5).shape(1)
             (1.0, 0.5, 0.5)
         """
+        step = check_step(step)
         return (
             _power(self.base_gamma, step),
             window_value(self.window, _position(self, step)),
