@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 import os
@@ -166,3 +167,24 @@ def shown(value: object) -> str:
         kind = f"{value.dtype}, {value.layout} on {value.device}"
         return f"a tensor of shape {list(value.shape)}, {kind}"
     return reprlib.repr(value)
+
+
+def check_callable_of_one(name: str, value: object, argument: str) -> None:
+    """Raise unless ``value`` can be called with one argument.
+
+    Args:
+        name: of the value.
+        value: the value. A callable that has no signature passes.
+        argument: what the argument is, for the message.
+    """
+    why = ""
+    if callable(value):
+        try:
+            inspect.signature(value).bind(None)
+        except TypeError as error:
+            why = f" ({error})"
+        except ValueError:
+            return
+        else:
+            return
+    raise TypeError(f"{name} must be a callable of one {argument}, got {value!r}{why}")

@@ -54,9 +54,9 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
 
     Args:
         optimizer: any :class:`torch.optim.Optimizer` instance.
-        policy: ``"triangular"``, ``"triangular2"``, ``"exp_range"``, ``"exp_range_bounds"`` or a
-            :class:`~clr_optim.schedule.Schedule`, which brings step sizes, gamma, window and scale
-            function.
+        policy: ``"triangular"``, ``"triangular2"``, ``"exp_range"``, ``"exp_range_bounds"``, in any
+            case, or a :class:`~clr_optim.schedule.Schedule`, which brings step sizes, gamma, window
+            and scale function.
         base_lr: lower bound, a number or one per group (a list, tuple, array or tensor; a tensor of
             one element is a number); ``None`` is the paper's ``max_lr / 4``.
         max_lr: upper bound, a number or one per group; ``None`` is the group's ``lr``, so that the
@@ -359,11 +359,19 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
 
     # ---- a step
 
+    def _step(
+        self, closure: Callable[[], float] | None = None, *args: Any, **kwargs: Any
+    ) -> float | None:
+        return take_step(self, closure, *args, **kwargs)
+
+    # torch's hooks and its range for profilers cost more than a step of a small model.
+    _observed_step = Optimizer.profile_hook_step(_step)
+
     @overload
     def step(self, closure: None = None, *args: Any, **kwargs: Any) -> None: ...
     @overload
     def step(self, closure: Callable[[], float], *args: Any, **kwargs: Any) -> float: ...
-    @functools.wraps(take_step, assigned=())
+    @functools.wraps(_step, assigned=())
     def step(self, *args: Any, **kwargs: Any) -> float | None:
         """Take a step of the wrapped optimizer at the policy's rate, and advance the cycle.
 
@@ -391,7 +399,7 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
         # wrapper of torch.compiler.disable at each step.
         if torch.compiler.is_compiling():
             return cast("float | None", _untraced_step(self, *args, **kwargs))
-        return _step(self, *args, **kwargs)
+        return _take_step(self, *args, **kwargs)
 
     # This mark keeps torch from wrapping the method.
     step.hooked = True  # type: ignore[attr-defined]
@@ -466,11 +474,7 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
             post_hook(self)
 
 
-# torch's hooks and its range for profilers cost more than a step of a small model.
-_observed_step = Optimizer.profile_hook_step(take_step)
-
-
-def _step(optimizer: CyclicalOptimizer[Any], *args: Any, **kwargs: Any) -> float | None:
+def _take_step(optimizer: CyclicalOptimizer[Any], *args: Any, **kwargs: Any) -> float | None:
     """Take a step, between the hooks of the wrapper if it has any."""
     if "step" in optimizer._inner.__dict__:
         optimizer._shared.serving.refuse_replaced_step()
@@ -483,11 +487,11 @@ def _step(optimizer: CyclicalOptimizer[Any], *args: Any, **kwargs: Any) -> float
     )
     # torch wraps a subclass's own step, and that wrapper runs the hooks.
     if observed and not is_wrapped_by_torch(type(optimizer)):
-        return _observed_step(optimizer, *args, **kwargs)
+        return optimizer._observed_step(*args, **kwargs)
     return take_step(optimizer, *args, **kwargs)
 
 
 # If torch.compile traced a step, each new rate would need a new compilation.
 _untraced_step = torch.compiler.disable(  # type: ignore[no-untyped-call]
-    _step, reason="CyclicalOptimizer.step changes the parameters in compiled kernels"
+    _take_step, reason="CyclicalOptimizer.step changes the parameters in compiled kernels"
 )

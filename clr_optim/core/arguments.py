@@ -182,7 +182,7 @@ def make_schedule(policy: object, constructor: Callable[..., Any], **options: An
     """Return the schedule that a policy's name and options describe.
 
     Args:
-        policy: a name in :data:`POLICIES`, or a schedule, which needs no options.
+        policy: a name in :data:`POLICIES`, in any case, or a schedule, which needs no options.
         constructor: the function whose signature has the options' defaults.
         **options: step sizes, gamma, window, scale_fn and scale_mode.
     """
@@ -197,18 +197,20 @@ def make_schedule(policy: object, constructor: Callable[..., Any], **options: An
                 )
         check_growth(policy)
         return policy
-    if not isinstance(policy, str) or policy not in POLICIES:
+    lowered = policy.lower() if isinstance(policy, str) else ""
+    if lowered not in POLICIES:
+        remedy = "; call it: what it returns may be a Schedule" if callable(policy) else ""
         raise ValueError(
             f"policy must be one of {', '.join(map(repr, POLICIES))} or a Schedule "
-            f"(see clr_optim.schedule: fixed, one_cycle, sequence, ...), got {policy!r}"
+            f"(see clr_optim.schedule: fixed, one_cycle, sequence, ...), got {policy!r}{remedy}"
         )
     gamma, scale_fn = options.pop("gamma"), options.pop("scale_fn")
     scale_mode = check_choice("scale_mode", options.pop("scale_mode"), SCALE_MODES)
     check_number("gamma", gamma, open_minimum=True, maximum=1.0)
     if scale_fn is not None:
         schedule = triangular(**options, scale_fn=scale_fn, scale_mode=scale_mode)
-        return Schedule(policy, schedule.phases)
-    make = POLICIES[policy]
+        return Schedule(lowered, schedule.phases)
+    make = POLICIES[lowered]
     if "gamma" in inspect.signature(make).parameters:
         options["gamma"] = gamma
     return make(**options)

@@ -21,6 +21,9 @@ class CyclicalScheduler(LRScheduler):
     Args:
         optimizer: the optimizer; its :attr:`CyclicalOptimizer.scheduler` is such a view.
 
+    Raises:
+        TypeError: if the optimizer is no CyclicalOptimizer, nor a framework's wrapper around one.
+
     Example:
         >>> model = torch.nn.Linear(2, 1)
         >>> opt = CyclicalOptimizer(torch.optim.SGD(model.parameters(), lr=0.4), step_size_up=3)
@@ -33,6 +36,11 @@ class CyclicalScheduler(LRScheduler):
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
+        if not hasattr(optimizer, "lr_at"):
+            raise TypeError(
+                f"optimizer must be a CyclicalOptimizer, got {type(optimizer).__name__}: wrap it, "
+                "as in CyclicalOptimizer(optimizer).scheduler"
+            )
         # LRScheduler.__init__ would write rates and patch step().
         self.optimizer: Any = optimizer
         self._step_count = 1  # frameworks add to it

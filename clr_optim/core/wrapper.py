@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from clr_optim import backends
+from clr_optim.checks import check_callable_of_one
 from clr_optim.core import leftover
 from clr_optim.core.saved import read_position
 from clr_optim.core.scheduler_view import CyclicalScheduler
@@ -133,7 +134,7 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
             A handle with ``remove()``.
 
         Raises:
-            TypeError: if the hook cannot be called.
+            TypeError: if the hook cannot be called with one argument.
 
         Example:
             >>> weight = torch.ones(3, requires_grad=True)
@@ -145,8 +146,7 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
             after 8
             >>> handle.remove()
         """
-        if not callable(hook):
-            raise TypeError(f"hook must be a callable of one optimizer, got {hook!r}")
+        check_callable_of_one("hook", hook, "optimizer")
         handle = RemovableHandle(self._cycle_end_hooks)
         self._cycle_end_hooks[handle.id] = hook
         return handle

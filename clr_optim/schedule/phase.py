@@ -224,6 +224,9 @@ class Phase:
         Returns:
             ``(b, w, a)``, the decay of the lower end, the window, the decay of the amplitude.
 
+        Raises:
+            TypeError, ValueError: naming the argument, its value and what would be right.
+
         Example:
             >>> Phase(step_size_up=2, gamma=0.5).shape(1)
             (1.0, 0.5, 0.5)

@@ -241,3 +241,20 @@ def test_torch_compile_breaks_the_graph_and_cycles_on():
             train(torch.ones(1, 2))
     assert opt.iteration == 5
     assert rates == [opt.lr_at(k)[0] for k in range(5)]
+
+
+@pytest.mark.parametrize("name", ["Triangular2", "EXP_RANGE"])
+def test_the_case_of_a_policys_name_does_not_matter(name):
+    param = torch.nn.Parameter(torch.ones(2))
+    opt, same = (
+        CyclicalOptimizer(torch.optim.SGD([param], lr=0.1), policy, step_size_up=2, gamma=0.9)
+        for policy in (name, name.lower())
+    )
+    assert opt.schedule == same.schedule
+    assert opt.schedule.name == name.lower()
+
+
+@pytest.mark.parametrize("hook", [print, lambda opt, more=1: None, lambda *opts: None])
+def test_hooks_of_one_argument_are_accepted(hook):
+    opt = CyclicalOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
+    opt.register_cycle_end_hook(hook).remove()

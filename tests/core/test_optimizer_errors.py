@@ -11,7 +11,7 @@ import torch
 from cases import BY_NAME, Problem
 from internals import is_next_step_ordinary
 
-from clr_optim import CyclicalOptimizer, Phase, Schedule, schedule
+from clr_optim import CyclicalOptimizer, CyclicalScheduler, Phase, Schedule, schedule
 from clr_optim.schedule import fixed, one_cycle, ramp, sequence, triangular, warm_restarts
 
 NAN = float("nan")
@@ -30,7 +30,7 @@ class NoRate(torch.optim.Optimizer):
 CONSTRUCTOR = {
     "policy unknown": ({"policy": "cosine"}, ValueError, r"policy must be one of 'triangular'.*'cosine'"),
     "policy a number": ({"policy": 3}, ValueError, "policy must be .* a Schedule .*got 3"),
-    "policy a function": ({"policy": triangular}, ValueError, "policy must be .* a Schedule"),
+    "policy a function": ({"policy": triangular}, ValueError, "policy must be .* a Schedule.*call it"),
     "base_lr NaN": ({"base_lr": NAN}, ValueError, "base_lr must be a finite number >= 0, got nan"),
     "base_lr negative": ({"base_lr": -0.1}, ValueError, "base_lr must be .* >= 0, got -0.1"),
     "base_lr a string": ({"base_lr": "1e-3"}, TypeError, "base_lr must be a number, got '1e-3'"),
@@ -208,6 +208,14 @@ METHODS = {
     "set_bounds length": (lambda o: o.set_bounds(max_lr=[1, 2]), ValueError, "max_lr has 2 values"),
     "lr_at negative": (lambda o: o.lr_at(-3), ValueError, "step must be an integer >= 0, got -3"),
     "lr_at None": (lambda o: o.lr_at(None), TypeError, "step must be an integer"),
+    "hook without an argument": (
+        lambda o: o.register_cycle_end_hook(lambda: None), TypeError,
+        r"hook must be a callable of one optimizer, got .* \(too many positional arguments\)",
+    ),
+    "scheduler of a plain optimizer": (
+        lambda o: CyclicalScheduler(torch.optim.SGD([torch.ones(1)])), TypeError,
+        "optimizer must be a CyclicalOptimizer, got SGD: wrap it",
+    ),
     "hook not callable": (lambda o: o.register_cycle_end_hook(3), TypeError, "hook must be a callable.*got 3"),
     "group not a dict": (lambda o: o.add_param_group([torch.ones(1)]), TypeError, "param_group must be a dict"),
     "group in a tuple": (
