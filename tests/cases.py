@@ -114,7 +114,7 @@ def rates_in_groups(optimizer: torch.optim.Optimizer) -> list[float]:
 
 
 def step_in_backward(optimizers: Mapping[torch.nn.Parameter, torch.optim.Optimizer]) -> None:
-    """Let each optimizer step and free its parameter's gradient as soon as it is complete."""
+    """Let each optimizer step and free its parameter's gradient when the gradient is complete."""
 
     def update(param: torch.nn.Parameter) -> None:
         optimizers[param].step()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from clr_optim import plotting
 from clr_optim.bench.paper.figure_6 import CONSTANT, CYCLED, FIGURE_6, PAPERS_CONSTANT
 from clr_optim.bench.paper.progress import duration
 from clr_optim.bench.paper.quarters import conclusions, summarize_quarters
+from clr_optim.bench.paper.report_files import write_report
 from clr_optim.bench.paper.settings_lines import settings_lines
 
 __all__ = ["figure_markdown", "figure_table", "report_on_figure"]
@@ -100,23 +99,17 @@ def figure_table(summaries: Sequence[Mapping[str, Any]], *, of: str = "quarters"
 def report_on_figure(folder: Path, results: Sequence[Mapping[str, Any]]) -> str:
     """Write ``figure-6.md``, ``figure-6.json`` and ``figure-6.svg`` into a folder of results.
 
-    Without matplotlib, the function draws no picture and says so on stderr.
-
     Returns:
         The Markdown.
     """
-    text = figure_markdown(results)
-    (folder / "figure-6.md").write_text(text, encoding="utf-8")
     summaries = summarize_quarters(results)
     whole = {"rows": summaries, "runs": results}
-    (folder / "figure-6.json").write_text(
-        json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    return write_report(
+        folder, "figure-6", figure_markdown(results), whole, lambda to: _draw(summaries, to)
     )
-    try:
-        plotting.require_matplotlib()
-    except ImportError as error:
-        print(f"{error}; then --report draws the picture", file=sys.stderr)
-        return text
+
+
+def _draw(summaries: Sequence[Mapping[str, Any]], folder: Path) -> None:
     curves = {row["row"]: row["curve"] for row in summaries if "curve" in row}
     seeds = max(row["seeds"] for row in summaries if "seeds" in row)
     constant, cycled = (
@@ -130,7 +123,6 @@ def report_on_figure(folder: Path, results: Sequence[Mapping[str, Any]]) -> str:
         f"mean of {seeds} seed{'s' if seeds > 1 else ''}",
     )
     plotting.save(figure, folder / "figure-6.svg")
-    return text
 
 
 def _label(row: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +13,7 @@ from clr_optim.bench.paper.comparison import summarize
 from clr_optim.bench.paper.figure_6 import FIGURE_6
 from clr_optim.bench.paper.figure_report import report_on_figure
 from clr_optim.bench.paper.progress import duration
+from clr_optim.bench.paper.report_files import write_report
 from clr_optim.bench.paper.rows import ROWS
 from clr_optim.bench.paper.settings_lines import settings_lines
 from clr_optim.bench.paper.store import Store
@@ -91,8 +91,7 @@ def _line(row: Mapping[str, Any]) -> str:
 def report(folder: str | Path) -> str:
     """Write ``paper.md``, ``paper.json`` and the pictures into a folder of results.
 
-    Results of Figure 6 have other files, see :func:`report_on_figure`. Without matplotlib, the
-    function draws no pictures and says so on stderr. A machine with matplotlib can draw them later.
+    Results of Figure 6 have other files, see :func:`report_on_figure`.
 
     Returns:
         The Markdown.
@@ -110,19 +109,13 @@ def report(folder: str | Path) -> str:
     speed = json.loads(speed_file.read_text()) if speed_file.exists() else None
     summaries = summarize(results)
     text = markdown(results, speed)
-    (store.folder / "paper.md").write_text(text, encoding="utf-8")
     whole = {"rows": summaries, "runs": results, "speed": speed}
-    (store.folder / "paper.json").write_text(
-        json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    try:
-        plotting.require_matplotlib()
-    except ImportError as error:
-        print(f"{error}; then --report draws the pictures", file=sys.stderr)
-        return text
-    for name, panels in _pictures(summaries).items():
-        plotting.save(plotting.plot_paper_curves(panels), store.folder / f"{name}.png")
-    return text
+
+    def draw(folder: Path) -> None:
+        for name, panels in _pictures(summaries).items():
+            plotting.save(plotting.plot_paper_curves(panels), folder / f"{name}.png")
+
+    return write_report(store.folder, "paper", text, whole, draw)
 
 
 Curves = dict[str, list[tuple[int, float]]]

@@ -73,6 +73,11 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(
         (["--table", "1", "--checkpoint-every", "soon"], "a number of minutes >= 0, got 'soon'"),
         (["--table", "1", "--device", "abacus"], "must be cpu or cuda, got 'abacus'"),
         (["--table", "1", "--together", "2"], "--together 2: only on a GPU; on a CPU start a"),
+        (["--figure", "5"], "invalid choice: '5'"),
+        (["--figure", "6", "--table", "1,3"], "--figure 6 and --table 1,3: give one of them"),
+        (["--figure", "6", "--rows", "fixed"], "--rows fixed: not in figure 6"),
+        (["--rows", "one-triangle"], "not in table 1, 3, beyond; add --figure 6"),
+        (["--figure", "6", "--scale", "1/9"], "a multiple of 1/7500 serves all rows"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -210,25 +210,6 @@ def test_the_figure_is_run_resumed_and_reported(folder, tmp_path, monkeypatch, c
         assert resumed[key] == found[key], key
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--figure", "5"], "invalid choice: '5'"),
-        (["--figure", "6", "--table", "1,3"], "--figure 6 and --table 1,3: give one of them"),
-        (["--figure", "6", "--rows", "fixed"], "--rows fixed: not in figure 6"),
-        (["--rows", "one-triangle"], "not in table 1, 3, beyond; add --figure 6"),
-        (["--figure", "6", "--scale", "1/9"], "a multiple of 1/7500 serves all rows"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_options_are_refused_before_anything_is_trained(options, words, folder, tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        run_paper(folder, tmp_path / "out", *options)
-    assert exit_.value.code == 2
-    assert words in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_folder_of_the_tables_is_refused(folder, tmp_path, small, capsys):
     assert run_paper(folder, tmp_path, "--rows", "window-hann", "--scale", "1/400") == 0
     capsys.readouterr()
