@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import signal
 import warnings
 from typing import Any
 
@@ -72,15 +71,7 @@ class PendingSignal(torch.optim.SGD):
             vars(self).pop("last")  # Ctrl-C is pending as this step returns
 
 
-@pytest.fixture
-def ctrl_c_raises():
-    """Set Python's own handler: a shell starts background processes without it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_ctrl_c_that_is_pending_as_the_step_returns_counts_the_step(ctrl_c_raises):
+def test_ctrl_c_that_is_pending_as_the_step_returns_counts_the_step(ctrl_c):
     opt = make("torch", cls=PendingSignal)
     PendingSignal.armed = True
     before = opt.param_groups[0]["params"][0].clone()
