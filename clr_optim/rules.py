@@ -2,8 +2,8 @@
 
 The arithmetic of a rule is in ``kernels/native/rules.h`` and in ``kernels/triton/rules.py``.
 ``STATE_SLOTS`` also has the state of the optimizers that no kernel serves. Every backend reads
-these tables. A new update rule costs one entry here, one function per kernel language, and one row
-in the tests' table.
+these tables. A new update rule costs one entry here, its arithmetic once per kernel language, and
+one row in the tests' table.
 """
 
 from __future__ import annotations
@@ -31,24 +31,6 @@ _COMMON = 4
 # Types of settings that cannot hold a tensor.
 _NO_TENSORS = frozenset({bool, int, float, str, type(None)})
 
-#: The names of the kernels. Native code knows a kernel by its index (`pick` in update.h).
-KERNELS = (
-    "sgd",
-    "sgd_momentum",
-    "adam",
-    "adam_amsgrad",
-    "adagrad",
-    "adadelta",
-    "rmsprop",
-    "rmsprop_momentum",
-    "rmsprop_centered",
-    "rmsprop_momentum_centered",
-    "adamax",
-    "radam",
-    "lion",
-    "nadam",
-)
-
 
 @dataclass(frozen=True)
 class Slot:
@@ -71,12 +53,13 @@ class UpdateRule:
     Args:
         optimizer: the exact class. A subclass may override ``step``, so torch serves subclasses.
             ``Optimizer`` for a rule that :func:`register_rule` binds to a class.
-        kernel: returns the name of the kernel for the flags of a group.
-        slots: returns the state that this kernel reads and writes, in the kernel's order.
+        kernels: the kernels of the class by name, each with the state that the kernel reads and
+            writes, in the kernel's order. Classes may share a kernel.
         has_step: whether ``state[p]["step"]`` counts the parameter's steps.
         scalars: returns the kernel's own scalars, which follow the scalars of all rules in a row.
-        state_order: the names of all state, in the order in which torch creates it.
         momentum: the index in the scalars of the momentum or ``betas[0]``, which may cycle.
+        choose: returns the name of the kernel for the flags of a group. A class with one kernel
+            needs none.
         scalar_states: the first values of states that have one element, by name. Each step
             multiplies them by the kernel's factor. At most one, and only beside a step counter.
         is_decoupled: returns whether the weight decay of a group shrinks the weights. Otherwise
@@ -86,12 +69,11 @@ class UpdateRule:
     """
 
     optimizer: type[Optimizer]
-    kernel: Callable[[Group], str]
-    slots: Callable[[Group], tuple[Slot, ...]]
+    kernels: Mapping[str, tuple[Slot, ...]]
     has_step: bool
     scalars: Callable[[Group], tuple[float, ...]]
-    state_order: tuple[str, ...]
     momentum: int | None = None
+    choose: Callable[[Group], str] | None = None
     scalar_states: Mapping[str, float] = field(default_factory=dict)
     is_decoupled: Callable[[Group], bool] = lambda group: False
     refuses: Callable[[Optimizer], str | None] = lambda optimizer: None
@@ -103,6 +85,14 @@ class UpdateRule:
         names = inspect.signature(self.optimizer).parameters
         # No argument of AdamW, but a key in its groups: torch tells AdamW from Adam by this key.
         return frozenset({*names, *self.reads, "decoupled_weight_decay"}) - {"params", "lr"}
+
+    def kernel(self, group: Group) -> str:
+        """Return the name of the kernel for the flags of a group."""
+        return next(iter(self.kernels)) if self.choose is None else self.choose(group)
+
+    def slots(self, group: Group) -> tuple[Slot, ...]:
+        """Return the state that the kernel reads and writes, in the kernel's order."""
+        return self.kernels[self.kernel(group)]
 
     def bound_to(self, cls: type[Optimizer]) -> UpdateRule:
         """Return the same rule for another class."""
@@ -125,7 +115,7 @@ class UpdateRule:
             if any(isinstance(v, Tensor) for v in values):
                 return f"{name} is a tensor"
         try:
-            self.kernel(group), self.slots(group), self.row(group)
+            self.kernel(group), self.row(group)
         except KeyError as missing:
             return f"its group has no {missing}"
         return None
@@ -134,6 +124,12 @@ class UpdateRule:
     def numbers(self) -> dict[str, float]:
         """The first values of all state that has one element, by name, the step counter first."""
         return {"step": 0.0, **self.scalar_states} if self.has_step else {}
+
+    @property
+    def state_order(self) -> tuple[str, ...]:
+        """The names of all state, in the order in which torch creates it."""
+        tensors = (slot.name for slots in self.kernels.values() for slot in slots)
+        return (*self.numbers, *dict.fromkeys(tensors))
 
     @property
     def momentum_column(self) -> int | None:
@@ -148,15 +144,9 @@ class UpdateRule:
         return (0.0, added, shrinking, -1.0 if maximizes else 1.0, *self.scalars(group))
 
 
-# Slots are made once: a change of settings asks for the slots of its group again.
 _MOMENTUM_BUFFER = Slot("momentum_buffer")
-_FIRST_GRADIENT = Slot("momentum_buffer", None)
-_SUM = Slot("sum", lambda defaults: float(defaults["initial_accumulator_value"]))
-_EXP_AVG = (Slot("exp_avg"),)
-_SQUARE_AVG, _GRAD_AVG, _ACC_DELTA = Slot("square_avg"), Slot("grad_avg"), Slot("acc_delta")
-_ADAM = (Slot("exp_avg"), Slot("exp_avg_sq"))
-_ADAMAX = (Slot("exp_avg"), Slot("exp_inf"))
-_AMSGRAD = (*_ADAM, Slot("max_exp_avg_sq"))
+_EXP_AVG, _SQUARE_AVG = Slot("exp_avg"), Slot("square_avg")
+_ADAM = (_EXP_AVG, Slot("exp_avg_sq"))
 
 
 def class_name(cls: type[Optimizer]) -> str:
@@ -165,29 +155,16 @@ def class_name(cls: type[Optimizer]) -> str:
     return cls.__name__ if torchs is cls else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _sgd_kernel(group: Group) -> str:
-    return "sgd_momentum" if group["momentum"] != 0 else "sgd"
-
-
-def _sgd_slots(group: Group) -> tuple[Slot, ...]:
-    return (_FIRST_GRADIENT,) if group["momentum"] != 0 else ()
-
-
-def _adam_slots(group: Group) -> tuple[Slot, ...]:
-    return _AMSGRAD if group["amsgrad"] else _ADAM
-
-
 def _adam(optimizer: type[Optimizer], decoupled: bool) -> UpdateRule:
     def scalars(group: Group) -> tuple[float, ...]:
         return (*group["betas"], group["eps"])
 
     return UpdateRule(
         optimizer,
-        kernel=lambda group: "adam_amsgrad" if group["amsgrad"] else "adam",
-        slots=_adam_slots,
+        kernels={"adam": _ADAM, "adam_amsgrad": (*_ADAM, Slot("max_exp_avg_sq"))},
+        choose=lambda group: "adam_amsgrad" if group["amsgrad"] else "adam",
         has_step=True,
         scalars=scalars,
-        state_order=("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
         momentum=0,
         # torch before 2.12 has no such key: the class decides.
         is_decoupled=lambda group: bool(group.get("decoupled_weight_decay", decoupled)),
@@ -199,24 +176,72 @@ def _rmsprop_kernel(group: Group) -> str:
     return f"rmsprop{momentum}{'_centered' if group['centered'] else ''}"
 
 
-def _rmsprop_slots(group: Group) -> tuple[Slot, ...]:
-    slots = [_SQUARE_AVG]
-    if group["momentum"] > 0:
-        slots.append(_MOMENTUM_BUFFER)
-    if group["centered"]:
-        slots.append(_GRAD_AVG)
-    return tuple(slots)
-
-
-#: The rules that have kernels, by the name that :func:`register_rule` takes.
-SHIPPED: dict[str, UpdateRule] = {
-    "lion": UpdateRule(
+_SHIPPED = (
+    UpdateRule(
+        torch.optim.SGD,
+        # The buffer starts as the first gradient.
+        kernels={"sgd": (), "sgd_momentum": (Slot("momentum_buffer", None),)},
+        choose=lambda group: "sgd_momentum" if group["momentum"] != 0 else "sgd",
+        has_step=False,
+        scalars=lambda g: (g["momentum"], g["dampening"], float(bool(g["nesterov"]))),
+        momentum=0,
+    ),
+    _adam(torch.optim.Adam, decoupled=False),
+    _adam(torch.optim.AdamW, decoupled=True),
+    UpdateRule(
+        torch.optim.Adagrad,
+        kernels={"adagrad": (Slot("sum", lambda d: float(d["initial_accumulator_value"])),)},
+        has_step=True,
+        scalars=lambda g: (g["lr_decay"], g["eps"]),
+    ),
+    UpdateRule(
+        torch.optim.Adadelta,
+        kernels={"adadelta": (_SQUARE_AVG, Slot("acc_delta"))},
+        has_step=True,
+        scalars=lambda g: (g["rho"], g["eps"]),
+    ),
+    UpdateRule(
+        torch.optim.RMSprop,
+        kernels={
+            "rmsprop": (_SQUARE_AVG,),
+            "rmsprop_momentum": (_SQUARE_AVG, _MOMENTUM_BUFFER),
+            "rmsprop_centered": (_SQUARE_AVG, Slot("grad_avg")),
+            "rmsprop_momentum_centered": (_SQUARE_AVG, _MOMENTUM_BUFFER, Slot("grad_avg")),
+        },
+        choose=_rmsprop_kernel,
+        has_step=True,
+        scalars=lambda g: (g["alpha"], g["eps"], g["momentum"]),
+        momentum=2,
+    ),
+    UpdateRule(
+        torch.optim.Adamax,
+        kernels={"adamax": (_EXP_AVG, Slot("exp_inf"))},
+        has_step=True,
+        scalars=lambda g: (*g["betas"], g["eps"]),
+        momentum=0,
+    ),
+    UpdateRule(
+        torch.optim.RAdam,
+        kernels={"radam": _ADAM},
+        has_step=True,
+        scalars=lambda g: (*g["betas"], g["eps"]),
+        momentum=0,
+        is_decoupled=lambda group: bool(group["decoupled_weight_decay"]),
+    ),
+    UpdateRule(
+        torch.optim.NAdam,
+        kernels={"nadam": _ADAM},
+        has_step=True,
+        scalars=lambda g: (*g["betas"], g["eps"], g["momentum_decay"]),
+        momentum=0,
+        scalar_states={"mu_product": 1.0},
+        is_decoupled=lambda group: bool(group["decoupled_weight_decay"]),
+    ),
+    UpdateRule(
         Optimizer,
-        kernel=lambda group: "lion",
-        slots=lambda group: _EXP_AVG,
+        kernels={"lion": (_EXP_AVG,)},
         has_step=False,
         scalars=lambda g: tuple(g["betas"]),
-        state_order=("exp_avg",),
         momentum=0,
         is_decoupled=lambda group: True,
         # The class keeps this argument out of its groups, and divides the weight decay by lr.
@@ -225,76 +250,23 @@ SHIPPED: dict[str, UpdateRule] = {
         ),
         reads=frozenset({"betas", "weight_decay"}),
     ),
+)
+
+
+def _name(rule: UpdateRule) -> str:
+    if rule.optimizer is Optimizer:
+        return next(iter(rule.kernels))
+    return rule.optimizer.__name__.lower()
+
+
+#: The rules that have kernels, by the name that :func:`register_rule` takes: the class of torch in
+#: lower case, or the name of the kernel.
+SHIPPED: dict[str, UpdateRule] = {_name(rule): rule for rule in _SHIPPED}
+
+#: The state of each kernel, by the kernel's name. Native code knows a kernel by its place here.
+KERNELS: dict[str, tuple[Slot, ...]] = {
+    name: slots for rule in _SHIPPED for name, slots in rule.kernels.items()
 }
-for _rule in (
-    UpdateRule(
-        torch.optim.SGD,
-        kernel=_sgd_kernel,
-        slots=_sgd_slots,
-        has_step=False,
-        scalars=lambda g: (g["momentum"], g["dampening"], float(bool(g["nesterov"]))),
-        state_order=("momentum_buffer",),
-        momentum=0,
-    ),
-    _adam(torch.optim.Adam, decoupled=False),
-    _adam(torch.optim.AdamW, decoupled=True),
-    UpdateRule(
-        torch.optim.Adagrad,
-        kernel=lambda group: "adagrad",
-        slots=lambda group: (_SUM,),
-        has_step=True,
-        scalars=lambda g: (g["lr_decay"], g["eps"]),
-        state_order=("step", "sum"),
-    ),
-    UpdateRule(
-        torch.optim.Adadelta,
-        kernel=lambda group: "adadelta",
-        slots=lambda group: (_SQUARE_AVG, _ACC_DELTA),
-        has_step=True,
-        scalars=lambda g: (g["rho"], g["eps"]),
-        state_order=("step", "square_avg", "acc_delta"),
-    ),
-    UpdateRule(
-        torch.optim.RMSprop,
-        kernel=_rmsprop_kernel,
-        slots=_rmsprop_slots,
-        has_step=True,
-        scalars=lambda g: (g["alpha"], g["eps"], g["momentum"]),
-        state_order=("step", "square_avg", "momentum_buffer", "grad_avg"),
-        momentum=2,
-    ),
-    UpdateRule(
-        torch.optim.Adamax,
-        kernel=lambda group: "adamax",
-        slots=lambda group: _ADAMAX,
-        has_step=True,
-        scalars=lambda g: (*g["betas"], g["eps"]),
-        state_order=("step", "exp_avg", "exp_inf"),
-        momentum=0,
-    ),
-    UpdateRule(
-        torch.optim.RAdam,
-        kernel=lambda group: "radam",
-        slots=lambda group: _ADAM,
-        has_step=True,
-        scalars=lambda g: (*g["betas"], g["eps"]),
-        state_order=("step", "exp_avg", "exp_avg_sq"),
-        momentum=0,
-        is_decoupled=lambda group: bool(group["decoupled_weight_decay"]),
-    ),
-    UpdateRule(
-        torch.optim.NAdam,
-        kernel=lambda group: "nadam",
-        slots=lambda group: _ADAM,
-        has_step=True,
-        scalars=lambda g: (*g["betas"], g["eps"], g["momentum_decay"]),
-        state_order=("step", "mu_product", "exp_avg", "exp_avg_sq"),
-        momentum=0,
-        scalar_states={"mu_product": 1.0},
-        is_decoupled=lambda group: bool(group["decoupled_weight_decay"]),
-    ),
-):
-    SHIPPED[_rule.optimizer.__name__.lower()] = _rule
 
 #: The names of all state that has one element.
 NUMBERS = frozenset(name for rule in SHIPPED.values() for name in rule.numbers)
@@ -397,9 +369,7 @@ def register_rule(optimizer_class: type[Optimizer], rule: str) -> None:
     Args:
         optimizer_class: the class. It is no class of torch.
         rule: ``"lion"``, which updates as the class ``Lion`` of the package lion-pytorch, or the
-            name of a fused class of torch in lower case: ``"sgd"``, ``"adam"``, ``"adamw"``,
-            ``"adagrad"``, ``"adadelta"``, ``"rmsprop"``, ``"adamax"``, ``"radam"``,
-            ``"nadam"``.
+            name of a fused class of torch in lower case, such as ``"adam"``.
 
     Raises:
         TypeError: ``optimizer_class`` is no subclass of ``torch.optim.Optimizer``.

@@ -20,6 +20,8 @@ from clr_optim.sharding import DTensor, Spread, local_part
 __all__ = ["Bucket", "BucketKey"]
 
 
+# The kernels in native code's order.
+_KERNELS = tuple(KERNELS)
 # The columns of a row that hold the addresses of `Row.numbers`.
 _NUMBERS = ("counter", "scalar")
 
@@ -227,7 +229,7 @@ class Bucket:
             self._gradients.ctypes.data,
             len(self.rows),
             int(np.count_nonzero(self.gradients)),
-            KERNELS.index(self.kernel),
+            _KERNELS.index(self.kernel),
             DTYPES.index(self.dtype),
             *(size == 8 for size in self._number_sizes),
             1,

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <tuple>
 #include <type_traits>
 
 namespace clr {
@@ -100,6 +101,7 @@ template <class A> struct Gradient {
 };
 
 template <class A, bool MOMENTUM> struct Sgd {
+    static constexpr const char* name = MOMENTUM ? "sgd_momentum" : "sgd";
     static constexpr int slots = MOMENTUM ? 1 : 0;
     Gradient<A> gradient;
     A lr, momentum, keep;
@@ -122,6 +124,7 @@ template <class A, bool MOMENTUM> struct Sgd {
 };
 
 template <class A, bool AMSGRAD> struct Adam {
+    static constexpr const char* name = AMSGRAD ? "adam_amsgrad" : "adam";
     static constexpr int slots = AMSGRAD ? 3 : 2;
     Gradient<A> gradient;
     Lerp<A> lerp;
@@ -149,6 +152,7 @@ template <class A, bool AMSGRAD> struct Adam {
 };
 
 template <class A> struct Adagrad {
+    static constexpr const char* name = "adagrad";
     static constexpr int slots = 1;
     Gradient<A> gradient;
     A rate, eps;
@@ -165,6 +169,7 @@ template <class A> struct Adagrad {
 };
 
 template <class A> struct Adadelta {
+    static constexpr const char* name = "adadelta";
     static constexpr int slots = 2;
     Gradient<A> gradient;
     A lr, rho, rest, eps;
@@ -183,6 +188,10 @@ template <class A> struct Adadelta {
 };
 
 template <class A, bool MOMENTUM, bool CENTERED> struct RmsProp {
+    static constexpr const char* name = MOMENTUM && CENTERED ? "rmsprop_momentum_centered"
+                                        : MOMENTUM ? "rmsprop_momentum"
+                                        : CENTERED ? "rmsprop_centered"
+                                                   : "rmsprop";
     static constexpr int slots = 1 + MOMENTUM + CENTERED;
     Gradient<A> gradient;
     Lerp<A> lerp;
@@ -215,6 +224,7 @@ template <class A, bool MOMENTUM, bool CENTERED> struct RmsProp {
 };
 
 template <class A> struct Adamax {
+    static constexpr const char* name = "adamax";
     static constexpr int slots = 2;
     Gradient<A> gradient;
     Lerp<A> lerp;
@@ -237,6 +247,7 @@ template <class A> struct Adamax {
 // Adam's second moment serves once enough steps have been averaged: if rho, the length of the
 // average, is above 5.
 template <class A> struct RAdam {
+    static constexpr const char* name = "radam";
     static constexpr int slots = 2;
     Gradient<A> gradient;
     Lerp<A> lerp;
@@ -273,6 +284,7 @@ template <class A> struct RAdam {
 
 // Its scalar state is the product of the momenta of all steps: each step multiplies it by `factor`.
 template <class A> struct NAdam {
+    static constexpr const char* name = "nadam";
     static constexpr int slots = 2;
     Gradient<A> gradient;
     Lerp<A> lerp;
@@ -303,6 +315,7 @@ template <class A> struct NAdam {
 };
 
 template <class A> struct Lion {
+    static constexpr const char* name = "lion";
     static constexpr int slots = 1;
     Gradient<A> gradient;
     A shrink, lr, beta1, rest1, beta2, rest2;
@@ -318,5 +331,12 @@ template <class A> struct Lion {
         p = fmadd(lr, A(mean > 0) - A(mean < 0), p);  // the sign of NaN is 0, as in torch
     }
 };
+
+// The rules of all kernels, in the order of KERNELS in clr_optim/rules.py. A test compares the names.
+template <class A>
+using Rules = std::tuple<Sgd<A, false>, Sgd<A, true>, Adam<A, false>, Adam<A, true>, Adagrad<A>,
+                         Adadelta<A>, RmsProp<A, false, false>, RmsProp<A, true, false>,
+                         RmsProp<A, false, true>, RmsProp<A, true, true>, Adamax<A>, RAdam<A>,
+                         NAdam<A>, Lion<A>>;
 
 }  // namespace clr

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <tuple>
 #include <type_traits>
 
 #include "rules.h"
@@ -115,30 +116,15 @@ struct Kernel {
     void (*update)(const AnyRule&, const Row&, const void* grad, int64_t begin, int64_t end);
 };
 
-// The kernels by number. KERNELS in clr_optim/rules.py has the same order; a test compares.
+// The kernel of a rule by its number in Rules; one without functions for an unknown number.
+template <class T, class... Rule>
+Kernel pick(int64_t kernel, const std::tuple<Rule...>*) {
+    static constexpr Kernel kernels[] = {
+        {Rule::name, Rule::slots, factor<Rule>, build<Rule>, Update<T, Rule>::run}...};
+    return 0 <= kernel && kernel < int64_t(sizeof...(Rule)) ? kernels[kernel] : Kernel{};
+}
 template <class T> Kernel pick(int64_t kernel) {
-    using A = typename T::A;
-#define KERNEL(name, ...)                                                      \
-    {name, __VA_ARGS__::slots, factor<__VA_ARGS__>, build<__VA_ARGS__>, \
-     Update<T, __VA_ARGS__>::run}
-    switch (kernel) {
-        case 0: return KERNEL("sgd", Sgd<A, false>);
-        case 1: return KERNEL("sgd_momentum", Sgd<A, true>);
-        case 2: return KERNEL("adam", Adam<A, false>);
-        case 3: return KERNEL("adam_amsgrad", Adam<A, true>);
-        case 4: return KERNEL("adagrad", Adagrad<A>);
-        case 5: return KERNEL("adadelta", Adadelta<A>);
-        case 6: return KERNEL("rmsprop", RmsProp<A, false, false>);
-        case 7: return KERNEL("rmsprop_momentum", RmsProp<A, true, false>);
-        case 8: return KERNEL("rmsprop_centered", RmsProp<A, false, true>);
-        case 9: return KERNEL("rmsprop_momentum_centered", RmsProp<A, true, true>);
-        case 10: return KERNEL("adamax", Adamax<A>);
-        case 11: return KERNEL("radam", RAdam<A>);
-        case 12: return KERNEL("lion", Lion<A>);
-        case 13: return KERNEL("nadam", NAdam<A>);
-        default: return {};
-    }
-#undef KERNEL
+    return pick<T>(kernel, static_cast<const Rules<typename T::A>*>(nullptr));
 }
 
 // A kernel without functions if the number of the kernel or of the dtype is unknown.

@@ -141,12 +141,8 @@ def rows(target: str) -> Iterator[dict[str, Any]]:
 
 def _kernels() -> dict[str, tuple[int, int]]:
     """Return each kernel's number of state slots, and its number of states of one element."""
-    found = {}
-    for momentum, *flags in itertools.product((0.0, 0.9), (False, True), (False, True)):
-        group = {"momentum": momentum, **dict(zip(("amsgrad", "centered"), flags, strict=True))}
-        for rule in SHIPPED.values():
-            found[rule.kernel(group)] = (len(rule.slots(group)), len(rule.numbers))
-    return {kernel: found[kernel] for kernel in KERNELS}
+    numbers = {name: len(rule.numbers) for rule in SHIPPED.values() for name in rule.kernels}
+    return {name: (len(slots), numbers[name]) for name, slots in KERNELS.items()}
 
 
 def _compile(

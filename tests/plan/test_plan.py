@@ -298,11 +298,11 @@ def test_kernel_and_slots_come_from_one_reading(monkeypatch):
     opt = wrapped(torch.optim.Adam([p], lr=0.1, amsgrad=True))
     rule = RULES[torch.optim.Adam]
 
-    def slots(settings: Any) -> Any:
+    def choose(settings: Any) -> str:
         opt.param_groups[0]["amsgrad"] = False  # another thread may do so at this moment
-        return rule.slots(settings)
+        return rule.kernel(settings)
 
-    monkeypatch.setitem(RULES, torch.optim.Adam, dataclasses.replace(rule, slots=slots))
+    monkeypatch.setitem(RULES, torch.optim.Adam, dataclasses.replace(rule, choose=choose))
     opt.step()
     assert p.isfinite().all()
 

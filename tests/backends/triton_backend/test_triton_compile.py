@@ -83,7 +83,8 @@ def test_every_kernel_is_in_the_table(compiled):
 def test_narrow_accesses_and_spills_are_seen():
     code = """
         from clr_optim.kernels.triton import multi_tensor, report
-        report.KERNELS, report.DTYPES = ("adam",), ("float32",)
+        report.KERNELS = {"adam": report.KERNELS["adam"]}
+        report.DTYPES = ("float32",)
         constexprs, options = multi_tensor.constexprs, multi_tensor.options
         multi_tensor.constexprs = lambda *a, aligned: constexprs(*a, aligned=False)
         print(*next(report.rows("sm_90")).values())
