@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from clr_optim.kernels.triton.rules import advanced, constants, factor, held, update
+from clr_optim.kernels.triton.rules import KERNELS, advanced, held
 from clr_optim.kernels.triton.schedule import rate_and_momentum
 
 __all__ = [
@@ -89,8 +89,11 @@ def constexprs(
         aligned: whether all tensors begin at a multiple of 16 bytes.
     """
     counter, scalar = (*(_TYPES[number] for number in numbers), None, None)[:2]
+    functions = KERNELS[kernel]
     return {
-        "KERNEL": kernel,
+        "CONSTANTS": functions.constants,
+        "UPDATE": functions.update,
+        "FLAGS": functions.flags,
         "SLOTS": slots,
         "DTYPE": _TYPES[dtype],
         "COUNTER": counter,
@@ -128,57 +131,21 @@ def _store(pointer, at, value, mask, MASKED: tl.constexpr):
 
 @triton.jit
 def _block(
-    p,
-    g,
-    s0,
-    s1,
-    s2,
-    at,
-    numel,
-    scale,
-    decay,
-    decays,
-    shrink,
-    first,
-    c0,
-    c1,
-    c2,
-    c3,
-    c4,
-    c5,
-    c6,
-    c7,
-    KERNEL: tl.constexpr,
-    SLOTS: tl.constexpr,
-    A: tl.constexpr,
+    p, g, s, at, numel, scale, decay, decays, shrink, first, c,
+    UPDATE: tl.constexpr, FLAGS: tl.constexpr, SLOTS: tl.constexpr, A: tl.constexpr,
     MASKED: tl.constexpr,
-):
+):  # fmt: skip
     mask = at < numel
     param = _load(p, at, mask, MASKED).to(A)
     grad = _load(g, at, mask, MASKED).to(A) * scale
     # Without weight decay add nothing: 0·p would turn an infinite p into NaN.
     grad = tl.where(decays, tl.fma(decay, param, grad), grad)
-    a0 = param
-    a1 = param
-    a2 = param
-    if SLOTS > 0:
-        a0 = _load(s0, at, mask, MASKED).to(A)
-    if SLOTS > 1:
-        a1 = _load(s1, at, mask, MASKED).to(A)
-    if SLOTS > 2:
-        a2 = _load(s2, at, mask, MASKED).to(A)
+    state = [_load(slot, at, mask, MASKED).to(A) for slot in s]
     # Decoupled weight decay. Without it `shrink` is 1.
-    param = param * shrink
-    param, a0, a1, a2 = update(
-        param, grad, a0, a1, a2, first, c0, c1, c2, c3, c4, c5, c6, c7, KERNEL
-    )
+    param, state = UPDATE(param * shrink, grad, state, first, c, FLAGS)
     _store(p, at, param, mask, MASKED)
-    if SLOTS > 0:
-        _store(s0, at, a0, mask, MASKED)
-    if SLOTS > 1:
-        _store(s1, at, a1, mask, MASKED)
-    if SLOTS > 2:
-        _store(s2, at, a2, mask, MASKED)
+    for k in tl.static_range(SLOTS):
+        _store(s[k], at, state[k], mask, MASKED)
 
 
 @triton.jit
@@ -204,9 +171,9 @@ def _pointer(place, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 )
 def multi_tensor(
     chunks, rows, gradients, groups, width, ints, floats, phases, control, gate,
-    KERNEL: tl.constexpr, SLOTS: tl.constexpr, DTYPE: tl.constexpr,
-    COUNTER: tl.constexpr, SCALAR: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    CONSTANTS: tl.constexpr, UPDATE: tl.constexpr, FLAGS: tl.constexpr, SLOTS: tl.constexpr,
+    DTYPE: tl.constexpr, COUNTER: tl.constexpr, SCALAR: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk of one tensor.
 
@@ -219,7 +186,8 @@ def multi_tensor(
         control: int64, the position in the schedule first.
         gate: float64, the factor of the gradients and whether they overflowed. After an overflow
             the kernel writes nothing.
-        KERNEL, SLOTS: the name in :data:`clr_optim.rules.KERNELS`, and the number of state tensors.
+        CONSTANTS, UPDATE, FLAGS: of :class:`clr_optim.kernels.triton.rules.Kernel`.
+        SLOTS: the number of state tensors.
         DTYPE: the dtype of parameters, gradients and state.
         COUNTER, SCALAR: the dtypes of step counters and of scalar states, if any.
         ALIGNED: whether all tensors begin at a multiple of 16 bytes.
@@ -245,12 +213,8 @@ def multi_tensor(
         scalar = tl.load(tl.load(rows + 5).to(tl.pointer_type(SCALAR)))
     decay = tl.load(groups + 5)
     own = groups + _OWN
-    c0, c1, c2, c3, c4, c5, c6, c7 = constants(
-        own, rate, step, scalar, momentum, tl.load(groups + 4) != 0, KERNEL, A
-    )
-    c0, c1, c2, c3, c4, c5, c6, c7 = (
-        c0.to(A), c1.to(A), c2.to(A), c3.to(A), c4.to(A), c5.to(A), c6.to(A), c7.to(A)
-    )  # fmt: skip
+    constants = CONSTANTS(own, rate, step, scalar, momentum, tl.load(groups + 4) != 0, A)
+    c = [constant.to(A) for constant in constants]
     decays = decay != 0
     decay = decay.to(A)
     shrink = held(1.0 - rate * tl.load(groups + 6), A).to(A)
@@ -259,22 +223,24 @@ def multi_tensor(
     begin = tl.load(chunks + 1).to(tl.int64) * (BLOCK * BLOCKS)
     p = _pointer(rows, DTYPE, ALIGNED) + begin
     g = _pointer(gradients + row, DTYPE, ALIGNED) + begin
-    s0 = _pointer(rows + 1, DTYPE, ALIGNED) + begin
-    s1 = _pointer(rows + 2, DTYPE, ALIGNED) + begin
-    s2 = _pointer(rows + 3, DTYPE, ALIGNED) + begin
+    s = (
+        _pointer(rows + 1, DTYPE, ALIGNED) + begin,
+        _pointer(rows + 2, DTYPE, ALIGNED) + begin,
+        _pointer(rows + 3, DTYPE, ALIGNED) + begin,
+    )[:SLOTS]
     left = tl.minimum(numel - begin, BLOCK * BLOCKS).to(tl.int32)
     left = tl.where(tl.load(gate + 1) == 0, left, 0)
     full = left // BLOCK
     lanes = tl.arange(0, BLOCK)
     for i in range(0, full):
         _block(
-            p, g, s0, s1, s2, i * BLOCK + lanes, left, scale, decay, decays, shrink, first,
-            c0, c1, c2, c3, c4, c5, c6, c7, KERNEL, SLOTS, A, False,
+            p, g, s, i * BLOCK + lanes, left, scale, decay, decays, shrink, first,
+            c, UPDATE, FLAGS, SLOTS, A, False,
         )  # fmt: skip
     if full * BLOCK < left:
         _block(
-            p, g, s0, s1, s2, full * BLOCK + lanes, left, scale, decay, decays, shrink, first,
-            c0, c1, c2, c3, c4, c5, c6, c7, KERNEL, SLOTS, A, True,
+            p, g, s, full * BLOCK + lanes, left, scale, decay, decays, shrink, first,
+            c, UPDATE, FLAGS, SLOTS, A, True,
         )  # fmt: skip
 
 
@@ -352,7 +318,7 @@ def open_gate(
     ],
 )  # fmt: skip
 def advance_scalars(
-    counters, groups, width, ints, floats, phases, control, gate, KERNEL: tl.constexpr
+    counters, groups, width, ints, floats, phases, control, gate, FACTOR: tl.constexpr
 ):
     """Multiply the scalar state of one tensor, after the updates of a step and before its end.
 
@@ -363,7 +329,7 @@ def advance_scalars(
         counters: as for :func:`advance`; one program per row.
         groups, width, ints, floats, phases, control: as for :func:`multi_tensor`.
         gate: float64. After an overflow nothing moves.
-        KERNEL: a name in :data:`clr_optim.rules.KERNELS`.
+        FACTOR: of :class:`clr_optim.kernels.triton.rules.Kernel`.
     """
     counters += tl.program_id(0).to(tl.int64) * _COUNTER
     groups += tl.load(counters + 4) * width
@@ -376,7 +342,7 @@ def advance_scalars(
         step = tl.load(place.to(tl.pointer_type(tl.float64)))
     else:
         step = tl.load(place.to(tl.pointer_type(tl.float32))).to(tl.float64)
-    by = factor(groups + _OWN, step + 1.0, momentum, tl.load(groups + 4) != 0, KERNEL)
+    by = FACTOR(groups + _OWN, step + 1.0, momentum, tl.load(groups + 4) != 0)
     happened = tl.load(gate + 1) == 0
     place = tl.load(counters + 2)
     if tl.load(counters + 3) != 0:

@@ -1,26 +1,32 @@
 """The arithmetic of the update rules on a GPU: two functions per rule, the counterparts of rules.h.
 
-``<rule>_constants`` turns a group's float64 scalars into up to eight constants, once per program.
-``<rule>`` updates a block with these constants in the arithmetic type. The order of operations is
-that of torch's for-loop step, with a fused multiply-add wherever torch's operator has one. Triton
-compiles these functions, so their arguments have no Python types:
+``<rule>_constants`` turns a group's float64 scalars into constants, once per program. ``<rule>``
+updates a block with these constants in the arithmetic type. The order of operations is that of
+torch's for-loop step, with a fused multiply-add wherever torch's operator has one. ``KERNELS`` at
+the end names the functions of each kernel. Triton compiles these functions, so their arguments have
+no Python types:
 
 - ``own`` points to the scalars of :attr:`clr_optim.rules.UpdateRule.scalars`.
 - ``momentum`` is the schedule's momentum, used if ``cycles`` holds.
 - ``step`` is the number of this step, counted from 1.
-- ``first`` tells that the state is not filled yet.
 - ``scalar`` is the scalar state before this step, if the rule has one.
-- ``s0`` to ``s2`` are the state tensors, in the order of the slots in rules.py.
+- ``A`` is the arithmetic type. Constants that depend on the rate lie within its range.
+- ``p`` and ``g`` are the parameter and its gradient, with weight decay.
+- ``s`` is a tuple of the state tensors, in the order of the slots in rules.py.
+- ``first`` tells that the state is not filled yet.
+- ``c`` is the tuple of constants.
+- ``FLAGS`` are the flags of the kernel, a tuple of bool.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-__all__ = ["advanced", "constants", "factor", "held", "update"]
+__all__ = ["KERNELS", "Kernel", "advanced", "held"]
 
 # Triton would compute the logarithm of a number, other than that of a tensor, in float32.
 _LOG2_096: tl.constexpr = tl.constexpr(math.log2(0.96))
@@ -70,25 +76,28 @@ def _power(base, exponent):
 
 
 @triton.jit
-def sgd_constants(own, rate, step, momentum, cycles, A: tl.constexpr):
+def sgd_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexpr):
     m = tl.where(cycles, momentum, tl.load(own))
     lr = held(-rate, A)
-    return lr, held(m, A), 1.0 - tl.load(own + 1), tl.load(own + 2), lr, lr, lr, lr
+    return lr, held(m, A), 1.0 - tl.load(own + 1), tl.load(own + 2)
 
 
 @triton.jit
-def sgd(p, g, s0, first, lr, momentum, keep, nesterov, MOMENTUM: tl.constexpr):
+def sgd(p, g, s, first, c, FLAGS: tl.constexpr):
+    lr, momentum, keep, nesterov = c
+    MOMENTUM: tl.constexpr = FLAGS[0]
     if MOMENTUM:
         # The first gradient goes in whole, without dampening. Memory that nothing has written may
         # hold a signaling NaN, so the buffer is not read before it is filled.
-        s0 = tl.where(first, 0.0, s0)
-        s0 = tl.where(first, g, tl.fma(g, keep, s0 * momentum))
-        g = tl.where(nesterov != 0, tl.fma(s0, momentum, g), s0)
-    return tl.fma(lr, g, p), s0
+        buffer = tl.where(first, 0.0, s[0])
+        buffer = tl.where(first, g, tl.fma(g, keep, buffer * momentum))
+        g = tl.where(nesterov != 0, tl.fma(buffer, momentum, g), buffer)
+        s = (buffer,)
+    return tl.fma(lr, g, p), s
 
 
 @triton.jit
-def adam_constants(own, rate, step, momentum, cycles, A: tl.constexpr):
+def adam_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexpr):
     beta1 = tl.where(cycles, momentum, tl.load(own))
     beta2 = tl.load(own + 1)
     correction2 = tl.sqrt(1.0 - _power(beta2, step))
@@ -100,124 +109,104 @@ def adam_constants(own, rate, step, momentum, cycles, A: tl.constexpr):
         correction2,
         tl.load(own + 2),
         step_size,
-        step_size,
-        step_size,
     )
 
 
 @triton.jit
-def adam(
-    p,
-    g,
-    s0,
-    s1,
-    s2,
-    weight,
-    beta2,
-    rest2,
-    correction2,
-    eps,
-    step_size,
-    AMSGRAD: tl.constexpr,
-):
-    s0 = _lerp(s0, g, weight)
-    s1 = tl.fma(rest2 * g, g, s1 * beta2)
-    second = s1
+def adam(p, g, s, first, c, FLAGS: tl.constexpr):
+    weight, beta2, rest2, correction2, eps, step_size = c
+    AMSGRAD: tl.constexpr = FLAGS[0]
+    m = _lerp(s[0], g, weight)
+    v = tl.fma(rest2 * g, g, s[1] * beta2)
     if AMSGRAD:  # NaN wins, as in torch.maximum
-        s2 = tl.where((s2 > s1) | (s2 != s2), s2, s1)
-        second = s2
+        second = tl.where((s[2] > v) | (s[2] != s[2]), s[2], v)
+        s = (m, v, second)
+    else:
+        second = v
+        s = (m, v)
     spread = _divide(_root(second), correction2) + eps
-    return p + _divide(step_size * s0, spread), s0, s1, s2
+    return p + _divide(step_size * m, spread), s
 
 
 @triton.jit
-def adagrad_constants(own, rate, step, momentum, cycles, A: tl.constexpr):
+def adagrad_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexpr):
     lr = held(-(rate / (1.0 + (step - 1.0) * tl.load(own))), A)
-    return lr, tl.load(own + 1), lr, lr, lr, lr, lr, lr
+    return lr, tl.load(own + 1)
 
 
 @triton.jit
-def adagrad(p, g, s0, lr, eps):
-    s0 = tl.fma(g, g, s0)
-    return p + _divide(lr * g, _root(s0) + eps), s0
+def adagrad(p, g, s, first, c, FLAGS: tl.constexpr):
+    lr, eps = c
+    sum = tl.fma(g, g, s[0])
+    return p + _divide(lr * g, _root(sum) + eps), (sum,)
 
 
 @triton.jit
-def adadelta_constants(own, rate, step, momentum, cycles, A: tl.constexpr):
+def adadelta_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexpr):
     rho = tl.load(own)
     lr = held(-rate, A)
-    return lr, rho, 1.0 - rho, tl.load(own + 1), lr, lr, lr, lr
+    return lr, rho, 1.0 - rho, tl.load(own + 1)
 
 
 @triton.jit
-def adadelta(p, g, s0, s1, lr, rho, rest, eps):
-    s0 = tl.fma(rest * g, g, s0 * rho)
-    delta = _divide(_root(s1 + eps), _root(s0 + eps)) * g
-    s1 = tl.fma(rest * delta, delta, s1 * rho)
-    return tl.fma(lr, delta, p), s0, s1
+def adadelta(p, g, s, first, c, FLAGS: tl.constexpr):
+    lr, rho, rest, eps = c
+    square = tl.fma(rest * g, g, s[0] * rho)
+    delta = _divide(_root(s[1] + eps), _root(square + eps)) * g
+    deltas = tl.fma(rest * delta, delta, s[1] * rho)
+    return tl.fma(lr, delta, p), (square, deltas)
 
 
 @triton.jit
-def rmsprop_constants(own, rate, step, momentum, cycles, A: tl.constexpr):
+def rmsprop_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexpr):
     alpha = tl.load(own)
     m = tl.where(cycles, momentum, tl.load(own + 2))
     lr = held(-rate, A)
-    return lr, alpha, 1.0 - alpha, tl.load(own + 1), held(m, A), lr, lr, lr
+    return lr, alpha, 1.0 - alpha, tl.load(own + 1), held(m, A)
 
 
 @triton.jit
-def rmsprop(
-    p,
-    g,
-    s0,
-    s1,
-    s2,
-    lr,
-    alpha,
-    rest,
-    eps,
-    momentum,
-    MOMENTUM: tl.constexpr,
-    CENTERED: tl.constexpr,
-):
-    s0 = tl.fma(rest * g, g, s0 * alpha)
-    spread = s0
-    # Round once, as torch's addcmul does: a square that is rounded alone may overflow, and
-    # inf - inf is NaN.
+def rmsprop(p, g, s, first, c, FLAGS: tl.constexpr):
+    lr, alpha, rest, eps, momentum = c
+    MOMENTUM: tl.constexpr = FLAGS[0]
+    CENTERED: tl.constexpr = FLAGS[1]
+    square = tl.fma(rest * g, g, s[0] * alpha)
+    spread = square
     if CENTERED:
-        if MOMENTUM:
-            s2 = _lerp(s2, g, rest)
-            spread = tl.fma(-s2, s2, spread)
-        else:
-            s1 = _lerp(s1, g, rest)
-            spread = tl.fma(-s1, s1, spread)
+        mean = _lerp(s[2] if MOMENTUM else s[1], g, rest)
+        # Round once, as torch's addcmul does: a square that is rounded alone may overflow, and
+        # inf - inf is NaN.
+        spread = tl.fma(-mean, mean, spread)
     spread = _root(spread) + eps
     if MOMENTUM:
-        s1 = s1 * momentum + _divide(g, spread)
-        p = tl.fma(lr, s1, p)
+        buffer = s[1] * momentum + _divide(g, spread)
+        p = tl.fma(lr, buffer, p)
+        s = (square, buffer, mean) if CENTERED else (square, buffer)
     else:
         p = p + _divide(lr * g, spread)
-    return p, s0, s1, s2
+        s = (square, mean) if CENTERED else (square,)
+    return p, s
 
 
 @triton.jit
-def adamax_constants(own, rate, step, momentum, cycles, A: tl.constexpr):
+def adamax_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexpr):
     beta1 = tl.where(cycles, momentum, tl.load(own))
     lr = held(-(rate / (1.0 - _power(beta1, step))), A)
-    return held(1.0 - beta1, A), tl.load(own + 1), tl.load(own + 2), lr, lr, lr, lr, lr
+    return held(1.0 - beta1, A), tl.load(own + 1), tl.load(own + 2), lr
 
 
 @triton.jit
-def adamax(p, g, s0, s1, weight, beta2, eps, step_size):
-    s0 = _lerp(s0, g, weight)
-    before = s1 * beta2
+def adamax(p, g, s, first, c, FLAGS: tl.constexpr):
+    weight, beta2, eps, step_size = c
+    m = _lerp(s[0], g, weight)
+    before = s[1] * beta2
     now = tl.abs(g) + eps
-    s1 = tl.where((before > now) | (before != before), before, now)  # NaN wins
-    return p + _divide(step_size * s0, s1), s0, s1
+    norm = tl.where((before > now) | (before != before), before, now)  # NaN wins
+    return p + _divide(step_size * m, norm), (m, norm)
 
 
 @triton.jit
-def radam_constants(own, rate, step, momentum, cycles, A: tl.constexpr):
+def radam_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexpr):
     beta1 = tl.where(cycles, momentum, tl.load(own))
     beta2 = tl.load(own + 1)
     power = _power(beta2, step)
@@ -239,42 +228,14 @@ def radam_constants(own, rate, step, momentum, cycles, A: tl.constexpr):
 
 
 @triton.jit
-def radam(
-    p,
-    g,
-    s0,
-    s1,
-    weight,
-    beta2,
-    rest2,
-    correction1,
-    lr,
-    correction2,
-    eps,
-    rectification,
-):
-    s0 = _lerp(s0, g, weight)
-    s1 = tl.fma(rest2 * g, g, s1 * beta2)
-    change = _divide(s0, correction1) * lr
-    rate = _divide(1.0, _root(s1) + eps) * correction2
-    return p - tl.where(rectification > 0.0, change * rate * rectification, change), s0, s1
-
-
-@triton.jit
-def lion_constants(own, rate, step, momentum, cycles, A: tl.constexpr):
-    beta1 = tl.where(cycles, momentum, tl.load(own))
-    beta2 = tl.load(own + 1)
-    lr = held(-rate, A)
-    return lr, held(beta1, A), held(1.0 - beta1, A), beta2, 1.0 - beta2, lr, lr, lr
-
-
-@triton.jit
-def lion(p, g, s0, lr, beta1, rest1, beta2, rest2):
-    mean = tl.fma(g, rest1, s0 * beta1)
-    s0 = tl.fma(g, rest2, s0 * beta2)
-    # The sign of NaN is 0, as in torch.
-    sign = tl.where(mean > 0.0, 1.0, tl.where(mean < 0.0, -1.0, 0.0)).to(p.dtype)
-    return tl.fma(lr, sign, p), s0
+def radam(p, g, s, first, c, FLAGS: tl.constexpr):
+    weight, beta2, rest2, correction1, lr, correction2, eps, rectification = c
+    m = _lerp(s[0], g, weight)
+    v = tl.fma(rest2 * g, g, s[1] * beta2)
+    change = _divide(m, correction1) * lr
+    rate = _divide(1.0, _root(v) + eps) * correction2
+    p = p - tl.where(rectification > 0.0, change * rate * rectification, change)
+    return p, (m, v)
 
 
 @triton.jit
@@ -298,17 +259,35 @@ def nadam_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexpr):
         tl.load(own + 2),
         held(-rate * (1.0 - now) / (1.0 - product), A),
         held(-rate * after / (1.0 - product * after), A),
-        beta2,
     )
 
 
 @triton.jit
-def nadam(p, g, s0, s1, weight, beta2, rest2, correction2, eps, of_gradient, of_mean):
-    s0 = _lerp(s0, g, weight)
-    s1 = tl.fma(rest2 * g, g, s1 * beta2)
-    spread = _root(_divide(s1, correction2)) + eps
+def nadam(p, g, s, first, c, FLAGS: tl.constexpr):
+    weight, beta2, rest2, correction2, eps, of_gradient, of_mean = c
+    m = _lerp(s[0], g, weight)
+    v = tl.fma(rest2 * g, g, s[1] * beta2)
+    spread = _root(_divide(v, correction2)) + eps
     p = p + _divide(of_gradient * g, spread)
-    return p + _divide(of_mean * s0, spread), s0, s1
+    return p + _divide(of_mean * m, spread), (m, v)
+
+
+@triton.jit
+def lion_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexpr):
+    beta1 = tl.where(cycles, momentum, tl.load(own))
+    beta2 = tl.load(own + 1)
+    lr = held(-rate, A)
+    return lr, held(beta1, A), held(1.0 - beta1, A), beta2, 1.0 - beta2
+
+
+@triton.jit
+def lion(p, g, s, first, c, FLAGS: tl.constexpr):
+    lr, beta1, rest1, beta2, rest2 = c
+    mean = tl.fma(g, rest1, s[0] * beta1)
+    average = tl.fma(g, rest2, s[0] * beta2)
+    # The sign of NaN is 0, as in torch.
+    sign = tl.where(mean > 0.0, 1.0, tl.where(mean < 0.0, -1.0, 0.0)).to(p.dtype)
+    return tl.fma(lr, sign, p), (average,)
 
 
 @triton.jit
@@ -317,70 +296,36 @@ def advanced(scalar, factor):
     return scalar * factor.to(scalar.dtype)
 
 
-@triton.jit
-def factor(own, step, momentum, cycles, KERNEL: tl.constexpr):
-    """Return by what a step of the kernel multiplies the scalar state, float64."""
-    tl.static_assert(KERNEL == "nadam")
-    return nadam_factor(own, step, momentum, cycles)
+class Kernel(NamedTuple):
+    """The functions of a kernel.
 
-
-@triton.jit
-def constants(
-    own, rate, step, scalar, momentum, cycles, KERNEL: tl.constexpr, A: tl.constexpr
-):  # fmt: skip
-    """Return eight float64 constants of a kernel, by its name in :data:`clr_optim.rules.KERNELS`.
-
-    Constants that depend on the rate lie within the range of the arithmetic type ``A``.
+    Args:
+        constants: returns the constants of a step, a tuple of float64.
+        update: returns the new parameter and the tuple of its new state.
+        flags: the flags that ``update`` is compiled for.
+        factor: returns by what a step multiplies the scalar state, float64, if the rule has one.
     """
-    if KERNEL == "sgd" or KERNEL == "sgd_momentum":
-        return sgd_constants(own, rate, step, momentum, cycles, A)
-    elif KERNEL == "adam" or KERNEL == "adam_amsgrad":
-        return adam_constants(own, rate, step, momentum, cycles, A)
-    elif KERNEL == "adagrad":
-        return adagrad_constants(own, rate, step, momentum, cycles, A)
-    elif KERNEL == "adadelta":
-        return adadelta_constants(own, rate, step, momentum, cycles, A)
-    elif KERNEL == "adamax":
-        return adamax_constants(own, rate, step, momentum, cycles, A)
-    elif KERNEL == "radam":
-        return radam_constants(own, rate, step, momentum, cycles, A)
-    elif KERNEL == "lion":
-        return lion_constants(own, rate, step, momentum, cycles, A)
-    elif KERNEL == "nadam":
-        return nadam_constants(own, rate, step, scalar, momentum, cycles, A)
-    else:
-        return rmsprop_constants(own, rate, step, momentum, cycles, A)
+
+    constants: Any
+    update: Any
+    flags: tuple[bool, ...] = ()
+    factor: Any = None
 
 
-@triton.jit
-def update(p, g, s0, s1, s2, first, c0, c1, c2, c3, c4, c5, c6, c7, KERNEL: tl.constexpr):
-    """Return the new ``(p, s0, s1, s2)`` of a block."""
-    if KERNEL == "sgd":
-        p, s0 = sgd(p, g, s0, first, c0, c1, c2, c3, False)
-    elif KERNEL == "sgd_momentum":
-        p, s0 = sgd(p, g, s0, first, c0, c1, c2, c3, True)
-    elif KERNEL == "adam":
-        p, s0, s1, s2 = adam(p, g, s0, s1, s2, c0, c1, c2, c3, c4, c5, False)
-    elif KERNEL == "adam_amsgrad":
-        p, s0, s1, s2 = adam(p, g, s0, s1, s2, c0, c1, c2, c3, c4, c5, True)
-    elif KERNEL == "adagrad":
-        p, s0 = adagrad(p, g, s0, c0, c1)
-    elif KERNEL == "adadelta":
-        p, s0, s1 = adadelta(p, g, s0, s1, c0, c1, c2, c3)
-    elif KERNEL == "adamax":
-        p, s0, s1 = adamax(p, g, s0, s1, c0, c1, c2, c3)
-    elif KERNEL == "radam":
-        p, s0, s1 = radam(p, g, s0, s1, c0, c1, c2, c3, c4, c5, c6, c7)
-    elif KERNEL == "lion":
-        p, s0 = lion(p, g, s0, c0, c1, c2, c3, c4)
-    elif KERNEL == "nadam":
-        p, s0, s1 = nadam(p, g, s0, s1, c0, c1, c2, c3, c4, c5, c6)
-    elif KERNEL == "rmsprop":
-        p, s0, s1, s2 = rmsprop(p, g, s0, s1, s2, c0, c1, c2, c3, c4, False, False)
-    elif KERNEL == "rmsprop_momentum":
-        p, s0, s1, s2 = rmsprop(p, g, s0, s1, s2, c0, c1, c2, c3, c4, True, False)
-    elif KERNEL == "rmsprop_centered":
-        p, s0, s1, s2 = rmsprop(p, g, s0, s1, s2, c0, c1, c2, c3, c4, False, True)
-    else:
-        p, s0, s1, s2 = rmsprop(p, g, s0, s1, s2, c0, c1, c2, c3, c4, True, True)
-    return p, s0, s1, s2
+#: The kernels, by their names in :data:`clr_optim.rules.KERNELS`.
+KERNELS = {
+    "sgd": Kernel(sgd_constants, sgd, (False,)),
+    "sgd_momentum": Kernel(sgd_constants, sgd, (True,)),
+    "adam": Kernel(adam_constants, adam, (False,)),
+    "adam_amsgrad": Kernel(adam_constants, adam, (True,)),
+    "adagrad": Kernel(adagrad_constants, adagrad),
+    "adadelta": Kernel(adadelta_constants, adadelta),
+    "rmsprop": Kernel(rmsprop_constants, rmsprop, (False, False)),
+    "rmsprop_momentum": Kernel(rmsprop_constants, rmsprop, (True, False)),
+    "rmsprop_centered": Kernel(rmsprop_constants, rmsprop, (False, True)),
+    "rmsprop_momentum_centered": Kernel(rmsprop_constants, rmsprop, (True, True)),
+    "adamax": Kernel(adamax_constants, adamax),
+    "radam": Kernel(radam_constants, radam),
+    "nadam": Kernel(nadam_constants, nadam, factor=nadam_factor),
+    "lion": Kernel(lion_constants, lion),
+}

@@ -240,6 +240,7 @@ class TritonBackend:
 
     def _step_on(self, clock: Clock, launches: list[Launch], course: Course, gate: Tensor) -> None:
         from clr_optim.kernels.triton import multi_tensor
+        from clr_optim.kernels.triton.rules import KERNELS
 
         groups = clock.groups(course, self.plan.scalars, self._momentum)
         width = groups.shape[1]
@@ -257,7 +258,7 @@ class TritonBackend:
         if self._has_scalars and count:
             multi_tensor.advance_scalars[(count,)](
                 counters, groups, width, ints, floats, phases, control, gate,
-                KERNEL=launches[0].bucket.kernel, enable_fp_fusion=False,
+                FACTOR=KERNELS[launches[0].bucket.kernel].factor, enable_fp_fusion=False,
             )  # fmt: skip
         programs = max(1, -(-count // _ADVANCED_AT_ONCE))
         # If Ctrl-C comes between this launch and the host's note of it, the host asks the device.

@@ -139,4 +139,5 @@ class Launch:
     def squares_compiled_for(self) -> dict[str, Any]:
         """Constants and options of :func:`sum_of_squares`."""
         both = self._compiled_for[self._aligned]
-        return {k: v for k, v in both.items() if k not in ("KERNEL", "SLOTS", "COUNTER", "SCALAR")}
+        of_update = {"CONSTANTS", "UPDATE", "FLAGS", "SLOTS", "COUNTER", "SCALAR"}
+        return {k: v for k, v in both.items() if k not in of_update}
