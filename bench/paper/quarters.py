@@ -1,4 +1,4 @@
-"""Average the runs of Figure 6 over seeds, and compare cycles with constant rates."""
+"""Average the runs of Figure 6 over seeds, and compare cycles with other rates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clr_optim.bench.paper.comparison import standard_error, verdict
-from clr_optim.bench.paper.figure_6 import CONSTANT, CYCLED, FIGURE_6, PAPERS_CONSTANT
+from clr_optim.bench.paper.figure_6 import (
+    CONSTANT,
+    CYCLED,
+    DECAYING,
+    FIGURE_6,
+    PAPERS_CONSTANT,
+)
 
 __all__ = ["conclusions", "summarize_quarters"]
 
@@ -100,7 +106,7 @@ def _gap(
 
 
 def _relation(summary: Mapping[str, Any], summaries: Sequence[Mapping[str, Any]]) -> str:
-    """Return a sentence: the row's accuracy, and how a cycled row compares with constant rates."""
+    """Return a sentence: the row's accuracy, and how another than a constant rate compares."""
     text = f"`{summary['row']}`: {summary['accuracy']:.1f} % after {summary['iterations']:,}"
     text += " iterations"
     if not summary["finite"]:
@@ -158,6 +164,16 @@ def conclusions(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
         f"and the cycled rows by {min(changes):+.1f} to {max(changes):+.1f}: the two gains differ "
         "by these changes."
     )
+    decaying = next((row for row in run if row["row"] == DECAYING), None)
+    if decaying is not None:
+        gaps = [(*_gap(row, decaying, "quarters", -1), row["row"]) for row in cycled]
+        words = ", ".join(
+            f"`{name}` is {verdict(gap, same)} it ({gap:+.1f}, within {same:.1f} being the same)"
+            for gap, same, name in gaps
+        )
+        lines.append(
+            f"A rate that only decays, `{DECAYING}`, ends at {decaying['accuracy']:.1f} %: {words}."
+        )
     papers = next((row for row in run if row["row"] == PAPERS_CONSTANT), None)
     if papers is not None:
         gains = [row["accuracy"] - papers["accuracy"] for row in cycled]

@@ -94,7 +94,7 @@ def plot_constant_and_cycled(
     *,
     title: str = "",
 ) -> Figure:
-    """Draw test accuracy against iteration: constant rates in grey, cycles in colour.
+    """Draw test accuracy against iteration: rates without cycles in grey, cycles in colour.
 
     The picture is 700 pixels wide. Its background is transparent, and its text has a grey that dark
     and light pages show equally well. Dotted lines mark the quarters of the run.
@@ -117,7 +117,7 @@ def plot_constant_and_cycled(
         raise ValueError("constant and cycled are empty: give at least one label with its points")
     figure, (axes,) = make_figure(width=700, height=400)
     for (label, points), dashes in zip(
-        constant.items(), cycle(("-", "--", "-.", ":")), strict=False
+        constant.items(), cycle(("-", "--", "-.", ":", (0, (6, 2, 1, 2, 1, 2)))), strict=False
     ):
         axes.plot(*zip(*points, strict=True), label=label, color=MIDDLE, ls=dashes, lw=1.3)
     for (label, points), color in zip(cycled.items(), cycle(BRIGHT_COLORS), strict=False):

@@ -15,7 +15,7 @@ from torch import nn
 
 from clr_optim.bench.cifar10 import accuracy
 from clr_optim.bench.paper import FIGURE_6, Run, Scale, command, one_run
-from clr_optim.bench.paper.figure_6 import CONSTANT, CYCLED
+from clr_optim.bench.paper.figure_6 import CONSTANT, CYCLED, DECAYING
 from clr_optim.bench.paper.networks import (
     SIGMOID,
     batch_statistics,
@@ -96,6 +96,7 @@ def _triangle(t, step_size, low, top):
 
 RATES = {
     **{name: lambda t, name=name: float(name.split("-")[1]) for name in CONSTANT},
+    DECAYING: lambda t: 0.01 - (0.01 - 0.0005) * t / 1_200,
     "triangular": lambda t: _triangle(t, 150, 0.001, 0.01),
     "one-triangle": lambda t: _triangle(t, 600, 0.0005, 0.01),
 }
@@ -111,7 +112,7 @@ def test_rates_for_every_group(name, data):
 
 
 def test_the_rows_are_those_of_the_paper_and_its_neighbours():
-    assert tuple(FIGURE_6) == (*CONSTANT, *CYCLED)
+    assert tuple(FIGURE_6) == (*CONSTANT, DECAYING, *CYCLED)
     published = {row.name: row.published for row in FIGURE_6.values() if row.published}
     assert published["constant-0.001"] == 60.8
     assert {published[name] for name in CYCLED} == {72.2}
@@ -188,7 +189,7 @@ def test_the_figure_is_run_resumed_and_reported(folder, tmp_path, monkeypatch, c
     assert "a range test of 3 s found (0.002 to 0.02)" in text
     whole = json.loads((tmp_path / "whole" / "figure-6.json").read_text())
     assert [row["row"] for row in whole["rows"]] == list(FIGURE_6)
-    assert len(whole["runs"]) == 7
+    assert len(whole["runs"]) == 8
     assert (tmp_path / "whole" / "figure-6.svg").read_text().startswith("<?xml")
 
     real = Run.iterate
@@ -276,6 +277,15 @@ def test_conclusions_count_both_ways_to_test():
     assert conclusions(summarize_quarters(RESULTS[:2])) == [
         "Constant rates and cycles were not both run: there is nothing to compare yet."
     ]
+
+
+def test_a_decaying_rate_is_compared_with_the_cycles():
+    decays = _figure_result(DECAYING, [30.0, 40.0, 50.0, 57.5])
+    *_, sentence, _ = conclusions(summarize_quarters([*RESULTS, decays]))
+    assert sentence.startswith("A rate that only decays, `linear-decay`, ends at 57.5 %: ")
+    same = 2 * math.sqrt(0.58 * 0.42 + 0.575 * 0.425 + 2 / 2)
+    assert f"`triangular` is as accurate as it (+0.5, within {same:.1f} being the same)" in sentence
+    assert "`triangular-found` is less accurate than it (-7.0" in sentence
 
 
 def test_the_report_drops_no_row_and_renews_a_table(tmp_path, capsys):
