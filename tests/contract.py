@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from changes import drop
 from native_helpers import (
+    BY_NAME,
     CASES,
     DTYPES,
     HALF,
@@ -201,3 +203,74 @@ def assert_clips_nan_and_inf(pair, value, *, steps):
         norm = torch.nn.utils.clip_grad_norm_(members(pair.twin), 1.0)
         pair.step()
         assert_close(pair.ours.grad_norm, norm, 1e-12)
+
+
+def assert_clips(pair, limit, *, steps):
+    """Assert that twins clipped to a limit agree, and that gradients stay as they are."""
+    assert pair.ours.grad_norm is None
+    for k in range(steps):
+        pair.draw()
+        drop(pair, lambda i: i == k % 4)  # noqa: B023
+        kept = [(p, p.grad, p.grad.clone()) for p in members(pair.ours) if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(members(pair.twin), limit)
+        pair.step()
+        assert_close(pair.ours.grad_norm, norm, 1e-12)
+        for p, grad, values in kept:
+            assert p.grad is grad
+            assert torch.equal(grad, values)
+
+
+def assert_clips_in_another_dtype(dtype, *, backend, draw, tolerance):
+    """Assert that clipping agrees with torch's in float64, rounded to the dtype.
+
+    Args:
+        dtype: of the parameters.
+        backend: the name of the backend.
+        draw: makes values of several shapes.
+        tolerance: of the norm, relative.
+    """
+    case, shapes = BY_NAME["adam-wd"], ((5, 3), (300,))
+    values = draw(shapes, dtype)
+    ours = case.ours(parameters(values), backend=backend, max_grad_norm=0.5)
+    twin = case.make(parameters(values, torch.float64))
+    for k in range(3):
+        for p, q, g in zip(*map(members, (ours, twin)), draw(shapes, dtype, k + 9), strict=True):
+            p.grad, q.grad = g.clone(), g.double()
+        norm = torch.nn.utils.clip_grad_norm_(members(twin), 0.5)
+        feed(twin, ours)
+        twin.step()
+        ours.step()
+        assert ours.grad_norm.dtype == torch.float32
+        assert ours.grad_norm.item() == pytest.approx(norm.item(), rel=tolerance)
+        for p, q in zip(*map(members, (ours, twin)), strict=True):
+            assert_close(p, q.to(dtype), 4 * torch.finfo(dtype).eps)
+
+
+def assert_a_copy_and_the_original_go_on(pair, duplicate, *, steps):
+    """Assert that duplicates of twins run on beside the twins themselves."""
+    pair.run(steps)
+    other = type(pair).__new__(type(pair))
+    other.twin, other.ours = duplicate(pair.twin), duplicate(pair.ours)
+    other.generator = torch.Generator().manual_seed(7)
+    for _ in range(steps):
+        pair.run(1)
+        other.run(2)
+    assert not torch.equal(members(pair.ours)[0], members(other.ours)[0])
+
+
+def assert_a_backward_through_an_older_graph_raises(optimizer):
+    """Assert it for an optimizer of two parameters, 3×3 with a gradient and 3 without."""
+    weight, idle = members(optimizer)
+    weight.grad = torch.ones_like(weight)
+    for _ in range(2):
+        loss = (weight @ weight).sum()
+        other = (idle**2).sum()
+        versions = weight._version, idle._version
+        optimizer.step()
+        assert weight._version > versions[0]
+        assert idle._version == versions[1]
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        idle.grad = None
+        other.backward()  # without a gradient, the step left it alone
+        idle.grad = None

@@ -20,7 +20,7 @@ from changes import (
     through_pickle,
     to_float32,
 )
-from contract import cases, kernels, name_of
+from contract import assert_a_copy_and_the_original_go_on, cases, kernels, name_of
 from native_helpers import (
     BY_NAME,
     DTYPES,
@@ -80,15 +80,7 @@ def test_a_run_may_change_backend_at_checkpoints(case):
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle])
 @kernels
 def test_a_copy_and_the_original_go_on(case, duplicate):
-    pair = twins(case)
-    pair.run(3)
-    other = Twins.__new__(Twins)
-    other.twin, other.ours = duplicate(pair.twin), duplicate(pair.ours)
-    other.generator = torch.Generator().manual_seed(7)
-    for _ in range(3):
-        pair.run(1)
-        other.run(2)
-    assert not torch.equal(members(pair.ours)[0], members(other.ours)[0])
+    assert_a_copy_and_the_original_go_on(twins(case), duplicate, steps=3)
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from changes import PATTERNS, drop, sparse
 from contract import (
+    assert_clips,
+    assert_clips_in_another_dtype,
     assert_clips_nan_and_inf,
     assert_one_norm_over_both_backends,
     kernels,
@@ -20,9 +22,7 @@ from native_helpers import (
     HALF,
     MIXED_GROUPS,
     Twins,
-    assert_close,
     drawn,
-    feed,
     held,
     many_groups,
     members,
@@ -187,37 +187,12 @@ def test_an_overlapping_parameter():
 @pytest.mark.parametrize("limit", [1e-3, 1.0, 1e6, math.inf])
 @kernels
 def test_clipping(case, limit):
-    pair = twins(case, max_grad_norm=limit)
-    assert pair.ours.grad_norm is None
-    for k in range(6):
-        pair.draw()
-        drop(pair, lambda i: i == k % 4)  # noqa: B023
-        kept = [(p, p.grad, p.grad.clone()) for p in members(pair.ours) if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(members(pair.twin), limit)
-        pair.step()
-        assert_close(pair.ours.grad_norm, norm, 1e-12)
-        for p, grad, values in kept:
-            assert p.grad is grad
-            assert torch.equal(grad, values)
+    assert_clips(twins(case, max_grad_norm=limit), limit, steps=6)
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=name_of)
 def test_clipping_in_other_dtypes(dtype):
-    case = BY_NAME["adam-wd"]
-    values = drawn(((5, 3), (300,)), dtype)
-    ours = case.ours(parameters(values), backend="native", max_grad_norm=0.5)
-    twin = case.make(parameters(values, torch.float64))
-    for k in range(3):
-        for p, q, g in zip(*map(members, (ours, twin)), drawn(((5, 3), (300,)), dtype, k + 9)):  # noqa: B905
-            p.grad, q.grad = g.clone(), g.double()
-        norm = torch.nn.utils.clip_grad_norm_(members(twin), 0.5)
-        feed(twin, ours)
-        twin.step()
-        ours.step()
-        assert ours.grad_norm.dtype == torch.float32
-        assert ours.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
-        for p, q in zip(*map(members, (ours, twin)), strict=True):
-            assert_close(p, q.to(dtype), 4 * torch.finfo(dtype).eps)
+    assert_clips_in_another_dtype(dtype, backend="native", draw=drawn, tolerance=1e-6)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0])

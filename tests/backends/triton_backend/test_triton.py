@@ -22,12 +22,10 @@ from native_helpers import (
     HALF,
     KERNELS,
     MIXED_GROUPS,
-    assert_close,
     assert_first_gradient_is_whole,
     assert_nan_and_inf_where_torch_has_them,
     assert_no_nan_at_a_rate_beyond_all_floats,
     assert_pattern,
-    feed,
     held,
     like,
     many_groups,
@@ -355,17 +353,7 @@ def test_parameters_that_share_memory(name):
 @pytest.mark.parametrize("name", ["sgd-wd", "adamw-ams", "rmsprop-mom-cent-max"])
 def test_clipping(name, limit):
     pair = twins(BY_NAME[name], ((5, 3), (7,), ()), max_grad_norm=limit)
-    assert pair.ours.grad_norm is None
-    for k in range(4):
-        pair.draw()
-        changes.drop(pair, lambda i: i == k)  # noqa: B023
-        kept = [(p, p.grad, p.grad.clone()) for p in members(pair.ours) if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(members(pair.twin), limit)
-        pair.step()
-        assert_close(pair.ours.grad_norm, norm, 1e-12)
-        for p, grad, values in kept:
-            assert p.grad is grad
-            assert torch.equal(grad, values)
+    contract.assert_clips(pair, limit, steps=4)
 
 
 def test_clipping_where_there_is_no_gradient():
@@ -383,20 +371,9 @@ def test_clipping_nan_and_inf(name, value):
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=contract.name_of)
 def test_clipping_in_other_dtypes(dtype):
-    case, shapes = BY_NAME["adam-wd"], ((5, 3), (300,))
-    values = drawn(shapes, dtype)
-    ours = case.ours(parameters(values), backend="triton", max_grad_norm=0.5)
-    twin = case.make(parameters(values, torch.float64))
-    for k in range(3):
-        for p, q, g in zip(*map(members, (ours, twin)), drawn(shapes, dtype, k + 9), strict=True):
-            p.grad, q.grad = g.clone(), g.double()
-        norm = torch.nn.utils.clip_grad_norm_(members(twin), 0.5)
-        feed(twin, ours)
-        twin.step()
-        ours.step()
-        assert ours.grad_norm.item() == pytest.approx(norm.item(), rel=4 * torch.finfo(dtype).eps)
-        for p, q in zip(*map(members, (ours, twin)), strict=True):
-            assert_close(p, q.to(dtype), 4 * torch.finfo(dtype).eps)
+    contract.assert_clips_in_another_dtype(
+        dtype, backend="triton", draw=drawn, tolerance=4 * torch.finfo(dtype).eps
+    )
 
 
 def test_clipping_one_norm_over_both_backends():
