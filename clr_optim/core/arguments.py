@@ -123,6 +123,7 @@ def check_arguments(
     ]
     if max_lr is None and not schedule.has_bounds:
         _warn_scheduled_rates(groups)
+    _warn_unread_bounds(groups)
     cycles = check_bool("cycle_momentum", cycle_momentum)
     momenta = _check_momenta(optimizer, cycles, base_momentum, max_momentum)
     if max_grad_norm is not None:
@@ -298,6 +299,23 @@ def _warn_scheduled_rates(groups: Sequence[Mapping[str, Any]]) -> None:
                 stacklevel=callers_level(),
             )
             return
+
+
+def _warn_unread_bounds(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Warn if the user wrote bounds into groups, where only ``add_param_group`` reads them."""
+    for i, group in enumerate(groups):
+        # A torch scheduler leaves an initial_lr, and OneCycleLR a max_lr with it.
+        if "initial_lr" in group:
+            continue
+        for name in ("base_lr", "max_lr"):
+            if name in group:
+                warnings.warn(
+                    f"{name!r} in parameter group {i} has no effect: give the bounds to the "
+                    f"wrapper, as {name}=[...] with one number per group",
+                    UserWarning,
+                    stacklevel=callers_level(),
+                )
+                return
 
 
 def _other_bounds_warning(

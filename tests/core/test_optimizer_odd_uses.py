@@ -228,6 +228,26 @@ def test_a_rate_that_a_scheduler_left_is_no_top_without_a_word():
     assert CyclicalOptimizer(plain).lr_at(2000) == [pytest.approx(top)]  # it is remembered
 
 
+@pytest.mark.parametrize("name", ["base_lr", "max_lr"])
+def test_bounds_in_the_groups_that_torch_was_given_have_no_effect_and_warn(name):
+    one, two = weight(), weight()
+    adam = torch.optim.Adam([{"params": [one]}, {"params": [two], name: 0.5}], lr=0.1)
+    with pytest.warns(
+        UserWarning, match=rf"'{name}' in parameter group 1 .*{name}=\[\.\.\.\]"
+    ) as caught:
+        opt = CyclicalOptimizer(adam)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert opt.lr_at(2000) == [0.1, 0.1]
+
+
+def test_what_one_cycle_lr_leaves_in_groups_is_no_wish_of_the_user():
+    p = weight()
+    adam = torch.optim.Adam([p], lr=0.1)
+    torch.optim.lr_scheduler.OneCycleLR(adam, max_lr=0.5, total_steps=10)
+    assert "max_lr" in adam.param_groups[0]
+    CyclicalOptimizer(adam, max_lr=0.5)
+
+
 # ---- a default device
 
 
