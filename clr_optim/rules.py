@@ -1,8 +1,8 @@
 """The update rules, one entry each: an optimizer class, and its kernel, state and scalars.
 
-The arithmetic of a rule is in ``kernels/native/rules.h`` and in ``kernels/triton/rules.py``.
-``STATE_SLOTS`` also has the state of the optimizers that no kernel serves. Every backend reads
-these tables. A new update rule costs one entry here, its arithmetic once per kernel language, and
+The arithmetic of a rule is in ``kernels/native/rules.h`` and in ``kernels/triton/rules.py``; a list
+at the end of each names the kernels. ``STATE_SLOTS`` also has the state of the optimizers that no
+kernel serves. A new update rule costs one entry here, its arithmetic once per kernel language, and
 one row in the tests' table.
 """
 
@@ -56,7 +56,8 @@ class UpdateRule:
         kernels: the kernels of the class by name, each with the state that the kernel reads and
             writes, in the kernel's order. Classes may share a kernel.
         has_step: whether ``state[p]["step"]`` counts the parameter's steps.
-        scalars: returns the kernel's own scalars, which follow the scalars of all rules in a row.
+        scalars: returns the scalars that this rule reads, in the kernel's order. They come after
+            those that every rule reads, see :meth:`row`.
         momentum: the index in the scalars of the momentum or ``betas[0]``, which may cycle.
         choose: returns the name of the kernel for the flags of a group. A class with one kernel
             needs none.
@@ -65,7 +66,7 @@ class UpdateRule:
         is_decoupled: returns whether the weight decay of a group shrinks the weights. Otherwise
             the weight decay is added to the gradient.
         refuses: returns why the kernel cannot serve an optimizer of the class, or None.
-        reads: settings that the kernel reads, if the class has no arguments of these names.
+        reads: settings that the kernel reads, beside the arguments of the class.
     """
 
     optimizer: type[Optimizer]
@@ -115,7 +116,8 @@ class UpdateRule:
             if any(isinstance(v, Tensor) for v in values):
                 return f"{name} is a tensor"
         try:
-            self.kernel(group), self.row(group)
+            self.kernel(group)
+            self.row(group)
         except KeyError as missing:
             return f"its group has no {missing}"
         return None
@@ -137,7 +139,10 @@ class UpdateRule:
         return None if self.momentum is None else _COMMON + self.momentum
 
     def row(self, group: Group) -> tuple[float, ...]:
-        """Return all scalars of a group in the kernels' order; each step fills in the rate."""
+        """Return the scalars of a group: those of every rule, as ``Common`` in rules.h, then ours.
+
+        The first is the rate, which each step fills in.
+        """
         decay = float(group["weight_decay"])
         added, shrinking = (0.0, decay) if self.is_decoupled(group) else (decay, 0.0)
         maximizes = "maximize" in self.settings and group["maximize"]
@@ -244,7 +249,7 @@ _SHIPPED = (
         scalars=lambda g: tuple(g["betas"]),
         momentum=0,
         is_decoupled=lambda group: True,
-        # The class keeps this argument out of its groups, and divides the weight decay by lr.
+        # lion-pytorch keeps this argument out of the groups, and divides the weight decay by lr.
         refuses=lambda lion: (
             "decoupled_weight_decay=True" if getattr(lion, "decoupled_wd", False) else None
         ),

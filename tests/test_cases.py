@@ -15,7 +15,7 @@ from cases import (
 )
 from internals import kernels_of
 
-from clr_optim.rules import KERNELS, STATE_SLOTS
+from clr_optim.rules import KERNELS, SHIPPED, STATE_SLOTS
 
 ROWS = [*WITH_KERNEL, *OTHER_IMPLEMENTATIONS, *WITHOUT_KERNEL]
 
@@ -29,6 +29,12 @@ def test_no_two_rows_are_the_same():
 def test_every_kernel_and_every_class_has_a_row():
     assert [case.kernel for case in EVERY_KERNEL] == list(KERNELS)
     assert {case.cls for case in EVERY_CLASS} >= set(STATE_SLOTS)
+
+
+def test_rules_fit_into_the_rows_of_a_table():
+    for rule in SHIPPED.values():
+        assert len(rule.scalar_states) <= rule.has_step  # the row's counter, and one scalar
+        assert all(len(slots) <= 3 for slots in rule.kernels.values())
 
 
 @pytest.mark.parametrize("case", ROWS, ids=lambda case: case.name)

@@ -3,7 +3,9 @@
 // State is passed as up to three references s0, s1, s2, in the order of the slots in rules.py. A local
 // array instead of references would keep compilers from vectorising the loop around the rule.
 //
-// A rule object is built per group and step from the group's scalars, which are double as in Python.
+// A rule object is built for a step from the scalars of a group, which are double as in Python. Tensors
+// with the same group, step number and state share the object.
+//
 // The rule computes in A, the type of arithmetic: double for double storage, else float. The order of
 // operations is that of torch's for-loop step, with fused multiply-adds where torch's vectorised
 // operator has one. So float32 differs by an ulp at most, and NaN and Inf appear where torch has them.
@@ -77,16 +79,16 @@ enum Common { LR, WEIGHT_DECAY, SHRINKING, SIGN, OWN };
 
 // What a rule reads of a step beside the scalars of the group.
 struct Step {
-    double grad_scale;
+    double grad_scale;  // the factor of the gradients, for clipping and a GradScaler
     double number;  // counted from 1; 0 if the rule counts no steps
     bool first;     // whether the state holds nothing yet
     double scalar;  // the scalar state after this step, for a rule with one
 };
 
-// Decoupled weight decay: the factor by which the weights shrink before the update.
+// Decoupled weight decay: a rule that has it multiplies the parameter by this factor first.
 template <class A> A shrinkage(const double* s) { return held<A>(1 - s[LR] * s[SHRINKING]); }
 
-// All rules first scale the gradient (clipping), negate it (maximize) and add the weight decay.
+// Every rule calls this first: it scales the gradient, negates it (maximize), adds the weight decay.
 // Without weight decay nothing is added, since 0·p is NaN for an infinite p.
 template <class A> struct Gradient {
     A scale, weight_decay;
@@ -321,7 +323,7 @@ template <class A> struct Lion {
     A shrink, lr, beta1, rest1, beta2, rest2;
     Lion(const double* s, const Step& step)
         : gradient(s, step.grad_scale), shrink(shrinkage<A>(s)), lr(held<A>(-s[LR])),
-          beta1(A(s[OWN])), rest1(A(1 - s[OWN])), beta2(A(s[OWN + 1])), rest2(A(1 - s[OWN + 1])) {}
+          beta1(held<A>(s[OWN])), rest1(held<A>(1 - s[OWN])), beta2(A(s[OWN + 1])), rest2(A(1 - s[OWN + 1])) {}
     void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
                     [[maybe_unused]] A& s2) const {
         g = gradient(g, p);

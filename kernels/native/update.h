@@ -13,11 +13,12 @@
 namespace clr {
 namespace {
 
-// A rule object of any class. Only Update is compiled for each rule and format.
+// A rule object of any class, as bytes. The functions of its Kernel know the class.
 struct alignas(8) AnyRule { unsigned char bytes[112]; };
 
 template <class Rule> void build(AnyRule& to, const double* scalars, const Step& step) {
     static_assert(sizeof(Rule) <= sizeof(AnyRule) && std::is_trivially_copyable<Rule>::value, "");
+    static_assert(Rule::slots <= 3, "Row in view.h has three");
     const Rule rule(scalars, step);
     std::memcpy(&to, &rule, sizeof rule);
 }
@@ -32,11 +33,11 @@ constexpr Factor factor<Rule, std::void_t<decltype(&Rule::factor)>> = &Rule::fac
 template <class T, class Rule, class Raw>
 void update_one(const Rule& r, Raw* p, const Raw* g, Raw* const* s, int64_t i) {
     constexpr int slots = Rule::slots;
-    typename T::A param = T::load(p[i]), held[3] = {};
-    for (int k = 0; k < slots; ++k) held[k] = T::load(s[k][i]);
-    r(param, T::load(g[i]), held[0], held[1], held[2]);
+    typename T::A param = T::load(p[i]), state[3] = {};
+    for (int k = 0; k < slots; ++k) state[k] = T::load(s[k][i]);
+    r(param, T::load(g[i]), state[0], state[1], state[2]);
     p[i] = T::store(param);
-    for (int k = 0; k < slots; ++k) s[k][i] = T::store(held[k]);
+    for (int k = 0; k < slots; ++k) s[k][i] = T::store(state[k]);
 }
 
 // Updates values [begin, end) of a tensor.

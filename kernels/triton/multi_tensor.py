@@ -36,7 +36,8 @@ GROUP = (
     "shrinking", "sign",
 )  # fmt: skip
 
-#: Columns of the table of step counters, int64: addresses, and whether a float64 lies there.
+#: Columns of the table of step counters, int64: two addresses, each with whether a float64 lies
+#: there, and the number of the group.
 COUNTER = ("counter", "wide_counter", "scalar", "wide_scalar", "group")
 
 #: Blocks of a chunk. They share the cost of the schedule, evaluated once per program.
@@ -323,7 +324,7 @@ def advance_scalars(
     """Multiply the scalar state of one tensor, after the updates of a step and before its end.
 
     The programs of an update read the state, and :func:`advance` moves the counter and the
-    position that the factor depends on. So this is a launch between the two.
+    position that the factor depends on. So this launch comes after the update and before that one.
 
     Args:
         counters: as for :func:`advance`; one program per row.

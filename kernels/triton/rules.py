@@ -1,17 +1,19 @@
-"""The arithmetic of the update rules on a GPU: two functions per rule, the counterparts of rules.h.
+"""The arithmetic of the update rules on a GPU: two functions per rule, as the classes of rules.h.
 
 ``<rule>_constants`` turns a group's float64 scalars into constants, once per program. ``<rule>``
-updates a block with these constants in the arithmetic type. The order of operations is that of
-torch's for-loop step, with a fused multiply-add wherever torch's operator has one. ``KERNELS`` at
-the end names the functions of each kernel. Triton compiles these functions, so their arguments have
-no Python types:
+updates a block with these constants in the arithmetic type. A rule with a scalar state has a third
+function, ``<rule>_factor``: by what a step multiplies that state. ``KERNELS`` at the end names the
+functions of each kernel. The order of operations is that of torch's for-loop step, with a fused
+multiply-add wherever torch's operator has one. Triton compiles these functions, so their arguments
+have no Python types:
 
 - ``own`` points to the scalars of :attr:`clr_optim.rules.UpdateRule.scalars`.
 - ``momentum`` is the schedule's momentum, used if ``cycles`` holds.
-- ``step`` is the number of this step, counted from 1.
-- ``scalar`` is the scalar state before this step, if the rule has one.
-- ``A`` is the arithmetic type. Constants that depend on the rate lie within its range.
-- ``p`` and ``g`` are the parameter and its gradient, with weight decay.
+- ``step`` is the number of this step, counted from 1; any number if the rule counts no steps.
+- ``scalar`` is the scalar state before this step (in rules.h: after it); any number if the rule has
+  none.
+- ``A`` is the arithmetic type. Constants of rate or momentum go through :func:`held`.
+- ``p`` and ``g`` are the parameter and its gradient. Weight decay is done, of either kind.
 - ``s`` is a tuple of the state tensors, in the order of the slots in rules.py.
 - ``first`` tells that the state is not filled yet.
 - ``c`` is the tuple of constants.
@@ -88,7 +90,7 @@ def sgd(p, g, s, first, c, FLAGS: tl.constexpr):
     MOMENTUM: tl.constexpr = FLAGS[0]
     if MOMENTUM:
         # The first gradient goes in whole, without dampening. Memory that nothing has written may
-        # hold a signaling NaN, so the buffer is not read before it is filled.
+        # hold a signaling NaN, so no arithmetic takes it.
         buffer = tl.where(first, 0.0, s[0])
         buffer = tl.where(first, g, tl.fma(g, keep, buffer * momentum))
         g = tl.where(nesterov != 0, tl.fma(buffer, momentum, g), buffer)
