@@ -75,9 +75,43 @@ def _rules(rows: Sequence[Mapping[str, Any]], clock: str, on_gpu: bool) -> Itera
         yield f"| `{rule}` | {' | '.join(line)} |"
 
 
-TABLES: dict[str, Callable[[Sequence[Mapping[str, Any]], str, bool], Iterator[str]]] = {
-    "adamw": _adamw,
-    "rules": _rules,
+def _of_each_clock(
+    lines: Callable[[Sequence[Mapping[str, Any]], str, bool], Iterator[str]],
+) -> Callable[[Mapping[str, Any], str], str]:
+    """Return a function that makes a table of a dtype's cells for each clock of the results."""
+
+    def tables(results: Mapping[str, Any], dtype: str) -> str:
+        rows = [row for row in results["rows"] if row["dtype"] == dtype]
+        on_gpu = is_on_gpu(results)
+        clocks = ("device_median_s", "host_median_s") if on_gpu else ("median_s",)
+        return "\n\n".join("\n".join(lines(rows, clock, on_gpu)) for clock in clocks)
+
+    return tables
+
+
+def _iterations(results: Mapping[str, Any], dtype: str) -> str:
+    """Return a table of whole iterations, a line per model; a slower one is bold."""
+    named = short_labels(is_on_gpu(results))
+    heads = "forward and backward", f"torch's default ({named['default']})", "torch fused"
+    lines = [
+        f"| whole iteration, batch | {' | '.join(heads)} | clr_optim | times as fast |",
+        "| --- " * 6 + "|",
+    ]
+    for row in results["iterations"]:
+        before, steps = row["forward_backward_s"], row["step_s"]
+        best = min((name for name in steps if name != "ours"), key=lambda name: float(steps[name]))
+        gain = (before + steps[best]) / (before + steps["ours"])
+        times = [before, *(before + steps[name] for name in ("default", "fused", "ours"))]
+        cells = " | ".join(map(time_in_words, times))
+        model = f"{_WORKLOADS[row['workload']]}, {row['batch']}"
+        lines.append(f"| {model} | {cells} | {_times_as_fast(gain)} {named[best]} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any], str], str]] = {
+    "adamw": _of_each_clock(_adamw),
+    "rules": _of_each_clock(_rules),
+    "iterations": _iterations,
 }
 
 
@@ -91,11 +125,8 @@ def renewed(text: str, root: Path) -> str:
 
     def table(match: re.Match[str]) -> str:
         results = json.loads((root / match["path"]).read_text("utf-8"))
-        rows = [row for row in results["rows"] if row["dtype"] == (match["dtype"] or "float32")]
-        on_gpu = is_on_gpu(results)
-        clocks = ("device_median_s", "host_median_s") if on_gpu else ("median_s",)
-        tables = ["\n".join(TABLES[match["name"]](rows, clock, on_gpu)) for clock in clocks]
-        return match[1] + "\n\n".join(tables) + "\n" + match[5]
+        made = TABLES[match["name"]](results, match["dtype"] or "float32")
+        return f"{match[1]}{made}\n{match[5]}"
 
     return _MARKED.sub(table, text)
 
@@ -107,9 +138,12 @@ def _gain(row: Mapping[str, Any], clock: str, on_gpu: bool) -> str:
         return "–"
     best = best_of_torch(row, clock)
     gain = row["times"][best][clock] / row["times"]["ours"][clock]
+    return f"{_times_as_fast(gain)} {short_labels(on_gpu)[best]}"
+
+
+def _times_as_fast(gain: float) -> str:
     text = f"{gain:.2f}×" if gain < 9.95 else f"{gain:.1f}×"
-    text = f"**{text}**" if round(gain, 2) < 1 else text
-    return f"{text} {short_labels(on_gpu)[best]}"
+    return f"**{text}**" if round(gain, 2) < 1 else text
 
 
 def main(paths: Sequence[str]) -> int:

@@ -399,7 +399,7 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
         # wrapper of torch.compiler.disable at each step.
         if torch.compiler.is_compiling():
             return cast("float | None", _untraced_step(self, *args, **kwargs))
-        return _take_step(self, *args, **kwargs)
+        return _step_with_hooks(self, *args, **kwargs)
 
     # This mark keeps torch from wrapping the method.
     step.hooked = True  # type: ignore[attr-defined]
@@ -474,8 +474,8 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
             post_hook(self)
 
 
-def _take_step(optimizer: CyclicalOptimizer[Any], *args: Any, **kwargs: Any) -> float | None:
-    """Take a step, between the hooks of the wrapper if it has any."""
+def _step_with_hooks(optimizer: CyclicalOptimizer[Any], *args: Any, **kwargs: Any) -> float | None:
+    """Take a step between the hooks of the wrapper, if it has any."""
     if "step" in optimizer._inner.__dict__:
         optimizer._shared.serving.refuse_replaced_step()
     observed = (
@@ -493,5 +493,5 @@ def _take_step(optimizer: CyclicalOptimizer[Any], *args: Any, **kwargs: Any) -> 
 
 # If torch.compile traced a step, each new rate would need a new compilation.
 _untraced_step = torch.compiler.disable(  # type: ignore[no-untyped-call]
-    _take_step, reason="CyclicalOptimizer.step changes the parameters in compiled kernels"
+    _step_with_hooks, reason="CyclicalOptimizer.step changes the parameters in compiled kernels"
 )

@@ -12,6 +12,7 @@ from places import ROOT
 import clr_optim
 from clr_optim.bench import pages, paper
 from clr_optim.bench.paper.readme import BEGIN, END
+from clr_optim.bench.report import time_in_words
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 TEXTS = {page: (ROOT / page).read_text("utf-8") for page in PAGES}
@@ -117,9 +118,33 @@ def test_the_readmes_figures_of_training_stand_in_the_results():
         for gain in gains:
             assert gain in section
             assert f"+{gain} " in figure
+    decay = (ROOT / "bench/results/figure-6/1200/figure-6.md").read_text("utf-8")
+    for gain in ("2.6", "3.9"):
+        assert gain in section
+        assert f"is more accurate than it (+{gain}, within" in decay
     for gain, shown in (("2.2", "+2.2 points"), ("1.4", "-1.4 points")):
         assert gain in section
         assert shown in TEXTS["docs/paper.md"]
+
+
+def test_the_readmes_iterations_and_memory_stand_in_the_results():
+    section = " ".join(README.partition("## Speed")[2].partition("\n## ")[0].split())
+    results = json.loads((ROOT / "bench/results/cpu-2-threads-xeon.json").read_text("utf-8"))
+    of = {row["workload"]: row for row in results["iterations"]}
+
+    def whole(workload: str, step: str) -> str:
+        row = of[workload]
+        return time_in_words(row["forward_backward_s"] + row["step_s"][step])
+
+    assert f"the MLP takes {whole('mlp', 'ours')}, and {whole('mlp', 'fused')} with" in section
+    assert f"GPT-2 takes {whole('gpt2', 'ours')} and {whole('gpt2', 'fused')}:" in section
+    gpt2, memory = of["gpt2"], results["memory"]
+    share = gpt2["step_s"]["ours"] / (gpt2["forward_backward_s"] + gpt2["step_s"]["ours"])
+    assert f"its step is {share:.0%} of".replace("%", " %") in section
+    assert memory["ours_bytes"] < 1e6
+    assert memory["fused_bytes"] < 1e6
+    default = memory["default_bytes"] - memory["ours_bytes"]
+    assert f"takes {default / 1e6:.0f} MB more" in section
 
 
 def test_versions_agree():

@@ -42,3 +42,12 @@ def test_a_wrong_step_does_not_count(tmp_path):
     assert line == "| MLP, 6 tensors | 40 µs | wrong | 20 µs | 2.00× for-loop |"
     line = renewed(tmp_path, "adamw", row("adamw", 2e-5, 4e-5, 1e-5, wrong=["fused", "default"]))
     assert line == "| MLP, 6 tensors | wrong | wrong | 20 µs | – |"
+
+
+def test_whole_iterations_add_forward_and_backward_to_each_step(tmp_path):
+    steps = {"default": 3e-3, "foreach": 4e-3, "fused": 1e-3, "ours": 1.1e-3}
+    measured = {"workload": "mlp", "batch": "8 × 4", "forward_backward_s": 2e-3, "step_s": steps}
+    results = {"rows": [], "iterations": [measured]}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    line = pages.renewed(PAGE.format(name="iterations"), tmp_path).split("\n")[4]
+    assert line == "| MLP, 6 tensors, 8 × 4 | 2 ms | 5 ms | 3 ms | 3.1 ms | **0.97×** fused |"
