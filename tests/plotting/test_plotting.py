@@ -112,7 +112,7 @@ def test_policies_are_pictures_of_modest_size(tmp_path):
         assert path.stat().st_size <= 30_000
         contents.add(path.read_bytes())
         pixels = _pixels(path)
-        assert pixels.shape == (280, 640, 3)
+        assert pixels.shape == (560, 1280, 3)
         assert _has_color(pixels, canvas.BLUE)
     assert len(contents) == len(paths)
     windows = _pixels(tmp_path / "docs" / "windows.png")
@@ -126,7 +126,7 @@ def test_policies_are_pictures_of_modest_size(tmp_path):
 def test_save_adds_png_and_keeps_other_suffixes(tmp_path):
     figure = plotting.plot_schedule(triangular(5), 20)
     assert plotting.save(figure, tmp_path / "plain") == tmp_path / "plain.png"
-    assert _pixels(tmp_path / "plain.png").shape == (280, 640, 3)
+    assert _pixels(tmp_path / "plain.png").shape == (560, 1280, 3)
     assert plotting.save(figure, str(tmp_path / "vector.svg")) == tmp_path / "vector.svg"
     assert "<svg" in (tmp_path / "vector.svg").read_text()
 
@@ -267,6 +267,7 @@ def test_every_bound_has_its_name_inside_the_picture(tmp_path):
     for bounds in (Bounds(0.02, 0.05), Bounds(0.02, 0.98), Bounds(0.9, 0.99), Bounds(0.4, 0.5)):
         figure = plotting.plot_range_test(result, bounds)
         plotting.save(figure, tmp_path / "a.png")
+        figure.draw_without_rendering()  # in the figure's pixels, which are not the file's
         (axes,) = figure.axes
         boxes = [text.get_window_extent() for text in axes.texts]
         assert all(0 < box.x0 < box.x1 < 640 for box in boxes)
@@ -419,7 +420,7 @@ def test_paper_curves_have_two_panels_a_line_and_a_look_per_label(tmp_path):
     looks = {look(line) for axes in (shown[0], shown[2]) for line in axes.lines}
     assert len(looks) == 11
     path = plotting.save(figure, tmp_path / "curves")
-    assert _pixels(path).shape[1] == 700
+    assert _pixels(path).shape[1] == 1400
     with pytest.raises(ValueError, match="panels is empty"):
         plotting.plot_paper_curves({})
 
@@ -428,7 +429,7 @@ def test_results_and_optimizers_draw_themselves(tmp_path):
     curve = RangeTest([0.1, 0.2, 0.3], [2.0, 1.0, 1.5])
     figure = curve.plot(tmp_path / "curve.png", bounds=Bounds(0.1, 0.2), title="mine")
     assert figure.axes[0].get_title() == "mine"
-    assert _pixels(tmp_path / "curve.png").shape == (320, 640, 3)
+    assert _pixels(tmp_path / "curve.png").shape == (640, 1280, 3)
     assert curve.plot().axes[0].get_title() == "no bounds found"
     adam = torch.optim.Adam([torch.zeros(3, requires_grad=True)], lr=1e-3)
     opt = CyclicalOptimizer(adam, step_size_up=10, cycle_momentum=True)
