@@ -155,7 +155,7 @@ def test_plot_draws_the_schedule_asked_for(
     assert drawn == [(expected, 100, *bounds)]
     assert capsys.readouterr().out == f"{out}\n"
     with Image.open(out) as image:
-        assert image.size == (640, 280)
+        assert image.size == (1280, 560)
 
 
 def test_plot_names_the_file_after_the_policy(tmp_path, capsys, monkeypatch):

@@ -60,7 +60,7 @@ def test_range_test_prints_bounds_reason_and_what_to_do_with_them(name, capsys):
     assert f"clr-optim train --optimizer {name} --base-lr {bounds.base_lr:.3g} --max-lr" in out
     assert out.splitlines()[-1] == "range-test.png"
     with Image.open("range-test.png") as image:
-        assert image.size == (640, 320)
+        assert image.size == (1280, 640)
 
 
 @pytest.mark.parametrize("kind", ["json", "csv"])
@@ -116,7 +116,7 @@ def test_train_goes_through_whole_cycles_and_keeps_its_history(tmp_path, capsys)
     for cycle, iteration in ((1, 96), (2, 192)):
         assert f"{cycle:5}  {iteration:9,}  {measured[iteration]:18.2f}" in out
     with Image.open("train.png") as image:
-        assert image.size == (640, 570)
+        assert image.size == (1280, 1140)
 
 
 def test_train_finds_bounds_by_itself(tmp_path, capsys):

@@ -235,10 +235,10 @@ def test_quick_demo_finds_bounds_prints_every_row_and_draws_four_pictures(tmp_pa
         assert re.search(rf"^{name}: (the fixed|tri|exp).*%", out, re.MULTILINE)
     paths = [Path(line) for line in out.splitlines()[-4:]]
     sizes = {
-        "range-test-sgd.png": (640, 320),
-        "range-test-adam.png": (640, 320),
-        "learning-rate.png": (900, 360),
-        "accuracy.png": (900, 360),
+        "range-test-sgd.png": (1280, 640),
+        "range-test-adam.png": (1280, 640),
+        "learning-rate.png": (1800, 720),
+        "accuracy.png": (1800, 720),
     }
     assert [path.name for path in paths] == list(sizes)
     for path in paths:
