@@ -87,7 +87,9 @@ class GroupEvents(Pair):
             opt.state["of the user"] = {"step": 2, "exp_avg": torch.ones(2)}
             opt.state["epoch"] = i
             if opt.state.get(p):
-                opt.state[p].update(prev=2.5, mu_product=i)
+                opt.state[p]["prev"] = 2.5
+                if self.case.cls is not torch.optim.NAdam:  # it reads its mu_product
+                    opt.state[p]["mu_product"] = i
         return None
 
     @event(0.7, top=(0.001, 0.004, 0.02, 0.1), i=WHICH)
