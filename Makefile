@@ -25,7 +25,7 @@ demo: $(VENV)/.demo
 # The runs of tests take a core each, two at a time.
 test: lint types
 	$(MAKE) -j2 --output-sync=target check interpreted distributed test-frameworks
-	$(MAKE) package
+	$(MAKE) package docs
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
