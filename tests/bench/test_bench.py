@@ -100,4 +100,4 @@ def test_picture_has_a_panel_per_workload_and_dtype(tmp_path):
     assert sorted(bar.get_height() for bar in left_out.patches) == pytest.approx([1, 7])
     path = plotting.save(figure, tmp_path / "bench.png")
     with Image.open(path) as image:
-        assert image.size[0] == 1280
+        assert image.size[0] == 2560

@@ -148,7 +148,7 @@ def test_report_drops_no_row_and_repeats_the_note(tmp_path, capsys):
     assert whole["runs"][0]["machine"]["cpu"] == "abacus"
     for name in ("table-1.png", "table-3.png"):
         with Image.open(tmp_path / name) as picture:
-            assert picture.width == 700
+            assert picture.width == 1400
 
 
 def test_without_matplotlib_there_are_results_and_no_pictures(tmp_path, capsys, monkeypatch):

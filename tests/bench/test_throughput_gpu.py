@@ -105,7 +105,7 @@ def test_shares_on_a_gpu_of_all_that_the_caches_cannot_hold(tmp_path, h200, monk
         rate = row["bytes"] / row[f"{median}_median_s"] / 1e9
         assert row[share] == pytest.approx(rate / row["limit_gbps"])
     with Image.open(path) as image:
-        assert image.size[0] == 1280  # device beside host
+        assert image.size[0] == 2560  # device beside host
     device, host = plotting.plot_throughput([row]).axes
     assert device.get_title() == "mlp, float32: device"
     assert host.get_title() == "mlp, float32: host"
