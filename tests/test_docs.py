@@ -122,6 +122,10 @@ def test_the_readmes_figures_of_training_stand_in_the_results():
     for gain in ("2.6", "3.9"):
         assert gain in section
         assert f"is more accurate than it (+{gain}, within" in decay
+    longer = (ROOT / "bench/results/figure-6/12000/figure-6.md").read_text("utf-8")
+    for gain in ("0.6", "2.0"):
+        assert gain in section
+        assert f"is as accurate as it (+{gain}, within" in longer
     for gain, shown in (("2.2", "+2.2 points"), ("1.4", "-1.4 points")):
         assert gain in section
         assert shown in TEXTS["docs/paper.md"]
