@@ -112,7 +112,9 @@ def report_on_figure(folder: Path, results: Sequence[Mapping[str, Any]]) -> str:
 
 def _draw(summaries: Sequence[Mapping[str, Any]], folder: Path) -> None:
     curves = {row["row"]: row["curve"] for row in summaries if "curve" in row}
-    seeds = max(row["seeds"] for row in summaries if "seeds" in row)
+    counts = [row["seeds"] for row in summaries if "seeds" in row]
+    least, most = min(counts), max(counts)
+    seeds = f"{most} seed{'s' if most > 1 else ''}" if least == most else f"{least} to {most} seeds"
     constant, cycled = (
         {_label(name): curves[name] for name in names if name in curves}
         for names in ((*CONSTANT, DECAYING), CYCLED)
@@ -120,8 +122,7 @@ def _draw(summaries: Sequence[Mapping[str, Any]], folder: Path) -> None:
     figure = plotting.plot_constant_and_cycled(
         constant,
         cycled,
-        title=f"Caffe's sigmoid network with batch normalization, "
-        f"mean of {seeds} seed{'s' if seeds > 1 else ''}",
+        title=f"Caffe's sigmoid network with batch normalization, mean of {seeds}",
     )
     plotting.save(figure, folder / "figure-6.svg")
 
