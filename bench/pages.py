@@ -17,7 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clr_optim.bench.report import best_of_torch, is_on_gpu, short_labels, time_in_words
+from clr_optim.bench.report import (
+    best_of_torch,
+    is_on_gpu,
+    short_labels,
+    time_in_words,
+    whole_iterations,
+)
 
 __all__ = ["TABLES", "main", "renewed"]
 
@@ -98,10 +104,9 @@ def _iterations(results: Mapping[str, Any], dtype: str) -> str:
         "| --- " * 6 + "|",
     ]
     for row in results["iterations"]:
-        before, steps = row["forward_backward_s"], row["step_s"]
-        best = min((name for name in steps if name != "ours"), key=lambda name: float(steps[name]))
-        gain = (before + steps[best]) / (before + steps["ours"])
-        times = [before, *(before + steps[name] for name in ("default", "fused", "ours"))]
+        whole, best = whole_iterations(row)
+        gain = whole[best] / whole["ours"]
+        times = [row["forward_backward_s"], *(whole[name] for name in ("default", "fused", "ours"))]
         cells = " | ".join(map(time_in_words, times))
         model = f"{_WORKLOADS[row['workload']]}, {row['batch']}"
         lines.append(f"| {model} | {cells} | {_times_as_fast(gain)} {named[best]} |")

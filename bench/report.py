@@ -13,7 +13,7 @@ from clr_optim.backends.triton import TritonBackend
 
 __all__ = [
     "aligned", "best_of_torch", "is_on_gpu", "iterations_table", "labels", "short_labels", "table",
-    "time_in_words",
+    "time_in_words", "whole_iterations",
 ]  # fmt: skip
 
 # A cell below this ratio counts as lost. Noise is a few percent.
@@ -229,6 +229,12 @@ def _winners(rows: list[Mapping[str, Any]], key: str, named: Mapping[str, str]) 
     return f"torch's best: {words or 'nothing was measured'}"
 
 
+def whole_iterations(row: Mapping[str, Any]) -> tuple[dict[str, float], str]:
+    """Return the seconds of a whole iteration by variant, and torch's fastest variant."""
+    whole = {name: row["forward_backward_s"] + step for name, step in row["step_s"].items()}
+    return whole, min((name for name in whole if name != "ours"), key=lambda name: whole[name])
+
+
 def iterations_table(rows: list[Mapping[str, Any]], on_gpu: bool) -> list[str]:
     """Return a line per model: the time of forward and backward, and of whole iterations."""
     named, short = labels(on_gpu), short_labels(on_gpu)
@@ -238,15 +244,13 @@ def iterations_table(rows: list[Mapping[str, Any]], on_gpu: bool) -> list[str]:
          "our step's part", "vs default", "vs torch's best", ""]
     ]  # fmt: skip
     for row in rows:
-        other = row["forward_backward_s"]
-        whole = {name: other + step for name, step in row["step_s"].items()}
-        best = min((name for name in whole if name != "ours"), key=lambda name: whole[name])
+        whole, best = whole_iterations(row)
         lines.append(
             [
                 row["workload"],
                 row["batch"],
                 row["rule"],
-                time_in_words(other),
+                time_in_words(row["forward_backward_s"]),
                 *(time_in_words(whole[name]) if name in whole else "–" for name in shown),
                 f"{row['step_s']['ours'] / whole['ours']:.0%}",
                 f"{whole['default'] / whole['ours']:.2f}×",

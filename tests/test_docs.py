@@ -12,7 +12,7 @@ from places import ROOT
 import clr_optim
 from clr_optim.bench import pages, paper
 from clr_optim.bench.paper.readme import BEGIN, END
-from clr_optim.bench.report import time_in_words
+from clr_optim.bench.report import time_in_words, whole_iterations
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 TEXTS = {page: (ROOT / page).read_text("utf-8") for page in PAGES}
@@ -113,19 +113,17 @@ def test_the_papers_table_is_of_the_committed_results():
 
 def test_the_readmes_figures_of_training_stand_in_the_results():
     section = README.partition("## Does cycling train better?")[2].partition("\n## ")[0]
-    for iterations, gains in ((1200, ("1.3", "2.6")), (12000, ("0.5", "1.8"))):
+    for iterations, gains, verdict, over_decay in (
+        (1200, ("1.3", "2.6"), "more accurate than", ("2.6", "3.9")),
+        (12000, ("0.5", "1.8"), "as accurate as", ("0.6", "2.0")),
+    ):
         figure = (ROOT / f"bench/results/figure-6/{iterations}/figure-6.md").read_text("utf-8")
         for gain in gains:
             assert gain in section
             assert f"+{gain} " in figure
-    decay = (ROOT / "bench/results/figure-6/1200/figure-6.md").read_text("utf-8")
-    for gain in ("2.6", "3.9"):
-        assert gain in section
-        assert f"is more accurate than it (+{gain}, within" in decay
-    longer = (ROOT / "bench/results/figure-6/12000/figure-6.md").read_text("utf-8")
-    for gain in ("0.6", "2.0"):
-        assert gain in section
-        assert f"is as accurate as it (+{gain}, within" in longer
+        for gain in over_decay:
+            assert gain in section
+            assert f"is {verdict} it (+{gain}, within" in figure
     for gain, shown in (("2.2", "+2.2 points"), ("1.4", "-1.4 points")):
         assert gain in section
         assert shown in TEXTS["docs/paper.md"]
@@ -137,8 +135,7 @@ def test_the_readmes_iterations_and_memory_stand_in_the_results():
     of = {row["workload"]: row for row in results["iterations"]}
 
     def whole(workload: str, step: str) -> str:
-        row = of[workload]
-        return time_in_words(row["forward_backward_s"] + row["step_s"][step])
+        return time_in_words(whole_iterations(of[workload])[0][step])
 
     assert f"the MLP takes {whole('mlp', 'ours')}, and {whole('mlp', 'fused')} with" in section
     assert f"GPT-2 takes {whole('gpt2', 'ours')} and {whole('gpt2', 'fused')}:" in section

@@ -323,7 +323,8 @@ template <class A> struct Lion {
     A shrink, lr, beta1, rest1, beta2, rest2;
     Lion(const double* s, const Step& step)
         : gradient(s, step.grad_scale), shrink(shrinkage<A>(s)), lr(held<A>(-s[LR])),
-          beta1(held<A>(s[OWN])), rest1(held<A>(1 - s[OWN])), beta2(A(s[OWN + 1])), rest2(A(1 - s[OWN + 1])) {}
+          beta1(held<A>(s[OWN])), rest1(held<A>(1 - s[OWN])), beta2(A(s[OWN + 1])),
+          rest2(A(1 - s[OWN + 1])) {}
     void operator()(A& p, A g, [[maybe_unused]] A& s0, [[maybe_unused]] A& s1,
                     [[maybe_unused]] A& s2) const {
         g = gradient(g, p);

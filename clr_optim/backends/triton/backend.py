@@ -240,7 +240,6 @@ class TritonBackend:
 
     def _step_on(self, clock: Clock, launches: list[Launch], course: Course, gate: Tensor) -> None:
         from clr_optim.kernels.triton import multi_tensor
-        from clr_optim.kernels.triton.rules import KERNELS
 
         groups = clock.groups(course, self.plan.scalars, self._momentum)
         width = groups.shape[1]
@@ -256,6 +255,8 @@ class TritonBackend:
                     **launch.compiled_for,
                 )  # fmt: skip
         if self._has_scalars and count:
+            from clr_optim.kernels.triton.rules import KERNELS
+
             multi_tensor.advance_scalars[(count,)](
                 counters, groups, width, ints, floats, phases, control, gate,
                 FACTOR=KERNELS[launches[0].bucket.kernel].factor, enable_fp_fusion=False,
