@@ -6,6 +6,9 @@ NEWEST := .venv-newest
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# A change of one of these needs a new build of the extension, which an installation makes.
+NATIVE := $(wildcard kernels/native/*.cpp kernels/native/*.h) kernels/native/CMakeLists.txt
+
 DISTRIBUTED := tests/distributed tests/test_examples.py
 
 # What runs on a GPU and in Triton's interpreter.
@@ -30,21 +33,21 @@ test: lint types
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.demo: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/bin/python
 	$(PIP_INSTALL) -e ".[demo]"
 	@touch $@
 
-$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.test: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/bin/python
 	$(PIP_INSTALL) -e ".[test]"
 	@touch $@
 
-$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.docs: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/bin/python
 	$(PIP_INSTALL) -e ".[docs]"
 	@touch $@
 
 # The frameworks bring dozens of packages: an environment of their own keeps the other one what a
 # user of this library alone has. torch stays as pinned.
-$(FRAMEWORKS)/.test: pyproject.toml constraints.txt constraints-frameworks.txt
+$(FRAMEWORKS)/.test: pyproject.toml constraints.txt constraints-frameworks.txt $(NATIVE)
 	$(PYTHON) -m venv $(FRAMEWORKS)
 	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c constraints.txt -c constraints-frameworks.txt -e ".[test,frameworks]"
@@ -58,10 +61,22 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# As an installation lays the packages out: mypy does not read the mapping in pyproject.toml.
+# As an installation lays the packages out: mypy does not read the mapping in pyproject.toml. The
+# extension is that of .venv. A machine without .venv, as those with GPUs, builds the extension by
+# its own CMake into build/native. If CMake or Python.h is missing there, bring
+# build/tree/clr_optim/kernels/native/module.abi3.so along as EXTENSION.
+EXTENSION ?=
 build/tree: FORCE
 	rm -rf build/tree && mkdir -p build/tree
 	cp -r clr_optim build/tree/ && cp -r kernels bench build/tree/clr_optim/
+	@extension="$(EXTENSION)"; \
+	if [ -z "$$extension" ] && [ -e $(VENV)/.test ]; then extension=$$($(BIN)/python -I -c \
+		"from clr_optim.kernels.native import load; print(load().__file__)") || exit 1; fi; \
+	if [ -z "$$extension" ]; then \
+		cmake -S kernels/native -B build/native -DPython_EXECUTABLE="$$(command -v $(PYTHON))" && \
+		cmake --build build/native --parallel || exit 1; \
+		extension=build/native/module.abi3.so; fi; \
+	cp "$$extension" build/tree/clr_optim/kernels/native/
 
 types: $(VENV)/.test build/tree
 	cd build/tree && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p clr_optim
@@ -80,7 +95,7 @@ test-frameworks: $(FRAMEWORKS)/.test
 	$(FRAMEWORKS)/bin/python -m pytest tests/frameworks $(ARGS)
 
 # The suite with the torch and Triton that users get today: by hand, as it downloads gigabytes.
-$(NEWEST)/.test: pyproject.toml
+$(NEWEST)/.test: pyproject.toml $(NATIVE)
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e ".[test]"
 	@touch $@

@@ -14,7 +14,7 @@ from time import perf_counter
 import torch
 
 from clr_optim._version import __version__
-from clr_optim.kernels.native import build
+from clr_optim.kernels.native import describe
 
 __all__ = ["Limit", "describe_machine", "last_level_cache"]
 
@@ -23,11 +23,10 @@ _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
 def describe_machine() -> dict[str, object]:
-    """Return CPU, memory, versions and compiler, without host name or paths."""
-    compiler = build.describe()
+    """Return CPU, memory, versions and kernels, without host name or paths."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "cpu": _cpu(),
         "cores": cores,
         "threads": torch.get_num_threads(),
@@ -38,9 +37,7 @@ def describe_machine() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "clr_optim": __version__,
-        "compiler": compiler["version"] or "none found",
-        "flags": compiler["flags"],
-        "target": compiler["target"],
+        "kernels": describe()["kernels"],
     }
 
 

@@ -1,7 +1,8 @@
 """What a type checker knows of a user's script; `make types` checks it, nothing runs it."""
 
+from typing import assert_type
+
 import torch
-from typing_extensions import assert_type
 
 from clr_optim import CyclicalOptimizer
 from clr_optim.schedule import triangular

@@ -179,7 +179,7 @@ def said() -> list[Said]:
             for public, tried, call in attempts():
                 try:
                     call()
-                except (Exception, SystemExit) as error:  # noqa: PERF203
+                except (Exception, SystemExit) as error:
                     text = str(error).replace(folder, "…")
                     rows.append(Said(public, tried, type(error).__name__, text))
                 else:

@@ -91,7 +91,7 @@ def with_scheduler(
 def drop_failing_steps(
     steps: dict[str, Step], names: Iterable[str], prepare: Step, cell: str
 ) -> None:
-    """Remove the named variants whose first step fails: no kernel, or no compiler."""
+    """Remove the named variants whose first step fails: no kernel, or no extension."""
     if "compile" in steps:
         torch.compiler.reset()  # torch limits how much one process compiles
     for name in names:

@@ -7,16 +7,15 @@ import threading
 
 from torch.optim import Optimizer
 
-from clr_optim.backends import gil
 from clr_optim.backends.base import FusedBackend
-from clr_optim.backends.native import BuildError, NativeBackend, library, rule_for
+from clr_optim.backends.native import NativeBackend, NoKernelsError, library, rule_for
 from clr_optim.backends.triton import TritonBackend, here
 from clr_optim.backends.triton import device as current_device
 from clr_optim.rules import UpdateRule, class_name
 from clr_optim.schedule import Schedule
 
 __all__ = [
-    "BACKENDS", "BuildError", "current_device", "devices", "is_fused", "make", "plan_device",
+    "BACKENDS", "NoKernelsError", "current_device", "devices", "is_fused", "make", "plan_device",
     "resolve", "rule_for", "traits",
 ]  # fmt: skip
 
@@ -74,7 +73,7 @@ def make(
         asked: whether the user named the backend.
 
     Raises:
-        BuildError: if the kernels cannot be compiled here.
+        NoKernelsError: if the kernels cannot serve here.
     """
     types = devices(name)
     params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -106,14 +105,14 @@ def resolve(backend: object, optimizer: Optimizer) -> tuple[str, str]:
     if asked == "torch":
         return "torch", f"asked for by {source}"
     rule = rule_for(optimizer)
-    reason = rule if isinstance(rule, str) else gil.why_no_kernels()
+    reason = rule if isinstance(rule, str) else None
     if asked == "auto":
         return _choose(optimizer) if reason is None else ("torch", reason)
     reason = reason or _refuse(asked, optimizer)
     if reason is None and not wish:
         try:
             library()
-        except BuildError as error:
+        except NoKernelsError as error:
             reason = str(error)
     if reason is None:
         return asked, f"asked for by {source}"
@@ -125,7 +124,7 @@ def resolve(backend: object, optimizer: Optimizer) -> tuple[str, str]:
 
 
 def _choose(optimizer: Optimizer) -> tuple[str, str]:
-    """Return the backend for the parameters' device; compile nothing before the first step."""
+    """Return the backend for the parameters' device; load nothing before the first step."""
     params = (param for group in optimizer.param_groups for param in group["params"])
     device = next((param.device for param in params if param.device.type in here.DEVICES), None)
     if device is None:

@@ -108,11 +108,11 @@ class FusedBackend(Protocol):
             schedule: the policy.
             device: one of :meth:`device_types`.
             lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
-            asked: whether the user named the backend. If not, a missing compiler must raise here,
+            asked: whether the user named the backend. If not, a missing extension must raise here,
                 so that torch's step can serve.
 
         Raises:
-            BuildError: if the kernels cannot be compiled here.
+            NoKernelsError: if the kernels cannot serve here.
         """
 
     who_knows: WhoKnows

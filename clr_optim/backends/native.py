@@ -12,17 +12,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clr_optim.backends import gil
 from clr_optim.backends.base import Course, Gradients, WhoKnows
 from clr_optim.backends.torch import has_own_step
-from clr_optim.kernels.native import build
-from clr_optim.kernels.native.build import BuildError
+from clr_optim.kernels.native import NoKernelsError, load
 from clr_optim.plan import Plan, View
 from clr_optim.rules import RULES, UpdateRule, class_name
 from clr_optim.schedule import Schedule
 from clr_optim.sharding import no_sums, sum_over_ranks
 
-__all__ = ["BuildError", "NativeBackend", "library", "rule_for"]
+__all__ = ["NativeBackend", "NoKernelsError", "library", "rule_for"]
 
 
 def rule_for(optimizer: Optimizer) -> UpdateRule | str:
@@ -43,25 +41,19 @@ class _Library:
     """The compiled functions. Calls keep the GIL; long ones give it away by themselves."""
 
     def __init__(self) -> None:
-        held = ctypes.PyDLL(build.load()._name)
-        i64, f64, pointer, obj = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p, ctypes.py_object
+        held = ctypes.PyDLL(str(load().__file__))
+        i64, f64, pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
         held.clr_step.argtypes = [pointer, pointer, i64, f64, i64, i64]
         held.clr_sums_of_squares.argtypes = [pointer, pointer, i64]
-        held.clr_can_scan.argtypes = [obj]
         held.clr_current.argtypes = [pointer]
-        self.held = gil.checked(held)
-        capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-        if capsule is None or not held.clr_can_scan(capsule):
-            raise BuildError(
-                f"torch {torch.__version__} does not offer DLPack's C exchange API in version 1"
-            )
+        self.held = held
 
 
 _library: _Library | None = None
 
 
 def library() -> _Library:
-    """Return the compiled functions, loaded once per process; may raise :class:`BuildError`."""
+    """Return the compiled functions, loaded once per process; may raise :class:`NoKernelsError`."""
     global _library
     if _library is None:
         _library = _Library()
@@ -77,7 +69,7 @@ class NativeBackend:
         lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
 
     Raises:
-        BuildError: if the kernels cannot be compiled here.
+        NoKernelsError: if the compiled kernels cannot serve here.
     """
 
     def __init__(

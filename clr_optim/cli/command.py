@@ -11,7 +11,7 @@ from typing import Any
 
 from clr_optim._version import __version__
 from clr_optim.bench import bounds, long_run, paper, throughput
-from clr_optim.cli.info import add_build, add_info
+from clr_optim.cli.info import add_info
 from clr_optim.cli.outcome import Outcome
 from clr_optim.cli.plot import add_plot
 from clr_optim.cli.training import add_demo, add_range_test, add_train
@@ -73,7 +73,6 @@ def make_parser() -> Parser:
     add_train(commands)
     add_plot(commands)
     _add_bench(commands)
-    add_build(commands)
     add_info(commands)
     return parser
 

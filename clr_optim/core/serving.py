@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from clr_optim import backends
-from clr_optim.backends import BuildError, rule_for
+from clr_optim.backends import NoKernelsError, rule_for
 from clr_optim.backends.base import FusedBackend
 from clr_optim.backends.torch import has_own_step
 from clr_optim.core.settings import Settings
@@ -29,7 +29,7 @@ def parameters_of(optimizer: Any) -> Iterator[Tensor]:
 
 
 class Serving:
-    """The backend of one optimizer, compiled at the first step.
+    """The backend of one optimizer, made at the first step.
 
     Args:
         settings: the optimizer and its policy.
@@ -69,7 +69,7 @@ class Serving:
         return self.fused is not None and self.fused.keeps(lr)
 
     def make(self, lock: threading.RLock) -> FusedBackend | None:
-        """Return the fused backend, compiled at the first call; None if torch's own step serves.
+        """Return the fused backend, made at the first call; None if torch's own step serves.
 
         Args:
             lock: the lock that the thread of a step holds.
@@ -88,11 +88,11 @@ class Serving:
         schedule = self._settings.schedule
         try:
             self.fused = backends.make(self.name, optimizer, rule, schedule, lock, asked=asked)
-        except BuildError as error:
+        except NoKernelsError as error:
             if asked:
                 raise
             self.name = "torch"
-            self.reason = f"the fused kernels cannot be compiled: {error}"
+            self.reason = f"the fused kernels cannot serve: {error}"
             _warn_no_kernels(error)
 
     def refuse_replaced_step(self) -> None:
@@ -144,13 +144,13 @@ def _values_in(params: Iterable[Tensor]) -> str:
 _warned_no_kernels = False
 
 
-def _warn_no_kernels(error: BuildError) -> None:
+def _warn_no_kernels(error: NoKernelsError) -> None:
     """Warn once per process that steps are slower than they could be."""
     global _warned_no_kernels
     if not _warned_no_kernels:
         _warned_no_kernels = True
         warnings.warn(
-            f"the fused kernels cannot be compiled, so each wrapped optimizer's own step runs, "
+            f"the fused kernels cannot serve, so each wrapped optimizer's own step runs, "
             f"more slowly and otherwise the same: {error}",
             RuntimeWarning,
             stacklevel=callers_level(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -235,8 +234,7 @@ def _call_in_errors(call: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if sys.version_info >= (3, 11):
-            error.add_note(f"lr_range_test called {call}: for other batches give step_fn")
+        error.add_note(f"lr_range_test called {call}: for other batches give step_fn")
         raise
 
 

@@ -1,1 +1,5 @@
-"""The update kernels in C++, and the module that compiles and caches them at first use."""
+"""The update kernels in C++, and the extension module that Python calls."""
+
+from clr_optim.kernels.native.loader import NoKernelsError, describe, load
+
+__all__ = ["NoKernelsError", "describe", "load"]

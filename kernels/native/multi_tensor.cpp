@@ -1,16 +1,24 @@
-// The entry points that Python calls: one call updates every tensor of every bucket.
+// The driver: one call updates every tensor of every bucket, in pieces that threads share.
 //
-// No header of torch or Python is needed, so that compiling takes seconds and works anywhere.
+// This file runs on any CPU; it calls the kernels of the chosen instruction set through a table.
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
+#include "multi_tensor.h"
 #include "scan.h"
-#include "update.h"
 
 namespace clr {
+
+#define CLR_POINT_TO(name) &sets::name,
+const KernelSet* const kernel_sets[] = {CLR_KERNEL_SETS(CLR_POINT_TO) nullptr};
+#undef CLR_POINT_TO
+
 namespace {
+
+const KernelSet* chosen = kernel_sets[0];
 
 // The least size of a piece, but for the last one. With less than one piece for each thread, one
 // thread does all.
@@ -110,30 +118,11 @@ void step(const Kernel& kernel, const Bucket& b, const double* scalars, int64_t 
     });
 }
 
-// Sums run over blocks of this many elements, each in LANES partial sums, always in one order. So
-// the result does not depend on the number of threads, and clipped runs resume bit for bit.
+// A sum runs over blocks of this many elements, always in one order. So the result does not depend
+// on the number of threads, and clipped runs resume bit for bit.
 constexpr int64_t BLOCK = 1 << 14;
-constexpr int LANES = 16;
 
-template <class T> double squares(const void* grad, int64_t begin, int64_t end) {
-    const auto* g = static_cast<const typename T::Raw*>(grad);
-    double lanes[LANES] = {};
-    int64_t i = begin;
-    for (; i + LANES <= end; i += LANES)
-        for (int j = 0; j < LANES; ++j) {
-            const double x = T::load(g[i + j]);
-            lanes[j] += x * x;
-        }
-    for (int j = 0; i < end; ++i, ++j) {
-        const double x = T::load(g[i]);
-        lanes[j] += x * x;
-    }
-    double sum = 0;
-    for (const double lane : lanes) sum += lane;
-    return sum;
-}
-
-template <class T> double sum_of_squares_of(const Bucket& b, int threads) {
+double sum_of_squares(const Bucket& b, int threads) {
     struct Block { int64_t row, begin; };
     std::vector<Block> blocks;
     for (int64_t i = 0; i < b.count; ++i)
@@ -147,20 +136,11 @@ template <class T> double sum_of_squares_of(const Bucket& b, int threads) {
     for (int64_t k = 0; k < many; ++k) {
         const auto [i, begin] = blocks[size_t(k)];
         const int64_t end = std::min(b.rows[i].numel, begin + BLOCK);
-        sums[size_t(k)] = squares<T>(b.gradients[i], begin, end);
+        sums[size_t(k)] = chosen->sum_of_squares(b.dtype, b.gradients[i], begin, end);
     }
     double sum = 0;
     for (const double s : sums) sum += s;
     return sum;
-}
-
-double sum_of_squares(const Bucket& b, int threads) {
-    switch (b.dtype) {
-        case FLOAT32: return sum_of_squares_of<Float32>(b, threads);
-        case FLOAT64: return sum_of_squares_of<Float64>(b, threads);
-        case BFLOAT16: return sum_of_squares_of<Bfloat16>(b, threads);
-        default: return sum_of_squares_of<Float16>(b, threads);
-    }
 }
 
 // Whether a step takes longer than giving the GIL away and getting it back.
@@ -171,27 +151,26 @@ bool is_long(const View& view) {
 }
 
 }  // namespace
+
+const KernelSet& kernel_set() { return *chosen; }
+
+bool use(const char* name) {
+    for (const KernelSet* const* set = kernel_sets; *set; ++set)
+        if (!std::strcmp((*set)->name, name)) {
+            chosen = *set;
+            return true;
+        }
+    return false;
+}
+
 }  // namespace clr
+
+#define CLR_EXPORT __attribute__((visibility("default")))
 
 extern "C" {
 
-// Raise it whenever a signature or a layout changes. build.py refuses any other version.
-int clr_abi_version() { return 11; }
-
-// The name of a kernel and of a dtype, or null for an unknown number.
-const char* clr_kernel_name(int64_t kernel) { return clr::pick(kernel, clr::FLOAT32).name; }
-const char* clr_dtype_name(int64_t dtype) {
-    switch (dtype) {
-        case clr::FLOAT32: return "float32";
-        case clr::FLOAT64: return "float64";
-        case clr::BFLOAT16: return "bfloat16";
-        case clr::FLOAT16: return "float16";
-        default: return nullptr;
-    }
-}
-
 // Returns 1 if the scan can read torch's exchange API. Needs the GIL.
-int clr_can_scan(PyObject* capsule) {
+CLR_EXPORT int clr_can_scan(PyObject* capsule) {
     const bool can = clr::exchange_api(capsule) != nullptr;
     PyErr_Clear();
     return can;
@@ -200,7 +179,7 @@ int clr_can_scan(PyObject* capsule) {
 // Returns an Answer: has anything changed that the plan was built from? If not, the gradients'
 // addresses are up to date, and a step may follow. An exception during the
 // scan (a sparse gradient has no strides) counts as a change. Needs the GIL.
-int clr_current(clr::View* view) {
+CLR_EXPORT int clr_current(clr::View* view) {
     const clr::Hold hold(*view);
     if (!hold) return hold.is_nested() ? clr::NESTED : clr::BUSY;
     view->ready = 0;
@@ -214,10 +193,10 @@ int clr_current(clr::View* view) {
 // `counts` is 1 for a step of the schedule, else 0. Needs the GIL. Returns 0; or, before anything
 // has changed, 1 for an unknown kernel or dtype, 2 if the rows must be scanned first: no scan has
 // found them right, or another thread uses them.
-int clr_step(clr::View* view, const double* scalars, int64_t width, double grad_scale,
-             int64_t threads, int64_t counts) {
+CLR_EXPORT int clr_step(clr::View* view, const double* scalars, int64_t width, double grad_scale,
+                        int64_t threads, int64_t counts) {
     for (int64_t i = 0; i < view->count; ++i)
-        if (!clr::pick(view->buckets[i].kernel, view->buckets[i].dtype).update) return 1;
+        if (!clr::chosen->kernel(view->buckets[i].kernel, view->buckets[i].dtype).update) return 1;
     const clr::Hold hold(*view);
     if (!hold || !view->ready) return 2;
     {
@@ -225,8 +204,8 @@ int clr_step(clr::View* view, const double* scalars, int64_t width, double grad_
         for (int64_t i = 0; i < view->count; ++i) {
             const clr::Bucket& b = view->buckets[i];
             if (b.active)
-                clr::step(clr::pick(b.kernel, b.dtype), b, scalars, width, grad_scale,
-                          int(threads));
+                clr::step(clr::chosen->kernel(b.kernel, b.dtype), b, scalars, width,
+                          grad_scale, int(threads));
         }
     }
     view->ready = 0;
@@ -238,21 +217,13 @@ int clr_step(clr::View* view, const double* scalars, int64_t width, double grad_
 
 // Writes the sum of squares of each bucket's gradients, in double and in a fixed order. Needs the
 // GIL. Returns 0, or 2 as clr_step does.
-int clr_sums_of_squares(clr::View* view, double* sums, int64_t threads) {
+CLR_EXPORT int clr_sums_of_squares(clr::View* view, double* sums, int64_t threads) {
     const clr::Hold hold(*view);
     if (!hold || !view->ready) return 2;
     const clr::WithoutGil without_gil(clr::is_long(*view));
     for (int64_t i = 0; i < view->count; ++i)
         sums[i] = clr::sum_of_squares(view->buckets[i], int(threads));
     return 0;
-}
-
-// Rounds floats to 16 bits and back, for the tests.
-void clr_round(int64_t dtype, const float* from, float* to, int64_t count) {
-    using namespace clr;
-    for (int64_t i = 0; i < count; ++i)
-        to[i] = dtype == BFLOAT16 ? Bfloat16::load(Bfloat16::store(from[i]))
-                                  : Float16::load(Float16::store(from[i]));
 }
 
 }  // extern "C"

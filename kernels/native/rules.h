@@ -18,7 +18,11 @@
 #include <tuple>
 #include <type_traits>
 
+#include "kernels.h"
+
 namespace clr {
+// Internal linkage: no code of one instruction set may serve another, see kernels.cpp.
+namespace {
 
 // a·b + c as torch's vec::fmadd: one rounding if the processor has the instruction. A library call
 // instead of the instruction would cost hundreds of cycles.
@@ -76,14 +80,6 @@ template <class A> struct Lerp {
 // The scalars that every group begins with, as UpdateRule.row in rules.py writes them. The scalars of
 // the rule follow.
 enum Common { LR, WEIGHT_DECAY, SHRINKING, SIGN, OWN };
-
-// What a rule reads of a step beside the scalars of the group.
-struct Step {
-    double grad_scale;  // the factor of the gradients, for clipping and a GradScaler
-    double number;  // counted from 1; 0 if the rule counts no steps
-    bool first;     // whether the state holds nothing yet
-    double scalar;  // the scalar state after this step, for a rule with one
-};
 
 // Decoupled weight decay: a rule that has it multiplies the parameter by this factor first.
 template <class A> A shrinkage(const double* s) { return held<A>(1 - s[LR] * s[SHRINKING]); }
@@ -342,4 +338,5 @@ using Rules = std::tuple<Sgd<A, false>, Sgd<A, true>, Adam<A, false>, Adam<A, tr
                          RmsProp<A, false, true>, RmsProp<A, true, true>, Adamax<A>, RAdam<A>,
                          NAdam<A>, Lion<A>>;
 
+}  // namespace
 }  // namespace clr

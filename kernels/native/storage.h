@@ -9,11 +9,8 @@
 #endif
 
 namespace clr {
-// Internal linkage keeps two versions of the library in one process apart.
+// Internal linkage: no code of one instruction set may serve another, see kernels.cpp.
 namespace {
-
-// The formats by number. DTYPES in clr_optim/plan/eligible.py has the same order; a test compares.
-enum Dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
 // A storage format has the type in memory (Raw), the type of arithmetic (A) and the conversions.
 // Kernels read and write memory in units of one or more values.

@@ -6,25 +6,21 @@
 #include <tuple>
 #include <type_traits>
 
+#include "kernels.h"
 #include "rules.h"
 #include "storage.h"
-#include "view.h"
 
 namespace clr {
 namespace {
 
-// A rule object of any class, as bytes. The functions of its Kernel know the class.
-struct alignas(8) AnyRule { unsigned char bytes[112]; };
-
 template <class Rule> void build(AnyRule& to, const double* scalars, const Step& step) {
     static_assert(sizeof(Rule) <= sizeof(AnyRule) && std::is_trivially_copyable<Rule>::value, "");
-    static_assert(Rule::slots <= 3, "Row in view.h has three");
+    static_assert(Rule::slots <= 3, "Row in kernels.h has three");
     const Rule rule(scalars, step);
     std::memcpy(&to, &rule, sizeof rule);
 }
 
-// By what a step multiplies the scalar state, or null for a rule without one.
-using Factor = double (*)(const double* scalars, double number);
+// The function that advances the scalar state, or null for a rule without one.
 template <class Rule, class = void> constexpr Factor factor = nullptr;
 template <class Rule>
 constexpr Factor factor<Rule, std::void_t<decltype(&Rule::factor)>> = &Rule::factor;
@@ -109,14 +105,6 @@ template <class Rule> struct Update<Float16, Rule> {
     }
 };
 
-struct Kernel {
-    const char* name;
-    int slots;
-    Factor factor;
-    void (*build)(AnyRule&, const double* scalars, const Step&);
-    void (*update)(const AnyRule&, const Row&, const void* grad, int64_t begin, int64_t end);
-};
-
 // The kernel of a rule by its number in Rules; one without functions for an unknown number.
 template <class T, class... Rule>
 Kernel pick(int64_t kernel, const std::tuple<Rule...>*) {
@@ -129,7 +117,7 @@ template <class T> Kernel pick(int64_t kernel) {
 }
 
 // A kernel without functions if the number of the kernel or of the dtype is unknown.
-inline Kernel pick(int64_t kernel, int64_t dtype) {
+Kernel pick(int64_t kernel, int64_t dtype) {
     switch (dtype) {
         case FLOAT32: return pick<Float32>(kernel);
         case FLOAT64: return pick<Float64>(kernel);

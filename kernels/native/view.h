@@ -1,13 +1,14 @@
 // The structures that Python fills and the scan reads, and the answers of a scan.
 //
 // clr_optim/plan/structures.py declares the same names in the same order. A test compares the two
-// files; every field has 8 bytes.
+// files; every field has 8 bytes. Row is in kernels.h.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "cpython.h"
+#include "kernels.h"
 
 namespace clr {
 
@@ -49,19 +50,6 @@ struct Scan {
     uint64_t negative;  // the bit of a lazy negation in these; 0: ask torch
 };
 static_assert(sizeof(Scan) == 31 * 8, "a field of Scan has other than 8 bytes");
-
-// A tensor of a bucket. A scan writes no row: what changes from step to step is the address of the
-// gradient, which lies in a table beside the rows.
-struct Row {
-    void* param;
-    void* state[3];
-    void* counter;   // torch's step counter of this parameter, or null
-    void* scalar;    // the scalar state of this parameter, or null
-    int64_t numel;
-    int64_t group;   // the number of the group that has its scalars
-    int64_t first;   // 1 if its state holds nothing yet
-};
-static_assert(sizeof(Row) == 9 * 8, "a field of Row has other than 8 bytes");
 
 // The gradient of a tensor without elements, whose data may be null. No kernel reads the address,
 // which is a multiple of 16 like those of aligned gradients.

@@ -1,6 +1,6 @@
-// Run every native kernel on every dtype, without Python or torch: for valgrind, under which Python and
-// torch take minutes to start, and for sanitizers, which need no preloading here. Commands:
-// CONTRIBUTING.md.
+// Run every native kernel of a set on every dtype, without Python or torch: for valgrind, under which
+// Python and torch take minutes to start, and for sanitizers, which need no preloading here. Commands:
+// CONTRIBUTING.md. The first argument names the set of kernels.
 //
 // Each tensor is an allocation of exactly its size, so that an access beyond it is found. Lengths are
 // around a vector, a unit of two 16-bit values, and a block. The driver checks that any number of
@@ -8,13 +8,14 @@
 // not depend on the memory of its momentum. (The kernel loads that memory without using it. valgrind
 // would report this for memory that was never written.)
 //
-// With any argument, the driver has a kernel reach beyond a tensor, which must be reported.
+// With any other argument, the driver has a kernel reach beyond a tensor, which must be reported.
 
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 
 #include "../../kernels/native/multi_tensor.cpp"
+#include "../../kernels/native/storage.h"
 
 using namespace clr;
 
@@ -114,17 +115,17 @@ struct Run {
 
 bool overrun = false;
 
-int slots_of(int64_t kernel) { return clr::pick(kernel, FLOAT32).slots; }
+int slots_of(int64_t kernel) { return kernel_set().kernel(kernel, FLOAT32).slots; }
 
 int64_t kernels() {
     int64_t count = 0;
-    while (clr::pick(count, FLOAT32).name) ++count;
+    while (kernel_set().kernel(count, FLOAT32).name) ++count;
     return count;
 }
 
 Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
     Run run;
-    const bool counts = kernel >= 2, has_scalar = clr::pick(kernel, FLOAT32).factor;
+    const bool counts = kernel >= 2, has_scalar = kernel_set().kernel(kernel, FLOAT32).factor;
     PyObject none, grads, nones;
     for (int64_t i = 0; i < TENSORS; ++i) {
         const auto tensor = [&](unsigned seed, bool positive = false) -> void* {
@@ -230,8 +231,12 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
 
 }  // namespace
 
-int main(int argc, char**) {
-    overrun = argc > 1;
+int main(int argc, char** argv) {
+    if (argc < 2 || !use(argv[1])) {
+        std::fprintf(stderr, "name a set of kernels\n");
+        return 2;
+    }
+    overrun = argc > 2;
     int runs = 0;
     for (int64_t kernel = 0; kernel < kernels(); ++kernel)
         for (int64_t dtype = 0; dtype < 4; ++dtype)

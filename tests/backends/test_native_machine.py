@@ -14,7 +14,7 @@ from typing import Any
 
 from fuzz.events import Event
 from fuzz.machine import EVENTS, Machine
-from fuzz.setups import compile_kernels, setups, surroundings
+from fuzz.setups import load_kernels, setups, surroundings
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -50,7 +50,7 @@ class Events(RuleBasedStateMachine):
 
     @initialize(setup=st.fixed_dictionaries(_drawn(setups("native"))))
     def begin(self, setup: dict[str, Any]) -> None:
-        compile_kernels("native")
+        load_kernels("native")
         self.machine = Machine(**setup)
 
     @invariant()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from contract import name_of
 from native_helpers import HALF, wrapped
 
-from clr_optim.kernels.native import build
+from clr_optim.kernels.native import load
 from clr_optim.plan import DTYPES as NATIVE_DTYPES
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
@@ -19,10 +18,8 @@ pytestmark = pytest.mark.usefixtures("native_kernels")
 def rounded(dtype, values):
     """Return the values after the library's store and load."""
     out = torch.empty_like(values)
-    call = build.load().clr_round
-    call.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    call.restype = None
-    call(NATIVE_DTYPES.index(dtype), values.data_ptr(), out.data_ptr(), values.numel())
+    number = NATIVE_DTYPES.index(dtype)
+    load().round(number, values.data_ptr(), out.data_ptr(), values.numel())
     return out
 
 

@@ -11,8 +11,7 @@ from PIL import Image
 import clr_optim
 from clr_optim import plotting, schedule
 from clr_optim.cli import info, main
-from clr_optim.kernels.native import build as native_build
-from clr_optim.kernels.native.build import BuildError
+from clr_optim.kernels.native import NoKernelsError, loader
 from clr_optim.rules import STATE_SLOTS
 
 
@@ -30,7 +29,7 @@ def test_without_arguments_prints_help(capsys):
     assert main([]) == 0
     out = capsys.readouterr().out
     assert out.startswith("usage: clr-optim")
-    for name in ("demo", "plot", "bench", "build", "info"):
+    for name in ("demo", "plot", "bench", "info"):
         assert name in out
 
 
@@ -58,8 +57,10 @@ def test_info_names_versions_and_every_optimizer(capsys, monkeypatch):
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert rows["clr_optim"] == clr_optim.__version__
     assert {"python", "torch", "triton", "numpy", "CPU", "GPU"} <= set(rows)
-    assert {"kernels", "compiler", "flags", "vectors", "cache"} <= set(rows)
-    assert rows["vectors"].split()[:2] in ([bits, "bits,"] for bits in ("128", "256", "512"))
+    assert {"kernels", "extension", "openmp"} <= set(rows)
+    module = loader.load()
+    assert rows["kernels"].split(", since ")[0] in module.kernel_sets()
+    assert rows["extension"] == module.__file__
     for cls in STATE_SLOTS:
         assert rows[cls.__name__].startswith("torch: ")
         assert "CLR_OPTIM_BACKEND" in rows[cls.__name__]
@@ -73,37 +74,14 @@ def test_info_survives_a_backend_that_is_none(capsys, monkeypatch):
 
 
 def test_info_shows_why_there_are_no_kernels(capsys, monkeypatch):
-    def failed():
-        raise BuildError("no C++ compiler:\n  install one")
-
-    monkeypatch.setattr(info, "library", failed)
+    error = NoKernelsError("no extension:\n  install one")
+    monkeypatch.setattr(loader, "_load", lambda: error)
     monkeypatch.setenv("CLR_OPTIM_BACKEND", "native")
     assert main(["info"]) == 0
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert rows["kernels"] == "none: no C++ compiler: install one"
-    assert rows["Adam"] == "torch: the kernels cannot be compiled, see above"
+    assert rows["kernels"] == "none: no extension: install one"
+    assert rows["Adam"] == "torch: the kernels cannot serve, see above"
     assert rows["LBFGS"] == "torch: no fused kernel for LBFGS"
-
-
-def test_build_prints_the_entry_and_the_compiler(capsys, monkeypatch, tmp_path):
-    entry = tmp_path / "kernels.so"
-    monkeypatch.setattr(native_build, "compile_ahead", lambda: entry)
-    assert main(["build"]) == 0
-    first, second = capsys.readouterr().out.splitlines()
-    assert first == str(entry)
-    described = native_build.describe()
-    assert second == f"{described['compiler']}: {described['version']}"
-
-
-def test_build_that_fails_says_why_and_exits_with_1(capsys, monkeypatch):
-    def failed():
-        raise BuildError("no C++ compiler")
-
-    monkeypatch.setattr(native_build, "compile_ahead", failed)
-    assert main(["build"]) == 1
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err == "clr-optim: error: no C++ compiler\n"
 
 
 def test_plot_draws_the_policies_into_docs(tmp_path, capsys, monkeypatch):

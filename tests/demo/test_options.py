@@ -120,21 +120,10 @@ def test_json_of_the_demo(tmp_path, capsys):
         assert row["step_s"] > 0
 
 
-def test_json_of_a_failed_build_has_the_reason(monkeypatch, capsys):
-    from clr_optim.cli import info
-
-    def failed():
-        raise info.BuildError("no C++ compiler")
-
-    monkeypatch.setattr(info.native_build, "compile_ahead", failed)
-    assert cli.main(["build", "--json"]) == 1
-    assert json.loads(capsys.readouterr().out) == {"error": "no C++ compiler"}
-
-
 def test_every_command_has_json():
     parser = cli.command.make_parser()
     lines = [
-        ["demo"], ["range-test"], ["train"], ["plot"], ["build"], ["info"], ["bench"],
+        ["demo"], ["range-test"], ["train"], ["plot"], ["info"], ["bench"],
         ["bench", "bounds"], ["bench", "paper"], ["bench", "long"],
     ]  # fmt: skip
     for line in lines:

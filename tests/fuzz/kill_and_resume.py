@@ -4,16 +4,14 @@
 
 This process forks workers. It has imported torch and computed nothing. A worker trains, saves, and
 tells in shared memory what it does. SIGKILL kills the worker at a random moment of a chosen phase.
-The phases are a step, a save, and a compilation of the kernels with an empty cache. The next worker
-resumes from the last complete checkpoint. In the end another worker trains from the beginning and
-is not killed. At every step from which a worker resumed, and at the end, parameters, optimizer and
-random numbers must be the same bits.
+The phases are a step and a save. The next worker resumes from the last complete checkpoint. In the
+end another worker trains from the beginning and is not killed. At every step from which a worker
+resumed, and at the end, parameters, optimizer and random numbers must be the same bits.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import mmap
@@ -25,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +31,12 @@ import torch
 from torch import Tensor, nn
 
 from clr_optim import CyclicalOptimizer
-from clr_optim.kernels.native import build
+from clr_optim.kernels.native import load
 from clr_optim.plan import Plan
 
-PHASES = ("starts", "compiles", "steps", "computes", "saves")
-#: In turn. After a killed compiler the next worker compiles again, which takes long.
-KILLED_IN = ("steps", "saves", "steps", "saves", "compiles")
+PHASES = ("starts", "steps", "computes", "saves")
+#: in turn
+KILLED_IN = ("steps", "saves")
 SAVE_EVERY = 3
 #: the threads of a step
 THREADS = 2
@@ -165,8 +163,7 @@ def train(
     torch.set_num_threads(THREADS)
     checkpoint = folder / "checkpoint.pt"
     moment("starts")
-    with _compiling(moment):
-        build.load()
+    load()
     trainer = Trainer()
     if checkpoint.exists():
         trainer.resume(torch.load(checkpoint, weights_only=True))
@@ -180,25 +177,6 @@ def train(
             state = trainer.state()
             moment("saves")
             saver(state, checkpoint)
-
-
-@contextlib.contextmanager
-def _compiling(moment: Callable[[str], None]) -> Iterator[None]:
-    """Report when the compiler starts and when it ends."""
-    compiles = build._compile
-
-    def told(*arguments: Any) -> Any:
-        moment("compiles")
-        try:
-            return compiles(*arguments)
-        finally:
-            moment("starts")
-
-    build._compile = told
-    try:
-        yield
-    finally:
-        build._compile = compiles
 
 
 def never_killed(pipe: Any, wanted: Sequence[int]) -> None:
@@ -263,28 +241,11 @@ class LostError(Exception):
 class Run:
     """A run in a folder, and the digests of its checkpoints after each kill."""
 
-    def __init__(
-        self, folder: Path, saver: Saver = save_atomically, *, compiles: bool = True
-    ) -> None:
-        self.folder, self.saver, self.compiles = folder, saver, compiles
+    def __init__(self, folder: Path, saver: Saver = save_atomically) -> None:
+        self.folder, self.saver = folder, saver
         self.killed: Counter[str] = Counter()
         self.seen: dict[int, str] = {}
-        self.caches = 0
         self.last = 0
-        if compiles:
-            # The last of several such flags wins. Without it compiling takes ten times as long.
-            compiler = folder / "quick-compiler"
-            compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
-            compiler.chmod(0o700)
-            os.environ["CXX"] = str(compiler)
-            self.new_cache()
-
-    def new_cache(self) -> None:
-        """Make an empty cache, so that the next worker compiles."""
-        cache = self.folder / f"cache{self.caches}"
-        cache.mkdir(mode=0o700)
-        os.environ["CLR_OPTIM_CACHE_DIR"] = str(cache)
-        self.caches += 1
 
     def after(self, phase: str) -> None:
         """Check what a kill has left."""
@@ -303,11 +264,9 @@ class Run:
 
         If the phase ends before, the next phase serves.
         """
-        if wanted == "compiles":
-            self.new_cache()
         moment = Moment()
         process = _forked(train, self.folder, moment, self.saver)
-        times = 1 if wanted == "compiles" else chance.randrange(1, 8)
+        times = chance.randrange(1, 8)
         patience = time.monotonic() + PATIENCE
         while moment.count(wanted) < times:
             if time.monotonic() > patience:
@@ -316,7 +275,7 @@ class Run:
             if not process.is_alive():
                 raise LostError(f"a worker ended by itself with exit code {process.exitcode}")
             time.sleep(0.0002)
-        longest = {"compiles": 2.0, "steps": 0.002, "saves": 0.01}[wanted]
+        longest = {"steps": 0.002, "saves": 0.01}[wanted]
         time.sleep(chance.uniform(0, longest))
         process.kill()
         process.join()
@@ -369,8 +328,6 @@ class Run:
 
 #: A phase, and the call of a function in it that is never completed.
 MOMENTS: tuple[tuple[str, Any, str, int], ...] = (
-    ("compiles", build, "_run", 1),  # before the compiler
-    ("compiles", os, "replace", 1),  # compiled, and not yet in the cache
     ("saves", torch, "save", 3),  # begun, and not written
     ("saves", os, "fsync", 2),  # written, and not yet renamed
     ("steps", Plan, "commit", 5),  # parameters are new, the position is not
@@ -383,19 +340,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fixed", action="store_true", help="at a few moments, always the same")
     parser.add_argument("--saves", choices=SAVERS, default="atomically")
-    parser.add_argument("--compiled", action="store_true", help="not while it compiles")
     given = parser.parse_args(arguments)
     chance = random.Random(given.seed)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder), SAVERS[given.saves], compiles=not given.compiled)
-        kinds = [kind for kind in KILLED_IN if run.compiles or kind != "compiles"]
+        run = Run(Path(folder), SAVERS[given.saves])
         try:
             for moment in MOMENTS if given.fixed else ():
-                if run.compiles or moment[0] != "compiles":
-                    run.kill_at(*moment)
+                run.kill_at(*moment)
             for number in range(0 if given.fixed else given.kills):
-                run.kill_at_random(chance, kinds[number % len(kinds)])
+                run.kill_at_random(chance, KILLED_IN[number % len(KILLED_IN)])
                 if (number + 1) % 10 == 0:
                     told = json.dumps(dict(run.killed))
                     print(f"{number + 1} kills, at step {run.last}: {told}", flush=True)

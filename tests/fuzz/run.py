@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from fuzz.machine import EVENTS, Machine
-from fuzz.setups import BACKENDS, compile_kernels, setups, surroundings
+from fuzz.setups import BACKENDS, load_kernels, setups, surroundings
 
 Events = list[list[Any]]
 
@@ -209,7 +209,7 @@ def fuzz(
         length: events of a seed.
         most: divergences after which to stop.
     """
-    compile_kernels(backend)
+    load_kernels(backend)
     progress = Progress(folder, backend)
     if seed is not None:
         progress.seed = seed
@@ -268,7 +268,7 @@ def fuzz(
 
 def replay(file: Path, kept: dict[str, Any]) -> int:
     """Play a kept divergence in this process. It raises if the divergence is still there."""
-    compile_kernels(kept["setup"]["backend"])
+    load_kernels(kept["setup"]["backend"])
     done = play(kept["setup"], kept["events"])
     print(f"{file}: {done} events, no divergence")
     return 0

@@ -128,12 +128,12 @@ def surroundings(backend: str) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def compile_kernels(backend: str) -> None:
-    """Compile the kernels. Without them torch would be compared with itself."""
+def load_kernels(backend: str) -> None:
+    """Load the kernels. Without them torch would be compared with itself."""
     if backend != "torch":
-        from clr_optim.kernels.native import build
+        from clr_optim.kernels.native import load
 
-        build.load()
+        load()
     if backend == "triton":
         assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
         import triton_helpers  # repairs the interpreter

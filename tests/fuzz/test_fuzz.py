@@ -15,7 +15,7 @@ from triton_helpers import INTERPRETED
 
 from fuzz import run
 from fuzz.machine import EVENTS, Machine
-from fuzz.setups import BACKENDS, TOLERANCES, compile_kernels, setups
+from fuzz.setups import BACKENDS, TOLERANCES, load_kernels, setups
 
 FOUND = sorted((TESTS / "fuzz" / "found").glob("*.json"))
 #: Seeds that are played here, and events of each.
@@ -27,7 +27,7 @@ def _only_here(backend: str) -> None:
     if (backend == "triton") is not INTERPRETED:
         value = "1" if backend == "triton" else "0"
         pytest.skip(f"needs TRITON_INTERPRET={value}")
-    compile_kernels(backend)
+    load_kernels(backend)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,6 @@ def test_kills_cost_nothing_but_the_steps_since_the_last_checkpoint():
     [("carelessly", "does not load"), ("forgetfully", "these are others")],
 )
 def test_what_saves_badly_is_found(saves, error):
-    done = killed("--compiled", "--saves", saves)
+    done = killed("--saves", saves)
     assert done.returncode == 1, done.stdout
     assert error in done.stderr

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import re
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
+from places import ROOT
 
-import clr_optim.kernels
-from clr_optim.kernels.native import build
+from clr_optim.kernels.native import load
 from clr_optim.plan import DTYPES
 from clr_optim.plan.structures import BUCKET, ROW, Answer, Scan, View
 from clr_optim.rules import KERNELS
@@ -20,7 +17,8 @@ from clr_optim.rules import KERNELS
 
 def view_h() -> str:
     """The C++ declarations, without comments."""
-    source = Path(clr_optim.kernels.__path__[0], "native", "view.h").read_text()
+    folder = ROOT / "kernels/native"
+    source = "".join((folder / name).read_text() for name in ("kernels.h", "view.h"))
     return re.sub("//.*", "", source)
 
 
@@ -57,18 +55,10 @@ def test_answers_have_the_same_numbers():
     assert found == {name: value for name, value in vars(Answer).items() if name.isupper()}
 
 
-def names(function: str) -> Iterator[str]:
-    """The names by number, as the compiled library tells them."""
-    call = build.load()[function]
-    call.argtypes, call.restype = [ctypes.c_int64], ctypes.c_char_p
-    found = map(call, itertools.count())
-    return (name.decode() for name in itertools.takewhile(lambda name: name is not None, found))
-
-
 def test_kernels_have_the_same_order():
-    assert list(names("clr_kernel_name")) == list(KERNELS)
+    assert load().kernel_names() == tuple(KERNELS)
 
 
 def test_dtypes_have_the_same_order():
     found = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    assert list(names("clr_dtype_name")) == found
+    assert list(load().dtype_names()) == found

@@ -1,6 +1,6 @@
 """The Triton backend: kernels for tensors on a GPU."""
 
-from clr_optim.backends.native import BuildError
+from clr_optim.backends.native import NoKernelsError
 from clr_optim.backends.triton.backend import TritonBackend
 from clr_optim.backends.triton.device import is_capturing
 from clr_optim.backends.triton.here import (
@@ -12,6 +12,6 @@ from clr_optim.backends.triton.here import (
 )
 
 __all__ = [
-    "DEVICES", "BuildError", "TritonBackend", "is_capturing", "is_interpreted", "try_out",
+    "DEVICES", "NoKernelsError", "TritonBackend", "is_capturing", "is_interpreted", "try_out",
     "why_no_triton", "why_not_unasked",
 ]  # fmt: skip

@@ -47,7 +47,7 @@ class TritonBackend:
         lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
 
     Raises:
-        BuildError: if the host's functions, which scan the tensors, cannot be compiled here.
+        NoKernelsError: if the extension, which scans the tensors, cannot serve here.
     """
 
     name: ClassVar[str] = "triton"

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from clr_optim.backends.native import BuildError
+from clr_optim.backends.native import NoKernelsError
 from clr_optim.backends.triton import device as current
 from clr_optim.backends.triton.clock import fill_open_gate
 
@@ -50,7 +50,7 @@ def try_out(device: torch.device) -> None:
     """Compile and launch one small kernel.
 
     Raises:
-        BuildError: if Triton cannot compile here, for lack of a compiler or of Python's headers.
+        NoKernelsError: if Triton cannot compile here, for lack of a compiler or Python's headers.
     """
     try:
         with current.guard(device):
@@ -58,4 +58,4 @@ def try_out(device: torch.device) -> None:
             fill_open_gate(torch.empty(2, dtype=torch.float64, device=device), one, one - one)
     except Exception as error:  # compilers, drivers and Triton raise errors of many classes
         lines = str(error).strip().splitlines() or [""]
-        raise BuildError(f"Triton on {device}: {type(error).__name__}: {lines[0]}") from error
+        raise NoKernelsError(f"Triton on {device}: {type(error).__name__}: {lines[0]}") from error

@@ -62,7 +62,7 @@ def _read(inner: Optimizer) -> dict[str, Any]:
     for _ in range(_PATIENT_ATTEMPTS):
         try:
             return inner.state_dict()
-        except RuntimeError as error:  # noqa: PERF203  (seldom, and then it waits)
+        except RuntimeError as error:
             if "changed size during iteration" not in str(error):
                 raise
             time.sleep(_PAUSE_S)

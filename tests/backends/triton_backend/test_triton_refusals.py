@@ -82,7 +82,7 @@ def test_the_host_knows_where_a_kernels_own_scalars_begin():
 
 
 def test_a_triton_that_cannot_compile_is_a_build_error(monkeypatch):
-    from clr_optim.backends.triton import BuildError, try_out
+    from clr_optim.backends.triton import NoKernelsError, try_out
     from clr_optim.kernels.triton import multi_tensor
 
     class Broken:
@@ -92,7 +92,7 @@ def test_a_triton_that_cannot_compile_is_a_build_error(monkeypatch):
     try_out(DEVICE)
     monkeypatch.setattr(multi_tensor, "open_gate", Broken())
     with pytest.raises(
-        BuildError, match=r"Triton on .*: OSError: fatal error: Python\.h.*directory$"
+        NoKernelsError, match=r"Triton on .*: OSError: fatal error: Python\.h.*directory$"
     ):
         try_out(DEVICE)
 
