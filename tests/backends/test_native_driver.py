@@ -21,7 +21,9 @@ def driver(tmp_path_factory):
     if shutil.which("g++") is None or shutil.which("cmake") is None:
         pytest.skip("needs CMake, and g++, whose sanitizers it asks for")
     folder = tmp_path_factory.mktemp("driver")
-    source = ["-S", str(ROOT / "kernels/native"), "-DCLR_SANITIZE=ON", "-DCMAKE_CXX_COMPILER=g++"]
+    flags = "-g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+    options = ["-DCLR_DRIVER=ON", "-DCMAKE_CXX_COMPILER=g++", f"-DCMAKE_CXX_FLAGS={flags}"]
+    source = ["-S", str(ROOT / "kernels/native"), *options]
     for command in (["cmake", *source, "-B", str(folder)], ["cmake", "--build", str(folder)]):
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder / "driver"
