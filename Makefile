@@ -128,13 +128,25 @@ SECONDS ?= 120
 fuzz-threads: $(VENV)/.test
 	MALLOC_PERTURB_=165 PYTHONPATH=tests $(BIN)/python -m fuzz.threads --seconds $(SECONDS) $(ARGS)
 
-# Wheel and sdist, and a step taken with the wheel alone in an environment that has nothing else.
+# Wheel and sdist into dist/. On Linux auditwheel gives the wheel its manylinux tag; OpenMP is torch's.
+# Then an empty environment, whose PATH has no compiler, takes steps: with the wheel by the kernels of
+# every rule, with the sdist by torch's own step, which says why.
+BARE := env -i HOME="$(HOME)" PATH="$(CURDIR)/build/package/nothing" \
+	$(CURDIR)/build/package/empty/bin/python
+BARE_INSTALL := $(BARE) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 package: $(VENV)/.test
-	rm -rf build dist
-	$(BIN)/python -m build --outdir dist . >/dev/null
-	rm -rf build/empty && $(PYTHON) -m venv build/empty
-	build/empty/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
-	cd build && empty/bin/python ../tests/installed_step.py
+	rm -rf build/package dist && mkdir -p build/package/nothing
+	$(BIN)/python -m build --outdir build/package . >/dev/null
+	mkdir dist && mv build/package/*.tar.gz dist/
+	if [ "$$(uname)" = Linux ]; then PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel \
+		repair --exclude 'libgomp*' --wheel-dir dist build/package/*.whl; \
+	else mv build/package/*.whl dist/; fi
+	! $(BIN)/python -m zipfile --list dist/*.whl | grep -iE 'gomp|iomp|libomp'
+	$(PYTHON) -m venv build/package/empty
+	$(BARE_INSTALL) dist/*.whl
+	cd build && $(BARE) ../tests/installed_step.py
+	$(BARE_INSTALL) --no-cache-dir --force-reinstall --no-deps dist/*.tar.gz
+	cd build && $(BARE) ../tests/installed_step.py --without-kernels
 
 # Pages and reference as HTML. A warning is an error, and so is a page that loads anything from
 # elsewhere (links may lead there).
