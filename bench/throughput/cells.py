@@ -13,7 +13,7 @@ from clr_optim.bench.gpu import Gpu, Stopwatch
 from clr_optim.bench.machine import Limit, last_level_cache
 from clr_optim.bench.throughput.graphs import captured_steps
 from clr_optim.bench.throughput.tensors import Tensors
-from clr_optim.bench.throughput.timing import Step, interleave, orders
+from clr_optim.bench.throughput.timing import Step, interleave, orders, spread
 from clr_optim.bench.throughput.variants import (
     ON_GPU,
     drop_failing_steps,
@@ -77,14 +77,7 @@ def measure_cell(
     return {
         **_described(rule, workload, dtype, tensors, own),
         "rounds": len(times["ours"]),
-        "times": {
-            name: {
-                "median_s": median[name],
-                "p10_s": float(np.percentile(times[name], 10)),
-                "p90_s": float(np.percentile(times[name], 90)),
-            }
-            for name in steps
-        },
+        "times": {name: spread(times[name]) for name in steps},
         "wrong": wrong,
         "ratio_vs_best_torch": best / median["ours"],
         "ratio_vs_default_torch": median["default"] / median["ours"],

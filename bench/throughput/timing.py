@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from random import Random
 from time import perf_counter
 
-__all__ = ["Step", "interleave", "orders"]
+import numpy as np
+
+__all__ = ["Step", "interleave", "orders", "spread"]
 
 Step = Callable[[], object]
 
@@ -59,3 +61,12 @@ def interleave(
     finally:
         gc.enable()
     return times
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    """Return median, 10th and 90th percentile of the seconds."""
+    return {
+        "median_s": float(np.median(times)),
+        "p10_s": float(np.percentile(times, 10)),
+        "p90_s": float(np.percentile(times, 90)),
+    }

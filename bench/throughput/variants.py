@@ -22,6 +22,7 @@ __all__ = [
     "ON_GPU",
     "drop_failing_steps",
     "our_optimizer",
+    "torch_optimizers",
     "torch_steps",
     "with_scheduler",
     "wrong_variants",
@@ -35,21 +36,23 @@ ON_GPU: dict[str, dict[str, Any]] = {"default": {}, "forloop": {"foreach": False
 
 
 def our_optimizer(
-    rule: Rule, params: list[Tensor], lr: float = LR, backend: str = "auto"
+    rule: Rule, params: list[Tensor], lr: float | Tensor = LR, backend: str = "auto", **more: Any
 ) -> CyclicalOptimizer[Any]:
     """Make the optimizer that the benchmark is about, with the same bounds as torch's variants."""
     inner = rule.optimizer(params, lr=lr, **rule.settings)
-    return CyclicalOptimizer(inner, policy="triangular", step_size_up=_STEP_SIZE, backend=backend)
+    return CyclicalOptimizer(
+        inner, policy="triangular", step_size_up=_STEP_SIZE, backend=backend, **more
+    )
 
 
-def torch_steps(
+def torch_optimizers(
     rule: Rule,
     params: list[Tensor],
     compiled: bool = False,
     lr: float = LR,
     plain: Mapping[str, dict[str, Any]] = ON_CPU,
-) -> dict[str, Step]:
-    """Make torch's variants of a step, each with its own optimizer and scheduler."""
+) -> dict[str, torch.optim.Optimizer]:
+    """Make an optimizer for each of torch's variants of a step."""
     flags = dict(plain)
     known = inspect.signature(rule.optimizer).parameters
     if "fused" in known:
@@ -61,15 +64,27 @@ def torch_steps(
         if "capturable" in known:
             flags["compile"]["capturable"] = True
 
-    def step(name: str) -> Step:
-        optimizer = rule.optimizer(params, **{"lr": lr, **rule.settings, **flags[name]})
-        return with_scheduler(optimizer, lr, torch.compile if name == "compile" else None)
+    return {
+        name: rule.optimizer(params, **{"lr": lr, **rule.settings, **flags[name]}) for name in flags
+    }
 
-    return {name: step(name) for name in flags}
+
+def torch_steps(
+    rule: Rule,
+    params: list[Tensor],
+    compiled: bool = False,
+    lr: float = LR,
+    plain: Mapping[str, dict[str, Any]] = ON_CPU,
+) -> dict[str, Step]:
+    """Make torch's variants of a step, each with its own optimizer and scheduler."""
+    return {
+        name: with_scheduler(optimizer, lr, torch.compile if name == "compile" else None)
+        for name, optimizer in torch_optimizers(rule, params, compiled, lr, plain).items()
+    }
 
 
 def with_scheduler(
-    optimizer: torch.optim.Optimizer, lr: float, convert: Callable[[Step], Step] | None = None
+    optimizer: torch.optim.Optimizer, lr: float = LR, convert: Callable[[Step], Step] | None = None
 ) -> Step:
     """Return a function that takes the optimizer's step and then its ``CyclicLR``'s.
 
