@@ -24,6 +24,7 @@ from clr_optim.bench.report import (
     time_in_words,
     whole_iterations,
 )
+from clr_optim.bench.training_report import CALLS
 
 __all__ = ["TABLES", "main", "renewed"]
 
@@ -33,7 +34,12 @@ _MARKED = re.compile(
     re.DOTALL,
 )
 
-_CLOCKS = {"median_s": "", "device_median_s": ", on the device", "host_median_s": ", on the host"}
+_CLOCKS = {
+    "median_s": "",
+    "device_median_s": ", on the device",
+    "host_median_s": ", on the host",
+    "iteration_s": ", whole iteration",
+}
 
 #: How pages name the workloads.
 _WORKLOADS = {
@@ -44,6 +50,8 @@ _WORKLOADS = {
     "vit_b": "ViT-B",
     "one_33m": "one tensor of 33.5 M",
     "1b": "Llama 3.2 1B",
+    "64-128-128-10": "MLP 64-128-128-10",
+    "8-64-64-4": "MLP 8-64-64-4",
 }
 
 
@@ -64,8 +72,13 @@ def _adamw(rows: Sequence[Mapping[str, Any]], clock: str, on_gpu: bool) -> Itera
             yield f"| {' | '.join(cells)} |"
 
 
-def _rules(rows: Sequence[Mapping[str, Any]], clock: str, on_gpu: bool) -> Iterator[str]:
-    """Yield our time and the gain over torch's best step, per rule and workload."""
+def _rules(
+    rows: Sequence[Mapping[str, Any]], clock: str, on_gpu: bool, default: bool = False
+) -> Iterator[str]:
+    """Yield our time and the gain over torch's best step, per rule and workload.
+
+    With ``default`` a cell has the gain over torch's default too.
+    """
     workloads = list(dict.fromkeys(row["workload"] for row in rows))
     names = " | ".join(_WORKLOADS[name] for name in workloads)
     yield f"| rule{_CLOCKS[clock]} | {names} |"
@@ -74,6 +87,7 @@ def _rules(rows: Sequence[Mapping[str, Any]], clock: str, on_gpu: bool) -> Itera
     for rule in dict.fromkeys(row["rule"] for row in rows):
         line = [
             f"{time_in_words(row['times']['ours'][clock])}, {_gain(row, clock, on_gpu)}"
+            + (f", {_over(row, clock, 'default')} default" if default else "")
             if row
             else "–"
             for row in (cells.get((rule, workload)) for workload in workloads)
@@ -113,10 +127,26 @@ def _iterations(results: Mapping[str, Any], dtype: str) -> str:
     return "\n".join(lines)
 
 
+def _training(results: Mapping[str, Any], dtype: str) -> str:
+    """Return a table of steps in training, and one of whole iterations."""
+    return "\n\n".join(
+        "\n".join(_rules(results["training"], clock, on_gpu=False, default=True))
+        for clock in ("median_s", "iteration_s")
+    )
+
+
+def _calls(results: Mapping[str, Any], dtype: str) -> str:
+    """Return a table of the times of single calls."""
+    lines = [f"| {name} | {time_in_words(results['calls'][key])} |" for key, name in CALLS.items()]
+    return "\n".join(["| one call | time |", "| --- | --- |", *lines])
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "adamw": _of_each_clock(_adamw),
     "rules": _of_each_clock(_rules),
     "iterations": _iterations,
+    "training": _training,
+    "calls": _calls,
 }
 
 
@@ -142,8 +172,12 @@ def _gain(row: Mapping[str, Any], clock: str, on_gpu: bool) -> str:
     if "ours" in wrong or all(name in wrong for name in row["times"] if name != "ours"):
         return "–"
     best = best_of_torch(row, clock)
-    gain = row["times"][best][clock] / row["times"]["ours"][clock]
-    return f"{_times_as_fast(gain)} {short_labels(on_gpu)[best]}"
+    return f"{_over(row, clock, best)} {short_labels(on_gpu)[best]}"
+
+
+def _over(row: Mapping[str, Any], clock: str, variant: str) -> str:
+    """Return the time of a variant, divided by ours."""
+    return _times_as_fast(row["times"][variant][clock] / row["times"]["ours"][clock])
 
 
 def _times_as_fast(gain: float) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["DTYPES", "ONLY_ON_GPU", "RULES", "WORKLOADS", "Rule"]
+__all__ = ["DTYPES", "IN_TRAINING", "ONLY_ON_GPU", "RULES", "WORKLOADS", "Rule"]
 
 Shape = tuple[int, ...]
 
@@ -110,4 +110,12 @@ WORKLOADS: dict[str, list[Shape]] = {
     "vit_b": _vit_b(),
     "one_33m": [(2**25,)],
     "1b": _1b(),
+}
+
+#: The small models whose step is measured in training, by the widths of their linear layers. No
+#: widths: the workload of this name.
+IN_TRAINING: dict[str, tuple[int, ...]] = {
+    "64-128-128-10": (64, 128, 128, 10),
+    "8-64-64-4": (8, 64, 64, 4),
+    "1000x256": (),
 }

@@ -60,6 +60,7 @@ OTHERS = (
     "tests/bench/test_paper_runs.py",
     "tests/bench/test_throughput.py",
     "tests/bench/test_throughput_gpu.py",
+    "tests/bench/test_training.py",
 )
 
 # Between two words: spaces, or a line break with the signs of comments and split strings around it.

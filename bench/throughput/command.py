@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import gc
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from time import perf_counter
 from typing import Any
@@ -26,11 +27,15 @@ from clr_optim.bench.throughput.options import (
     Cell,
     add_arguments,
     check_model_options,
+    check_training_options,
     chosen_cells,
+    seconds_per_cell,
 )
 from clr_optim.bench.throughput.overhead import measure_in_backward, measure_overhead
 from clr_optim.bench.throughput.processes import measure_first_step, measure_memory
 from clr_optim.bench.throughput.tensors import Tensors
+from clr_optim.bench.throughput.training import measure_training
+from clr_optim.bench.training_report import training_table
 from clr_optim.bench.workloads import DTYPES, WORKLOADS
 from clr_optim.options import (
     OptionError,
@@ -47,7 +52,8 @@ DESCRIPTION = (
     "default, foreach and fused steps, each with its CyclicLR. Prints medians, ratios and the "
     "share of the memory's bandwidth. A whole run takes about half an hour. With --device cuda it "
     "measures a GPU: device and host apart, and captured graphs too. With --model it measures your "
-    "parameters in a minute: time and memory of each variant, and the time that ours saves."
+    "parameters in a minute: time and memory of each variant, and the time that ours saves. With "
+    "--training it measures the step between the passes of small models."
 )
 
 #: The length of the arrays that measure a GPU's bandwidth: 3 GiB in all.
@@ -67,22 +73,35 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.model:
         check_model_options(args)
+    elif args.training:
+        check_training_options(args)
     args.device = args.device or "cpu"
-    cells = [] if args.model else chosen_cells(args)
+    measure, text = _measurement(args)
     check_json(args.json)
     if args.plot:
         plotting.check_picture(args.plot)
     threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads or threads)
+    torch.set_num_threads(args.threads or (1 if args.training else threads))
     try:
-        results = measure_model(args) if args.model else _measure(cells, args)
+        results = measure(args)
     finally:
         torch.set_num_threads(threads)
-    print(model_table(results) if args.model else table(results))
+    print(text(results))
     _write(args.json, results)
     if args.plot and results["rows"]:
         plotting.save(plotting.plot_throughput(results["rows"]), args.plot)
     return results
+
+
+def _measurement(
+    args: argparse.Namespace,
+) -> tuple[Callable[[argparse.Namespace], dict[str, Any]], Callable[[Mapping[str, Any]], str]]:
+    """Return the function that measures, and the function that puts its results into words."""
+    if args.model:
+        return measure_model, model_table
+    if args.training:
+        return measure_training, training_table
+    return partial(_measure, chosen_cells(args)), table
 
 
 def _write(path: str | None, results: Mapping[str, Any]) -> None:
@@ -94,9 +113,7 @@ def _write(path: str | None, results: Mapping[str, Any]) -> None:
 def _measure(cells: Sequence[Cell], args: argparse.Namespace) -> dict[str, Any]:
     if args.device == "cuda":
         return _measure_on_gpu(Gpu(), cells, args)
-    seconds = args.seconds_per_cell
-    if seconds is None:
-        seconds = 0.3 if args.quick else 5.0
+    seconds = seconds_per_cell(args)
     backward = args.gradients == "backward"
     limit = Limit()
     peak = limit.best()
@@ -137,9 +154,7 @@ def _measure(cells: Sequence[Cell], args: argparse.Namespace) -> dict[str, Any]:
 
 def _measure_on_gpu(gpu: Gpu, cells: Sequence[Cell], args: argparse.Namespace) -> dict[str, Any]:
     """Measure the cells and write each at once; list a cell that fails under ``left_out``."""
-    seconds = args.seconds_per_cell
-    if seconds is None:
-        seconds = 0.3 if args.quick else 1.0
+    seconds = seconds_per_cell(args, usual=1.0)
     backward = args.gradients == "backward"
     limit = Limit(_FLOATS_ON_GPU, gpu.device)
     clock = Stopwatch(gpu, limit.operations["in_place"], lambda: None)

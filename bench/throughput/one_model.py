@@ -15,6 +15,7 @@ from clr_optim.bench.gpu import Gpu, why_no_gpu
 from clr_optim.bench.machine import Limit, describe_machine
 from clr_optim.bench.throughput.cells import Row, measure_cell, measure_cell_on_gpu
 from clr_optim.bench.throughput.iterations import measure_iterations
+from clr_optim.bench.throughput.options import seconds_per_cell
 from clr_optim.bench.throughput.processes import measure_model_memory
 from clr_optim.bench.throughput.tensors import Tensors
 from clr_optim.bench.throughput.timing import Step
@@ -52,9 +53,7 @@ def measure_model(args: argparse.Namespace) -> dict[str, Any]:
         raise OptionError(f"--model {args.model}: the parameters must be on cpu or cuda")
     if gpu and (problem := why_no_gpu()):
         raise OptionError(f"--model {args.model}: {problem}")
-    seconds = args.seconds_per_cell
-    if seconds is None:
-        seconds = 0.3 if args.quick else 5.0
+    seconds = seconds_per_cell(args)
     tensors = Tensors.of(given.params, backward=args.gradients == "backward", seed=args.seed)
     results: dict[str, Any] = {
         "machine": {**describe_machine(), **(gpu.describe() if gpu else {})},

@@ -9,13 +9,20 @@ import torch
 
 from clr_optim.bench.arguments import device, duration
 from clr_optim.bench.models import MODELS
-from clr_optim.bench.workloads import DTYPES, ONLY_ON_GPU, RULES, WORKLOADS
+from clr_optim.bench.workloads import DTYPES, IN_TRAINING, ONLY_ON_GPU, RULES, WORKLOADS
 from clr_optim.options import add_json, flag, spelled, whole
 
-__all__ = ["EXAMPLES", "Cell", "add_arguments", "check_model_options", "chosen_cells"]
+__all__ = [
+    "EXAMPLES", "Cell", "add_arguments", "check_model_options", "check_training_options",
+    "chosen_cells", "seconds_per_cell",
+]  # fmt: skip
 
 Cell = tuple[str, str, str]  # workload, dtype, rule
 
+#: These options concern the cells alone.
+_ONLY_OF_CELLS = (
+    "workloads", "dtypes", "device", "filter", "plot", "at_most", "iterations",
+)  # fmt: skip
 _QUICK = ("mlp", "1000x256", "resnet50")
 #: The largest first, so that a run that is short of time measures them.
 _WORKLOADS_ON_GPU = ("1b", "gpt2", "resnet50", "1000x256", "mlp")
@@ -25,6 +32,7 @@ EXAMPLES = """examples:
   clr-optim bench --quick
   clr-optim bench --rules AdamW --workloads gpt2 --dtypes float32 --cells-only
   clr-optim bench --iterations --workloads mlp --rules adamw --cells-only
+  clr-optim bench --training --rules adam,adamw
   clr-optim bench --model mine:task
 
 --model takes MODULE:FUNCTION. The function takes no arguments and returns an nn.Module, or an
@@ -87,8 +95,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure whole iterations too, forward, backward and step, by AdamW or --rules: of "
         f"{', '.join(MODELS)} or the chosen --workloads; a minute each",
     )
+    add(
+        "--training",
+        nargs="?",
+        const=list(IN_TRAINING),
+        type=_names(IN_TRAINING),
+        metavar="A,B",
+        help="measure the step in training instead, between backward and zero_grad, with one "
+        f"thread, and single calls: {', '.join(IN_TRAINING)}; 4 minutes, or half of one with "
+        "--quick",
+    )
     add("--seed", type=whole(0), default=0, metavar="N", help="of values, order and weights (0)")
-    add("--threads", type=_threads, metavar="N", help=f"of torch ({torch.get_num_threads()})")
+    add(
+        "--threads",
+        type=_threads,
+        metavar="N",
+        help=f"of torch ({torch.get_num_threads()}, or 1 with --training)",
+    )
     add(
         "--device",
         type=device,
@@ -141,10 +164,29 @@ def check_model_options(args: argparse.Namespace) -> None:
     Raises:
         argparse.ArgumentError: naming the option.
     """
-    for name in ("workloads", "dtypes", "device", "filter", "plot", "at_most", "iterations"):
+    for name in (*_ONLY_OF_CELLS, "training"):
         if getattr(args, name):
             words = "no effect with --model: the parameters are those of your function"
             raise argparse.ArgumentError(None, f"{flag(name)} has {words}")
+
+
+def check_training_options(args: argparse.Namespace) -> None:
+    """Raise if an option has no effect with ``--training``.
+
+    Raises:
+        argparse.ArgumentError: naming the option.
+    """
+    for name in (*_ONLY_OF_CELLS, "compile"):
+        if getattr(args, name):
+            words = "no effect with --training: its models are small, in float32, on the CPU"
+            raise argparse.ArgumentError(None, f"{flag(name)} has {words}")
+
+
+def seconds_per_cell(args: argparse.Namespace, usual: float = 5.0) -> float:
+    """Return the seconds that the options give to each cell."""
+    if args.seconds_per_cell is None:
+        return 0.3 if args.quick else usual
+    return float(args.seconds_per_cell)
 
 
 def _workloads(args: argparse.Namespace) -> Collection[str]:

@@ -16,10 +16,15 @@ from clr_optim.bench.throughput.timing import Step, interleave
 from clr_optim.bench.throughput.variants import LR, our_optimizer
 from clr_optim.bench.workloads import RULES
 
-__all__ = ["measure_in_backward", "measure_overhead"]
+__all__ = ["Noop", "measure_calls", "measure_in_backward", "measure_overhead"]
+
+#: Steps in a row, so that all but the first find code and objects in the caches.
+_IN_A_ROW = 100
 
 
-class _Noop(torch.optim.Optimizer):
+class Noop(torch.optim.Optimizer):
+    """An optimizer whose step does nothing: the least time of a step that torch wraps."""
+
     def __init__(self, params: Iterable[Tensor]) -> None:
         super().__init__(params, {"lr": LR})
 
@@ -39,7 +44,7 @@ def measure_overhead(seconds: float, *, backward: bool = False) -> dict[str, flo
         tensors = Tensors([(size,)] * count, torch.float32, backward=backward)
         steps: dict[str, Step] = {str(count): our_optimizer(RULES["adam"], tensors.params).step}
         if count == 1:
-            steps["noop"] = _Noop(tensors.params).step
+            steps["noop"] = Noop(tensors.params).step
         for name, times in interleave(steps, tensors.move_gradients, seconds).items():
             median[name] = float(np.median(times))
     return {
@@ -47,6 +52,36 @@ def measure_overhead(seconds: float, *, backward: bool = False) -> dict[str, flo
         "one_tensor_s": median["1"],
         "per_tensor_s": (median["1000"] - median["100"]) / 900,
     }
+
+
+def measure_calls(seconds: float) -> dict[str, float]:
+    """Measure SGD's step of one tensor of one value, many in a row, with various settings.
+
+    Returns:
+        Seconds: ``plain_s``, three settings beside it, and ``noop_s`` for a step that does nothing.
+    """
+    tensors = Tensors([(1,)], torch.float32)
+    rule, params = RULES["sgd_momentum"], tensors.params
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "noop": Noop(params),
+        "plain": our_optimizer(rule, params),
+        "cycled_momentum": our_optimizer(rule, params, cycle_momentum=True),
+        "clipping": our_optimizer(rule, params, max_grad_norm=1.0),
+        "tensor_rate": our_optimizer(rule, params, lr=torch.tensor(LR)),
+    }
+    steps = {name: _each_step([each] * _IN_A_ROW) for name, each in optimizers.items()}
+    times = interleave(steps, tensors.move_gradients, seconds)
+    return {f"{name}_s": float(np.median(times[name])) / _IN_A_ROW for name in steps}
+
+
+def _each_step(optimizers: Iterable[torch.optim.Optimizer]) -> Step:
+    """Return a function that takes a step of each optimizer, in order."""
+
+    def step() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return step
 
 
 def measure_in_backward(seconds: float, count: int = 1000) -> dict[str, float]:
@@ -69,16 +104,8 @@ def measure_in_backward(seconds: float, count: int = 1000) -> dict[str, float]:
     for optimizer in wrapped:
         optimizer.step()
     first = perf_counter()
-    idle = [_Noop([p]) for p in tensors.params]
-
-    def all_of(optimizers: Iterable[torch.optim.Optimizer]) -> Step:
-        def step() -> None:
-            for optimizer in optimizers:
-                optimizer.step()
-
-        return step
-
-    steps = {"ours": all_of(wrapped), "noop": all_of(idle)}
+    idle = [Noop([p]) for p in tensors.params]
+    steps = {"ours": _each_step(wrapped), "noop": _each_step(idle)}
     times = interleave(steps, tensors.move_gradients, seconds)
     return {
         "wrap_s": (built - start) / count,
