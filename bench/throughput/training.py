@@ -29,9 +29,11 @@ from clr_optim.bench.workloads import IN_TRAINING, RULES, WORKLOADS
 __all__ = ["Passes", "Variant", "make_passes", "measure_training", "time_in_turns"]
 
 _BATCH = 64
-#: A turn of a variant has so many iterations. The first iteration is not counted: the step's code
-#: and objects have left the caches during the turns of the other variants.
-_TURN = 10
+#: The iterations of a turn. The first ones are not counted: the turns of the other variants
+#: emptied the caches, and the time of a step falls for some ten iterations.
+_TURN, _UNCOUNTED = 25, 10
+#: A round of 1,000 tensors takes seconds.
+_LEAST_ROUNDS = 3
 
 
 class Passes(NamedTuple):
@@ -123,7 +125,7 @@ def _measure_cell(name: str, rule: str, seconds: float, seed: int) -> Row:
         "workload": name,
         "tensors": len(passes.params),
         "backend": own.explain().partition(":")[0],
-        "rounds": len(steps["ours"]) // (_TURN - 1),
+        "rounds": len(steps["ours"]) // (_TURN - _UNCOUNTED),
         "noop": times.pop("noop"),
         "times": times,
         "wrong": wrong_variants(kind, torch.float32),
@@ -147,7 +149,7 @@ def time_in_turns(
     """
     steps: dict[str, list[float]] = {name: [] for name in variants}
     iterations: dict[str, list[float]] = {name: [] for name in variants}
-    for order in orders(list(variants), seconds, seed):
+    for order in orders(list(variants), seconds, seed, _LEAST_ROUNDS):
         for name in order:
             step, zero_grad = variants[name]
             zero_grad()
@@ -160,7 +162,7 @@ def time_in_turns(
                 after = clock()
                 zero_grad()
                 end = clock()
-                if number:
+                if number >= _UNCOUNTED:
                     steps[name].append(after - before)
                     iterations[name].append(end - begin)
     return steps, iterations

@@ -12,9 +12,15 @@ from clr_optim.bench import pages, training_report
 from clr_optim.bench.throughput import command, overhead, timing, training
 from clr_optim.bench.workloads import IN_TRAINING
 
-pytestmark = pytest.mark.usefixtures("tiny")
+pytestmark = pytest.mark.usefixtures("tiny", "short_turns")
 
 NAMES = ["default", "foreach", "fused", "ours"]
+
+
+@pytest.fixture
+def short_turns(monkeypatch):
+    for name, count in (("_TURN", 4), ("_UNCOUNTED", 2), ("_LEAST_ROUNDS", 2)):
+        monkeypatch.setattr(training, name, count)
 
 
 class Clock:
@@ -43,7 +49,7 @@ def test_the_step_alone_is_timed_and_the_whole_iteration_beside_it(monkeypatch):
         for name, seconds in (("a", 1.0), ("b", 2.0))
     }
     steps, iterations = training.time_in_turns(passes, variants, 60.0, clock=clock)
-    counted = 3 * (training._TURN - 1)
+    counted = 3 * (training._TURN - training._UNCOUNTED)
     assert steps == {"a": [1.0] * counted, "b": [2.0] * counted}
     assert iterations == {"a": [101.5] * counted, "b": [102.5] * counted}
     turn = ["zero_grad", *["fetch", "passes", "step", "zero_grad"] * training._TURN]
