@@ -19,7 +19,7 @@ from clr_optim.bench.workloads import RULES
 __all__ = ["Noop", "measure_calls", "measure_in_backward", "measure_overhead"]
 
 #: Steps in a row, so that all but the first find code and objects in the caches.
-_IN_A_ROW = 100
+_IN_A_ROW = 1000
 
 
 class Noop(torch.optim.Optimizer):
