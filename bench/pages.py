@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from clr_optim.bench.report import (
@@ -128,11 +129,16 @@ def _iterations(results: Mapping[str, Any], dtype: str) -> str:
 
 
 def _training(results: Mapping[str, Any], dtype: str) -> str:
-    """Return a table of steps in training, and one of whole iterations."""
-    return "\n\n".join(
-        "\n".join(_rules(results["training"], clock, on_gpu=False, default=True))
-        for clock in ("median_s", "iteration_s")
-    )
+    """Return a table of steps in training, and one of whole iterations, down to a no-op step."""
+    rows, tables = results["training"], []
+    for clock in ("median_s", "iteration_s"):
+        idle: dict[str, list[float]] = {}
+        for row in rows:
+            idle.setdefault(row["workload"], []).append(row["noop"][clock])
+        cells = " | ".join(time_in_words(median(times)) for times in idle.values())
+        lines = [*_rules(rows, clock, on_gpu=False, default=True), f"| no-op step | {cells} |"]
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def _calls(results: Mapping[str, Any], dtype: str) -> str:

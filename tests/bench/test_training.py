@@ -211,8 +211,9 @@ def test_the_page_has_steps_and_whole_iterations_and_calls(tmp_path):
     lines = pages.renewed(page.format("training"), tmp_path).split("\n")
     assert lines[1] == "| rule | MLP 8-64-64-4 |"
     assert lines[3] == "| `adam` | 1 ms, **0.90×** fused, 8.00× default |"
-    assert lines[5] == "| rule, whole iteration | MLP 8-64-64-4 |"
-    assert lines[7] == "| `adam` | 2 ms, **0.95×** fused, 4.50× default |"
+    assert lines[4] == "| no-op step | 5 µs |"
+    assert lines[6] == "| rule, whole iteration | MLP 8-64-64-4 |"
+    assert lines[8] == "| `adam` | 2 ms, **0.95×** fused, 4.50× default |"
     lines = pages.renewed(page.format("calls"), tmp_path).split("\n")
     assert lines[1] == "| one call | time |"
     assert lines[3] == "| no-op Optimizer.step() | 1 µs |"
