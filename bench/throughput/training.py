@@ -33,7 +33,7 @@ _BATCH = 64
 #: emptied the caches, and the time of a step falls for some ten iterations.
 _TURN, _UNCOUNTED = 25, 10
 #: A round of 1,000 tensors takes seconds.
-_LEAST_ROUNDS = 3
+_LEAST_ROUNDS = 2
 
 
 class Passes(NamedTuple):
