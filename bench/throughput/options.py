@@ -102,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_names(IN_TRAINING),
         metavar="A,B",
         help="measure the step in training instead, between backward and zero_grad, with one "
-        f"thread, and single calls: {', '.join(IN_TRAINING)}; 4 minutes, or one with "
+        f"thread, and single calls: {', '.join(IN_TRAINING)}; 4 minutes, or 2 with "
         "--quick",
     )
     add("--seed", type=whole(0), default=0, metavar="N", help="of values, order and weights (0)")
