@@ -340,7 +340,7 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
 
         ``None`` before the first step with ``max_grad_norm``.
         """
-        norm = self._shared.grad_norm
+        norm = self._shared.grad_norm()
         traits = self._shared.serving.traits
         return norm.clone() if norm is not None and traits and traits.reuses_norm else norm
 
@@ -399,6 +399,9 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
         # wrapper of torch.compiler.disable at each step.
         if torch.compiler.is_compiling():
             return cast("float | None", _untraced_step(self, *args, **kwargs))
+        is_plain = not kwargs and (not args or (len(args) == 1 and args[0] is None))
+        if is_plain and self._shared.take_ordinary_step(self.__dict__):
+            return None
         return _step_with_hooks(self, *args, **kwargs)
 
     # This mark keeps torch from wrapping the method.

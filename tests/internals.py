@@ -16,6 +16,7 @@ from clr_optim import CyclicalOptimizer
 from clr_optim.backends.base import Course, FusedBackend, Gradients, WhoKnows
 from clr_optim.backends.native import NativeBackend, rule_for
 from clr_optim.core.groups import GroupMirror
+from clr_optim.core.ordinary import OrdinarySteps
 from clr_optim.plan import Plan
 
 Wrapped = CyclicalOptimizer[Any]
@@ -49,7 +50,7 @@ def notes_of(opt: Wrapped) -> dict[str, Any]:
     notes = {
         "lock": shared.lock,
         "constructor_bounds": shared.constructor_bounds,
-        "grad_norm": shared.grad_norm,
+        "grad_norm": shared.grad_norm(),
     }
     for each in (shared.serving, shared.position):
         notes.update(vars(each))
@@ -102,11 +103,17 @@ def _clocks(opt: Wrapped) -> list[Any]:
 # ---- in the middle of a step
 
 
+def take_the_general_way(patch: pytest.MonkeyPatch) -> None:
+    """Have every step take the general way, as unusual steps do."""
+    patch.setattr(OrdinarySteps, "take", lambda self, attributes: False)
+
+
 def act_before_native_steps(
     patch: pytest.MonkeyPatch, action: Callable[[FusedBackend], object]
 ) -> None:
     """Have every native backend run ``action(backend)`` after its scan, before its kernels."""
     step = NativeBackend.step
+    take_the_general_way(patch)
 
     def acting(backend: NativeBackend, *args: Any) -> Tensor | None:
         action(backend)
@@ -121,6 +128,7 @@ def fail_native_launches(patch: pytest.MonkeyPatch, error: type[BaseException]) 
     def failing(*args: object) -> None:
         raise error
 
+    take_the_general_way(patch)
     patch.setattr(NativeBackend, "_call_kernels", failing)
 
 
@@ -188,3 +196,14 @@ def bare_step(backend: FusedBackend, rate: float, max_norm: float | None = None)
     """Step a backend whose optimizer has one group, at a fixed rate; return the gradients' norm."""
     course = Course(0, [rate], [(rate, rate)], None, [], True)
     return backend.step(course, Gradients(max_norm=max_norm))
+
+
+# ---- ordinary steps
+
+
+def outcome_of(opt: Wrapped) -> str:
+    """Try to take a step in one call of native code, with a value ahead; return how it ended."""
+    plan = plan_of(opt)
+    names = ["TAKEN", "OUT_OF_VALUES", "OBSERVED", "REPLACED", "WRITTEN", "OUTDATED", "IN_USE"]
+    outcomes = {getattr(plan.lib, name): name for name in names}
+    return outcomes[plan.native.step(vars(opt))]

@@ -7,10 +7,10 @@ import threading
 
 from torch.optim import Optimizer
 
+from clr_optim.backends import device as current_device
 from clr_optim.backends.base import FusedBackend
 from clr_optim.backends.native import NativeBackend, NoKernelsError, library, rule_for
 from clr_optim.backends.triton import TritonBackend, here
-from clr_optim.backends.triton import device as current_device
 from clr_optim.rules import UpdateRule, class_name
 from clr_optim.schedule import Schedule
 

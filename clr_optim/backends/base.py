@@ -79,6 +79,9 @@ class FusedBackend(Protocol):
     reuses_norm: ClassVar[bool]
     """Whether every step writes its norm into the same tensor."""
 
+    steps_alone: ClassVar[bool]
+    """Whether native code can take an ordinary step whole, see :mod:`clr_optim.core.ordinary`."""
+
     sees_overflows: ClassVar[bool]
     """Whether the kernels read ``found_inf``, so that the host need not wait for it."""
 

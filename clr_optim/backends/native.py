@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import math
 import threading
+from types import ModuleType
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from clr_optim.backends import device as current_device
 from clr_optim.backends.base import Course, Gradients, WhoKnows
 from clr_optim.backends.torch import has_own_step
 from clr_optim.kernels.native import NoKernelsError, load
-from clr_optim.plan import Plan, View
+from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM, STEP
+from clr_optim.plan import Plan
 from clr_optim.rules import RULES, UpdateRule, class_name
 from clr_optim.schedule import Schedule
-from clr_optim.sharding import no_sums, sum_over_ranks
+from clr_optim.sharding import DTensor, no_sums, sum_over_ranks
 
 __all__ = ["NativeBackend", "NoKernelsError", "library", "rule_for"]
 
@@ -33,31 +36,44 @@ def rule_for(optimizer: Optimizer) -> UpdateRule | str:
     return rule.refuses(optimizer) or rule
 
 
-# Answers of clr_step and clr_sums_of_squares, see multi_tensor.cpp.
-_UNKNOWN, _UNSCANNED = 1, 2
+# How often a step tries to call the kernels, while other threads keep changing things.
+_TRIES = 100
 
 
-class _Library:
-    """The compiled functions. Calls keep the GIL; long ones give it away by themselves."""
-
-    def __init__(self) -> None:
-        held = ctypes.PyDLL(str(load().__file__))
-        i64, f64, pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
-        held.clr_step.argtypes = [pointer, pointer, i64, f64, i64, i64]
-        held.clr_sums_of_squares.argtypes = [pointer, pointer, i64]
-        held.clr_current.argtypes = [pointer]
-        self.held = held
+def _changes_all_the_time() -> RuntimeError:
+    return RuntimeError(
+        f"step() gave up after {_TRIES} tries: other threads keep changing the tensors or the "
+        "settings of the optimizer; have them wait for step()"
+    )
 
 
-_library: _Library | None = None
+@functools.cache
+def library() -> ModuleType:
+    """Return the compiled extension, after telling it what it needs of torch.
 
-
-def library() -> _Library:
-    """Return the compiled functions, loaded once per process; may raise :class:`NoKernelsError`."""
-    global _library
-    if _library is None:
-        _library = _Library()
-    return _library
+    Raises:
+        NoKernelsError: if the compiled kernels cannot serve here.
+    """
+    lib = load()
+    lib.connect(
+        exchange_api=Tensor.__dlpack_c_exchange_api__,
+        tensor=Tensor,
+        parameter=torch.nn.Parameter,
+        dtensor=DTensor,
+        has_mode=torch._C._is_torch_function_mode_enabled,
+        increment_version=torch._C._increment_version,
+        num_threads=torch.get_num_threads,
+        is_capturing=current_device.is_capturing if current_device.HAS_GRAPHS else None,
+        global_pre_hooks=_global_optimizer_pre_hooks,
+        global_post_hooks=_global_optimizer_post_hooks,
+        profiler=vars(torch.autograd.profiler),
+        step_key=STEP,
+        base_key=BASE,
+        top_key=MAX,
+        low_key=BASE_MOMENTUM,
+        high_key=MAX_MOMENTUM,
+    )
+    return lib
 
 
 class NativeBackend:
@@ -69,20 +85,20 @@ class NativeBackend:
         lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
 
     Raises:
-        NoKernelsError: if the compiled kernels cannot serve here.
+        NoKernelsError: if the kernels cannot be compiled here.
     """
 
     def __init__(
         self, optimizer: Optimizer, rule: UpdateRule, lock: threading.RLock | None = None
     ) -> None:
-        self._lib = library().held
-        self.plan = Plan(optimizer, rule, self._lib, "cpu", lock=lock)
+        self.plan = Plan(optimizer, rule, library(), "cpu", lock=lock)
 
     name: ClassVar[str] = "native"
     capturable: ClassVar[bool] = False
     counts_on_device: ClassVar[bool] = False
     keeps_rates: ClassVar[bool] = False
     reuses_norm: ClassVar[bool] = False
+    steps_alone: ClassVar[bool] = True
     sees_overflows: ClassVar[bool] = False
 
     who_knows = WhoKnows.HOST
@@ -130,51 +146,45 @@ class NativeBackend:
         plan = self.plan
         factor = 1.0 if gradients.scale is None else 1.0 / gradients.scale.item()
         norm = None
-        if gradients.max_norm is not None:
-            length = factor * self._norm()
-            clip = gradients.max_norm / (length + 1e-6)
-            # A NaN must stay NaN, as in clip_grad_norm_.
-            factor = factor if clip > 1.0 else factor * clip
-            dtype = torch.float64 if plan.wide else torch.float32
-            norm = torch.tensor(length, dtype=dtype, device="cpu")
-        try:
-            while self._call_kernels(plan.view, course, factor) == _UNSCANNED:
-                plan.refresh()  # another thread has just stepped this optimizer, or still does
-            plan.commit()
-        except BaseException:
-            # Ctrl-C during a kernel is raised after the kernel, which has filled the new state.
-            plan.commit_if_called()
-            raise
+        with plan.lock:
+            if gradients.max_norm is not None:
+                length = factor * self._norm()
+                clip = gradients.max_norm / (length + 1e-6)
+                # A NaN must stay NaN, as in clip_grad_norm_.
+                factor = factor if clip > 1.0 else factor * clip
+                norm = torch.tensor(length, dtype=plan.norm_dtype, device="cpu")
+            try:
+                self._call_kernels(course, factor)
+            except BaseException:
+                # Ctrl-C during a kernel is raised after the kernel, which has filled the new state.
+                plan.commit_if_called()
+                raise
         return norm
 
-    def _call_kernels(self, view: View, course: Course, factor: float) -> int:
-        scalars = view.scalars
-        for i, rate in zip(range(len(scalars)), course.rates, strict=False):
-            scalars[i, 0] = rate
-        answer: int = self._lib.clr_step(
-            view.address,
-            view.scalars_address,
-            scalars.shape[1],
-            factor,
-            torch.get_num_threads(),
-            course.moves,
-        )
-        if answer == _UNKNOWN:
-            raise RuntimeError("the compiled kernels do not match this version: rebuild them")
-        return answer
+    def _call_kernels(self, course: Course, factor: float) -> None:
+        plan = self.plan
+        for _ in range(_TRIES):
+            if plan.confirms(plan.native.update(course.rates, factor, course.moves)):
+                plan.commit()
+                return
+            plan.refresh()
+        raise _changes_all_the_time()
+
+    def _squares(self) -> list[float]:
+        """Return the sum of the squares of each bucket's gradients."""
+        plan = self.plan
+        for _ in range(_TRIES):
+            answer, squares = plan.native.squares()
+            if plan.confirms(answer):
+                return list(squares)
+            plan.refresh()
+        raise _changes_all_the_time()
 
     def _norm(self) -> float:
         """Return the norm of all gradients as they are in memory, over all ranks."""
         plan = self.plan
-        while True:
-            view, squares = plan.view, np.zeros(len(plan.buckets))
-            answer = self._lib.clr_sums_of_squares(
-                view.address, squares.ctypes.data, torch.get_num_threads()
-            )
-            if answer != _UNSCANNED:
-                break
-            plan.refresh()
+        squares = self._squares()
         sums = no_sums(plan.spreads)
-        for bucket, square in zip(plan.buckets, squares.tolist(), strict=True):
+        for bucket, square in zip(plan.buckets, squares, strict=True):
             sums[bucket.spread] += square
         return math.sqrt(sum_over_ranks(sums).item())

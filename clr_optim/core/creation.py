@@ -69,7 +69,7 @@ def create_state(shared: Shared, fused: FusedBackend, borrowed: Borrowed) -> Non
     course = position.course()
     norm = fused.step(course._replace(rates=[0.0] * len(course.rates), moves=False), gradients)
     if norm is not None:
-        shared.grad_norm = norm
+        shared.ordinary.norm = norm
 
 
 def _is_zero(grad: Tensor) -> bool:

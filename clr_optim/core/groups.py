@@ -19,7 +19,7 @@ from clr_optim.core.rates import (
 from clr_optim.core.saved import found_bounds, written_position
 from clr_optim.core.settings import HIGH_MOMENTUM, LOW_MOMENTUM, Settings
 from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM, SCHEDULE, STEP
-from clr_optim.schedule import rates_and_momenta
+from clr_optim.schedule import Schedule, rates_and_momenta
 
 __all__ = ["GroupMirror", "Record", "Values"]
 
@@ -257,19 +257,13 @@ class GroupMirror:
 
         A step asks before the kernels change anything, since a user's ``scale_fn`` may raise.
         """
-        written = self.written
-        self._ahead = self._evaluate(position, written.bounds, written.momentum_bounds)
+        self._ahead = self.evaluate(position)
         return self._ahead
 
-    def _evaluate(
-        self,
-        position: int,
-        bounds: list[tuple[float, float]],
-        momentum_bounds: list[tuple[float, float]],
-    ) -> Values:
-        schedule = self._settings.schedule
-        rates, momenta = rates_and_momenta(schedule, position, bounds, momentum_bounds)
-        return Values(position, bounds, momentum_bounds, rates, momenta)
+    def evaluate(self, position: int) -> Values:
+        """Return the values of a position, if the bounds stay the same."""
+        _, bounds, momentum_bounds, *_ = self.written
+        return _evaluate(self._settings.schedule, position, bounds, momentum_bounds)
 
     # ---- the answers
 
@@ -293,7 +287,7 @@ class GroupMirror:
             momenta = [*map(momentum_bounds, groups)]
         bounds, values = self.bounds(groups), self._ahead
         if values is None or values[:3] != (position, bounds, momenta):
-            values = self._evaluate(position, bounds, momenta)
+            values = _evaluate(self._settings.schedule, position, bounds, momenta)
         known = self.records
         records: list[Record] = []
         rates: list[float] = []
@@ -330,13 +324,19 @@ class GroupMirror:
                 record.group["betas"] = record.momentum = (momentum, *before[1:])
         self.written, self._ahead = values, None
 
+    def take_over(self, values: Values, rates: list[object], momenta: list[object]) -> None:
+        """Take note of values that native code has written, and of the objects that hold them."""
+        for record, rate, momentum in zip(self.records, rates, momenta, strict=True):
+            record.lr, record.momentum = rate, momentum
+        self.written, self._ahead = values, None
+
     def join(self, position: int) -> None:
         """:meth:`write` the last group alone, which was added to those that we know."""
         groups = self._optimizer.param_groups
         group = groups[-1]
         bounds = (group[BASE], group[MAX])
         momenta = [momentum_bounds(group)] if self._settings.cycle_momentum else []
-        values = self._evaluate(position, [bounds], momenta)
+        values = _evaluate(self._settings.schedule, position, [bounds], momenta)
         taken: set[int] = set()
         if isinstance(group["lr"], Tensor):
             taken = {id(record.lr) for record in self.records}
@@ -357,6 +357,16 @@ class GroupMirror:
         group[STEP] = position
         group[SCHEDULE] = self._settings.schedule_json
         return self._is_kept(group)
+
+
+def _evaluate(
+    schedule: Schedule,
+    position: int,
+    bounds: list[tuple[float, float]],
+    momentum_bounds: list[tuple[float, float]],
+) -> Values:
+    rates, momenta = rates_and_momenta(schedule, position, bounds, momentum_bounds)
+    return Values(position, bounds, momentum_bounds, rates, momenta)
 
 
 def _write_momenta(records: Sequence[Record], momenta: Sequence[float], taken: set[int]) -> None:

@@ -21,6 +21,7 @@ from clr_optim.core.serving import Serving
 from clr_optim.core.settings import Settings
 from clr_optim.core.warn import callers_level
 from clr_optim.keys import STEP
+from clr_optim.plan import Plan
 
 __all__ = ["Position"]
 
@@ -68,7 +69,7 @@ class Position:
     def kernel_steps(self) -> int:
         """The number of steps that the kernels have taken."""
         fused = self._serving.fused
-        return 0 if fused is None else fused.plan.tally[1]
+        return 0 if fused is None else fused.plan.steps
 
     @property
     def is_on_device(self) -> bool:
@@ -82,7 +83,7 @@ class Position:
         fused = self._serving.fused
         if fused is None:
             return True
-        return fused.plan.tally[1] == self.counted[1] and fused.who_knows is WhoKnows.HOST
+        return fused.plan.steps == self.counted[1] and fused.who_knows is WhoKnows.HOST
 
     def believed(self) -> int:
         """Return the position as far as the host knows, without waiting for the device."""
@@ -120,7 +121,7 @@ class Position:
         If only the device knows the position, the host asks and waits.
         """
         position, before = self._asked()
-        return self._take_over(position, before)
+        return self._obey(position, before)
 
     def _asked(self) -> tuple[int, tuple[int, int]]:
         """Return the answer of :meth:`ask`, and the value of :attr:`counted` that it belongs to."""
@@ -129,7 +130,7 @@ class Position:
         counted = self.counted
         return (position, before) if counted is before else (counted[0], counted)
 
-    def _take_over(self, position: int, before: tuple[int, int]) -> int:
+    def _obey(self, position: int, before: tuple[int, int]) -> int:
         if position == before[0] and self._mirror.is_settled():
             return position
         optimizer = self._settings.optimizer
@@ -149,7 +150,7 @@ class Position:
         The first replaced rate warns.
         """
         before = self.counted
-        self._take_over(self.believed(), before)
+        self._obey(self.believed(), before)
         before = self.counted
         written = self._mirror.changed_rates()
         if written is None:
@@ -238,12 +239,32 @@ class Position:
         """Bring the groups up to the kernels' count of steps, and commit what the kernels did.
 
         The kernels are ahead of the groups after an exception between the two, and while a signal
-        handler asks or saves there.
+        handler asks or saves there. Ordinary steps write the groups themselves, and the mirror is
+        behind.
         """
         fused = self._serving.fused
-        if fused is not None and fused.plan.tally[1] != self.counted[1]:
-            fused.plan.commit_if_called()
-            self.follow_kernels()
+        if fused is None or fused.plan.steps == self.counted[1]:
+            return
+        if fused.steps_alone and self._take_over(fused.plan):
+            return
+        fused.plan.commit_if_called()
+        self.follow_kernels()
+
+    def _take_over(self, plan: Plan) -> bool:
+        """Take note of the steps that native code took alone; return False if it took none."""
+        before = self.counted
+        number, rates, momenta, written_rates, written_momenta = plan.native.course()
+        if not rates or number - before[0] != plan.steps - before[1]:
+            return False
+        _, bounds, momentum_bounds, _, cycled = self._mirror.written
+        values = Values(
+            number, bounds, momentum_bounds, written_rates, written_momenta if cycled else []
+        )
+        self._mirror.take_over(values, rates, momenta)
+        if cycled:
+            plan.take_momenta(momenta, written_momenta)
+        self._count(before, (number, plan.steps))
+        return True
 
     def follow_kernels(self) -> None:
         """Bring the groups up to the kernels' count of steps."""

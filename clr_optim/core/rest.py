@@ -63,7 +63,7 @@ def step_rest(
         # One norm over all parameters: clipped copies, on which torch and the kernels then work.
         clipped = ClippedGradients(gradients.max_norm)
         borrowed.append(clipped)
-        shared.grad_norm = clipped.clip(parameters_of(inner), gradients.scale)
+        shared.ordinary.norm = clipped.clip(parameters_of(inner), gradients.scale)
         gradients = Gradients()
         plan.refresh()
     hidden = HiddenGradients(p for bucket in plan.buckets for p in bucket.params)

@@ -12,6 +12,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from torch import Tensor
 
 from clr_optim.core.groups import GroupMirror
+from clr_optim.core.ordinary import OrdinarySteps
 from clr_optim.core.position import Position
 from clr_optim.core.serving import Serving
 from clr_optim.core.settings import Settings
@@ -41,9 +42,22 @@ class Shared:
         self.position = Position(settings, self.mirror, self.serving)
         #: bounds by the constructor's arguments; ``None`` stands for the default base_lr
         self.constructor_bounds: list[tuple[float | None, float]] = []
-        #: global gradient norm before clipping, of the last step
-        self.grad_norm: Tensor | None = None
+        self.ordinary = OrdinarySteps(settings, self.mirror, self.position, self.serving)
         _alive.add(self)
+
+    def grad_norm(self) -> Tensor | None:
+        """Return the norm of all gradients before clipping, of the last step."""
+        with self.lock:
+            return self.ordinary.last_norm()
+
+    def take_ordinary_step(self, attributes: dict[str, Any]) -> bool:
+        """Take the next step in one call of native code; return False if nothing was done.
+
+        Args:
+            attributes: the dictionary of the CyclicalOptimizer.
+        """
+        with self.lock:
+            return self.ordinary.take(attributes)
 
 
 # A forked process has a copy of each lock, perhaps held by a thread that the process lacks.

@@ -67,6 +67,7 @@ class StepContext:
         shared = self.shared
         position = shared.position
         position.catch_up()
+        shared.ordinary.leave()
         self.before = position.counted
         if shared.mirror.is_untouched(self.before[0]):
             self.ahead = shared.mirror.look_ahead(self.before[0] + 1)
@@ -197,7 +198,7 @@ def _fused_step(context: StepContext, fused: FusedBackend) -> int:
             return 0
         # Each write makes a new tuple, so the identity shows that no other code moved the position.
         if context.ahead is not None and position.counted is context.before:
-            position.advance(context.before, context.ahead, fused.plan.tally[1])
+            position.advance(context.before, context.ahead, fused.plan.steps)
         else:
             position.follow_kernels()
         return position.counted[0]
@@ -248,7 +249,7 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: Borrowed) -> bo
         gradients = step_rest(shared, fused, signals, gradients, borrowed)
     norm = fused.step(shared.position.course(), gradients)
     if norm is not None:
-        shared.grad_norm = norm
+        shared.ordinary.norm = norm
     return True
 
 
@@ -334,7 +335,7 @@ def _run_wrapped_step(
 
     def clip() -> None:
         if clipped is not None:
-            shared.grad_norm = clipped.clip(parameters_of(inner), context.signals.scale)
+            shared.ordinary.norm = clipped.clip(parameters_of(inner), context.signals.scale)
 
     def reevaluate() -> float:
         assert closure is not None

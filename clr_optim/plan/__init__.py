@@ -5,7 +5,6 @@ from clr_optim.plan.eligible import DTYPES, classify, is_plain, why_not
 from clr_optim.plan.overlap import Memory, sharing
 from clr_optim.plan.plan import Plan
 from clr_optim.plan.row import Row
-from clr_optim.plan.structures import View
 
 __all__ = [
     "DTYPES",
@@ -13,7 +12,6 @@ __all__ = [
     "Memory",
     "Plan",
     "Row",
-    "View",
     "classify",
     "is_plain",
     "sharing",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class Target:
     Args:
         optimizer: the wrapped optimizer, of the class of ``rule``.
         rule: its update rule.
+        lib: the compiled extension.
         device: the type of the devices whose tensors kernels update.
         capturable: whether the kernels can be captured into a graph.
         by_alignment: whether tensors that all begin at a multiple of 16 bytes have buckets apart
@@ -39,6 +41,7 @@ class Target:
 
     optimizer: Optimizer
     rule: UpdateRule
+    lib: ModuleType
     device: str
     capturable: bool = False
     by_alignment: bool = False
@@ -50,13 +53,13 @@ class Placement:
     Args:
         target: the optimizer and the kernels.
         groups: the readings of its groups.
-        tally: the plan's count of kernel calls.
+        native: the plan in native code, which counts kernel calls.
     """
 
-    def __init__(self, target: Target, groups: GroupReadings, tally: Any) -> None:
+    def __init__(self, target: Target, groups: GroupReadings, native: Any) -> None:
         self._target = target
         self._groups = groups
-        self._tally = tally
+        self._native = native
         self.buckets: list[Bucket] = []
         #: the parameters of all buckets
         self.params: list[Tensor] = []
@@ -165,8 +168,9 @@ class Placement:
         changed = [
             (bucket, index)
             for bucket in self.buckets
-            if bucket.scan.keys
-            for index, (row, entry) in enumerate(zip(bucket.rows, bucket.scan.dicts, strict=True))
+            for index, (row, entry) in enumerate(
+                zip(bucket.rows, bucket.native.entries(), strict=False)
+            )
             if state.get(row.param) is not entry and not row.pending
         ]
         if self.rest_by_state or len(changed) > limit:
@@ -203,20 +207,26 @@ class Placement:
 
     def unfilled_are_active(self) -> bool:
         """Return whether every row whose state the next step creates has a gradient."""
-        return all(bucket.gradients[index] for bucket, index in self.unfilled)
+        gradients = {id(bucket): bucket.gradients for bucket, _ in self.unfilled}
+        return all(gradients[id(bucket)][index] for bucket, index in self.unfilled)
 
     def was_called(self) -> bool:
         """Return whether a kernel was called since the first of the ``unfilled`` rows came."""
-        return bool(self._tally[0] != self._calls_before_unfilled)
+        return bool(self._native.calls != self._calls_before_unfilled)
 
     def hand_over_state(self, state: Any) -> None:
         """Put the state that a step has filled into ``optimizer.state``, under torch's names."""
+        gradients = {id(bucket): bucket.gradients for bucket, _ in self.unfilled}
+        left: list[tuple[Bucket, int]] = []
         for bucket, index in self.unfilled:
+            if not gradients[id(bucket)][index]:
+                left.append((bucket, index))  # another thread took the gradient away
+                continue
             row = bucket.rows[index]
             entry = state[row.param]
             entry.update(row.pending)
             bucket.note_filled(index, entry)
-        self.unfilled = []
+        self.unfilled = left
 
     # ---- one parameter
 
@@ -249,7 +259,7 @@ class Placement:
         if bucket is None:
             slots, numbers = self._groups.readings[row.group].slots, self._target.rule.numbers
             bucket = self._by_key[key] = Bucket(*key, slots, tuple(numbers))
-            bucket.begin(row)
+            bucket.begin(row, self._target.lib)
             self.buckets.append(bucket)
         self._note_pending(row, bucket, len(bucket.rows))
         self.params.append(row.param)
@@ -270,7 +280,7 @@ class Placement:
     def _note_pending(self, row: Row, bucket: Bucket, index: int) -> None:
         if row.pending:
             if not self.unfilled:
-                self._calls_before_unfilled = self._tally[0]
+                self._calls_before_unfilled = self._native.calls
             self.unfilled.append((bucket, index))
 
 

@@ -3,15 +3,17 @@
 torch collects, groups, checks and allocates at every step. A plan does this once. Each step then
 asks only whether everything that the plan was built from is still the same, down to the addresses.
 If not, the plan takes in the change or is built anew. No kernel ever uses an unchecked address.
+
+The rows and the scan are native code (``kernels/native/plan.h``); this module decides what goes
+into them.
 """
 
 from __future__ import annotations
 
-import ctypes
 import operator
 import threading
-import time
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,17 +22,10 @@ from torch.optim import Optimizer
 
 from clr_optim.plan.placement import Placement, Target
 from clr_optim.plan.reading import GroupReadings, why_unreadable
-from clr_optim.plan.structures import Answer, View
 from clr_optim.rules import UpdateRule
 from clr_optim.sharding import Spread
 
 __all__ = ["Plan"]
-
-_PAUSE_S = 1e-4
-
-# Answers that need no change of the plan, and answers while a step uses the rows.
-_CURRENT = (Answer.ALL_ACTIVE, Answer.SOME_IDLE)
-_IN_USE = (Answer.BUSY, Answer.NESTED)
 
 # Up to this number, rows are replaced one by one within one step. For more, the plan is built anew.
 _FEW_ROWS = 8
@@ -45,19 +40,19 @@ class Plan:
     Args:
         optimizer: the wrapped optimizer, of the class of ``rule``.
         rule: its update rule.
-        lib: the compiled kernels, loaded so that calls keep the GIL.
+        lib: the compiled extension.
         device: the type of the devices whose tensors are planned for. Others are left to torch.
         capturable: whether the kernels can be captured into a graph.
         by_alignment: whether tensors that all begin at a multiple of 16 bytes have buckets apart
             from the others.
-        lock: lets one thread at a time build the plan. None makes a new lock.
+        lock: lets one thread at a time use the plan. None makes a new lock.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
         rule: UpdateRule,
-        lib: ctypes.PyDLL,
+        lib: ModuleType,
         device: str,
         *,
         capturable: bool = False,
@@ -65,15 +60,12 @@ class Plan:
         lock: threading.RLock | None = None,
     ) -> None:
         self._optimizer = optimizer
-        self._lib = lib
-        self._target = Target(optimizer, rule, device, capturable, by_alignment)
-        self._lock = threading.RLock() if lock is None else lock
-        #: two numbers: all kernel calls, and the calls that advanced the position
-        self.tally = (ctypes.c_int64 * 2)()
-        #: the scan compares with this view; kernels read the rows through it
-        self.view = View()
-        #: the kernel's scalars, a row per group; each step fills in the rates
-        self.scalars = self.view.scalars
+        #: the compiled extension
+        self.lib = lib
+        self._target = Target(optimizer, rule, lib, device, capturable, by_alignment)
+        self.lock = threading.RLock() if lock is None else lock
+        #: the plan in native code: scans, kernel calls, whole steps
+        self.native: Any = lib.Plan(optimizer, type(optimizer).step)
         #: whether a parameter of the buckets lacks a gradient
         self.partial = False
         # The groups and the state that the plan was built from. No groups: to be built anew.
@@ -82,14 +74,21 @@ class Plan:
         self._dicts: list[Any] = []  # the values of the state
         self._answer = 0
         self._begin(GroupReadings(rule))
+        self._write_scalars()
 
     def _begin(self, readings: GroupReadings) -> None:
         """Start with empty buckets."""
         self._readings = readings
-        self._placement = placement = Placement(self._target, readings, self.tally)
+        self._placement = placement = Placement(self._target, readings, self.native)
         self.buckets = placement.buckets
         #: parameters with a gradient that torch's own step must serve, and why
         self.rest = placement.rest
+
+    @property
+    def steps(self) -> int:
+        """The number of kernel calls that advanced the position."""
+        steps: int = self.native.steps
+        return steps
 
     @property
     def pending(self) -> bool:
@@ -102,22 +101,38 @@ class Plan:
         return self._readings.spreads
 
     @property
-    def wide(self) -> bool:
-        """Whether all parameters are float64."""
-        return self._readings.wide
+    def momentum_places(self) -> tuple[int, list[int]]:
+        """Where the momentum stands in the scalars, and in the settings of each group; else -1."""
+        return self._readings.momentum_places()
+
+    @property
+    def norm_dtype(self) -> torch.dtype:
+        """The dtype of the norm of all gradients."""
+        return torch.float64 if self._readings.wide else torch.float32
+
+    @property
+    def needs_python(self) -> bool:
+        """Whether a step needs more of the plan than native code asks."""
+        placement = self._placement
+        return bool(
+            self._groups is None or self.rest or placement.unfilled or self._readings.mutables
+        )
 
     # ---- before a step
 
     def refresh(self) -> None:
-        """Bring the plan up to date: at least the addresses of gradients, at most all of it."""
-        with self._lock:
+        """Bring the plan up to date: at least the addresses of gradients, at most all of it.
+
+        The plan then holds the gradients, until :meth:`release` or a step.
+        """
+        with self.lock:
             builds = replaced = 0
             while builds < _BUILDS:
                 if self._placement.unfit and self._placement.unfit_changed():
                     self._groups = None
                 if self.is_current():
                     return
-                replaced += self._answer == Answer.CHANGED
+                replaced += self._answer == self.lib.CHANGED
                 if self._groups is None or replaced > _FEW_ROWS or not self._adopt():
                     builds += 1
                     self._build()
@@ -132,36 +147,46 @@ class Plan:
 
         Takes in the addresses of the gradients, which change at every ``zero_grad``.
         """
-        optimizer = self._optimizer
-        self._answer = 0
+        optimizer, lib = self._optimizer, self.lib
+        self._answer = lib.ALL_ACTIVE
         if optimizer.state is not self._state or not self._are_planned(optimizer.param_groups):
             return False
         readings = self._readings
         if readings.mutables and readings.changed_in_place() and not self._take_settings():
             return False
-        answer = self._ask()
-        if answer == Answer.SETTINGS_CHANGED and self._take_settings():
-            answer = self._ask()
-        self.partial = answer == Answer.SOME_IDLE
+        answer = self.native.look()
+        if answer == lib.SETTINGS_CHANGED and self._take_settings():
+            answer = self.native.look()
+        self.partial = answer == lib.SOME_IDLE
         if self.partial and not self._placement.unfilled_are_active():
             return False  # a gradient was taken away before the step that creates its state
         self._answer = answer
-        return answer in _CURRENT
+        return self.confirms(answer)
+
+    def confirms(self, answer: int) -> bool:
+        """Return whether an answer of native code says that the plan is up to date.
+
+        Raises:
+            RuntimeError: if the plan is in the middle of a step.
+        """
+        if answer == self.lib.NESTED:
+            raise RuntimeError(
+                "step() was called within a step of the same optimizer, by a finalizer or a "
+                "signal handler: call it after that step"
+            )
+        return answer in (self.lib.ALL_ACTIVE, self.lib.SOME_IDLE)
 
     def forget(self) -> None:
         """Have the next :meth:`refresh` build the plan anew."""
-        with self._lock:
+        with self.lock:
             self._groups = None
+            self.native.leave()
             self.release()
 
     def release(self) -> None:
         """Let go of the gradients, if no step follows a :meth:`refresh`."""
-        with self._lock:
-            if not self.view.busy:
-                self.view.ready = 0
-                self.view.table["held"] = 0
-                for bucket in self.buckets:
-                    bucket.release()
+        with self.lock:
+            self.native.release()
 
     def after_fork(self, lock: threading.RLock) -> None:
         """Start anew in a forked process, where no thread finishes what another one began.
@@ -169,8 +194,8 @@ class Plan:
         Args:
             lock: a new lock.
         """
-        self._lock = lock
-        self.view.busy = 0
+        self.lock = lock
+        self.native.after_fork()
         self.forget()
 
     def _are_planned(self, groups: Any) -> bool:
@@ -182,42 +207,26 @@ class Plan:
             return False
         if not all(map(operator.is_, groups, known)):
             return False
-        self._groups = self.view.groups = groups
+        self._groups = self.native.groups = groups
         return True
 
     def _take_settings(self) -> bool:
         """Take in changed settings; return False if the plan must be built anew."""
         return self._readings.take_settings(list(self._optimizer.param_groups), self.scalars)
 
-    def _ask(self) -> int:
-        """Return the answer of a scan, made when no other thread is in the middle of a step."""
-        view = self.view
-        while True:
-            answer: int = self._lib.clr_current(view.address)
-            if answer not in _IN_USE:
-                return answer
-            if answer == Answer.NESTED:
-                raise RuntimeError(
-                    "step() was called within a step of the same optimizer, by a finalizer or a "
-                    "signal handler: call it after that step"
-                )
-            time.sleep(_PAUSE_S)
-
     # ---- changes
 
     def _adopt(self) -> bool:
         """Take in the change that the scan found; return False if the plan must be built anew."""
+        lib = self.lib
         adopt = {
-            Answer.GROUPS_CHANGED: self._adopt_members,
-            Answer.STATE_CHANGED: self._adopt_state,
-            Answer.WOKEN: self._adopt_gradients,
-            Answer.CHANGED: self._adopt_row,
+            lib.GROUPS_CHANGED: self._adopt_members,
+            lib.STATE_CHANGED: self._adopt_state,
+            lib.WOKEN: self._adopt_gradients,
+            lib.CHANGED: self._adopt_row,
         }.get(self._answer)
         if adopt is None:
             return False
-        self.view.ready = 0  # no step begins while the tables grow
-        while self.view.busy:
-            time.sleep(_PAUSE_S)
         # An interrupt may leave the plan half changed. It is then built anew.
         groups, self._groups = self._groups, None
         if not adopt():
@@ -230,11 +239,12 @@ class Plan:
         if added is None:
             return False
         self._placement.add_idle(added)
-        self._write_scalars(self.view)
+        self._write_scalars()
         return True
 
     def _adopt_row(self) -> bool:
-        return self._placement.replace(self.buckets[self.view.bucket], self.view.row)
+        bucket, row = self.native.place
+        return self._placement.replace(self.buckets[bucket], row)
 
     def _adopt_state(self) -> bool:
         state = self._optimizer.state
@@ -247,7 +257,7 @@ class Plan:
     def _adopt_gradients(self) -> bool:
         if not self._placement.take_gradients():
             return False
-        self.view.point_to_buckets(self.buckets, self.tally)
+        self._point_to_buckets()
         return True
 
     # ---- building
@@ -261,38 +271,34 @@ class Plan:
         self._placement.place_all(why)
         if why is None:
             self._show(groups, state)
-            self._groups, self._state = groups, state
         else:
-            self._show([], {})
+            self.native.show([], [], [], [], {}, [], [])
+        self._write_scalars()
+        self._point_to_buckets()
+        if why is None:
+            self._groups, self._state = groups, state
 
     def _show(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, Any]) -> None:
-        """Make a new view of the plan; another thread may use it at once."""
+        """Show native code what the plan was built from."""
         self._dicts = list(state.values())
         readings = self._readings
-        view = View(
-            groups=groups,
-            members=readings.members,
-            keys=readings.keys,
-            settings=readings.settings,
-            state=state,
-            dicts=self._dicts,
-            idle=self._placement.idle,
-            params="params",
-            grad="grad",
-            none=None,
-            has_mode=torch._C._is_torch_function_mode_enabled,
-            no=False,
-            tally=ctypes.addressof(self.tally),
+        self.native.show(
+            groups,
+            readings.members,
+            readings.keys,
+            readings.settings,
+            state,
+            self._dicts,
+            self._placement.idle,
         )
-        view.address = ctypes.addressof(view)
-        view.ready = 1
-        self._write_scalars(view)
-        view.point_to_buckets(self.buckets, self.tally)
-        self.view = view
 
-    def _write_scalars(self, view: View) -> None:
+    def _point_to_buckets(self) -> None:
+        self.native.point_to([bucket.native for bucket in self.buckets], self._placement.params)
+
+    def _write_scalars(self) -> None:
+        #: the kernel's scalars, a row per group; each step fills in the rates
         self.scalars = self._readings.scalar_table()
-        view.point_to_scalars(self.scalars)
+        self.native.take_scalars(self.scalars)
 
     # ---- after a step
 
@@ -310,12 +316,10 @@ class Plan:
         return self._placement.active_params() if self.partial else self._placement.params
 
     def commit(self) -> None:
-        """Mark the parameters as changed, and put new state into the optimizer, after a step."""
-        # As after any in-place update: a backward pass through an older graph must raise.
-        torch.autograd.graph.increment_version(self.active_params())
+        """Put the state that a step has filled into the optimizer."""
         if not self._placement.unfilled:
             return
-        with self._lock:
+        with self.lock:
             state = self._optimizer.state
             self._placement.hand_over_state(state)
             self._dicts[:] = state.values()
@@ -323,5 +327,5 @@ class Plan:
 
     def commit_if_called(self) -> None:
         """Call :meth:`commit` after an exception, if the kernel was called before it."""
-        if not self._placement.unfilled or self._placement.was_called():
+        if self._placement.was_called():
             self.commit()

@@ -151,6 +151,16 @@ class GroupReadings:
                 row[column] = scalars[i, column] = momentum
                 reading.values[at] = setting
 
+    def momentum_places(self) -> tuple[int, list[int]]:
+        """Return where the momentum stands in the scalars and in each group's settings; else -1."""
+        column = self._rule.momentum_column
+        if column is None:
+            return -1, []
+        places = [
+            -1 if reading.momentum_at is None else reading.momentum_at for reading in self.readings
+        ]
+        return column, places
+
     def take_members(self, groups: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, int]] | None:
         """Take in groups added at the end of all groups, and parameters at the end of a group.
 

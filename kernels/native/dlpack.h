@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cpython.h"
+#include "python.h"
 
 namespace clr {
 
@@ -34,20 +34,6 @@ inline const ExchangeApi* exchange_api(PyObject* capsule) {
     auto api = static_cast<ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
     while (api && api->major > DLPACK_MAJOR) api = api->previous;
     return api && api->major == DLPACK_MAJOR && api->view ? api : nullptr;
-}
-
-// Compares number of dimensions, sizes, and strides where they matter: a dimension of size 1 may
-// have any stride, and so may a tensor without elements.
-inline bool has_layout(const DLTensor& t, const int64_t* layout) {
-    const int64_t ndim = *layout++;
-    if (t.ndim != ndim) return false;
-    bool same = true, empty = false;
-    for (int64_t d = 0; d < ndim; ++d) {
-        if (t.shape[d] != layout[d]) return false;
-        empty = empty || layout[d] == 0;
-        same = same && (layout[d] == 1 || t.strides[d] == layout[ndim + d]);
-    }
-    return same || empty;
 }
 
 }  // namespace clr

@@ -1,94 +1,129 @@
-// The extension module clr_optim.kernels.native.module. Its functions are described in module.pyi.
+// The extension module clr_optim.kernels.native.module: its functions and classes for Python.
+// module.pyi describes them.
 //
 // The limited API of CPython 3.11 serves every later CPython too.
-#define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030B0000
-#include <Python.h>
 
-#include "multi_tensor.h"
-
-extern "C" int clr_can_scan(PyObject* capsule);
+#include "plan_class.h"
 
 namespace {
+
+using namespace clr;
+
+// ---- functions
 
 // The names of Dtype, in its order.
 const char* const DTYPE_NAMES[] = {"float32", "float64", "bfloat16", "float16", nullptr};
 
-const char* kernel_name(int64_t i) { return clr::kernel_set().kernel(i, clr::FLOAT32).name; }
-const char* dtype_name(int64_t i) { return DTYPE_NAMES[i]; }
-const char* set_name(int64_t i) {
-    return clr::kernel_sets[i] ? clr::kernel_sets[i]->name : nullptr;
-}
+const char* kernel_name(Py_ssize_t i) { return kernels->kernel(i, FLOAT32).name; }
+const char* dtype_name(Py_ssize_t i) { return DTYPE_NAMES[i]; }
+const char* set_name(Py_ssize_t i) { return kernel_sets[i] ? kernel_sets[i]->name : nullptr; }
 
-// Returns a tuple of the names, up to the first that is null.
-template <class Name> PyObject* tuple_of(const Name& name) {
-    Py_ssize_t count = 0;
-    while (name(count)) ++count;
-    PyObject* names = PyTuple_New(count);
-    for (Py_ssize_t i = 0; names && i < count; ++i) {
-        PyObject* text = PyUnicode_FromString(name(i));
-        if (!text || PyTuple_SetItem(names, i, text)) {
-            Py_DecRef(names);
-            return nullptr;
-        }
-    }
-    return names;
-}
+PyObject* names_of_sets(PyObject*, PyObject*) { return tuple_of(set_name); }
+PyObject* names_of_kernels(PyObject*, PyObject*) { return tuple_of(kernel_name); }
+PyObject* names_of_dtypes(PyObject*, PyObject*) { return tuple_of(dtype_name); }
+PyObject* kernel_set(PyObject*, PyObject*) { return PyUnicode_FromString(kernels->name); }
 
-PyObject* kernel_sets(PyObject*, PyObject*) { return tuple_of(set_name); }
-PyObject* kernel_names(PyObject*, PyObject*) { return tuple_of(kernel_name); }
-PyObject* dtype_names(PyObject*, PyObject*) { return tuple_of(dtype_name); }
-
-PyObject* kernel_set(PyObject*, PyObject*) {
-    return PyUnicode_FromString(clr::kernel_set().name);
-}
-
-PyObject* use(PyObject*, PyObject* name) {
-    const char* text = PyUnicode_AsUTF8AndSize(name, nullptr);
+PyObject* use_set(PyObject*, PyObject* name) {
+    const char* const text = PyUnicode_AsUTF8AndSize(name, nullptr);
     if (!text) return nullptr;
-    if (!clr::use(text))
-        return PyErr_Format(PyExc_ValueError, "no kernel set has the name %R", name);
-    return Py_NewRef(Py_None);
+    if (!use(text)) return PyErr_Format(PyExc_ValueError, "no kernel set has the name %R", name);
+    return none();
 }
 
 PyObject* can_read(PyObject*, PyObject* capsule) {
-    return PyBool_FromLong(clr_can_scan(capsule));
+    const bool can = exchange_api(capsule) != nullptr;
+    PyErr_Clear();
+    return PyBool_FromLong(can);
 }
 
-PyObject* round(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (count != 4) {
-        PyErr_SetString(PyExc_TypeError, "round() takes dtype, source, target and count");
+PyObject* connect(PyObject*, PyObject* args, PyObject* given) {
+    Torch& t = torch();
+    PyObject *capsule, *fields[15];
+    const char* const keywords[] = {
+        "exchange_api",      "tensor",           "parameter",         "dtensor",
+        "has_mode",          "increment_version", "num_threads",      "is_capturing",
+        "global_pre_hooks",  "global_post_hooks", "profiler",         "step_key",
+        "base_key",          "top_key",           "low_key",          "high_key",
+        nullptr};
+    if (!PyArg_ParseTupleAndKeywords(
+            args, given, "$OOOOOOOOO!O!O!UUUUU", const_cast<char**>(keywords), &capsule, &fields[0],
+            &fields[1], &fields[2], &fields[3], &fields[4], &fields[5], &fields[6], &PyDict_Type,
+            &fields[7], &PyDict_Type, &fields[8], &PyDict_Type, &fields[9], &fields[10],
+            &fields[11], &fields[12], &fields[13], &fields[14]))
+        return nullptr;
+    const ExchangeApi* const api = exchange_api(capsule);
+    if (!api) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_ValueError, "DLPack's C exchange API has another version");
         return nullptr;
     }
-    const long dtype = PyLong_AsLong(args[0]);
+    t.api = api;
+    Ref* const kept[] = {&t.tensor,      &t.parameter,        &t.dtensor,
+                         &t.has_mode,    &t.increment_version, &t.num_threads,
+                         &t.is_capturing, &t.global_pre_hooks, &t.global_post_hooks,
+                         &t.profiler,    &t.step,             &t.base,
+                         &t.top,         &t.low,              &t.high};
+    for (size_t k = 0; k < 15; ++k) *kept[k] = Ref::to(fields[k]);
+    names().make();
+    return none();
+}
+
+PyObject* round_floats(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    int64_t dtype, many;
+    if (!expects("round()", count, 4) || !read(args[0], dtype) || !read(args[3], many))
+        return nullptr;
     const auto* source = static_cast<const float*>(PyLong_AsVoidPtr(args[1]));
     auto* target = static_cast<float*>(PyLong_AsVoidPtr(args[2]));
-    const long long many = PyLong_AsLongLong(args[3]);
     if (PyErr_Occurred()) return nullptr;
-    clr::kernel_set().round(dtype, source, target, many);
-    return Py_NewRef(Py_None);
+    kernels->round(dtype, source, target, many);
+    return none();
 }
 
 PyMethodDef functions[] = {
-    {"kernel_sets", kernel_sets, METH_NOARGS, nullptr},
+    {"kernel_sets", names_of_sets, METH_NOARGS, nullptr},
     {"kernel_set", kernel_set, METH_NOARGS, nullptr},
-    {"use", use, METH_O, nullptr},
-    {"kernel_names", kernel_names, METH_NOARGS, nullptr},
-    {"dtype_names", dtype_names, METH_NOARGS, nullptr},
+    {"use", use_set, METH_O, nullptr},
+    {"kernel_names", names_of_kernels, METH_NOARGS, nullptr},
+    {"dtype_names", names_of_dtypes, METH_NOARGS, nullptr},
     {"can_read", can_read, METH_O, nullptr},
-    {"round", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(round)), METH_FASTCALL,
-     nullptr},
+    {"connect", method(connect), METH_VARARGS | METH_KEYWORDS, nullptr},
+    {"round", method(round_floats), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef_Slot slots[] = {{0, nullptr}};
+// ---- the module
 
+int fill_module(PyObject* module) {
+    const Ref bucket(make_class<Bucket>(module, "clr_optim.kernels.native.module.Bucket", new_bucket,
+                                       bucket_methods, bucket_attributes));
+    const Ref plan(make_class<Plan>(module, "clr_optim.kernels.native.module.Plan", new_plan,
+                                   plan_methods, plan_attributes));
+    if (!bucket || !plan || PyModule_AddObjectRef(module, "Bucket", bucket.get()) ||
+        PyModule_AddObjectRef(module, "Plan", plan.get()))
+        return -1;
+    bucket_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(bucket.get()));
+    const Ref row(tuple_of([](Py_ssize_t i) { return ROW_COLUMNS[i]; }));
+    if (!row || PyModule_AddObjectRef(module, "ROW", row.get())) return -1;
+    const struct { const char* name; long value; } numbers[] = {
+        {"ALL_ACTIVE", ALL_ACTIVE}, {"SOME_IDLE", SOME_IDLE}, {"CHANGED", CHANGED},
+        {"GROUPS_CHANGED", GROUPS_CHANGED}, {"SETTINGS_CHANGED", SETTINGS_CHANGED},
+        {"STATE_CHANGED", STATE_CHANGED}, {"WOKEN", WOKEN}, {"NESTED", NESTED},
+        {"TAKEN", TAKEN}, {"OUT_OF_VALUES", OUT_OF_VALUES}, {"OBSERVED", OBSERVED},
+        {"REPLACED", REPLACED}, {"WRITTEN", WRITTEN}, {"OUTDATED", OUTDATED}, {"IN_USE", IN_USE},
+    };
+    for (const auto& each : numbers)
+        if (PyModule_AddIntConstant(module, each.name, each.value)) return -1;
+    return 0;
+}
+
+PyModuleDef_Slot module_slots[] = {{Py_mod_exec, reinterpret_cast<void*>(fill_module)},
+                                   {0, nullptr}};
 PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                           "clr_optim.kernels.native.module",
                           nullptr,
                           0,
                           functions,
-                          slots,
+                          module_slots,
                           nullptr,
                           nullptr,
                           nullptr};

@@ -1,4 +1,193 @@
-"""The compiled extension. Only `loader.py` imports the extension, which may not serve here."""
+"""The compiled extension. Only `loader.py` imports it, since other code cannot tell if it serves.
+
+Every class and function needs the GIL. A long step gives it away while its kernels run.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+#: The columns of the rows, see `Bucket.rows`: integers of 8 bytes.
+ROW: tuple[str, ...]
+
+# How a scan ends. The first two say that nothing has changed.
+ALL_ACTIVE: int
+SOME_IDLE: int
+CHANGED: int
+GROUPS_CHANGED: int
+SETTINGS_CHANGED: int
+STATE_CHANGED: int
+WOKEN: int
+NESTED: int
+
+# How `Plan.step` ends. Nothing has changed unless the step was taken.
+TAKEN: int
+OUT_OF_VALUES: int
+OBSERVED: int
+REPLACED: int
+WRITTEN: int
+OUTDATED: int
+IN_USE: int
+
+class Bucket:
+    """Tensors that one kernel updates, a row for each; see `kernels/native/bucket.h`."""
+
+    looks_ahead: bool
+
+    def __new__(
+        cls,
+        kernel: int,
+        dtype: int,
+        keys: tuple[str, ...],
+        slots: int,
+        number_sizes: tuple[int, int],
+        device: tuple[int, int],
+        divides: bool,
+        words: tuple[int, int, int, int],
+    ) -> Bucket: ...
+    def append(
+        self,
+        param: Tensor,
+        entry: dict[str, Any],
+        state: Sequence[Tensor],
+        group: int,
+        first: bool,
+        grad: Tensor | None,
+        /,
+    ) -> None:
+        """Add a row: a parameter with the tensors of its state and the dictionary of these."""
+
+    def replace(
+        self,
+        row: int,
+        param: Tensor,
+        entry: dict[str, Any],
+        state: Sequence[Tensor],
+        group: int,
+        first: bool,
+        grad: Tensor | None,
+        /,
+    ) -> bool:
+        """Replace a row; return False if its numbers of dimensions and of values are others."""
+
+    def note_filled(self, row: int, entry: dict[str, Any], /) -> None:
+        """Note that a step has filled the row's state, and which dictionary holds it."""
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Return the dictionary of each row's state; an empty list if the rule keeps none."""
+
+    def rows(self) -> bytearray:
+        """Return the rows, each with the columns of `ROW`."""
+
+    def gradients(self) -> bytearray:
+        """Return the addresses of the gradients, 8 bytes each; 0 for a row without a gradient."""
+
+class Plan:
+    """Everything that one optimizer's steps read; see `kernels/native/plan.h`."""
+
+    #: the number of kernel calls, and of those that advanced the position
+    calls: int
+    steps: int
+    #: whether a step or a scan uses the plan at this moment
+    busy: bool
+    #: the numbers of the bucket and of the row at which the last scan stopped
+    place: tuple[int, int]
+    groups: Sequence[dict[str, Any]]
+
+    def __new__(cls, optimizer: object, own_step: Callable[..., Any]) -> Plan: ...
+    def show(
+        self,
+        groups: Sequence[dict[str, Any]],
+        members: list[list[Tensor]],
+        keys: list[list[str]],
+        settings: list[list[Any]],
+        state: dict[Tensor, Any],
+        dicts: list[Any],
+        idle: list[Tensor],
+        /,
+    ) -> None:
+        """Take in what the plan was built from, for later scans to compare; end the course."""
+
+    def point_to(self, buckets: Sequence[Bucket], params: list[Tensor], /) -> None:
+        """Take in the buckets, and the parameters of all of them."""
+
+    def take_scalars(self, scalars: object, /) -> None:
+        """Take in an array of float64 with the kernels' scalars, a row per group."""
+
+    def look(self) -> int:
+        """Scan; keep the gradients alive until `release` or the end of a step."""
+
+    def update(self, rates: Sequence[float], factor: float, moves: bool, /) -> int:
+        """Scan, and update every row with a gradient if nothing has changed."""
+
+    def squares(self) -> tuple[int, list[float]]:
+        """Scan, and return the sum of the squares of each bucket's gradients."""
+
+    def follow(
+        self,
+        records: Sequence[tuple[object, ...]],
+        position: int,
+        rates: Sequence[Sequence[float]],
+        momenta: Sequence[Sequence[float]],
+        ends: Sequence[bool],
+        momentum_column: int,
+        momentum_places: Sequence[int],
+        max_norm: float | None,
+        /,
+    ) -> None:
+        """Take in the course of the coming steps.
+
+        Args:
+            records: `(group, lr, base_lr, max_lr, momentum, base_momentum, max_momentum)` of each
+                group: the objects that the group holds; `None` for a momentum that does not cycle.
+            position: the object that the groups hold as their position.
+            rates: the rate of each group, at the position and at those that follow.
+            momenta: likewise; empty if momentum does not cycle.
+            ends: whether each step completes a cycle; empty if there are no hooks to call.
+            momentum_column: the column of the scalars that holds the momentum, or -1.
+            momentum_places: the place of the momentum among the settings of each group, or -1.
+            max_norm: the largest norm of all gradients; steps clip a larger one.
+        """
+
+    def course(self) -> tuple[int, list[object], list[object], list[float], list[float]]:
+        """Return position, `lr` and momentum of each group as objects, and both as numbers."""
+
+    def leave(self) -> None:
+        """End the course: steps need Python again."""
+
+    def step(self, attributes: dict[str, Any], /) -> int:
+        """Take the next step of the course, whole; or change nothing and return why not."""
+
+    def take_norm(self) -> float | None:
+        """Return the norm of all gradients in the last clipped step of the course, once."""
+
+    def release(self) -> None:
+        """Let go of the gradients."""
+
+    def after_fork(self) -> None:
+        """Forget a step of another thread, which this forked process lacks."""
+
+def connect(
+    *,
+    exchange_api: object,
+    tensor: type,
+    parameter: type,
+    dtensor: type,
+    has_mode: Callable[[], bool],
+    increment_version: Callable[[list[Tensor]], None],
+    num_threads: Callable[[], int],
+    is_capturing: Callable[[], bool] | None,
+    global_pre_hooks: dict[Any, Any],
+    global_post_hooks: dict[Any, Any],
+    profiler: dict[str, Any],
+    step_key: str,
+    base_key: str,
+    top_key: str,
+    low_key: str,
+    high_key: str,
+) -> None:
+    """Tell the extension what it needs of torch, and the keys that groups hold."""
 
 def kernel_sets() -> tuple[str, ...]:
     """Return the names of the sets of kernels that were compiled in, the slowest first."""

@@ -1,17 +1,154 @@
-// The driver's choice of an instruction set.
+// Updates every tensor of every bucket, and sums the squares of their gradients, on torch's threads.
+//
+// Nothing here needs the GIL or touches a Python object.
 #pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
 
 #include "kernels.h"
 
 namespace clr {
 
-// The sets that were compiled in; null after the last.
-extern const KernelSet* const kernel_sets[];
+// The gradient of a tensor without elements, whose data may be null. No kernel reads the address,
+// which is a multiple of 16 like those of aligned gradients.
+const void* const NO_DATA = reinterpret_cast<const void*>(16);
 
-// The set whose kernels a step calls.
-const KernelSet& kernel_set();
+// Tensors that one kernel updates, a row for each.
+struct Rows {
+    int64_t kernel = 0, dtype = 0;              // by number
+    int64_t counter_bits = 0, scalar_bits = 0;  // the widths of the states of one element, or 0
+    std::vector<Row> rows;
+    std::vector<const void*> gradients;  // addresses; null for a row without a gradient
 
-// Chooses a set by name; false if no set has the name. The CPU must have the instructions.
-bool use(const char* name);
+    int64_t count() const { return int64_t(rows.size()); }
+};
+
+// The least size of a piece, but for the last one. With less than one piece for each thread, one
+// thread does all.
+constexpr int64_t GRAIN = 1 << 12;
+// So many elements are worth any number of threads; torch's grain.
+constexpr int64_t PARALLEL = 1 << 15;
+// Pieces are a multiple of this size, so that two threads never write one cache line.
+constexpr int64_t ALIGN = 64;
+// Pieces per thread: enough to even out a thread that the system has paused for a while.
+constexpr int64_t PIECES = 8;
+
+// The number of values that a step updates.
+inline int64_t size(const Rows& b) {
+    int64_t total = 0;
+    for (size_t i = 0; i < b.rows.size(); ++i) total += b.gradients[i] ? b.rows[i].numel : 0;
+    return total;
+}
+
+// Runs body(row, begin, end) over all rows with a gradient, cut into pieces of equal size whatever
+// the sizes of the tensors, so that a thousand small ones and a single huge one are both balanced.
+template <class Body>
+void for_pieces(const Rows& b, int threads, const Body& body) {
+    const Row* const rows = b.rows.data();
+    const int64_t count = b.count(), total = size(b);
+    if (threads <= 1 || total < std::min(threads * GRAIN, PARALLEL)) {
+        for (int64_t i = 0; i < count; ++i)
+            if (b.gradients[size_t(i)]) body(i, int64_t(0), rows[i].numel);
+        return;
+    }
+    std::vector<int64_t> ends(static_cast<size_t>(count));
+    int64_t sum = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        // Rounded up, so that every cut is at the beginning of a cache line's worth of a tensor.
+        sum += b.gradients[size_t(i)] ? (rows[i].numel + ALIGN - 1) / ALIGN * ALIGN : 0;
+        ends[size_t(i)] = sum;
+    }
+    int64_t piece = (sum + threads * PIECES - 1) / (threads * PIECES);
+    piece = std::max<int64_t>((piece + ALIGN - 1) / ALIGN * ALIGN, GRAIN);
+    const int64_t pieces = (sum + piece - 1) / piece;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t k = 0; k < pieces; ++k) {
+        int64_t at = k * piece;
+        const int64_t stop = std::min(sum, at + piece);
+        int64_t i = std::upper_bound(ends.begin(), ends.end(), at) - ends.begin();
+        while (at < stop) {
+            const int64_t start = i ? ends[size_t(i - 1)] : 0;
+            if (b.gradients[size_t(i)]) {
+                const int64_t end = std::min(rows[i].numel, stop - start);
+                if (at - start < end) body(i, at - start, end);
+            }
+            at = ends[size_t(i++)];
+        }
+    }
+}
+
+// Counts a step of the parameter and returns its number; 0 if the rule counts no steps.
+inline double count_step(const Row& row, bool wide) {
+    if (!row.counter) return 0;
+    return wide ? (*static_cast<double*>(row.counter) += 1)
+                : double(*static_cast<float*>(row.counter) += 1);
+}
+
+// Multiplies the scalar state of the parameter and returns it; 0 if the rule has none.
+inline double advance_scalar(const Row& row, bool wide, const Kernel& kernel, const double* scalars,
+                             double number) {
+    if (!kernel.factor) return 0;
+    const double by = kernel.factor(scalars, number);
+    return wide ? (*static_cast<double*>(row.scalar) *= by)
+                : double(*static_cast<float*>(row.scalar) *= float(by));
+}
+
+// Updates all rows with a gradient, and counts their steps.
+inline void update(const KernelSet& kernels, const Rows& b, const double* scalars, int64_t width,
+                   double grad_scale, int threads) {
+    const Kernel kernel = kernels.kernel(b.kernel, b.dtype);
+    const int64_t count = b.count();
+    // One rule object per group and step, which most tensors share: a rule may compute two powers.
+    std::vector<size_t> which(static_cast<size_t>(count));
+    std::vector<AnyRule> rules;
+    int64_t group = -1;
+    Step last = {grad_scale, -1, false, 0};
+    for (size_t i = 0; i < size_t(count); ++i) {
+        const Row& row = b.rows[i];
+        if (!b.gradients[i]) continue;
+        const double* const own = scalars + row.group * width;
+        const double number = count_step(row, b.counter_bits == 64);
+        const double scalar = advance_scalar(row, b.scalar_bits == 64, kernel, own, number);
+        const Step now = {grad_scale, number, row.first != 0, scalar};
+        if (row.group != group || now.number != last.number || now.first != last.first ||
+            now.scalar != last.scalar) {
+            group = row.group, last = now;
+            rules.emplace_back();
+            kernel.build(rules.back(), own, now);
+        }
+        which[i] = rules.size() - 1;
+    }
+    for_pieces(b, threads, [&](int64_t i, int64_t begin, int64_t end) {
+        kernel.update(rules[which[size_t(i)]], b.rows[size_t(i)], b.gradients[size_t(i)], begin,
+                      end);
+    });
+}
+
+// Sums run over blocks of this many elements, always in one order. So the result does not depend on
+// the number of threads, and clipped runs resume bit for bit.
+constexpr int64_t BLOCK = 1 << 14;
+
+inline double sum_of_squares(const KernelSet& kernels, const Rows& b, int threads) {
+    struct Block { size_t row; int64_t begin; };
+    std::vector<Block> blocks;
+    for (size_t i = 0; i < b.rows.size(); ++i)
+        if (b.gradients[i])
+            for (int64_t begin = 0; begin < b.rows[i].numel; begin += BLOCK)
+                blocks.push_back({i, begin});
+    std::vector<double> sums(blocks.size());
+    const int64_t many = int64_t(blocks.size());
+    threads = many > 4 ? threads : 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t k = 0; k < many; ++k) {
+        const auto [i, begin] = blocks[size_t(k)];
+        const int64_t end = std::min(b.rows[i].numel, begin + BLOCK);
+        sums[size_t(k)] = kernels.sum_of_squares(b.dtype, b.gradients[i], begin, end);
+    }
+    double sum = 0;
+    for (const double s : sums) sum += s;
+    return sum;
+}
 
 }  // namespace clr

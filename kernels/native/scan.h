@@ -1,4 +1,4 @@
-// The scan: finds out whether anything that a bucket's table points to changed since the last step.
+// The scan: finds out whether anything that the rows point to changed since the last step.
 //
 // A plan asks this question at every step, about every tensor. Asked from Python, it would take
 // longer than the update of a small tensor. All code here runs with the GIL.
@@ -9,136 +9,150 @@
 // A scan has two parts. Questions that may run Python code or give the GIL away come first: DTensors
 // are compared in Python, and torch's is_neg() releases the GIL. Addresses are read in the second
 // part, with the garbage collector off, so that no other thread runs between the first address and
-// the last. While a scan or a step uses the rows, View::busy keeps every other scan and step away.
+// the last.
 #pragma once
 
 #include "ahead.h"
-#include "dlpack.h"
-#include "view.h"
 
 namespace clr {
+
+// What a plan was built from, beside its buckets. All of it belongs to the plan, see plan.h.
+struct Planned {
+    Ref groups;    // list or tuple of the groups' dictionaries
+    Ref members;   // list of lists: the parameters of each group
+    Ref keys;      // list of lists: the names of each group's settings
+    Ref settings;  // list of lists: the settings
+    Ref state;     // optimizer.state
+    Ref dicts;     // list of its values
+    Ref idle;      // list of tensors without a gradient, in no bucket
+    std::vector<Bucket*> buckets;
+    int64_t bucket = 0, row = 0;  // where the last scan stopped, if it stopped at a row
+};
+
+// The answers of a scan.
+enum Answer {
+    ALL_ACTIVE = 0,
+    SOME_IDLE = 1,  // nothing has changed, but some rows have no gradient
+    CHANGED = 2,    // a row has changed: see Planned::bucket and Planned::row
+    GROUPS_CHANGED = 3,
+    SETTINGS_CHANGED = 4,
+    STATE_CHANGED = 5,
+    WOKEN = 6,   // an idle parameter has a gradient
+    NESTED = 7,  // the plan is in use: a finalizer or a signal handler has called it
+};
+inline bool is_current(Answer answer) { return answer <= SOME_IDLE; }
 
 // ---- groups and state
 
 inline bool same_items(PyObject* a, PyObject* b) {
     const Items now(a), then(b);
     if (now.size() < 0 || now.size() != then.size()) return false;
-    for (ptrdiff_t i = 0; i < now.size(); ++i)
+    for (Py_ssize_t i = 0; i < now.size(); ++i)
         if (now.get(i) != then.get(i)) return false;
     return true;
 }
 
 // Another thread may have added a group since the plan was built. The user's list is then longer.
-inline bool same_groups(const View& view) {
-    const Items groups(view.groups);
-    if (groups.size() != PyList_Size(view.members)) return false;
-    for (ptrdiff_t i = 0; i < groups.size(); ++i) {
-        PyObject* params = PyDict_GetItemWithError(groups.get(i), view.params);
-        if (!params || !same_items(params, PyList_GetItem(view.members, i))) return false;
+inline bool same_groups(const Planned& planned) {
+    const Items groups(planned.groups.get());
+    if (groups.size() != PyList_Size(planned.members.get())) return false;
+    for (Py_ssize_t i = 0; i < groups.size(); ++i) {
+        PyObject* const params = PyDict_GetItemWithError(groups.get(i), names().params.get());
+        if (!params || !same_items(params, PyList_GetItem(planned.members.get(), i))) return false;
     }
     return true;
 }
 
-inline bool same_settings(const View& view) {
-    const Items groups(view.groups);
-    if (groups.size() != PyList_Size(view.keys) || groups.size() != PyList_Size(view.settings))
-        return false;
-    for (ptrdiff_t i = 0; i < groups.size(); ++i) {
-        PyObject* group = groups.get(i);
-        PyObject* keys = PyList_GetItem(view.keys, i);
-        PyObject* settings = PyList_GetItem(view.settings, i);
-        const ptrdiff_t count = PyList_Size(keys);
-        if (PyList_Size(settings) != count) return false;
-        for (ptrdiff_t k = 0; k < count; ++k) {
-            PyObject* now = PyDict_GetItemWithError(group, PyList_GetItem(keys, k));
-            if (!now || now != PyList_GetItem(settings, k)) return false;
+inline bool same_settings(const Planned& planned) {
+    const Items groups(planned.groups.get()), all_keys(planned.keys.get()),
+        all_settings(planned.settings.get());
+    if (groups.size() != all_keys.size() || groups.size() != all_settings.size()) return false;
+    for (Py_ssize_t i = 0; i < groups.size(); ++i) {
+        const Items keys(all_keys.get(i)), settings(all_settings.get(i));
+        if (settings.size() != keys.size()) return false;
+        for (Py_ssize_t k = 0; k < keys.size(); ++k) {
+            PyObject* const now = PyDict_GetItemWithError(groups.get(i), keys.get(k));
+            if (!now || now != settings.get(k)) return false;
         }
     }
     return true;
 }
 
 // Compares the dictionaries' identities and order, which shows any that was replaced, added or removed.
-inline bool same_state(const View& view) {
-    ptrdiff_t at = 0, i = 0;
-    const ptrdiff_t count = PyList_Size(view.dicts);
+inline bool same_state(const Planned& planned) {
+    const Items dicts(planned.dicts.get());
+    Py_ssize_t at = 0, i = 0;
     PyObject *key = nullptr, *value = nullptr;
-    while (PyDict_Next(view.state, &at, &key, &value))
-        if (i >= count || value != PyList_GetItem(view.dicts, i++)) return false;
-    return i == count;
+    while (PyDict_Next(planned.state.get(), &at, &key, &value))
+        if (i >= dicts.size() || value != dicts.get(i++)) return false;
+    return i == dicts.size();
 }
 
 // May run Python code: a parameter of a user's class may define `grad`.
-inline bool still_idle(const View& view) {
-    const ptrdiff_t count = PyList_Size(view.idle);
-    for (ptrdiff_t i = 0; i < count; ++i) {
-        PyObject* grad = PyObject_GetAttr(PyList_GetItem(view.idle, i), view.grad);
-        if (!grad) return false;
-        Py_DecRef(grad);
-        if (grad != view.none) return false;
+inline bool still_idle(const Planned& planned) {
+    const Py_ssize_t count = PyList_Size(planned.idle.get());
+    for (Py_ssize_t i = 0; i < count && i < PyList_Size(planned.idle.get()); ++i) {
+        const Ref param = Ref::to(PyList_GetItem(planned.idle.get(), i));
+        const Ref grad(PyObject_GetAttr(param.get(), names().grad.get()));
+        if (!grad.is(Py_None)) return false;
     }
     return true;
 }
 
 // A torch function mode (torch.device as a context is one) runs Python code at every `p.grad`.
-inline bool has_mode(const View& view) {
-    const Ref answer(PyObject_CallFunctionObjArgs(view.has_mode, nullptr));
-    return answer.get() != view.no;
+inline bool has_mode() {
+    const Ref answer(PyObject_CallNoArgs(torch().has_mode.get()));
+    return !answer.is(Py_False);
 }
 
 // ---- the first part: questions that may run Python code
 
 // A subclass may give its memory another meaning.
-inline bool is_tensor(const Scan& scan, PyObject* object) {
-    PyObject* type = PyObject_Type(object);
-    Py_DecRef(type);
-    return type == scan.tensor || type == scan.parameter;
+inline bool is_tensor(PyObject* object) {
+    PyObject* const type = type_of(object);
+    return torch().tensor.is(type) || torch().parameter.is(type);
 }
 
 inline bool same_attribute(PyObject* a, PyObject* b, PyObject* name) {
     const Ref of_a(PyObject_GetAttr(a, name)), of_b(PyObject_GetAttr(b, name));
-    return of_a.get() && of_b.get() &&
-           PyObject_RichCompareBool(of_a.get(), of_b.get(), /*Py_EQ*/ 2) == 1;
+    return of_a && of_b && PyObject_RichCompareBool(of_a.get(), of_b.get(), Py_EQ) == 1;
 }
 
 // Whether a DTensor of row i is divided over the ranks as it was when the plan was built. k is 0 for
 // the parameter and its gradient, 1 for the first slot.
-inline bool same_spread(const Scan& scan, PyObject* tensor, ptrdiff_t i, ptrdiff_t k) {
-    const Ref type(PyObject_Type(tensor));
-    if (type.get() != scan.dtensor) return false;
-    PyObject* was = PyList_GetItem(scan.specs, i * (1 + scan.slots) + k);
-    const Ref spec(PyObject_GetAttr(tensor, scan.spec));
-    if (!spec.get() || !was) return false;
-    return spec.get() == was || (same_attribute(spec.get(), was, scan.placements) &&
-                                 same_attribute(spec.get(), was, scan.mesh));
+inline bool same_spread(const Bucket& bucket, PyObject* tensor, int64_t i, int64_t k) {
+    if (!torch().dtensor.is(type_of(tensor))) return false;
+    const Ref was = Ref::to(bucket.specs[size_t(i * (1 + bucket.slots) + k)].get());
+    const Ref spec(PyObject_GetAttr(tensor, names().spec.get()));
+    if (!spec) return false;
+    return spec.is(was.get()) || (same_attribute(spec.get(), was.get(), names().placements.get()) &&
+                                  same_attribute(spec.get(), was.get(), names().mesh.get()));
 }
 
-inline bool same_spreads(const Scan& scan, ptrdiff_t i) {
-    if (!same_spread(scan, PyList_GetItem(scan.params, i), i, 0)) return false;
-    const ptrdiff_t keys = PyList_Size(scan.keys);
-    for (ptrdiff_t k = 0; k < scan.slots; ++k)
-        if (!same_spread(scan, PyList_GetItem(scan.tensors, i * keys + k), i, 1 + k)) return false;
+inline bool same_spreads(const Bucket& bucket, int64_t i) {
+    if (!same_spread(bucket, bucket.params[size_t(i)].get(), i, 0)) return false;
+    for (int64_t k = 0; k < bucket.slots; ++k)
+        if (!same_spread(bucket, bucket.tensor(i, size_t(k)), i, 1 + k)) return false;
     return true;
 }
 
 // Whether a tensor is a lazy negation, which DLPack does not tell. Asks torch, which gives the GIL
 // away.
-inline bool is_negated_says_torch(const Scan& scan, PyObject* tensor) {
-    const Ref negated(PyObject_CallMethodObjArgs(tensor, scan.is_neg, nullptr));
-    return negated.get() != scan.no;
+inline bool is_negated_says_torch(PyObject* tensor) {
+    const Ref negated(PyObject_CallMethodObjArgs(tensor, names().is_neg.get(), nullptr));
+    return !negated.is(Py_False);
 }
 
 // Asks torch about the parameter and the state of row i.
-inline bool any_is_negated_says_torch(const Scan& scan, ptrdiff_t i) {
-    const auto asks = [&scan](PyObject* tensor) {
-        const Ref part(scan.dtensor ? PyObject_GetAttr(tensor, scan.local) : nullptr);
-        if (scan.dtensor) tensor = part.get();
-        return !tensor || is_negated_says_torch(scan, tensor);
+inline bool any_is_negated_says_torch(const Bucket& bucket, int64_t i) {
+    const auto asks = [&bucket](PyObject* tensor) {
+        const Ref part = local_part(tensor, bucket.divides);
+        return !part || is_negated_says_torch(part.get());
     };
-    if (asks(PyList_GetItem(scan.params, i))) return true;
-    const ptrdiff_t keys = PyList_Size(scan.keys);
-    for (ptrdiff_t k = 0; k < keys; ++k) {
-        PyObject* held = PyList_GetItem(scan.tensors, i * keys + k);
-        if (k < scan.slots ? asks(held) : is_negated_says_torch(scan, held)) return true;
+    if (asks(bucket.params[size_t(i)].get())) return true;
+    for (size_t k = 0; k < bucket.width(); ++k) {
+        PyObject* const held = bucket.tensor(i, k);
+        if (int64_t(k) < bucket.slots ? asks(held) : is_negated_says_torch(held)) return true;
     }
     return false;
 }
@@ -146,145 +160,140 @@ inline bool any_is_negated_says_torch(const Scan& scan, ptrdiff_t i) {
 // Which rows need a question that may run Python code. Autograd itself hands over lazy negations of
 // one element (an imaginary part; with more elements its strides fit no other layout), so torch is
 // asked about these.
-inline bool needs_asking(const Scan& scan, const Row& row) {
-    return scan.dtensor || row.numel == 1 || !scan.negative;
+inline bool needs_asking(const Bucket& bucket, int64_t i) {
+    return bucket.divides || bucket.rows[size_t(i)].numel == 1 || !bucket.words.negative;
 }
 
 // Asks the questions, and keeps alive the gradients of these rows, or of every row if `every`.
 // Returns the first row that has changed, or -1.
-inline ptrdiff_t ask(Bucket& bucket, bool every) {
-    const Scan& scan = *bucket.scan;
-    bucket.held = 1;
-    for (ptrdiff_t i = 0; i < bucket.count; ++i) {
-        const bool asks = needs_asking(scan, bucket.rows[i]);
+inline int64_t ask(Bucket& bucket, bool every) {
+    bucket.holds = true;
+    for (int64_t i = 0; i < bucket.count(); ++i) {
+        const bool asks = needs_asking(bucket, i);
         if (!asks && !every) continue;
-        PyObject* grad = PyObject_GetAttr(PyList_GetItem(scan.params, i), scan.grad);
-        if (!grad || PyList_SetItem(scan.grads, i, grad)) return i;
-        if (grad == scan.none || !asks) continue;
-        const Ref part(scan.dtensor ? PyObject_GetAttr(grad, scan.local) : nullptr);
-        if (scan.dtensor && (!part.get() || !same_spreads(scan, i) || !same_spread(scan, grad, i, 0)))
+        Ref grad(PyObject_GetAttr(bucket.params[size_t(i)].get(), names().grad.get()));
+        if (!grad) return i;
+        const Ref given = Ref::to(grad.get());
+        bucket.grads[size_t(i)] = std::move(grad);
+        if (given.is(Py_None) || !asks) continue;
+        const Ref part = local_part(given.get(), bucket.divides);
+        if (!part) return i;
+        if (bucket.divides && (!same_spreads(bucket, i) || !same_spread(bucket, given.get(), i, 0)))
             return i;
-        PyObject* const plain = scan.dtensor ? part.get() : grad;
-        if (!is_tensor(scan, plain)) return i;
-        if ((!scan.negative || bucket.rows[i].numel == 1) && is_negated_says_torch(scan, plain))
-            return i;
-        if (!scan.negative && any_is_negated_says_torch(scan, i)) return i;
+        if (!is_tensor(part.get())) return i;
+        const bool asks_torch = !bucket.words.negative || bucket.rows[size_t(i)].numel == 1;
+        if (asks_torch && is_negated_says_torch(part.get())) return i;
+        if (!bucket.words.negative && any_is_negated_says_torch(bucket, i)) return i;
     }
     return -1;
 }
 
-// Lets go of the gradients.
-inline void release(Bucket& bucket) {
-    const Scan& scan = *bucket.scan;
-    if (!bucket.held) return;
-    bucket.held = 0;
-    // During the step they have left the caches. Fetch all of them before waiting for the first one.
-    for (ptrdiff_t i = 0; i < bucket.count; ++i)
-        __builtin_prefetch(PyList_GetItem(scan.grads, i), 1);
-    PyList_SetSlice(scan.grads, 0, bucket.count, scan.nones);
-}
-
 // ---- the second part: addresses
 
-inline bool is_kind(const Scan& scan, const DLTensor& t, int64_t code, int64_t bits) {
-    return t.code == code && t.bits == bits && t.lanes == 1 &&
-           t.device_type == scan.device_type && t.device_id == scan.device_id;
+// Compares number of dimensions, sizes, and strides where they matter: a dimension of size 1 may
+// have any stride, and so may a tensor without elements.
+inline bool has_layout(const DLTensor& t, const int64_t* layout) {
+    const int64_t ndim = *layout++;
+    if (t.ndim != ndim) return false;
+    bool same = true, empty = false;
+    for (int64_t d = 0; d < ndim; ++d) {
+        if (t.shape[d] != layout[d]) return false;
+        empty = empty || layout[d] == 0;
+        same = same && (layout[d] == 1 || t.strides[d] == layout[ndim + d]);
+    }
+    return same || empty;
 }
 
 // Reads the bit of a lazy negation. False if its place is unknown; torch was asked then.
-inline bool is_negated(const Scan& scan, PyObject* tensor) {
-    if (!scan.negative) return false;
-    const auto* impl = static_cast<const uint64_t* const*>(static_cast<void*>(tensor))[scan.impl];
-    return (impl[scan.key_set] & scan.negative) != 0;
+inline bool is_negated(const Words& words, PyObject* tensor) {
+    if (!words.negative) return false;
+    const auto* impl = reinterpret_cast<const uint64_t* const*>(tensor)[words.impl];
+    return (impl[words.key_set] & words.negative) != 0;
 }
 
 // Whether row i still describes its tensors. Takes in the address of the gradient, which may change.
 // Of a row without a gradient, which no kernel touches, nothing is read.
-inline bool same_row(const Bucket& bucket, const ExchangeApi& api, ptrdiff_t i,
-                     const int64_t* layout, PyObject* grad) {
-    const Scan& scan = *bucket.scan;
-    const Row& row = bucket.rows[i];
-    bucket.gradients[i] = nullptr;
-    if (grad == scan.none) return true;
+inline bool same_row(Bucket& bucket, int64_t i, PyObject* grad) {
+    const Row& row = bucket.rows[size_t(i)];
+    bucket.gradients[size_t(i)] = nullptr;
+    if (grad == Py_None) return true;
     DLTensor t;
+    const auto here = [&] {
+        return t.device_type == bucket.device_type && t.device_id == bucket.device_id;
+    };
     // Reads a tensor of the parameter's kind and layout; of a DTensor the part of this rank.
-    const auto view = [&](PyObject* tensor) {
-        const Ref part(scan.dtensor ? PyObject_GetAttr(tensor, scan.local) : nullptr);
-        if (scan.dtensor) tensor = part.get();
-        return tensor && !api.view(tensor, &t) && is_kind(scan, t, scan.code, scan.bits) &&
-               has_layout(t, layout) && !is_negated(scan, tensor);
+    const auto reads = [&](PyObject* tensor) {
+        const Ref part = local_part(tensor, bucket.divides);
+        return part && view(part.get(), t) && here() && t.code == bucket.code() &&
+               t.bits == bucket.bits() && t.lanes == 1 && has_layout(t, bucket.layout_of(i)) &&
+               !is_negated(bucket.words, part.get());
     };
     const auto same_number = [&](PyObject* tensor, const void* data, int64_t bits) {
-        return !api.view(tensor, &t) && t.data == data && t.ndim == 0 &&
-               is_kind(scan, t, 2, bits) && !is_negated(scan, tensor);
+        return view(tensor, t) && t.data == data && t.ndim == 0 && is_float(t, bits) && here() &&
+               !is_negated(bucket.words, tensor);
     };
-    if (!view(PyList_GetItem(scan.params, i)) || t.data != row.param) return false;
+    if (!reads(bucket.params[size_t(i)].get()) || t.data != row.param) return false;
 
-    const ptrdiff_t keys = PyList_Size(scan.keys);
-    PyObject* dict = keys ? PyList_GetItem(scan.dicts, i) : nullptr;
-    for (ptrdiff_t k = 0; k < keys; ++k) {
-        PyObject* held = PyDict_GetItemWithError(dict, PyList_GetItem(scan.keys, k));
-        if (!held || held != PyList_GetItem(scan.tensors, i * keys + k)) return false;
-        const bool same = k < scan.slots    ? view(held) && t.data == row.state[k]
-                          : k == scan.slots ? same_number(held, row.counter, scan.counter_bits)
-                                            : same_number(held, row.scalar, scan.scalar_bits);
+    PyObject* const dict = bucket.width() ? bucket.dicts[size_t(i)].get() : nullptr;
+    for (size_t k = 0; k < bucket.width(); ++k) {
+        PyObject* const held = PyDict_GetItemWithError(dict, bucket.keys[k].get());
+        if (!held || held != bucket.tensor(i, k)) return false;
+        const bool same = int64_t(k) < bucket.slots    ? reads(held) && t.data == row.state[k]
+                          : int64_t(k) == bucket.slots ? same_number(held, row.counter, bucket.counter_bits)
+                                                       : same_number(held, row.scalar, bucket.scalar_bits);
         if (!same) return false;
     }
 
-    if (!scan.dtensor && !is_tensor(scan, grad)) return false;
+    if (!bucket.divides && !is_tensor(grad)) return false;
     // Without data: a tensor that represents zeros, or a subclass that wraps other tensors.
-    if (!view(grad) || !(t.data || !row.numel)) return false;
-    bucket.gradients[i] = row.numel ? t.data : NO_DATA;
+    if (!reads(grad) || !(t.data || !row.numel)) return false;
+    bucket.gradients[size_t(i)] = row.numel ? t.data : NO_DATA;
     return true;
 }
 
 // Returns the first row that has a gradient and no longer describes its tensors, or -1. `every`: the
 // gradients of all rows were read in the first part.
-inline ptrdiff_t changed_row(Bucket& bucket, bool every) {
-    const Scan& scan = *bucket.scan;
-    const ExchangeApi* api = exchange_api(scan.capsule);
-    if (!api) return 0;
-    every = every || scan.dtensor;
-    Ahead ahead(bucket, every ? 0 : bucket.count);
-    const int64_t* layout = scan.layout;
+inline int64_t changed_row(Bucket& bucket, bool every) {
+    every = every || bucket.divides;
+    Ahead ahead(bucket, every ? 0 : bucket.count());
     bucket.active = 0;
-    for (ptrdiff_t i = 0; i < bucket.count; ++i) {
-        PyObject* grad = every ? nullptr : ahead.next_grad(i);
-        if (!every && !grad) return i;
-        if (every || needs_asking(scan, bucket.rows[i])) {
-            if (grad) Py_DecRef(grad);
-            grad = PyList_GetItem(scan.grads, i);  // the gradient that the first part asked about
-        } else if (PyList_SetItem(scan.grads, i, grad)) {
-            return i;
+    for (int64_t i = 0; i < bucket.count(); ++i) {
+        Ref& held = bucket.grads[size_t(i)];
+        if (!every) {
+            Ref grad = ahead.next_grad(i);
+            if (!grad) return i;
+            // The first part has asked about the gradient of some rows: it stays.
+            if (!needs_asking(bucket, i)) held = std::move(grad);
         }
-        if (!same_row(bucket, *api, i, layout, grad)) return i;
-        bucket.active += grad != scan.none;
-        layout += 1 + 2 * *layout;
+        if (!same_row(bucket, i, held.get())) return i;
+        bucket.active += !held.is(Py_None);
     }
     return -1;
 }
 
 // ---- both parts, for all buckets
 
-inline Answer scan(View& view) {
-    for (int64_t b = 0; b < view.count; ++b) release(view.buckets[b]);
-    if (!still_idle(view)) return WOKEN;
-    const bool every = has_mode(view);
-    const auto stops = [&view](int64_t bucket, ptrdiff_t row) {
-        view.bucket = bucket, view.row = row;
+// Answers whether anything has changed that the plan was built from. If not, the gradients'
+// addresses are up to date. An exception (a sparse gradient has no strides) counts as a change.
+inline Answer scan(Planned& planned) {
+    for (Bucket* bucket : planned.buckets) bucket->release();
+    if (!still_idle(planned)) return WOKEN;
+    const bool every = has_mode();
+    const auto stops = [&planned](size_t bucket, int64_t row) {
+        planned.bucket = int64_t(bucket), planned.row = row;
         return row >= 0;
     };
-    for (int64_t b = 0; b < view.count; ++b)
-        if (stops(b, ask(view.buckets[b], every))) return CHANGED;
+    for (size_t b = 0; b < planned.buckets.size(); ++b)
+        if (stops(b, ask(*planned.buckets[b], every))) return CHANGED;
     const NoCollection no_collection;
-    if (!same_groups(view)) return GROUPS_CHANGED;
-    if (!same_settings(view)) return SETTINGS_CHANGED;
-    if (!same_state(view)) return STATE_CHANGED;
+    if (!same_groups(planned)) return GROUPS_CHANGED;
+    if (!same_settings(planned)) return SETTINGS_CHANGED;
+    if (!same_state(planned)) return STATE_CHANGED;
     bool all = true;
-    for (int64_t b = 0; b < view.count; ++b) {
-        Bucket& bucket = view.buckets[b];
+    for (size_t b = 0; b < planned.buckets.size(); ++b) {
+        Bucket& bucket = *planned.buckets[b];
         if (stops(b, changed_row(bucket, every))) return CHANGED;
-        all = all && bucket.active == bucket.count;
+        all = all && bucket.active == bucket.count();
     }
     return all ? ALL_ACTIVE : SOME_IDLE;
 }

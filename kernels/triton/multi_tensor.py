@@ -26,7 +26,7 @@ __all__ = [
     "constexprs", "multi_tensor", "open_gate", "options", "shape_of", "sum_of_squares",
 ]  # fmt: skip
 
-#: Columns of the rows' table, int64: the fields of ``ROW`` in plan/structures.py, in this order.
+#: Columns of the rows' table, int64: the fields of ``Row`` in native/kernels.h, in this order.
 COLUMNS = (
     "param", "state0", "state1", "state2", "counter", "scalar", "numel", "group", "first",
 )  # fmt: skip

@@ -14,58 +14,11 @@
 #include <cstdlib>
 #include <memory>
 
-#include "../../kernels/native/multi_tensor.cpp"
+#include "../../kernels/native/multi_tensor.h"
+#include "../../kernels/native/sets.h"
 #include "../../kernels/native/storage.h"
 
 using namespace clr;
-
-// The driver's stand-ins for Python objects: lists, and objects that count their references.
-struct _object {
-    long references = 1;
-    std::vector<PyObject*> items;
-};
-
-extern "C" {
-[[noreturn]] static void never(const char* name) {
-    std::fprintf(stderr, "%s: a step must not call this function\n", name);
-    std::abort();
-}
-PyObject* PyObject_GetAttr(PyObject*, PyObject*) { never(__func__); }
-PyObject* PyObject_CallMethodObjArgs(PyObject*, PyObject*, ...) { never(__func__); }
-PyObject* PyObject_CallFunctionObjArgs(PyObject*, ...) { never(__func__); }
-PyObject* PyObject_Type(PyObject*) { never(__func__); }
-int PyObject_RichCompareBool(PyObject*, PyObject*, int) { never(__func__); }
-int PyList_SetItem(PyObject*, ptrdiff_t, PyObject*) { never(__func__); }
-ptrdiff_t PyList_Size(PyObject*) { never(__func__); }
-PyObject* PyTuple_GetItem(PyObject*, ptrdiff_t) { never(__func__); }
-ptrdiff_t PyTuple_Size(PyObject*) { never(__func__); }
-unsigned long PyThread_get_thread_ident() { return 7; }
-int PyGC_Disable() { never(__func__); }
-int PyGC_Enable() { never(__func__); }
-PyObject* PyDict_GetItemWithError(PyObject*, PyObject*) { never(__func__); }
-int PyDict_Next(PyObject*, ptrdiff_t*, PyObject**, PyObject**) { never(__func__); }
-void* PyCapsule_GetPointer(PyObject*, const char*) { never(__func__); }
-void PyErr_Clear() { never(__func__); }
-void Py_DecRef(PyObject* object) {
-    if (!--object->references) delete object;
-}
-PyObject* PyList_GetItem(PyObject* list, ptrdiff_t i) { return list->items.at(size_t(i)); }
-int PyList_SetSlice(PyObject* list, ptrdiff_t from, ptrdiff_t to, PyObject* with) {
-    for (ptrdiff_t i = from; i < to; ++i) {
-        PyObject* old = list->items.at(size_t(i));
-        list->items[size_t(i)] = with->items.at(size_t(i - from));
-        ++list->items[size_t(i)]->references;
-        Py_DecRef(old);
-    }
-    return 0;
-}
-static bool has_gil = true;
-void* PyEval_SaveThread() {
-    has_gil = false;
-    return &has_gil;
-}
-void PyEval_RestoreThread(void*) { has_gil = true; }
-}
 
 namespace {
 
@@ -103,8 +56,7 @@ Bytes values(int64_t dtype, int64_t count, unsigned seed, bool positive) {
 
 struct Run {
     std::vector<Bytes> memory;
-    std::vector<clr::Row> rows;
-    std::vector<const void*> gradients;
+    clr::Rows rows;
     std::vector<unsigned char> result;  // of all active rows: parameters, state, counters
 
     void keep(const void* from, size_t size) {
@@ -115,18 +67,17 @@ struct Run {
 
 bool overrun = false;
 
-int slots_of(int64_t kernel) { return kernel_set().kernel(kernel, FLOAT32).slots; }
+int slots_of(int64_t kernel) { return clr::kernels->kernel(kernel, FLOAT32).slots; }
 
-int64_t kernels() {
+int64_t count_kernels() {
     int64_t count = 0;
-    while (kernel_set().kernel(count, FLOAT32).name) ++count;
+    while (clr::kernels->kernel(count, FLOAT32).name) ++count;
     return count;
 }
 
 Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
     Run run;
-    const bool counts = kernel >= 2, has_scalar = kernel_set().kernel(kernel, FLOAT32).factor;
-    PyObject none, grads, nones;
+    const bool counts = kernel >= 2, has_scalar = clr::kernels->kernel(kernel, FLOAT32).factor;
     for (int64_t i = 0; i < TENSORS; ++i) {
         const auto tensor = [&](unsigned seed, bool positive = false) -> void* {
             run.memory.push_back(values(dtype, LENGTHS[i], seed + unsigned(i), positive));
@@ -137,7 +88,7 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
         row.numel = LENGTHS[i] + (overrun && i == TENSORS - 1);
         row.group = i % GROUPS;
         const bool active = i % 5 != 4;
-        run.gradients.push_back(!active ? nullptr : LENGTHS[i] ? tensor(2) : NO_DATA);
+        run.rows.gradients.push_back(!active ? nullptr : LENGTHS[i] ? tensor(2) : NO_DATA);
         // A first step may find any bytes in its momentum, and must not use them.
         row.first = kernel == 1 && i % 3 == 0;
         for (int k = 0; k < slots_of(kernel); ++k) row.state[k] = tensor(3 + unsigned(k), true);
@@ -156,15 +107,12 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
                                     std::free);
             *number = run.memory.back().get();
         }
-        run.rows.push_back(row);
-        grads.items.push_back(active ? new PyObject : &none);
-        nones.items.push_back(&none);
-        none.references += 2;
+        run.rows.rows.push_back(row);
     }
     const std::vector<unsigned char> idle = [&] {
         Run copy;
         for (int64_t i = 4; i < TENSORS; i += 5)
-            copy.keep(run.rows[size_t(i)].param, SIZES[dtype] * size_t(LENGTHS[i]));
+            copy.keep(run.rows.rows[size_t(i)].param, SIZES[dtype] * size_t(LENGTHS[i]));
         return copy.result;
     }();
 
@@ -174,49 +122,20 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
         const double own[WIDTH] = {0.01, g ? 0.1 : 0.0, g ? 0.0 : 0.1, g ? -1.0 : 1.0, 0.9, 0.99, 1e-8, 0};
         std::memcpy(scalars + g * WIDTH, own, sizeof own);
     }
-    clr::Scan scan = {};
-    scan.grads = &grads, scan.nones = &nones, scan.none = &none;
-    clr::Bucket bucket = {&scan, run.rows.data(), run.gradients.data(), TENSORS, 0,
-                          kernel, dtype, wide, wide, 1};
-    for (const void* gradient : run.gradients) bucket.active += gradient != nullptr;
-    int64_t tally[2] = {};
-    clr::View view = {};
-    view.buckets = &bucket, view.count = 1, view.tally = tally, view.ready = 1;
-
-    double squares = -1;
+    run.rows.kernel = kernel, run.rows.dtype = dtype;
+    run.rows.counter_bits = run.rows.scalar_bits = wide ? 64 : 32;
     for (int step = 0; step < 3; ++step) {
-        require(clr_sums_of_squares(&view, &squares, threads) == 0, "no sums", kernel, dtype);
-        require(squares > 0, "sums of nothing", kernel, dtype);
-        require(clr_step(&view, scalars, WIDTH, 0.5, threads, 1) == 0, "no step", kernel, dtype);
-        require(has_gil && !view.busy && tally[0] == step + 1 && tally[1] == step + 1,
-                "a step not ended", kernel, dtype);
-        require(clr_step(&view, scalars, WIDTH, 0.5, threads, 1) == 2, "a step of nothing", kernel,
+        require(sum_of_squares(*clr::kernels, run.rows, int(threads)) > 0, "sums of nothing", kernel,
                 dtype);
-        require(tally[0] == step + 1, "a step that was none", kernel, dtype);
-        // Do what a scan does between steps.
-        for (int64_t i = 0; i < TENSORS; ++i) {
-            require(grads.items[size_t(i)] == &none, "a gradient held", kernel, dtype);
-            if (run.gradients[size_t(i)]) {
-                grads.items[size_t(i)] = new PyObject;
-                --none.references;
-            }
-            run.rows[size_t(i)].first = 0;
-        }
-        bucket.held = view.ready = 1;
+        update(*clr::kernels, run.rows, scalars, WIDTH, 0.5, int(threads));
+        for (clr::Row& row : run.rows.rows) row.first = 0;
     }
-    view.busy = 1;
-    require(clr_step(&view, scalars, WIDTH, 1, threads, 1) == 2, "two at once", kernel, dtype);
-    require(clr_current(&view) == -2, "a scan within a step", kernel, dtype);
-    view.busy = 7;
-    require(clr_current(&view) == -6, "a scan within a step of this thread", kernel, dtype);
-    view.busy = 0;
-    clr::release(bucket);
 
     Run still;
     for (int64_t i = 0; i < TENSORS; ++i) {
-        const clr::Row& row = run.rows[size_t(i)];
+        const clr::Row& row = run.rows.rows[size_t(i)];
         const size_t size = SIZES[dtype] * size_t(row.numel);
-        if (!run.gradients[size_t(i)]) {
+        if (!run.rows.gradients[size_t(i)]) {
             still.keep(row.param, size);
             continue;
         }
@@ -238,7 +157,7 @@ int main(int argc, char** argv) {
     }
     overrun = argc > 2;
     int runs = 0;
-    for (int64_t kernel = 0; kernel < kernels(); ++kernel)
+    for (int64_t kernel = 0; kernel < count_kernels(); ++kernel)
         for (int64_t dtype = 0; dtype < 4; ++dtype)
             for (int wide = 0; wide < (kernel < 2 ? 1 : 2); ++wide) {
                 const Run one = run(kernel, dtype, 1, wide), more = run(kernel, dtype, 3, wide);
@@ -246,11 +165,8 @@ int main(int argc, char** argv) {
                 require(one.result == more.result, "other bits on threads", kernel, dtype);
                 runs += 2;
             }
-    for (const int64_t kernel : {int64_t(-1), kernels()}) {
-        clr::Bucket bucket = {nullptr, nullptr, nullptr, 0, 0, kernel, 0, 0, 0, 0};
-        clr::View view = {};
-        view.buckets = &bucket, view.count = 1;
-        require(clr_step(&view, nullptr, 0, 1, 1, 1) == 1, "an unknown kernel", kernel, 0);
-    }
+    for (const int64_t kernel : {int64_t(-1), count_kernels()})
+        require(!clr::kernels->kernel(kernel, FLOAT32).update, "an unknown kernel", kernel, FLOAT32);
+    require(!clr::kernels->kernel(0, 4).update, "an unknown dtype", 0, 4);
     std::printf("%d runs\n", runs);
 }

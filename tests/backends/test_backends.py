@@ -246,11 +246,12 @@ def free_threaded(monkeypatch):
     monkeypatch.setattr(
         sysconfig, "get_config_var", lambda name: 1 if name == "Py_GIL_DISABLED" else ask(name)
     )
-    monkeypatch.setattr(native, "_library", None)
+    native.library.cache_clear()
     monkeypatch.setattr(serving, "_warned_no_kernels", False)
     loader._load.cache_clear()
     yield
     loader._load.cache_clear()
+    native.library.cache_clear()
 
 
 @pytest.mark.usefixtures("free_threaded")

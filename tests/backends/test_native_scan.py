@@ -10,9 +10,9 @@ import pytest
 import torch
 from changes import Odd, drop, many, sparse
 from internals import plan_of
-from native_helpers import BY_NAME, Twins, assert_alike, drawn, feed, members, parameters, twins
+from native_helpers import BY_NAME, assert_alike, feed, members, twins
 
-from clr_optim.plan import plan, words
+from clr_optim.plan import words
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 
@@ -47,7 +47,7 @@ def test_a_switch_keeps_it_from_looking_ahead(monkeypatch):
     assert known.negative != 0
     pair = many("adam", 20)
     pair.run(2)
-    assert [bucket.scan.storage for bucket in plan_of(pair.ours).buckets] == [0]
+    assert [bucket.native.looks_ahead for bucket in plan_of(pair.ours).buckets] == [False]
 
 
 @pytest.fixture(params=["ahead", "off", "blind"])
@@ -202,28 +202,3 @@ def test_autograd_may_hand_over_a_negated_view():
             p.grad = None
             (torch.complex(torch.zeros_like(p), p).conj() * (1 + 2j)).abs().sum().backward()
         pair.step()
-
-
-# ---- the view
-
-
-def test_a_plan_shows_no_view_that_is_not_whole(monkeypatch):
-    """Another thread may take a step with the view at once."""
-    pair = Twins(lambda: torch.optim.SGD(parameters(drawn([(8,)], torch.float64)), lr=0.1))
-    pair.draw()
-    pair.step()
-    ours = plan_of(pair.ours)
-    whole = []
-
-    class Watched(plan.View):
-        def __setattr__(self, name, value):
-            super().__setattr__(name, value)
-            whole.append(bool(ours.view.address) and ours.view.scalars.size > 0)
-
-    monkeypatch.setattr(plan, "View", Watched)
-    ours.forget()
-    pair.draw()
-    pair.step()
-    assert whole
-    assert all(whole)
-    assert type(ours.view) is Watched

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from clr_optim import CyclicalOptimizer
+from clr_optim.core.ordinary import OrdinarySteps
 from clr_optim.kernels.native import load
 from clr_optim.plan import Plan
 
@@ -330,7 +331,8 @@ class Run:
 MOMENTS: tuple[tuple[str, Any, str, int], ...] = (
     ("saves", torch, "save", 3),  # begun, and not written
     ("saves", os, "fsync", 2),  # written, and not yet renamed
-    ("steps", Plan, "commit", 5),  # parameters are new, the position is not
+    ("steps", Plan, "commit", 1),  # parameters are new, the position is not
+    ("steps", OrdinarySteps, "_hand_down", 3),  # between two steps that native code takes alone
 )
 
 

@@ -1,8 +1,8 @@
 """The Triton backend: kernels for tensors on a GPU."""
 
+from clr_optim.backends.device import is_capturing
 from clr_optim.backends.native import NoKernelsError
 from clr_optim.backends.triton.backend import TritonBackend
-from clr_optim.backends.triton.device import is_capturing
 from clr_optim.backends.triton.here import (
     DEVICES,
     is_interpreted,

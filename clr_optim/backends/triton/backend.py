@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from clr_optim.backends import device as current
 from clr_optim.backends.base import Course, Gradients, WhoKnows
 from clr_optim.backends.native import library
-from clr_optim.backends.triton import device as current
 from clr_optim.backends.triton import here
 from clr_optim.backends.triton.clock import Clock
 from clr_optim.backends.triton.gate import fill_gates
@@ -55,6 +55,7 @@ class TritonBackend:
     counts_on_device: ClassVar[bool] = True
     keeps_rates: ClassVar[bool] = True
     reuses_norm: ClassVar[bool] = True
+    steps_alone: ClassVar[bool] = False
     sees_overflows: ClassVar[bool] = True
 
     @classmethod
@@ -90,7 +91,7 @@ class TritonBackend:
         self.plan = Plan(
             optimizer,
             rule,
-            library().held,
+            library(),
             device,
             capturable=True,
             by_alignment=True,
@@ -199,11 +200,11 @@ class TritonBackend:
                     clock.advanced(course)
         except BaseException:
             if done == len(by_device) and not capturing:
-                plan.commit()  # every device has stepped: the new state counts
+                self._note_changes()  # every device has stepped: the new state counts
             raise
         if not capturing:
-            plan.tally[0] += 1
-            plan.tally[1] += course.moves
+            plan.native.calls += 1
+            plan.native.steps += course.moves
         self.who_knows = afterwards
         if capturing:
             self._given_up.append([launch.give_up() for launch in self._launches])
@@ -211,12 +212,18 @@ class TritonBackend:
             # Keep the tensors too: a checkpoint may put other tensors in their place.
             self._given_up.append((list(plan.buckets), course.kept, gradients, gates))
         created = plan.pending
-        plan.commit()
+        self._note_changes()
         if created:  # upload the rows with the new state now, as a capture could not
             for launch in self._launches:
                 with current.guard(launch.bucket.device):
                     launch.refresh()
         return norm
+
+    def _note_changes(self) -> None:
+        """Mark the parameters as changed, and put new state into the optimizer, after a step."""
+        # As after any in-place update: a backward pass through an older graph must raise.
+        torch.autograd.graph.increment_version(self.plan.active_params())
+        self.plan.commit()
 
     def _arrange(self, launches: list[Launch]) -> None:
         for device in dict.fromkeys(launch.bucket.device for launch in launches):

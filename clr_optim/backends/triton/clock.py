@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from clr_optim.backends import device as current
 from clr_optim.backends.base import Course
-from clr_optim.backends.triton import device as current
 from clr_optim.backends.triton.launch import Launch
 from clr_optim.backends.triton.mirror import Mirror
 from clr_optim.schedule import Schedule, fixed

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from clr_optim.backends import device as current
 from clr_optim.backends.base import Gradients
-from clr_optim.backends.triton import device as current
 from clr_optim.backends.triton.clock import SUMMED_AT_ONCE, Clock
 from clr_optim.backends.triton.launch import Launch
 from clr_optim.plan import Plan
@@ -49,7 +49,7 @@ def fill_gates(
         sums = _join(plan, parts)
         count = len(sums)
     gates: dict[torch.device, Tensor] = {}
-    dtype = torch.float64 if plan.wide else torch.float32
+    dtype = plan.norm_dtype
     norm = None
     if sums is not None and not clocks:  # only other ranks have gradients
         norm = sums.sum().sqrt().to(dtype)

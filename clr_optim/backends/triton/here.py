@@ -7,8 +7,8 @@ import os
 
 import torch
 
+from clr_optim.backends import device as current
 from clr_optim.backends.native import NoKernelsError
-from clr_optim.backends.triton import device as current
 from clr_optim.backends.triton.clock import fill_open_gate
 
 __all__ = ["DEVICES", "is_interpreted", "try_out", "why_no_triton", "why_not_unasked"]

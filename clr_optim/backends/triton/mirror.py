@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clr_optim.backends.triton import device as current
+from clr_optim.backends import device as current
 
 __all__ = ["Mirror"]
 

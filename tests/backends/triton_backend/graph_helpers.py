@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton_helpers import DEVICE, INTERPRETED
 
 from clr_optim import CyclicalOptimizer
-from clr_optim.backends.triton import device as current
+from clr_optim.backends import device as current
 
 SHAPES = [(5, 3), (1100,), (), (0,)]
 

@@ -126,8 +126,8 @@ def test_a_device_that_joins_stands_where_the_others_do(monkeypatch):
 
     begin = Bucket.begin
 
-    def on_two(self, first):
-        begin(self, first)
+    def on_two(self, first, lib):
+        begin(self, first, lib)
         if self.dtype == torch.float64 and DEVICE.type == "cpu":
             self.device = torch.device("cpu", 1)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton_helpers import DEVICE, INTERPRETED, RUNS
 
 from clr_optim import CyclicalOptimizer
-from clr_optim.backends.triton import device as current
+from clr_optim.backends import device as current
 
 pytestmark = [
     pytest.mark.triton,

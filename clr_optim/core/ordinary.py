@@ -1,0 +1,160 @@
+"""The ordinary step: one call of native code, with values that Python has computed ahead.
+
+Native code checks whether anything is unusual, updates the parameters, and writes the values of the
+next step into the groups. So Python runs once in some 64 steps, to compute the next values. If
+anything is unusual, nothing has changed, and the general way (:mod:`clr_optim.core.step`) takes the
+step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clr_optim.core.groups import GroupMirror, Record, Values
+from clr_optim.core.position import Position
+from clr_optim.core.serving import Serving
+from clr_optim.core.settings import Settings
+from clr_optim.plan import Plan
+
+__all__ = ["OrdinarySteps"]
+
+# The largest number of steps whose values are computed at once.
+_BLOCK = 64
+
+
+class OrdinarySteps:
+    """Steps that native code takes alone.
+
+    A caller holds the optimizer's lock.
+
+    Args:
+        settings: the optimizer and its policy.
+        mirror: what we wrote into the groups.
+        position: the position, and who knows it.
+        serving: the backend.
+    """
+
+    def __init__(
+        self, settings: Settings, mirror: GroupMirror, position: Position, serving: Serving
+    ) -> None:
+        self._settings = settings
+        self._mirror = mirror
+        self._position = position
+        self._serving = serving
+        # The number of steps that the next values are for. It doubles from 1 up to a block, so that
+        # a loop whose steps are all unusual computes few values in vain.
+        self._count = 1
+        #: the norm of all gradients in the last step that clipped by it
+        self.norm: Tensor | None = None
+
+    @property
+    def _plan(self) -> Plan | None:
+        fused = self._serving.fused
+        return fused.plan if fused is not None and fused.steps_alone else None
+
+    def take(self, attributes: dict[str, Any]) -> bool:
+        """Take the next step, and return True; or change nothing and return False.
+
+        Args:
+            attributes: the dictionary of the CyclicalOptimizer.
+        """
+        plan = self._plan
+        if plan is None:
+            return False
+        native, lib = plan.native, plan.lib
+        outcome = native.step(attributes)
+        if outcome == lib.OUT_OF_VALUES and self._hand_down(plan, attributes):
+            outcome = native.step(attributes)
+        return bool(outcome == lib.TAKEN)
+
+    def leave(self) -> None:
+        """Forget the values: the general way takes the next step."""
+        plan = self._plan
+        if plan is not None:
+            self.last_norm()
+            plan.native.leave()
+            self._count = 1
+
+    # ---- the norm of the gradients
+
+    def last_norm(self) -> Tensor | None:
+        """Return :attr:`norm`, after making a tensor of a number that native code has computed."""
+        plan = self._plan
+        number = None if plan is None else plan.native.take_norm()
+        if plan is not None and number is not None:
+            self.norm = torch.tensor(number, dtype=plan.norm_dtype, device="cpu")
+        return self.norm
+
+    # ---- values ahead
+
+    def _hand_down(self, plan: Plan, attributes: dict[str, Any]) -> bool:
+        """Give native code the records of the groups and the values of the coming steps.
+
+        Returns:
+            Whether an ordinary step may follow. Native code itself looks at the groups.
+        """
+        settings, mirror, position = self._settings, self._mirror, self._position
+        if settings.has_scale_fn or plan.needs_python:
+            return False
+        position.catch_up()
+        if settings.max_grad_norm is not None and any(plan.spreads):
+            return False  # the norm is a sum over ranks
+        number, written, records = position.number, mirror.written, mirror.records
+        if written.position != number or len(plan.scalars) != len(records):
+            return False  # other code has moved the position, or added a group
+        if not all(map(_is_plain, records)):
+            return False
+        values = self._values_after(written)
+        if not values:
+            return False
+        ends = []
+        if attributes.get("_cycle_end_hooks"):
+            ends = [settings.schedule.is_cycle_end(each.position) for each in values]
+        rows = [written, *values]
+        nothing: list[tuple[float | None, float | None]] = [(None, None)] * len(records)
+        low_high = written.momentum_bounds or nothing
+        groups = zip(records, written.bounds, low_high, strict=True)
+        cycles = bool(written.momenta)
+        # One call, so that an interrupt finds the old course or the new one.
+        plan.native.follow(
+            [(r.group, r.lr, *bounds, r.momentum, *momenta) for r, bounds, momenta in groups],
+            written.position,
+            [row.rates for row in rows],
+            [row.momenta for row in rows] if cycles else [],
+            ends,
+            *(plan.momentum_places if cycles else (-1, [])),
+            settings.max_grad_norm,
+        )
+        self._count = min(2 * self._count, _BLOCK)
+        return True
+
+    def _values_after(self, written: Values) -> list[Values]:
+        """Return the values of the coming positions.
+
+        They end before a momentum of 0, whose kernel is another one.
+        """
+        coming: list[Values] = []
+        if 0.0 not in written.momenta:
+            for number in range(written.position + 1, written.position + self._count + 1):
+                values = self._mirror.evaluate(number)
+                if 0.0 in values.momenta:
+                    break
+                coming.append(values)
+        return coming
+
+
+def _is_plain(record: Record) -> bool:
+    """Return whether native code can write the group's rate and momentum."""
+    lr = record.lr
+    is_plain_rate = type(lr) is float or (
+        type(lr) is Tensor
+        and lr.device.type == "cpu"
+        and lr.dtype in (torch.float32, torch.float64)
+        and lr.layout is torch.strided
+        and lr.numel() == 1
+        and not lr.is_neg()
+    )
+    return is_plain_rate and type(record.momentum) in (float, tuple, type(None))

@@ -1,0 +1,316 @@
+// A plan: everything that one optimizer's steps read, and the step itself.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "course.h"
+#include "multi_tensor.h"
+#include "scan.h"
+#include "sets.h"
+
+namespace clr {
+
+// The scalars of each group, a row each: the memory of an array that Python fills.
+class Scalars {
+public:
+    Scalars() = default;
+    Scalars(const Scalars&) = delete;
+    ~Scalars() { leave(); }
+
+    bool take(PyObject* array) {
+        Py_buffer buffer;
+        if (PyObject_GetBuffer(array, &buffer, PyBUF_FORMAT | PyBUF_STRIDES | PyBUF_WRITABLE))
+            return false;
+        if (buffer.ndim != 2 || buffer.itemsize != 8 || *buffer.format != 'd' ||
+            buffer.strides[1] != 8 || buffer.strides[0] != 8 * buffer.shape[1]) {
+            PyBuffer_Release(&buffer);
+            PyErr_SetString(PyExc_ValueError, "scalars must be a contiguous array of float64");
+            return false;
+        }
+        leave();
+        buffer_ = buffer, has_ = true;
+        return true;
+    }
+    void leave() {
+        if (has_) PyBuffer_Release(&buffer_);
+        has_ = false;
+    }
+    int64_t groups() const { return has_ ? buffer_.shape[0] : 0; }
+    int64_t width() const { return has_ ? buffer_.shape[1] : 0; }
+    double* data() const { return static_cast<double*>(has_ ? buffer_.buf : nullptr); }
+
+    int visit(visitproc visit, void* arg) const {
+        if (has_) Py_VISIT(buffer_.obj);
+        return 0;
+    }
+
+private:
+    Py_buffer buffer_ = {};
+    bool has_ = false;
+};
+
+// Sets an exception aside, and raises it again at the end of the scope.
+class Raised {
+public:
+    Raised() { PyErr_Fetch(&type_, &value_, &trace_); }
+    Raised(const Raised&) = delete;
+    ~Raised() {
+        if (type_) PyErr_Restore(type_, value_, trace_);
+    }
+
+private:
+    PyObject *type_, *value_, *trace_;
+};
+
+// How a call of step() ended.
+enum Outcome {
+    TAKEN = 0,
+    OUT_OF_VALUES = 1,  // the course has no values for another step
+    OBSERVED = 2,       // hooks, a profiler, a GradScaler or a graph's capture need the general way
+    REPLACED = 3,       // other code replaced the optimizer's step, groups or state
+    WRITTEN = 4,        // other code wrote into the groups
+    OUTDATED = 5,       // a scan found a change
+    IN_USE = 6,         // a finalizer or a signal handler has called a step within a step
+};
+
+class Plan {
+public:
+    Planned planned;
+    std::vector<Ref> buckets;  // the Python objects of planned.buckets
+    Ref params;                // list of the parameters of all buckets
+    Scalars scalars;
+    Course course;
+    Ref optimizer, own_step;   // the wrapped optimizer, and its class's step()
+    double max_norm = -1;      // the largest norm of all gradients; below 0 for any norm
+    double norm = 0;           // of all gradients in the last step, if Python has not taken it
+    bool has_norm = false;
+    int64_t calls = 0, steps = 0;  // kernel calls, and those that advanced the position
+    bool busy = false;
+
+    // ---- the parts of a step
+
+    Answer look() {
+        if (busy) return NESTED;
+        const Use use(*this);
+        return find_changes();
+    }
+
+    // Updates all rows with a gradient, unless a scan finds a change.
+    // Returns false with an exception set on failure.
+    bool update(PyObject* rates, double factor, bool moves, Answer& answer) {
+        if (busy) return answer = NESTED, true;
+        const Use use(*this);
+        answer = find_changes();
+        if (!is_current(answer)) return true;
+        const Items given(rates);
+        for (Py_ssize_t i = 0; i < given.size() && i < scalars.groups(); ++i) {
+            scalars.data()[i * scalars.width()] = PyFloat_AsDouble(given.get(i));
+            if (PyErr_Occurred()) return false;
+        }
+        const bool ran = run(factor, answer, moves, false);
+        const Raised raised;
+        release();
+        return ran;
+    }
+
+    // Returns the sum of squares of each bucket's gradients, unless a scan finds a change.
+    Answer squares(std::vector<double>& sums) {
+        if (busy) return NESTED;
+        const Use use(*this);
+        const Answer answer = find_changes();
+        if (is_current(answer)) sums = sums_of_squares();
+        return answer;
+    }
+
+    // ---- the whole of an ordinary step
+
+    // Takes the next step of the course: checks the groups, scans, updates, and writes the next
+    // values into the groups. Before anything has changed, anything unusual ends the call.
+    // `attributes` is the dictionary of the wrapping optimizer.
+    bool step(PyObject* attributes, Outcome& outcome) {
+        if (busy) return outcome = IN_USE, true;
+        const Use use(*this);
+        Answer answer = ALL_ACTIVE;
+        outcome = why_not(attributes);
+        if (outcome == TAKEN) {
+            answer = find_changes();
+            // After the scan, which may run Python code.
+            if (!is_current(answer)) outcome = OUTDATED;
+            else if (!course.is_untouched(planned.groups.get())) outcome = WRITTEN;
+        }
+        if (PyErr_Occurred()) PyErr_Clear();
+        if (outcome != TAKEN) return release(), true;
+        double factor = 1;
+        if (max_norm >= 0) {
+            double sum = 0;
+            for (const double square : sums_of_squares()) sum += square;
+            norm = std::sqrt(sum), has_norm = true;
+            const double clip = max_norm / (norm + 1e-6);
+            factor = clip > 1 ? 1 : clip;  // a NaN must stay NaN, as in clip_grad_norm_
+        }
+        for (size_t i = 0; i < course.records.size(); ++i)
+            scalars.data()[int64_t(i) * scalars.width()] = course.records[i].rate;
+        // The groups follow the parameters, whatever has happened.
+        const bool ran = run(factor, answer, true, course.has_tensors());
+        const Raised raised;
+        const bool advanced = course.advance() && take_momenta();
+        release();
+        return ran && advanced;
+    }
+
+    // Lets go of the gradients.
+    void release() {
+        for (Bucket* bucket : planned.buckets) bucket->release();
+    }
+
+    int visit(visitproc visit, void* arg) const {
+        for (const Ref* each :
+             {&planned.groups, &planned.members, &planned.keys, &planned.settings, &planned.state,
+              &planned.dicts, &planned.idle, &params, &optimizer, &own_step})
+            Py_VISIT(each->get());
+        for (const Ref& bucket : buckets) Py_VISIT(bucket.get());
+        if (const int stop = scalars.visit(visit, arg)) return stop;
+        return course.visit(visit, arg);
+    }
+    void clear() {
+        course.end();
+        const Planned old = std::exchange(planned, Planned());
+        const std::vector<Ref> old_buckets = std::exchange(buckets, {});
+        const Ref old_params = std::move(params), old_optimizer = std::move(optimizer),
+                  old_step = std::move(own_step);
+        scalars.leave();
+    }
+
+private:
+    // Keeps every other scan and step away, also those of finalizers.
+    class Use {
+    public:
+        explicit Use(Plan& plan) : plan_(plan) { plan.busy = true; }
+        Use(const Use&) = delete;
+        ~Use() { plan_.busy = false; }
+
+    private:
+        Plan& plan_;
+    };
+
+    Answer find_changes() {
+        if (!planned.groups) return GROUPS_CHANGED;
+        const Answer answer = scan(planned);
+        if (PyErr_Occurred()) PyErr_Clear();
+        return answer;
+    }
+
+    // The number of values that a step updates.
+    int64_t size() const {
+        int64_t total = 0;
+        for (const Bucket* bucket : planned.buckets) total += clr::size(*bucket);
+        return total;
+    }
+
+    // Asks torch only if the answer matters.
+    static int threads_for(int64_t size) {
+        if (size < 2 * GRAIN) return 1;
+        const Ref count(PyObject_CallNoArgs(torch().num_threads.get()));
+        const long number = count ? PyLong_AsLong(count.get()) : 1;
+        if (PyErr_Occurred()) PyErr_Clear();
+        return int(std::max(number, 1L));
+    }
+
+    std::vector<double> sums_of_squares() const {
+        std::vector<double> sums;
+        const int threads = threads_for(size());
+        const WithoutGil without_gil(size() >= PARALLEL);
+        for (const Bucket* bucket : planned.buckets)
+            sums.push_back(sum_of_squares(*kernels, *bucket, threads));
+        return sums;
+    }
+
+    // Runs the kernels, counts the call, and counts up the versions of the tensors that changed.
+    bool run(double factor, Answer answer, bool moves, bool fills_rates) {
+        const int threads = threads_for(size());
+        {
+            // A shorter step takes less time than giving the GIL away and getting it back.
+            const WithoutGil without_gil(size() >= PARALLEL);
+            for (const Bucket* bucket : planned.buckets)
+                if (bucket->active)
+                    clr::update(*kernels, *bucket, scalars.data(), scalars.width(), factor,
+                                threads);
+        }
+        calls += 1, steps += moves;
+        // As after any in-place update: a backward pass through an older graph must raise.
+        Ref changed = Ref::to(params.get());
+        if (answer != ALL_ACTIVE || fills_rates) {
+            changed = Ref(PyList_New(0));
+            const auto add = [&changed](PyObject* tensor) {
+                return changed && !PyList_Append(changed.get(), tensor);
+            };
+            for (const Bucket* bucket : planned.buckets)
+                for (size_t i = 0; i < bucket->rows.size(); ++i)
+                    if (bucket->gradients[i] && !add(bucket->params[i].get())) return false;
+            for (const Record& record : course.records)
+                if (fills_rates && record.fills && !add(record.lr.get())) return false;
+        }
+        const Ref none(PyObject_CallFunctionObjArgs(torch().increment_version.get(), changed.get(),
+                                                    nullptr));
+        return bool(none);
+    }
+
+    // Notes the momenta that the course has just written, so that the next scan finds no change.
+    bool take_momenta() {
+        for (size_t i = 0; i < course.places.size(); ++i) {
+            if (course.places[i] < 0) continue;
+            const Record& record = course.records[i];
+            PyObject* const settings = PyList_GetItem(planned.settings.get(), Py_ssize_t(i));
+            if (!settings || PyList_SetItem(settings, course.places[i],
+                                            Py_NewRef(record.momentum.get())))
+                return false;
+            scalars.data()[int64_t(i) * scalars.width() + course.column] = record.beta;
+        }
+        return true;
+    }
+
+    // Why the general way must take the step; TAKEN if nothing speaks against one call.
+    Outcome why_not(PyObject* attributes) const {
+        if (is_observed(attributes)) return OBSERVED;
+        if (is_replaced()) return REPLACED;
+        if (course.is_over()) return OUT_OF_VALUES;
+        if (!is_empty(item(attributes, names().cycle_end_hooks)) &&
+            (course.ends.empty() || course.ends[course.row]))
+            return OBSERVED;
+        if (scalars.groups() != int64_t(course.records.size())) return OUTDATED;
+        return TAKEN;
+    }
+
+    static PyObject* item(PyObject* dict, const Ref& key) {
+        return dict ? PyDict_GetItemWithError(dict, key.get()) : nullptr;
+    }
+    static bool is_empty(PyObject* hooks) { return hooks && PyDict_Size(hooks) == 0; }
+
+    bool is_observed(PyObject* attributes) const {
+        const Names& n = names();
+        const Torch& t = torch();
+        if (item(attributes, n.found_inf) || item(attributes, n.grad_scale) ||
+            !is_empty(item(attributes, n.pre_hooks)) || !is_empty(item(attributes, n.post_hooks)) ||
+            !is_empty(t.global_pre_hooks.get()) || !is_empty(t.global_post_hooks.get()) ||
+            item(t.profiler.get(), n.profiles) != Py_False)
+            return true;
+        if (t.is_capturing.is(Py_None)) return false;
+        const Ref capturing(PyObject_CallNoArgs(t.is_capturing.get()));
+        return !capturing.is(Py_False);
+    }
+
+    bool is_replaced() const {
+        const Names& n = names();
+        const Ref dict(PyObject_GenericGetDict(optimizer.get(), nullptr));
+        if (!dict || item(dict.get(), n.own_step) ||
+            !planned.state.is(item(dict.get(), n.state)) ||
+            !planned.groups.is(item(dict.get(), n.param_groups)) ||
+            !is_empty(item(dict.get(), n.pre_hooks)) || !is_empty(item(dict.get(), n.post_hooks)))
+            return true;
+        const Ref step(PyObject_GetAttr(type_of(optimizer.get()), n.own_step.get()));
+        return !step || !step.is(own_step.get());
+    }
+};
+
+}  // namespace clr

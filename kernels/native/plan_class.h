@@ -1,0 +1,237 @@
+// The Python class Plan. module.pyi describes its methods.
+#pragma once
+
+#include "bucket_class.h"
+#include "plan.h"
+
+namespace clr {
+
+using PlanObject = Object<Plan>;
+
+// The class of Bucket objects.
+inline PyTypeObject* bucket_type = nullptr;
+
+inline PyObject* new_plan(PyTypeObject* type, PyObject* args, PyObject*) {
+    PyObject *optimizer, *own_step;
+    if (!PyArg_ParseTuple(args, "OO", &optimizer, &own_step)) return nullptr;
+    PyObject* const self = PlanObject::make(type);
+    if (!self) return nullptr;
+    Plan& plan = PlanObject::of(self);
+    plan.optimizer = Ref::to(optimizer), plan.own_step = Ref::to(own_step);
+    return self;
+}
+
+// Refuses a change of the plan within a step or a scan.
+inline bool is_free(const Plan& plan) {
+    if (!plan.busy) return true;
+    PyErr_SetString(PyExc_RuntimeError, "a plan cannot change within a step");
+    return false;
+}
+
+inline PyObject* plan_show(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+    Plan& plan = PlanObject::of(self);
+    if (!expects("show()", count, 7) || !is_free(plan)) return nullptr;
+    if (Items(args[0]).size() < 0 || !PyDict_Check(args[4])) {
+        PyErr_SetString(PyExc_TypeError, "groups must be a list or a tuple, state a dict");
+        return nullptr;
+    }
+    plan.course.end();
+    Planned planned;
+    Ref* const fields[] = {&planned.groups, &planned.members, &planned.keys, &planned.settings,
+                           &planned.state,  &planned.dicts,   &planned.idle};
+    for (size_t k = 0; k < 7; ++k) *fields[k] = Ref::to(args[k]);
+    planned.buckets = plan.planned.buckets;
+    const Planned old = std::exchange(plan.planned, std::move(planned));
+    return none();
+}
+
+inline PyObject* plan_point_to(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+    Plan& plan = PlanObject::of(self);
+    if (!expects("point_to()", count, 2) || !is_free(plan)) return nullptr;
+    const Items given(args[0]);
+    std::vector<Ref> buckets;
+    for (Py_ssize_t i = 0; i < given.size(); ++i) {
+        if (Py_TYPE(given.get(i)) != bucket_type) {
+            PyErr_SetString(PyExc_TypeError, "expected a list of Bucket");
+            return nullptr;
+        }
+        buckets.push_back(Ref::to(given.get(i)));
+    }
+    plan.planned.buckets.clear();
+    for (const Ref& each : buckets) plan.planned.buckets.push_back(&BucketObject::of(each.get()));
+    const std::vector<Ref> old = std::exchange(plan.buckets, std::move(buckets));
+    const Ref params = std::exchange(plan.params, Ref::to(args[1]));
+    return none();
+}
+
+inline PyObject* plan_take_scalars(PyObject* self, PyObject* array) {
+    Plan& plan = PlanObject::of(self);
+    return is_free(plan) && plan.scalars.take(array) ? none() : nullptr;
+}
+
+inline PyObject* plan_look(PyObject* self, PyObject*) {
+    return PyLong_FromLong(PlanObject::of(self).look());
+}
+
+inline PyObject* plan_update(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+    if (!expects("update()", count, 3)) return nullptr;
+    const double factor = PyFloat_AsDouble(args[1]);
+    const int moves = PyObject_IsTrue(args[2]);
+    Answer answer;
+    if (PyErr_Occurred() || !PlanObject::of(self).update(args[0], factor, moves != 0, answer))
+        return nullptr;
+    return PyLong_FromLong(answer);
+}
+
+inline PyObject* plan_squares(PyObject* self, PyObject*) {
+    std::vector<double> sums;
+    const Answer answer = PlanObject::of(self).squares(sums);
+    const Ref list(list_of(sums, PyFloat_FromDouble));
+    return list ? Py_BuildValue("iO", int(answer), list.get()) : nullptr;
+}
+
+inline PyObject* plan_follow(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+    Plan& plan = PlanObject::of(self);
+    if (!expects("follow()", count, 8) || !is_free(plan)) return nullptr;
+    Course& course = plan.course;
+    course.end();
+    const Items records(args[0]);
+    std::vector<int64_t> ends, places;
+    bool is_whole = records.size() >= 0 && read_rows(args[2], course.rates) &&
+                    read_rows(args[3], course.momenta) && read_ints(args[4], ends) &&
+                    read(args[5], course.column) && read_ints(args[6], places);
+    for (Py_ssize_t i = 0; is_whole && i < records.size(); ++i)
+        is_whole = course.add(records.get(i));
+    const size_t groups = course.records.size();
+    const auto fits = [&](const std::vector<std::vector<double>>& rows) {
+        for (const auto& row : rows)
+            if (row.size() != groups) return false;
+        return true;
+    };
+    if (is_whole && !(fits(course.rates) && !course.rates.empty() &&
+                      (course.momenta.empty() || (fits(course.momenta) &&
+                                                  course.momenta.size() == course.rates.size())) &&
+                      (places.empty() || places.size() == groups) &&
+                      (ends.empty() || ends.size() + 1 == course.rates.size()) &&
+                      course.column < plan.scalars.width())) {
+        PyErr_SetString(PyExc_ValueError, "a course has a value for each group and step");
+        is_whole = false;
+    }
+    for (const Record& record : course.records)
+        if (is_whole && record.momentum && course.momenta.empty()) is_whole = false;
+    course.ends.assign(ends.begin(), ends.end());
+    course.places.assign(places.begin(), places.end());
+    const double max_norm = args[7] == Py_None ? -1 : PyFloat_AsDouble(args[7]);
+    is_whole = is_whole && !PyErr_Occurred();
+    if (!is_whole || !course.begin(args[1])) {
+        course.end();
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a course lacks momenta");
+        return nullptr;
+    }
+    plan.max_norm = max_norm;
+    return none();
+}
+
+inline PyObject* plan_leave(PyObject* self, PyObject*) {
+    Plan& plan = PlanObject::of(self);
+    if (!plan.busy) plan.course.end();
+    return none();
+}
+
+inline PyObject* plan_course(PyObject* self, PyObject*) {
+    const Course& course = PlanObject::of(self).course;
+    const Ref position(PyLong_FromLongLong(course.position));
+    const Ref lrs(list_of(course.records, [](const Record& r) { return Py_NewRef(r.lr.get()); }));
+    const Ref momenta(list_of(course.records, [](const Record& r) {
+        return Py_NewRef(r.momentum ? r.momentum.get() : Py_None);
+    }));
+    const Ref rates(
+        list_of(course.records, [](const Record& r) { return PyFloat_FromDouble(r.rate); }));
+    const Ref betas(
+        list_of(course.records, [](const Record& r) { return PyFloat_FromDouble(r.beta); }));
+    if (!position || !lrs || !momenta || !rates || !betas) return nullptr;
+    return PyTuple_Pack(5, course.number() ? course.number() : position.get(), lrs.get(),
+                        momenta.get(), rates.get(), betas.get());
+}
+
+inline PyObject* plan_step(PyObject* self, PyObject* attributes) {
+    if (!PyDict_Check(attributes)) {
+        PyErr_SetString(PyExc_TypeError, "step() takes the attributes of the optimizer, a dict");
+        return nullptr;
+    }
+    Outcome outcome;
+    if (!PlanObject::of(self).step(attributes, outcome)) return nullptr;
+    return PyLong_FromLong(outcome);
+}
+
+inline PyObject* plan_after_fork(PyObject* self, PyObject*) {
+    PlanObject::of(self).busy = false;
+    return none();
+}
+
+inline PyObject* plan_release(PyObject* self, PyObject*) {
+    Plan& plan = PlanObject::of(self);
+    if (!plan.busy) plan.release();
+    return none();
+}
+
+inline PyObject* get_number(PyObject* self, void* which) {
+    Plan& plan = PlanObject::of(self);
+    return PyLong_FromLongLong(which ? plan.steps : plan.calls);
+}
+inline int set_number(PyObject* self, PyObject* value, void* which) {
+    Plan& plan = PlanObject::of(self);
+    return value && read(value, which ? plan.steps : plan.calls) ? 0 : -1;
+}
+inline PyObject* plan_take_norm(PyObject* self, PyObject*) {
+    Plan& plan = PlanObject::of(self);
+    const bool has_norm = std::exchange(plan.has_norm, false);
+    return has_norm ? PyFloat_FromDouble(plan.norm) : none();
+}
+inline PyObject* get_busy(PyObject* self, void*) { return PyBool_FromLong(PlanObject::of(self).busy); }
+inline PyObject* get_place(PyObject* self, void*) {
+    const Planned& planned = PlanObject::of(self).planned;
+    return Py_BuildValue("LL", static_cast<long long>(planned.bucket),
+                         static_cast<long long>(planned.row));
+}
+inline int set_groups(PyObject* self, PyObject* groups, void*) {
+    Plan& plan = PlanObject::of(self);
+    if (!groups || Items(groups).size() < 0 || !is_free(plan)) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "groups must be a list or a tuple");
+        return -1;
+    }
+    plan.planned.groups = Ref::to(groups);
+    return 0;
+}
+inline PyObject* get_groups(PyObject* self, void*) {
+    PyObject* const groups = PlanObject::of(self).planned.groups.get();
+    return Py_NewRef(groups ? groups : Py_None);
+}
+
+inline char second;  // tells which of two fields an attribute has
+inline PyGetSetDef plan_attributes[] = {
+    {"calls", get_number, set_number, nullptr, nullptr},
+    {"steps", get_number, set_number, nullptr, &second},
+    {"busy", get_busy, nullptr, nullptr, nullptr},
+    {"place", get_place, nullptr, nullptr, nullptr},
+    {"groups", get_groups, set_groups, nullptr, nullptr},
+    {nullptr, nullptr, nullptr, nullptr, nullptr},
+};
+inline PyMethodDef plan_methods[] = {
+    {"show", method(plan_show), METH_FASTCALL, nullptr},
+    {"point_to", method(plan_point_to), METH_FASTCALL, nullptr},
+    {"take_scalars", plan_take_scalars, METH_O, nullptr},
+    {"look", plan_look, METH_NOARGS, nullptr},
+    {"update", method(plan_update), METH_FASTCALL, nullptr},
+    {"squares", plan_squares, METH_NOARGS, nullptr},
+    {"follow", method(plan_follow), METH_FASTCALL, nullptr},
+    {"leave", plan_leave, METH_NOARGS, nullptr},
+    {"course", plan_course, METH_NOARGS, nullptr},
+    {"step", plan_step, METH_O, nullptr},
+    {"take_norm", plan_take_norm, METH_NOARGS, nullptr},
+    {"release", plan_release, METH_NOARGS, nullptr},
+    {"after_fork", plan_after_fork, METH_NOARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace clr

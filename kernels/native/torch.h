@@ -1,0 +1,68 @@
+// What the extension needs of torch and of clr_optim's Python: classes, functions, names of keys.
+//
+// Python hands all of it over once, see `connect` in module.cpp. The module keeps it for good.
+#pragma once
+
+#include "dlpack.h"
+#include "python.h"
+
+namespace clr {
+
+struct Torch {
+    Ref tensor, parameter;  // classes
+    Ref dtensor;            // the class DTensor
+    const ExchangeApi* api = nullptr;
+    Ref has_mode;           // asks whether a torch function mode is active
+    Ref increment_version;  // counts up the versions of a list of tensors
+    Ref num_threads;        // asks for the number of threads
+    Ref is_capturing;       // asks whether a graph is being captured; None if torch has no graphs
+    Ref global_pre_hooks, global_post_hooks;  // of all optimizers' steps
+    Ref profiler;                             // the dictionary of torch.autograd.profiler
+    // The keys of a parameter group that hold the position, the bounds and those of momentum.
+    Ref step, base, top, low, high;
+};
+
+// Names of attributes and keys.
+struct Names {
+    Ref grad, is_neg, local, spec, placements, mesh, params, lr, momentum, betas, capturable, state,
+        param_groups, own_step, pre_hooks, post_hooks, cycle_end_hooks, grad_scale, found_inf,
+        profiles;
+
+    void make() {
+        const auto name = [](const char* text) { return Ref(PyUnicode_InternFromString(text)); };
+        grad = name("grad"), is_neg = name("is_neg");
+        local = name("_local_tensor"), spec = name("_spec");
+        placements = name("placements"), mesh = name("mesh");
+        params = name("params"), lr = name("lr"), momentum = name("momentum");
+        betas = name("betas"), capturable = name("capturable");
+        state = name("state"), param_groups = name("param_groups"), own_step = name("step");
+        pre_hooks = name("_optimizer_step_pre_hooks");
+        post_hooks = name("_optimizer_step_post_hooks");
+        cycle_end_hooks = name("_cycle_end_hooks");
+        grad_scale = name("grad_scale"), found_inf = name("found_inf");
+        profiles = name("_is_profiler_enabled");
+    }
+};
+
+inline Torch& torch() {
+    static Torch* const torch = new Torch;  // never ended: at exit, Python may end first
+    return *torch;
+}
+inline Names& names() {
+    static Names* const names = new Names;
+    return *names;
+}
+
+// Reads a tensor; returns false with an exception set if DLPack cannot tell its memory.
+inline bool view(PyObject* tensor, DLTensor& out) { return !torch().api->view(tensor, &out); }
+
+// The tensor itself, or a DTensor's part of this rank; null with an exception set on failure.
+inline Ref local_part(PyObject* tensor, bool is_divided) {
+    return is_divided ? Ref(PyObject_GetAttr(tensor, names().local.get())) : Ref::to(tensor);
+}
+
+inline bool is_float(const DLTensor& t, int64_t bits) {
+    return t.code == 2 && t.bits == bits && t.lanes == 1;
+}
+
+}  // namespace clr
