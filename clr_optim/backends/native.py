@@ -85,7 +85,7 @@ class NativeBackend:
         lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
 
     Raises:
-        NoKernelsError: if the kernels cannot be compiled here.
+        NoKernelsError: if the compiled kernels cannot serve here.
     """
 
     def __init__(

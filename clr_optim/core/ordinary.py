@@ -1,7 +1,7 @@
 """The ordinary step: one call of native code, with values that Python has computed ahead.
 
 Native code checks whether anything is unusual, updates the parameters, and writes the values of the
-next step into the groups. So Python runs once in some 64 steps, to compute the next values. If
+next step into the groups. Python evaluates the schedule once per block of up to 64 steps. If
 anything is unusual, nothing has changed, and the general way (:mod:`clr_optim.core.step`) takes the
 step.
 """
@@ -134,7 +134,7 @@ class OrdinarySteps:
     def _values_after(self, written: Values) -> list[Values]:
         """Return the values of the coming positions.
 
-        They end before a momentum of 0, whose kernel is another one.
+        They end before a momentum of 0, since SGD without momentum has another kernel.
         """
         coming: list[Values] = []
         if 0.0 not in written.momenta:

@@ -11,7 +11,7 @@ from clr_optim.sharding import local_part, same_spread, why_not_local
 
 __all__ = ["DTYPES", "classify", "is_plain", "why_not"]
 
-#: Dtypes that kernels serve, in the order of ``Dtype`` in storage.h; a test compares.
+#: Dtypes that kernels serve, in the order of ``Dtype`` in kernels.h; a test compares.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

@@ -27,8 +27,8 @@ from clr_optim.sharding import Spread
 
 __all__ = ["Plan"]
 
-# Up to this number, rows are replaced one by one within one step. For more, the plan is built anew.
-_FEW_ROWS = 8
+# Up to this number, a step takes in changes one by one. For more, it builds the plan anew.
+_FEW_CHANGES = 8
 
 # How often one step builds a plan and looks again, while other code keeps changing things.
 _BUILDS = 3
@@ -68,18 +68,18 @@ class Plan:
         self.native: Any = lib.Plan(optimizer, type(optimizer).step)
         #: whether a parameter of the buckets lacks a gradient
         self.partial = False
-        # The groups and the state that the plan was built from. No groups: to be built anew.
+        # The groups and the state that the plan was built from. None: the next refresh builds it.
         self._groups: Sequence[dict[str, Any]] | None = None
         self._state: Any = None
         self._dicts: list[Any] = []  # the values of the state
         self._answer = 0
-        self._begin(GroupReadings(rule))
+        readings = GroupReadings(rule)
+        self._publish(readings, Placement(self._target, readings, self.native))
         self._write_scalars()
 
-    def _begin(self, readings: GroupReadings) -> None:
-        """Start with empty buckets."""
-        self._readings = readings
-        self._placement = placement = Placement(self._target, readings, self.native)
+    def _publish(self, readings: GroupReadings, placement: Placement) -> None:
+        """Take a new reading of the groups, and the places of their parameters."""
+        self._readings, self._placement = readings, placement
         self.buckets = placement.buckets
         #: parameters with a gradient that torch's own step must serve, and why
         self.rest = placement.rest
@@ -126,14 +126,14 @@ class Plan:
         The plan then holds the gradients, until :meth:`release` or a step.
         """
         with self.lock:
-            builds = replaced = 0
+            builds = adopted = 0
             while builds < _BUILDS:
                 if self._placement.unfit and self._placement.unfit_changed():
                     self._groups = None
                 if self.is_current():
                     return
-                replaced += self._answer == self.lib.CHANGED
-                if self._groups is None or replaced > _FEW_ROWS or not self._adopt():
+                adopted += 1
+                if self._groups is None or adopted > _FEW_CHANGES or not self._adopt():
                     builds += 1
                     self._build()
                     if self._groups is None:
@@ -143,10 +143,7 @@ class Plan:
             self._build()
 
     def is_current(self) -> bool:
-        """Return whether everything that the plan was built from is the same.
-
-        Takes in the addresses of the gradients, which change at every ``zero_grad``.
-        """
+        """Return whether all sources of the plan are the same; take in the gradients' addresses."""
         optimizer, lib = self._optimizer, self.lib
         self._answer = lib.ALL_ACTIVE
         if optimizer.state is not self._state or not self._are_planned(optimizer.param_groups):
@@ -189,11 +186,7 @@ class Plan:
             self.native.release()
 
     def after_fork(self, lock: threading.RLock) -> None:
-        """Start anew in a forked process, where no thread finishes what another one began.
-
-        Args:
-            lock: a new lock.
-        """
+        """Start anew, with a new lock, in a forked process: it lacks the other threads."""
         self.lock = lock
         self.native.after_fork()
         self.forget()
@@ -235,8 +228,9 @@ class Plan:
         return True
 
     def _adopt_members(self) -> bool:
+        known = len(self._readings.members)
         added = self._readings.take_members(list(self._optimizer.param_groups))
-        if added is None:
+        if added is None or not (added or len(self._readings.members) > known):
             return False
         self._placement.add_idle(added)
         self._write_scalars()
@@ -249,7 +243,7 @@ class Plan:
     def _adopt_state(self) -> bool:
         state = self._optimizer.state
         entries = list(state.values())
-        if not self._placement.take_state(state, _FEW_ROWS):
+        if not self._placement.take_state(state, _FEW_CHANGES):
             return False
         self._dicts[:] = entries
         return True
@@ -265,10 +259,19 @@ class Plan:
     def _build(self) -> None:
         optimizer, target = self._optimizer, self._target
         self._groups = None  # remains so if an exception ends the building
-        groups, state = optimizer.param_groups, optimizer.state
-        why = why_unreadable(groups, state)
-        self._begin(GroupReadings(target.rule, list(groups), capturable=target.capturable, why=why))
-        self._placement.place_all(why)
+        while True:
+            calls = self.native.calls
+            groups, state = optimizer.param_groups, optimizer.state
+            why = why_unreadable(groups, state)
+            readings = GroupReadings(
+                target.rule, list(groups), capturable=target.capturable, why=why
+            )
+            placement = Placement(target, readings, self.native)
+            placement.place_all(why)
+            # If a signal handler has taken a step meanwhile, it has created the state itself.
+            if self.native.calls == calls:
+                break
+        self._publish(readings, placement)
         if why is None:
             self._show(groups, state)
         else:

@@ -50,7 +50,7 @@ class GroupReadings:
     """The readings of all groups.
 
     The lists that the scan compares (``members``, ``keys``, ``settings``) are changed in place,
-    since a view holds them.
+    since the native plan holds them.
 
     Args:
         rule: the update rule.

@@ -1,6 +1,7 @@
 // What the functions of the extension share: reading arguments, making results.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -41,6 +42,10 @@ inline bool read_ints(PyObject* object, std::vector<int64_t>& numbers) {
 }
 inline bool read_rows(PyObject* object, std::vector<std::vector<double>>& rows) {
     const Items items(object);
+    if (items.size() < 0) {
+        PyErr_SetString(PyExc_TypeError, "expected a list or a tuple of rows");
+        return false;
+    }
     rows.assign(size_t(std::max<Py_ssize_t>(items.size(), 0)), {});
     for (Py_ssize_t i = 0; i < items.size(); ++i)
         if (!read_floats(items.get(i), rows[size_t(i)])) return false;

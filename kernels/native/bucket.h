@@ -41,7 +41,9 @@ public:
     std::vector<size_t> begins;  // where the row's layout begins
     std::vector<int64_t> layout;  // number of dimensions, sizes, strides; one after the other
 
-    int64_t active = 0;  // how many rows have a gradient. Written by a scan.
+    // How many rows have a gradient, and the number of values in these. Written by a scan.
+    int64_t active = 0, values = 0;
+    int64_t groups = 0;  // a number above those of the rows' groups
     bool holds = false;  // whether `grads` holds gradients
 
     size_t width() const { return keys.size(); }
@@ -55,7 +57,7 @@ public:
     bool put(int64_t i, PyObject* param, PyObject* entry, PyObject* tensors_of, int64_t group,
              bool first, PyObject* grad);
 
-    // Whether row i has this number of dimensions and elements.
+    // Returns whether row i has this number of dimensions and elements.
     bool fits(int64_t i, PyObject* param) const {
         const Ref part = local_part(param, divides);
         DLTensor t;
@@ -129,7 +131,6 @@ inline bool Bucket::put(int64_t i, PyObject* param, PyObject* entry, PyObject* t
         if (!divisions.back()) return false;
     }
 
-    // Nothing fails from here on.
     const size_t at = size_t(i);
     const auto set = [](std::vector<Ref>& list, size_t place, PyObject* object) {
         if (place == list.size()) list.emplace_back();
@@ -140,6 +141,7 @@ inline bool Bucket::put(int64_t i, PyObject* param, PyObject* entry, PyObject* t
         layout.resize(layout.size() + of_row.size());
     }
     rows[at] = row, gradients[at] = gradient;
+    groups = std::max(groups, group + 1);
     for (size_t n = 0; n < of_row.size(); ++n) layout[begins[at] + n] = of_row[n];
     set(params, at, param);
     if (width()) set(dicts, at, entry);

@@ -20,8 +20,9 @@ inline PyObject* new_bucket(PyTypeObject* type, PyObject* args, PyObject*) {
         return nullptr;
     std::vector<int64_t> bytes, place;
     if (!read_ints(sizes, bytes) || !read_ints(device, place)) return nullptr;
-    if (!kernels->kernel(kernel, dtype).update || bytes.size() != 2 || place.size() != 2 ||
-        slots < 0 || slots > 3 || PyTuple_Size(keys) < slots || PyTuple_Size(keys) > slots + 2) {
+    const Kernel found = kernels->kernel(kernel, dtype);
+    if (!found.update || bytes.size() != 2 || place.size() != 2 || slots != found.slots ||
+        (found.factor && PyTuple_Size(keys) != slots + 2) || PyTuple_Size(keys) < slots || PyTuple_Size(keys) > slots + 2) {
         PyErr_SetString(PyExc_ValueError, "no kernel has this number, dtype or state");
         return nullptr;
     }
@@ -91,12 +92,12 @@ inline PyObject* bucket_looks_ahead(PyObject* self, void*) {
 }
 
 inline PyMethodDef bucket_methods[] = {
-    {"append", method(bucket_append), METH_FASTCALL, nullptr},
-    {"replace", method(bucket_replace), METH_FASTCALL, nullptr},
-    {"note_filled", method(bucket_note_filled), METH_FASTCALL, nullptr},
-    {"entries", bucket_entries, METH_NOARGS, nullptr},
-    {"rows", bucket_rows, METH_NOARGS, nullptr},
-    {"gradients", bucket_gradients, METH_NOARGS, nullptr},
+    {"append", method<bucket_append>(), METH_FASTCALL, nullptr},
+    {"replace", method<bucket_replace>(), METH_FASTCALL, nullptr},
+    {"note_filled", method<bucket_note_filled>(), METH_FASTCALL, nullptr},
+    {"entries", method<bucket_entries>(), METH_NOARGS, nullptr},
+    {"rows", method<bucket_rows>(), METH_NOARGS, nullptr},
+    {"gradients", method<bucket_gradients>(), METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 inline PyGetSetDef bucket_attributes[] = {

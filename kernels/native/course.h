@@ -15,9 +15,9 @@ namespace clr {
 // One group, and the objects that we put there.
 struct Record {
     Ref group;      // its dictionary
-    Ref lr;         // a float, or a tensor of the user's
+    Ref lr;         // a float, or the user's tensor
     Ref base, top;  // the bounds of the rate
-    Ref momentum;   // a float, or the tuple of betas; null if no momentum cycles
+    Ref momentum;   // a float, or the tuple of betas; null if momentum does not cycle
     Ref low, high;  // the bounds of the momentum
     double rate = 0, beta = 0;  // the numbers of `lr` and `momentum`
     bool fills = false;         // whether `lr` is a tensor
@@ -35,19 +35,17 @@ public:
     int64_t column = -1;
     std::vector<Py_ssize_t> places;
 
+    Course() = default;
+    Course(Course&&) = default;
+    Course& operator=(Course&&) = default;
+
     bool is_over() const { return row + 1 >= rates.size(); }
     bool has_tensors() const {
         return std::any_of(records.begin(), records.end(),
                            [](const Record& record) { return record.fills; });
     }
-    void end() {
-        // The objects go last: a finalizer may run any code.
-        std::vector<Record> old;
-        old.swap(records);
-        rates.clear(), momenta.clear(), ends.clear(), places.clear();
-        Ref number = std::move(number_);
-        row = 0;
-    }
+    // The old objects go last, since a finalizer may run any code.
+    void end() { const Course old = std::exchange(*this, Course()); }
 
     // Takes in a group's record from Python: (group, lr, base, top, momentum, low, high).
     bool add(PyObject* tuple) {
@@ -77,7 +75,7 @@ public:
         return true;
     }
 
-    // Whether these groups certainly hold what we wrote. Runs no Python code.
+    // Returns whether these groups certainly hold what we wrote.
     bool is_untouched(PyObject* groups) const {
         const Items items(groups);
         if (items.size() != Py_ssize_t(records.size())) return false;
@@ -85,15 +83,15 @@ public:
             const Record& record = records[i];
             PyObject* const group = record.group.get();
             if (items.get(Py_ssize_t(i)) != group || !holds(group, names().lr, record.lr) ||
-                !holds(group, torch().step, number_) || !holds(group, torch().base, record.base) ||
-                !holds(group, torch().top, record.top))
+                !holds(group, torch().position_key, number_) || !holds(group, torch().base_key, record.base) ||
+                !holds(group, torch().top_key, record.top))
                 return false;
             PyObject* const capturable = PyDict_GetItemWithError(group, names().capturable.get());
             if (capturable && capturable != Py_False && capturable != Py_None) return false;
             if (record.momentum &&
                 (!holds(group, has_betas(group) ? names().betas : names().momentum,
                         record.momentum) ||
-                 !holds(group, torch().low, record.low) || !holds(group, torch().high, record.high)))
+                 !holds(group, torch().low_key, record.low) || !holds(group, torch().high_key, record.high)))
                 return false;
             DLTensor t;
             if (record.fills && (!reads(record, t) || value_of(t) != record.rate)) return false;
@@ -101,30 +99,44 @@ public:
         return true;
     }
 
+    // Makes the objects of the next step, so that write() cannot fail. Returns false with an exception
+    // set if memory has run out.
+    bool prepare() {
+        next_.clear();
+        next_.resize(records.size());
+        next_number_ = Ref(PyLong_FromLongLong(position + 1));
+        bool is_whole = bool(next_number_);
+        for (size_t i = 0; is_whole && i < records.size(); ++i) {
+            if (!records[i].fills) {
+                next_[i].lr = Ref(PyFloat_FromDouble(rates[row + 1][i]));
+                is_whole = bool(next_[i].lr);
+            }
+            if (is_whole && records[i].momentum) {
+                next_[i].momentum = momentum_of(records[i], momenta[row + 1][i]);
+                is_whole = bool(next_[i].momentum);
+            }
+        }
+        return is_whole;
+    }
+
     // Writes the values of the next step into the groups. Other code's values are overwritten.
-    // Returns false with an exception set if memory has run out.
-    bool advance() {
+    void write() {
         ++row, ++position;
-        Ref number(PyLong_FromLongLong(position));
-        if (!number) return false;
         for (size_t i = 0; i < records.size(); ++i) {
             Record& record = records[i];
             PyObject* const group = record.group.get();
             record.rate = rates[row][i];
             DLTensor t;
-            if (!record.fills) {
-                record.lr = Ref(PyFloat_FromDouble(record.rate));
-                if (!record.lr) return false;
-            } else if (reads(record, t)) {
-                record.rate = fill(t, record.rate);
+            if (!record.fills) record.lr = std::move(next_[i].lr);
+            else if (reads(record, t)) record.rate = fill(t, record.rate);
+            put(group, names().lr, record.lr);
+            put(group, torch().position_key, next_number_);
+            if (record.momentum) {
+                record.momentum = std::move(next_[i].momentum), record.beta = momenta[row][i];
+                put(group, has_betas(group) ? names().betas : names().momentum, record.momentum);
             }
-            if (PyDict_SetItem(group, names().lr.get(), record.lr.get()) ||
-                PyDict_SetItem(group, torch().step.get(), number.get()) ||
-                (record.momentum && !write_momentum(record, momenta[row][i])))
-                return false;
         }
-        number_ = std::move(number);
-        return true;
+        number_ = std::move(next_number_);
     }
 
     int visit(visitproc visit, void* arg) const {
@@ -146,9 +158,9 @@ private:
         PyObject* const betas = PyDict_GetItemWithError(group, names().betas.get());
         return betas && betas != Py_None;
     }
-    // A rate on the CPU, float32 or float64, of one element.
+    // Reads a rate on the CPU, float32 or float64, of one element.
     static bool reads(const Record& record, DLTensor& t) {
-        if (!view(record.lr.get(), t)) return false;
+        if (!view(record.lr.get(), t)) return PyErr_Clear(), false;
         for (int d = 0; d < t.ndim; ++d)
             if (t.shape[d] != 1) return false;
         return t.device_type == 1 && (is_float(t, 32) || is_float(t, 64));
@@ -163,25 +175,29 @@ private:
         const double largest = double(std::numeric_limits<float>::max());
         return *static_cast<float*>(t.data) = float(std::max(-largest, std::min(value, largest)));
     }
-    static bool write_momentum(Record& record, double value) {
+    // Returns the object that holds a momentum: a float, or a tuple of betas like the record's.
+    static Ref momentum_of(const Record& record, double value) {
         Ref number(PyFloat_FromDouble(value));
-        if (!number) return false;
-        Ref& name = has_betas(record.group.get()) ? names().betas : names().momentum;
-        if (PyTuple_Check(record.momentum.get())) {
-            const Py_ssize_t count = PyTuple_Size(record.momentum.get());
-            Ref betas(PyTuple_New(count));
-            if (!betas) return false;
-            PyTuple_SetItem(betas.get(), 0, number.release());
-            for (Py_ssize_t k = 1; k < count; ++k)
-                PyTuple_SetItem(betas.get(), k,
-                                Py_NewRef(PyTuple_GetItem(record.momentum.get(), k)));
-            number = std::move(betas);
-        }
-        record.momentum = std::move(number), record.beta = value;
-        return !PyDict_SetItem(record.group.get(), name.get(), record.momentum.get());
+        PyObject* const before = record.momentum.get();
+        if (!number || !PyTuple_Check(before)) return number;
+        Ref betas(PyTuple_New(PyTuple_Size(before)));
+        if (!betas) return betas;
+        PyTuple_SetItem(betas.get(), 0, number.release());
+        for (Py_ssize_t k = 1; k < PyTuple_Size(before); ++k)
+            PyTuple_SetItem(betas.get(), k, Py_NewRef(PyTuple_GetItem(before, k)));
+        return betas;
+    }
+    // Replaces the value of a key, or adds one that other code has taken away.
+    static void put(PyObject* group, const Ref& key, const Ref& value) {
+        if (PyDict_SetItem(group, key.get(), value.get())) PyErr_Clear();
     }
 
+    // The objects that a group gets in the next step.
+    struct Next { Ref lr, momentum; };
+
     Ref number_;  // the object that the groups hold as their position
+    Ref next_number_;
+    std::vector<Next> next_;
 };
 
 }  // namespace clr

@@ -61,11 +61,10 @@ PyObject* connect(PyObject*, PyObject* args, PyObject* given) {
     Ref* const kept[] = {&t.tensor,      &t.parameter,        &t.dtensor,
                          &t.has_mode,    &t.increment_version, &t.num_threads,
                          &t.is_capturing, &t.global_pre_hooks, &t.global_post_hooks,
-                         &t.profiler,    &t.step,             &t.base,
-                         &t.top,         &t.low,              &t.high};
+                         &t.profiler,    &t.position_key,     &t.base_key,
+                         &t.top_key,     &t.low_key,          &t.high_key};
     for (size_t k = 0; k < 15; ++k) *kept[k] = Ref::to(fields[k]);
-    names().make();
-    return none();
+    return names().make() ? none() : nullptr;
 }
 
 PyObject* round_floats(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -80,23 +79,23 @@ PyObject* round_floats(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 PyMethodDef functions[] = {
-    {"kernel_sets", names_of_sets, METH_NOARGS, nullptr},
-    {"kernel_set", kernel_set, METH_NOARGS, nullptr},
-    {"use", use_set, METH_O, nullptr},
-    {"kernel_names", names_of_kernels, METH_NOARGS, nullptr},
-    {"dtype_names", names_of_dtypes, METH_NOARGS, nullptr},
-    {"can_read", can_read, METH_O, nullptr},
-    {"connect", method(connect), METH_VARARGS | METH_KEYWORDS, nullptr},
-    {"round", method(round_floats), METH_FASTCALL, nullptr},
+    {"kernel_sets", method<names_of_sets>(), METH_NOARGS, nullptr},
+    {"kernel_set", method<kernel_set>(), METH_NOARGS, nullptr},
+    {"use", method<use_set>(), METH_O, nullptr},
+    {"kernel_names", method<names_of_kernels>(), METH_NOARGS, nullptr},
+    {"dtype_names", method<names_of_dtypes>(), METH_NOARGS, nullptr},
+    {"can_read", method<can_read>(), METH_O, nullptr},
+    {"connect", method<connect>(), METH_VARARGS | METH_KEYWORDS, nullptr},
+    {"round", method<round_floats>(), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 
 // ---- the module
 
 int fill_module(PyObject* module) {
-    const Ref bucket(make_class<Bucket>(module, "clr_optim.kernels.native.module.Bucket", new_bucket,
+    const Ref bucket(make_class<Bucket>(module, "clr_optim.kernels.native.module.Bucket", Guarded<new_bucket>::call,
                                        bucket_methods, bucket_attributes));
-    const Ref plan(make_class<Plan>(module, "clr_optim.kernels.native.module.Plan", new_plan,
+    const Ref plan(make_class<Plan>(module, "clr_optim.kernels.native.module.Plan", Guarded<new_plan>::call,
                                    plan_methods, plan_attributes));
     if (!bucket || !plan || PyModule_AddObjectRef(module, "Bucket", bucket.get()) ||
         PyModule_AddObjectRef(module, "Plan", plan.get()))

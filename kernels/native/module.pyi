@@ -21,7 +21,7 @@ STATE_CHANGED: int
 WOKEN: int
 NESTED: int
 
-# How `Plan.step` ends. Nothing has changed unless the step was taken.
+# How `Plan.step` ends. Nothing has changed unless the step was taken, or an exception was raised.
 TAKEN: int
 OUT_OF_VALUES: int
 OBSERVED: int
@@ -122,7 +122,7 @@ class Plan:
         """Scan, and update every row with a gradient if nothing has changed."""
 
     def squares(self) -> tuple[int, list[float]]:
-        """Scan, and return the sum of the squares of each bucket's gradients."""
+        """Scan, and return the sum of the squares of each bucket's gradients; keep these alive."""
 
     def follow(
         self,

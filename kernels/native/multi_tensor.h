@@ -28,14 +28,14 @@ struct Rows {
 // The least size of a piece, but for the last one. With less than one piece for each thread, one
 // thread does all.
 constexpr int64_t GRAIN = 1 << 12;
-// So many elements are worth any number of threads; torch's grain.
+// From this number of elements on, all threads work; torch's grain.
 constexpr int64_t PARALLEL = 1 << 15;
-// Pieces are a multiple of this size, so that two threads never write one cache line.
+// Pieces are a multiple of this size, so that two threads rarely share a cache line.
 constexpr int64_t ALIGN = 64;
 // Pieces per thread: enough to even out a thread that the system has paused for a while.
 constexpr int64_t PIECES = 8;
 
-// The number of values that a step updates.
+// Returns the number of values that a step updates.
 inline int64_t size(const Rows& b) {
     int64_t total = 0;
     for (size_t i = 0; i < b.rows.size(); ++i) total += b.gradients[i] ? b.rows[i].numel : 0;

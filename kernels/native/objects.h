@@ -38,9 +38,21 @@ template <class Body> struct Object {
     }
 };
 
-// As a table of methods wants it.
-template <class Function> PyCFunction method(Function function) {
-    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+// A function that Python calls: no exception of C++ may reach Python.
+template <auto Function> struct Guarded;
+template <class... Arguments, PyObject* (*Function)(Arguments...)> struct Guarded<Function> {
+    static PyObject* call(Arguments... arguments) {
+        try {
+            return Function(arguments...);
+        } catch (const std::bad_alloc&) {
+            return PyErr_NoMemory();
+        }
+    }
+};
+
+// Returns a guarded function as the type that PyMethodDef holds.
+template <auto Function> PyCFunction method() {
+    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(Guarded<Function>::call));
 }
 
 template <class Body>

@@ -39,6 +39,7 @@ public:
     int64_t groups() const { return has_ ? buffer_.shape[0] : 0; }
     int64_t width() const { return has_ ? buffer_.shape[1] : 0; }
     double* data() const { return static_cast<double*>(has_ ? buffer_.buf : nullptr); }
+    double* row(size_t group) const { return data() + int64_t(group) * width(); }
 
     int visit(visitproc visit, void* arg) const {
         if (has_) Py_VISIT(buffer_.obj);
@@ -58,12 +59,13 @@ public:
     ~Raised() {
         if (type_) PyErr_Restore(type_, value_, trace_);
     }
+    explicit operator bool() const { return type_; }
 
 private:
     PyObject *type_, *value_, *trace_;
 };
 
-// How a call of step() ended.
+// How a call of step() ended. Nothing has changed unless the step was taken.
 enum Outcome {
     TAKEN = 0,
     OUT_OF_VALUES = 1,  // the course has no values for another step
@@ -82,65 +84,57 @@ public:
     Scalars scalars;
     Course course;
     Ref optimizer, own_step;   // the wrapped optimizer, and its class's step()
-    double max_norm = -1;      // the largest norm of all gradients; below 0 for any norm
+    double max_norm = -1;      // the largest norm of all gradients; negative: do not clip
     double norm = 0;           // of all gradients in the last step, if Python has not taken it
     bool has_norm = false;
     int64_t calls = 0, steps = 0;  // kernel calls, and those that advanced the position
     bool busy = false;
 
-    // ---- the parts of a step
+    // ---- the parts of a step. Each returns false with an exception set on failure.
 
-    Answer look() {
-        if (busy) return NESTED;
+    bool look(Answer& answer) {
+        if (busy) return answer = NESTED, true;
         const Use use(*this);
-        return find_changes();
+        return find_changes(answer);
     }
 
     // Updates all rows with a gradient, unless a scan finds a change.
-    // Returns false with an exception set on failure.
-    bool update(PyObject* rates, double factor, bool moves, Answer& answer) {
+    bool update(const std::vector<double>& rates, double factor, bool moves, Answer& answer) {
         if (busy) return answer = NESTED, true;
         const Use use(*this);
-        answer = find_changes();
+        if (!find_changes(answer)) return false;
         if (!is_current(answer)) return true;
-        const Items given(rates);
-        for (Py_ssize_t i = 0; i < given.size() && i < scalars.groups(); ++i) {
-            scalars.data()[i * scalars.width()] = PyFloat_AsDouble(given.get(i));
-            if (PyErr_Occurred()) return false;
-        }
+        const size_t groups = std::min(rates.size(), size_t(scalars.groups()));
+        for (size_t i = 0; i < groups; ++i) scalars.row(i)[0] = rates[i];
         const bool ran = run(factor, answer, moves, false);
         const Raised raised;
         release();
         return ran;
     }
 
-    // Returns the sum of squares of each bucket's gradients, unless a scan finds a change.
-    Answer squares(std::vector<double>& sums) {
-        if (busy) return NESTED;
+    // Finds the sum of squares of each bucket's gradients, unless a scan finds a change.
+    bool squares(std::vector<double>& sums, Answer& answer) {
+        if (busy) return answer = NESTED, true;
         const Use use(*this);
-        const Answer answer = find_changes();
+        if (!find_changes(answer)) return false;
         if (is_current(answer)) sums = sums_of_squares();
-        return answer;
+        return true;
     }
 
     // ---- the whole of an ordinary step
 
-    // Takes the next step of the course: checks the groups, scans, updates, and writes the next
+    // Takes the next step of the course: scans, checks the groups, updates, and writes the next
     // values into the groups. Before anything has changed, anything unusual ends the call.
     // `attributes` is the dictionary of the wrapping optimizer.
     bool step(PyObject* attributes, Outcome& outcome) {
         if (busy) return outcome = IN_USE, true;
         const Use use(*this);
         Answer answer = ALL_ACTIVE;
-        outcome = why_not(attributes);
-        if (outcome == TAKEN) {
-            answer = find_changes();
-            // After the scan, which may run Python code.
-            if (!is_current(answer)) outcome = OUTDATED;
-            else if (!course.is_untouched(planned.groups.get())) outcome = WRITTEN;
+        if (!is_ordinary(attributes, outcome, answer)) {
+            const Raised raised;
+            release();
+            return !raised;
         }
-        if (PyErr_Occurred()) PyErr_Clear();
-        if (outcome != TAKEN) return release(), true;
         double factor = 1;
         if (max_norm >= 0) {
             double sum = 0;
@@ -150,18 +144,25 @@ public:
             factor = clip > 1 ? 1 : clip;  // a NaN must stay NaN, as in clip_grad_norm_
         }
         for (size_t i = 0; i < course.records.size(); ++i)
-            scalars.data()[int64_t(i) * scalars.width()] = course.records[i].rate;
-        // The groups follow the parameters, whatever has happened.
+            scalars.row(i)[0] = course.records[i].rate;
         const bool ran = run(factor, answer, true, course.has_tensors());
+        // Write the next values even if run() has failed: the parameters have changed.
         const Raised raised;
-        const bool advanced = course.advance() && take_momenta();
+        course.write();
+        take_momenta();
         release();
-        return ran && advanced;
+        return ran;
     }
 
     // Lets go of the gradients.
     void release() {
         for (Bucket* bucket : planned.buckets) bucket->release();
+    }
+    // Likewise, on behalf of Python. A finalizer must not step meanwhile.
+    void release_if_free() {
+        if (busy) return;
+        const Use use(*this);
+        release();
     }
 
     int visit(visitproc visit, void* arg) const {
@@ -194,17 +195,35 @@ private:
         Plan& plan_;
     };
 
-    Answer find_changes() {
-        if (!planned.groups) return GROUPS_CHANGED;
-        const Answer answer = scan(planned);
-        if (PyErr_Occurred()) PyErr_Clear();
-        return answer;
+    // Scans. An exception of Python code counts as a change, but Ctrl-C fails.
+    bool find_changes(Answer& answer) {
+        answer = GROUPS_CHANGED;
+        if (!planned.groups) return true;
+        for (const Bucket* bucket : planned.buckets)
+            if (bucket->groups > scalars.groups()) return true;
+        answer = scan(planned);
+        if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return false;
+        PyErr_Clear();
+        return true;
     }
 
-    // The number of values that a step updates.
+    // Returns whether the next step is an ordinary one, and makes ready for it. If not, `outcome`
+    // tells why, or an exception is set.
+    bool is_ordinary(PyObject* attributes, Outcome& outcome, Answer& answer) {
+        outcome = why_not(attributes);
+        PyErr_Clear();
+        if (outcome != TAKEN || !find_changes(answer)) return false;
+        // After the scan, which may run Python code.
+        if (!is_current(answer)) outcome = OUTDATED;
+        else if (!course.is_untouched(planned.groups.get())) outcome = WRITTEN;
+        PyErr_Clear();
+        return outcome == TAKEN && course.prepare();
+    }
+
+    // Returns the number of values that a step updates.
     int64_t size() const {
         int64_t total = 0;
-        for (const Bucket* bucket : planned.buckets) total += clr::size(*bucket);
+        for (const Bucket* bucket : planned.buckets) total += bucket->values;
         return total;
     }
 
@@ -257,20 +276,19 @@ private:
     }
 
     // Notes the momenta that the course has just written, so that the next scan finds no change.
-    bool take_momenta() {
-        for (size_t i = 0; i < course.places.size(); ++i) {
-            if (course.places[i] < 0) continue;
+    void take_momenta() {
+        const Items all(planned.settings.get());
+        for (size_t i = 0; i < course.places.size() && Py_ssize_t(i) < all.size(); ++i) {
             const Record& record = course.records[i];
-            PyObject* const settings = PyList_GetItem(planned.settings.get(), Py_ssize_t(i));
-            if (!settings || PyList_SetItem(settings, course.places[i],
-                                            Py_NewRef(record.momentum.get())))
-                return false;
-            scalars.data()[int64_t(i) * scalars.width() + course.column] = record.beta;
+            PyObject* const settings = all.get(Py_ssize_t(i));
+            const Py_ssize_t place = course.places[i];
+            if (place < 0 || !record.momentum || course.column >= scalars.width()) continue;
+            if (PyList_SetItem(settings, place, Py_NewRef(record.momentum.get()))) PyErr_Clear();
+            scalars.row(i)[course.column] = record.beta;
         }
-        return true;
     }
 
-    // Why the general way must take the step; TAKEN if nothing speaks against one call.
+    // Returns why the general way must take the step; TAKEN if nothing speaks against one call.
     Outcome why_not(PyObject* attributes) const {
         if (is_observed(attributes)) return OBSERVED;
         if (is_replaced()) return REPLACED;

@@ -70,22 +70,26 @@ inline PyObject* plan_take_scalars(PyObject* self, PyObject* array) {
 }
 
 inline PyObject* plan_look(PyObject* self, PyObject*) {
-    return PyLong_FromLong(PlanObject::of(self).look());
+    Answer answer;
+    return PlanObject::of(self).look(answer) ? PyLong_FromLong(answer) : nullptr;
 }
 
 inline PyObject* plan_update(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     if (!expects("update()", count, 3)) return nullptr;
     const double factor = PyFloat_AsDouble(args[1]);
     const int moves = PyObject_IsTrue(args[2]);
+    std::vector<double> rates;
     Answer answer;
-    if (PyErr_Occurred() || !PlanObject::of(self).update(args[0], factor, moves != 0, answer))
+    if (PyErr_Occurred() || !read_floats(args[0], rates) ||
+        !PlanObject::of(self).update(rates, factor, moves != 0, answer))
         return nullptr;
     return PyLong_FromLong(answer);
 }
 
 inline PyObject* plan_squares(PyObject* self, PyObject*) {
     std::vector<double> sums;
-    const Answer answer = PlanObject::of(self).squares(sums);
+    Answer answer;
+    if (!PlanObject::of(self).squares(sums, answer)) return nullptr;
     const Ref list(list_of(sums, PyFloat_FromDouble));
     return list ? Py_BuildValue("iO", int(answer), list.get()) : nullptr;
 }
@@ -93,8 +97,7 @@ inline PyObject* plan_squares(PyObject* self, PyObject*) {
 inline PyObject* plan_follow(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     Plan& plan = PlanObject::of(self);
     if (!expects("follow()", count, 8) || !is_free(plan)) return nullptr;
-    Course& course = plan.course;
-    course.end();
+    Course course;
     const Items records(args[0]);
     std::vector<int64_t> ends, places;
     bool is_whole = records.size() >= 0 && read_rows(args[2], course.rates) &&
@@ -124,11 +127,12 @@ inline PyObject* plan_follow(PyObject* self, PyObject* const* args, Py_ssize_t c
     const double max_norm = args[7] == Py_None ? -1 : PyFloat_AsDouble(args[7]);
     is_whole = is_whole && !PyErr_Occurred();
     if (!is_whole || !course.begin(args[1])) {
-        course.end();
         if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a course lacks momenta");
         return nullptr;
     }
+    if (!is_free(plan)) return nullptr;  // reading numbers may have run Python code
     plan.max_norm = max_norm;
+    std::swap(plan.course, course);
     return none();
 }
 
@@ -170,8 +174,7 @@ inline PyObject* plan_after_fork(PyObject* self, PyObject*) {
 }
 
 inline PyObject* plan_release(PyObject* self, PyObject*) {
-    Plan& plan = PlanObject::of(self);
-    if (!plan.busy) plan.release();
+    PlanObject::of(self).release_if_free();
     return none();
 }
 
@@ -181,7 +184,11 @@ inline PyObject* get_number(PyObject* self, void* which) {
 }
 inline int set_number(PyObject* self, PyObject* value, void* which) {
     Plan& plan = PlanObject::of(self);
-    return value && read(value, which ? plan.steps : plan.calls) ? 0 : -1;
+    if (!value) {
+        PyErr_SetString(PyExc_AttributeError, "a plan counts its calls and steps");
+        return -1;
+    }
+    return read(value, which ? plan.steps : plan.calls) ? 0 : -1;
 }
 inline PyObject* plan_take_norm(PyObject* self, PyObject*) {
     Plan& plan = PlanObject::of(self);
@@ -203,10 +210,6 @@ inline int set_groups(PyObject* self, PyObject* groups, void*) {
     plan.planned.groups = Ref::to(groups);
     return 0;
 }
-inline PyObject* get_groups(PyObject* self, void*) {
-    PyObject* const groups = PlanObject::of(self).planned.groups.get();
-    return Py_NewRef(groups ? groups : Py_None);
-}
 
 inline char second;  // tells which of two fields an attribute has
 inline PyGetSetDef plan_attributes[] = {
@@ -214,23 +217,23 @@ inline PyGetSetDef plan_attributes[] = {
     {"steps", get_number, set_number, nullptr, &second},
     {"busy", get_busy, nullptr, nullptr, nullptr},
     {"place", get_place, nullptr, nullptr, nullptr},
-    {"groups", get_groups, set_groups, nullptr, nullptr},
+    {"groups", nullptr, set_groups, nullptr, nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
 inline PyMethodDef plan_methods[] = {
-    {"show", method(plan_show), METH_FASTCALL, nullptr},
-    {"point_to", method(plan_point_to), METH_FASTCALL, nullptr},
-    {"take_scalars", plan_take_scalars, METH_O, nullptr},
-    {"look", plan_look, METH_NOARGS, nullptr},
-    {"update", method(plan_update), METH_FASTCALL, nullptr},
-    {"squares", plan_squares, METH_NOARGS, nullptr},
-    {"follow", method(plan_follow), METH_FASTCALL, nullptr},
-    {"leave", plan_leave, METH_NOARGS, nullptr},
-    {"course", plan_course, METH_NOARGS, nullptr},
-    {"step", plan_step, METH_O, nullptr},
-    {"take_norm", plan_take_norm, METH_NOARGS, nullptr},
-    {"release", plan_release, METH_NOARGS, nullptr},
-    {"after_fork", plan_after_fork, METH_NOARGS, nullptr},
+    {"show", method<plan_show>(), METH_FASTCALL, nullptr},
+    {"point_to", method<plan_point_to>(), METH_FASTCALL, nullptr},
+    {"take_scalars", method<plan_take_scalars>(), METH_O, nullptr},
+    {"look", method<plan_look>(), METH_NOARGS, nullptr},
+    {"update", method<plan_update>(), METH_FASTCALL, nullptr},
+    {"squares", method<plan_squares>(), METH_NOARGS, nullptr},
+    {"follow", method<plan_follow>(), METH_FASTCALL, nullptr},
+    {"leave", method<plan_leave>(), METH_NOARGS, nullptr},
+    {"course", method<plan_course>(), METH_NOARGS, nullptr},
+    {"step", method<plan_step>(), METH_O, nullptr},
+    {"take_norm", method<plan_take_norm>(), METH_NOARGS, nullptr},
+    {"release", method<plan_release>(), METH_NOARGS, nullptr},
+    {"after_fork", method<plan_after_fork>(), METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,7 +1,7 @@
-// The scan: finds out whether anything that the rows point to changed since the last step.
+// The scan: finds out whether anything that the rows point to changed since the plan was built.
 //
 // A plan asks this question at every step, about every tensor. Asked from Python, it would take
-// longer than the update of a small tensor. All code here runs with the GIL.
+// longer than the update of a small tensor. Every function is called with the GIL.
 //
 // A long step gives the GIL away, and another thread may then drop the gradients that the kernel
 // reads. So the scan keeps every gradient alive whose address it took, until the step is over.
@@ -118,7 +118,7 @@ inline bool same_attribute(PyObject* a, PyObject* b, PyObject* name) {
     return of_a && of_b && PyObject_RichCompareBool(of_a.get(), of_b.get(), Py_EQ) == 1;
 }
 
-// Whether a DTensor of row i is divided over the ranks as it was when the plan was built. k is 0 for
+// Returns whether a DTensor of row i is divided over the ranks as it was when the plan was built. k is 0 for
 // the parameter and its gradient, 1 for the first slot.
 inline bool same_spread(const Bucket& bucket, PyObject* tensor, int64_t i, int64_t k) {
     if (!torch().dtensor.is(type_of(tensor))) return false;
@@ -136,7 +136,7 @@ inline bool same_spreads(const Bucket& bucket, int64_t i) {
     return true;
 }
 
-// Whether a tensor is a lazy negation, which DLPack does not tell. Asks torch, which gives the GIL
+// Returns whether a tensor is a lazy negation, which DLPack does not tell. Asks torch, which gives the GIL
 // away.
 inline bool is_negated_says_torch(PyObject* tensor) {
     const Ref negated(PyObject_CallMethodObjArgs(tensor, names().is_neg.get(), nullptr));
@@ -157,9 +157,9 @@ inline bool any_is_negated_says_torch(const Bucket& bucket, int64_t i) {
     return false;
 }
 
-// Which rows need a question that may run Python code. Autograd itself hands over lazy negations of
-// one element (an imaginary part; with more elements its strides fit no other layout), so torch is
-// asked about these.
+// Returns whether row i needs a question that may run Python code. Torch is asked about tensors of
+// one element even if the bit of a negation is known: autograd itself hands over lazy negations of one
+// element (an imaginary part; with more elements its strides fit no other layout).
 inline bool needs_asking(const Bucket& bucket, int64_t i) {
     return bucket.divides || bucket.rows[size_t(i)].numel == 1 || !bucket.words.negative;
 }
@@ -211,7 +211,7 @@ inline bool is_negated(const Words& words, PyObject* tensor) {
     return (impl[words.key_set] & words.negative) != 0;
 }
 
-// Whether row i still describes its tensors. Takes in the address of the gradient, which may change.
+// Returns whether row i still describes its tensors. Takes in the address of the gradient, which may change.
 // Of a row without a gradient, which no kernel touches, nothing is read.
 inline bool same_row(Bucket& bucket, int64_t i, PyObject* grad) {
     const Row& row = bucket.rows[size_t(i)];
@@ -256,7 +256,7 @@ inline bool same_row(Bucket& bucket, int64_t i, PyObject* grad) {
 inline int64_t changed_row(Bucket& bucket, bool every) {
     every = every || bucket.divides;
     Ahead ahead(bucket, every ? 0 : bucket.count());
-    bucket.active = 0;
+    bucket.active = bucket.values = 0;
     for (int64_t i = 0; i < bucket.count(); ++i) {
         Ref& held = bucket.grads[size_t(i)];
         if (!every) {
@@ -266,7 +266,8 @@ inline int64_t changed_row(Bucket& bucket, bool every) {
             if (!needs_asking(bucket, i)) held = std::move(grad);
         }
         if (!same_row(bucket, i, held.get())) return i;
-        bucket.active += !held.is(Py_None);
+        if (held.is(Py_None)) continue;
+        bucket.active += 1, bucket.values += bucket.rows[size_t(i)].numel;
     }
     return -1;
 }

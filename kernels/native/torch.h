@@ -19,7 +19,7 @@ struct Torch {
     Ref global_pre_hooks, global_post_hooks;  // of all optimizers' steps
     Ref profiler;                             // the dictionary of torch.autograd.profiler
     // The keys of a parameter group that hold the position, the bounds and those of momentum.
-    Ref step, base, top, low, high;
+    Ref position_key, base_key, top_key, low_key, high_key;
 };
 
 // Names of attributes and keys.
@@ -28,8 +28,14 @@ struct Names {
         param_groups, own_step, pre_hooks, post_hooks, cycle_end_hooks, grad_scale, found_inf,
         profiles;
 
-    void make() {
-        const auto name = [](const char* text) { return Ref(PyUnicode_InternFromString(text)); };
+    // Returns false with an exception set if memory has run out.
+    bool make() {
+        bool is_whole = true;
+        const auto name = [&is_whole](const char* text) {
+            Ref made(PyUnicode_InternFromString(text));
+            is_whole = is_whole && made;
+            return made;
+        };
         grad = name("grad"), is_neg = name("is_neg");
         local = name("_local_tensor"), spec = name("_spec");
         placements = name("placements"), mesh = name("mesh");
@@ -41,6 +47,7 @@ struct Names {
         cycle_end_hooks = name("_cycle_end_hooks");
         grad_scale = name("grad_scale"), found_inf = name("found_inf");
         profiles = name("_is_profiler_enabled");
+        return is_whole;
     }
 };
 
@@ -56,7 +63,7 @@ inline Names& names() {
 // Reads a tensor; returns false with an exception set if DLPack cannot tell its memory.
 inline bool view(PyObject* tensor, DLTensor& out) { return !torch().api->view(tensor, &out); }
 
-// The tensor itself, or a DTensor's part of this rank; null with an exception set on failure.
+// Returns the tensor itself, or a DTensor's part of this rank; null with an exception set on failure.
 inline Ref local_part(PyObject* tensor, bool is_divided) {
     return is_divided ? Ref(PyObject_GetAttr(tensor, names().local.get())) : Ref::to(tensor);
 }

@@ -16,10 +16,17 @@ from typing import Any
 
 import pytest
 import torch
-from internals import act_before_native_steps, take_the_general_way
+from internals import (
+    act_before_native_steps,
+    bare_native_backend,
+    bare_step,
+    plan_of,
+    take_the_general_way,
+)
 from native_helpers import BY_NAME, assert_identical, drawn, members, parameters
 
 import clr_optim
+from clr_optim.plan.placement import Placement
 
 OURS = str(Path(clr_optim.__file__).parent)
 
@@ -223,6 +230,70 @@ def test_a_handler_that_saves_at_any_line_saves_one_consistent_step(name, settin
                 each.step()
         number += 1
     assert saved_at == {1, 2}
+
+
+@pytest.mark.parametrize("name", ["adam-wd", "sgd-mom"])
+def test_a_handler_that_steps_at_any_line_of_an_ordinary_step_adds_one_step(name):
+    for number in range(10**6):
+        opt, twin = (make(name) for _ in range(2))
+        for each in (opt, twin):
+            gradients(each, 1)
+            each.step()
+            gradients(each, 2)
+        if not at_line(number, opt.step, opt.step):
+            break
+        for _ in range(2):
+            twin.step()
+        assert opt.iteration == twin.iteration, number
+        assert_identical(opt, twin)
+        for each in (opt, twin):
+            gradients(each, 3)
+            each.step()
+        assert_identical(opt, twin)
+    assert number > 10
+
+
+def test_a_handler_that_steps_while_a_plan_is_built(monkeypatch):
+    """It creates the state that the plan would have created."""
+    weights = parameters(drawn([(3,), (2,)], torch.float64))
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    optimizer = torch.optim.Adam(weights, lr=1.0, eps=0.0)
+    backend = bare_native_backend(optimizer)
+    place_all = Placement.place_all
+
+    def interrupted(placement: Placement, why: str | None) -> None:
+        place_all(placement, why)
+        monkeypatch.setattr(Placement, "place_all", place_all)
+        backend.plan.refresh()
+        bare_step(backend, 0.5)
+
+    monkeypatch.setattr(Placement, "place_all", interrupted)
+    backend.plan.refresh()
+    bare_step(backend, 0.5)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
+    assert [len(bucket.rows) for bucket in backend.plan.buckets] == [2]
+
+
+def test_ctrl_c_within_a_scan_is_raised_before_anything_has_changed():
+    opt, twin = (make("adam-wd") for _ in range(2))
+    for each in (opt, twin):
+        for seed in (1, 2, 3):
+            gradients(each, seed)
+            each.step()
+        gradients(each, 4)
+
+    class Interrupted(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Interrupted():
+        opt.step()
+    assert_identical(opt, twin)
+    assert opt.iteration == twin.iteration == 3
+    for each in (opt, twin):
+        each.step()
+    assert_identical(opt, twin)
 
 
 def step(opt: Any) -> None:
@@ -443,3 +514,32 @@ def test_a_finalizer_that_steps_is_refused_and_hangs_nothing():
     assert len(calls) == 2
     assert "within a step of the same optimizer" in str(calls[0])
     assert opt.iteration == 2
+
+
+def test_a_finalizer_that_steps_while_a_plan_lets_go_of_gradients():
+    """The finalizer would wake idle parameters, and so move the list that is being emptied."""
+    weights = parameters(drawn([(3,)] * 40, torch.float64))
+    opt = BY_NAME["adam-wd"].ours(weights, step_size_up=3)
+    for p in weights[:2]:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    calls: list[Any] = []
+
+    def finalizer() -> None:
+        for p in weights:
+            p.grad = torch.ones_like(p)
+        try:
+            opt.step()
+        except RuntimeError as error:
+            calls.append(error)
+
+    plan = plan_of(opt)
+    plan.refresh()
+    weakref.finalize(weights[0].grad, finalizer)
+    for p in weights[:2]:
+        p.grad = None
+    plan.release()
+    assert len(calls) == 1
+    opt.step()
+    assert opt.iteration == 2
+    assert counters(opt) == {1.0, 2.0}
