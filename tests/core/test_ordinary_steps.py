@@ -312,7 +312,7 @@ def test_anything_unusual_ends_the_call_before_anything_has_changed(name):
 
 def test_a_profiler_is_served_the_general_way():
     opt = started()
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         assert outcome_of(opt) == "OBSERVED"
         opt.step()
     assert any("step" in event.key.lower() for event in profile.key_averages())
