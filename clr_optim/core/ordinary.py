@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clr_optim.checks import LAST_STEP
 from clr_optim.core.groups import GroupMirror, Record, Values
 from clr_optim.core.position import Position
 from clr_optim.core.serving import Serving
@@ -138,7 +139,8 @@ class OrdinarySteps:
         """
         coming: list[Values] = []
         if 0.0 not in written.momenta:
-            for number in range(written.position + 1, written.position + self._count + 1):
+            last = min(written.position + self._count, LAST_STEP)
+            for number in range(written.position + 1, last + 1):
                 values = self._mirror.evaluate(number)
                 if 0.0 in values.momenta:
                     break

@@ -252,9 +252,11 @@ class Position:
 
     def _take_over(self, plan: Plan) -> bool:
         """Take note of the steps that native code took alone; return False if it took none."""
-        before = self.counted
+        # A finalizer may take a step meanwhile. The count then belongs to an earlier step, and the
+        # next question finds the rest.
+        before, steps = self.counted, plan.steps
         number, rates, momenta, written_rates, written_momenta = plan.native.course()
-        if not rates or number - before[0] != plan.steps - before[1]:
+        if not rates or number - before[0] != steps - before[1]:
             return False
         _, bounds, momentum_bounds, _, cycled = self._mirror.written
         values = Values(
@@ -263,7 +265,13 @@ class Position:
         self._mirror.take_over(values, rates, momenta)
         if cycled:
             plan.take_momenta(momenta, written_momenta)
-        self._count(before, (number, plan.steps))
+        counted = (number, steps)
+        # CPython runs no handler within this expression.
+        self.counted = counted if self.counted is before else self.counted
+        latest = self.counted
+        if latest is not counted:
+            # The mirror holds older values than those that the step in between has written.
+            self._write(latest[0] + plan.steps - latest[1], latest)
         return True
 
     def follow_kernels(self) -> None:
