@@ -207,3 +207,18 @@ def outcome_of(opt: Wrapped) -> str:
     names = ["TAKEN", "OUT_OF_VALUES", "OBSERVED", "REPLACED", "WRITTEN", "OUTDATED", "IN_USE"]
     outcomes = {getattr(plan.lib, name): name for name in names}
     return outcomes[plan.native.step(vars(opt))]
+
+
+def before_values_are_taken_over(
+    patch: pytest.MonkeyPatch, opt: Wrapped, action: Callable[[], object]
+) -> None:
+    """Run ``action`` once, before the mirror takes note of the values of ordinary steps."""
+    mirror = opt._shared.mirror
+    take_over = mirror.take_over
+
+    def acting(*args: Any) -> None:
+        patch.undo()
+        action()
+        take_over(*args)
+
+    patch.setattr(mirror, "take_over", acting)

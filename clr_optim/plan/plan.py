@@ -71,7 +71,7 @@ class Plan:
         # The groups and the state that the plan was built from. None: the next refresh builds it.
         self._groups: Sequence[dict[str, Any]] | None = None
         self._state: Any = None
-        self._dicts: list[Any] = []  # the values of the state
+        self._dicts: dict[Any, Any] = {}  # the items of the state
         self._answer = 0
         readings = GroupReadings(rule)
         self._publish(readings, Placement(self._target, readings, self.native))
@@ -200,7 +200,9 @@ class Plan:
             return False
         if not all(map(operator.is_, groups, known)):
             return False
-        self._groups = self.native.groups = groups
+        # First native code, which refuses within a step.
+        self.native.groups = groups
+        self._groups = groups
         return True
 
     def _take_settings(self) -> bool:
@@ -242,11 +244,16 @@ class Plan:
 
     def _adopt_state(self) -> bool:
         state = self._optimizer.state
-        entries = list(state.values())
+        items = dict(state)
         if not self._placement.take_state(state, _FEW_CHANGES):
             return False
-        self._dicts[:] = entries
+        self._note_state(items)
         return True
+
+    def _note_state(self, items: dict[Any, Any]) -> None:
+        # In place: native code holds the dictionary.
+        self._dicts.clear()
+        self._dicts.update(items)
 
     def _adopt_gradients(self) -> bool:
         if not self._placement.take_gradients():
@@ -275,7 +282,7 @@ class Plan:
         if why is None:
             self._show(groups, state)
         else:
-            self.native.show([], [], [], [], {}, [], [])
+            self.native.show([], [], [], [], {}, {}, [])
         self._write_scalars()
         self._point_to_buckets()
         if why is None:
@@ -283,7 +290,7 @@ class Plan:
 
     def _show(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, Any]) -> None:
         """Show native code what the plan was built from."""
-        self._dicts = list(state.values())
+        self._dicts = dict(state)
         readings = self._readings
         self.native.show(
             groups,
@@ -325,7 +332,7 @@ class Plan:
         with self.lock:
             state = self._optimizer.state
             self._placement.hand_over_state(state)
-            self._dicts[:] = state.values()
+            self._note_state(state)
             self.release()
 
     def commit_if_called(self) -> None:

@@ -15,14 +15,6 @@ inline const char* const ROW_COLUMNS[] = {"param",  "state0", "state1", "state2"
 static_assert(sizeof(Row) == 8 * (sizeof ROW_COLUMNS / sizeof *ROW_COLUMNS - 1),
               "a field of Row has no name, or other than 8 bytes");
 
-// Places in torch's objects, see clr_optim/plan/words.py.
-struct Words {
-    int64_t impl = 0;       // which word of a tensor's object points to its implementation
-    int64_t storage = 0;    // which word of that points to its storage; 0: do not look ahead
-    int64_t key_set = 0;    // which word of the implementation holds the dispatch keys
-    uint64_t negative = 0;  // the bit of a lazy negation in these; 0: ask torch
-};
-
 class Bucket : public Rows {
 public:
     // ---- what all rows have in common

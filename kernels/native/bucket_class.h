@@ -81,6 +81,7 @@ inline PyObject* bucket_note_filled(PyObject* self, PyObject* const* args, Py_ss
 }
 
 inline PyObject* bucket_entries(PyObject* self, PyObject*) {
+    const NoCollection no_collection;  // a finalizer may take a step, which adds rows
     return list_of(BucketObject::of(self).dicts, [](const Ref& each) { return Py_NewRef(each.get()); });
 }
 inline PyObject* bucket_rows(PyObject* self, PyObject*) { return bytes_of(BucketObject::of(self).rows); }

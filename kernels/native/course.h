@@ -34,6 +34,7 @@ public:
     // Columns of the kernels' scalars and of each group's settings that hold the momentum, or -1.
     int64_t column = -1;
     std::vector<Py_ssize_t> places;
+    Words words;
 
     Course() = default;
     Course(Course&&) = default;
@@ -158,9 +159,11 @@ private:
         PyObject* const betas = PyDict_GetItemWithError(group, names().betas.get());
         return betas && betas != Py_None;
     }
-    // Reads a rate on the CPU, float32 or float64, of one element.
-    static bool reads(const Record& record, DLTensor& t) {
+    // Reads a rate on the CPU, float32 or float64, of one element. No lazy negation, which DLPack
+    // does not tell: if the place of its bit is unknown, the general way serves tensors.
+    bool reads(const Record& record, DLTensor& t) const {
         if (!view(record.lr.get(), t)) return PyErr_Clear(), false;
+        if (!words.negative || is_negated(words, record.lr.get())) return false;
         for (int d = 0; d < t.ndim; ++d)
             if (t.shape[d] != 1) return false;
         return t.device_type == 1 && (is_float(t, 32) || is_float(t, 64));

@@ -103,7 +103,7 @@ class Plan:
         keys: list[list[str]],
         settings: list[list[Any]],
         state: dict[Tensor, Any],
-        dicts: list[Any],
+        dicts: dict[Any, Any],
         idle: list[Tensor],
         /,
     ) -> None:

@@ -106,7 +106,7 @@ public:
         if (!is_current(answer)) return true;
         const size_t groups = std::min(rates.size(), size_t(scalars.groups()));
         for (size_t i = 0; i < groups; ++i) scalars.row(i)[0] = rates[i];
-        const bool ran = run(factor, answer, moves, false);
+        const bool ran = run(factor, answer, moves, false, false);
         const Raised raised;
         release();
         return ran;
@@ -135,17 +135,9 @@ public:
             release();
             return !raised;
         }
-        double factor = 1;
-        if (max_norm >= 0) {
-            double sum = 0;
-            for (const double square : sums_of_squares()) sum += square;
-            norm = std::sqrt(sum), has_norm = true;
-            const double clip = max_norm / (norm + 1e-6);
-            factor = clip > 1 ? 1 : clip;  // a NaN must stay NaN, as in clip_grad_norm_
-        }
         for (size_t i = 0; i < course.records.size(); ++i)
             scalars.row(i)[0] = course.records[i].rate;
-        const bool ran = run(factor, answer, true, course.has_tensors());
+        const bool ran = run(1, answer, true, course.has_tensors(), max_norm >= 0);
         // Write the next values even if run() has failed: the parameters have changed.
         const Raised raised;
         course.write();
@@ -154,12 +146,9 @@ public:
         return ran;
     }
 
-    // Lets go of the gradients.
-    void release() {
-        for (Bucket* bucket : planned.buckets) bucket->release();
-    }
-    // Likewise, on behalf of Python. A finalizer must not step meanwhile.
-    void release_if_free() {
+    // Lets go of the gradients outside of a step. Their finalizers may call a step, which must not
+    // change the buckets meanwhile.
+    void let_go() {
         if (busy) return;
         const Use use(*this);
         release();
@@ -184,6 +173,10 @@ public:
     }
 
 private:
+    void release() {
+        for (Bucket* bucket : planned.buckets) bucket->release();
+    }
+
     // Keeps every other scan and step away, also those of finalizers.
     class Use {
     public:
@@ -236,21 +229,35 @@ private:
         return int(std::max(number, 1L));
     }
 
+    // Sums without the GIL if that takes long.
     std::vector<double> sums_of_squares() const {
-        std::vector<double> sums;
         const int threads = threads_for(size());
         const WithoutGil without_gil(size() >= PARALLEL);
+        return sums_of_squares(threads);
+    }
+    std::vector<double> sums_of_squares(int threads) const {
+        std::vector<double> sums;
         for (const Bucket* bucket : planned.buckets)
             sums.push_back(sum_of_squares(*kernels, *bucket, threads));
         return sums;
     }
 
+    // Finds the norm of all gradients, and returns by what factor a step clips them.
+    double clip(int threads) {
+        double sum = 0;
+        for (const double square : sums_of_squares(threads)) sum += square;
+        norm = std::sqrt(sum), has_norm = true;
+        const double factor = max_norm / (norm + 1e-6);
+        return factor > 1 ? 1 : factor;  // a NaN must stay NaN, as in clip_grad_norm_
+    }
+
     // Runs the kernels, counts the call, and counts up the versions of the tensors that changed.
-    bool run(double factor, Answer answer, bool moves, bool fills_rates) {
+    bool run(double factor, Answer answer, bool moves, bool fills_rates, bool clips) {
         const int threads = threads_for(size());
         {
             // A shorter step takes less time than giving the GIL away and getting it back.
             const WithoutGil without_gil(size() >= PARALLEL);
+            if (clips) factor = clip(threads);
             for (const Bucket* bucket : planned.buckets)
                 if (bucket->active)
                     clr::update(*kernels, *bucket, scalars.data(), scalars.width(), factor,
@@ -319,6 +326,7 @@ private:
     }
 
     bool is_replaced() const {
+        if (!optimizer) return true;  // the garbage collector has cleared the plan
         const Names& n = names();
         const Ref dict(PyObject_GenericGetDict(optimizer.get(), nullptr));
         if (!dict || item(dict.get(), n.own_step) ||

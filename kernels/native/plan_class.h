@@ -31,8 +31,8 @@ inline bool is_free(const Plan& plan) {
 inline PyObject* plan_show(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     Plan& plan = PlanObject::of(self);
     if (!expects("show()", count, 7) || !is_free(plan)) return nullptr;
-    if (Items(args[0]).size() < 0 || !PyDict_Check(args[4])) {
-        PyErr_SetString(PyExc_TypeError, "groups must be a list or a tuple, state a dict");
+    if (Items(args[0]).size() < 0 || !PyDict_Check(args[4]) || !PyDict_Check(args[5])) {
+        PyErr_SetString(PyExc_TypeError, "groups must be a list or a tuple, state and dicts a dict");
         return nullptr;
     }
     plan.course.end();
@@ -131,6 +131,7 @@ inline PyObject* plan_follow(PyObject* self, PyObject* const* args, Py_ssize_t c
         return nullptr;
     }
     if (!is_free(plan)) return nullptr;  // reading numbers may have run Python code
+    if (!plan.planned.buckets.empty()) course.words = plan.planned.buckets.front()->words;
     plan.max_norm = max_norm;
     std::swap(plan.course, course);
     return none();
@@ -143,6 +144,7 @@ inline PyObject* plan_leave(PyObject* self, PyObject*) {
 }
 
 inline PyObject* plan_course(PyObject* self, PyObject*) {
+    const NoCollection no_collection;  // a finalizer may take a step, which changes the records
     const Course& course = PlanObject::of(self).course;
     const Ref position(PyLong_FromLongLong(course.position));
     const Ref lrs(list_of(course.records, [](const Record& r) { return Py_NewRef(r.lr.get()); }));
@@ -174,7 +176,7 @@ inline PyObject* plan_after_fork(PyObject* self, PyObject*) {
 }
 
 inline PyObject* plan_release(PyObject* self, PyObject*) {
-    PlanObject::of(self).release_if_free();
+    PlanObject::of(self).let_go();
     return none();
 }
 

@@ -23,7 +23,7 @@ struct Planned {
     Ref keys;      // list of lists: the names of each group's settings
     Ref settings;  // list of lists: the settings
     Ref state;     // optimizer.state
-    Ref dicts;     // list of its values
+    Ref dicts;     // its items, in a dictionary of ours
     Ref idle;      // list of tensors without a gradient, in no bucket
     std::vector<Bucket*> buckets;
     int64_t bucket = 0, row = 0;  // where the last scan stopped, if it stopped at a row
@@ -78,14 +78,17 @@ inline bool same_settings(const Planned& planned) {
     return true;
 }
 
-// Compares the dictionaries' identities and order, which shows any that was replaced, added or removed.
+// Compares the items' identities and order, which shows any that was replaced, added or removed.
 inline bool same_state(const Planned& planned) {
-    const Items dicts(planned.dicts.get());
-    Py_ssize_t at = 0, i = 0;
-    PyObject *key = nullptr, *value = nullptr;
+    PyObject* const dicts = planned.dicts.get();
+    if (PyDict_Size(planned.state.get()) != PyDict_Size(dicts)) return false;
+    Py_ssize_t at = 0, at_known = 0;
+    PyObject *key = nullptr, *value = nullptr, *known_key = nullptr, *known = nullptr;
     while (PyDict_Next(planned.state.get(), &at, &key, &value))
-        if (i >= dicts.size() || value != dicts.get(i++)) return false;
-    return i == dicts.size();
+        if (!PyDict_Next(dicts, &at_known, &known_key, &known) || key != known_key ||
+            value != known)
+            return false;
+    return true;
 }
 
 // May run Python code: a parameter of a user's class may define `grad`.
@@ -202,13 +205,6 @@ inline bool has_layout(const DLTensor& t, const int64_t* layout) {
         same = same && (layout[d] == 1 || t.strides[d] == layout[ndim + d]);
     }
     return same || empty;
-}
-
-// Reads the bit of a lazy negation. False if its place is unknown; torch was asked then.
-inline bool is_negated(const Words& words, PyObject* tensor) {
-    if (!words.negative) return false;
-    const auto* impl = reinterpret_cast<const uint64_t* const*>(tensor)[words.impl];
-    return (impl[words.key_set] & words.negative) != 0;
 }
 
 // Returns whether row i still describes its tensors. Takes in the address of the gradient, which may change.

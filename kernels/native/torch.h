@@ -3,6 +3,8 @@
 // Python hands all of it over once, see `connect` in module.cpp. The module keeps it for good.
 #pragma once
 
+#include <cstdint>
+
 #include "dlpack.h"
 #include "python.h"
 
@@ -66,6 +68,21 @@ inline bool view(PyObject* tensor, DLTensor& out) { return !torch().api->view(te
 // Returns the tensor itself, or a DTensor's part of this rank; null with an exception set on failure.
 inline Ref local_part(PyObject* tensor, bool is_divided) {
     return is_divided ? Ref(PyObject_GetAttr(tensor, names().local.get())) : Ref::to(tensor);
+}
+
+// Places in torch's objects, see clr_optim/plan/words.py.
+struct Words {
+    int64_t impl = 0;       // which word of a tensor's object points to its implementation
+    int64_t storage = 0;    // which word of that points to its storage; 0: do not look ahead
+    int64_t key_set = 0;    // which word of the implementation holds the dispatch keys
+    uint64_t negative = 0;  // the bit of a lazy negation in these; 0: ask torch
+};
+
+// Reads the bit of a lazy negation. False if its place is unknown; torch was asked then.
+inline bool is_negated(const Words& words, PyObject* tensor) {
+    if (!words.negative) return false;
+    const auto* impl = reinterpret_cast<const uint64_t* const*>(tensor)[words.impl];
+    return (impl[words.key_set] & words.negative) != 0;
 }
 
 inline bool is_float(const DLTensor& t, int64_t bits) {

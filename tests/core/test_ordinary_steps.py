@@ -366,3 +366,14 @@ def test_an_optimizer_is_freed_at_once(collects):
     finally:
         if was_enabled:
             gc.enable()
+
+
+def test_a_tensor_rate_that_is_negated_in_its_place_is_overruled():
+    opt = probe("triangular", lr=torch.tensor(0.5, dtype=torch.float64))
+    for _ in range(9):
+        opt.step()
+    lr = opt.param_groups[0]["lr"]
+    lr.data = torch._neg_view(lr.data.clone())
+    with pytest.warns(UserWarning, match="lr was written from outside"):
+        assert used(opt) == opt.lr_at(9)
+    assert opt.param_groups[0]["lr"].item() == opt.lr_at(10)[0]
