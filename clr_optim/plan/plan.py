@@ -291,16 +291,8 @@ class Plan:
     def _show(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, Any]) -> None:
         """Show native code what the plan was built from."""
         self._dicts = dict(state)
-        readings = self._readings
-        self.native.show(
-            groups,
-            readings.members,
-            readings.keys,
-            readings.settings,
-            state,
-            self._dicts,
-            self._placement.idle,
-        )
+        read, idle = self._readings, self._placement.idle
+        self.native.show(groups, read.members, read.keys, read.settings, state, self._dicts, idle)
 
     def _point_to_buckets(self) -> None:
         self.native.point_to([bucket.native for bucket in self.buckets], self._placement.params)
