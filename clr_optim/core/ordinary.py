@@ -76,7 +76,7 @@ class OrdinarySteps:
         plan = self._plan
         if plan is not None:
             self.last_norm()
-            plan.native.leave()
+            plan.native.end_course()
             self._count = 1
 
     # ---- the norm of the gradients
@@ -120,7 +120,7 @@ class OrdinarySteps:
         groups = zip(records, written.bounds, low_high, strict=True)
         cycles = bool(written.momenta)
         # One call, so that an interrupt finds the old course or the new one.
-        plan.native.follow(
+        plan.native.begin_course(
             [(r.group, r.lr, *bounds, r.momentum, *momenta) for r, bounds, momenta in groups],
             written.position,
             [row.rates for row in rows],

@@ -151,9 +151,9 @@ class Plan:
         readings = self._readings
         if readings.mutables and readings.changed_in_place() and not self._take_settings():
             return False
-        answer = self.native.look()
+        answer = self.native.scan()
         if answer == lib.SETTINGS_CHANGED and self._take_settings():
-            answer = self.native.look()
+            answer = self.native.scan()
         self.partial = answer == lib.SOME_IDLE
         if self.partial and not self._placement.unfilled_are_active():
             return False  # a gradient was taken away before the step that creates its state
@@ -177,7 +177,7 @@ class Plan:
         """Have the next :meth:`refresh` build the plan anew."""
         with self.lock:
             self._groups = None
-            self.native.leave()
+            self.native.end_course()
             self.release()
 
     def release(self) -> None:
@@ -258,7 +258,7 @@ class Plan:
     def _adopt_gradients(self) -> bool:
         if not self._placement.take_gradients():
             return False
-        self._point_to_buckets()
+        self._set_buckets()
         return True
 
     # ---- building
@@ -280,27 +280,29 @@ class Plan:
                 break
         self._publish(readings, placement)
         if why is None:
-            self._show(groups, state)
+            self._set_sources(groups, state)
         else:
-            self.native.show([], [], [], [], {}, {}, [])
+            self.native.set_sources([], [], [], [], {}, {}, [])
         self._write_scalars()
-        self._point_to_buckets()
+        self._set_buckets()
         if why is None:
             self._groups, self._state = groups, state
 
-    def _show(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, Any]) -> None:
+    def _set_sources(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, Any]) -> None:
         """Show native code what the plan was built from."""
         self._dicts = dict(state)
         read, idle = self._readings, self._placement.idle
-        self.native.show(groups, read.members, read.keys, read.settings, state, self._dicts, idle)
+        self.native.set_sources(
+            groups, read.members, read.keys, read.settings, state, self._dicts, idle
+        )
 
-    def _point_to_buckets(self) -> None:
-        self.native.point_to([bucket.native for bucket in self.buckets], self._placement.params)
+    def _set_buckets(self) -> None:
+        self.native.set_buckets([bucket.native for bucket in self.buckets], self._placement.params)
 
     def _write_scalars(self) -> None:
         #: the kernel's scalars, a row per group; each step fills in the rates
         self.scalars = self._readings.scalar_table()
-        self.native.take_scalars(self.scalars)
+        self.native.set_scalars(self.scalars)
 
     # ---- after a step
 

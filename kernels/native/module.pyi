@@ -96,7 +96,7 @@ class Plan:
     groups: Sequence[dict[str, Any]]
 
     def __new__(cls, optimizer: object, own_step: Callable[..., Any]) -> Plan: ...
-    def show(
+    def set_sources(
         self,
         groups: Sequence[dict[str, Any]],
         members: list[list[Tensor]],
@@ -109,13 +109,13 @@ class Plan:
     ) -> None:
         """Take in what the plan was built from, for later scans to compare; end the course."""
 
-    def point_to(self, buckets: Sequence[Bucket], params: list[Tensor], /) -> None:
+    def set_buckets(self, buckets: Sequence[Bucket], params: list[Tensor], /) -> None:
         """Take in the buckets, and the parameters of all of them."""
 
-    def take_scalars(self, scalars: object, /) -> None:
+    def set_scalars(self, scalars: object, /) -> None:
         """Take in an array of float64 with the kernels' scalars, a row per group."""
 
-    def look(self) -> int:
+    def scan(self) -> int:
         """Scan; keep the gradients alive until `release` or the end of a step."""
 
     def update(self, rates: Sequence[float], factor: float, moves: bool, /) -> int:
@@ -124,7 +124,7 @@ class Plan:
     def squares(self) -> tuple[int, list[float]]:
         """Scan, and return the sum of the squares of each bucket's gradients; keep these alive."""
 
-    def follow(
+    def begin_course(
         self,
         records: Sequence[tuple[object, ...]],
         position: int,
@@ -153,7 +153,7 @@ class Plan:
     def course(self) -> tuple[int, list[object], list[object], list[float], list[float]]:
         """Return position, `lr` and momentum of each group as objects, and both as numbers."""
 
-    def leave(self) -> None:
+    def end_course(self) -> None:
         """End the course: steps need Python again."""
 
     def step(self, attributes: dict[str, Any], /) -> int:

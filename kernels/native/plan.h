@@ -78,8 +78,8 @@ enum Outcome {
 
 class Plan {
 public:
-    Planned planned;
-    std::vector<Ref> buckets;  // the Python objects of planned.buckets
+    Sources sources;
+    std::vector<Ref> buckets;  // the Python objects of sources.buckets
     Ref params;                // list of the parameters of all buckets
     Scalars scalars;
     Course course;
@@ -156,8 +156,8 @@ public:
 
     int visit(visitproc visit, void* arg) const {
         for (const Ref* each :
-             {&planned.groups, &planned.members, &planned.keys, &planned.settings, &planned.state,
-              &planned.dicts, &planned.idle, &params, &optimizer, &own_step})
+             {&sources.groups, &sources.members, &sources.keys, &sources.settings, &sources.state,
+              &sources.dicts, &sources.idle, &params, &optimizer, &own_step})
             Py_VISIT(each->get());
         for (const Ref& bucket : buckets) Py_VISIT(bucket.get());
         if (const int stop = scalars.visit(visit, arg)) return stop;
@@ -165,7 +165,7 @@ public:
     }
     void clear() {
         course.end();
-        const Planned old = std::exchange(planned, Planned());
+        const Sources old = std::exchange(sources, Sources());
         const std::vector<Ref> old_buckets = std::exchange(buckets, {});
         const Ref old_params = std::move(params), old_optimizer = std::move(optimizer),
                   old_step = std::move(own_step);
@@ -174,7 +174,7 @@ public:
 
 private:
     void release() {
-        for (Bucket* bucket : planned.buckets) bucket->release();
+        for (Bucket* bucket : sources.buckets) bucket->release();
     }
 
     // Keeps every other scan and step away, also those of finalizers.
@@ -191,10 +191,10 @@ private:
     // Scans. An exception of Python code counts as a change, but Ctrl-C fails.
     bool find_changes(Answer& answer) {
         answer = GROUPS_CHANGED;
-        if (!planned.groups) return true;
-        for (const Bucket* bucket : planned.buckets)
+        if (!sources.groups) return true;
+        for (const Bucket* bucket : sources.buckets)
             if (bucket->groups > scalars.groups()) return true;
-        answer = scan(planned);
+        answer = scan(sources);
         if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return false;
         PyErr_Clear();
         return true;
@@ -208,7 +208,7 @@ private:
         if (outcome != TAKEN || !find_changes(answer)) return false;
         // After the scan, which may run Python code.
         if (!is_current(answer)) outcome = OUTDATED;
-        else if (!course.is_untouched(planned.groups.get())) outcome = WRITTEN;
+        else if (!course.is_untouched(sources.groups.get())) outcome = WRITTEN;
         PyErr_Clear();
         return outcome == TAKEN && course.prepare();
     }
@@ -216,7 +216,7 @@ private:
     // Returns the number of values that a step updates.
     int64_t size() const {
         int64_t total = 0;
-        for (const Bucket* bucket : planned.buckets) total += bucket->values;
+        for (const Bucket* bucket : sources.buckets) total += bucket->values;
         return total;
     }
 
@@ -237,7 +237,7 @@ private:
     }
     std::vector<double> sums_of_squares(int threads) const {
         std::vector<double> sums;
-        for (const Bucket* bucket : planned.buckets)
+        for (const Bucket* bucket : sources.buckets)
             sums.push_back(sum_of_squares(*kernels, *bucket, threads));
         return sums;
     }
@@ -258,7 +258,7 @@ private:
             // A shorter step takes less time than giving the GIL away and getting it back.
             const WithoutGil without_gil(size() >= PARALLEL);
             if (clips) factor = clip(threads);
-            for (const Bucket* bucket : planned.buckets)
+            for (const Bucket* bucket : sources.buckets)
                 if (bucket->active)
                     clr::update(*kernels, *bucket, scalars.data(), scalars.width(), factor,
                                 threads);
@@ -271,7 +271,7 @@ private:
             const auto add = [&changed](PyObject* tensor) {
                 return changed && !PyList_Append(changed.get(), tensor);
             };
-            for (const Bucket* bucket : planned.buckets)
+            for (const Bucket* bucket : sources.buckets)
                 for (size_t i = 0; i < bucket->rows.size(); ++i)
                     if (bucket->gradients[i] && !add(bucket->params[i].get())) return false;
             for (const Record& record : course.records)
@@ -284,7 +284,7 @@ private:
 
     // Notes the momenta that the course has just written, so that the next scan finds no change.
     void take_momenta() {
-        const Items all(planned.settings.get());
+        const Items all(sources.settings.get());
         for (size_t i = 0; i < course.places.size() && Py_ssize_t(i) < all.size(); ++i) {
             const Record& record = course.records[i];
             PyObject* const settings = all.get(Py_ssize_t(i));
@@ -330,8 +330,8 @@ private:
         const Names& n = names();
         const Ref dict(PyObject_GenericGetDict(optimizer.get(), nullptr));
         if (!dict || item(dict.get(), n.own_step) ||
-            !planned.state.is(item(dict.get(), n.state)) ||
-            !planned.groups.is(item(dict.get(), n.param_groups)) ||
+            !sources.state.is(item(dict.get(), n.state)) ||
+            !sources.groups.is(item(dict.get(), n.param_groups)) ||
             !is_empty(item(dict.get(), n.pre_hooks)) || !is_empty(item(dict.get(), n.post_hooks)))
             return true;
         const Ref step(PyObject_GetAttr(type_of(optimizer.get()), n.own_step.get()));

@@ -28,26 +28,26 @@ inline bool is_free(const Plan& plan) {
     return false;
 }
 
-inline PyObject* plan_show(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+inline PyObject* plan_set_sources(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     Plan& plan = PlanObject::of(self);
-    if (!expects("show()", count, 7) || !is_free(plan)) return nullptr;
+    if (!expects("set_sources()", count, 7) || !is_free(plan)) return nullptr;
     if (Items(args[0]).size() < 0 || !PyDict_Check(args[4]) || !PyDict_Check(args[5])) {
         PyErr_SetString(PyExc_TypeError, "groups must be a list or a tuple, state and dicts a dict");
         return nullptr;
     }
     plan.course.end();
-    Planned planned;
-    Ref* const fields[] = {&planned.groups, &planned.members, &planned.keys, &planned.settings,
-                           &planned.state,  &planned.dicts,   &planned.idle};
+    Sources sources;
+    Ref* const fields[] = {&sources.groups, &sources.members, &sources.keys, &sources.settings,
+                           &sources.state,  &sources.dicts,   &sources.idle};
     for (size_t k = 0; k < 7; ++k) *fields[k] = Ref::to(args[k]);
-    planned.buckets = plan.planned.buckets;
-    const Planned old = std::exchange(plan.planned, std::move(planned));
+    sources.buckets = plan.sources.buckets;
+    const Sources old = std::exchange(plan.sources, std::move(sources));
     return none();
 }
 
-inline PyObject* plan_point_to(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+inline PyObject* plan_set_buckets(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     Plan& plan = PlanObject::of(self);
-    if (!expects("point_to()", count, 2) || !is_free(plan)) return nullptr;
+    if (!expects("set_buckets()", count, 2) || !is_free(plan)) return nullptr;
     const Items given(args[0]);
     std::vector<Ref> buckets;
     for (Py_ssize_t i = 0; i < given.size(); ++i) {
@@ -57,19 +57,19 @@ inline PyObject* plan_point_to(PyObject* self, PyObject* const* args, Py_ssize_t
         }
         buckets.push_back(Ref::to(given.get(i)));
     }
-    plan.planned.buckets.clear();
-    for (const Ref& each : buckets) plan.planned.buckets.push_back(&BucketObject::of(each.get()));
+    plan.sources.buckets.clear();
+    for (const Ref& each : buckets) plan.sources.buckets.push_back(&BucketObject::of(each.get()));
     const std::vector<Ref> old = std::exchange(plan.buckets, std::move(buckets));
     const Ref params = std::exchange(plan.params, Ref::to(args[1]));
     return none();
 }
 
-inline PyObject* plan_take_scalars(PyObject* self, PyObject* array) {
+inline PyObject* plan_set_scalars(PyObject* self, PyObject* array) {
     Plan& plan = PlanObject::of(self);
     return is_free(plan) && plan.scalars.take(array) ? none() : nullptr;
 }
 
-inline PyObject* plan_look(PyObject* self, PyObject*) {
+inline PyObject* plan_scan(PyObject* self, PyObject*) {
     Answer answer;
     return PlanObject::of(self).look(answer) ? PyLong_FromLong(answer) : nullptr;
 }
@@ -94,9 +94,9 @@ inline PyObject* plan_squares(PyObject* self, PyObject*) {
     return list ? Py_BuildValue("iO", int(answer), list.get()) : nullptr;
 }
 
-inline PyObject* plan_follow(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+inline PyObject* plan_begin_course(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     Plan& plan = PlanObject::of(self);
-    if (!expects("follow()", count, 8) || !is_free(plan)) return nullptr;
+    if (!expects("begin_course()", count, 8) || !is_free(plan)) return nullptr;
     Course course;
     const Items records(args[0]);
     std::vector<int64_t> ends, places;
@@ -131,13 +131,13 @@ inline PyObject* plan_follow(PyObject* self, PyObject* const* args, Py_ssize_t c
         return nullptr;
     }
     if (!is_free(plan)) return nullptr;  // reading numbers may have run Python code
-    if (!plan.planned.buckets.empty()) course.words = plan.planned.buckets.front()->words;
+    if (!plan.sources.buckets.empty()) course.words = plan.sources.buckets.front()->words;
     plan.max_norm = max_norm;
     std::swap(plan.course, course);
     return none();
 }
 
-inline PyObject* plan_leave(PyObject* self, PyObject*) {
+inline PyObject* plan_end_course(PyObject* self, PyObject*) {
     Plan& plan = PlanObject::of(self);
     if (!plan.busy) plan.course.end();
     return none();
@@ -199,9 +199,9 @@ inline PyObject* plan_take_norm(PyObject* self, PyObject*) {
 }
 inline PyObject* get_busy(PyObject* self, void*) { return PyBool_FromLong(PlanObject::of(self).busy); }
 inline PyObject* get_place(PyObject* self, void*) {
-    const Planned& planned = PlanObject::of(self).planned;
-    return Py_BuildValue("LL", static_cast<long long>(planned.bucket),
-                         static_cast<long long>(planned.row));
+    const Sources& sources = PlanObject::of(self).sources;
+    return Py_BuildValue("LL", static_cast<long long>(sources.bucket),
+                         static_cast<long long>(sources.row));
 }
 inline int set_groups(PyObject* self, PyObject* groups, void*) {
     Plan& plan = PlanObject::of(self);
@@ -209,7 +209,7 @@ inline int set_groups(PyObject* self, PyObject* groups, void*) {
         if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "groups must be a list or a tuple");
         return -1;
     }
-    plan.planned.groups = Ref::to(groups);
+    plan.sources.groups = Ref::to(groups);
     return 0;
 }
 
@@ -223,14 +223,14 @@ inline PyGetSetDef plan_attributes[] = {
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
 inline PyMethodDef plan_methods[] = {
-    {"show", method<plan_show>(), METH_FASTCALL, nullptr},
-    {"point_to", method<plan_point_to>(), METH_FASTCALL, nullptr},
-    {"take_scalars", method<plan_take_scalars>(), METH_O, nullptr},
-    {"look", method<plan_look>(), METH_NOARGS, nullptr},
+    {"set_sources", method<plan_set_sources>(), METH_FASTCALL, nullptr},
+    {"set_buckets", method<plan_set_buckets>(), METH_FASTCALL, nullptr},
+    {"set_scalars", method<plan_set_scalars>(), METH_O, nullptr},
+    {"scan", method<plan_scan>(), METH_NOARGS, nullptr},
     {"update", method<plan_update>(), METH_FASTCALL, nullptr},
     {"squares", method<plan_squares>(), METH_NOARGS, nullptr},
-    {"follow", method<plan_follow>(), METH_FASTCALL, nullptr},
-    {"leave", method<plan_leave>(), METH_NOARGS, nullptr},
+    {"begin_course", method<plan_begin_course>(), METH_FASTCALL, nullptr},
+    {"end_course", method<plan_end_course>(), METH_NOARGS, nullptr},
     {"course", method<plan_course>(), METH_NOARGS, nullptr},
     {"step", method<plan_step>(), METH_O, nullptr},
     {"take_norm", method<plan_take_norm>(), METH_NOARGS, nullptr},

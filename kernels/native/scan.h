@@ -17,7 +17,7 @@
 namespace clr {
 
 // What a plan was built from, beside its buckets. All of it belongs to the plan, see plan.h.
-struct Planned {
+struct Sources {
     Ref groups;    // list or tuple of the groups' dictionaries
     Ref members;   // list of lists: the parameters of each group
     Ref keys;      // list of lists: the names of each group's settings
@@ -33,7 +33,7 @@ struct Planned {
 enum Answer {
     ALL_ACTIVE = 0,
     SOME_IDLE = 1,  // nothing has changed, but some rows have no gradient
-    CHANGED = 2,    // a row has changed: see Planned::bucket and Planned::row
+    CHANGED = 2,    // a row has changed: see Sources::bucket and Sources::row
     GROUPS_CHANGED = 3,
     SETTINGS_CHANGED = 4,
     STATE_CHANGED = 5,
@@ -53,19 +53,19 @@ inline bool same_items(PyObject* a, PyObject* b) {
 }
 
 // Another thread may have added a group since the plan was built. The user's list is then longer.
-inline bool same_groups(const Planned& planned) {
-    const Items groups(planned.groups.get());
-    if (groups.size() != PyList_Size(planned.members.get())) return false;
+inline bool same_groups(const Sources& sources) {
+    const Items groups(sources.groups.get());
+    if (groups.size() != PyList_Size(sources.members.get())) return false;
     for (Py_ssize_t i = 0; i < groups.size(); ++i) {
         PyObject* const params = PyDict_GetItemWithError(groups.get(i), names().params.get());
-        if (!params || !same_items(params, PyList_GetItem(planned.members.get(), i))) return false;
+        if (!params || !same_items(params, PyList_GetItem(sources.members.get(), i))) return false;
     }
     return true;
 }
 
-inline bool same_settings(const Planned& planned) {
-    const Items groups(planned.groups.get()), all_keys(planned.keys.get()),
-        all_settings(planned.settings.get());
+inline bool same_settings(const Sources& sources) {
+    const Items groups(sources.groups.get()), all_keys(sources.keys.get()),
+        all_settings(sources.settings.get());
     if (groups.size() != all_keys.size() || groups.size() != all_settings.size()) return false;
     for (Py_ssize_t i = 0; i < groups.size(); ++i) {
         const Items keys(all_keys.get(i)), settings(all_settings.get(i));
@@ -79,12 +79,12 @@ inline bool same_settings(const Planned& planned) {
 }
 
 // Compares the items' identities and order, which shows any that was replaced, added or removed.
-inline bool same_state(const Planned& planned) {
-    PyObject* const dicts = planned.dicts.get();
-    if (PyDict_Size(planned.state.get()) != PyDict_Size(dicts)) return false;
+inline bool same_state(const Sources& sources) {
+    PyObject* const dicts = sources.dicts.get();
+    if (PyDict_Size(sources.state.get()) != PyDict_Size(dicts)) return false;
     Py_ssize_t at = 0, at_known = 0;
     PyObject *key = nullptr, *value = nullptr, *known_key = nullptr, *known = nullptr;
-    while (PyDict_Next(planned.state.get(), &at, &key, &value))
+    while (PyDict_Next(sources.state.get(), &at, &key, &value))
         if (!PyDict_Next(dicts, &at_known, &known_key, &known) || key != known_key ||
             value != known)
             return false;
@@ -92,10 +92,10 @@ inline bool same_state(const Planned& planned) {
 }
 
 // May run Python code: a parameter of a user's class may define `grad`.
-inline bool still_idle(const Planned& planned) {
-    const Py_ssize_t count = PyList_Size(planned.idle.get());
-    for (Py_ssize_t i = 0; i < count && i < PyList_Size(planned.idle.get()); ++i) {
-        const Ref param = Ref::to(PyList_GetItem(planned.idle.get(), i));
+inline bool still_idle(const Sources& sources) {
+    const Py_ssize_t count = PyList_Size(sources.idle.get());
+    for (Py_ssize_t i = 0; i < count && i < PyList_Size(sources.idle.get()); ++i) {
+        const Ref param = Ref::to(PyList_GetItem(sources.idle.get(), i));
         const Ref grad(PyObject_GetAttr(param.get(), names().grad.get()));
         if (!grad.is(Py_None)) return false;
     }
@@ -272,23 +272,23 @@ inline int64_t changed_row(Bucket& bucket, bool every) {
 
 // Answers whether anything has changed that the plan was built from. If not, the gradients'
 // addresses are up to date. An exception (a sparse gradient has no strides) counts as a change.
-inline Answer scan(Planned& planned) {
-    for (Bucket* bucket : planned.buckets) bucket->release();
-    if (!still_idle(planned)) return WOKEN;
+inline Answer scan(Sources& sources) {
+    for (Bucket* bucket : sources.buckets) bucket->release();
+    if (!still_idle(sources)) return WOKEN;
     const bool every = has_mode();
-    const auto stops = [&planned](size_t bucket, int64_t row) {
-        planned.bucket = int64_t(bucket), planned.row = row;
+    const auto stops = [&sources](size_t bucket, int64_t row) {
+        sources.bucket = int64_t(bucket), sources.row = row;
         return row >= 0;
     };
-    for (size_t b = 0; b < planned.buckets.size(); ++b)
-        if (stops(b, ask(*planned.buckets[b], every))) return CHANGED;
+    for (size_t b = 0; b < sources.buckets.size(); ++b)
+        if (stops(b, ask(*sources.buckets[b], every))) return CHANGED;
     const NoCollection no_collection;
-    if (!same_groups(planned)) return GROUPS_CHANGED;
-    if (!same_settings(planned)) return SETTINGS_CHANGED;
-    if (!same_state(planned)) return STATE_CHANGED;
+    if (!same_groups(sources)) return GROUPS_CHANGED;
+    if (!same_settings(sources)) return SETTINGS_CHANGED;
+    if (!same_state(sources)) return STATE_CHANGED;
     bool all = true;
-    for (size_t b = 0; b < planned.buckets.size(); ++b) {
-        Bucket& bucket = *planned.buckets[b];
+    for (size_t b = 0; b < sources.buckets.size(); ++b) {
+        Bucket& bucket = *sources.buckets[b];
         if (stops(b, changed_row(bucket, every))) return CHANGED;
         all = all && bucket.active == bucket.count();
     }
