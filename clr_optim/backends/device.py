@@ -10,13 +10,13 @@ import torch
 __all__ = ["guard", "is_capturing", "no_inference_mode", "warp"]
 
 # A torch without CUDA and ROCm cannot be asked for captures.
-HAS_GRAPHS = bool(torch.version.cuda or torch.version.hip)
+_HAS_GRAPHS = bool(torch.version.cuda or torch.version.hip)
 
 
 def is_capturing() -> bool:
     """Return whether launches now go into a graph instead of running."""
     # A process that has used no GPU captures nothing, and may have no driver to ask.
-    if not HAS_GRAPHS or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if not _HAS_GRAPHS or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return False
     return torch.cuda.is_current_stream_capturing()
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from clr_optim.backends import device as current_device
 from clr_optim.backends.base import Course, Gradients, WhoKnows
 from clr_optim.backends.torch import has_own_step
 from clr_optim.kernels.native import NoKernelsError, load
@@ -63,11 +62,10 @@ def library() -> ModuleType:
         has_mode=torch._C._is_torch_function_mode_enabled,
         increment_version=torch._C._increment_version,
         num_threads=torch.get_num_threads,
-        is_capturing=current_device.is_capturing if current_device.HAS_GRAPHS else None,
         global_pre_hooks=_global_optimizer_pre_hooks,
         global_post_hooks=_global_optimizer_post_hooks,
         profiler=vars(torch.autograd.profiler),
-        step_key=STEP,
+        position_key=STEP,
         base_key=BASE,
         top_key=MAX,
         low_key=BASE_MOMENTUM,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clr_optim.backends import current_device
 from clr_optim.checks import LAST_STEP
 from clr_optim.core.groups import GroupMirror, Record, Values
 from clr_optim.core.position import Position
@@ -63,7 +64,7 @@ class OrdinarySteps:
             attributes: the dictionary of the CyclicalOptimizer.
         """
         plan = self._plan
-        if plan is None:
+        if plan is None or current_device.is_capturing():
             return False
         native, lib = plan.native, plan.lib
         outcome = native.step(attributes)

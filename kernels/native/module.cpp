@@ -36,34 +36,39 @@ PyObject* can_read(PyObject*, PyObject* capsule) {
     return PyBool_FromLong(can);
 }
 
-PyObject* connect(PyObject*, PyObject* args, PyObject* given) {
-    Torch& t = torch();
-    PyObject *capsule, *fields[15];
-    const char* const keywords[] = {
-        "exchange_api",      "tensor",           "parameter",         "dtensor",
-        "has_mode",          "increment_version", "num_threads",      "is_capturing",
-        "global_pre_hooks",  "global_post_hooks", "profiler",         "step_key",
-        "base_key",          "top_key",           "low_key",          "high_key",
-        nullptr};
-    if (!PyArg_ParseTupleAndKeywords(
-            args, given, "$OOOOOOOOO!O!O!UUUUU", const_cast<char**>(keywords), &capsule, &fields[0],
-            &fields[1], &fields[2], &fields[3], &fields[4], &fields[5], &fields[6], &PyDict_Type,
-            &fields[7], &PyDict_Type, &fields[8], &PyDict_Type, &fields[9], &fields[10],
-            &fields[11], &fields[12], &fields[13], &fields[14]))
-        return nullptr;
-    const ExchangeApi* const api = exchange_api(capsule);
+// What connect() takes, by name. All but exchange_api.
+const struct { const char* name; Ref Torch::*place; bool is_dict; } CONNECTIONS[] = {
+    {"tensor", &Torch::tensor, false},
+    {"parameter", &Torch::parameter, false},
+    {"dtensor", &Torch::dtensor, false},
+    {"has_mode", &Torch::has_mode, false},
+    {"increment_version", &Torch::increment_version, false},
+    {"num_threads", &Torch::num_threads, false},
+    {"global_pre_hooks", &Torch::global_pre_hooks, true},
+    {"global_post_hooks", &Torch::global_post_hooks, true},
+    {"profiler", &Torch::profiler, true},
+    {"position_key", &Torch::position_key, false},
+    {"base_key", &Torch::base_key, false},
+    {"top_key", &Torch::top_key, false},
+    {"low_key", &Torch::low_key, false},
+    {"high_key", &Torch::high_key, false},
+};
+
+PyObject* connect(PyObject*, PyObject*, PyObject* given) {
+    PyObject* const capsule = given ? PyDict_GetItemString(given, "exchange_api") : nullptr;
+    const ExchangeApi* const api = capsule ? exchange_api(capsule) : nullptr;
     if (!api) {
         if (!PyErr_Occurred())
-            PyErr_SetString(PyExc_ValueError, "DLPack's C exchange API has another version");
+            PyErr_SetString(PyExc_ValueError, "connect() needs DLPack's C exchange API, version 1");
         return nullptr;
     }
-    t.api = api;
-    Ref* const kept[] = {&t.tensor,      &t.parameter,        &t.dtensor,
-                         &t.has_mode,    &t.increment_version, &t.num_threads,
-                         &t.is_capturing, &t.global_pre_hooks, &t.global_post_hooks,
-                         &t.profiler,    &t.position_key,     &t.base_key,
-                         &t.top_key,     &t.low_key,          &t.high_key};
-    for (size_t k = 0; k < 15; ++k) *kept[k] = Ref::to(fields[k]);
+    for (const auto& [name, place, is_dict] : CONNECTIONS) {
+        PyObject* const value = PyDict_GetItemString(given, name);
+        if (!value || (is_dict && !PyDict_Check(value)))
+            return PyErr_Format(PyExc_TypeError, "connect() needs %s", name);
+        torch().*place = Ref::to(value);
+    }
+    torch().api = api;
     return names().make() ? none() : nullptr;
 }
 

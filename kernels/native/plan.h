@@ -69,7 +69,7 @@ private:
 enum Outcome {
     TAKEN = 0,
     OUT_OF_VALUES = 1,  // the course has no values for another step
-    OBSERVED = 2,       // hooks, a profiler, a GradScaler or a graph's capture need the general way
+    OBSERVED = 2,       // hooks, a profiler or a GradScaler need the general way
     REPLACED = 3,       // other code replaced the optimizer's step, groups or state
     WRITTEN = 4,        // other code wrote into the groups
     OUTDATED = 5,       // a scan found a change
@@ -315,14 +315,11 @@ private:
     bool is_observed(PyObject* attributes) const {
         const Names& n = names();
         const Torch& t = torch();
-        if (item(attributes, n.found_inf) || item(attributes, n.grad_scale) ||
-            !is_empty(item(attributes, n.pre_hooks)) || !is_empty(item(attributes, n.post_hooks)) ||
-            !is_empty(t.global_pre_hooks.get()) || !is_empty(t.global_post_hooks.get()) ||
-            item(t.profiler.get(), n.profiles) != Py_False)
-            return true;
-        if (t.is_capturing.is(Py_None)) return false;
-        const Ref capturing(PyObject_CallNoArgs(t.is_capturing.get()));
-        return !capturing.is(Py_False);
+        return item(attributes, n.found_inf) || item(attributes, n.grad_scale) ||
+               !is_empty(item(attributes, n.pre_hooks)) ||
+               !is_empty(item(attributes, n.post_hooks)) ||
+               !is_empty(t.global_pre_hooks.get()) || !is_empty(t.global_post_hooks.get()) ||
+               item(t.profiler.get(), n.profiles) != Py_False;
     }
 
     bool is_replaced() const {

@@ -17,7 +17,6 @@ struct Torch {
     Ref has_mode;           // asks whether a torch function mode is active
     Ref increment_version;  // counts up the versions of a list of tensors
     Ref num_threads;        // asks for the number of threads
-    Ref is_capturing;       // asks whether a graph is being captured; None if torch has no graphs
     Ref global_pre_hooks, global_post_hooks;  // of all optimizers' steps
     Ref profiler;                             // the dictionary of torch.autograd.profiler
     // The keys of a parameter group that hold the position, the bounds and those of momentum.
