@@ -153,13 +153,10 @@ class GroupReadings:
 
     def momentum_places(self) -> tuple[int, list[int]]:
         """Return where the momentum stands in the scalars and in each group's settings; else -1."""
-        column = self._rule.momentum_column
-        if column is None:
-            return -1, []
-        places = [
-            -1 if reading.momentum_at is None else reading.momentum_at for reading in self.readings
-        ]
-        return column, places
+        column, places = self._rule.momentum_column, [r.momentum_at for r in self.readings]
+        if column is None or not any(place is not None for place in places):
+            return -1, []  # no kernel serves a group
+        return column, [-1 if place is None else place for place in places]
 
     def take_members(self, groups: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, int]] | None:
         """Take in groups added at the end of all groups, and parameters at the end of a group.

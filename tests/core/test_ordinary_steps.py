@@ -377,3 +377,21 @@ def test_a_tensor_rate_that_is_negated_in_its_place_is_overruled():
     with pytest.warns(UserWarning, match="lr was written from outside"):
         assert used(opt) == opt.lr_at(9)
     assert opt.param_groups[0]["lr"].item() == opt.lr_at(10)[0]
+
+
+@pytest.mark.parametrize("served", [0, 1], ids=["no group", "one group"])
+def test_groups_that_no_kernel_serves_and_that_have_no_gradient(served):
+    weights = [parameter() for _ in range(2)]
+    opt = CyclicalOptimizer(
+        torch.optim.Adam([{"params": [weight]} for weight in weights], lr=0.5),
+        step_size_up=5,
+        cycle_momentum=True,
+    )
+    for group, weight in zip(opt.param_groups, weights[: 2 - served], strict=False):
+        group["differentiable"] = True
+        weight.grad = None
+    for k in range(40):
+        assert [group["lr"] for group in opt.param_groups] == opt.lr_at(k)
+        opt.step()
+    assert opt.iteration == 40
+    assert len(opt.state) == served
