@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 
@@ -164,10 +164,8 @@ def check_model_options(args: argparse.Namespace) -> None:
     Raises:
         argparse.ArgumentError: naming the option.
     """
-    for name in (*_ONLY_OF_CELLS, "training"):
-        if getattr(args, name):
-            words = "no effect with --model: the parameters are those of your function"
-            raise argparse.ArgumentError(None, f"{flag(name)} has {words}")
+    words = "--model: the parameters are those of your function"
+    _refuse_options(args, (*_ONLY_OF_CELLS, "training"), words)
 
 
 def check_training_options(args: argparse.Namespace) -> None:
@@ -176,10 +174,15 @@ def check_training_options(args: argparse.Namespace) -> None:
     Raises:
         argparse.ArgumentError: naming the option.
     """
-    for name in (*_ONLY_OF_CELLS, "compile"):
+    words = "--training: its models are small, in float32, on the CPU"
+    _refuse_options(args, (*_ONLY_OF_CELLS, "compile"), words)
+
+
+def _refuse_options(args: argparse.Namespace, names: Iterable[str], words: str) -> None:
+    """Raise if one of these options was given: it has no effect with the mode that words name."""
+    for name in names:
         if getattr(args, name):
-            words = "no effect with --training: its models are small, in float32, on the CPU"
-            raise argparse.ArgumentError(None, f"{flag(name)} has {words}")
+            raise argparse.ArgumentError(None, f"{flag(name)} has no effect with {words}")
 
 
 def seconds_per_cell(args: argparse.Namespace, usual: float = 5.0) -> float:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import threading
+from collections.abc import Callable
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,13 +38,6 @@ def rule_for(optimizer: Optimizer) -> UpdateRule | str:
 
 # How often a step tries to call the kernels, while other threads keep changing things.
 _TRIES = 100
-
-
-def _changes_all_the_time() -> RuntimeError:
-    return RuntimeError(
-        f"step() gave up after {_TRIES} tries: other threads keep changing the tensors or the "
-        "settings of the optimizer; have them wait for step()"
-    )
 
 
 @functools.cache
@@ -160,28 +154,30 @@ class NativeBackend:
         return norm
 
     def _call_kernels(self, course: Course, factor: float) -> None:
-        plan = self.plan
-        for _ in range(_TRIES):
-            if plan.confirms(plan.native.update(course.rates, factor, course.moves)):
-                plan.commit()
-                return
-            plan.refresh()
-        raise _changes_all_the_time()
+        update = self.plan.native.update
+        self._on_current_plan(lambda: (update(course.rates, factor, course.moves), None))
+        self.plan.commit()
 
-    def _squares(self) -> list[float]:
-        """Return the sum of the squares of each bucket's gradients."""
-        plan = self.plan
+    def _on_current_plan(self, call: Callable[[], tuple[int, Any]]) -> Any:
+        """Return what a call of native code finds, made on a plan that is up to date.
+
+        Args:
+            call: returns the answer of its scan, and what it finds if nothing has changed.
+        """
         for _ in range(_TRIES):
-            answer, squares = plan.native.squares()
-            if plan.confirms(answer):
-                return list(squares)
-            plan.refresh()
-        raise _changes_all_the_time()
+            answer, found = call()
+            if self.plan.confirms(answer):
+                return found
+            self.plan.refresh()
+        raise RuntimeError(
+            f"step() gave up after {_TRIES} tries: other threads keep changing the tensors or the "
+            "settings of the optimizer; have them wait for step()"
+        )
 
     def _norm(self) -> float:
         """Return the norm of all gradients as they are in memory, over all ranks."""
         plan = self.plan
-        squares = self._squares()
+        squares = self._on_current_plan(plan.native.squares)
         sums = no_sums(plan.spreads)
         for bucket, square in zip(plan.buckets, squares, strict=True):
             sums[bucket.spread] += square

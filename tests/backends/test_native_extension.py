@@ -231,6 +231,6 @@ def test_one_pool_where_the_runtime_has_a_hashed_name(tmp_path):
 
 
 def test_the_extension_is_one_for_every_python():
-    """The name tells the limited API, which an interpreter of its own version would ignore."""
+    """The name tells the limited API. A name with this version in it would serve one alone."""
     assert load().__file__.endswith(".abi3.so")
     assert os.path.basename(load().__file__) != f"module{sysconfig.get_config_var('EXT_SUFFIX')}"
