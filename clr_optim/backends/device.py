@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["guard", "is_capturing", "no_inference_mode", "warp"]
+__all__ = ["guard", "is_capturing", "no_inference_mode", "stream", "wait_for", "warp"]
 
 # A torch without CUDA and ROCm cannot be asked for captures.
 _HAS_GRAPHS = bool(torch.version.cuda or torch.version.hip)
@@ -39,3 +39,14 @@ def guard(device: torch.device) -> AbstractContextManager[Any]:
         return nullcontext()
     module = torch.get_device_module(device)
     return nullcontext() if module.current_device() == device.index else module.device(device)
+
+
+def stream(device: torch.device) -> Any:
+    """Return the device's current stream; None on the CPU."""
+    return None if device.type == "cpu" else torch.get_device_module(device).current_stream(device)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done all work of all its streams."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)

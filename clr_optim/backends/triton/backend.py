@@ -137,6 +137,9 @@ class TritonBackend:
                     if moves:
                         clock.move_to(course)
                     clock.groups(course, self.plan.scalars, self._momentum)
+                    # A graph may run next on a stream that does not wait for this one.
+                    current.wait_for(clock.device)
+                clock.leave_stream()
 
     def _believe_host(self) -> None:
         """Take note that host and device agree now; after a capture the device counts for good."""
@@ -181,6 +184,8 @@ class TritonBackend:
                         "step() cannot be captured now: a graph is being captured on one of the "
                         "devices that have parameters and not on another; capture on all or none"
                     )
+                if not capturing:  # what a graph reads is kept for good
+                    self._clocks[device].enter_stream(launches)
                 for launch in launches:
                     launch.refresh()
                     launch.choose()

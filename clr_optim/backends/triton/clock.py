@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -15,13 +16,13 @@ from clr_optim.backends.triton.launch import Launch
 from clr_optim.backends.triton.mirror import Mirror
 from clr_optim.schedule import Schedule, fixed
 
-__all__ = ["OWN", "SUMMED_AT_ONCE", "Clock", "fill_open_gate"]
+__all__ = ["OWN", "Clock", "fill_gate", "fill_open_gate"]
 
 #: Columns of the groups' table before the kernel's own scalars. A test compares it with ``GROUP``.
 OWN = 8
 
-#: Sums that :func:`open_gate` adds in one block.
-SUMMED_AT_ONCE = 1024
+# One program adds all sums of squares, so it takes many at a time.
+_GATE_OPTIONS = {"BLOCK": 4096, "num_warps": 8, "enable_fp_fusion": False}
 
 # Tables for steps without counters or rates: an empty tensor has no address to load from.
 _NO_COUNTER = np.zeros((1, 5), dtype=np.int64)
@@ -38,7 +39,7 @@ class Clock:
         self._expected: tuple[int, int] | None = None
         self._control = torch.zeros(2, dtype=torch.int64, device=device)
         self._moving = schedule.scale_fn is None
-        upload = [Mirror(device) for _ in range(4)]
+        self._uploaded = upload = [Mirror(device) for _ in range(4)]
         constant = phase_tables(fixed())
         own = phase_tables(schedule) if self._moving else constant
         self._own = tuple(m.put(t) for m, t in zip(upload[:2], own, strict=True))
@@ -56,10 +57,39 @@ class Clock:
         self.zero = torch.zeros((), dtype=torch.float32, device=device)
         #: the gate of a step that always happens and leaves its gradients unscaled
         self.open = torch.empty(2, dtype=torch.float64, device=device)
+        #: the gate of a step that clips or has a GradScaler
+        self.gate = torch.empty_like(self.open)
         # Launch the kernel here: a capture cannot load a kernel that was never launched.
         fill_open_gate(self.open, self.one, self.zero)
         #: the norm of the last step, eager or replayed
         self.norm: Tensor | None = None
+        self._stream: Any = None
+
+    def enter_stream(self, launches: Sequence[Launch]) -> None:
+        """Have the tables outlive the work of the current stream, if it is another than before.
+
+        The allocator knows only the stream on which a table was made. Without this, it may give a
+        dropped table's memory away while a kernel of another stream still reads it.
+        """
+        stream = current.stream(self.device)
+        if stream == self._stream:
+            return
+        self._stream = stream
+        tables = [table for launch in launches for table in launch.tables]
+        for table in [*tables, *self._tables()]:
+            if table is not None and table.is_cuda:
+                table.record_stream(stream)
+
+    def leave_stream(self) -> None:
+        """Note that tables may have been made outside of a step, perhaps on another stream."""
+        self._stream = None
+
+    def _tables(self) -> Iterator[Tensor | None]:
+        """Return all tensors that live as long as the clock, or until a table is made anew."""
+        mirrors = [*self._uploaded, self._counters, self._rates, self._limit]
+        mirrors += [mirror for both in self._groups for mirror in both]
+        yield from (mirror.table for mirror in mirrors)
+        yield from (self._control, self.one, self.zero, self.open, self.gate, self.norm)
 
     def join(self, other: Clock) -> None:
         """Take over the position of another device, which the host may not know."""
@@ -67,7 +97,11 @@ class Clock:
         self._expected = other._expected
 
     def ask(self) -> int:
-        """Return the position that the device has counted; wait for the device."""
+        """Return the position that the device has counted; wait for the device.
+
+        All streams must have finished: replays run on streams that the host does not know.
+        """
+        current.wait_for(self.device)
         position = int(self._control[0].item())
         if self._expected is not None:
             self._expected = (position, self._expected[1])
@@ -191,10 +225,25 @@ class Clock:
         ]
 
 
-def fill_open_gate(gate: Tensor, one: Tensor, zero: Tensor) -> None:
-    """Fill the gate of a step that always happens and leaves its gradients unscaled."""
+def fill_gate(
+    sums: Tensor,
+    count: int,
+    limit: Tensor,
+    grad_scale: Tensor,
+    found_inf: Tensor,
+    norm: Tensor,
+    gate: Tensor,
+    *,
+    clips: bool,
+) -> None:
+    """Launch ``open_gate`` of :mod:`clr_optim.kernels.triton.multi_tensor` with its arguments."""
     from clr_optim.kernels.triton import multi_tensor
 
     multi_tensor.open_gate[(1,)](
-        one, 0, one, one, zero, one, gate, CLIPS=False, BLOCK=SUMMED_AT_ONCE
+        sums, count, limit, grad_scale, found_inf, norm, gate, CLIPS=clips, **_GATE_OPTIONS
     )
+
+
+def fill_open_gate(gate: Tensor, one: Tensor, zero: Tensor) -> None:
+    """Fill the gate of a step that always happens and leaves its gradients unscaled."""
+    fill_gate(one, 0, one, one, zero, one, gate, clips=False)

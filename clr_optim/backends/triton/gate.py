@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clr_optim.backends import device as current
 from clr_optim.backends.base import Gradients
-from clr_optim.backends.triton.clock import SUMMED_AT_ONCE, Clock
+from clr_optim.backends.triton.clock import Clock, fill_gate
 from clr_optim.backends.triton.launch import Launch
 from clr_optim.plan import Plan
 from clr_optim.sharding import no_sums, sum_over_ranks
@@ -34,8 +34,6 @@ def fill_gates(
         by_device: the launches on each device.
         gradients: how the step changes its gradients.
     """
-    from clr_optim.kernels.triton import multi_tensor
-
     clocks = {device: clocks[device] for device in by_device}
     if all(value is None for value in gradients):
         return {device: clock.open for device, clock in clocks.items()}, None
@@ -54,22 +52,21 @@ def fill_gates(
     if sums is not None and not clocks:  # only other ranks have gradients
         norm = sums.sum().sqrt().to(dtype)
     for device, clock in clocks.items():
-        if gates and norm is not None:  # the first device has summed for all
-            gates[device] = next(iter(gates.values())).to(device)
-            continue
+        gates[device] = clock.gate
         with current.guard(device):
-            gates[device] = torch.empty(2, dtype=torch.float64, device=device)
+            if len(gates) > 1 and norm is not None:  # the first device has summed for all
+                clock.gate.copy_(next(iter(gates.values())))
+                continue
             limit = clock.one
             if sums is not None and gradients.max_norm is not None:
                 if clock.norm is None or clock.norm.dtype != dtype:
                     clock.norm = torch.empty((), dtype=dtype, device=device)
                 norm = clock.norm
                 limit = clock.limit(gradients.max_norm)
-            multi_tensor.open_gate[(1,)](
+            fill_gate(
                 clock.one if sums is None else sums.to(device), count, limit,
                 scales[device], _on(gradients.found_inf, clock.zero),
-                clock.one if norm is None else norm, gates[device],
-                CLIPS=sums is not None, BLOCK=SUMMED_AT_ONCE,
+                clock.one if norm is None else norm, clock.gate, clips=sums is not None,
             )  # fmt: skip
     return gates, norm
 
@@ -96,6 +93,8 @@ def _join(plan: Plan, parts: Mapping[Launch, Tensor]) -> Tensor:
     sums = list(parts.values())
     meshes = [spread.mesh.device_type for spread in plan.spreads if spread]
     if not meshes and len({part.device for part in sums}) <= 1:
+        if len(sums) == 1:
+            return sums[0]  # concatenating would be a copy on the device
         return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64, device="cpu")
     device = sums[0].device if sums else torch.device(meshes[0])
     by_spread = no_sums(plan.spreads, device)
