@@ -23,7 +23,7 @@ import triton_memory
 from native_helpers import HALF, KERNELS, Case, members, parameters
 from torch import Tensor
 
-from clr_optim.backends.triton import is_interpreted
+from clr_optim.backends.triton import is_interpreted, launch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and is_interpreted()
@@ -66,7 +66,8 @@ def some(cells: Iterable[Any], every: int) -> list[Any]:
 def named(cell: Iterable[Any]) -> str:
     """Return the name of a cell for its test's id."""
     return "-".join(
-        contract.name_of(part) if not callable(part) else part.__name__ for part in cell
+        part if isinstance(part, str) else getattr(part, "__name__", "") or contract.name_of(part)
+        for part in cell
     )
 
 
@@ -86,14 +87,40 @@ class Counted:
 
 
 def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[Counted]:
-    """Count the launches of the two kernels of every step."""
-    from clr_optim.kernels.triton import multi_tensor
+    """Count the launches of ``whole_step``, ``prepare`` and ``multi_tensor``."""
+    from clr_optim.kernels.triton import multi_tensor, prepare
 
     found = []
-    for name in ("multi_tensor", "advance"):
-        found.append(Counted(getattr(multi_tensor, name)))
-        monkeypatch.setattr(multi_tensor, name, found[-1])
+    for module, name in (
+        (multi_tensor, "whole_step"), (prepare, "prepare"), (multi_tensor, "multi_tensor"),
+    ):  # fmt: skip
+        found.append(Counted(getattr(module, name)))
+        monkeypatch.setattr(module, name, found[-1])
     return found
+
+
+def in_both_ways(cells: Iterable[Any]) -> list[Any]:
+    """Return each cell with a name of a way to take a step, see :func:`take_way`.
+
+    The interpreter takes one way for each cell, in turn. A GPU takes both.
+    """
+    if INTERPRETED:
+        return [(*cell, WAYS[i % 2]) for i, cell in enumerate(cells)]
+    return [(*cell, way) for cell in cells for way in WAYS]
+
+
+WAYS = ("one-launch", "two-launches")
+
+
+def take_way(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Have every step take one launch, or two as those of large models."""
+    if way == "two-launches":
+        take_two_launches(monkeypatch)
+
+
+def take_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every step prepare the constants in a launch before the update, as large models do."""
+    monkeypatch.setattr(launch, "most_programs", lambda device: 0)
 
 
 # ---- the interpreter

@@ -7,6 +7,8 @@ The watch does the work of a GPU's sanitizer. Each launch must obey these rules:
 - Every address is a multiple of the element's size, and of the alignment promised to the compiler.
 - A launch writes each element at most once. Only the writing lane may read the element, and only
   before the write: a GPU runs programs and their threads at the same time, the interpreter in turn.
+- Each program may take a ticket by an atomic operation. What the program with the last ticket does
+  then comes after all that the others did before their tickets.
 """
 
 from __future__ import annotations
@@ -68,6 +70,9 @@ class Launch:
         self.begins, self.ends = alive()
         #: per access: whether it writes, program, size of an element, addresses, lanes
         self.touched: list[tuple[bool, int, int, Addresses, Addresses]] = []
+        #: the programs that have taken a ticket, and whether each access came after its ticket
+        self.tickets: list[int] = []
+        self.late: list[bool] = []
 
     def touch(
         self, program: int, at: Addresses, size: int, lane: Addresses, *, writes: bool
@@ -91,12 +96,19 @@ class Launch:
                 f"at {where:#x}, {tensor}; in all {int(outside.sum())} elements"
             )
         self.touched.append((writes, program, size, at, lane))
+        self.late.append(program in self.tickets)
 
     def check(self) -> None:
         """Check that each element is written once, and read only before, by the same lane."""
+        pairs = list(zip(self.touched, self.late, strict=True))
+        last = self.tickets[-1] if self.tickets else None
+        self._check([each for each, late in pairs if not (late and each[1] == last)])
+        self._check([each for each, late in pairs if late])
+
+    def _check(self, touched: list[tuple[bool, int, int, Addresses, Addresses]]) -> None:
         # The smallest element: the places that the check tells apart.
-        grain = min((size for _, _, size, _, _ in self.touched), default=1)
-        written, read = self._joined(grain, writes=True), self._joined(grain, writes=False)
+        grain = min((size for _, _, size, _, _ in touched), default=1)
+        written, read = (_joined(touched, grain, writes=writes) for writes in (True, False))
         if (written[0, 1:] < written[0, :-1]).any():
             written = written[:, np.argsort(written[0], kind="stable")]
         for i in np.flatnonzero(written[0, 1:] == written[0, :-1])[:1]:
@@ -117,17 +129,20 @@ class Launch:
                 f"at {place * grain:#x}"
             )
 
-    def _joined(self, grain: int, *, writes: bool) -> Addresses:
-        """Return places, order, programs and lanes of all reads or all writes."""
-        parts = [np.empty((4, 0), dtype=np.int64)]
-        for order, (writing, program, size, at, lane) in enumerate(self.touched):
-            if writing is writes:
-                each = size // grain
-                part = np.empty((4, at.size * each), dtype=np.int64)
-                part[0] = (at[:, None] // grain + np.arange(each)).reshape(-1)
-                part[1], part[2], part[3] = order, program, lane.repeat(each)
-                parts.append(part)
-        return np.concatenate(parts, axis=1)
+
+def _joined(
+    touched: list[tuple[bool, int, int, Addresses, Addresses]], grain: int, *, writes: bool
+) -> Addresses:
+    """Return places, order, programs and lanes of all reads or all writes."""
+    parts = [np.empty((4, 0), dtype=np.int64)]
+    for order, (writing, program, size, at, lane) in enumerate(touched):
+        if writing is writes:
+            each = size // grain
+            part = np.empty((4, at.size * each), dtype=np.int64)
+            part[0] = (at[:, None] // grain + np.arange(each)).reshape(-1)
+            part[1], part[2], part[3] = order, program, lane.repeat(each)
+            parts.append(part)
+    return np.concatenate(parts, axis=1)
 
 
 def _program(program: int, lane: int) -> str:
@@ -140,6 +155,7 @@ def watch() -> None:
 
     builder = interpreter.interpreter_builder
     load, store = builder.create_masked_load, builder.create_masked_store
+    atomic = builder.create_atomic_rmw
     set_attribute = interpreter.TensorHandle.set_attr
     call = interpreter.GridExecutor.__call__
     launches: list[Launch] = []
@@ -173,11 +189,15 @@ def watch() -> None:
             raise MemoryFaultError(f"{launches[-1].name}: no multiples of {values[0]}, as promised")
         set_attribute(handle, key, values)
 
-    def atomic(*args: Any) -> Any:
-        raise NotImplementedError("the watch knows no atomic operations")
+    def ticket(how: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        launches[-1].tickets.append(builder.grid_idx[0])
+        return atomic(how, pointers, value, mask, *rest)
+
+    def unknown(*args: Any) -> Any:
+        raise NotImplementedError("the watch does not know this atomic operation")
 
     interpreter.TensorHandle.set_attr = told
-    builder.create_atomic_cas = builder.create_atomic_rmw = atomic
+    builder.create_atomic_cas, builder.create_atomic_rmw = unknown, ticket
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
     interpreter.GridExecutor.__call__ = watched
     freeze()

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["guard", "is_capturing", "no_inference_mode", "stream", "wait_for", "warp"]
+__all__ = [
+    "guard", "has_fast_float64", "is_capturing", "no_inference_mode", "processors", "stream",
+    "wait_for", "warp",
+]  # fmt: skip
 
 # A torch without CUDA and ROCm cannot be asked for captures.
 _HAS_GRAPHS = bool(torch.version.cuda or torch.version.hip)
@@ -31,6 +34,25 @@ def warp(device: torch.device) -> int:
     if device.type == "cuda" and torch.version.hip:
         return int(torch.cuda.get_device_properties(device).warp_size)
     return 32
+
+
+def processors(device: torch.device) -> int:
+    """Return how many processors run programs at the same time; 1 on the CPU."""
+    if device.type == "cpu":
+        return 1
+    properties = torch.get_device_module(device).get_device_properties(device)
+    names = ("multi_processor_count", "gpu_subslice_count")  # of CUDA and ROCm, of XPU
+    return max(int(getattr(properties, name, 1)) for name in names)
+
+
+def has_fast_float64(device: torch.device) -> bool:
+    """Return whether float64 arithmetic takes about twice the time of float32, and no more."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).startswith("gfx9")
+    return (properties.major, properties.minor) in {(8, 0), (9, 0), (10, 0)}
 
 
 def guard(device: torch.device) -> AbstractContextManager[Any]:

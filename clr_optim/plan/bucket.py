@@ -32,7 +32,6 @@ class BucketKey(NamedTuple):
     dtype: torch.dtype
     number_dtypes: tuple[torch.dtype, ...]
     device: torch.device
-    aligned: bool
     spread: Spread | None
 
 
@@ -45,8 +44,6 @@ class Bucket:
         dtype: the dtype of parameters, gradients and slots.
         number_dtypes: the dtypes of the state of one element, see :attr:`Row.numbers`.
         device: the device of all tensors.
-        aligned: whether all tensors began at a multiple of 16 bytes when the plan was built. False
-            where kernels take no advantage of that.
         spread: how the DTensors are divided over ranks, or None for plain tensors.
         slots: the state that the kernel keeps.
         numbers: the names of the state of one element.
@@ -56,7 +53,6 @@ class Bucket:
     dtype: torch.dtype
     number_dtypes: tuple[torch.dtype, ...]
     device: torch.device
-    aligned: bool
     spread: Spread | None
     slots: tuple[Slot, ...]
     numbers: tuple[str, ...]

@@ -35,8 +35,6 @@ class Target:
         lib: the compiled extension.
         device: the type of the devices whose tensors kernels update.
         capturable: whether the kernels can be captured into a graph.
-        by_alignment: whether tensors that all begin at a multiple of 16 bytes have buckets apart
-            from the others.
     """
 
     optimizer: Optimizer
@@ -44,7 +42,6 @@ class Target:
     lib: ModuleType
     device: str
     capturable: bool = False
-    by_alignment: bool = False
 
 
 class Placement:
@@ -185,7 +182,7 @@ class Placement:
         if self._target.capturable or old.pending or grad is None:
             return False
         row = self._row_of(old.param, grad, old.group)
-        if row is None or self._by_key.get(self._key_of(row, grad)) is not bucket:
+        if row is None or self._by_key.get(self._key_of(row)) is not bucket:
             return False
         tensors = [row.param, *row.state_tensors]
         if not (self._memory.remove(bucket.spans(index)) and self._memory.add(tensors)):
@@ -254,7 +251,7 @@ class Placement:
         return None
 
     def _append(self, row: Row, grad: Tensor) -> None:
-        key = self._key_of(row, grad)
+        key = self._key_of(row)
         bucket = self._by_key.get(key)
         if bucket is None:
             slots, numbers = self._groups.readings[row.group].slots, self._target.rule.numbers
@@ -265,12 +262,11 @@ class Placement:
         self.params.append(row.param)
         bucket.add(row, grad, self._entry_of(row))
 
-    def _key_of(self, row: Row, grad: Tensor) -> BucketKey:
+    def _key_of(self, row: Row) -> BucketKey:
         param = row.param
         numbers = tuple(number.dtype for number in row.numbers)
-        aligned = self._target.by_alignment and _is_aligned(row, grad)
         kernel = self._groups.readings[row.group].kernel
-        return BucketKey(kernel, param.dtype, numbers, param.device, aligned, spread_of(param))
+        return BucketKey(kernel, param.dtype, numbers, param.device, spread_of(param))
 
     def _entry_of(self, row: Row) -> dict[str, Any]:
         """Return the dictionary of a row's state, or a draft of it while state is pending."""
@@ -282,8 +278,3 @@ class Placement:
             if not self.unfilled:
                 self._calls_before_unfilled = self._native.calls
             self.unfilled.append((bucket, index))
-
-
-def _is_aligned(row: Row, grad: Tensor) -> bool:
-    tensors = (row.param, grad, *row.slots)
-    return not any(local_part(tensor).data_ptr() % 16 for tensor in tensors)

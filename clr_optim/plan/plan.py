@@ -43,8 +43,6 @@ class Plan:
         lib: the compiled extension.
         device: the type of the devices whose tensors are planned for. Others are left to torch.
         capturable: whether the kernels can be captured into a graph.
-        by_alignment: whether tensors that all begin at a multiple of 16 bytes have buckets apart
-            from the others.
         lock: lets one thread at a time use the plan. None makes a new lock.
     """
 
@@ -56,13 +54,12 @@ class Plan:
         device: str,
         *,
         capturable: bool = False,
-        by_alignment: bool = False,
         lock: threading.RLock | None = None,
     ) -> None:
         self._optimizer = optimizer
         #: the compiled extension
         self.lib = lib
-        self._target = Target(optimizer, rule, lib, device, capturable, by_alignment)
+        self._target = Target(optimizer, rule, lib, device, capturable)
         self.lock = threading.RLock() if lock is None else lock
         #: the plan in native code: scans, kernel calls, whole steps
         self.native: Any = lib.Plan(optimizer, type(optimizer).step)

@@ -2,7 +2,7 @@
 
     python -m clr_optim.kernels.triton.report --target sm_90 [--json FILE]
 
-The report compiles every kernel for every dtype, as a launch for aligned tensors does. Registers
+The report compiles every kernel for every dtype, as a launch of ``multi_tensor`` does. Registers
 and stack come from cuobjdump's resource usage (NVIDIA) or from the code object's metadata (AMD).
 
 **The accesses** are the loads and stores of full blocks, which have no mask and update nearly all
@@ -18,7 +18,9 @@ The columns, as in the JSON's rows:
 - ``spills``: spilled registers (AMD), or instructions that access the stack (NVIDIA: ptxas spills
   only to the stack).
 - ``loads_16b``, ``stores_16b``: instructions of the full width, 16 bytes per thread, or 8 bytes
-  for 16-bit dtypes. ``loads_narrow``, ``stores_narrow``: all other accesses.
+  where that would need too many registers. ``loads_narrow``, ``stores_narrow``: all others.
+- ``float64``: instructions that compute in float64. Many GPUs compute that slowly.
+- ``per_element``: instructions of the loop over full blocks, per element of the parameter.
 """
 
 from __future__ import annotations
@@ -53,16 +55,12 @@ _SIGNATURE = {
     "chunks": "*i32",
     "rows": "*i64",
     "gradients": "*i64",
-    "groups": "*fp64",
-    "width": "i32",
-    "ints": "*i64",
-    "floats": "*fp64",
-    "phases": "i32",
-    "control": "*i64",
-    "gate": "*fp64",
+    "constants": "*fp32",
+    "blocks": "i32",
 }
 _COLUMNS = (
     "registers", "stack", "spills", "loads_16b", "loads_narrow", "stores_16b", "stores_narrow",
+    "float64", "per_element",
 )  # fmt: skip
 
 # The IR's operands come before the colon: a pointer, the stored value, and a mask if any.
@@ -120,6 +118,9 @@ def rows(target: str) -> Iterator[dict[str, Any]]:
         raise ReportError("triton is not installed: pip install triton")
     from triton.backends.compiler import GPUTarget
 
+    from clr_optim.kernels.triton import multi_tensor
+    from clr_optim.kernels.triton.instructions import counts
+
     if named[1]:
         gpu = GPUTarget("cuda", int(named[1]), 32)
     else:
@@ -134,8 +135,11 @@ def rows(target: str) -> Iterator[dict[str, Any]]:
                 f"{rule} of {name} does not compile for {target}, if this Triton knows it at all: "
                 f"{type(error).__name__}: {words}"
             ) from error
-        found = _resources(compiled)
-        found |= _widths(compiled, 16 if dtype.itemsize > 2 else 8)
+        resources, instructions = _resources(compiled)
+        found: dict[str, Any] = dict(resources)
+        block, threads = multi_tensor.shape_of(slots, dtype.itemsize)
+        found |= _widths(compiled, block * dtype.itemsize // threads)
+        found |= counts(instructions, 1 + slots, block // threads, dtype.itemsize)
         yield {"rule": rule, "dtype": name, **{column: found[column] for column in _COLUMNS}}
 
 
@@ -154,23 +158,27 @@ def _compile(
     from clr_optim.kernels.triton import multi_tensor
 
     kernel = multi_tensor.multi_tensor
-    constants = multi_tensor.constexprs(rule, slots, dtype, numbers, aligned=True)
+    compiled_for = multi_tensor.constants_for(rule, slots, dtype, numbers, gpu.warp_size)
+    names = {parameter.name for parameter in kernel.params}
+    constants = {k: v for k, v in compiled_for.multi_tensor.items() if k in names}
+    options = {k: v for k, v in compiled_for.multi_tensor.items() if k not in names}
+    signature = {**_SIGNATURE, **dict.fromkeys(constants, "constexpr")}
+    if dtype == torch.float64:
+        signature["constants"] = "*fp64"
     # Tell the compiler what a launch would tell: tables are aligned and smaller than 2 GB.
     backend = make_backend(gpu)
     attributes = {
         (p.num,): backend.parse_attr("S" if p.do_not_specialize_on_alignment else "DS")
         for p in kernel.params
-        if _SIGNATURE.get(p.name, "").startswith("*")
+        if signature[p.name].startswith("*")
     }
-    source = ASTSource(
-        kernel, {**_SIGNATURE, **dict.fromkeys(constants, "constexpr")}, constants, attributes
-    )
-    options = multi_tensor.options(dtype, gpu.warp_size)
+    source = ASTSource(kernel, signature, constants, attributes)
     with contextlib.redirect_stdout(io.StringIO()):  # Triton prints a failed kernel's source
         return triton.compile(source, target=gpu, options=options)
 
 
-def _resources(compiled: Any) -> dict[str, int]:
+def _resources(compiled: Any) -> tuple[dict[str, int], str]:
+    """Return registers, stack and spills, and the instructions that the GPU runs."""
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
 
@@ -181,17 +189,15 @@ def _resources(compiled: Any) -> dict[str, int]:
             "registers": value("vgpr_count"),
             "stack": value("private_segment_fixed_size"),
             "spills": value("vgpr_spill_count") + value("sgpr_spill_count"),
-        }
+        }, text
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(compiled.asm["cubin"])
-        usage = _cuobjdump("-res-usage", path)
-        # Do not read LOCAL: it stays 0 even if registers spill.
-        registers, stack = map(int, _search(r"\bREG:(\d+) STACK:(\d+)", usage))
-        spills = 0
-        if stack:
-            spills = len(re.findall(r"\b(?:LDL|STL)\b", _cuobjdump("-sass", path)))
-    return {"registers": registers, "stack": stack, "spills": spills}
+        usage, code = (_cuobjdump(option, path) for option in ("-res-usage", "-sass"))
+    # Do not read LOCAL: it stays 0 even if registers spill.
+    registers, stack = map(int, _search(r"\bREG:(\d+) STACK:(\d+)", usage))
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", code)) if stack else 0
+    return {"registers": registers, "stack": stack, "spills": spills}, code
 
 
 def _cuobjdump(option: str, path: Path) -> str:

@@ -1,11 +1,11 @@
 """The arithmetic of the update rules on a GPU: two functions per rule, as the classes of rules.h.
 
-``<rule>_constants`` turns a group's float64 scalars into constants, once per program. ``<rule>``
-updates a block with these constants in the arithmetic type. A rule with a scalar state has a third
-function, ``<rule>_factor``: by what a step multiplies that state. ``KERNELS`` at the end names the
-functions of each kernel. The order of operations is that of torch's for-loop step, with a fused
-multiply-add wherever torch's operator has one. Triton compiles these functions, so their arguments
-have no Python types:
+``<rule>_constants`` turns a group's float64 scalars into constants, once per tensor and step, for
+one tensor or a vector of them. ``<rule>`` updates a block with these constants in the arithmetic
+type. A rule with a scalar state has a third function, ``<rule>_factor``: by what a step multiplies
+that state. ``KERNELS`` at the end names the functions of each kernel. The order of operations is
+that of torch's for-loop step, with a fused multiply-add wherever torch's operator has one. Triton
+compiles these functions, so their arguments have no Python types:
 
 - ``own`` points to the scalars of :attr:`clr_optim.rules.UpdateRule.scalars`.
 - ``momentum`` is the schedule's momentum, used if ``cycles`` holds.
@@ -18,6 +18,8 @@ have no Python types:
 - ``first`` tells that the state is not filled yet.
 - ``c`` is the tuple of constants.
 - ``FLAGS`` are the flags of the kernel, a tuple of bool.
+- ``EXACT`` rounds roots and quotients as IEEE does. Without it their relative error is at most
+  2⁻²², which the rounding to a 16-bit dtype hides.
 """
 
 from __future__ import annotations
@@ -35,20 +37,25 @@ _LOG2_096: tl.constexpr = tl.constexpr(math.log2(0.96))
 
 
 @triton.jit
-def _root(x):
+def _root(x, EXACT: tl.constexpr):
     # Triton's plain float32 root and quotient are approximations.
     if x.dtype == tl.float64:
         return tl.sqrt(x)
-    else:
+    elif EXACT:
         return tl.sqrt_rn(x)
+    else:
+        # The approximation takes numbers below 2⁻¹²⁶ for 0.
+        small = x < 7.888609052210118e-31
+        root = tl.sqrt(tl.where(small, x * 1.8446744073709552e19, x))
+        return tl.where(small, root * 2.3283064365386963e-10, root)
 
 
 @triton.jit
-def _divide(a, b):
-    if b.dtype == tl.float64:
-        return a / b
-    else:
+def _divide(a, b, EXACT: tl.constexpr):
+    if EXACT and b.dtype == tl.float32:
         return tl.div_rn(a, b)
+    else:
+        return a / b
 
 
 @triton.jit
@@ -85,7 +92,7 @@ def sgd_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexpr):
 
 
 @triton.jit
-def sgd(p, g, s, first, c, FLAGS: tl.constexpr):
+def sgd(p, g, s, first, c, FLAGS: tl.constexpr, EXACT: tl.constexpr):
     lr, momentum, keep, nesterov = c
     MOMENTUM: tl.constexpr = FLAGS[0]
     if MOMENTUM:
@@ -115,7 +122,7 @@ def adam_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexpr):
 
 
 @triton.jit
-def adam(p, g, s, first, c, FLAGS: tl.constexpr):
+def adam(p, g, s, first, c, FLAGS: tl.constexpr, EXACT: tl.constexpr):
     weight, beta2, rest2, correction2, eps, step_size = c
     AMSGRAD: tl.constexpr = FLAGS[0]
     m = _lerp(s[0], g, weight)
@@ -126,8 +133,8 @@ def adam(p, g, s, first, c, FLAGS: tl.constexpr):
     else:
         second = v
         s = (m, v)
-    spread = _divide(_root(second), correction2) + eps
-    return p + _divide(step_size * m, spread), s
+    spread = _divide(_root(second, EXACT), correction2, EXACT) + eps
+    return p + _divide(step_size * m, spread, EXACT), s
 
 
 @triton.jit
@@ -137,10 +144,10 @@ def adagrad_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexpr
 
 
 @triton.jit
-def adagrad(p, g, s, first, c, FLAGS: tl.constexpr):
+def adagrad(p, g, s, first, c, FLAGS: tl.constexpr, EXACT: tl.constexpr):
     lr, eps = c
     sum = tl.fma(g, g, s[0])
-    return p + _divide(lr * g, _root(sum) + eps), (sum,)
+    return p + _divide(lr * g, _root(sum, EXACT) + eps, EXACT), (sum,)
 
 
 @triton.jit
@@ -151,10 +158,10 @@ def adadelta_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexp
 
 
 @triton.jit
-def adadelta(p, g, s, first, c, FLAGS: tl.constexpr):
+def adadelta(p, g, s, first, c, FLAGS: tl.constexpr, EXACT: tl.constexpr):
     lr, rho, rest, eps = c
     square = tl.fma(rest * g, g, s[0] * rho)
-    delta = _divide(_root(s[1] + eps), _root(square + eps)) * g
+    delta = _divide(_root(s[1] + eps, EXACT), _root(square + eps, EXACT), EXACT) * g
     deltas = tl.fma(rest * delta, delta, s[1] * rho)
     return tl.fma(lr, delta, p), (square, deltas)
 
@@ -168,7 +175,7 @@ def rmsprop_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexpr
 
 
 @triton.jit
-def rmsprop(p, g, s, first, c, FLAGS: tl.constexpr):
+def rmsprop(p, g, s, first, c, FLAGS: tl.constexpr, EXACT: tl.constexpr):
     lr, alpha, rest, eps, momentum = c
     MOMENTUM: tl.constexpr = FLAGS[0]
     CENTERED: tl.constexpr = FLAGS[1]
@@ -179,13 +186,13 @@ def rmsprop(p, g, s, first, c, FLAGS: tl.constexpr):
         # Round once, as torch's addcmul does: a square that is rounded alone may overflow, and
         # inf - inf is NaN.
         spread = tl.fma(-mean, mean, spread)
-    spread = _root(spread) + eps
+    spread = _root(spread, EXACT) + eps
     if MOMENTUM:
-        buffer = s[1] * momentum + _divide(g, spread)
+        buffer = s[1] * momentum + _divide(g, spread, EXACT)
         p = tl.fma(lr, buffer, p)
         s = (square, buffer, mean) if CENTERED else (square, buffer)
     else:
-        p = p + _divide(lr * g, spread)
+        p = p + _divide(lr * g, spread, EXACT)
         s = (square, mean) if CENTERED else (square,)
     return p, s
 
@@ -198,13 +205,13 @@ def adamax_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexpr)
 
 
 @triton.jit
-def adamax(p, g, s, first, c, FLAGS: tl.constexpr):
+def adamax(p, g, s, first, c, FLAGS: tl.constexpr, EXACT: tl.constexpr):
     weight, beta2, eps, step_size = c
     m = _lerp(s[0], g, weight)
     before = s[1] * beta2
     now = tl.abs(g) + eps
     norm = tl.where((before > now) | (before != before), before, now)  # NaN wins
-    return p + _divide(step_size * m, norm), (m, norm)
+    return p + _divide(step_size * m, norm, EXACT), (m, norm)
 
 
 @triton.jit
@@ -230,12 +237,12 @@ def radam_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexpr):
 
 
 @triton.jit
-def radam(p, g, s, first, c, FLAGS: tl.constexpr):
+def radam(p, g, s, first, c, FLAGS: tl.constexpr, EXACT: tl.constexpr):
     weight, beta2, rest2, correction1, lr, correction2, eps, rectification = c
     m = _lerp(s[0], g, weight)
     v = tl.fma(rest2 * g, g, s[1] * beta2)
-    change = _divide(m, correction1) * lr
-    rate = _divide(1.0, _root(v) + eps) * correction2
+    change = _divide(m, correction1, EXACT) * lr
+    rate = _divide(1.0, _root(v, EXACT) + eps, EXACT) * correction2
     p = p - tl.where(rectification > 0.0, change * rate * rectification, change)
     return p, (m, v)
 
@@ -265,13 +272,13 @@ def nadam_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexpr):
 
 
 @triton.jit
-def nadam(p, g, s, first, c, FLAGS: tl.constexpr):
+def nadam(p, g, s, first, c, FLAGS: tl.constexpr, EXACT: tl.constexpr):
     weight, beta2, rest2, correction2, eps, of_gradient, of_mean = c
     m = _lerp(s[0], g, weight)
     v = tl.fma(rest2 * g, g, s[1] * beta2)
-    spread = _root(_divide(v, correction2)) + eps
-    p = p + _divide(of_gradient * g, spread)
-    return p + _divide(of_mean * m, spread), (m, v)
+    spread = _root(_divide(v, correction2, EXACT), EXACT) + eps
+    p = p + _divide(of_gradient * g, spread, EXACT)
+    return p + _divide(of_mean * m, spread, EXACT), (m, v)
 
 
 @triton.jit
@@ -283,7 +290,7 @@ def lion_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexpr):
 
 
 @triton.jit
-def lion(p, g, s, first, c, FLAGS: tl.constexpr):
+def lion(p, g, s, first, c, FLAGS: tl.constexpr, EXACT: tl.constexpr):
     lr, beta1, rest1, beta2, rest2 = c
     mean = tl.fma(g, rest1, s[0] * beta1)
     average = tl.fma(g, rest2, s[0] * beta2)
@@ -303,12 +310,14 @@ class Kernel(NamedTuple):
 
     Args:
         constants: returns the constants of a step, a tuple of float64.
+        constant_count: the number of constants.
         update: returns the new parameter and the tuple of its new state.
         flags: the flags that ``update`` is compiled for.
         factor: returns by what a step multiplies the scalar state, float64, if the rule has one.
     """
 
     constants: Any
+    constant_count: int
     update: Any
     flags: tuple[bool, ...] = ()
     factor: Any = None
@@ -316,18 +325,18 @@ class Kernel(NamedTuple):
 
 #: The kernels, by their names in :data:`clr_optim.rules.KERNELS`.
 KERNELS = {
-    "sgd": Kernel(sgd_constants, sgd, (False,)),
-    "sgd_momentum": Kernel(sgd_constants, sgd, (True,)),
-    "adam": Kernel(adam_constants, adam, (False,)),
-    "adam_amsgrad": Kernel(adam_constants, adam, (True,)),
-    "adagrad": Kernel(adagrad_constants, adagrad),
-    "adadelta": Kernel(adadelta_constants, adadelta),
-    "rmsprop": Kernel(rmsprop_constants, rmsprop, (False, False)),
-    "rmsprop_momentum": Kernel(rmsprop_constants, rmsprop, (True, False)),
-    "rmsprop_centered": Kernel(rmsprop_constants, rmsprop, (False, True)),
-    "rmsprop_momentum_centered": Kernel(rmsprop_constants, rmsprop, (True, True)),
-    "adamax": Kernel(adamax_constants, adamax),
-    "radam": Kernel(radam_constants, radam),
-    "nadam": Kernel(nadam_constants, nadam, factor=nadam_factor),
-    "lion": Kernel(lion_constants, lion),
+    "sgd": Kernel(sgd_constants, 4, sgd, (False,)),
+    "sgd_momentum": Kernel(sgd_constants, 4, sgd, (True,)),
+    "adam": Kernel(adam_constants, 6, adam, (False,)),
+    "adam_amsgrad": Kernel(adam_constants, 6, adam, (True,)),
+    "adagrad": Kernel(adagrad_constants, 2, adagrad),
+    "adadelta": Kernel(adadelta_constants, 4, adadelta),
+    "rmsprop": Kernel(rmsprop_constants, 5, rmsprop, (False, False)),
+    "rmsprop_momentum": Kernel(rmsprop_constants, 5, rmsprop, (True, False)),
+    "rmsprop_centered": Kernel(rmsprop_constants, 5, rmsprop, (False, True)),
+    "rmsprop_momentum_centered": Kernel(rmsprop_constants, 5, rmsprop, (True, True)),
+    "adamax": Kernel(adamax_constants, 4, adamax),
+    "radam": Kernel(radam_constants, 8, radam),
+    "nadam": Kernel(nadam_constants, 7, nadam, factor=nadam_factor),
+    "lion": Kernel(lion_constants, 5, lion),
 }

@@ -33,8 +33,6 @@ from clr_optim.schedule import Schedule
 
 __all__ = ["TritonBackend"]
 
-_ADVANCED_AT_ONCE = 256
-
 
 class TritonBackend:
     """Steps one optimizer with the Triton kernels.
@@ -94,12 +92,10 @@ class TritonBackend:
             library(),
             device,
             capturable=True,
-            by_alignment=True,
             lock=lock,
         )
         self._schedule = schedule
         self._momentum = rule.momentum
-        self._has_scalars = bool(rule.scalar_states)
         self._launches: list[Launch] = []
         self._by_device: dict[torch.device, list[Launch]] = {}
         self._clocks: dict[torch.device, Clock] = {}
@@ -176,7 +172,7 @@ class TritonBackend:
             )
         if [id(launch.bucket) for launch in self._launches] != [id(b) for b in plan.buckets]:
             self._arrange([Launch(bucket) for bucket in plan.buckets])
-        by_device = self._by_device
+        by_device, clips = self._by_device, gradients.max_norm is not None
         for device, launches in by_device.items():
             with current.guard(device):
                 if current.is_capturing() is not capturing:
@@ -186,9 +182,7 @@ class TritonBackend:
                     )
                 if not capturing:  # what a graph reads is kept for good
                     self._clocks[device].enter_stream(launches)
-                for launch in launches:
-                    launch.refresh()
-                    launch.choose()
+                _refresh(launches, clips=clips)
         gates, norm = self._gates(by_device, gradients)
         # The kernels of a step with found_inf may skip it.
         doubts = gradients.found_inf is not None and bool(by_device)
@@ -219,9 +213,9 @@ class TritonBackend:
         created = plan.pending
         self._note_changes()
         if created:  # upload the rows with the new state now, as a capture could not
-            for launch in self._launches:
-                with current.guard(launch.bucket.device):
-                    launch.refresh()
+            for device, launches in by_device.items():
+                with current.guard(device):
+                    _refresh(launches, clips=clips)
         return norm
 
     def _note_changes(self) -> None:
@@ -251,33 +245,17 @@ class TritonBackend:
         return fill_gates(self.plan, self._clocks, by_device, gradients)
 
     def _step_on(self, clock: Clock, launches: list[Launch], course: Course, gate: Tensor) -> None:
-        from clr_optim.kernels.triton import multi_tensor
-
-        groups = clock.groups(course, self.plan.scalars, self._momentum)
-        width = groups.shape[1]
-        ints, floats = clock.phases(course)
-        phases = len(ints)
-        counters, count = clock.counters(launches)
-        rates, kept = clock.rates(course)
-        control = clock.control(course)
-        for launch in launches:
-            if launch.count:
-                multi_tensor.multi_tensor[(launch.count,)](
-                    *launch.tables, groups, width, ints, floats, phases, control, gate,
-                    **launch.compiled_for,
-                )  # fmt: skip
-        if self._has_scalars and count:
-            from clr_optim.kernels.triton.rules import KERNELS
-
-            multi_tensor.advance_scalars[(count,)](
-                counters, groups, width, ints, floats, phases, control, gate,
-                FACTOR=KERNELS[launches[0].bucket.kernel].factor, enable_fp_fusion=False,
-            )  # fmt: skip
-        programs = max(1, -(-count // _ADVANCED_AT_ONCE))
-        # If Ctrl-C comes between this launch and the host's note of it, the host asks the device.
+        tables = clock.tables(course, self.plan.scalars, self._momentum, gate)
+        # If Ctrl-C comes between a launch and the host's note of it, the host asks the device.
         if self.who_knows is WhoKnows.HOST and not current.is_capturing():
             self.who_knows = WhoKnows.MAYBE
-        multi_tensor.advance[(programs,)](
-            counters, count, rates, kept, groups, width, ints, floats, phases, control, gate,
-            BLOCK=_ADVANCED_AT_ONCE, enable_fp_fusion=False,
-        )  # fmt: skip
+        for launch in launches:
+            launch.update(tables, is_last=launch is launches[-1])
+        if not launches:
+            clock.advance(tables)
+
+
+def _refresh(launches: list[Launch], *, clips: bool) -> None:
+    """Bring the tables of all launches on one device up to date."""
+    for launch in launches:
+        launch.refresh(is_alone=len(launches) == 1, clips=clips)

@@ -24,8 +24,7 @@ OWN = 8
 # One program adds all sums of squares, so it takes many at a time.
 _GATE_OPTIONS = {"BLOCK": 4096, "num_warps": 8, "enable_fp_fusion": False}
 
-# Tables for steps without counters or rates: an empty tensor has no address to load from.
-_NO_COUNTER = np.zeros((1, 5), dtype=np.int64)
+# The table of a step without rates: an empty tensor has no address to load from.
 _NO_RATE = np.zeros((1, 3), dtype=np.int64)
 
 
@@ -37,7 +36,7 @@ class Clock:
 
         self.device = device
         self._expected: tuple[int, int] | None = None
-        self._control = torch.zeros(2, dtype=torch.int64, device=device)
+        self._control = torch.zeros(3, dtype=torch.int64, device=device)
         self._moving = schedule.scale_fn is None
         self._uploaded = upload = [Mirror(device) for _ in range(4)]
         constant = phase_tables(fixed())
@@ -48,8 +47,6 @@ class Clock:
         # that grew too small for a new group stays, as a graph may read it.
         self._groups = [[Mirror(device)] for _ in range(2)]
         self._groups_of: tuple[Any, ...] = ()
-        self._counters = Mirror(device)
-        self._counters_of: list[npt.NDArray[np.int64]] = []
         self._rates = Mirror(device)
         self._limit = Mirror(device)
         #: scale and overflow without a GradScaler, in the dtype of a GradScaler
@@ -75,7 +72,7 @@ class Clock:
         if stream == self._stream:
             return
         self._stream = stream
-        tables = [table for launch in launches for table in launch.tables]
+        tables = [table for launch in launches for table in launch.tables()]
         for table in [*tables, *self._tables()]:
             if table is not None and table.is_cuda:
                 table.record_stream(stream)
@@ -86,7 +83,7 @@ class Clock:
 
     def _tables(self) -> Iterator[Tensor | None]:
         """Return all tensors that live as long as the clock, or until a table is made anew."""
-        mirrors = [*self._uploaded, self._counters, self._rates, self._limit]
+        mirrors = [*self._uploaded, self._rates, self._limit]
         mirrors += [mirror for both in self._groups for mirror in both]
         yield from (mirror.table for mirror in mirrors)
         yield from (self._control, self.one, self.zero, self.open, self.gate, self.norm)
@@ -117,7 +114,7 @@ class Clock:
         return course.position, int(course.moves)
 
     def control(self, course: Course) -> Tensor:
-        """Return ``(position, steps to add)`` on the device, written only if the host moved it.
+        """Return the ``CONTROL`` of prepare.py, of which the host writes only what it moved.
 
         Raises:
             RuntimeError: if a write is needed and the step is being captured.
@@ -187,16 +184,6 @@ class Clock:
         self._groups_of = made_of
         return found
 
-    def counters(self, launches: list[Launch]) -> tuple[Tensor, int]:
-        """Return the addresses of the step counters that this step advances, and their number."""
-        tables = [launch.counters for launch in launches]
-        count = sum(map(len, tables))
-        there = self._counters.table
-        if there is None or [*map(id, tables)] != [*map(id, self._counters_of)]:
-            there = self._counters.put(np.concatenate(tables) if count else _NO_COUNTER)
-            self._counters_of = tables
-        return there, count
-
     def rates(self, course: Course) -> tuple[Tensor, int]:
         """Return the addresses of the learning rates that the device keeps, and their number."""
         lines = [
@@ -211,14 +198,39 @@ class Clock:
         """Return the largest norm that the step leaves unclipped, on the device."""
         return self._limit.put(np.array([max_norm]))
 
-    def phases(self, course: Course) -> tuple[Tensor, ...]:
-        """Return the phases' tables: the schedule's, or those of a constant rate."""
-        return self._own if self.decides(course) else self._constant
+    def tables(
+        self,
+        course: Course,
+        scalars: npt.NDArray[np.float64],
+        momentum: int | None,
+        gate: Tensor,
+    ) -> tuple[Any, ...]:
+        """Return what the kernels read beside a bucket's tables, in the order of their arguments.
+
+        Args:
+            course, scalars, momentum: as for :meth:`groups`.
+            gate: the gate of the step.
+        """
+        groups = self.groups(course, scalars, momentum)
+        ints, floats = self._own if self.decides(course) else self._constant
+        rates, kept = self.rates(course)
+        control = self.control(course)
+        return groups, groups.shape[1], ints, floats, len(ints), control, gate, rates, kept
+
+    def advance(self, tables: tuple[Any, ...]) -> None:
+        """Advance the position in a step that has no launch on this device."""
+        from clr_optim.kernels.triton import multi_tensor, prepare
+
+        control = tables[5]
+        prepare.prepare[(1,)](
+            control, control, 0, self.one, *tables, 1,
+            **multi_tensor.constants_for("sgd", 0, torch.float32, (), current.warp(self.device))
+            .prepare,
+        )  # fmt: skip
 
     def give_up(self) -> list[object]:
         """Return all tables, which a graph reads; a change of tensors makes new tables."""
         return [
-            self._counters.lend(),
             self._rates.lend(),
             *(mirror.table for mirrors in self._groups for mirror in mirrors),
             self._limit.table,
@@ -236,10 +248,10 @@ def fill_gate(
     *,
     clips: bool,
 ) -> None:
-    """Launch ``open_gate`` of :mod:`clr_optim.kernels.triton.multi_tensor` with its arguments."""
-    from clr_optim.kernels.triton import multi_tensor
+    """Launch ``open_gate`` of :mod:`clr_optim.kernels.triton.gate` with its arguments."""
+    from clr_optim.kernels.triton import gate as kernels
 
-    multi_tensor.open_gate[(1,)](
+    kernels.open_gate[(1,)](
         sums, count, limit, grad_scale, found_inf, norm, gate, CLIPS=clips, **_GATE_OPTIONS
     )
 

@@ -75,16 +75,11 @@ def _sum_squares(
     device: torch.device, launches: Sequence[Launch], scale: Tensor
 ) -> dict[Launch, Tensor]:
     """Return sums of squares of the gradients on one device, a sum per chunk, in order."""
-    from clr_optim.kernels.triton import multi_tensor
-
     counts = [launch.count for launch in launches]
     sums = torch.empty(sum(counts), dtype=torch.float64, device=device)
     parts = dict(zip(launches, torch.split(sums, counts), strict=True))
     for launch, part in parts.items():
-        if launch.count:
-            multi_tensor.sum_of_squares[(launch.count,)](
-                *launch.tables, scale, part, **launch.squares_compiled_for
-            )
+        launch.sum_squares(scale, part)
     return parts
 
 

@@ -1,7 +1,9 @@
-"""A bucket's launch: its rows and chunks on the device, and the kernel that reads them."""
+"""A bucket's launches: its rows, gradients, chunks and constants on the device, and the kernels."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,23 @@ from clr_optim.backends import device as current
 from clr_optim.backends.triton.mirror import Mirror
 from clr_optim.plan import Bucket
 
-__all__ = ["Launch"]
+__all__ = ["Launch", "most_programs"]
+
+# A chunk has few blocks, so that the last programs of a launch end together. A launch of many
+# programs rather has larger chunks, as each program reads tables first.
+_FEW_BLOCKS, _MANY_BLOCKS = 2, 8
+
+# A launch of more rounds of programs has many blocks per chunk. A round is what runs at a time: so
+# many programs on each processor.
+_ROUNDS = 16
+_RESIDENT = 6
+
+# Up to this number of programs, each computes its constants: see `whole_step`.
+_MOST_PROGRAMS = 2000
 
 
 class Launch:
-    """A bucket's tables: its rows, their gradients, and the chunks that this step updates.
+    """The tables of a bucket on its device, and the launches that read them.
 
     The rows seldom change, so the device has them from an earlier step. The addresses of the
     gradients come from the host whenever they differ.
@@ -27,117 +41,150 @@ class Launch:
         from clr_optim.kernels.triton import multi_tensor
 
         self.bucket = bucket
-        block = multi_tensor.shape_of(bucket.dtype.itemsize).block
-        self._chunk = block * multi_tensor.BLOCKS_PER_CHUNK
-        # Constants for tensors of any alignment, and for tensors aligned to 16 bytes.
-        self._compiled_for = [
-            {
-                **multi_tensor.constexprs(
-                    bucket.kernel, len(bucket.slots), bucket.dtype, bucket.number_dtypes, aligned
-                ),
-                **multi_tensor.options(bucket.dtype, current.warp(bucket.device)),
-            }
-            for aligned in (False, True)
-        ]
-        self._aligned = False
-        self._loaded: set[bool] = set()
-        self._active = b""
+        self._compiled_for = multi_tensor.constants_for(
+            bucket.kernel,
+            len(bucket.slots),
+            bucket.dtype,
+            bucket.number_dtypes,
+            current.warp(bucket.device),
+        )
+        self._lanes = self._compiled_for.prepare["LANES"]
         self._rows, self._gradients, self._chunks = (Mirror(bucket.device) for _ in range(3))
+        self._constants: Tensor | None = None
         self._edition = -1  # of the bucket's rows on the device
-        self._is_current = False  # whether the last refresh ended, and was not of a capture
-        #: programs of the launch, one per chunk
+        self._blocks = _FEW_BLOCKS
+        self._takes_whole_step = False
+        self._passed: list[int] = []
+        #: programs of an update, one per chunk
         self.count = 0
-        #: a row for each step counter that this step advances
-        self.counters = self._counters_of(bucket.table[:0])
 
-    def refresh(self) -> None:
+    # ---- the tables
+
+    def refresh(self, *, is_alone: bool, clips: bool) -> None:
         """Bring the tables on the device up to date.
+
+        Args:
+            is_alone: whether the step has no other launch on this device.
+            clips: whether the step needs the norm of the gradients.
 
         Raises:
             RuntimeError: if the step is being captured, and anything but the addresses of the
                 gradients changed.
         """
         bucket = self.bucket
-        gradients, changed = bucket.gradients, bucket.edition != self._edition
-        if not changed and self._is_current and self._gradients.holds(gradients):
+        gradients = bucket.gradients
+        if bucket.edition != self._edition:
+            self._take_rows(bucket.table)
+            self._edition = bucket.edition
+        self._takes_whole_step = is_alone and self.count <= most_programs(bucket.device)
+        self._passed = self._passed_in(gradients) if self._takes_whole_step else []
+        if self._passed and not clips:
             return
-        self._is_current = False
-        if changed:
-            self._rows.fill(bucket.table.view(np.int64).reshape(len(gradients), -1))
-        active = (gradients != 0).tobytes()
-        if changed or active != self._active:
-            self._active = b""
-            self._choose_chunks(np.flatnonzero(gradients))
-            self._active, self._edition = active, bucket.edition
         if current.is_capturing():
             self._gradients.put_in_graph(gradients)
         else:
             self._gradients.put(gradients)
             self._gradients.stage()
-            self._is_current = True
 
-    def _choose_chunks(self, rows: npt.NDArray[np.int64]) -> None:
-        """Have the step update these rows alone."""
-        table = self.bucket.table[rows]
-        chunks = -(-table["numel"] // self._chunk)
-        first = np.cumsum(chunks) - chunks
-        of_row = np.repeat(rows, chunks)
-        index = np.arange(len(of_row)) - np.repeat(first, chunks)
-        pairs = np.stack([of_row, index], axis=1).astype(np.int32)
+    def _take_rows(self, table: npt.NDArray[Any]) -> None:
+        from clr_optim.kernels.triton import prepare
+
+        bucket = self.bucket
         # Upload first: if a capture refuses the upload, nothing else has changed.
-        if len(pairs):
-            self._chunks.put(pairs)
+        self._rows.fill(table.view(np.int64).reshape(len(table), -1))
+        pairs = self._chunks_of(table)
+        self._chunks.put(pairs)
         self.count = len(pairs)
-        self.counters = self._counters_of(table)
+        shape = (len(table), prepare.WIDTH)
+        if self._constants is None or self._constants.shape != shape:
+            wide = bucket.dtype == torch.float64
+            self._constants = torch.empty(
+                shape, dtype=torch.float64 if wide else torch.float32, device=bucket.device
+            )
 
-    @property
-    def tables(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The chunks, rows and gradients on the device; a launch without chunks has none."""
-        return self._chunks.table, self._rows.table, self._gradients.table
+    def _chunks_of(self, table: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+        """Return the chunks of the rows, ``(row, chunk)`` each: one at least, perhaps empty."""
+        block = self._compiled_for.multi_tensor["BLOCK"]
+        blocks = -(-table["numel"] // block)
+        in_round = _RESIDENT * current.processors(self.bucket.device)
+        many = blocks.sum() > _ROUNDS * _FEW_BLOCKS * in_round
+        self._blocks = _MANY_BLOCKS if many else _FEW_BLOCKS
+        chunks = -(-blocks // self._blocks)
+        of_row = np.repeat(np.arange(len(table)), chunks)
+        index = np.arange(len(of_row)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
+        pairs = np.stack([of_row, index], axis=1).astype(np.int32)
+        return pairs if len(pairs) else np.zeros((1, 2), dtype=np.int32)
 
-    def _counters_of(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        """Return the table of the rows' step counters, as ``COUNTER`` in multi_tensor.py."""
-        dtypes = self.bucket.number_dtypes
-        counters = np.zeros((len(rows) if dtypes else 0, 5), dtype=np.int64)
-        if dtypes:
-            counters[:, 0], counters[:, 2], counters[:, 4] = (
-                rows["counter"], rows["scalar"], rows["group"],
-            )  # fmt: skip
-            for i, dtype in enumerate(dtypes):
-                counters[:, 2 * i + 1] = dtype == torch.float64
-        return counters
+    @staticmethod
+    def _passed_in(gradients: npt.NDArray[np.int64]) -> list[int]:
+        """Return the addresses that travel as arguments; none if there are too many."""
+        from clr_optim.kernels.triton.multi_tensor import PASSED
+
+        if len(gradients) > PASSED:
+            return []
+        return [*gradients.tolist(), *[0] * (PASSED - len(gradients))]
+
+    def tables(self) -> Iterator[Tensor | None]:
+        """Return the tables on the device."""
+        yield from (self._rows.table, self._gradients.table, self._chunks.table, self._constants)
 
     def give_up(self) -> list[object]:
         """Return the tables that a captured step reads, and writes at every replay."""
-        return [self._rows.lend(), self._chunks.lend(), self._gradients.give_up()]
+        given: list[object] = [self._rows.lend(), self._chunks.lend(), self._constants]
+        return [*given, self._gradients.give_up()] if self._gradients.table is not None else given
 
-    def choose(self) -> None:
-        """Choose the kernel by the alignment of the gradients.
+    # ---- the kernels
 
-        Raises:
-            RuntimeError: if the step is being captured and the kernel was never launched. A
-                capture can load no kernel.
+    def sum_squares(self, scale: Tensor, sums: Tensor) -> None:
+        """Sum the squares of the gradients, chunk by chunk.
+
+        Args:
+            scale: the factor that the gradients in memory carry, float32.
+            sums: receives the sums, float64, one per chunk.
         """
-        addresses = int(np.bitwise_or.reduce(self.bucket.gradients))
-        self._aligned = self.bucket.aligned and not addresses & 15
-        if current.is_capturing() and self._aligned not in self._loaded:
-            self._aligned = False  # the kernel for any alignment
-            if self._aligned not in self._loaded:
-                raise RuntimeError(
-                    "step() cannot be captured now: not all gradients begin at multiples of 16 "
-                    "bytes, as they did in the steps before; take a step with gradients in the "
-                    "memory that the capture gives them, and then capture"
-                )
-        self._loaded.add(self._aligned)
+        from clr_optim.kernels.triton import gate
 
-    @property
-    def compiled_for(self) -> dict[str, Any]:
-        """Constants and options of the update kernel."""
-        return self._compiled_for[self._aligned]
+        rows, gradients, chunks, _ = self.tables()
+        gate.sum_of_squares[(self.count,)](
+            chunks, rows, gradients, self._blocks, scale, sums,
+            **self._compiled_for.sum_of_squares,
+        )  # fmt: skip
 
-    @property
-    def squares_compiled_for(self) -> dict[str, Any]:
-        """Constants and options of :func:`sum_of_squares`."""
-        both = self._compiled_for[self._aligned]
-        of_update = {"CONSTANTS", "UPDATE", "FLAGS", "SLOTS", "COUNTER", "SCALAR"}
-        return {k: v for k, v in both.items() if k not in of_update}
+    def update(self, tables: tuple[Any, ...], *, is_last: bool) -> None:
+        """Update the bucket's tensors, and advance their step counters.
+
+        Args:
+            tables: as :meth:`Clock.tables` returns them.
+            is_last: whether the step has no further launch on this device, so that this one
+                advances the position.
+        """
+        from clr_optim.kernels.triton import multi_tensor, prepare
+
+        rows, gradients, chunks, constants = self.tables()
+        count = len(self.bucket.params)
+        if self._takes_whole_step:
+            if gradients is None:  # all addresses are passed, and no gradient is read from here
+                gradients = rows
+            multi_tensor.whole_step[(self.count,)](
+                chunks, rows, gradients, self._blocks, count, *tables,
+                *(self._passed or [0] * multi_tensor.PASSED), ARE_PASSED=bool(self._passed),
+                **self._compiled_for.whole_step,
+            )  # fmt: skip
+            return
+        prepare.prepare[(-(-count // self._lanes),)](
+            rows, gradients, count, constants, *tables, int(is_last),
+            **self._compiled_for.prepare,
+        )  # fmt: skip
+        multi_tensor.multi_tensor[(self.count,)](
+            chunks, rows, gradients, constants, self._blocks, **self._compiled_for.multi_tensor
+        )
+
+
+@functools.cache
+def most_programs(device: torch.device) -> int:
+    """Return up to how many programs a step takes one launch, and not two.
+
+    In one launch each program computes the constants, in float64. Many GPUs compute that slowly:
+    there, one launch serves if no processor has more than one program.
+    """
+    return _MOST_PROGRAMS if current.has_fast_float64(device) else current.processors(device)

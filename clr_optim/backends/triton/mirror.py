@@ -110,6 +110,5 @@ class Mirror:
 def _cannot_capture() -> RuntimeError:
     return RuntimeError(
         "step() cannot be captured now: tensors or settings of the optimizer changed since "
-        "its last step, or its last step was captured; take a step with the same "
-        "parameters having gradients, and then capture"
+        "its last step, or its last step was captured; take a step, and then capture"
     )

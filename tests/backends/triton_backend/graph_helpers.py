@@ -7,6 +7,7 @@ and tensor operations and runs none; a replay runs them on the memory that the c
 from __future__ import annotations
 
 import copy
+import importlib
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -59,16 +60,20 @@ class _Kernel:
         return launch
 
 
-NAMES = ("multi_tensor", "advance", "advance_scalars", "open_gate", "sum_of_squares")
+NAMES = {
+    "multi_tensor": ("multi_tensor", "whole_step"),
+    "prepare": ("prepare",),
+    "gate": ("open_gate", "sum_of_squares"),
+}
 
 
 @contextmanager
 def _kernels(graph: PlayedGraph | None) -> Iterator[None]:
-    from clr_optim.kernels.triton import multi_tensor
-
     with pytest.MonkeyPatch.context() as patch:
-        for name in NAMES:
-            patch.setattr(multi_tensor, name, _Kernel(getattr(multi_tensor, name), graph))
+        for module_name, names in NAMES.items():
+            module = importlib.import_module(f"clr_optim.kernels.triton.{module_name}")
+            for name in names:
+                patch.setattr(module, name, _Kernel(getattr(module, name), graph))
         yield
 
 
@@ -162,17 +167,20 @@ class Run:
         generator = torch.Generator().manual_seed(100 + number)
         return [torch.randn(p.shape, generator=generator).to(DEVICE) for p in self.params]
 
-    def eager(self, number: int) -> None:
-        for param, grad in zip(self.params, self.draw(number), strict=True):
-            param.grad = grad
+    def eager(self, number: int, idle: int | None = None) -> None:
+        """Take a step, with gradients for all parameters but the one with this index."""
+        for i, (param, grad) in enumerate(zip(self.params, self.draw(number), strict=True)):
+            param.grad = None if i == idle else grad
         self.opt.step()
 
-    def capture(self) -> Any:
+    def capture(
+        self, full_like: Callable[..., Tensor] = torch.full_like, idle: int | None = None
+    ) -> Any:
         """Return a graph of a step, whose gradients have separate memory, as after a backward."""
         graph = Graph()
-        self.static = [torch.full_like(p, float("nan")) for p in self.params]
-        for param, grad in zip(self.params, self.static, strict=True):
-            param.grad = grad
+        self.static = [full_like(p.detach(), float("nan")) for p in self.params]
+        for i, (param, grad) in enumerate(zip(self.params, self.static, strict=True)):
+            param.grad = None if i == idle else grad
         before = copy.deepcopy(tensors_of(self.opt))
         with graph.capture():
             self.opt.step()

@@ -37,6 +37,7 @@ from triton_helpers import (
     DEVICE,
     INTERPRETED,
     MARKS,
+    WAYS,
     Contract,
     Twins,
     changes,
@@ -44,11 +45,15 @@ from triton_helpers import (
     contract,
     count_launches,
     drawn,
+    in_both_ways,
     kernels,
     named,
     some,
+    take_way,
     twins,
 )
+
+from clr_optim.backends.triton import launch
 
 pytestmark = MARKS
 _backend = pytest.fixture(autouse=True)(choose_triton)
@@ -71,9 +76,10 @@ def values_of(count=2):
     return [channels.to(memory_format=torch.channels_last), vector, scalar][:count]
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=named)
-def test_contract(cell):
-    case, dtype = cell
+@pytest.mark.parametrize("cell", in_both_ways(CELLS), ids=named)
+def test_contract(cell, monkeypatch):
+    case, dtype, way = cell
+    take_way(monkeypatch, way)
     contract = Contract(case, dtype, values_of())
     assert members(contract.ours)[0].is_contiguous(memory_format=torch.channels_last)
     for k in range(8):
@@ -100,9 +106,12 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("cell", some(itertools.product(KERNELS, DTYPES), 5), ids=named)
-def test_layouts(cell):
-    case, dtype = cell
+@pytest.mark.parametrize(
+    "cell", in_both_ways(some(itertools.product(KERNELS, DTYPES), 5)), ids=named
+)
+def test_layouts(cell, monkeypatch):
+    case, dtype, way = cell
+    take_way(monkeypatch, way)
     generator = torch.Generator().manual_seed(3)
 
     def draw(shape):
@@ -116,11 +125,13 @@ def test_layouts(cell):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=contract.name_of)
 @pytest.mark.parametrize("name", ["sgd-nest-wd", "adam-wd"])
-def test_sizes_around_a_block_and_a_chunk(name, dtype):
+@pytest.mark.parametrize("way", WAYS)
+def test_sizes_around_a_block_and_a_chunk(name, dtype, way, monkeypatch):
     from clr_optim.kernels.triton import multi_tensor
 
-    block = multi_tensor.shape_of(dtype.itemsize).block
-    chunk = block * multi_tensor.BLOCKS_PER_CHUNK
+    take_way(monkeypatch, way)
+    block = multi_tensor.shape_of(2, dtype.itemsize).block
+    chunk = block * 2
     sizes = [(n,) for n in (0, 1, block - 1, block, block + 1, chunk - 1, chunk, chunk + 1)]
     contract = Contract(BY_NAME[name], dtype, drawn(sizes, torch.float64))
     for k in range(2):
@@ -131,9 +142,12 @@ def test_sizes_around_a_block_and_a_chunk(name, dtype):
 SPECIAL = [math.nan, math.inf, -math.inf, 0.0, 1.0, -1.0]
 
 
-@pytest.mark.parametrize("cell", some(itertools.product(KERNELS, DTYPES), 3), ids=named)
-def test_nan_and_inf(cell):
-    case, dtype = cell
+@pytest.mark.parametrize(
+    "cell", in_both_ways(some(itertools.product(KERNELS, DTYPES), 3)), ids=named
+)
+def test_nan_and_inf(cell, monkeypatch):
+    case, dtype, way = cell
+    take_way(monkeypatch, way)
     special = torch.tensor([SPECIAL] * 6, dtype=torch.float64, device=DEVICE)
     values = [special.flatten(), torch.ones(6, dtype=torch.float64, device=DEVICE)]
     gradients = [special.t().flatten(), special[0]]
@@ -227,8 +241,10 @@ def test_3000_tensors():
 
 
 @pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=contract.name_of)
-def test_counters_of_many_tensors(default):
-    """More counters than one program of `advance` takes; empty tensors need no other program."""
+@pytest.mark.parametrize("way", WAYS)
+def test_counters_of_many_tensors(default, way, monkeypatch):
+    """More counters than are advanced at once; empty tensors need no other program."""
+    take_way(monkeypatch, way)
     before = torch.get_default_dtype()
     torch.set_default_dtype(default)  # torch's dtype for counters
     try:
@@ -276,27 +292,63 @@ def test_several_dtypes_share_one_position(case):
             assert torch.equal(a, b)
 
 
-def test_a_launch_for_each_bucket_and_one_more(launches):
-    update, advance = launches
+def test_one_bucket_takes_one_launch(launches):
+    whole, prepare, update = launches
+    opt = wrapped(
+        torch.optim.AdamW(parameters(drawn([(5,), (4, 2), (3000,)], torch.float32))),
+        backend="triton", max_grad_norm=1.0,
+    )  # fmt: skip
+    for k in range(3):
+        for p in members(opt):
+            p.grad = None if k == 2 else torch.ones_like(p)
+        opt.step()
+        # A program per chunk of two blocks: the largest tensor has two chunks.
+        assert whole.taken() == [(4,)], k
+    assert not prepare.taken() + update.taken()
+    assert opt.iteration == 3
+
+
+def test_several_buckets_take_two_launches_each(launches):
+    whole, prepare, update = launches
     dtypes = (torch.float32, torch.bfloat16)
-    params = [p for d in dtypes for p in parameters(drawn([(5,), (4, 2), (9000,)], d))]
-    opt = wrapped(torch.optim.AdamW(params, lr=0.1), backend="triton", max_grad_norm=1.0)
+    params = [p for d in dtypes for p in parameters(drawn([(5,), (4, 2), (3000,)], d))]
+    opt = wrapped(torch.optim.AdamW(params, lr=0.1), backend="triton")
     for k in range(3):
         for p in params:
+            p.grad = None if k == 2 else torch.ones_like(p)
+        opt.step()
+        assert prepare.taken() == [(1,), (1,)], k
+        # Blocks of a 16-bit dtype are larger.
+        assert update.taken() == [(4,), (3,)], k
+    assert not whole.taken()
+    assert opt.iteration == 3
+
+
+def test_more_programs_than_one_launch_takes(launches, monkeypatch):
+    monkeypatch.setattr(launch, "most_programs", lambda device: 4)
+    opt = wrapped(torch.optim.SGD(parameters(drawn([(5000,)], torch.float32))), backend="triton")
+    for shape, programs in (((5000,), 3), ((5,), 4), ((6,), 5)):
+        if opt.iteration:
+            opt.add_param_group({"params": parameters(drawn([shape], torch.float32))})
+        for p in members(opt):
             p.grad = torch.ones_like(p)
         opt.step()
-        # A program per chunk: the largest tensors have two chunks.
-        assert update.taken() == [(4,), (4,)], k
-        assert advance.taken() == [(1,)], k
-    for p in params[:3]:
-        p.grad = None
-    params[3].grad = None
-    opt.step()
-    assert (update.taken(), advance.taken()) == ([(3,)], [(1,)])
-    opt.zero_grad()
-    opt.step()
-    assert update.taken() == []
-    assert opt.iteration == 5
+        taken = [counted.taken() for counted in launches]
+        assert taken == ([[(programs,)], [], []] if programs < 5 else [[], [(1,)], [(programs,)]])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_at_the_edge_of_being_passed(way, monkeypatch):
+    """Up to eight addresses travel as arguments, also after a row has joined or left."""
+    take_way(monkeypatch, way)
+    pair = twins(BY_NAME["nadam"], [(3,)] * 8)
+    pair.run(2)
+    for opt in pair.both():
+        opt.add_param_group({"params": parameters(drawn([(4,)], torch.float64, 8)), "lr": 0.02})
+    for k in range(4):
+        pair.draw()
+        changes.drop(pair, lambda i: i in (0, 7, 8) and k % 2)  # noqa: B023
+        pair.step()
 
 
 def test_settings_do_not_split_a_bucket(launches):
@@ -311,7 +363,7 @@ def test_settings_do_not_split_a_bucket(launches):
     for p in members(opt):
         p.grad = torch.ones_like(p)
     opt.step()
-    assert [counted.taken() for counted in launches] == [[(5,)], [(1,)]]
+    assert [counted.taken() for counted in launches] == [[(5,)], [], []]
 
 
 def test_auto_returns_to_the_kernels(launches):

@@ -40,7 +40,7 @@ def run(*arguments):
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90", "gfx942"])
+@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100", "gfx942"])
 def compiled(request, tmp_path_factory):
     """Return a target, the rows of its report by rule and dtype, and the printed text."""
     path = tmp_path_factory.mktemp("report") / "rows.json"
@@ -58,8 +58,10 @@ def test_registers_suffice_and_accesses_are_wide(compiled, rule, dtype):
     row = rows[rule, dtype]
     assert row["stack"] == row["spills"] == 0
     assert row["registers"] > 0
-    if target == "sm_90":
+    if target.startswith("sm"):
         assert row["registers"] <= MOST_REGISTERS[dtype]
+        assert (row["float64"] > 0) == (dtype == "float64")
+    assert 4 < row["per_element"] < 300
     assert row["loads_narrow"] == row["stores_narrow"] == 0
     # Parameter, gradient and state, several times if the compiler unrolled the loop.
     times, rest = divmod(row["loads_16b"], 2 + SLOTS[rule])
@@ -85,25 +87,33 @@ def test_narrow_accesses_and_spills_are_seen():
         from clr_optim.kernels.triton import multi_tensor, report
         report.KERNELS = {"adam": report.KERNELS["adam"]}
         report.DTYPES = ("float32",)
-        constexprs, options = multi_tensor.constexprs, multi_tensor.options
-        multi_tensor.constexprs = lambda *a, aligned: constexprs(*a, aligned=False)
+        import os
+        import triton.language as tl
+        os.environ["TRITON_ALWAYS_COMPILE"] = "1"
+        multiple_of = tl.multiple_of
+        tl.multiple_of = tl.core.builtin(lambda input, values, _semantic=None: input)
         print(*next(report.rows("sm_90")).values())
         print(*next(report.rows("gfx942")).values())
-        multi_tensor.constexprs = constexprs
-        multi_tensor.options = lambda *a: {**options(*a), "maxnreg": 32}
+        tl.multiple_of = multiple_of
+        constants_for = multi_tensor.constants_for
+        def few_registers(*a):
+            found = constants_for(*a)
+            found.multi_tensor["maxnreg"] = 32
+            return found
+        multi_tensor.constants_for = few_registers
         print(*next(report.rows("sm_90")).values())
     """
     done = run("-c", "if True:" + code)
     assert not done.returncode, done.stderr
-    cuda, amd, spilled = (list(map(int, line.split()[2:])) for line in done.stdout.splitlines())
-    assert cuda[3:] == [0, 4 * 4, 0, 4 * 3]  # four elements per thread, each by itself
+    cuda, amd, spilled = (list(map(float, line.split()[2:])) for line in done.stdout.splitlines())
+    assert cuda[3:7] == [0, 4 * 4, 0, 4 * 3]  # four elements per thread, each by itself
     assert amd[3] == amd[5] == 0
     assert amd[4] >= 4
     assert amd[6] >= 3
     assert spilled[0] <= 32
     assert spilled[1] > 0
     assert spilled[2] > 0
-    assert spilled[3:] == [4, 0, 3, 0]
+    assert spilled[3:7] == [4, 0, 3, 0]
 
 
 def refused(capsys, *arguments):
@@ -209,7 +219,7 @@ print(sorted(compiled), len(launched))
 def test_nothing_is_compiled_anew_as_scalars_and_gradients_change():
     done = run("-c", LAUNCHES)
     assert not done.returncode, done.stderr
-    # Each optimizer launches one kernel for its bucket and one to advance. The clipping one also
-    # sums squares and fills the gate. Each fills its open gate once.
-    kernels = ["advance", "multi_tensor", "open_gate", "open_gate", "sum_of_squares"]
-    assert done.stdout == f"{kernels} 6002\n"
+    # Each optimizer launches one kernel per step. The clipping one also sums squares and fills the
+    # gate. Each fills its open gate once.
+    kernels = ["open_gate", "open_gate", "sum_of_squares", "whole_step"]
+    assert done.stdout == f"{kernels} 4002\n"

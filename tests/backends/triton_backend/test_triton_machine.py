@@ -618,10 +618,10 @@ def test_the_scale_is_a_float32_whatever_the_default():
 
 def test_what_amp_launches_is_loaded_by_a_step_without():
     """A capture cannot load a kernel that was never launched."""
-    from clr_optim.kernels.triton import multi_tensor
+    from clr_optim.kernels.triton import gate
 
     launched: list[object] = []
-    kernel = multi_tensor.open_gate
+    kernel = gate.open_gate
 
     class Noting:
         def __getitem__(self, grid: Any) -> Any:
@@ -629,7 +629,7 @@ def test_what_amp_launches_is_loaded_by_a_step_without():
             return kernel[grid]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(multi_tensor, "open_gate", Noting())
+        patch.setattr(gate, "open_gate", Noting())
         Run(BY_NAME["adam-wd"]).eager(0)
     assert launched
 

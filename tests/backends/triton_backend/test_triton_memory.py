@@ -55,6 +55,25 @@ def _write_all_to_one(pointer, BLOCK: tl.constexpr):  # noqa: N803
     tl.store(pointer + at * 0, at)
 
 
+@triton.jit
+def _count_at_the_end(counter, tickets, target, early):
+    before = tl.load(counter)
+    if tl.program_id(0) == early:
+        tl.store(counter, before + 1)
+    ticket = tl.atomic_add(tickets, 1)
+    tl.store(target + tl.program_id(0), before)
+    if ticket == tl.num_programs(0) - 1 and early < 0:
+        tl.store(counter, before + 1)
+
+
+def test_the_last_program_may_write_what_the_others_have_read():
+    counter, tickets, target = (torch.zeros(8, dtype=torch.int32) for _ in range(3))
+    _count_at_the_end[8,](counter, tickets, target, -1)
+    assert (counter[0], tickets[0], target.sum()) == (1, 8, 0)
+    with pytest.raises(MemoryFaultError, match=r"program 0 reads what .* program 4 writes"):
+        _count_at_the_end[8,](counter, tickets, target, 4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.int64])
 @pytest.mark.parametrize("numel", [1, 8, 29])
 def test_what_is_right_passes(dtype, numel):

@@ -76,21 +76,21 @@ def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch):
 
 def test_the_host_knows_where_a_kernels_own_scalars_begin():
     from clr_optim.backends.triton import clock
-    from clr_optim.kernels.triton import multi_tensor
+    from clr_optim.kernels.triton import prepare
 
-    assert len(multi_tensor.GROUP) == clock.OWN
+    assert len(prepare.GROUP) == clock.OWN
 
 
 def test_a_triton_that_cannot_compile_is_a_build_error(monkeypatch):
     from clr_optim.backends.triton import NoKernelsError, try_out
-    from clr_optim.kernels.triton import multi_tensor
+    from clr_optim.kernels.triton import gate
 
     class Broken:
         def __getitem__(self, grid):
             raise OSError("fatal error: Python.h: No such file or directory\nmore")
 
     try_out(DEVICE)
-    monkeypatch.setattr(multi_tensor, "open_gate", Broken())
+    monkeypatch.setattr(gate, "open_gate", Broken())
     with pytest.raises(
         NoKernelsError, match=r"Triton on .*: OSError: fatal error: Python\.h.*directory$"
     ):

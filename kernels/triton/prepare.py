@@ -1,0 +1,193 @@
+"""What a step needs from the schedule and the settings, computed once per tensor and step.
+
+The constants of a tensor depend on the position, the settings of its group, its step counter and
+the gate. :func:`row_constants` computes them, for one tensor or for a vector of tensors.
+:func:`prepare` writes them into a table, from which the update reads them. The update reads neither
+step counters nor position, so :func:`prepare` advances these too.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from clr_optim.kernels.triton.rules import advanced, held
+from clr_optim.kernels.triton.schedule import rate_and_momentum
+
+__all__ = [
+    "COLUMNS", "COMMON", "CONTROL", "GROUP", "WIDTH", "advance_counters", "advance_position",
+    "prepare", "row_constants",
+]  # fmt: skip
+
+#: Columns of the rows' table, int64: the fields of ``Row`` in native/kernels.h, in this order.
+COLUMNS = (
+    "param", "state0", "state1", "state2", "counter", "scalar", "numel", "group", "first",
+)  # fmt: skip
+#: The first columns of the groups' table, float64. The kernel's own scalars follow.
+GROUP = (
+    "base_lr", "max_lr", "base_momentum", "max_momentum", "cycle_momentum", "weight_decay",
+    "shrinking", "sign",
+)  # fmt: skip
+#: The position in the schedule, the number of steps to add, and the programs that have ended.
+CONTROL = ("position", "moves", "tickets")
+#: The first columns of the constants' table: whether the step updates the row, the factor of its
+#: gradient, the weight decay added to the gradient, and the factor of decoupled weight decay.
+COMMON = ("happens", "scale", "decay", "shrink")
+#: The columns of the constants' table. Those of the rule come after ``COMMON``.
+WIDTH = len(COMMON) + 8
+
+_ROW: tl.constexpr = tl.constexpr(len(COLUMNS))
+_OWN: tl.constexpr = tl.constexpr(len(GROUP))
+_COMMON: tl.constexpr = tl.constexpr(len(COMMON))
+_WIDTH: tl.constexpr = tl.constexpr(WIDTH)
+
+
+@triton.jit
+def row_constants(
+    row, active, groups, width, ints, floats, phases, position, gate,
+    CONSTANTS: tl.constexpr, COUNTER: tl.constexpr, SCALAR: tl.constexpr, A: tl.constexpr,
+):  # fmt: skip
+    """Return ``(scale, decay, shrink, constants of the rule)`` of rows, in the arithmetic type.
+
+    Args:
+        row: pointer to a row of the rows' table, or a vector of such pointers.
+        active: whether each row has a gradient. The state of other rows is not read.
+        groups, width, ints, floats, phases, gate: as for :func:`prepare`.
+        position: the number of the step.
+        CONSTANTS, COUNTER, SCALAR: as for :func:`prepare`.
+        A: the arithmetic type.
+    """
+    group = groups + tl.load(row + 7, mask=active, other=0) * width
+    rate, momentum = rate_and_momentum(
+        ints, floats, phases, position,
+        tl.load(group), tl.load(group + 1), tl.load(group + 2), tl.load(group + 3),
+    )  # fmt: skip
+    step = rate
+    if COUNTER is not None:
+        counter = tl.load(row + 4, mask=active, other=0).to(tl.pointer_type(COUNTER))
+        step = tl.load(counter, mask=active, other=0).to(tl.float64) + 1.0
+    scalar = rate
+    if SCALAR is not None:
+        place = tl.load(row + 5, mask=active, other=0).to(tl.pointer_type(SCALAR))
+        scalar = tl.load(place, mask=active, other=0)
+    cycles = tl.load(group + 4) != 0
+    constants = CONSTANTS(group + _OWN, rate, step, scalar, momentum, cycles, A)
+    scale = tl.load(gate).to(A) * tl.load(group + 7).to(A)
+    shrink = held(1.0 - rate * tl.load(group + 6), A).to(A)
+    return scale, tl.load(group + 5).to(A), shrink, [constant.to(A) for constant in constants]
+
+
+@triton.jit
+def advance_counters(
+    row, active, groups, width, ints, floats, phases, position,
+    FACTOR: tl.constexpr, COUNTER: tl.constexpr, SCALAR: tl.constexpr,
+):  # fmt: skip
+    """Count a step of active rows, and multiply their scalar state.
+
+    Args:
+        row, active, groups, width, ints, floats, phases, position: as for :func:`row_constants`.
+        FACTOR, COUNTER, SCALAR: as for :func:`prepare`.
+    """
+    if COUNTER is not None:
+        counter = tl.load(row + 4, mask=active, other=0).to(tl.pointer_type(COUNTER))
+        step = tl.load(counter, mask=active, other=0).to(tl.float64) + 1.0
+        if SCALAR is not None:
+            group = groups + tl.load(row + 7, mask=active, other=0) * width
+            _, momentum = rate_and_momentum(
+                ints, floats, phases, position,
+                tl.load(group), tl.load(group + 1), tl.load(group + 2), tl.load(group + 3),
+            )  # fmt: skip
+            by = FACTOR(group + _OWN, step, momentum, tl.load(group + 4) != 0)
+            place = tl.load(row + 5, mask=active, other=0).to(tl.pointer_type(SCALAR))
+            scalar = tl.load(place, mask=active, other=0)
+            tl.store(place, advanced(scalar, by), mask=active)
+        tl.store(counter, step.to(COUNTER), mask=active)
+
+
+@triton.jit
+def advance_position(rates, kept, groups, width, ints, floats, phases, control, position, happened):
+    """Advance the position, and write the rates of the new position that the device keeps current.
+
+    Args:
+        rates, kept, groups, width, ints, floats, phases, control: as for :func:`prepare`.
+        position: the number of the step that ends.
+        happened: whether the step happened. If not, nothing moves.
+    """
+    position += tl.where(happened, tl.load(control + 1), 0)
+    for i in range(0, kept):
+        group = groups + tl.load(rates + 3 * i + 2) * width
+        rate, _ = rate_and_momentum(
+            ints, floats, phases, position,
+            tl.load(group), tl.load(group + 1), tl.load(group + 2), tl.load(group + 3),
+        )  # fmt: skip
+        place = tl.load(rates + 3 * i)
+        if tl.load(rates + 3 * i + 1) != 0:
+            tl.store(place.to(tl.pointer_type(tl.float64)), rate)
+        else:
+            tl.store(place.to(tl.pointer_type(tl.float32)), held(rate, tl.float32).to(tl.float32))
+    tl.store(control, position)
+
+
+@triton.jit(
+    do_not_specialize=["count", "width", "phases", "kept", "is_last"],
+    do_not_specialize_on_alignment=[
+        "rows", "gradients", "constants", "groups", "ints", "floats", "control", "gate", "rates",
+    ],
+)  # fmt: skip
+def prepare(
+    rows, gradients, count, constants, groups, width, ints, floats, phases, control, gate, rates,
+    kept, is_last, CONSTANTS: tl.constexpr, FACTOR: tl.constexpr, COUNTER: tl.constexpr,
+    SCALAR: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Write the constants of a bucket's rows, and advance their counters.
+
+    The last launch of a step also advances the position.
+
+    Args:
+        rows: the rows' table, int64.
+        gradients: int64, the address of each row's gradient; 0 for a row without one.
+        count: the number of rows. Each program takes ``LANES`` of them.
+        constants: the constants' table, of the arithmetic type, a row of ``WIDTH`` per row.
+        groups: the groups' table, float64, ``width`` columns.
+        ints, floats, phases: the schedule's tables, and their number of rows.
+        control: int64, the columns of ``CONTROL``.
+        gate: float64, the factor of the gradients and whether they overflowed. After an overflow
+            nothing moves.
+        rates: int64 triples, one per group whose ``lr`` is a tensor that the device keeps current:
+            its address, whether it is a float64, and the group's number.
+        kept: the number of such groups.
+        is_last: whether this is the step's last launch of this kernel.
+        CONSTANTS, FACTOR: of :class:`clr_optim.kernels.triton.rules.Kernel`.
+        COUNTER, SCALAR: the dtypes of step counters and of scalar states, if any.
+        A: the arithmetic type.
+    """
+    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    exists = lane < count
+    position = tl.load(control)
+    happened = tl.load(gate + 1) == 0
+    left = tl.where(happened, count, 0)
+    active = tl.load(gradients + lane, mask=lane < left, other=0) != 0
+    row = rows + lane.to(tl.int64) * _ROW
+    scale, decay, shrink, c = row_constants(
+        row, active, groups, width, ints, floats, phases, position, gate,
+        CONSTANTS, COUNTER, SCALAR, A,
+    )  # fmt: skip
+    constants += lane.to(tl.int64) * _WIDTH
+    tl.store(constants, active.to(A), mask=exists)
+    tl.store(constants + 1, scale, mask=active)
+    tl.store(constants + 2, decay, mask=active)
+    tl.store(constants + 3, shrink, mask=active)
+    for k in tl.static_range(len(c)):
+        tl.store(constants + _COMMON + k, c[k], mask=active)
+    advance_counters(
+        row, active, groups, width, ints, floats, phases, position, FACTOR, COUNTER, SCALAR
+    )
+    if is_last != 0:
+        # The last program moves the position, after all others have read it.
+        tl.debug_barrier()
+        ticket = tl.atomic_add(control + 2, 1)
+        if ticket == tl.num_programs(0) - 1:
+            tl.store(control + 2, 0)
+            advance_position(
+                rates, kept, groups, width, ints, floats, phases, control, position, happened
+            )
