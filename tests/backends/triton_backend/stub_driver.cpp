@@ -36,6 +36,7 @@ struct State {
     int32_t is_old = 0;       // whether cuFuncGetParamInfo fails, with its own error
     int32_t mode = 0;         // CUstreamCaptureMode of the thread
     int32_t unrelaxed = 0;    // questions that another thread's capture would have forbidden
+    int32_t is_silent = 0;    // whether calls leave no record, for measurements of time
 };
 
 struct Function {
@@ -64,11 +65,17 @@ bool holds_gil() {
     return check && check();
 }
 
-Record& note(const char* name, const void* object, CUstream stream) {
+// The number of a handle or an address.
+template <class Handle> uint64_t number(Handle handle) {
+    return reinterpret_cast<uint64_t>(handle);
+}
+
+Record& note(const char* name, uint64_t object, CUstream stream) {
+    static Record unread;
+    if (state.is_silent) return unread;
     Record record = {};
     std::strncpy(record.name, name, sizeof record.name - 1);
-    record.object = reinterpret_cast<uint64_t>(object);
-    record.stream = reinterpret_cast<uint64_t>(stream);
+    record.object = object, record.stream = number(stream);
     record.holds_gil = holds_gil();
     records.push_back(record);
     return records.back();
@@ -127,14 +134,14 @@ void read_cubin(const unsigned char* image, Module& module) {
 CUresult launch(const char* name, CUfunction handle, const unsigned (&grid)[3],
                 const unsigned (&block)[3], unsigned shared, CUstream stream, void** parameters,
                 unsigned attributes) {
-    Record& record = note(name, handle, stream);
+    Record& record = note(name, number(handle), stream);
     std::memcpy(record.grid, grid, sizeof grid);
     std::memcpy(record.block, block, sizeof block);
     record.shared = shared, record.attributes = attributes;
-    for (const auto& [number, place] : reinterpret_cast<Function*>(handle)->parameters) {
+    for (const auto& [index, place] : reinterpret_cast<Function*>(handle)->parameters) {
         const auto [offset, size] = place;
         if (offset + size > sizeof record.bytes) return CUDA_ERROR_INVALID_VALUE;
-        std::memcpy(record.bytes + offset, parameters[number], size);
+        std::memcpy(record.bytes + offset, parameters[index], size);
         if (offset + size > record.size) record.size = static_cast<uint32_t>(offset + size);
     }
     return wanted(name);
@@ -194,30 +201,31 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, u
                   {block_x, block_y, block_z}, shared, stream, parameters, 0);
 }
 CUresult cuMemcpyHtoDAsync(CUdeviceptr target, const void* source, size_t bytes, CUstream stream) {
-    Record& record = note("cuMemcpyHtoDAsync_v2", reinterpret_cast<void*>(target), stream);
+    Record& record = note("cuMemcpyHtoDAsync_v2", target, stream);
     record.size = static_cast<uint32_t>(bytes < sizeof record.bytes ? bytes : sizeof record.bytes);
     std::memcpy(record.bytes, source, record.size);
-    copies.push_back({source, std::string(static_cast<const char*>(source), bytes)});
+    if (!state.is_silent)
+        copies.push_back({source, std::string(static_cast<const char*>(source), bytes)});
     return wanted("cuMemcpyHtoDAsync_v2");
 }
 CUresult cuMemHostAlloc(void** memory, size_t bytes, unsigned) {
     check_mode();
     *memory = std::malloc(bytes);
-    note("cuMemHostAlloc", *memory, nullptr);
+    note("cuMemHostAlloc", number(*memory), nullptr);
     return wanted("cuMemHostAlloc");
 }
 CUresult cuMemFreeHost(void* memory) {
-    note("cuMemFreeHost", memory, nullptr);
+    note("cuMemFreeHost", number(memory), nullptr);
     std::free(memory);
     return CUDA_SUCCESS;
 }
 CUresult cuEventCreate(CUevent* event, unsigned) {
     *event = reinterpret_cast<CUevent>(new Event);
-    note("cuEventCreate", *event, nullptr);
+    note("cuEventCreate", number(*event), nullptr);
     return wanted("cuEventCreate");
 }
 CUresult cuEventRecord(CUevent handle, CUstream stream) {
-    note("cuEventRecord", handle, stream);
+    note("cuEventRecord", number(handle), stream);
     auto* const event = reinterpret_cast<Event*>(handle);
     event->copies.swap(copies);
     copies.clear();
@@ -228,18 +236,18 @@ CUresult cuEventRecord(CUevent handle, CUstream stream) {
 }
 CUresult cuEventQuery(CUevent event) {
     check_mode();
-    note("cuEventQuery", event, nullptr);
+    note("cuEventQuery", number(event), nullptr);
     if (const CUresult error = wanted("cuEventQuery")) return error;
     return reinterpret_cast<Event*>(event)->is_over ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
 }
 CUresult cuEventSynchronize(CUevent event) {
     check_mode();
-    note("cuEventSynchronize", event, nullptr);
+    note("cuEventSynchronize", number(event), nullptr);
     end(*reinterpret_cast<Event*>(event));
     return wanted("cuEventSynchronize");
 }
 CUresult cuEventDestroy(CUevent event) {
-    note("cuEventDestroy_v2", event, nullptr);
+    note("cuEventDestroy_v2", number(event), nullptr);
     delete reinterpret_cast<Event*>(event);
     return CUDA_SUCCESS;
 }

@@ -73,6 +73,7 @@ class State(ctypes.Structure):
         ("is_old", ctypes.c_int32),
         ("mode", ctypes.c_int32),
         ("unrelaxed", ctypes.c_int32),
+        ("is_silent", ctypes.c_int32),
     )
 
 
