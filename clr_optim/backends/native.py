@@ -56,6 +56,8 @@ def library() -> ModuleType:
         has_mode=torch._C._is_torch_function_mode_enabled,
         increment_version=torch._C._increment_version,
         num_threads=torch.get_num_threads,
+        # absent from a torch without CUDA and ROCm
+        current_stream=getattr(torch._C, "_cuda_getCurrentRawStream", None),
         global_pre_hooks=_global_optimizer_pre_hooks,
         global_post_hooks=_global_optimizer_post_hooks,
         profiler=vars(torch.autograd.profiler),

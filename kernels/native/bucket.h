@@ -37,6 +37,7 @@ public:
     int64_t active = 0, values = 0;
     int64_t groups = 0;  // a number above those of the rows' groups
     bool holds = false;  // whether `grads` holds gradients
+    int64_t edition = 0;  // how often rows were added or changed
 
     size_t width() const { return keys.size(); }
     int64_t code() const { return dtype == BFLOAT16 ? 4 : 2; }
@@ -77,7 +78,7 @@ public:
                    old_tensors = std::exchange(tensors, {}), old_specs = std::exchange(specs, {}),
                    old_grads = std::exchange(grads, {});
         rows.clear(), gradients.clear(), begins.clear(), layout.clear();
-        holds = false;
+        holds = false, ++edition;
     }
 
     static int64_t elements(const DLTensor& t) {
@@ -142,7 +143,7 @@ inline bool Bucket::put(int64_t i, PyObject* param, PyObject* entry, PyObject* t
     for (size_t k = 0; k < divisions.size(); ++k)
         set(specs, at * divisions.size() + k, divisions[k].get());
     set(grads, at, grad);
-    holds = true;
+    holds = true, ++edition;
     return true;
 }
 

@@ -10,6 +10,16 @@ namespace clr {
 
 using BucketObject = Object<Bucket>;
 
+// The class of Bucket objects.
+inline PyTypeObject* bucket_type = nullptr;
+
+// Returns the bucket of an object; null with an exception set if the object is none.
+inline Bucket* to_bucket(PyObject* object) {
+    if (Py_TYPE(object) == bucket_type) return &BucketObject::of(object);
+    PyErr_SetString(PyExc_TypeError, "expected a Bucket");
+    return nullptr;
+}
+
 inline PyObject* new_bucket(PyTypeObject* type, PyObject* args, PyObject*) {
     PyObject *keys, *sizes, *device, *words;
     long long kernel, dtype, slots;
@@ -75,7 +85,7 @@ inline PyObject* bucket_note_filled(PyObject* self, PyObject* const* args, Py_ss
     Bucket& bucket = BucketObject::of(self);
     int64_t i;
     if (!expects("note_filled()", count, 2) || !read_row(bucket, args[0], i)) return nullptr;
-    bucket.rows[size_t(i)].first = 0;
+    bucket.rows[size_t(i)].first = 0, ++bucket.edition;
     if (bucket.width()) bucket.dicts[size_t(i)] = Ref::to(args[1]);
     return none();
 }

@@ -166,7 +166,7 @@ private:
         if (!words.negative || is_negated(words, record.lr.get())) return false;
         for (int d = 0; d < t.ndim; ++d)
             if (t.shape[d] != 1) return false;
-        return t.device_type == 1 && (is_float(t, 32) || is_float(t, 64));
+        return t.device_type == ON_CPU && (is_float(t, 32) || is_float(t, 64));
     }
     static double value_of(const DLTensor& t) {
         return t.bits == 32 ? double(*static_cast<const float*>(t.data))

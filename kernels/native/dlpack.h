@@ -28,6 +28,7 @@ struct ExchangeApi {
     void* current_work_stream;
 };
 constexpr uint32_t DLPACK_MAJOR = 1;
+constexpr int32_t ON_CPU = 1;  // the device type of the CPU
 
 // Returns null if torch offers another version only.
 inline const ExchangeApi* exchange_api(PyObject* capsule) {

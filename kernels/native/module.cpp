@@ -44,6 +44,7 @@ const struct { const char* name; Ref Torch::*place; bool is_dict; } CONNECTIONS[
     {"has_mode", &Torch::has_mode, false},
     {"increment_version", &Torch::increment_version, false},
     {"num_threads", &Torch::num_threads, false},
+    {"current_stream", &Torch::current_stream, false},
     {"global_pre_hooks", &Torch::global_pre_hooks, true},
     {"global_post_hooks", &Torch::global_post_hooks, true},
     {"profiler", &Torch::profiler, true},
@@ -102,10 +103,14 @@ int fill_module(PyObject* module) {
                                        bucket_methods, bucket_attributes));
     const Ref plan(make_class<Plan>(module, "clr_optim.kernels.native.module.Plan", Guarded<new_plan>::call,
                                    plan_methods, plan_attributes));
-    if (!bucket || !plan || PyModule_AddObjectRef(module, "Bucket", bucket.get()) ||
-        PyModule_AddObjectRef(module, "Plan", plan.get()))
+    const Ref launches(make_class<Launches>(module, "clr_optim.kernels.native.module.Launches", Guarded<new_launches>::call,
+                                   launches_methods, nullptr));
+    if (!bucket || !plan || !launches || PyModule_AddObjectRef(module, "Bucket", bucket.get()) ||
+        PyModule_AddObjectRef(module, "Plan", plan.get()) ||
+        PyModule_AddObjectRef(module, "Launches", launches.get()))
         return -1;
     bucket_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(bucket.get()));
+    launches_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(launches.get()));
     const Ref row(tuple_of([](Py_ssize_t i) { return ROW_COLUMNS[i]; }));
     if (!row || PyModule_AddObjectRef(module, "ROW", row.get())) return -1;
     const struct { const char* name; long value; } numbers[] = {
@@ -114,6 +119,7 @@ int fill_module(PyObject* module) {
         {"STATE_CHANGED", STATE_CHANGED}, {"WOKEN", WOKEN}, {"NESTED", NESTED},
         {"TAKEN", TAKEN}, {"OUT_OF_VALUES", OUT_OF_VALUES}, {"OBSERVED", OBSERVED},
         {"REPLACED", REPLACED}, {"WRITTEN", WRITTEN}, {"OUTDATED", OUTDATED}, {"IN_USE", IN_USE},
+        {"UNSERVED", UNSERVED},
     };
     for (const auto& each : numbers)
         if (PyModule_AddIntConstant(module, each.name, each.value)) return -1;

@@ -29,6 +29,7 @@ REPLACED: int
 WRITTEN: int
 OUTDATED: int
 IN_USE: int
+UNSERVED: int
 
 class Bucket:
     """Tensors that one kernel updates, a row for each; see `kernels/native/bucket.h`."""
@@ -94,6 +95,8 @@ class Plan:
     #: the numbers of the bucket and of the row at which the last scan stopped
     place: tuple[int, int]
     groups: Sequence[dict[str, Any]]
+    #: the launches that steps make, see `bind`
+    launches: Launches | None
 
     def __new__(cls, optimizer: object, own_step: Callable[..., Any]) -> Plan: ...
     def set_sources(
@@ -156,6 +159,19 @@ class Plan:
     def end_course(self) -> None:
         """End the course: steps need Python again."""
 
+    def bind(self, launches: Launches | None, /) -> None:
+        """Have the steps of a course make these launches instead of calling the CPU's kernels.
+
+        The launches must follow exactly the buckets of the plan. A plan that has had launches calls
+        no CPU kernel in `step` any more. The binding ends with `end_course`, `set_sources`,
+        `set_buckets`, `set_scalars`, and an exception of `step`. If a row of a bucket changes, the
+        launches stop serving. `begin_course` leaves the binding alone.
+
+        Raises:
+            RuntimeError: if pinned memory for uploads is missing.
+            ValueError: if the launches follow other buckets.
+        """
+
     def step(self, attributes: dict[str, Any], /) -> int:
         """Take the next step of the course, whole; or change nothing and return why not."""
 
@@ -168,6 +184,85 @@ class Plan:
     def after_fork(self) -> None:
         """Forget a step of another thread, which this forked process lacks."""
 
+class Launches:
+    """The kernels of one device's step, launched without Triton; see `kernels/native/launches.h`.
+
+    A step makes the launches in the order of `add_launch`, on torch's current stream. Before them,
+    the step uploads the addresses of gradients that have moved. The launches serve only their own
+    process, in the context that was current when they were made, outside of captures.
+
+    Args:
+        device: the index of the GPU, which must be the current one.
+        watch: what must be empty at each step: an object with a length, or `(object, name)` for
+            an attribute. Meant for hooks.
+        skips_idle: whether the kernels skip a row whose gradient has the address 0. Else the
+            launches serve only steps in which the same rows have gradients.
+        clips: whether the launches clip the gradients. A course with a largest norm needs launches
+            that do.
+
+    Raises:
+        RuntimeError: if no driver of a GPU is loaded, or this thread has no context.
+    """
+
+    def __new__(
+        cls,
+        device: int,
+        watch: list[object],
+        *,
+        skips_idle: bool = False,
+        clips: bool = False,
+    ) -> Launches: ...
+    def add_bucket(self, bucket: Bucket, *, table: int = 0, alignment: int = 1) -> None:
+        """Follow the gradients of a bucket. The device must have the addresses of the last scan.
+
+        Args:
+            bucket: the bucket, whose rows the device has.
+            table: the device's address of a table of the gradients' addresses; 0: no table.
+            alignment: a power of two. The launches serve only gradients at multiples of it.
+        """
+
+    def add_launch(
+        self,
+        *,
+        function: int,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared: int,
+        parameters: bytes,
+        sizes: Sequence[int],
+        keep: object,
+        gradients: tuple[Bucket, int] | None = None,
+    ) -> None:
+        """Add a launch.
+
+        Args:
+            function: the driver's handle.
+            grid: the numbers of programs.
+            threads: the threads of a program.
+            shared: the bytes of dynamic shared memory.
+            parameters: the packed parameters, each at a multiple of its size.
+            sizes: the bytes of each parameter: 1, 2, 4 or 8.
+            keep: what the launch needs alive: the compiled kernel, tensors.
+            gradients: an added bucket of up to eight rows, and where in the parameters the
+                addresses of its gradients begin. Each step writes them there.
+
+        Raises:
+            ValueError: if the driver expects other parameters.
+        """
+
+    def note(self, bucket: Bucket, addresses: bytes, /) -> None:
+        """Note the addresses that other code has written into a bucket's table."""
+
+    def known(self, bucket: Bucket, /) -> bytes:
+        """Return the addresses that a bucket's table holds after the last step."""
+
+    def run(self) -> bool:
+        """Make the launches with the addresses of the last scan; return False if they cannot serve.
+
+        Raises:
+            RuntimeError: on an error of the driver. The launches then serve no more.
+        """
+
 def connect(
     *,
     exchange_api: object,
@@ -177,6 +272,7 @@ def connect(
     has_mode: Callable[[], bool],
     increment_version: Callable[[list[Tensor]], None],
     num_threads: Callable[[], int],
+    current_stream: Callable[[int], int] | None,
     global_pre_hooks: dict[Any, Any],
     global_post_hooks: dict[Any, Any],
     profiler: dict[str, Any],

@@ -5,9 +5,12 @@
 #include <cstdint>
 
 #include "course.h"
+#include "launches.h"
 #include "multi_tensor.h"
+#include "objects.h"
 #include "scan.h"
 #include "sets.h"
+#include "unusual.h"
 
 namespace clr {
 
@@ -74,6 +77,7 @@ enum Outcome {
     WRITTEN = 4,        // other code wrote into the groups
     OUTDATED = 5,       // a scan found a change
     IN_USE = 6,         // a finalizer or a signal handler has called a step within a step
+    UNSERVED = 7,       // no launches are bound, or they cannot serve this step
 };
 
 class Plan {
@@ -89,6 +93,10 @@ public:
     bool has_norm = false;
     int64_t calls = 0, steps = 0;  // kernel calls, and those that advanced the position
     bool busy = false;
+    // The Launches that a step makes in place of calls of the CPU's kernels, or null. They describe
+    // one state of the device, so they end with whatever they were made from.
+    Ref launches;
+    bool needs_launches = false;  // whether the plan has had launches: no CPU kernel serves it
 
     // ---- the parts of a step. Each returns false with an exception set on failure.
 
@@ -137,14 +145,25 @@ public:
         }
         for (size_t i = 0; i < course.records.size(); ++i)
             scalars.row(i)[0] = course.records[i].rate;
-        const bool ran = run(1, answer, true, course.has_tensors(), max_norm >= 0);
-        // Write the next values even if run() has failed: the parameters have changed.
+        const bool ran = launches ? launch(answer)
+                                  : run(1, answer, true, course.has_tensors(), max_norm >= 0);
         const Raised raised;
-        course.write();
-        take_momenta();
+        // Write the next values even if run() has failed after it has changed the parameters.
+        if (ran || !launches || bound()->has_begun()) {
+            course.write();
+            take_momenta();
+        }
+        if (!ran) unbind();
         release();
         return ran;
     }
+
+    // ---- the launches of a GPU's step
+
+    Launches* bound() const { return launches ? &Object<Launches>::of(launches.get()) : nullptr; }
+
+    // The old launches go last, since their end may run Python code.
+    void unbind() { const Ref old = std::move(launches); }
 
     // Lets go of the gradients outside of a step. Their finalizers may call a step, which must not
     // change the buckets meanwhile.
@@ -157,7 +176,7 @@ public:
     int visit(visitproc visit, void* arg) const {
         for (const Ref* each :
              {&sources.groups, &sources.members, &sources.keys, &sources.settings, &sources.state,
-              &sources.dicts, &sources.idle, &params, &optimizer, &own_step})
+              &sources.dicts, &sources.idle, &params, &optimizer, &own_step, &launches})
             Py_VISIT(each->get());
         for (const Ref& bucket : buckets) Py_VISIT(bucket.get());
         if (const int stop = scalars.visit(visit, arg)) return stop;
@@ -168,7 +187,7 @@ public:
         const Sources old = std::exchange(sources, Sources());
         const std::vector<Ref> old_buckets = std::exchange(buckets, {});
         const Ref old_params = std::move(params), old_optimizer = std::move(optimizer),
-                  old_step = std::move(own_step);
+                  old_step = std::move(own_step), old_launches = std::move(launches);
         scalars.leave();
     }
 
@@ -209,6 +228,8 @@ private:
         // After the scan, which may run Python code.
         if (!is_current(answer)) outcome = OUTDATED;
         else if (!course.is_untouched(sources.groups.get())) outcome = WRITTEN;
+        else if (launches && (bound()->clips != (max_norm >= 0) || !bound()->is_ready()))
+            outcome = UNSERVED;
         PyErr_Clear();
         return outcome == TAKEN && course.prepare();
     }
@@ -251,7 +272,7 @@ private:
         return factor > 1 ? 1 : factor;  // a NaN must stay NaN, as in clip_grad_norm_
     }
 
-    // Runs the kernels, counts the call, and counts up the versions of the tensors that changed.
+    // Runs the CPU's kernels, and counts the call.
     bool run(double factor, Answer answer, bool moves, bool fills_rates, bool clips) {
         const int threads = threads_for(size());
         {
@@ -264,6 +285,19 @@ private:
                                 threads);
         }
         calls += 1, steps += moves;
+        return count_up(answer, fills_rates);
+    }
+
+    // Makes the launches of a GPU's step, and counts the call.
+    bool launch(Answer answer) {
+        const bool ran = bound()->run();
+        if (!ran && !bound()->has_begun()) return false;
+        calls += 1, steps += 1;
+        return ran && count_up(answer, false);
+    }
+
+    // Counts up the versions of the tensors that a step has changed.
+    bool count_up(Answer answer, bool fills_rates) const {
         // As after any in-place update: a backward pass through an older graph must raise.
         Ref changed = Ref::to(params.get());
         if (answer != ALL_ACTIVE || fills_rates) {
@@ -298,7 +332,8 @@ private:
     // Returns why the general way must take the step; TAKEN if nothing speaks against one call.
     Outcome why_not(PyObject* attributes) const {
         if (is_observed(attributes)) return OBSERVED;
-        if (is_replaced()) return REPLACED;
+        if (!optimizer || is_replaced(optimizer.get(), own_step, sources)) return REPLACED;
+        if (launches ? !bound()->is_unwatched() : is_on_gpu()) return UNSERVED;
         if (course.is_over()) return OUT_OF_VALUES;
         if (!is_empty(item(attributes, names().cycle_end_hooks)) &&
             (course.ends.empty() || course.ends[course.row]))
@@ -307,32 +342,11 @@ private:
         return TAKEN;
     }
 
-    static PyObject* item(PyObject* dict, const Ref& key) {
-        return dict ? PyDict_GetItemWithError(dict, key.get()) : nullptr;
-    }
-    static bool is_empty(PyObject* hooks) { return hooks && PyDict_Size(hooks) == 0; }
-
-    bool is_observed(PyObject* attributes) const {
-        const Names& n = names();
-        const Torch& t = torch();
-        return item(attributes, n.found_inf) || item(attributes, n.grad_scale) ||
-               !is_empty(item(attributes, n.pre_hooks)) ||
-               !is_empty(item(attributes, n.post_hooks)) ||
-               !is_empty(t.global_pre_hooks.get()) || !is_empty(t.global_post_hooks.get()) ||
-               item(t.profiler.get(), n.profiles) != Py_False;
-    }
-
-    bool is_replaced() const {
-        if (!optimizer) return true;  // the garbage collector has cleared the plan
-        const Names& n = names();
-        const Ref dict(PyObject_GenericGetDict(optimizer.get(), nullptr));
-        if (!dict || item(dict.get(), n.own_step) ||
-            !sources.state.is(item(dict.get(), n.state)) ||
-            !sources.groups.is(item(dict.get(), n.param_groups)) ||
-            !is_empty(item(dict.get(), n.pre_hooks)) || !is_empty(item(dict.get(), n.post_hooks)))
-            return true;
-        const Ref step(PyObject_GetAttr(type_of(optimizer.get()), n.own_step.get()));
-        return !step || !step.is(own_step.get());
+    bool is_on_gpu() const {
+        const auto& all = sources.buckets;
+        return needs_launches || std::any_of(all.begin(), all.end(), [](const Bucket* bucket) {
+                   return bucket->device_type != ON_CPU;
+               });
     }
 };
 

@@ -2,14 +2,12 @@
 #pragma once
 
 #include "bucket_class.h"
+#include "launches_class.h"
 #include "plan.h"
 
 namespace clr {
 
 using PlanObject = Object<Plan>;
-
-// The class of Bucket objects.
-inline PyTypeObject* bucket_type = nullptr;
 
 inline PyObject* new_plan(PyTypeObject* type, PyObject* args, PyObject*) {
     PyObject *optimizer, *own_step;
@@ -36,6 +34,7 @@ inline PyObject* plan_set_sources(PyObject* self, PyObject* const* args, Py_ssiz
         return nullptr;
     }
     plan.course.end();
+    plan.unbind();
     Sources sources;
     Ref* const fields[] = {&sources.groups, &sources.members, &sources.keys, &sources.settings,
                            &sources.state,  &sources.dicts,   &sources.idle};
@@ -57,6 +56,7 @@ inline PyObject* plan_set_buckets(PyObject* self, PyObject* const* args, Py_ssiz
         }
         buckets.push_back(Ref::to(given.get(i)));
     }
+    plan.unbind();
     plan.sources.buckets.clear();
     for (const Ref& each : buckets) plan.sources.buckets.push_back(&BucketObject::of(each.get()));
     const std::vector<Ref> old = std::exchange(plan.buckets, std::move(buckets));
@@ -66,7 +66,9 @@ inline PyObject* plan_set_buckets(PyObject* self, PyObject* const* args, Py_ssiz
 
 inline PyObject* plan_set_scalars(PyObject* self, PyObject* array) {
     Plan& plan = PlanObject::of(self);
-    return is_free(plan) && plan.scalars.take(array) ? none() : nullptr;
+    if (!is_free(plan) || !plan.scalars.take(array)) return nullptr;
+    plan.unbind();
+    return none();
 }
 
 inline PyObject* plan_scan(PyObject* self, PyObject*) {
@@ -139,7 +141,29 @@ inline PyObject* plan_begin_course(PyObject* self, PyObject* const* args, Py_ssi
 
 inline PyObject* plan_end_course(PyObject* self, PyObject*) {
     Plan& plan = PlanObject::of(self);
-    if (!plan.busy) plan.course.end();
+    if (plan.busy) return none();
+    plan.course.end();
+    plan.unbind();
+    return none();
+}
+
+inline PyObject* plan_bind(PyObject* self, PyObject* object) {
+    Plan& plan = PlanObject::of(self);
+    if (!is_free(plan)) return nullptr;
+    if (object != Py_None) {
+        if (Py_TYPE(object) != launches_type) {
+            PyErr_SetString(PyExc_TypeError, "bind() takes Launches, or None");
+            return nullptr;
+        }
+        Launches& launches = LaunchesObject::of(object);
+        if (!launches.follows(plan.sources.buckets)) {
+            PyErr_SetString(PyExc_ValueError, "launches must follow the buckets of the plan");
+            return nullptr;
+        }
+        if (!launches.complete() || !is_free(plan)) return nullptr;
+        plan.needs_launches = true;
+    }
+    const Ref old = std::exchange(plan.launches, Ref::to(object == Py_None ? nullptr : object));
     return none();
 }
 
@@ -198,6 +222,10 @@ inline PyObject* plan_take_norm(PyObject* self, PyObject*) {
     return has_norm ? PyFloat_FromDouble(plan.norm) : none();
 }
 inline PyObject* get_busy(PyObject* self, void*) { return PyBool_FromLong(PlanObject::of(self).busy); }
+inline PyObject* get_launches(PyObject* self, void*) {
+    const Plan& plan = PlanObject::of(self);
+    return Py_NewRef(plan.launches ? plan.launches.get() : Py_None);
+}
 inline PyObject* get_place(PyObject* self, void*) {
     const Sources& sources = PlanObject::of(self).sources;
     return Py_BuildValue("LL", static_cast<long long>(sources.bucket),
@@ -218,6 +246,7 @@ inline PyGetSetDef plan_attributes[] = {
     {"calls", get_number, set_number, nullptr, nullptr},
     {"steps", get_number, set_number, nullptr, &second},
     {"busy", get_busy, nullptr, nullptr, nullptr},
+    {"launches", get_launches, nullptr, nullptr, nullptr},
     {"place", get_place, nullptr, nullptr, nullptr},
     {"groups", nullptr, set_groups, nullptr, nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
@@ -232,6 +261,7 @@ inline PyMethodDef plan_methods[] = {
     {"begin_course", method<plan_begin_course>(), METH_FASTCALL, nullptr},
     {"end_course", method<plan_end_course>(), METH_NOARGS, nullptr},
     {"course", method<plan_course>(), METH_NOARGS, nullptr},
+    {"bind", method<plan_bind>(), METH_O, nullptr},
     {"step", method<plan_step>(), METH_O, nullptr},
     {"take_norm", method<plan_take_norm>(), METH_NOARGS, nullptr},
     {"release", method<plan_release>(), METH_NOARGS, nullptr},

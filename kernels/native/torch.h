@@ -17,6 +17,7 @@ struct Torch {
     Ref has_mode;           // asks whether a torch function mode is active
     Ref increment_version;  // counts up the versions of a list of tensors
     Ref num_threads;        // asks for the number of threads
+    Ref current_stream;     // asks for the stream of a GPU, by the GPU's index
     Ref global_pre_hooks, global_post_hooks;  // of all optimizers' steps
     Ref profiler;                             // the dictionary of torch.autograd.profiler
     // The keys of a parameter group that hold the position, the bounds and those of momentum.

@@ -1,0 +1,211 @@
+"""Prebound launches: kernels that Triton has launched once, for native code to launch again.
+
+Triton's launcher takes about 10 µs of Python per launch. After a step through Triton, :func:`bind`
+packs the arguments of the launches. Later ordinary steps are one native call each, which launches
+the same kernels through the GPU's driver (``kernels/native/launches.h``). If Triton may do more
+than launch, or packs arguments in an unknown way, Triton's launcher remains.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from clr_optim.plan import Bucket, Plan
+
+__all__ = ["Call", "Followed", "bind", "pack"]
+
+#: Versions of Triton whose order and layout of parameters a test has compared with ours.
+KNOWN_TRITONS = ((3, 6), (3, 7), (3, 8), (3, 9))
+
+# Types of arguments, in the letters of struct. Pointers begin with "*".
+_LETTERS = {
+    "i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q",
+    "u1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q",
+    "fp32": "f", "f32": "f", "fp64": "d", "f64": "d",
+}  # fmt: skip
+_POINTER = "Q"
+
+# Behind the arguments Triton passes two addresses of scratch memory, null for kernels without any.
+_SCRATCH = (_POINTER, _POINTER)
+
+
+class Call(NamedTuple):
+    """A launch that Triton has made."""
+
+    #: the kernel, as ``kernel[grid](...)`` has returned it
+    compiled: Any
+    #: the numbers of programs, up to three
+    grid: tuple[int, ...]
+    #: the arguments in the kernel's order; constants at the end may be missing
+    arguments: Sequence[Any]
+    #: a bucket of up to eight rows whose gradients' addresses are arguments, and the name of the
+    #: first of these arguments
+    gradients: tuple[Bucket, str] | None = None
+
+
+class Followed(NamedTuple):
+    """A bucket whose gradients the kernels read."""
+
+    bucket: Bucket
+    #: the gradients' addresses on the device, or None if they travel as arguments
+    table: Tensor | None = None
+    #: a power of two that the kernels expect to divide every address
+    alignment: int = 1
+
+
+class Packed(NamedTuple):
+    """Arguments as a kernel receives them."""
+
+    parameters: bytes
+    #: the bytes of each parameter
+    sizes: list[int]
+    #: where each argument begins, by name
+    offsets: dict[str, int]
+
+
+def bind(
+    plan: Plan,
+    device: torch.device,
+    followed: Sequence[Followed],
+    calls: Sequence[Call],
+    *,
+    skips_idle: bool = False,
+    clips: bool = False,
+) -> str | None:
+    """Have the ordinary steps of a plan repeat launches that Triton has just made.
+
+    Call this after a step that was not captured, with the device as the current one. The device
+    must agree with the plan at that time: rows, settings, position, and the gradients' addresses of
+    the last scan. The launches keep the kernels and the arguments' tensors alive.
+
+    Args:
+        plan: the plan, whose buckets are all in ``followed``.
+        device: the only device of the plan.
+        followed: the buckets.
+        calls: the launches of a whole step, in order.
+        skips_idle: whether the kernels skip a row whose gradient has the address 0. Otherwise a
+            step with other idle rows takes the general way.
+        clips: whether the launches clip the gradients.
+
+    Returns:
+        Why Triton must launch, or None if the launches are bound.
+    """
+    watch = _watched(calls)
+    if isinstance(watch, str):
+        return watch
+    try:
+        launches = plan.lib.Launches(device.index or 0, watch, skips_idle=skips_idle, clips=clips)
+    except RuntimeError as error:  # no driver that native code knows, as on Intel's GPUs
+        return str(error)
+    for bucket, table, alignment in followed:
+        address = 0 if table is None else table.data_ptr()
+        launches.add_bucket(bucket.native, table=address, alignment=alignment)
+    tables = tuple(each.table for each in followed)
+    for call in calls:
+        why_not = _add(launches, call, tables)
+        if why_not:
+            return why_not
+    plan.native.bind(launches)
+    return None
+
+
+def _add(launches: Any, call: Call, keep: object) -> str | None:
+    """Add a launch, and what to keep alive; return None, or why native code cannot make it."""
+    packed = pack(call.compiled, call.arguments)
+    if isinstance(packed, str):
+        return packed
+    compiled, metadata = call.compiled, call.compiled.metadata
+    gradients = None
+    if call.gradients is not None:
+        bucket, name = call.gradients
+        gradients = bucket.native, packed.offsets[name]
+    try:
+        launches.add_launch(
+            function=compiled.function,
+            grid=(*call.grid, 1, 1)[:3],
+            threads=metadata.num_warps * metadata.target.warp_size,
+            shared=metadata.shared,
+            parameters=packed.parameters,
+            sizes=packed.sizes,
+            keep=(compiled, tuple(call.arguments), keep),
+            gradients=gradients,
+        )
+    except ValueError as error:  # the driver expects other parameters
+        return f"{metadata.name}: {error}"
+    return None
+
+
+def _watched(calls: Sequence[Call]) -> list[object] | str:
+    """Return what must stay empty for Triton to launch and do nothing else, or why it does more."""
+    import triton
+    from triton import knobs
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version not in KNOWN_TRITONS:
+        return f"Triton {triton.__version__} may pass other parameters than those known"
+    chains = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    hooks = [getattr(chain, "calls", None) for chain in chains]
+    if not all(type(each) is list for each in hooks):
+        return "Triton's launch hooks are of an unknown kind"
+    functions = {id(call.compiled.src.fn): call.compiled.src.fn for call in calls}.values()
+    watch: list[object] = [*hooks, *(function.pre_run_hooks for function in functions)]
+    watch.append((knobs.compilation, "instrumentation_mode"))
+    return watch
+
+
+def _why_not(metadata: Any) -> str | None:
+    """Return why only Triton can launch a kernel with this metadata, or None."""
+    reasons = {
+        "several programs share a cluster": metadata.num_ctas != 1,
+        "its grid is cooperative": metadata.launch_cooperative_grid,
+        "it starts before the last launch ends": metadata.launch_pdl,
+        "it needs scratch memory": metadata.global_scratch_size or metadata.profile_scratch_size,
+        "it is instrumented": getattr(metadata, "instrumentation_mode", ""),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            return f"{metadata.name}: {reason}"
+    return None
+
+
+def pack(compiled: Any, arguments: Sequence[Any]) -> Packed | str:
+    """Return a kernel's arguments as Triton packs them, or why their layout is unknown.
+
+    Args:
+        compiled: the compiled kernel.
+        arguments: its arguments in order; constants at the end may be missing.
+    """
+    why_not = _why_not(compiled.metadata)
+    if why_not:
+        return why_not
+    signature: Mapping[str, Any] = compiled.src.signature
+    given = dict(zip(signature, arguments, strict=False))
+    names = [name for name, kind in signature.items() if kind != "constexpr"]
+    letters, values = [], []
+    for name in names:
+        letter = _letter(signature[name])
+        if letter is None or name not in given:
+            return f"{compiled.metadata.name}: argument {name} is of an unknown kind"
+        letters.append(letter)
+        value = given[name]
+        values.append(value.data_ptr() if isinstance(value, Tensor) else value)
+    # In native mode struct aligns each number to its size, as the kernels do.
+    layout = "@" + "".join((*letters, *_SCRATCH))
+    ends = [struct.calcsize("@" + "".join(letters[:i])) for i in range(1, len(letters) + 1)]
+    sizes = [struct.calcsize(letter) for letter in (*letters, *_SCRATCH)]
+    offsets = {name: end - size for name, end, size in zip(names, ends, sizes, strict=False)}
+    empty = itertools.repeat(0, len(_SCRATCH))
+    return Packed(struct.pack(layout, *values, *empty), sizes, offsets)
+
+
+def _letter(kind: object) -> str | None:
+    """Return the letter of struct for a type of Triton, or None for a type that we do not pack."""
+    if not isinstance(kind, str):
+        return None
+    return _POINTER if kind.startswith("*") else _LETTERS.get(kind)

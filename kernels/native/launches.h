@@ -1,0 +1,294 @@
+// Launches: the kernels of one device's step, launched through the driver without Triton.
+//
+// After a step through Triton, Python hands over each kernel's function and packed parameters. Later
+// steps launch the same kernels. Only the addresses of gradients change from step to step. They reach
+// the kernels by a table on the device, which a step uploads if an address has changed, or by the
+// parameters.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "bucket.h"
+#include "ring.h"
+
+namespace clr {
+
+// A bucket whose gradients the kernels read.
+struct Followed {
+    Ref object;  // the Python object of the bucket
+    const Bucket* bucket = nullptr;
+    int64_t edition = 0;     // of the rows that the device has
+    uint64_t table = 0;      // where the device keeps the addresses; 0: it keeps none
+    uint64_t alignment = 1;  // of every address; a power of two
+    // The addresses that the device has, or that the last step wrote into parameters.
+    std::vector<const void*> known;
+    bool has_moved = false;  // whether an address differs from the known one
+
+    size_t bytes() const { return known.size() * sizeof(void*); }
+};
+
+// A launch of a kernel.
+struct Launch {
+    void* function = nullptr;
+    unsigned grid[3] = {1, 1, 1}, threads = 1, shared = 0;
+    std::vector<unsigned char> parameters;  // packed, each at a multiple of its size
+    std::vector<size_t> offsets;            // where each parameter begins
+    Ref keep;                               // Python objects that the launch needs alive
+    size_t followed = 0;  // the bucket whose addresses are parameters
+    size_t addresses = 0;  // where these parameters begin
+    bool takes_addresses = false;
+};
+
+// A Python object that must be empty, or the attribute that must be.
+struct Watched { Ref object, name; };
+
+class Launches {
+public:
+    // The largest numbers of parameters, and of addresses among them.
+    static constexpr size_t MOST_PARAMETERS = 64, MOST_ADDRESSES = 8;
+
+    Ref device;               // its index, for torch
+    bool skips_idle = false;  // whether the kernels skip a row whose gradient has address 0
+    bool clips = false;       // whether the kernels clip the gradients
+    std::vector<Watched> watched;
+
+    // Binds to the current context. Returns false with an exception set if there is none.
+    bool begin() {
+        driver_ = driver();
+        if (!driver_) {
+            PyErr_SetString(PyExc_RuntimeError, "no driver of a GPU is loaded");
+            return false;
+        }
+        void* context = nullptr;
+        if (const int error = driver_->context(&context))
+            return raise_driver_error(*driver_, "name its context", error), false;
+        if (!context) {
+            PyErr_SetString(PyExc_RuntimeError, "this thread uses no GPU");
+            return false;
+        }
+        context_ = context, process_ = process_id();
+        return true;
+    }
+
+    // Refuses a change of launches that are complete.
+    bool can_grow() const {
+        if (!is_complete_ && context_) return true;
+        PyErr_SetString(PyExc_RuntimeError, "launches cannot change after they were bound or run");
+        return false;
+    }
+
+    // Follows a bucket's gradients, whose present addresses the device has.
+    void follow(PyObject* object, const Bucket& bucket, uint64_t table, uint64_t alignment) {
+        Followed followed;
+        followed.object = Ref::to(object), followed.bucket = &bucket;
+        followed.edition = bucket.edition, followed.known = bucket.gradients;
+        followed.table = table, followed.alignment = alignment;
+        followed_.push_back(std::move(followed));
+    }
+    Followed* find(const Bucket& bucket) {
+        for (Followed& each : followed_)
+            if (each.bucket == &bucket) return &each;
+        return nullptr;
+    }
+    size_t index_of(const Followed& followed) const { return size_t(&followed - followed_.data()); }
+
+    void add(Launch&& launch) { launches_.push_back(std::move(launch)); }
+
+    // Returns whether the driver expects exactly the parameters of a launch, or cannot tell.
+    bool fits(const Launch& launch, const std::vector<size_t>& sizes) const {
+        if (!driver_->parameter) return true;
+        size_t offset = 0, bytes = 0;
+        for (size_t i = 0; i < sizes.size(); ++i)
+            if (driver_->parameter(launch.function, i, &offset, &bytes) != SUCCESS ||
+                offset != launch.offsets[i] || bytes != sizes[i])
+                return false;
+        return driver_->parameter(launch.function, sizes.size(), &offset, &bytes) != SUCCESS;
+    }
+
+    // Returns whether the launches follow exactly these buckets.
+    bool follows(const std::vector<Bucket*>& buckets) {
+        for (const Bucket* bucket : buckets)
+            if (!find(*bucket)) return false;
+        return followed_.size() == buckets.size();
+    }
+
+    // Ends the making. Returns false with an exception set if memory for uploads is missing.
+    bool complete() {
+        size_t bytes = 0;
+        for (const Followed& each : followed_)
+            if (each.table) bytes += each.bytes();
+        if (bytes && !ring_) {
+            int error = SUCCESS;
+            ring_ = Ring::take(*driver_, context_, bytes, error);
+            if (!ring_) return raise_driver_error(*driver_, "allocate pinned memory", error), false;
+        }
+        return is_complete_ = true;
+    }
+
+    // Returns whether the addresses of all gradients are multiples of a power of two.
+    static bool is_aligned(const Bucket& bucket, uint64_t alignment) {
+        uint64_t bits = 0;
+        for (const void* address : bucket.gradients) bits |= reinterpret_cast<uintptr_t>(address);
+        return !(bits & (alignment - 1));
+    }
+
+    // Notes the addresses that the device has after an upload by other code. Returns false if other
+    // rows would be idle than the launches serve.
+    bool note(Followed& followed, const void* const* addresses) const {
+        if (!skips_idle && !has_same_rows(addresses, followed.known)) return false;
+        std::copy(addresses, addresses + followed.known.size(), followed.known.begin());
+        return true;
+    }
+
+    // ---- a step
+
+    // Returns whether nothing watches Triton's launches, in the process of the driver. Ask before
+    // a scan: an attribute of a watched object may run Python code.
+    bool is_unwatched() const {
+        if (!context_ || is_broken_ || process_ != process_id()) return false;
+        for (const Watched& each : watched) {
+            const Ref object = each.name ? Ref(PyObject_GetAttr(each.object.get(), each.name.get()))
+                                         : Ref::to(each.object.get());
+            if (object && PyObject_Size(object.get()) == 0) continue;
+            PyErr_Clear();
+            return false;
+        }
+        return true;
+    }
+
+    // Returns whether the launches can serve the current stream, with the addresses that a scan
+    // has just found.
+    bool is_ready() {
+        for (Followed& each : followed_)
+            if (!is_served(each)) return false;
+        void* context = nullptr;
+        if (driver_->context(&context) != SUCCESS || context != context_) return false;
+        if (!torch().current_stream) return false;
+        const Ref stream(PyObject_CallFunctionObjArgs(torch().current_stream.get(), device.get(),
+                                                      nullptr));
+        stream_ = stream ? PyLong_AsVoidPtr(stream.get()) : nullptr;
+        if (PyErr_Occurred()) return PyErr_Clear(), false;
+        int status = NOT_CAPTURING;
+        return driver_->capture_status(stream_, &status) == SUCCESS && status == NOT_CAPTURING;
+    }
+
+    // Uploads the addresses that have moved, and launches the kernels. The GIL is given away, since
+    // a full queue of launches blocks. Returns false with an exception set on an error of the driver,
+    // after which the launches serve no more.
+    bool run() {
+        has_begun_ = false;
+        if (!is_complete_ && !complete()) return false;
+        is_running_ = true;
+        const char* failed = nullptr;
+        int error = SUCCESS;
+        {
+            const WithoutGil without_gil(true);
+            error = upload(failed);
+            if (error == SUCCESS) error = launch(failed);
+        }
+        is_running_ = false;
+        if (error == SUCCESS) return true;
+        is_broken_ = true;
+        raise_driver_error(*driver_, failed, error);
+        return false;
+    }
+
+    // Whether the last run has launched a kernel.
+    bool has_begun() const { return has_begun_; }
+    bool is_running() const { return is_running_; }
+
+    int visit(visitproc visit, void* arg) const {
+        Py_VISIT(device.get());
+        for (const Watched& each : watched) {
+            Py_VISIT(each.object.get());
+            Py_VISIT(each.name.get());
+        }
+        for (const Followed& each : followed_) Py_VISIT(each.object.get());
+        for (const Launch& each : launches_) Py_VISIT(each.keep.get());
+        return 0;
+    }
+    void clear() {
+        context_ = nullptr;
+        // A copy may be under way that no event records. Its memory stays for good.
+        if (is_broken_) ring_.release();
+        else if (ring_) Ring::give_back(std::move(ring_));
+        const auto old_watched = std::exchange(watched, {});
+        const auto old_followed = std::exchange(followed_, {});
+        const auto old_launches = std::exchange(launches_, {});
+        const Ref old_device = std::move(device);
+    }
+
+private:
+    // Returns whether the kernels can read the gradients of a bucket; notes whether any has moved.
+    bool is_served(Followed& followed) const {
+        const Bucket& bucket = *followed.bucket;
+        if (bucket.edition != followed.edition || bucket.gradients.size() != followed.known.size())
+            return false;
+        followed.has_moved = !std::equal(followed.known.begin(), followed.known.end(),
+                                         bucket.gradients.begin());
+        if (!followed.has_moved) return true;
+        return is_aligned(bucket, followed.alignment) &&
+               (skips_idle || has_same_rows(bucket.gradients.data(), followed.known));
+    }
+
+    static bool has_same_rows(const void* const* addresses, const std::vector<const void*>& known) {
+        for (size_t i = 0; i < known.size(); ++i)
+            if (!addresses[i] != !known[i]) return false;
+        return true;
+    }
+
+    int upload(const char*& failed) {
+        failed = "upload the addresses of gradients";
+        unsigned char* memory = nullptr;
+        size_t at = 0;
+        for (Followed& each : followed_) {
+            if (!each.has_moved) continue;
+            std::copy(each.bucket->gradients.begin(), each.bucket->gradients.end(),
+                      each.known.begin());
+            if (!each.table || each.known.empty()) continue;
+            if (!memory)
+                if (const int error = ring_->next(memory)) return error;
+            std::memcpy(memory + at, each.known.data(), each.bytes());
+            if (const int error =
+                    driver_->upload(each.table, memory + at, each.bytes(), stream_))
+                return error;
+            at += each.bytes();
+        }
+        return memory ? ring_->record(stream_) : SUCCESS;
+    }
+
+    int launch(const char*& failed) {
+        failed = "launch a kernel";
+        for (Launch& each : launches_) {
+            if (each.takes_addresses) {
+                const Followed& followed = followed_[each.followed];
+                std::memcpy(each.parameters.data() + each.addresses, followed.known.data(),
+                            followed.bytes());
+            }
+            void* parameters[MOST_PARAMETERS];
+            for (size_t i = 0; i < each.offsets.size(); ++i)
+                parameters[i] = each.parameters.data() + each.offsets[i];
+            const int error = driver_->launch(each.function, each.grid[0], each.grid[1],
+                                              each.grid[2], each.threads, 1, 1, each.shared,
+                                              stream_, parameters, nullptr);
+            if (error) return error;
+            has_begun_ = true;
+        }
+        return SUCCESS;
+    }
+
+    const Driver* driver_ = nullptr;
+    void* context_ = nullptr;  // null: the garbage collector has cleared the launches
+    int64_t process_ = 0;
+    std::vector<Followed> followed_;
+    std::vector<Launch> launches_;
+    std::unique_ptr<Ring> ring_;
+    void* stream_ = nullptr;  // of the step
+    bool is_complete_ = false, is_running_ = false, has_begun_ = false;
+    bool is_broken_ = false;  // an error of the driver has ended a step midway
+};
+
+}  // namespace clr

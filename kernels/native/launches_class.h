@@ -1,0 +1,195 @@
+// The Python class Launches. module.pyi describes its methods.
+#pragma once
+
+#include <cstring>
+
+#include "bucket_class.h"
+#include "launches.h"
+
+namespace clr {
+
+using LaunchesObject = Object<Launches>;
+
+// The class of Launches objects.
+inline PyTypeObject* launches_type = nullptr;
+
+// Reads the arguments of a function by name. `format` is that of PyArg_ParseTupleAndKeywords.
+template <class... Targets>
+bool read_named(PyObject* args, PyObject* named, const char* format, const char* const* names,
+                Targets... targets) {
+    return PyArg_ParseTupleAndKeywords(args, named, format, const_cast<char**>(names), targets...);
+}
+
+// Reads an object that must be empty, or a pair: an object, and the name of its attribute.
+inline bool read_watched(PyObject* item, std::vector<Watched>& watched) {
+    if (!PyTuple_Check(item)) {
+        watched.push_back({Ref::to(item), Ref()});
+        return true;
+    }
+    PyObject *object, *name;
+    if (!PyArg_ParseTuple(item, "OU", &object, &name)) return false;
+    watched.push_back({Ref::to(object), Ref::to(name)});
+    return true;
+}
+
+inline PyObject* new_launches(PyTypeObject* type, PyObject* args, PyObject* named) {
+    static const char* const names[] = {"device", "watch", "skips_idle", "clips", nullptr};
+    PyObject *device, *watch;
+    int skips_idle = 0, clips = 0;
+    if (!read_named(args, named, "O!O!|$pp:Launches", names, &PyLong_Type, &device, &PyList_Type,
+                    &watch, &skips_idle, &clips))
+        return nullptr;
+    Ref self(LaunchesObject::make(type));
+    if (!self) return nullptr;
+    Launches& launches = LaunchesObject::of(self.get());
+    launches.device = Ref::to(device);
+    launches.skips_idle = skips_idle, launches.clips = clips;
+    const Items items(watch);
+    for (Py_ssize_t i = 0; i < items.size(); ++i)
+        if (!read_watched(items.get(i), launches.watched)) return nullptr;
+    return launches.begin() ? self.release() : nullptr;
+}
+
+inline PyObject* launches_add_bucket(PyObject* self, PyObject* args, PyObject* named) {
+    static const char* const names[] = {"bucket", "table", "alignment", nullptr};
+    Launches& launches = LaunchesObject::of(self);
+    PyObject* object;
+    unsigned long long table = 0, alignment = 1;
+    if (!read_named(args, named, "O|$KK:add_bucket", names, &object, &table, &alignment))
+        return nullptr;
+    const Bucket* const bucket = to_bucket(object);
+    if (!bucket || !launches.can_grow()) return nullptr;
+    const char* const problem =
+        !alignment || (alignment & (alignment - 1))     ? "alignment must be a power of two"
+        : !Launches::is_aligned(*bucket, alignment) ? "the gradients are not aligned so"
+        : launches.find(*bucket)                        ? "the bucket was added before"
+                                                        : nullptr;
+    if (problem) return PyErr_SetString(PyExc_ValueError, problem), nullptr;
+    launches.follow(object, *bucket, table, alignment);
+    return none();
+}
+
+// Reads the bucket whose gradients' addresses are parameters, and where these begin.
+inline bool read_addresses(Launches& launches, PyObject* pair, Launch& launch) {
+    if (pair == Py_None) return true;
+    PyObject* object;
+    unsigned long long offset;
+    if (!PyTuple_Check(pair) || !PyArg_ParseTuple(pair, "OK", &object, &offset)) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "gradients: a pair, or None");
+        return false;
+    }
+    const Bucket* const bucket = to_bucket(object);
+    if (!bucket) return false;
+    const Followed* const followed = launches.find(*bucket);
+    const size_t bytes = followed ? followed->bytes() : 0;
+    if (!followed || followed->known.size() > Launches::MOST_ADDRESSES || offset % 8 ||
+        offset > launch.parameters.size() || bytes > launch.parameters.size() - offset) {
+        PyErr_SetString(PyExc_ValueError, "gradients: up to eight addresses of a bucket that was "
+                                          "added, within the parameters");
+        return false;
+    }
+    launch.followed = launches.index_of(*followed), launch.addresses = size_t(offset);
+    launch.takes_addresses = true;
+    return true;
+}
+
+// Lays out parameters as kernels expect them: each at a multiple of its size.
+inline bool lay_out(const std::vector<size_t>& sizes, Launch& launch) {
+    size_t end = 0;
+    for (const size_t size : sizes) {
+        if (size != 1 && size != 2 && size != 4 && size != 8) return false;
+        launch.offsets.push_back((end + size - 1) / size * size);
+        end = launch.offsets.back() + size;
+    }
+    return sizes.size() <= Launches::MOST_PARAMETERS && end == launch.parameters.size();
+}
+
+inline PyObject* launches_add_launch(PyObject* self, PyObject* args, PyObject* named) {
+    static const char* const names[] = {"function", "grid", "threads", "shared", "parameters",
+                                        "sizes", "keep", "gradients", nullptr};
+    Launches& launches = LaunchesObject::of(self);
+    unsigned long long function;
+    const char* bytes;
+    Py_ssize_t length;
+    PyObject *sizes_given, *keep, *pair = Py_None;
+    Launch launch;
+    if (!read_named(args, named, "K(III)IIy#OO|$O:add_launch", names, &function, &launch.grid[0],
+                    &launch.grid[1], &launch.grid[2], &launch.threads, &launch.shared, &bytes,
+                    &length, &sizes_given, &keep, &pair))
+        return nullptr;
+    std::vector<int64_t> numbers;
+    if (!read_ints(sizes_given, numbers) || !launches.can_grow()) return nullptr;
+    const std::vector<size_t> sizes(numbers.begin(), numbers.end());
+    launch.function = reinterpret_cast<void*>(uintptr_t(function));
+    launch.parameters.assign(bytes, bytes + length);
+    launch.keep = Ref::to(keep);
+    const uint64_t programs =
+        uint64_t(launch.grid[0]) * launch.grid[1] * launch.grid[2] * launch.threads;
+    if (!function || !programs || !lay_out(sizes, launch)) {
+        PyErr_SetString(PyExc_ValueError, "a launch has a function, programs and parameters of "
+                                          "these sizes");
+        return nullptr;
+    }
+    if (!read_addresses(launches, pair, launch)) return nullptr;
+    if (!launches.fits(launch, sizes)) {
+        PyErr_SetString(PyExc_ValueError, "the driver expects other parameters");
+        return nullptr;
+    }
+    launches.add(std::move(launch));
+    return none();
+}
+
+// Returns what the launches know of a bucket; null with an exception set if they do not follow it.
+inline Followed* find_followed(Launches& launches, PyObject* object) {
+    const Bucket* const bucket = to_bucket(object);
+    if (!bucket) return nullptr;
+    Followed* const followed = launches.find(*bucket);
+    if (!followed) PyErr_SetString(PyExc_ValueError, "the bucket was not added");
+    return followed;
+}
+
+inline PyObject* launches_note(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+    Launches& launches = LaunchesObject::of(self);
+    if (!expects("note()", count, 2)) return nullptr;
+    Followed* const followed = find_followed(launches, args[0]);
+    char* bytes = nullptr;
+    Py_ssize_t length = 0;
+    if (!followed || PyBytes_AsStringAndSize(args[1], &bytes, &length)) return nullptr;
+    const char* const problem =
+        launches.is_running()                 ? "launches cannot change within a step"
+        : size_t(length) != followed->bytes() ? "a bucket has an address for each row"
+                                              : nullptr;
+    if (problem) return PyErr_SetString(PyExc_ValueError, problem), nullptr;
+    std::vector<const void*> addresses(followed->known.size());
+    std::memcpy(addresses.data(), bytes, size_t(length));
+    if (!launches.note(*followed, addresses.data())) {
+        PyErr_SetString(PyExc_ValueError, "the launches serve other rows");
+        return nullptr;
+    }
+    return none();
+}
+
+inline PyObject* launches_known(PyObject* self, PyObject* object) {
+    const Followed* const followed = find_followed(LaunchesObject::of(self), object);
+    if (!followed) return nullptr;
+    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(followed->known.data()),
+                                     Py_ssize_t(followed->bytes()));
+}
+
+inline PyObject* launches_run(PyObject* self, PyObject*) {
+    Launches& launches = LaunchesObject::of(self);
+    if (launches.is_running() || !launches.is_unwatched() || !launches.is_ready())
+        return Py_NewRef(Py_False);
+    return launches.run() ? Py_NewRef(Py_True) : nullptr;
+}
+
+inline PyMethodDef launches_methods[] = {
+    {"add_bucket", method<launches_add_bucket>(), METH_VARARGS | METH_KEYWORDS, nullptr},
+    {"add_launch", method<launches_add_launch>(), METH_VARARGS | METH_KEYWORDS, nullptr},
+    {"note", method<launches_note>(), METH_FASTCALL, nullptr},
+    {"known", method<launches_known>(), METH_O, nullptr},
+    {"run", method<launches_run>(), METH_NOARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace clr

@@ -1,0 +1,37 @@
+// Questions whether other code watches an optimizer's steps, or has replaced a part of it.
+#pragma once
+
+#include "scan.h"
+
+namespace clr {
+
+inline PyObject* item(PyObject* dict, const Ref& key) {
+    return dict ? PyDict_GetItemWithError(dict, key.get()) : nullptr;
+}
+inline bool is_empty(PyObject* hooks) { return hooks && PyDict_Size(hooks) == 0; }
+
+// Returns whether hooks, a profiler or a GradScaler need the general way. `attributes` is the
+// dictionary of the wrapping optimizer.
+inline bool is_observed(PyObject* attributes) {
+    const Names& n = names();
+    const Torch& t = torch();
+    return item(attributes, n.found_inf) || item(attributes, n.grad_scale) ||
+           !is_empty(item(attributes, n.pre_hooks)) || !is_empty(item(attributes, n.post_hooks)) ||
+           !is_empty(t.global_pre_hooks.get()) || !is_empty(t.global_post_hooks.get()) ||
+           item(t.profiler.get(), n.profiles) != Py_False;
+}
+
+// Returns whether the wrapped optimizer has another step, state or list of groups than the plan
+// knows, or hooks.
+inline bool is_replaced(PyObject* optimizer, const Ref& own_step, const Sources& sources) {
+    const Names& n = names();
+    const Ref dict(PyObject_GenericGetDict(optimizer, nullptr));
+    if (!dict || item(dict.get(), n.own_step) || !sources.state.is(item(dict.get(), n.state)) ||
+        !sources.groups.is(item(dict.get(), n.param_groups)) ||
+        !is_empty(item(dict.get(), n.pre_hooks)) || !is_empty(item(dict.get(), n.post_hooks)))
+        return true;
+    const Ref step(PyObject_GetAttr(type_of(optimizer), n.own_step.get()));
+    return !step || !step.is(own_step.get());
+}
+
+}  // namespace clr
