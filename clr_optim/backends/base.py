@@ -133,5 +133,11 @@ class FusedBackend(Protocol):
     def keeps(self, lr: Tensor) -> bool:
         """Return whether steps write the next rate into this tensor."""
 
+    def bind_next(self) -> None:
+        """Have the next step make its launches ready for native code, which takes those after it.
+
+        The native code of an ordinary step asks for this if no launches are ready.
+        """
+
     def step(self, course: Course, gradients: Gradients) -> Tensor | None:
         """Update all tensors of the plan; return the gradients' norm if the step clips by it."""

@@ -126,6 +126,9 @@ class NativeBackend:
     def take_bounds(self, course: Course) -> None:
         """Do nothing: every step gets its course."""
 
+    def bind_next(self) -> None:
+        """Do nothing: native code calls the kernels itself."""
+
     def keeps(self, lr: Tensor) -> bool:
         """Return False: the host writes the rates."""
         return False

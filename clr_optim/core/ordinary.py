@@ -63,13 +63,15 @@ class OrdinarySteps:
         Args:
             attributes: the dictionary of the CyclicalOptimizer.
         """
-        plan = self._plan
-        if plan is None or current_device.is_capturing():
+        fused, plan = self._serving.fused, self._plan
+        if fused is None or plan is None or current_device.is_capturing():
             return False
         native, lib = plan.native, plan.lib
         outcome = native.step(attributes)
         if outcome == lib.OUT_OF_VALUES and self._hand_down(plan, attributes):
             outcome = native.step(attributes)
+        if outcome == lib.UNSERVED and self._may_serve(plan):
+            fused.bind_next()
         return bool(outcome == lib.TAKEN)
 
     def leave(self) -> None:
@@ -99,7 +101,7 @@ class OrdinarySteps:
             Whether an ordinary step may follow. Native code itself looks at the groups.
         """
         settings, mirror, position = self._settings, self._mirror, self._position
-        if settings.has_scale_fn or plan.needs_python:
+        if not self._may_serve(plan):
             return False
         position.catch_up()
         if settings.max_grad_norm is not None and any(plan.spreads):
@@ -107,8 +109,6 @@ class OrdinarySteps:
         number, written, records = position.number, mirror.written, mirror.records
         if written.position != number or len(plan.scalars) != len(records):
             return False  # other code has moved the position, or added a group
-        if not all(map(_is_plain, records)):
-            return False
         values = self._values_after(written)
         if not values:
             return False
@@ -132,6 +132,12 @@ class OrdinarySteps:
         )
         self._count = min(2 * self._count, _BLOCK)
         return True
+
+    def _may_serve(self, plan: Plan) -> bool:
+        """Return whether native code may take steps, as far as settings and groups tell."""
+        return not (self._settings.has_scale_fn or plan.needs_python) and all(
+            map(_is_plain, self._mirror.records)
+        )
 
     def _values_after(self, written: Values) -> list[Values]:
         """Return the values of the coming positions.

@@ -70,7 +70,7 @@ public:
             return false;
         }
         context_ = context, process_ = process_id();
-        return true;
+        return current_stream(stream_);
     }
 
     // Refuses a change of launches that are complete.
@@ -159,18 +159,16 @@ public:
         return true;
     }
 
-    // Returns whether the launches can serve the current stream, with the addresses that a scan
-    // has just found.
+    // Returns whether the launches can serve, with the addresses that a scan has just found. They
+    // serve one stream: torch's allocator must be told of every stream that reads the tables.
     bool is_ready() {
         for (Followed& each : followed_)
             if (!is_served(each)) return false;
         void* context = nullptr;
         if (driver_->context(&context) != SUCCESS || context != context_) return false;
-        if (!torch().current_stream) return false;
-        const Ref stream(PyObject_CallFunctionObjArgs(torch().current_stream.get(), device.get(),
-                                                      nullptr));
-        stream_ = stream ? PyLong_AsVoidPtr(stream.get()) : nullptr;
-        if (PyErr_Occurred()) return PyErr_Clear(), false;
+        void* stream = nullptr;
+        if (!current_stream(stream)) return PyErr_Clear(), false;
+        if (stream != stream_) return false;
         int status = NOT_CAPTURING;
         return driver_->capture_status(stream_, &status) == SUCCESS && status == NOT_CAPTURING;
     }
@@ -240,6 +238,19 @@ private:
         return true;
     }
 
+    // Asks torch for the current stream of the device. Returns false with an exception set if torch
+    // cannot tell.
+    bool current_stream(void*& stream) const {
+        if (!torch().current_stream || torch().current_stream.is(Py_None)) {
+            PyErr_SetString(PyExc_RuntimeError, "this torch cannot name its current stream");
+            return false;
+        }
+        const Ref found(PyObject_CallFunctionObjArgs(torch().current_stream.get(), device.get(),
+                                                     nullptr));
+        stream = found ? PyLong_AsVoidPtr(found.get()) : nullptr;
+        return !PyErr_Occurred();
+    }
+
     int upload(const char*& failed) {
         failed = "upload the addresses of gradients";
         unsigned char* memory = nullptr;
@@ -286,7 +297,7 @@ private:
     std::vector<Followed> followed_;
     std::vector<Launch> launches_;
     std::unique_ptr<Ring> ring_;
-    void* stream_ = nullptr;  // of the step
+    void* stream_ = nullptr;  // the stream that was current when the launches were made
     bool is_complete_ = false, is_running_ = false, has_begun_ = false;
     bool is_broken_ = false;  // an error of the driver has ended a step midway
 };

@@ -189,7 +189,8 @@ class Launches:
 
     A step makes the launches in the order of `add_launch`, on torch's current stream. Before them,
     the step uploads the addresses of gradients that have moved. The launches serve only their own
-    process, in the context that was current when they were made, outside of captures.
+    process, in the context and on the stream that were current when they were made, outside of
+    captures.
 
     Args:
         device: the index of the GPU, which must be the current one.

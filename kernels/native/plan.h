@@ -293,7 +293,7 @@ private:
         const bool ran = bound()->run();
         if (!ran && !bound()->has_begun()) return false;
         calls += 1, steps += 1;
-        return ran && count_up(answer, false);
+        return ran && count_up(answer, course.has_tensors());
     }
 
     // Counts up the versions of the tensors that a step has changed.

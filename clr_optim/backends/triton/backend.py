@@ -27,6 +27,7 @@ from clr_optim.backends.triton import here
 from clr_optim.backends.triton.clock import Clock
 from clr_optim.backends.triton.gate import fill_gates
 from clr_optim.backends.triton.launch import Launch
+from clr_optim.backends.triton.prebound import Call, bind
 from clr_optim.plan import Plan
 from clr_optim.rules import UpdateRule
 from clr_optim.schedule import Schedule
@@ -53,7 +54,7 @@ class TritonBackend:
     counts_on_device: ClassVar[bool] = True
     keeps_rates: ClassVar[bool] = True
     reuses_norm: ClassVar[bool] = True
-    steps_alone: ClassVar[bool] = False
+    steps_alone: ClassVar[bool] = True
     sees_overflows: ClassVar[bool] = True
 
     @classmethod
@@ -100,6 +101,10 @@ class TritonBackend:
         self._by_device: dict[torch.device, list[Launch]] = {}
         self._clocks: dict[torch.device, Clock] = {}
         self.who_knows = WhoKnows.HOST
+        # Whether the next step binds its launches, why none can be bound, and the bound ones.
+        self._binds = False
+        self._why_unbound: str | None = None
+        self._bound: Any = None
         # Tables and tensors that captured graphs still read; three entries per captured step.
         self._given_up: list[Any] = []
 
@@ -142,6 +147,10 @@ class TritonBackend:
         if self.who_knows is WhoKnows.MAYBE:
             self.who_knows = WhoKnows.HOST
 
+    def bind_next(self) -> None:
+        """Have the next step bind its launches, so that native code takes the steps after it."""
+        self._binds = self._why_unbound is None
+
     def step(self, course: Course, gradients: Gradients) -> Tensor | None:
         """Update all tensors of the plan: one launch per bucket, and one to advance the position.
 
@@ -172,7 +181,12 @@ class TritonBackend:
             )
         if [id(launch.bucket) for launch in self._launches] != [id(b) for b in plan.buckets]:
             self._arrange([Launch(bucket) for bucket in plan.buckets])
+        if self._bound is not None:
+            for launch in self._launches:
+                launch.note_uploads(self._bound)
+            self._bound = None
         by_device, clips = self._by_device, gradients.max_norm is not None
+        calls: list[Call] = []
         for device, launches in by_device.items():
             with current.guard(device):
                 if current.is_capturing() is not capturing:
@@ -183,7 +197,7 @@ class TritonBackend:
                 if not capturing:  # what a graph reads is kept for good
                     self._clocks[device].enter_stream(launches)
                 _refresh(launches, clips=clips)
-        gates, norm = self._gates(by_device, gradients)
+        gates, norm = self._gates(by_device, gradients, calls)
         # The kernels of a step with found_inf may skip it.
         doubts = gradients.found_inf is not None and bool(by_device)
         afterwards = WhoKnows.MAYBE if doubts else self.who_knows
@@ -194,7 +208,7 @@ class TritonBackend:
             for device, launches in by_device.items():
                 clock = self._clocks[device]
                 with current.guard(device):
-                    self._step_on(clock, launches, course, gates[device])
+                    calls += self._step_on(clock, launches, course, gates[device])
                     done += 1
                     clock.advanced(course)
         except BaseException:
@@ -216,7 +230,29 @@ class TritonBackend:
             for device, launches in by_device.items():
                 with current.guard(device):
                     _refresh(launches, clips=clips)
+        elif self._binds and not capturing and self._is_ordinary(course, gradients):
+            (clock,) = self._clocks.values()
+            with current.guard(clock.device):
+                followed = [launch.followed() for launch in self._launches]
+                self._why_unbound = bind(
+                    plan, clock.device, followed, calls, skips_idle=True, clips=clips
+                )
+            self._bound = plan.native.launches
+        self._binds = False
         return norm
+
+    def _is_ordinary(self, course: Course, gradients: Gradients) -> bool:
+        """Return whether native code may repeat this step's launches with the next gradients."""
+        return (
+            len(self._clocks) == 1
+            and all(clock.device.type == "cuda" for clock in self._clocks.values())
+            and all(clock.decides(course) for clock in self._clocks.values())
+            and self.who_knows is WhoKnows.HOST
+            and gradients.scale is None
+            and gradients.found_inf is None
+            and not course.kept
+            and not (gradients.max_norm is not None and any(self.plan.spreads))
+        )
 
     def _note_changes(self) -> None:
         """Mark the parameters as changed, and put new state into the optimizer, after a step."""
@@ -229,7 +265,7 @@ class TritonBackend:
             if device not in self._clocks:
                 others = list(self._clocks.values())
                 with current.guard(device):
-                    self._clocks[device] = Clock(device, self._schedule)
+                    self._clocks[device] = Clock(device, self._schedule, self.plan)
                 if others:
                     self._clocks[device].join(others[0])
         by_device: dict[torch.device, list[Launch]] = {}
@@ -240,19 +276,24 @@ class TritonBackend:
         self._launches, self._by_device = launches, by_device
 
     def _gates(
-        self, by_device: dict[torch.device, list[Launch]], gradients: Gradients
+        self,
+        by_device: dict[torch.device, list[Launch]],
+        gradients: Gradients,
+        calls: list[Call],
     ) -> tuple[dict[torch.device, Tensor], Tensor | None]:
-        return fill_gates(self.plan, self._clocks, by_device, gradients)
+        return fill_gates(self.plan, self._clocks, by_device, gradients, calls)
 
-    def _step_on(self, clock: Clock, launches: list[Launch], course: Course, gate: Tensor) -> None:
+    def _step_on(
+        self, clock: Clock, launches: list[Launch], course: Course, gate: Tensor
+    ) -> list[Call]:
         tables = clock.tables(course, self.plan.scalars, self._momentum, gate)
         # If Ctrl-C comes between a launch and the host's note of it, the host asks the device.
         if self.who_knows is WhoKnows.HOST and not current.is_capturing():
             self.who_knows = WhoKnows.MAYBE
-        for launch in launches:
-            launch.update(tables, is_last=launch is launches[-1])
         if not launches:
-            clock.advance(tables)
+            return [clock.advance(tables)]
+        updates = [launch.update(tables, is_last=launch is launches[-1]) for launch in launches]
+        return [call for each in updates for call in each]
 
 
 def _refresh(launches: list[Launch], *, clips: bool) -> None:

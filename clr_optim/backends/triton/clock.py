@@ -14,6 +14,8 @@ from clr_optim.backends import device as current
 from clr_optim.backends.base import Course
 from clr_optim.backends.triton.launch import Launch
 from clr_optim.backends.triton.mirror import Mirror
+from clr_optim.backends.triton.prebound import Call, launch
+from clr_optim.plan import Plan
 from clr_optim.schedule import Schedule, fixed
 
 __all__ = ["OWN", "Clock", "fill_gate", "fill_open_gate"]
@@ -29,12 +31,21 @@ _NO_RATE = np.zeros((1, 3), dtype=np.int64)
 
 
 class Clock:
-    """The position in the schedule, and the phases, on one device."""
+    """The position in the schedule, and the phases, on one device.
 
-    def __init__(self, device: torch.device, schedule: Schedule) -> None:
+    Args:
+        device: the device.
+        schedule: the policy.
+        plan: the plan, which counts the steps. The position minus this count changes only if the
+            position is moved.
+    """
+
+    def __init__(self, device: torch.device, schedule: Schedule, plan: Plan) -> None:
         from clr_optim.kernels.triton.schedule import phase_tables
 
         self.device = device
+        self._plan = plan
+        # The device's position minus the plan's count of steps, and the steps to add.
         self._expected: tuple[int, int] | None = None
         self._control = torch.zeros(3, dtype=torch.int64, device=device)
         self._moving = schedule.scale_fn is None
@@ -101,7 +112,7 @@ class Clock:
         current.wait_for(self.device)
         position = int(self._control[0].item())
         if self._expected is not None:
-            self._expected = (position, self._expected[1])
+            self._expected = (position - self._plan.steps, self._expected[1])
         return position
 
     def move_to(self, course: Course) -> None:
@@ -109,17 +120,13 @@ class Clock:
         self._expected = None
         self.control(course)
 
-    @staticmethod
-    def _wanted(course: Course) -> tuple[int, int]:
-        return course.position, int(course.moves)
-
     def control(self, course: Course) -> Tensor:
         """Return the ``CONTROL`` of prepare.py, of which the host writes only what it moved.
 
         Raises:
             RuntimeError: if a write is needed and the step is being captured.
         """
-        wanted = self._wanted(course)
+        wanted = course.position - self._plan.steps, int(course.moves)
         if self._expected != wanted:
             if current.is_capturing():
                 raise RuntimeError(
@@ -127,18 +134,17 @@ class Clock:
                     "last step; take a step and then capture"
                 )
             # Write only the values that differ: the device may know a later position than the host.
-            for i, value in enumerate(wanted):
-                if self._expected is None or self._expected[i] != value:
+            for i, value in enumerate((course.position, wanted[1])):
+                if self._expected is None or self._expected[i] != wanted[i]:
                     self._control[i].fill_(value)
             self._expected = wanted
         return self._control
 
     def advanced(self, course: Course) -> None:
-        """Note the position that the device has after a step, as far as the host knows."""
-        step = 0 if current.is_capturing() else int(course.moves)
+        """Note that a step has run, before the plan counts it."""
         if not course.moves:  # the next replay of a graph advances again
             self._control[1].fill_(1)
-        self._expected = (course.position + step, 1)
+        self._expected = course.position - self._plan.steps, 1
 
     def decides(self, course: Course) -> bool:
         """Return whether the device evaluates the rates, and not the host."""
@@ -217,16 +223,16 @@ class Clock:
         control = self.control(course)
         return groups, groups.shape[1], ints, floats, len(ints), control, gate, rates, kept
 
-    def advance(self, tables: tuple[Any, ...]) -> None:
+    def advance(self, tables: tuple[Any, ...]) -> Call:
         """Advance the position in a step that has no launch on this device."""
         from clr_optim.kernels.triton import multi_tensor, prepare
 
         control = tables[5]
-        prepare.prepare[(1,)](
-            control, control, 0, self.one, *tables, 1,
-            **multi_tensor.constants_for("sgd", 0, torch.float32, (), current.warp(self.device))
-            .prepare,
-        )  # fmt: skip
+        compiled_for = multi_tensor.constants_for(
+            "sgd", 0, torch.float32, (), current.warp(self.device)
+        )
+        arguments = (control, control, 0, self.one, *tables, 1)
+        return launch(prepare.prepare, (1,), arguments, compiled_for.prepare)
 
     def give_up(self) -> list[object]:
         """Return all tables, which a graph reads; a change of tensors makes new tables."""
@@ -247,13 +253,12 @@ def fill_gate(
     gate: Tensor,
     *,
     clips: bool,
-) -> None:
+) -> Call:
     """Launch ``open_gate`` of :mod:`clr_optim.kernels.triton.gate` with its arguments."""
     from clr_optim.kernels.triton import gate as kernels
 
-    kernels.open_gate[(1,)](
-        sums, count, limit, grad_scale, found_inf, norm, gate, CLIPS=clips, **_GATE_OPTIONS
-    )
+    arguments = (sums, count, limit, grad_scale, found_inf, norm, gate)
+    return launch(kernels.open_gate, (1,), arguments, {"CLIPS": clips, **_GATE_OPTIONS})
 
 
 def fill_open_gate(gate: Tensor, one: Tensor, zero: Tensor) -> None:

@@ -14,6 +14,7 @@ from clr_optim.backends import device as current
 from clr_optim.backends.base import Gradients
 from clr_optim.backends.triton.clock import Clock, fill_gate
 from clr_optim.backends.triton.launch import Launch
+from clr_optim.backends.triton.prebound import Call
 from clr_optim.plan import Plan
 from clr_optim.sharding import no_sums, sum_over_ranks
 
@@ -25,6 +26,7 @@ def fill_gates(
     clocks: Mapping[torch.device, Clock],
     by_device: Mapping[torch.device, Sequence[Launch]],
     gradients: Gradients,
+    calls: list[Call],
 ) -> tuple[dict[torch.device, Tensor], Tensor | None]:
     """Return each device's gate, and the norm by which the step clips its gradients.
 
@@ -33,6 +35,7 @@ def fill_gates(
         clocks: the clock of each device.
         by_device: the launches on each device.
         gradients: how the step changes its gradients.
+        calls: receives the launches.
     """
     clocks = {device: clocks[device] for device in by_device}
     if all(value is None for value in gradients):
@@ -43,7 +46,7 @@ def fill_gates(
         parts: dict[Launch, Tensor] = {}
         for device, launches in by_device.items():
             with current.guard(device):
-                parts.update(_sum_squares(device, launches, scales[device]))
+                parts.update(_sum_squares(device, launches, scales[device], calls))
         sums = _join(plan, parts)
         count = len(sums)
     gates: dict[torch.device, Tensor] = {}
@@ -63,23 +66,24 @@ def fill_gates(
                     clock.norm = torch.empty((), dtype=dtype, device=device)
                 norm = clock.norm
                 limit = clock.limit(gradients.max_norm)
-            fill_gate(
+            call = fill_gate(
                 clock.one if sums is None else sums.to(device), count, limit,
                 scales[device], _on(gradients.found_inf, clock.zero),
                 clock.one if norm is None else norm, clock.gate, clips=sums is not None,
             )  # fmt: skip
+            calls.append(call)
     return gates, norm
 
 
 def _sum_squares(
-    device: torch.device, launches: Sequence[Launch], scale: Tensor
+    device: torch.device, launches: Sequence[Launch], scale: Tensor, calls: list[Call]
 ) -> dict[Launch, Tensor]:
     """Return sums of squares of the gradients on one device, a sum per chunk, in order."""
     counts = [launch.count for launch in launches]
     sums = torch.empty(sum(counts), dtype=torch.float64, device=device)
     parts = dict(zip(launches, torch.split(sums, counts), strict=True))
     for launch, part in parts.items():
-        launch.sum_squares(scale, part)
+        calls.append(launch.sum_squares(scale, part))
     return parts
 
 

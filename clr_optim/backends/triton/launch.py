@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clr_optim.backends import device as current
 from clr_optim.backends.triton.mirror import Mirror
+from clr_optim.backends.triton.prebound import Call, Followed, launch
 from clr_optim.plan import Bucket
 
 __all__ = ["Launch", "most_programs"]
@@ -128,6 +129,19 @@ class Launch:
         """Return the tables on the device."""
         yield from (self._rows.table, self._gradients.table, self._chunks.table, self._constants)
 
+    def followed(self) -> Followed:
+        """Return the bucket, for launches that native code makes."""
+        return Followed(self.bucket, self._gradients.table)
+
+    def note_uploads(self, launches: Any) -> None:
+        """Take note of the addresses that native code has uploaded.
+
+        Args:
+            launches: the launches that native code has made, see :mod:`.prebound`.
+        """
+        if self._gradients.table is not None:
+            self._gradients.note(launches.known(self.bucket.native))
+
     def give_up(self) -> list[object]:
         """Return the tables that a captured step reads, and writes at every replay."""
         given: list[object] = [self._rows.lend(), self._chunks.lend(), self._constants]
@@ -135,7 +149,7 @@ class Launch:
 
     # ---- the kernels
 
-    def sum_squares(self, scale: Tensor, sums: Tensor) -> None:
+    def sum_squares(self, scale: Tensor, sums: Tensor) -> Call:
         """Sum the squares of the gradients, chunk by chunk.
 
         Args:
@@ -145,12 +159,13 @@ class Launch:
         from clr_optim.kernels.triton import gate
 
         rows, gradients, chunks, _ = self.tables()
-        gate.sum_of_squares[(self.count,)](
-            chunks, rows, gradients, self._blocks, scale, sums,
-            **self._compiled_for.sum_of_squares,
+        return launch(
+            gate.sum_of_squares, (self.count,),
+            (chunks, rows, gradients, self._blocks, scale, sums),
+            self._compiled_for.sum_of_squares,
         )  # fmt: skip
 
-    def update(self, tables: tuple[Any, ...], *, is_last: bool) -> None:
+    def update(self, tables: tuple[Any, ...], *, is_last: bool) -> list[Call]:
         """Update the bucket's tensors, and advance their step counters.
 
         Args:
@@ -165,19 +180,27 @@ class Launch:
         if self._takes_whole_step:
             if gradients is None:  # all addresses are passed, and no gradient is read from here
                 gradients = rows
-            multi_tensor.whole_step[(self.count,)](
-                chunks, rows, gradients, self._blocks, count, *tables,
-                *(self._passed or [0] * multi_tensor.PASSED), ARE_PASSED=bool(self._passed),
-                **self._compiled_for.whole_step,
-            )  # fmt: skip
-            return
-        prepare.prepare[(-(-count // self._lanes),)](
-            rows, gradients, count, constants, *tables, int(is_last),
-            **self._compiled_for.prepare,
-        )  # fmt: skip
-        multi_tensor.multi_tensor[(self.count,)](
-            chunks, rows, gradients, constants, self._blocks, **self._compiled_for.multi_tensor
-        )
+            passed = self._passed or [0] * multi_tensor.PASSED
+            return [
+                launch(
+                    multi_tensor.whole_step, (self.count,),
+                    (chunks, rows, gradients, self._blocks, count, *tables, *passed),
+                    {"ARE_PASSED": bool(self._passed), **self._compiled_for.whole_step},
+                    (self.bucket, "g0") if self._passed else None,
+                )
+            ]  # fmt: skip
+        return [
+            launch(
+                prepare.prepare, (-(-count // self._lanes),),
+                (rows, gradients, count, constants, *tables, int(is_last)),
+                self._compiled_for.prepare,
+            ),
+            launch(
+                multi_tensor.multi_tensor, (self.count,),
+                (chunks, rows, gradients, constants, self._blocks),
+                self._compiled_for.multi_tensor,
+            ),
+        ]  # fmt: skip
 
 
 @functools.cache

@@ -41,6 +41,10 @@ class Mirror:
             self._is_filled = True
         return cast("Tensor", self.table)
 
+    def note(self, content: bytes) -> None:
+        """Take note of what other code has uploaded into the table."""
+        self._last = content
+
     def fill(self, table: npt.NDArray[Any]) -> None:
         """Upload the table, changed or not, without waiting for the copy.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clr_optim.plan import Bucket, Plan
 
-__all__ = ["Call", "Followed", "bind", "pack"]
+__all__ = ["Call", "Followed", "bind", "launch", "pack"]
 
 #: Versions of Triton whose order and layout of parameters a test has compared with ours.
 KNOWN_TRITONS = ((3, 6), (3, 7), (3, 8), (3, 9))
@@ -47,6 +47,23 @@ class Call(NamedTuple):
     #: a bucket of up to eight rows whose gradients' addresses are arguments, and the name of the
     #: first of these arguments
     gradients: tuple[Bucket, str] | None = None
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: Sequence[Any],
+    compiled_for: Mapping[str, Any],
+    gradients: tuple[Bucket, str] | None = None,
+) -> Call:
+    """Launch a kernel through Triton, and return the call for :func:`bind`.
+
+    Args:
+        kernel: a function of Triton.
+        grid, arguments, gradients: as in :class:`Call`.
+        compiled_for: the constants that the kernel is compiled for, and the compiler's options.
+    """
+    return Call(kernel[grid](*arguments, **compiled_for), grid, arguments, gradients)
 
 
 class Followed(NamedTuple):
