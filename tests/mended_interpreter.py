@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ def mend_the_interpreter() -> None:
     interpreter prepares Triton's language again, although the kernel's preparation still holds.
     """
     convert, prepare = interpreter._convert_float, interpreter._patch_lang
+    number_of = interpreter._get_np_dtype
+    known = functools.cache(number_of)
 
     def rounded(values: Any, source: Any, target: Any, mode: Any) -> Any:
         # Copy, since torch warns of read-only arrays.
@@ -45,5 +48,9 @@ def mend_the_interpreter() -> None:
             sums = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
             return interpreter.TensorHandle(sums.astype(narrow), z.dtype.scalar)
 
+    def number(kind: Any) -> Any:
+        return known(kind) if type(kind) is tl.dtype else number_of(kind)
+
+    interpreter._get_np_dtype = number
     interpreter._convert_float, interpreter._patch_lang = rounded, once
     interpreter.InterpreterBuilder.create_fma = fused

@@ -159,8 +159,9 @@ def _watch(method: Callable[..., Any], writes: bool) -> Callable[..., Any]:
     """Refuse accesses to memory that is not the device's: they could end the process."""
 
     def watched(builder: Any, pointers: Any, *others: Any) -> Any:
-        mask = others[1 if writes else 0].data
-        addresses = pointers.data[np.broadcast_to(mask, pointers.data.shape)]
+        mask, addresses = others[1 if writes else 0].data, pointers.data
+        if not mask.all():
+            addresses = addresses[np.broadcast_to(mask, addresses.shape)]
         if addresses.size:
             size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
             begin, end = int(addresses.min()), int(addresses.max()) + size
