@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from enum import Enum, auto
 from typing import Any
 
 import torch
 from fake_gpu import device
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 __all__ = ["install"]
 
@@ -38,74 +38,68 @@ def on_cpu(tensor: Tensor) -> Tensor:
     if storage.nbytes() == 0:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
     shared = torch._C._construct_storage_from_data_pointer(
-        storage.data_ptr(), torch.device("cpu"), storage.nbytes()
+        storage.data_ptr(), _CPU, storage.nbytes()
     )
     alias = torch.empty(0, dtype=tensor.dtype, device="cpu")
     return alias.set_(shared, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+_CPU, _META = torch.device("cpu"), torch.device("meta")
 
 
 def is_on_device(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_cuda
 
 
-def _frozen(value: Any) -> Any:
-    """Return the value that a launch reads from the host: CPU tensors as they are now."""
-    if not isinstance(value, Tensor):
-        return value
-    other = torch.float32 if value.dtype == torch.float64 else torch.int32
-    wraps_number = value.dim() == 0 and (
-        value.dtype in (torch.float64, torch.int64)
-        and torch.result_type(value, torch.empty((), dtype=other)) == other
-    )
-    return value if wraps_number else value.clone()  # a clone would change the result's dtype
+def _wraps_number(tensor: Tensor) -> bool:
+    """Return whether torch made the tensor of a Python number, which decides no dtype."""
+    if tensor.dim() or tensor.dtype not in (torch.float64, torch.int64):
+        return False
+    other = torch.float32 if tensor.dtype == torch.float64 else torch.int32
+    return torch.result_type(tensor, torch.empty((), dtype=other)) == other
 
 
 def _input(value: Any) -> Any:
-    """Return the argument with which the CPU will compute."""
-    if is_on_device(value):
-        return on_cpu(value)
-    if isinstance(value, torch.device) and value.type == "cuda":
-        return torch.device("cpu")
-    return _frozen(value)
+    """Return the argument with which the CPU will compute; a launch reads CPU tensors at once."""
+    if isinstance(value, Tensor):
+        if value.is_cuda:
+            return on_cpu(value)
+        return value if _wraps_number(value) else value.clone()  # no clone wraps a number
+    return _CPU if isinstance(value, torch.device) else value
 
 
 def _without_memory(value: Any) -> Any:
-    """Return the argument with which torch computes the shapes of the results alone."""
+    """Return the argument with which torch computes the results' shapes alone."""
     if is_on_device(value):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-    if isinstance(value, torch.device) and value.type == "cuda":
-        return torch.device("meta")
-    return value
+    return _META if isinstance(value, torch.device) else value
 
 
-# ---- results
+def _kind(value: Any) -> Any:
+    """Return the part of an argument that decides shapes and dtypes of the results."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device, _wraps_number(value)
+    return type(value), value
 
 
-def _written_arguments(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Return the arguments that an operation writes and returns, one for each result."""
-    named = dict(zip((a.name for a in operation._schema.arguments), args, strict=False)) | kwargs
-    found = []
-    for result in operation._schema.returns:
-        for argument in operation._schema.arguments:
-            if argument.alias_info and result.alias_info.before_set == argument.alias_info.before_set:
-                found.append(named[argument.name])
-    return found
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to an argument, or to each member of a list of arguments."""
+    if isinstance(value, (list, tuple)):
+        return [_map(function, each) for each in value]
+    return function(value)
 
 
-def _returns(operation: Any) -> str:
-    """Return what an operation returns: "nothing", "arguments", "tensors" or "values"."""
-    results = operation._schema.returns
-    if not results:
-        return "nothing"
-    if all(result.alias_info is not None for result in results):
-        return "arguments"
-    if all(str(result.type) in ("Tensor", "List[Tensor]") for result in results):
-        return "tensors"
-    return "values"
+def _tensors(value: Any) -> list[Tensor]:
+    """Return the tensors among arguments or results."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [tensor for each in value for tensor in _tensors(each)]
+    return []
 
 
-def _is_view(operation: Any) -> bool:
-    return any(r.alias_info and not r.alias_info.is_write for r in operation._schema.returns)
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
 # ---- the queue
@@ -122,21 +116,19 @@ def run_for_the_device(number: int) -> None:
     """Run an operation when its stream has reached it."""
     work = _operations[number] if number in _captured else _operations.pop(number)
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             work()
     except Exception as error:
         device.add_violation(f"an operation of torch failed: {error!r}")
 
 
-def _place_of(flat: list[Any]) -> torch.device:
-    """Return the device on which an operation runs."""
-    for value in flat:
-        if is_on_device(value):
-            return value.device
-    for value in flat:
-        if isinstance(value, torch.device) and value.type == "cuda" and value.index is not None:
-            return value
-    return torch.device("cuda", torch.cuda.current_device())
+class Returns(Enum):
+    """What an operation returns."""
+
+    NOTHING = auto()
+    ARGUMENTS = auto()  # the arguments that it writes
+    TENSORS = auto()
+    VALUES = auto()  # results of other types
 
 
 class Replacement:
@@ -145,95 +137,123 @@ class Replacement:
     def __init__(self, operation: Any) -> None:
         self.operation = operation
         self.name = operation._schema.name.removeprefix("aten::")
-        self.returns = _returns(operation)
-        self.outs = [a.name for a in operation._schema.arguments if a.is_out]
         self.is_random = torch.Tag.nondeterministic_seeded in operation.tags
+        self._names = [argument.name for argument in operation._schema.arguments]
+        self._outs = [argument.name for argument in operation._schema.arguments if argument.is_out]
+        self._shapes: dict[Any, Any] = {}
+        results = operation._schema.returns
+        #: the names of the arguments that are written and returned
+        self._written: list[str] = []
+        if not results:
+            self.returns = Returns.NOTHING
+        elif all(result.alias_info is not None for result in results):
+            self.returns = Returns.ARGUMENTS
+            by_alias = {
+                tuple(argument.alias_info.before_set): argument.name
+                for argument in operation._schema.arguments
+                if argument.alias_info is not None
+            }
+            self._written = [by_alias[tuple(r.alias_info.before_set)] for r in results]
+        elif all(str(result.type) in ("Tensor", "List[Tensor]") for result in results):
+            self.returns = Returns.TENSORS
+        else:
+            self.returns = Returns.VALUES
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        flat, structure = tree_flatten((args, kwargs))
-        place = _place_of(flat)
+        place = self._place_of(args, kwargs)
         stream = torch._C._cuda_getCurrentRawStream(place.index)
-        with torch.inference_mode(False), torch.no_grad():
-            if self.is_random:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            if self.is_random or self.returns is Returns.VALUES:
                 return self._compute_now(args, kwargs, place, stream)
-            if self.returns == "nothing":
-                results: list[Any] = []
-                returned: Any = None
-            elif self.returns == "arguments":
-                if self.outs:
-                    self._resize_outs(flat, structure, kwargs)
-                results, returned = [], self._written(args, kwargs)
-            else:
+            results: list[Tensor] = []
+            returned = self._written_arguments(args, kwargs)
+            if self.returns is Returns.TENSORS or self._outs:
                 try:
-                    if self.returns == "values":
-                        raise NotImplementedError
-                    meta_args, meta_kwargs = tree_unflatten(
-                        [_without_memory(value) for value in flat], structure
-                    )
-                    shapes = self.operation(*meta_args, **meta_kwargs)
-                except (NotImplementedError, RuntimeError):
+                    shapes = self._shapes_of(args, kwargs)
+                except (NotImplementedError, RuntimeError):  # the values decide the shapes
                     return self._compute_now(args, kwargs, place, stream)
-                returned = tree_map(lambda t: self._empty_like(t, place), shapes)
-                results = [on_cpu(t) for t in tree_flatten(returned)[0] if isinstance(t, Tensor)]
-            inputs, input_kwargs = tree_unflatten([_input(value) for value in flat], structure)
+                if self._outs:
+                    _resize(_tensors(returned), _tensors(shapes))
+                else:
+                    returned = _map(lambda shape: _empty_like(shape, place), shapes)
+                    results = [on_cpu(tensor) for tensor in _tensors(returned)]
+            inputs = _map(_input, args)
+            named_inputs = {name: _map(_input, value) for name, value in kwargs.items()}
 
         def work() -> None:
-            computed = tree_flatten(self.operation(*inputs, **input_kwargs))[0]
-            tensors = [t for t in computed if isinstance(t, Tensor)]
-            for result, value in zip(results, tensors, strict=False):
-                result.copy_(value)
+            computed = self.operation(*inputs, **named_inputs)
+            if results:
+                for result, value in zip(results, _tensors(computed), strict=True):
+                    result.copy_(value)
 
         _append(self.name, stream, work)
         return returned
 
-    def _written(self, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Return the arguments that the operation returns, written."""
-        written = _written_arguments(self.operation, args, kwargs)
-        return written[0] if len(written) == 1 else tuple(written)
-
-    def _resize_outs(self, flat: list[Any], structure: Any, kwargs: dict[str, Any]) -> None:
-        """Give the tensors of ``out=`` the sizes of the results."""
-        meta_args, meta_kwargs = tree_unflatten([_without_memory(v) for v in flat], structure)
-        self.operation(*meta_args, **meta_kwargs)
-        for name in self.outs:
-            for out, shape in zip(*(tree_flatten(k[name])[0] for k in (kwargs, meta_kwargs)), strict=True):
-                if out.shape != shape.shape:
-                    out.resize_(shape.shape)
-
     @staticmethod
-    def _empty_like(shape: Any, place: torch.device) -> Any:
-        if not isinstance(shape, Tensor):
-            return shape
-        return torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype, device=place)
+    def _place_of(args: Any, kwargs: dict[str, Any]) -> torch.device:
+        """Return the device on which the operation runs."""
+        for tensor in _tensors([*args, *kwargs.values()]):
+            if tensor.is_cuda:
+                return tensor.device
+        place = kwargs.get("device")
+        if place is not None and place.index is not None:
+            return place
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def _written_arguments(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Return the arguments that the operation writes and returns."""
+        named = dict(zip(self._names, args, strict=False)) | kwargs
+        written = [named[name] for name in self._written]
+        return written[0] if len(written) == 1 else tuple(written) or None
+
+    def _shapes_of(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Return the results as tensors without memory."""
+        kinds = _hashable([_map(_kind, args), *((k, _map(_kind, v)) for k, v in kwargs.items())])
+        if kinds not in self._shapes:
+            named = {name: _map(_without_memory, value) for name, value in kwargs.items()}
+            self._shapes[kinds] = self.operation(*_map(_without_memory, args), **named)
+        return self._shapes[kinds]
 
     def _compute_now(
         self, args: Any, kwargs: dict[str, Any], place: torch.device, stream: int
     ) -> Any:
-        """Compute after all work of the stream: the values decide shapes, or numbers are drawn."""
+        """Compute after all work of the stream."""
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"the fake device cannot capture {self.name}")
         device.finish_stream(stream)
-        kwargs = dict(kwargs)
-        if kwargs.get("generator") is not None:
-            kwargs["generator"] = None
-        inputs, input_kwargs = tree_map(_input, (args, kwargs))
+        inputs = _map(_input, args)
+        named = {name: _map(_input, value) for name, value in kwargs.items()}
         if self.is_random:
-            computed = _with_random_numbers_of(place, self.operation, inputs, input_kwargs)
+            if "generator" in named:
+                named["generator"] = None
+            computed = _with_random_numbers_of(place, self.operation, inputs, named)
         else:
-            computed = self.operation(*inputs, **input_kwargs)
-        if self.returns == "nothing":
-            return None
-        if self.returns == "arguments":
-            return self._written(args, kwargs)
+            computed = self.operation(*inputs, **named)
+        if self.returns in (Returns.NOTHING, Returns.ARGUMENTS):
+            return self._written_arguments(args, kwargs)
 
         def bring(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            result = self._empty_like(value, place)
+            result = _empty_like(value, place)
             on_cpu(result).copy_(value)
             return result
 
-        return tree_map(bring, computed)
+        found = _map(bring, computed)
+        return tuple(found) if isinstance(computed, tuple) else found
+
+
+def _empty_like(shape: Any, place: torch.device) -> Any:
+    if not isinstance(shape, Tensor):
+        return shape
+    return torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype, device=place)
+
+
+def _resize(outs: list[Tensor], shapes: list[Tensor]) -> None:
+    """Give the tensors of ``out=`` the sizes of the results."""
+    for out, shape in zip(outs, shapes, strict=True):
+        if out.shape != shape.shape:
+            out.resize_(shape.shape)
 
 
 def _with_random_numbers_of(
@@ -248,6 +268,10 @@ def _with_random_numbers_of(
     finally:
         torch.default_generator.set_state(before)
         generator.set_offset(generator.get_offset() + 4)
+
+
+def _is_view(operation: Any) -> bool:
+    return any(r.alias_info and not r.alias_info.is_write for r in operation._schema.returns)
 
 
 # ---- copies

@@ -1,0 +1,1 @@
+"""Faults that only several streams, or many captures, bring to light."""
