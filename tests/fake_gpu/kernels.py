@@ -11,6 +11,7 @@ import ctypes
 import gc
 import types
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,6 +64,32 @@ def _twin_globals(names: dict[str, Any]) -> dict[str, Any]:
             if isinstance(value, JITFunction):
                 copied[name] = twin_of(value)
     return _globals[id(names)]
+
+
+def _compiled_language() -> list[tuple[Any, str, JITFunction]]:
+    """Return the functions of Triton's language that are written in the language."""
+    owners = (tl, tl.core, tl.math, tl.random, tl.standard, tl.tensor)
+    return [
+        (owner, name, value)
+        for owner in owners
+        for name, value in vars(owner).items()
+        if isinstance(value, JITFunction)
+    ]
+
+
+@contextmanager
+def interpreted_language(functions: list[tuple[Any, str, JITFunction]]) -> Iterator[None]:
+    """Have Triton's language hold twins, as if Triton had been imported for interpretation."""
+    try:
+        for owner, name, function in functions:
+            setattr(owner, name, twin_of(function))
+        yield
+    finally:
+        for owner, name, function in functions:
+            setattr(owner, name, function)
+
+
+_LANGUAGE = _compiled_language()
 
 
 # ---- parameters
@@ -148,7 +175,7 @@ def run(function: int, grid: tuple[int, int, int], address: int) -> None:
     # The garbage collector might free tensors, and so call the device while the device is busy.
     gc.disable()
     try:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), interpreted_language(_LANGUAGE):
             kernel.twin[grid](*_arguments(kernel, address))
     finally:
         if was_collecting:
