@@ -9,6 +9,7 @@ counters always lie on the CPU, ours only in the interpreter.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,6 @@ from typing import Any
 import changes  # noqa: F401  (the tests take it from here)
 import contract
 import native_helpers
-import numpy as np
 import pytest
 import torch
 import triton_memory
@@ -28,6 +28,8 @@ from clr_optim.backends.triton import is_interpreted, launch
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and is_interpreted()
 RUNS = INTERPRETED or (HAS_TRITON and torch.cuda.is_available())
+#: whether kernels are interpreted: without a GPU, or on the fake device of `make fake-gpu`
+SLOW = INTERPRETED or "FAKE_ORDER" in os.environ
 DEVICE = torch.device("cuda", 0) if RUNS and not INTERPRETED else torch.device("cpu")
 
 
@@ -59,8 +61,8 @@ def on_gpus(test: Any) -> Any:
 
 
 def some(cells: Iterable[Any], every: int) -> list[Any]:
-    """Return one of so many cells under the interpreter, all cells on a GPU."""
-    return list(cells)[::every] if INTERPRETED else list(cells)
+    """Return one of so many cells where kernels are interpreted, all cells on a GPU."""
+    return list(cells)[::every] if SLOW else list(cells)
 
 
 def named(cell: Iterable[Any]) -> str:
@@ -126,47 +128,9 @@ def take_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- the interpreter
 
 
-def mend_the_interpreter() -> None:
-    """Make Triton's interpreter round as GPUs do, in half the time.
-
-    The interpreter truncates float32 to bfloat16 and garbles subnormal numbers on the way back.
-    GPUs round to nearest even and keep subnormals. The interpreter rounds the product of a fused
-    multiply-add, which may then be infinite. GPUs round once. For every call from a kernel the
-    interpreter prepares Triton's language again, although the kernel's preparation still holds.
-    """
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert, prepare = interpreter._convert_float, interpreter._patch_lang
-
-    def rounded(values: Any, source: Any, target: Any, mode: Any) -> Any:
-        # Copy, since torch warns of read-only arrays.
-        if (source, target) == (tl.float32, tl.bfloat16):
-            narrow = torch.from_numpy(np.array(values)).bfloat16()
-            return narrow.view(torch.int16).numpy().view(np.uint16)
-        if (source, target) == (tl.bfloat16, tl.float32):
-            narrow = torch.from_numpy(np.array(values).view(np.int16)).view(torch.bfloat16)
-            return narrow.float().numpy().view(np.uint32)
-        return convert(values, source, target, mode)
-
-    def once(function: Any) -> Any:
-        prepared = not tl.core.is_builtin(tl.load)
-        if prepared and all(value is not tl.core for value in function.__globals__.values()):
-            return interpreter._LangPatchScope()
-        return prepare(function)
-
-    def fused(_: Any, x: Any, y: Any, z: Any) -> Any:
-        narrow = z.data.dtype
-        wide = np.float64 if narrow == np.float32 else np.longdouble
-        with np.errstate(all="ignore"):
-            sums = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
-            return interpreter.TensorHandle(sums.astype(narrow), z.dtype.scalar)
-
-    interpreter._convert_float, interpreter._patch_lang = rounded, once
-    interpreter.InterpreterBuilder.create_fma = fused
-
-
 if INTERPRETED:
+    from mended_interpreter import mend_the_interpreter
+
     mend_the_interpreter()
     triton_memory.watch()
 

@@ -36,6 +36,7 @@ from native_helpers import (
 from triton_helpers import (
     DEVICE,
     INTERPRETED,
+    SLOW,
     MARKS,
     WAYS,
     Contract,
@@ -66,7 +67,7 @@ launches = pytest.fixture(name="launches")(count_launches)
 _crossed = [(case, DTYPES[i % 4]) for i, case in enumerate(CASES)]
 CELLS = (
     [*_crossed, *(cell for cell in itertools.product(KERNELS, DTYPES) if cell not in _crossed)]
-    if INTERPRETED
+    if SLOW
     else list(itertools.product(CASES, DTYPES))
 )
 

@@ -18,7 +18,7 @@ from graph_helpers import Graph, Run, assert_together, nothing_waits, scaled
 from internals import device_position_writes
 from native_helpers import BY_NAME, KERNELS, assert_identical, tensors_of, unaligned
 from torch import Tensor
-from triton_helpers import DEVICE, INTERPRETED, RUNS
+from triton_helpers import DEVICE, INTERPRETED, RUNS, SLOW
 
 from clr_optim import CyclicalOptimizer
 from clr_optim.backends import device as current
@@ -45,7 +45,7 @@ def test_replays_walk_the_cycle(case):
         replayed.eager(k)
         eager.eager(k)
     graph = replayed.capture()
-    for k in range(2, 12 if INTERPRETED else 502):
+    for k in range(2, 12 if SLOW else 502):
         replayed.replay(graph, k)
         eager.eager(k)
     assert_together(replayed, eager)

@@ -1,0 +1,1 @@
+"""A CUDA device that is none: GPU tests on a CPU, with streams in random order."""
