@@ -66,12 +66,15 @@ def _twin_globals(names: dict[str, Any]) -> dict[str, Any]:
     return _globals[id(names)]
 
 
+# What the interpreter patches.
+_OWNERS = (tl, tl.core, tl.math, tl.random, tl.standard, tl.tensor)
+
+
 def _compiled_language() -> list[tuple[Any, str, JITFunction]]:
     """Return the functions of Triton's language that are written in the language."""
-    owners = (tl, tl.core, tl.math, tl.random, tl.standard, tl.tensor)
     return [
         (owner, name, value)
-        for owner in owners
+        for owner in _OWNERS
         for name, value in vars(owner).items()
         if isinstance(value, JITFunction)
     ]
@@ -80,13 +83,17 @@ def _compiled_language() -> list[tuple[Any, str, JITFunction]]:
 @contextmanager
 def interpreted_language(functions: list[tuple[Any, str, JITFunction]]) -> Iterator[None]:
     """Have Triton's language hold twins, as if Triton had been imported for interpretation."""
+    before = [(owner, dict(vars(owner))) for owner in _OWNERS]
     try:
         for owner, name, function in functions:
             setattr(owner, name, twin_of(function))
         yield
     finally:
-        for owner, name, function in functions:
-            setattr(owner, name, function)
+        # The interpreter leaves some of its patches behind, which would break the compiler.
+        for owner, names in before:
+            for name, value in names.items():
+                if vars(owner)[name] is not value:
+                    setattr(owner, name, value)
 
 
 _LANGUAGE = _compiled_language()
