@@ -235,3 +235,10 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
     std::swap(*mode, fake::thread_mode);
     return cudaSuccess;
 }
+
+CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
+    auto wanted = cudaStreamCaptureMode(*mode);
+    const cudaError_t error = cudaThreadExchangeStreamCaptureMode(&wanted);
+    *mode = CUstreamCaptureMode(wanted);
+    return CUresult(error);
+}
