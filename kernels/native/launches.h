@@ -148,7 +148,7 @@ public:
     // Returns whether nothing watches Triton's launches, in the process of the driver. Ask before
     // a scan: an attribute of a watched object may run Python code.
     bool is_unwatched() const {
-        if (!context_ || is_broken_ || process_ != process_id()) return false;
+        if (!context_ || is_broken_ || is_running_ || process_ != process_id()) return false;
         for (const Watched& each : watched) {
             const Ref object = each.name ? Ref(PyObject_GetAttr(each.object.get(), each.name.get()))
                                          : Ref::to(each.object.get());

@@ -178,8 +178,7 @@ inline PyObject* launches_known(PyObject* self, PyObject* object) {
 
 inline PyObject* launches_run(PyObject* self, PyObject*) {
     Launches& launches = LaunchesObject::of(self);
-    if (launches.is_running() || !launches.is_unwatched() || !launches.is_ready())
-        return Py_NewRef(Py_False);
+    if (!launches.is_unwatched() || !launches.is_ready()) return Py_NewRef(Py_False);
     return launches.run() ? Py_NewRef(Py_True) : nullptr;
 }
 

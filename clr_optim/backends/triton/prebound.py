@@ -55,6 +55,8 @@ class Followed(NamedTuple):
     bucket: Bucket
     #: the gradients' addresses on the device, or None if they travel as arguments
     table: Tensor | None = None
+    #: the content of that table; None: the addresses of the last scan
+    addresses: bytes | None = None
     #: a power of two that the kernels expect to divide every address
     alignment: int = 1
 
@@ -81,8 +83,14 @@ def bind(
     """Have the ordinary steps of a plan repeat launches that Triton has just made.
 
     Call this after a step that was not captured, with the device as the current one. The device
-    must agree with the plan at that time: rows, settings, position, and the gradients' addresses of
-    the last scan. The launches keep the kernels and the arguments' tensors alive.
+    must agree with the plan: rows, settings, and the position, which the host must know. The
+    launches keep the kernels and the arguments' tensors alive.
+
+    The binding ends at the next general step, and whenever the plan is built anew; see
+    ``Plan.bind`` in ``kernels/native/module.pyi``. If a table on the device moves at another time,
+    call ``plan.native.bind(None)``. Before the host uploads addresses itself,
+    ``launches.known(bucket)`` tells which addresses the device has. If a step raises, the host must
+    ask the device for the position, and upload every table again.
 
     Args:
         plan: the plan, whose buckets are all in ``followed``.
@@ -103,9 +111,14 @@ def bind(
         launches = plan.lib.Launches(device.index or 0, watch, skips_idle=skips_idle, clips=clips)
     except RuntimeError as error:  # no driver that native code knows, as on Intel's GPUs
         return str(error)
-    for bucket, table, alignment in followed:
+    for bucket, table, addresses, alignment in followed:
         address = 0 if table is None else table.data_ptr()
-        launches.add_bucket(bucket.native, table=address, alignment=alignment)
+        try:
+            launches.add_bucket(bucket.native, table=address, alignment=alignment)
+            if addresses is not None:
+                launches.note(bucket.native, addresses)
+        except ValueError as error:  # a scan has found other gradients since the last step
+            return str(error)
     tables = tuple(each.table for each in followed)
     for call in calls:
         why_not = _add(launches, call, tables)
