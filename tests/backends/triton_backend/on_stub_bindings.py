@@ -67,7 +67,7 @@ def test_a_change_of_a_row_ends_the_service(bound, driver):
 def test_a_plan_without_buckets_makes_no_launch(bound):
     bound.plan.set_buckets([], [])
     assert bound.step() == bound.outcome("UNSERVED")
-    with pytest.raises(ValueError, match="must follow the buckets of the plan"):
+    with pytest.raises(ValueError, match="must have the buckets of the plan"):
         bound.plan.bind(bound.launches)
     with pytest.raises(TypeError, match="takes Launches"):
         bound.plan.bind(bound.bucket)
@@ -79,15 +79,15 @@ def test_a_plan_without_buckets_makes_no_launch(bound):
 def test_addresses_that_other_code_uploaded_are_not_uploaded_again(bound, driver):
     bound.move()
     bound.plan.scan()
-    bound.launches.note(bound.bucket, bound.addresses)
+    bound.launches.note_addresses(bound.bucket, bound.addresses)
     assert bound.step() == bound.outcome("TAKEN")
     assert not driver.take(UPLOAD)
     with pytest.raises(ValueError, match="an address for each row"):
-        bound.launches.note(bound.bucket, bytes(8))
+        bound.launches.note_addresses(bound.bucket, bytes(8))
     with pytest.raises(ValueError, match="other rows"):
-        bound.launches.note(bound.bucket, bytes(24))
+        bound.launches.note_addresses(bound.bucket, bytes(24))
     with pytest.raises(TypeError, match="expected a Bucket"):
-        bound.launches.known(bound.plan)
+        bound.launches.addresses(bound.plan)
 
 
 # ---- errors of the driver
