@@ -73,6 +73,12 @@ def test_a_plan_without_buckets_makes_no_launch(bound):
         bound.plan.bind(bound.bucket)
 
 
+def test_launches_of_another_plan_are_refused(bound):
+    with pytest.raises(ValueError, match="must have the buckets of the plan"):
+        bound.plan.bind(Bound().launches)
+    assert bound.plan.launches is bound.launches
+
+
 # ---- uploads by other code
 
 
@@ -157,7 +163,7 @@ def test_without_pinned_memory_nothing_is_bound(driver, name):
 
 def test_the_driver_must_expect_the_parameters(bound, driver):
     launches = bound.made()
-    for sizes in ((8, 4, 4), (8, 4, 4, 8, 8), (8, 8, 8), (8, 4, 8, 8)):
+    for sizes in ((8, 4, 4), (8, 4, 4, 4), (8, 4, 4, 8, 8), (8, 8, 8), (8, 4, 8, 8)):
         kernel = driver.function(sizes)
         with pytest.raises(ValueError, match="the driver expects other parameters"):
             bound.add(launches, function=kernel)
