@@ -139,5 +139,11 @@ class FusedBackend(Protocol):
         The native code of an ordinary step asks for this if no launches are ready.
         """
 
+    def doubt(self) -> None:
+        """Take note that native code has failed within a step, before or after it changed anything.
+
+        The host has counted the step only if it happened, as far as the host knows.
+        """
+
     def step(self, course: Course, gradients: Gradients) -> Tensor | None:
         """Update all tensors of the plan; return the gradients' norm if the step clips by it."""

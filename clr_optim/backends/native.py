@@ -129,6 +129,9 @@ class NativeBackend:
     def bind_next(self) -> None:
         """Do nothing: native code calls the kernels itself."""
 
+    def doubt(self) -> None:
+        """Do nothing: native code counts its steps itself."""
+
     def keeps(self, lr: Tensor) -> bool:
         """Return False: the host writes the rates."""
         return False

@@ -67,9 +67,13 @@ class OrdinarySteps:
         if fused is None or plan is None or current_device.is_capturing():
             return False
         native, lib = plan.native, plan.lib
-        outcome = native.step(attributes)
-        if outcome == lib.OUT_OF_VALUES and self._hand_down(plan, attributes):
+        try:
             outcome = native.step(attributes)
+            if outcome == lib.OUT_OF_VALUES and self._hand_down(plan, attributes):
+                outcome = native.step(attributes)
+        except BaseException:
+            fused.doubt()
+            raise
         if outcome == lib.UNSERVED and self._may_serve(plan):
             fused.bind_next()
         return bool(outcome == lib.TAKEN)

@@ -16,18 +16,18 @@
 
 namespace clr {
 
-// A bucket whose gradients the kernels read.
-struct Followed {
+// The addresses of a bucket's gradients, in a table on the device or in parameters.
+struct AddressTable {
     Ref object;  // the Python object of the bucket
     const Bucket* bucket = nullptr;
     int64_t edition = 0;     // of the rows that the device has
-    uint64_t table = 0;      // where the device keeps the addresses; 0: it keeps none
+    uint64_t place = 0;      // of the table on the device; 0: the addresses are parameters
     uint64_t alignment = 1;  // of every address; a power of two
     // The addresses that the device has, or that the last step wrote into parameters.
-    std::vector<const void*> known;
-    bool has_moved = false;  // whether an address differs from the known one
+    std::vector<const void*> content;
+    bool is_outdated = false;  // whether a scan has found other addresses
 
-    size_t bytes() const { return known.size() * sizeof(void*); }
+    size_t bytes() const { return content.size() * sizeof(void*); }
 };
 
 // A launch of a kernel.
@@ -36,14 +36,13 @@ struct Launch {
     unsigned grid[3] = {1, 1, 1}, threads = 1, shared = 0;
     std::vector<unsigned char> parameters;  // packed, each at a multiple of its size
     std::vector<size_t> offsets;            // where each parameter begins
-    Ref keep;                               // Python objects that the launch needs alive
-    size_t followed = 0;  // the bucket whose addresses are parameters
-    size_t addresses = 0;  // where these parameters begin
-    bool takes_addresses = false;
+    Ref keep;                       // Python objects that the launch needs alive
+    bool takes_addresses = false;   // whether parameters are addresses of gradients
+    size_t table = 0, begin = 0;    // the number of their table, and where the addresses begin
 };
 
-// A Python object that must be empty, or the attribute that must be.
-struct Watched { Ref object, name; };
+// A Python object that must be empty; with a name, the object's attribute must be empty.
+struct Watch { Ref object, name; };
 
 class Launches {
 public:
@@ -53,7 +52,7 @@ public:
     Ref device;               // its index, for torch
     bool skips_idle = false;  // whether the kernels skip a row whose gradient has address 0
     bool clips = false;       // whether the kernels clip the gradients
-    std::vector<Watched> watched;
+    std::vector<Watch> watches;
 
     // Binds to the current context. Returns false with an exception set if there is none.
     bool begin() {
@@ -80,20 +79,20 @@ public:
         return false;
     }
 
-    // Follows a bucket's gradients, whose present addresses the device has.
-    void follow(PyObject* object, const Bucket& bucket, uint64_t table, uint64_t alignment) {
-        Followed followed;
-        followed.object = Ref::to(object), followed.bucket = &bucket;
-        followed.edition = bucket.edition, followed.known = bucket.gradients;
-        followed.table = table, followed.alignment = alignment;
-        followed_.push_back(std::move(followed));
+    // Adds the table of a bucket's gradients. The device has the addresses of the last scan.
+    void add_table(PyObject* object, const Bucket& bucket, uint64_t place, uint64_t alignment) {
+        AddressTable table;
+        table.object = Ref::to(object), table.bucket = &bucket;
+        table.edition = bucket.edition, table.content = bucket.gradients;
+        table.place = place, table.alignment = alignment;
+        tables_.push_back(std::move(table));
     }
-    Followed* find(const Bucket& bucket) {
-        for (Followed& each : followed_)
+    AddressTable* find(const Bucket& bucket) {
+        for (AddressTable& each : tables_)
             if (each.bucket == &bucket) return &each;
         return nullptr;
     }
-    size_t index_of(const Followed& followed) const { return size_t(&followed - followed_.data()); }
+    size_t index_of(const AddressTable& table) const { return size_t(&table - tables_.data()); }
 
     void add(Launch&& launch) { launches_.push_back(std::move(launch)); }
 
@@ -108,18 +107,18 @@ public:
         return driver_->parameter(launch.function, sizes.size(), &offset, &bytes) != SUCCESS;
     }
 
-    // Returns whether the launches follow exactly these buckets.
-    bool follows(const std::vector<Bucket*>& buckets) {
+    // Returns whether the launches have the tables of exactly these buckets.
+    bool serve(const std::vector<Bucket*>& buckets) {
         for (const Bucket* bucket : buckets)
             if (!find(*bucket)) return false;
-        return followed_.size() == buckets.size();
+        return tables_.size() == buckets.size();
     }
 
     // Ends the making. Returns false with an exception set if memory for uploads is missing.
     bool complete() {
         size_t bytes = 0;
-        for (const Followed& each : followed_)
-            if (each.table) bytes += each.bytes();
+        for (const AddressTable& each : tables_)
+            if (each.place) bytes += each.bytes();
         if (bytes && !ring_) {
             int error = SUCCESS;
             ring_ = Ring::take(*driver_, context_, bytes, error);
@@ -137,19 +136,19 @@ public:
 
     // Notes the addresses that the device has after an upload by other code. Returns false if other
     // rows would be idle than the launches serve.
-    bool note(Followed& followed, const void* const* addresses) const {
-        if (!skips_idle && !has_same_rows(addresses, followed.known)) return false;
-        std::copy(addresses, addresses + followed.known.size(), followed.known.begin());
+    bool note(AddressTable& table, const void* const* addresses) const {
+        if (!skips_idle && !has_same_rows(addresses, table.content)) return false;
+        std::copy(addresses, addresses + table.content.size(), table.content.begin());
         return true;
     }
 
     // ---- a step
 
-    // Returns whether nothing watches Triton's launches, in the process of the driver. Ask before
-    // a scan: an attribute of a watched object may run Python code.
-    bool is_unwatched() const {
-        if (!context_ || is_broken_ || process_ != process_id()) return false;
-        for (const Watched& each : watched) {
+    // Returns whether no other code observes Triton's launches, in the process of the driver. Ask before
+    // a scan: reading an attribute may run Python code.
+    bool is_unobserved() const {
+        if (!context_ || is_broken_ || is_running_ || process_ != process_id()) return false;
+        for (const Watch& each : watches) {
             const Ref object = each.name ? Ref(PyObject_GetAttr(each.object.get(), each.name.get()))
                                          : Ref::to(each.object.get());
             if (object && PyObject_Size(object.get()) == 0) continue;
@@ -162,7 +161,7 @@ public:
     // Returns whether the launches can serve, with the addresses that a scan has just found. They
     // serve one stream: torch's allocator must be told of every stream that reads the tables.
     bool is_ready() {
-        for (Followed& each : followed_)
+        for (AddressTable& each : tables_)
             if (!is_served(each)) return false;
         void* context = nullptr;
         if (driver_->context(&context) != SUCCESS || context != context_) return false;
@@ -200,11 +199,11 @@ public:
 
     int visit(visitproc visit, void* arg) const {
         Py_VISIT(device.get());
-        for (const Watched& each : watched) {
+        for (const Watch& each : watches) {
             Py_VISIT(each.object.get());
             Py_VISIT(each.name.get());
         }
-        for (const Followed& each : followed_) Py_VISIT(each.object.get());
+        for (const AddressTable& each : tables_) Py_VISIT(each.object.get());
         for (const Launch& each : launches_) Py_VISIT(each.keep.get());
         return 0;
     }
@@ -213,28 +212,29 @@ public:
         // A copy may be under way that no event records. Its memory stays for good.
         if (is_broken_) ring_.release();
         else if (ring_) Ring::give_back(std::move(ring_));
-        const auto old_watched = std::exchange(watched, {});
-        const auto old_followed = std::exchange(followed_, {});
+        const auto old_watches = std::exchange(watches, {});
+        const auto old_tables = std::exchange(tables_, {});
         const auto old_launches = std::exchange(launches_, {});
         const Ref old_device = std::move(device);
     }
 
 private:
     // Returns whether the kernels can read the gradients of a bucket; notes whether any has moved.
-    bool is_served(Followed& followed) const {
-        const Bucket& bucket = *followed.bucket;
-        if (bucket.edition != followed.edition || bucket.gradients.size() != followed.known.size())
+    bool is_served(AddressTable& table) const {
+        const Bucket& bucket = *table.bucket;
+        if (bucket.edition != table.edition || bucket.gradients.size() != table.content.size())
             return false;
-        followed.has_moved = !std::equal(followed.known.begin(), followed.known.end(),
-                                         bucket.gradients.begin());
-        if (!followed.has_moved) return true;
-        return is_aligned(bucket, followed.alignment) &&
-               (skips_idle || has_same_rows(bucket.gradients.data(), followed.known));
+        table.is_outdated =
+            !std::equal(table.content.begin(), table.content.end(), bucket.gradients.begin());
+        if (!table.is_outdated) return true;
+        return is_aligned(bucket, table.alignment) &&
+               (skips_idle || has_same_rows(bucket.gradients.data(), table.content));
     }
 
-    static bool has_same_rows(const void* const* addresses, const std::vector<const void*>& known) {
-        for (size_t i = 0; i < known.size(); ++i)
-            if (!addresses[i] != !known[i]) return false;
+    static bool has_same_rows(const void* const* addresses,
+                              const std::vector<const void*>& others) {
+        for (size_t i = 0; i < others.size(); ++i)
+            if (!addresses[i] != !others[i]) return false;
         return true;
     }
 
@@ -255,16 +255,15 @@ private:
         failed = "upload the addresses of gradients";
         unsigned char* memory = nullptr;
         size_t at = 0;
-        for (Followed& each : followed_) {
-            if (!each.has_moved) continue;
-            std::copy(each.bucket->gradients.begin(), each.bucket->gradients.end(),
-                      each.known.begin());
-            if (!each.table || each.known.empty()) continue;
+        for (AddressTable& each : tables_) {
+            if (!each.is_outdated) continue;
+            const auto& addresses = each.bucket->gradients;
+            std::copy(addresses.begin(), addresses.end(), each.content.begin());
+            if (!each.place || each.content.empty()) continue;
             if (!memory)
                 if (const int error = ring_->next(memory)) return error;
-            std::memcpy(memory + at, each.known.data(), each.bytes());
-            if (const int error =
-                    driver_->upload(each.table, memory + at, each.bytes(), stream_))
+            std::memcpy(memory + at, each.content.data(), each.bytes());
+            if (const int error = driver_->upload(each.place, memory + at, each.bytes(), stream_))
                 return error;
             at += each.bytes();
         }
@@ -275,9 +274,9 @@ private:
         failed = "launch a kernel";
         for (Launch& each : launches_) {
             if (each.takes_addresses) {
-                const Followed& followed = followed_[each.followed];
-                std::memcpy(each.parameters.data() + each.addresses, followed.known.data(),
-                            followed.bytes());
+                const AddressTable& table = tables_[each.table];
+                std::memcpy(each.parameters.data() + each.begin, table.content.data(),
+                            table.bytes());
             }
             void* parameters[MOST_PARAMETERS];
             for (size_t i = 0; i < each.offsets.size(); ++i)
@@ -294,7 +293,7 @@ private:
     const Driver* driver_ = nullptr;
     void* context_ = nullptr;  // null: the garbage collector has cleared the launches
     int64_t process_ = 0;
-    std::vector<Followed> followed_;
+    std::vector<AddressTable> tables_;
     std::vector<Launch> launches_;
     std::unique_ptr<Ring> ring_;
     void* stream_ = nullptr;  // the stream that was current when the launches were made

@@ -21,14 +21,14 @@ bool read_named(PyObject* args, PyObject* named, const char* format, const char*
 }
 
 // Reads an object that must be empty, or a pair: an object, and the name of its attribute.
-inline bool read_watched(PyObject* item, std::vector<Watched>& watched) {
+inline bool read_watch(PyObject* item, std::vector<Watch>& watches) {
     if (!PyTuple_Check(item)) {
-        watched.push_back({Ref::to(item), Ref()});
+        watches.push_back({Ref::to(item), Ref()});
         return true;
     }
     PyObject *object, *name;
     if (!PyArg_ParseTuple(item, "OU", &object, &name)) return false;
-    watched.push_back({Ref::to(object), Ref::to(name)});
+    watches.push_back({Ref::to(object), Ref::to(name)});
     return true;
 }
 
@@ -46,7 +46,7 @@ inline PyObject* new_launches(PyTypeObject* type, PyObject* args, PyObject* name
     launches.skips_idle = skips_idle, launches.clips = clips;
     const Items items(watch);
     for (Py_ssize_t i = 0; i < items.size(); ++i)
-        if (!read_watched(items.get(i), launches.watched)) return nullptr;
+        if (!read_watch(items.get(i), launches.watches)) return nullptr;
     return launches.begin() ? self.release() : nullptr;
 }
 
@@ -65,7 +65,7 @@ inline PyObject* launches_add_bucket(PyObject* self, PyObject* args, PyObject* n
         : launches.find(*bucket)                        ? "the bucket was added before"
                                                         : nullptr;
     if (problem) return PyErr_SetString(PyExc_ValueError, problem), nullptr;
-    launches.follow(object, *bucket, table, alignment);
+    launches.add_table(object, *bucket, table, alignment);
     return none();
 }
 
@@ -80,16 +80,16 @@ inline bool read_addresses(Launches& launches, PyObject* pair, Launch& launch) {
     }
     const Bucket* const bucket = to_bucket(object);
     if (!bucket) return false;
-    const Followed* const followed = launches.find(*bucket);
-    const size_t bytes = followed ? followed->bytes() : 0;
-    if (!followed || followed->known.size() > Launches::MOST_ADDRESSES || offset % 8 ||
+    const AddressTable* const table = launches.find(*bucket);
+    const size_t bytes = table ? table->bytes() : 0;
+    if (!table || table->content.size() > Launches::MOST_ADDRESSES || offset % 8 ||
         offset > launch.parameters.size() || bytes > launch.parameters.size() - offset) {
         PyErr_SetString(PyExc_ValueError, "gradients: up to eight addresses of a bucket that was "
                                           "added, within the parameters");
         return false;
     }
-    launch.followed = launches.index_of(*followed), launch.addresses = size_t(offset);
     launch.takes_addresses = true;
+    launch.table = launches.index_of(*table), launch.begin = size_t(offset);
     return true;
 }
 
@@ -139,55 +139,54 @@ inline PyObject* launches_add_launch(PyObject* self, PyObject* args, PyObject* n
     return none();
 }
 
-// Returns what the launches know of a bucket; null with an exception set if they do not follow it.
-inline Followed* find_followed(Launches& launches, PyObject* object) {
+// Returns the table of a bucket; null with an exception set if the bucket was not added.
+inline AddressTable* find_table(Launches& launches, PyObject* object) {
     const Bucket* const bucket = to_bucket(object);
     if (!bucket) return nullptr;
-    Followed* const followed = launches.find(*bucket);
-    if (!followed) PyErr_SetString(PyExc_ValueError, "the bucket was not added");
-    return followed;
+    AddressTable* const table = launches.find(*bucket);
+    if (!table) PyErr_SetString(PyExc_ValueError, "the bucket was not added");
+    return table;
 }
 
-inline PyObject* launches_note(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+inline PyObject* launches_note_addresses(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     Launches& launches = LaunchesObject::of(self);
-    if (!expects("note()", count, 2)) return nullptr;
-    Followed* const followed = find_followed(launches, args[0]);
+    if (!expects("note_addresses()", count, 2)) return nullptr;
+    AddressTable* const table = find_table(launches, args[0]);
     char* bytes = nullptr;
     Py_ssize_t length = 0;
-    if (!followed || PyBytes_AsStringAndSize(args[1], &bytes, &length)) return nullptr;
+    if (!table || PyBytes_AsStringAndSize(args[1], &bytes, &length)) return nullptr;
     const char* const problem =
         launches.is_running()                 ? "launches cannot change within a step"
-        : size_t(length) != followed->bytes() ? "a bucket has an address for each row"
+        : size_t(length) != table->bytes() ? "a bucket has an address for each row"
                                               : nullptr;
     if (problem) return PyErr_SetString(PyExc_ValueError, problem), nullptr;
-    std::vector<const void*> addresses(followed->known.size());
+    std::vector<const void*> addresses(table->content.size());
     std::memcpy(addresses.data(), bytes, size_t(length));
-    if (!launches.note(*followed, addresses.data())) {
+    if (!launches.note(*table, addresses.data())) {
         PyErr_SetString(PyExc_ValueError, "the launches serve other rows");
         return nullptr;
     }
     return none();
 }
 
-inline PyObject* launches_known(PyObject* self, PyObject* object) {
-    const Followed* const followed = find_followed(LaunchesObject::of(self), object);
-    if (!followed) return nullptr;
-    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(followed->known.data()),
-                                     Py_ssize_t(followed->bytes()));
+inline PyObject* launches_addresses(PyObject* self, PyObject* object) {
+    const AddressTable* const table = find_table(LaunchesObject::of(self), object);
+    if (!table) return nullptr;
+    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(table->content.data()),
+                                     Py_ssize_t(table->bytes()));
 }
 
 inline PyObject* launches_run(PyObject* self, PyObject*) {
     Launches& launches = LaunchesObject::of(self);
-    if (launches.is_running() || !launches.is_unwatched() || !launches.is_ready())
-        return Py_NewRef(Py_False);
+    if (!launches.is_unobserved() || !launches.is_ready()) return Py_NewRef(Py_False);
     return launches.run() ? Py_NewRef(Py_True) : nullptr;
 }
 
 inline PyMethodDef launches_methods[] = {
     {"add_bucket", method<launches_add_bucket>(), METH_VARARGS | METH_KEYWORDS, nullptr},
     {"add_launch", method<launches_add_launch>(), METH_VARARGS | METH_KEYWORDS, nullptr},
-    {"note", method<launches_note>(), METH_FASTCALL, nullptr},
-    {"known", method<launches_known>(), METH_O, nullptr},
+    {"note_addresses", method<launches_note_addresses>(), METH_FASTCALL, nullptr},
+    {"addresses", method<launches_addresses>(), METH_O, nullptr},
     {"run", method<launches_run>(), METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -162,14 +162,14 @@ class Plan:
     def bind(self, launches: Launches | None, /) -> None:
         """Have the steps of a course make these launches instead of calling the CPU's kernels.
 
-        The launches must follow exactly the buckets of the plan. A plan that has had launches calls
+        The launches must have exactly the buckets of the plan. A plan that has had launches calls
         no CPU kernel in `step` any more. The binding ends with `end_course`, `set_sources`,
         `set_buckets`, `set_scalars`, and an exception of `step`. If a row of a bucket changes, the
         launches stop serving. `begin_course` leaves the binding alone.
 
         Raises:
             RuntimeError: if pinned memory for uploads is missing.
-            ValueError: if the launches follow other buckets.
+            ValueError: if the launches have other buckets.
         """
 
     def step(self, attributes: dict[str, Any], /) -> int:
@@ -194,8 +194,8 @@ class Launches:
 
     Args:
         device: the index of the GPU, which must be the current one.
-        watch: what must be empty at each step: an object with a length, or `(object, name)` for
-            an attribute. Meant for hooks.
+        watch: objects that must be empty at each step, as lists of hooks are; `(object, name)` for
+            an attribute.
         skips_idle: whether the kernels skip a row whose gradient has the address 0. Else the
             launches serve only steps in which the same rows have gradients.
         clips: whether the launches clip the gradients. A course with a largest norm needs launches
@@ -214,11 +214,11 @@ class Launches:
         clips: bool = False,
     ) -> Launches: ...
     def add_bucket(self, bucket: Bucket, *, table: int = 0, alignment: int = 1) -> None:
-        """Follow the gradients of a bucket. The device must have the addresses of the last scan.
+        """Add a bucket. The device must have its rows, and the addresses of the last scan.
 
         Args:
-            bucket: the bucket, whose rows the device has.
-            table: the device's address of a table of the gradients' addresses; 0: no table.
+            bucket: the bucket.
+            table: where the device has the table of the gradients' addresses; 0: no table.
             alignment: a power of two. The launches serve only gradients at multiples of it.
         """
 
@@ -243,7 +243,7 @@ class Launches:
             shared: the bytes of dynamic shared memory.
             parameters: the packed parameters, each at a multiple of its size.
             sizes: the bytes of each parameter: 1, 2, 4 or 8.
-            keep: what the launch needs alive: the compiled kernel, tensors.
+            keep: objects that the launch needs alive, as the compiled kernel and tensors.
             gradients: an added bucket of up to eight rows, and where in the parameters the
                 addresses of its gradients begin. Each step writes them there.
 
@@ -251,10 +251,10 @@ class Launches:
             ValueError: if the driver expects other parameters.
         """
 
-    def note(self, bucket: Bucket, addresses: bytes, /) -> None:
+    def note_addresses(self, bucket: Bucket, addresses: bytes, /) -> None:
         """Note the addresses that other code has written into a bucket's table."""
 
-    def known(self, bucket: Bucket, /) -> bytes:
+    def addresses(self, bucket: Bucket, /) -> bytes:
         """Return the addresses that a bucket's table holds after the last step."""
 
     def run(self) -> bool:

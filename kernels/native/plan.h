@@ -333,7 +333,7 @@ private:
     Outcome why_not(PyObject* attributes) const {
         if (is_observed(attributes)) return OBSERVED;
         if (!optimizer || is_replaced(optimizer.get(), own_step, sources)) return REPLACED;
-        if (launches ? !bound()->is_unwatched() : is_on_gpu()) return UNSERVED;
+        if (launches ? !bound()->is_unobserved() : is_on_gpu()) return UNSERVED;
         if (course.is_over()) return OUT_OF_VALUES;
         if (!is_empty(item(attributes, names().cycle_end_hooks)) &&
             (course.ends.empty() || course.ends[course.row]))

@@ -156,8 +156,8 @@ inline PyObject* plan_bind(PyObject* self, PyObject* object) {
             return nullptr;
         }
         Launches& launches = LaunchesObject::of(object);
-        if (!launches.follows(plan.sources.buckets)) {
-            PyErr_SetString(PyExc_ValueError, "launches must follow the buckets of the plan");
+        if (!launches.serve(plan.sources.buckets)) {
+            PyErr_SetString(PyExc_ValueError, "launches must have the buckets of the plan");
             return nullptr;
         }
         if (!launches.complete() || !is_free(plan)) return nullptr;

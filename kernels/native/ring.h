@@ -4,10 +4,7 @@
 // ahead of the GPU.
 #pragma once
 
-#include <algorithm>
-#include <cstring>
 #include <memory>
-#include <vector>
 
 #include "driver.h"
 
@@ -33,8 +30,12 @@ public:
         size_t size = 4096;
         while (size < bytes) size *= 2;
         error = SUCCESS;
-        for (std::unique_ptr<Ring>& spare : spares())
-            if (spare && spare->fits(context, size)) return std::move(spare);
+        for (std::unique_ptr<Ring>* spare = &first_spare(); *spare; spare = &(*spare)->next_spare_)
+            if ((*spare)->fits(context, size)) {
+                std::unique_ptr<Ring> ring = std::move(*spare);
+                *spare = std::move(ring->next_spare_);
+                return ring;
+            }
         std::unique_ptr<Ring> ring(new Ring(driver, context, size));
         {
             const WithoutGil without_gil(true);
@@ -46,12 +47,8 @@ public:
     // Keeps the ring for a later user, who looks at the events before writing. So no end of a
     // ring calls the driver, which may be gone, wait for a copy, or lack a context in this thread.
     static void give_back(std::unique_ptr<Ring> ring) {
-        for (std::unique_ptr<Ring>& spare : spares())
-            if (!spare) {
-                spare = std::move(ring);
-                return;
-            }
-        spares().push_back(std::move(ring));
+        ring->next_spare_ = std::move(first_spare());
+        first_spare() = std::move(ring);
     }
 
     // Finds a slot that no copy reads, and waits for one if the GPU has yet to read all.
@@ -92,9 +89,9 @@ private:
         : driver_(driver), context_(context), size_(size), process_(process_id()) {}
 
     // The rings that wait for a user. Never freed: at exit the driver may end before the process.
-    static std::vector<std::unique_ptr<Ring>>& spares() {
-        static auto* const spares = new std::vector<std::unique_ptr<Ring>>;
-        return *spares;
+    static std::unique_ptr<Ring>& first_spare() {
+        static auto* const first = new std::unique_ptr<Ring>;
+        return *first;
     }
 
     bool fits(void* context, size_t size) const {
@@ -126,6 +123,7 @@ private:
     Slot slots_[SLOTS];
     size_t last_ = SLOTS - 1;  // the slot chosen last
     int64_t uses_ = 0;
+    std::unique_ptr<Ring> next_spare_;
 };
 
 }  // namespace clr

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import triton.language as tl
-from fake_gpu import device
 from mended_interpreter import mend_the_interpreter
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
+
+from fake_gpu import device
 
 __all__ = ["install", "run"]
 

@@ -29,7 +29,6 @@ def operations_at_once() -> None:
     device.set_order(device.Order.AT_ONCE)
 
 
-
 class Training:
     """Parameters with equal numbers in every run, and their wrapped optimizer."""
 

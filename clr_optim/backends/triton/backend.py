@@ -151,6 +151,14 @@ class TritonBackend:
         """Have the next step bind its launches, so that native code takes the steps after it."""
         self._binds = self._why_unbound is None
 
+    def doubt(self) -> None:
+        """Take note that native code has failed within a step: only the device knows how far."""
+        self._bound = None
+        if self.who_knows is WhoKnows.HOST:
+            self.who_knows = WhoKnows.MAYBE
+        for launch in self._launches:
+            launch.doubt_uploads()
+
     def step(self, course: Course, gradients: Gradients) -> Tensor | None:
         """Update all tensors of the plan: one launch per bucket, and one to advance the position.
 
@@ -233,9 +241,9 @@ class TritonBackend:
         elif self._binds and not capturing and self._is_ordinary(course, gradients):
             (clock,) = self._clocks.values()
             with current.guard(clock.device):
-                followed = [launch.followed() for launch in self._launches]
+                tables = [launch.address_table() for launch in self._launches]
                 self._why_unbound = bind(
-                    plan, clock.device, followed, calls, skips_idle=True, clips=clips
+                    plan, clock.device, tables, calls, skips_idle=True, clips=clips
                 )
             self._bound = plan.native.launches
         self._binds = False

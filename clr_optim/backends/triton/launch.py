@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clr_optim.backends import device as current
 from clr_optim.backends.triton.mirror import Mirror
-from clr_optim.backends.triton.prebound import Call, Followed, launch
+from clr_optim.backends.triton.prebound import AddressTable, Call, launch
 from clr_optim.plan import Bucket
 
 __all__ = ["Launch", "most_programs"]
@@ -56,6 +56,7 @@ class Launch:
         self._blocks = _FEW_BLOCKS
         self._takes_whole_step = False
         self._passed: list[int] = []
+        self._reads_table = False
         #: programs of an update, one per chunk
         self.count = 0
 
@@ -79,7 +80,8 @@ class Launch:
             self._edition = bucket.edition
         self._takes_whole_step = is_alone and self.count <= most_programs(bucket.device)
         self._passed = self._passed_in(gradients) if self._takes_whole_step else []
-        if self._passed and not clips:
+        self._reads_table = clips or not self._passed
+        if not self._reads_table:
             return
         if current.is_capturing():
             self._gradients.put_in_graph(gradients)
@@ -129,9 +131,9 @@ class Launch:
         """Return the tables on the device."""
         yield from (self._rows.table, self._gradients.table, self._chunks.table, self._constants)
 
-    def followed(self) -> Followed:
-        """Return the bucket, for launches that native code makes."""
-        return Followed(self.bucket, self._gradients.table)
+    def address_table(self) -> AddressTable:
+        """Return the table of addresses that native code keeps up to date."""
+        return AddressTable(self.bucket, self._gradients.table if self._reads_table else None)
 
     def note_uploads(self, launches: Any) -> None:
         """Take note of the addresses that native code has uploaded.
@@ -139,8 +141,12 @@ class Launch:
         Args:
             launches: the launches that native code has made, see :mod:`.prebound`.
         """
-        if self._gradients.table is not None:
-            self._gradients.note(launches.known(self.bucket.native))
+        if self._reads_table:
+            self._gradients.note(launches.addresses(self.bucket.native))
+
+    def doubt_uploads(self) -> None:
+        """Upload the addresses again in the next step."""
+        self._gradients.forget()
 
     def give_up(self) -> list[object]:
         """Return the tables that a captured step reads, and writes at every replay."""

@@ -45,6 +45,10 @@ class Mirror:
         """Take note of what other code has uploaded into the table."""
         self._last = content
 
+    def forget(self) -> None:
+        """Have the next :meth:`put` upload the table."""
+        self._is_filled = False
+
     def fill(self, table: npt.NDArray[Any]) -> None:
         """Upload the table, changed or not, without waiting for the copy.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clr_optim.plan import Bucket, Plan
 
-__all__ = ["Call", "Followed", "bind", "launch", "pack"]
+__all__ = ["AddressTable", "Call", "bind", "launch", "pack"]
 
 #: Versions of Triton whose order and layout of parameters a test has compared with ours.
 KNOWN_TRITONS = ((3, 6), (3, 7), (3, 8), (3, 9))
@@ -66,12 +66,14 @@ def launch(
     return Call(kernel[grid](*arguments, **compiled_for), grid, arguments, gradients)
 
 
-class Followed(NamedTuple):
-    """A bucket whose gradients the kernels read."""
+class AddressTable(NamedTuple):
+    """The addresses of a bucket's gradients, as the kernels read them."""
 
     bucket: Bucket
-    #: the gradients' addresses on the device, or None if they travel as arguments
+    #: the table on the device, or None if the addresses travel as arguments
     table: Tensor | None = None
+    #: the content of the table; None: the addresses of the last scan
+    content: bytes | None = None
     #: a power of two that the kernels expect to divide every address
     alignment: int = 1
 
@@ -89,7 +91,7 @@ class Packed(NamedTuple):
 def bind(
     plan: Plan,
     device: torch.device,
-    followed: Sequence[Followed],
+    tables: Sequence[AddressTable],
     calls: Sequence[Call],
     *,
     skips_idle: bool = False,
@@ -98,13 +100,19 @@ def bind(
     """Have the ordinary steps of a plan repeat launches that Triton has just made.
 
     Call this after a step that was not captured, with the device as the current one. The device
-    must agree with the plan at that time: rows, settings, position, and the gradients' addresses of
-    the last scan. The launches keep the kernels and the arguments' tensors alive.
+    must agree with the plan: rows, settings, and the position, which the host must know. The
+    launches keep the kernels and the arguments' tensors alive.
+
+    The binding ends at the next general step, and whenever the plan is built anew; see
+    ``Plan.bind`` in ``kernels/native/module.pyi``. If a table on the device moves at another time,
+    call ``plan.native.bind(None)``. Before the host uploads addresses itself,
+    ``launches.addresses(bucket)`` tells which the device has. If a step raises, the host must
+    ask the device for the position, and upload every table again.
 
     Args:
-        plan: the plan, whose buckets are all in ``followed``.
+        plan: the plan.
         device: the only device of the plan.
-        followed: the buckets.
+        tables: all buckets of the plan.
         calls: the launches of a whole step, in order.
         skips_idle: whether the kernels skip a row whose gradient has the address 0. Otherwise a
             step with other idle rows takes the general way.
@@ -120,12 +128,17 @@ def bind(
         launches = plan.lib.Launches(device.index or 0, watch, skips_idle=skips_idle, clips=clips)
     except RuntimeError as error:  # no driver that native code knows, as on Intel's GPUs
         return str(error)
-    for bucket, table, alignment in followed:
+    for bucket, table, content, alignment in tables:
         address = 0 if table is None else table.data_ptr()
-        launches.add_bucket(bucket.native, table=address, alignment=alignment)
-    tables = tuple(each.table for each in followed)
+        try:
+            launches.add_bucket(bucket.native, table=address, alignment=alignment)
+            if content is not None:
+                launches.note_addresses(bucket.native, content)
+        except ValueError as error:  # a scan has found other gradients since the last step
+            return str(error)
+    keep = tuple(each.table for each in tables)
     for call in calls:
-        why_not = _add(launches, call, tables)
+        why_not = _add(launches, call, keep)
         if why_not:
             return why_not
     plan.native.bind(launches)
@@ -159,7 +172,7 @@ def _add(launches: Any, call: Call, keep: object) -> str | None:
 
 
 def _watched(calls: Sequence[Call]) -> list[object] | str:
-    """Return what must stay empty for Triton to launch and do nothing else, or why it does more."""
+    """Return objects that stay empty while Triton only launches, or why Triton does more."""
     import triton
     from triton import knobs
 

@@ -67,10 +67,16 @@ def test_a_change_of_a_row_ends_the_service(bound, driver):
 def test_a_plan_without_buckets_makes_no_launch(bound):
     bound.plan.set_buckets([], [])
     assert bound.step() == bound.outcome("UNSERVED")
-    with pytest.raises(ValueError, match="must follow the buckets of the plan"):
+    with pytest.raises(ValueError, match="must have the buckets of the plan"):
         bound.plan.bind(bound.launches)
     with pytest.raises(TypeError, match="takes Launches"):
         bound.plan.bind(bound.bucket)
+
+
+def test_launches_of_another_plan_are_refused(bound):
+    with pytest.raises(ValueError, match="must have the buckets of the plan"):
+        bound.plan.bind(Bound().launches)
+    assert bound.plan.launches is bound.launches
 
 
 # ---- uploads by other code
@@ -79,15 +85,15 @@ def test_a_plan_without_buckets_makes_no_launch(bound):
 def test_addresses_that_other_code_uploaded_are_not_uploaded_again(bound, driver):
     bound.move()
     bound.plan.scan()
-    bound.launches.note(bound.bucket, bound.addresses)
+    bound.launches.note_addresses(bound.bucket, bound.addresses)
     assert bound.step() == bound.outcome("TAKEN")
     assert not driver.take(UPLOAD)
     with pytest.raises(ValueError, match="an address for each row"):
-        bound.launches.note(bound.bucket, bytes(8))
+        bound.launches.note_addresses(bound.bucket, bytes(8))
     with pytest.raises(ValueError, match="other rows"):
-        bound.launches.note(bound.bucket, bytes(24))
+        bound.launches.note_addresses(bound.bucket, bytes(24))
     with pytest.raises(TypeError, match="expected a Bucket"):
-        bound.launches.known(bound.plan)
+        bound.launches.addresses(bound.plan)
 
 
 # ---- errors of the driver
@@ -157,7 +163,7 @@ def test_without_pinned_memory_nothing_is_bound(driver, name):
 
 def test_the_driver_must_expect_the_parameters(bound, driver):
     launches = bound.made()
-    for sizes in ((8, 4, 4), (8, 4, 4, 8, 8), (8, 8, 8), (8, 4, 8, 8)):
+    for sizes in ((8, 4, 4), (8, 4, 4, 4), (8, 4, 4, 8, 8), (8, 8, 8), (8, 4, 8, 8)):
         kernel = driver.function(sizes)
         with pytest.raises(ValueError, match="the driver expects other parameters"):
             bound.add(launches, function=kernel)

@@ -55,7 +55,7 @@ def test_gradients_that_stay_are_not_uploaded(bound):
 
 
 def test_gradients_that_move_are_uploaded_before_the_launch(bound):
-    assert bound.launches.known(bound.bucket) == bound.addresses
+    assert bound.launches.addresses(bound.bucket) == bound.addresses
     for _ in range(3):
         bound.move(1)
         bound.opt.step()
@@ -63,7 +63,7 @@ def test_gradients_that_move_are_uploaded_before_the_launch(bound):
         assert [r.name for r in (upload, record, launch)] == [UPLOAD, "cuEventRecord", LAUNCH]
         assert (upload.object, upload.stream, record.stream) == (TABLE, STREAM, STREAM)
         assert not upload.holds_gil
-        assert upload.bytes == bound.addresses == bound.launches.known(bound.bucket)
+        assert upload.bytes == bound.addresses == bound.launches.addresses(bound.bucket)
         expected = [p.grad.data_ptr() for p in bound.params]
         assert list(struct.unpack("3Q", upload.bytes)) == expected
 
@@ -101,7 +101,7 @@ def test_two_buckets_share_a_slot(driver):
     launches = plan.lib.Launches(0, [])
     launches.add_bucket(first, table=TABLE)
     bound.add(launches)
-    with pytest.raises(ValueError, match="must follow the buckets of the plan"):
+    with pytest.raises(ValueError, match="must have the buckets of the plan"):
         plan.native.bind(launches)
     launches.add_bucket(second, table=2 * TABLE)
     plan.native.bind(launches)
@@ -112,8 +112,8 @@ def test_two_buckets_share_a_slot(driver):
     bound.opt.step()
     names = [r.name for r in driver.take()]
     assert names == [UPLOAD, UPLOAD, "cuEventRecord", LAUNCH]
-    assert launches.known(first) == bytes(first.gradients())
-    assert launches.known(second) == bytes(second.gradients())
+    assert launches.addresses(first) == bytes(first.gradients())
+    assert launches.addresses(second) == bytes(second.gradients())
 
 
 # ---- the ring
@@ -186,13 +186,13 @@ def test_another_context_or_a_capture_ends_the_step_unchanged(bound, driver, cha
 
 def refuses(bound: Bound) -> None:
     """Assert that a step ends without a change."""
-    before = dict(bound.opt.param_groups[0]), bound.launches.known(bound.bucket)
+    before = dict(bound.opt.param_groups[0]), bound.launches.addresses(bound.bucket)
     bound.move(0)
     DRIVER.take()
     versions = [p._version for p in bound.params]
     assert bound.step() == bound.outcome("UNSERVED")
     assert DRIVER.take() == []
-    assert (dict(bound.opt.param_groups[0]), bound.launches.known(bound.bucket)) == before
+    assert (dict(bound.opt.param_groups[0]), bound.launches.addresses(bound.bucket)) == before
     assert [p._version for p in bound.params] == versions
 
 

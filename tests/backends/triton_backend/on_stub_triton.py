@@ -77,8 +77,8 @@ def stepped(case: Case, dtype: torch.dtype, **options: Any) -> Any:
     return opt
 
 
-def followed(opt: Any) -> list[prebound.Followed]:
-    return [prebound.Followed(bucket, torch.zeros(1)) for bucket in plan_of(opt).buckets]
+def tables(opt: Any) -> list[prebound.AddressTable]:
+    return [prebound.AddressTable(bucket, torch.zeros(1)) for bucket in plan_of(opt).buckets]
 
 
 def compare(opt: Any, launched: list[Launched]) -> list[str]:
@@ -93,7 +93,7 @@ def compare(opt: Any, launched: list[Launched]) -> list[str]:
     assert all(record.bytes for record in expected)
     plan = plan_of(opt)
     calls = [each.call for each in launched]
-    assert prebound.bind(plan, CPU, followed(opt), calls) is None
+    assert prebound.bind(plan, CPU, tables(opt), calls) is None
     assert plan.native.launches.run() is True
     ours = DRIVER.take("cuLaunch")
     assert all(record.name == "cuLaunchKernel" for record in ours)
@@ -190,20 +190,20 @@ def test_missing_arguments_are_left_to_triton(calls):
 def test_an_unknown_triton_is_left_alone(launched, monkeypatch):
     opt, calls = opt_and_calls(launched)
     monkeypatch.setattr(triton, "__version__", "3.99.0+git")
-    why_not = prebound.bind(plan_of(opt), CPU, followed(opt), calls)
+    why_not = prebound.bind(plan_of(opt), CPU, tables(opt), calls)
     assert why_not == "Triton 3.99.0+git may pass other parameters than those known"
 
 
 def test_without_a_context_triton_launches(launched):
     opt, calls = opt_and_calls(launched)
     DRIVER.state.context = 0
-    assert prebound.bind(plan_of(opt), CPU, followed(opt), calls) == "this thread uses no GPU"
+    assert prebound.bind(plan_of(opt), CPU, tables(opt), calls) == "this thread uses no GPU"
 
 
 def test_a_driver_that_expects_other_parameters_is_believed(launched):
     opt, calls = opt_and_calls(launched)
     DRIVER.state.is_old = 1
-    why_not = prebound.bind(plan_of(opt), CPU, followed(opt), calls)
+    why_not = prebound.bind(plan_of(opt), CPU, tables(opt), calls)
     assert why_not is not None
     assert why_not.endswith("the driver expects other parameters")
 
@@ -213,7 +213,7 @@ def test_triton_s_hooks_end_the_service(launched):
 
     opt, calls = opt_and_calls(launched)
     plan = plan_of(opt)
-    assert prebound.bind(plan, CPU, followed(opt), calls) is None
+    assert prebound.bind(plan, CPU, tables(opt), calls) is None
     launches = plan.native.launches
     assert launches.run()
     for chain in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
@@ -245,12 +245,34 @@ def test_addresses_travel_in_place_of_arguments(launched):
         if packed.sizes[:4] == [8] * 4:
             break
     call = call._replace(gradients=(bucket, first))
-    assert prebound.bind(plan, CPU, [prebound.Followed(bucket)], [call]) is None
+    assert prebound.bind(plan, CPU, [prebound.AddressTable(bucket)], [call]) is None
     assert plan.native.launches.run()
     (record,) = DRIVER.take("cuLaunchKernel")
     addresses = bucket.gradients.tobytes()
     assert len(addresses) == 4 * 8
     assert record.bytes == addresses + packed.parameters[len(addresses) :]
+
+
+def test_a_table_may_hold_older_addresses_than_the_last_scan(launched):
+    opt, calls = opt_and_calls(launched)
+    plan = plan_of(opt)
+    (bucket,) = plan.buckets
+    table, before = torch.zeros(1), bucket.gradients.tobytes()
+    old = [p.grad for p in bucket.params]
+    for param in bucket.params:
+        param.grad = torch.ones_like(param)
+    plan.refresh()
+    assert bucket.gradients.tobytes() != before
+    assert old
+    current = prebound.AddressTable(bucket, table, before)
+    assert prebound.bind(plan, CPU, [current], calls) is None
+    assert plan.native.launches.addresses(bucket.native) == before
+    assert plan.native.launches.run()
+    (upload,) = DRIVER.take("cuMemcpy")
+    assert upload.object == table.data_ptr()
+    assert upload.bytes == bucket.gradients.tobytes()
+    idle = prebound.AddressTable(bucket, table, bytes(len(before)))
+    assert prebound.bind(plan, CPU, [idle], calls) == "the launches serve other rows"
 
 
 def test_the_backend_is_triton_s(launched):

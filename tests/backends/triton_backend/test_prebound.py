@@ -1,4 +1,4 @@
-"""Prebound launches, in processes whose driver of a GPU is a stub that runs nothing."""
+"""Prebound launches, without a driver of a GPU and with a stub that runs nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 import stub_helpers
+import torch
+from internals import plan_of
 from places import TESTS
+
+from clr_optim import CyclicalOptimizer
+from clr_optim.backends.native import library
 
 HERE = Path(__file__).parent
 
@@ -45,3 +50,24 @@ def test_on_the_stub(environment, name):
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\d+ passed", done.stdout)
     assert "skipped" not in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a process without a GPU's driver")
+def test_without_a_driver_there_are_no_launches():
+    with pytest.raises(RuntimeError, match="no driver of a GPU is loaded"):
+        library().Launches(0, [])
+
+
+def test_no_kernel_of_the_cpu_touches_the_tensors_of_a_gpu(native_kernels):
+    param = torch.nn.Parameter(torch.zeros(3))
+    param.grad = torch.ones(3)
+    opt = CyclicalOptimizer(torch.optim.SGD([param], lr=0.1), backend="native")
+    opt.step()
+    plan = plan_of(opt)
+    (bucket,) = plan.buckets
+    on_gpu = library().Bucket(0, 0, (), 0, (0, 0), (2, 0), False, (0, 0, 0, 0))  # DLPack's kDLCUDA
+    on_gpu.append(param, {}, [], 0, False, param.grad)
+    plan.native.set_buckets([bucket.native, on_gpu], [param])
+    before = param.detach().clone()
+    assert plan.native.step(vars(opt)) == library().UNSERVED
+    assert torch.equal(param, before)
