@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from fake_gpu import device
 from torch import Tensor
 
 from clr_optim import CyclicalOptimizer
+from fake_gpu import device
 
 EVENTS = 25
 SIZES = (40, 1, 11)

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import triton.language as tl
-from fake_gpu import device
 from mended_interpreter import mend_the_interpreter
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
+
+from fake_gpu import device
 
 __all__ = ["install", "run"]
 
@@ -28,7 +29,8 @@ __all__ = ["install", "run"]
 # ---- twins
 
 
-_twins: dict[JITFunction, interpreter.InterpretedFunction] = {}
+# By id(), since Triton hashes a function by its whole source. The functions live as long as these.
+_twins: dict[int, tuple[JITFunction, interpreter.InterpretedFunction]] = {}
 _globals: dict[int, dict[str, Any]] = {}
 
 
@@ -37,9 +39,9 @@ def twin_of(value: Any) -> Any:
     if isinstance(value, tl.constexpr):
         return twin_of(value.value)
     if isinstance(value, JITFunction):
-        if value not in _twins:
-            _twins[value] = _make_twin(value.fn)
-        return _twins[value]
+        if id(value) not in _twins:
+            _twins[id(value)] = value, _make_twin(value.fn)
+        return _twins[id(value)][1]
     if isinstance(value, tuple):
         members = [twin_of(member) for member in value]
         return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
@@ -77,19 +79,24 @@ def _compiled_language() -> list[tuple[Any, str, JITFunction]]:
     ]
 
 
+_LANGUAGE = _compiled_language()
+# The interpreter prepares the modules that a function names, and never undoes what it prepares for
+# functions called by kernels.
+_NAMES_BOTH = types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})
+
+
 @contextmanager
-def interpreted_language(functions: list[tuple[Any, str, JITFunction]]) -> Iterator[None]:
-    """Have Triton's language hold twins, as if Triton had been imported for interpretation."""
+def interpreted_language() -> Iterator[None]:
+    """Make Triton's language that of the interpreter, and afterwards that of the compiler."""
+    scope = interpreter._patch_lang(_NAMES_BOTH)
     try:
-        for owner, name, function in functions:
+        for owner, name, function in _LANGUAGE:
             setattr(owner, name, twin_of(function))
         yield
     finally:
-        for owner, name, function in functions:
+        for owner, name, function in _LANGUAGE:
             setattr(owner, name, function)
-
-
-_LANGUAGE = _compiled_language()
+        scope.restore()
 
 
 # ---- parameters
@@ -142,10 +149,7 @@ def _register(compiled: CompiledKernel) -> None:
 
 def _read(address: int, kind: tl.dtype) -> tl.tensor:
     """Return a parameter in the form that interpreted kernels take."""
-    if kind.is_ptr():
-        number = np.dtype(np.uint64)
-    else:
-        number = np.dtype(interpreter._get_np_dtype(kind))
+    number = np.dtype(np.uint64 if kind.is_ptr() else interpreter._get_np_dtype(kind))
     value = np.frombuffer(ctypes.string_at(address, number.itemsize), number).copy()
     return tl.tensor(interpreter.TensorHandle(value, kind), kind)
 
@@ -175,7 +179,7 @@ def run(function: int, grid: tuple[int, int, int], address: int) -> None:
     # The garbage collector might free tensors, and so call the device while the device is busy.
     gc.disable()
     try:
-        with np.errstate(all="ignore"), interpreted_language(_LANGUAGE):
+        with np.errstate(all="ignore"), interpreted_language():
             kernel.twin[grid](*_arguments(kernel, address))
     finally:
         if was_collecting:

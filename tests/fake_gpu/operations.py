@@ -13,8 +13,9 @@ from enum import Enum, auto
 from typing import Any
 
 import torch
-from fake_gpu import device
 from torch import Tensor
+
+from fake_gpu import device
 
 __all__ = ["install"]
 

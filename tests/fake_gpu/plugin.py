@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import fake_gpu.install  # noqa: F401  (before torch asks for devices)
 import pytest
+
+import fake_gpu.install  # noqa: F401  (before torch asks for devices)
 from fake_gpu import device
 from fake_gpu.cannot import CANNOT
 

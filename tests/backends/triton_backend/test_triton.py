@@ -35,9 +35,8 @@ from native_helpers import (
 )
 from triton_helpers import (
     DEVICE,
-    INTERPRETED,
-    SLOW,
     MARKS,
+    SLOW,
     Contract,
     Twins,
     changes,
