@@ -20,7 +20,7 @@ ON_TRITON := $(TRITON)/test_triton.py $(TRITON)/test_triton_changes.py \
 INTERPRETED := $(ON_TRITON) $(TRITON)/test_triton_machine.py $(TRITON)/test_triton_memory.py \
 	tests/core/test_hostile_checkpoints.py tests/core/test_resume_data.py tests/fuzz/test_fuzz.py
 
-.PHONY: demo test format lint types check interpreted fuzz fuzz-kill fuzz-threads distributed test-frameworks test-newest package docs pictures notebook tables errors gpu-check gpu-sanitize gpu-paper clean FORCE
+.PHONY: demo test format lint types check interpreted fuzz fuzz-kill fuzz-threads distributed test-frameworks test-newest fake-gpu package docs pictures notebook tables errors gpu-check gpu-sanitize gpu-paper clean FORCE
 
 demo: $(VENV)/.demo
 	$(BIN)/clr-optim demo $(ARGS)
@@ -104,6 +104,27 @@ test-newest: $(NEWEST)/.test
 	$(NEWEST)/bin/python -c "import torch, triton; print(torch.__version__, triton.__version__)"
 	$(NEWEST)/bin/python -m pytest $(ARGS)
 	TRITON_INTERPRET=1 $(NEWEST)/bin/python -m pytest $(INTERPRETED) $(ARGS)
+
+# The tests of GPUs on a CPU, by hand: a CUDA device that is none (tests/fake_gpu) under the torch of
+# test-newest. Two devices run their streams in a random order that follows from SEED. Then SEEDS
+# random courses of events over streams, from FIRST on.
+FAKE := build/fake_gpu
+FAKE_TESTS := $(TRITON)/test_triton_graphs.py tests/test_gpu.py $(TRITON)/test_triton.py \
+	$(TRITON)/test_triton_gpu.py tests/fake_gpu
+FAKE_PYTHON := LD_PRELOAD=$(CURDIR)/$(FAKE)/libcuda.so.1 $(NEWEST)/bin/python
+FIRST ?= 0
+SEEDS ?= 20
+fake-gpu: export TRITON_LIBCUDA_PATH := $(CURDIR)/$(FAKE)
+fake-gpu: export TRITON_CACHE_DIR := $(CURDIR)/$(FAKE)/cache
+fake-gpu: export PYTHONPATH := $(CURDIR)/tests
+fake-gpu: export FAKE_DEVICES := 2
+fake-gpu: export FAKE_ORDER = 2:$(or $(SEED),1)
+fake-gpu: $(NEWEST)/.test $(FAKE)/libcuda.so.1
+	$(FAKE_PYTHON) -m pytest -p fake_gpu.plugin $(FAKE_TESTS) $(ARGS)
+	$(FAKE_PYTHON) -m fake_gpu.fuzz_streams --first $(FIRST) --seeds $(SEEDS)
+
+$(FAKE)/libcuda.so.1: $(wildcard tests/fake_gpu/driver/*) tests/fake_gpu/build.py | $(NEWEST)/.test
+	$(NEWEST)/bin/python tests/fake_gpu/build.py $@
 
 # The Triton kernels on the CPU, watched for what they read and write (tests/triton_memory.py); a
 # process of its own, since Triton decides when it is imported.

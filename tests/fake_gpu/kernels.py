@@ -29,7 +29,8 @@ __all__ = ["install", "run"]
 # ---- twins
 
 
-_twins: dict[JITFunction, interpreter.InterpretedFunction] = {}
+# By id(), since Triton hashes a function by its whole source. The functions live as long as these.
+_twins: dict[int, tuple[JITFunction, interpreter.InterpretedFunction]] = {}
 _globals: dict[int, dict[str, Any]] = {}
 
 
@@ -38,9 +39,9 @@ def twin_of(value: Any) -> Any:
     if isinstance(value, tl.constexpr):
         return twin_of(value.value)
     if isinstance(value, JITFunction):
-        if value not in _twins:
-            _twins[value] = _make_twin(value.fn)
-        return _twins[value]
+        if id(value) not in _twins:
+            _twins[id(value)] = value, _make_twin(value.fn)
+        return _twins[id(value)][1]
     if isinstance(value, tuple):
         members = [twin_of(member) for member in value]
         return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
@@ -67,37 +68,35 @@ def _twin_globals(names: dict[str, Any]) -> dict[str, Any]:
     return _globals[id(names)]
 
 
-# What the interpreter patches.
-_OWNERS = (tl, tl.core, tl.math, tl.random, tl.standard, tl.tensor)
-
-
 def _compiled_language() -> list[tuple[Any, str, JITFunction]]:
     """Return the functions of Triton's language that are written in the language."""
+    owners = (tl, tl.core, tl.math, tl.random, tl.standard, tl.tensor)
     return [
         (owner, name, value)
-        for owner in _OWNERS
+        for owner in owners
         for name, value in vars(owner).items()
         if isinstance(value, JITFunction)
     ]
 
 
+_LANGUAGE = _compiled_language()
+# The interpreter prepares the modules that a function names, and never undoes what it prepares for
+# functions called by kernels.
+_NAMES_BOTH = types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})
+
+
 @contextmanager
-def interpreted_language(functions: list[tuple[Any, str, JITFunction]]) -> Iterator[None]:
-    """Have Triton's language hold twins, as if Triton had been imported for interpretation."""
-    before = [(owner, dict(vars(owner))) for owner in _OWNERS]
+def interpreted_language() -> Iterator[None]:
+    """Make Triton's language that of the interpreter, and afterwards that of the compiler."""
+    scope = interpreter._patch_lang(_NAMES_BOTH)
     try:
-        for owner, name, function in functions:
+        for owner, name, function in _LANGUAGE:
             setattr(owner, name, twin_of(function))
         yield
     finally:
-        # The interpreter leaves some of its patches behind, which would break the compiler.
-        for owner, names in before:
-            for name, value in names.items():
-                if vars(owner)[name] is not value:
-                    setattr(owner, name, value)
-
-
-_LANGUAGE = _compiled_language()
+        for owner, name, function in _LANGUAGE:
+            setattr(owner, name, function)
+        scope.restore()
 
 
 # ---- parameters
@@ -150,10 +149,7 @@ def _register(compiled: CompiledKernel) -> None:
 
 def _read(address: int, kind: tl.dtype) -> tl.tensor:
     """Return a parameter in the form that interpreted kernels take."""
-    if kind.is_ptr():
-        number = np.dtype(np.uint64)
-    else:
-        number = np.dtype(interpreter._get_np_dtype(kind))
+    number = np.dtype(np.uint64 if kind.is_ptr() else interpreter._get_np_dtype(kind))
     value = np.frombuffer(ctypes.string_at(address, number.itemsize), number).copy()
     return tl.tensor(interpreter.TensorHandle(value, kind), kind)
 
@@ -183,7 +179,7 @@ def run(function: int, grid: tuple[int, int, int], address: int) -> None:
     # The garbage collector might free tensors, and so call the device while the device is busy.
     gc.disable()
     try:
-        with np.errstate(all="ignore"), interpreted_language(_LANGUAGE):
+        with np.errstate(all="ignore"), interpreted_language():
             kernel.twin[grid](*_arguments(kernel, address))
     finally:
         if was_collecting:
