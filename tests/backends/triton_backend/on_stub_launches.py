@@ -220,24 +220,26 @@ def test_hooks_end_the_step_unchanged(driver):
     assert bound.step() == bound.outcome("TAKEN")
 
 
-def test_another_stream_is_asked_for_at_each_step(bound, monkeypatch):
+def test_launches_serve_the_stream_that_was_current_when_they_were_made(bound):
     asked = []
 
-    def stream(device: int) -> int:
+    def another(device: int) -> int:
         asked.append(device)
-        return STREAM + len(asked)
+        return STREAM + 1
 
-    plan_of(bound.opt).lib.connect(**connections(current_stream=stream))
+    plan = plan_of(bound.opt)
     try:
         bound.opt.step()
-        bound.opt.step()
-        streams = [r.stream for r in DRIVER.take(LAUNCH)]
-        assert (asked, streams) == ([0, 0], [STREAM + 1, STREAM + 2])
-        for broken in (None, lambda device: "5", lambda device: 1 / 0):
-            plan_of(bound.opt).lib.connect(**connections(current_stream=broken))
+        assert [r.stream for r in DRIVER.take(LAUNCH)] == [STREAM]
+        for stream in (another, None, lambda device: "5", lambda device: 1 / 0):
+            plan.lib.connect(**connections(current_stream=stream))
             refuses(bound)
+        assert set(asked) == {0}
+        plan.lib.connect(**connections())
+        bound.opt.step()
+        assert [r.stream for r in DRIVER.take(LAUNCH)] == [STREAM]
     finally:
-        plan_of(bound.opt).lib.connect(**connections())
+        plan.lib.connect(**connections())
 
 
 def connections(**changes: Any) -> dict[str, Any]:
