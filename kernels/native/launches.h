@@ -36,9 +36,9 @@ struct Launch {
     unsigned grid[3] = {1, 1, 1}, threads = 1, shared = 0;
     std::vector<unsigned char> parameters;  // packed, each at a multiple of its size
     std::vector<size_t> offsets;            // where each parameter begins
-    Ref keep;                       // Python objects that the launch needs alive
-    bool takes_addresses = false;   // whether parameters are addresses of gradients
-    size_t table = 0, begin = 0;    // the number of their table, and where the addresses begin
+    Ref keep;                               // Python objects that the launch needs alive
+    bool takes_addresses = false;           // whether some parameters are addresses of gradients
+    size_t table = 0, begin = 0;            // their table by number, and where they begin
 };
 
 // A Python object that must be empty; with a name, the object's attribute must be empty.
@@ -116,15 +116,18 @@ public:
 
     // Ends the making. Returns false with an exception set if memory for uploads is missing.
     bool complete() {
+        is_complete_ = true;
         size_t bytes = 0;
         for (const AddressTable& each : tables_)
             if (each.place) bytes += each.bytes();
-        if (bytes && !ring_) {
-            int error = SUCCESS;
-            ring_ = Ring::take(*driver_, context_, bytes, error);
-            if (!ring_) return raise_driver_error(*driver_, "allocate pinned memory", error), false;
-        }
-        return is_complete_ = true;
+        if (!bytes || ring_) return true;
+        int error = SUCCESS;
+        std::unique_ptr<Ring> ring = Ring::take(*driver_, context_, bytes, error);
+        if (!ring) return raise_driver_error(*driver_, "allocate pinned memory", error), false;
+        // Another thread may have made the ring meanwhile: taking one gives the GIL away.
+        if (ring_) Ring::give_back(std::move(ring));
+        else ring_ = std::move(ring);
+        return true;
     }
 
     // Returns whether the addresses of all gradients are multiples of a power of two.
@@ -177,7 +180,7 @@ public:
     // after which the launches serve no more.
     bool run() {
         has_begun_ = false;
-        if (!is_complete_ && !complete()) return false;
+        if (!complete()) return false;
         is_running_ = true;
         const char* failed = nullptr;
         int error = SUCCESS;

@@ -77,8 +77,6 @@ public:
         return driver_.record(slot.event, stream);
     }
 
-    size_t size() const { return size_; }
-
 private:
     struct Slot {
         void* event = nullptr;
@@ -86,7 +84,7 @@ private:
     };
 
     Ring(const Driver& driver, void* context, size_t size)
-        : driver_(driver), context_(context), size_(size), process_(process_id()) {}
+        : driver_(driver), context_(context), size_(size) {}
 
     // The rings that wait for a user. Never freed: at exit the driver may end before the process.
     static std::unique_ptr<Ring>& first_spare() {
@@ -95,7 +93,7 @@ private:
     }
 
     bool fits(void* context, size_t size) const {
-        return context_ == context && size_ == size && process_ == process_id();
+        return context_ == context && size_ == size;
     }
 
     int allocate() {
@@ -118,7 +116,6 @@ private:
     const Driver& driver_;
     void* const context_;
     const size_t size_;  // of a slot
-    const int64_t process_;
     unsigned char* memory_ = nullptr;
     Slot slots_[SLOTS];
     size_t last_ = SLOTS - 1;  // the slot chosen last

@@ -140,6 +140,12 @@ def test_an_error_of_an_upload_is_raised(bound, driver, name):
     bound.launches = None
     gc.collect()
     assert not [r for r in driver.take() if r.name in ("cuMemFreeHost", "cuEventDestroy_v2")]
+    # A copy may be under way, so no later launches may write into its memory.
+    bound.bind()
+    bound.move(0)
+    assert bound.step() == bound.outcome("TAKEN")
+    driver.catch_up()
+    assert driver.state.overwritten == 0
 
 
 @pytest.mark.parametrize("name", ["cuMemHostAlloc", "cuEventCreate"])
@@ -277,10 +283,12 @@ def test_launches_in_a_cycle_are_collected(bound):
 def test_an_optimizer_with_launches_is_collected(driver):
     bound = Bound()
     bound.opt.step()
-    gone = weakref.ref(bound.opt)
-    del bound
+    param: Any = bound.params[0]
+    param.launches = bound.launches  # a cycle through the bucket
+    gone = weakref.ref(bound.opt), weakref.ref(param)
+    del bound, param
     gc.collect()
-    assert gone() is None
+    assert [each() for each in gone] == [None, None]
 
 
 def test_steps_and_bindings_leak_nothing(bound):

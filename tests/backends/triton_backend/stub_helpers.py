@@ -96,7 +96,10 @@ class Stub:
 
     def __init__(self) -> None:
         # Its name in the process is that of NVIDIA's driver, so Triton and native code find it.
-        path = Path(os.environ[FOLDER]) / "libcuda.so.1"
+        folder = os.environ.get(FOLDER)
+        if folder is None:
+            raise RuntimeError(f"{FOLDER} names no stub driver: run test_prebound.py instead")
+        path = Path(folder) / "libcuda.so.1"
         self._library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         self._library.stub_state.restype = ctypes.POINTER(State)
         self._library.stub_count.restype = ctypes.c_size_t
