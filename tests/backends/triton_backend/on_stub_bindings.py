@@ -62,6 +62,8 @@ def test_a_change_of_a_row_ends_the_service(bound, driver):
     assert not driver.take()
     bound.bind()
     assert bound.step() == bound.outcome("TAKEN")
+    bound.bucket.note_filled(0, {})
+    assert bound.step() == bound.outcome("UNSERVED")
 
 
 def test_a_plan_without_buckets_makes_no_launch(bound):
@@ -289,6 +291,19 @@ def test_an_optimizer_with_launches_is_collected(driver):
     del bound, param
     gc.collect()
     assert [each() for each in gone] == [None, None]
+
+
+def test_an_optimizer_that_its_launches_keep_is_collected(bound):
+    kernel: Any = Kernel()
+    kernel.opt = bound.opt  # a cycle through the plan
+    launches = bound.made()
+    bound.add(launches, keep=kernel)
+    bound.plan.bind(launches)
+    bound.launches = bound.opt = None
+    gone = weakref.ref(kernel)
+    del kernel, launches
+    gc.collect()
+    assert gone() is None
 
 
 def test_steps_and_bindings_leak_nothing(bound):
