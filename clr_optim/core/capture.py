@@ -54,6 +54,7 @@ def _was_moved(wrapper: Any) -> bool:
     position = wrapper._shared.position
     if wrapper._shared.serving.fused is None:
         return False
+    position.catch_up()
     return position.believed() != position.number or not wrapper._shared.mirror.is_settled()
 
 

@@ -42,7 +42,7 @@ class Plan:
         rule: its update rule.
         lib: the compiled extension.
         device: the type of the devices whose tensors are planned for. Others are left to torch.
-        capturable: whether the kernels can be captured into a graph.
+        capturable: whether a device runs the kernels, so that a graph can capture them.
         lock: lets one thread at a time use the plan. None makes a new lock.
     """
 
@@ -62,7 +62,7 @@ class Plan:
         self._target = Target(optimizer, rule, lib, device, capturable)
         self.lock = threading.RLock() if lock is None else lock
         #: the plan in native code: scans, kernel calls, whole steps
-        self.native: Any = lib.Plan(optimizer, type(optimizer).step)
+        self.native: Any = lib.Plan(optimizer, type(optimizer).step, capturable)
         #: whether a parameter of the buckets lacks a gradient
         self.partial = False
         # The groups and the state that the plan was built from. None: the next refresh builds it.

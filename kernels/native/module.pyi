@@ -98,7 +98,9 @@ class Plan:
     #: the launches that steps make, see `bind`
     launches: Launches | None
 
-    def __new__(cls, optimizer: object, own_step: Callable[..., Any]) -> Plan: ...
+    def __new__(
+        cls, optimizer: object, own_step: Callable[..., Any], needs_launches: bool
+    ) -> Plan: ...
     def set_sources(
         self,
         groups: Sequence[dict[str, Any]],
@@ -162,8 +164,8 @@ class Plan:
     def bind(self, launches: Launches | None, /) -> None:
         """Have the steps of a course make these launches instead of calling the CPU's kernels.
 
-        The launches must have exactly the buckets of the plan. A plan that has had launches calls
-        no CPU kernel in `step` any more. The binding ends with `end_course`, `set_sources`,
+        The launches must have exactly the buckets of the plan. A plan that has had launches needs
+        them: without any, `step` does nothing. The binding ends with `end_course`, `set_sources`,
         `set_buckets`, `set_scalars`, and an exception of `step`. If a row of a bucket changes, the
         launches stop serving. `begin_course` leaves the binding alone.
 

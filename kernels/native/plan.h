@@ -96,7 +96,7 @@ public:
     // The Launches that a step makes in place of calls of the CPU's kernels, or null. They describe
     // one state of the device, so they end with whatever they were made from.
     Ref launches;
-    bool needs_launches = false;  // whether the plan has had launches: no CPU kernel serves it
+    bool needs_launches = false;  // whether a device runs the kernels, so that no CPU kernel serves
 
     // ---- the parts of a step. Each returns false with an exception set on failure.
 
@@ -333,20 +333,13 @@ private:
     Outcome why_not(PyObject* attributes) const {
         if (is_observed(attributes)) return OBSERVED;
         if (!optimizer || is_replaced(optimizer.get(), own_step, sources)) return REPLACED;
-        if (launches ? !bound()->is_unobserved() : is_on_gpu()) return UNSERVED;
+        if (launches ? !bound()->is_unobserved() : needs_launches) return UNSERVED;
         if (course.is_over()) return OUT_OF_VALUES;
         if (!is_empty(item(attributes, names().cycle_end_hooks)) &&
             (course.ends.empty() || course.ends[course.row]))
             return OBSERVED;
         if (scalars.groups() != int64_t(course.records.size())) return OUTDATED;
         return TAKEN;
-    }
-
-    bool is_on_gpu() const {
-        const auto& all = sources.buckets;
-        return needs_launches || std::any_of(all.begin(), all.end(), [](const Bucket* bucket) {
-                   return bucket->device_type != ON_CPU;
-               });
     }
 };
 

@@ -11,11 +11,13 @@ using PlanObject = Object<Plan>;
 
 inline PyObject* new_plan(PyTypeObject* type, PyObject* args, PyObject*) {
     PyObject *optimizer, *own_step;
-    if (!PyArg_ParseTuple(args, "OO", &optimizer, &own_step)) return nullptr;
+    int needs_launches;
+    if (!PyArg_ParseTuple(args, "OOp", &optimizer, &own_step, &needs_launches)) return nullptr;
     PyObject* const self = PlanObject::make(type);
     if (!self) return nullptr;
     Plan& plan = PlanObject::of(self);
     plan.optimizer = Ref::to(optimizer), plan.own_step = Ref::to(own_step);
+    plan.needs_launches = needs_launches;
     return self;
 }
 

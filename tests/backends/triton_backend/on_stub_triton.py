@@ -24,17 +24,20 @@ import triton  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from clr_optim import CyclicalOptimizer  # noqa: E402
-from clr_optim.backends.triton import here, prebound  # noqa: E402
-from clr_optim.kernels.triton import multi_tensor  # noqa: E402
+from clr_optim.backends.triton import here, launch, prebound  # noqa: E402
+from clr_optim.kernels.triton import gate, multi_tensor, prepare  # noqa: E402
 
 CPU = torch.device("cpu")
 
 #: the kernels that the host launches; names with an underscore are parts of kernels
 KERNELS = {
     name
-    for name, value in vars(multi_tensor).items()
+    for module in (gate, multi_tensor, prepare)
+    for name, value in vars(module).items()
     if isinstance(value, JITFunction)
-    and value.fn.__module__ == multi_tensor.__name__
+    and value.fn.__module__ == module.__name__
+    and value.params[-1].is_constexpr
+    and value.do_not_specialize_on_alignment
     and not name.startswith("_")
 }
 
@@ -103,24 +106,29 @@ def compare(opt: Any, launched: list[Launched]) -> list[str]:
     return [each.kernel.fn.__name__ for each in launched]
 
 
-# Compiling takes long, so one rule has all dtypes.
+# Compiling takes long, so one rule has all dtypes and both ways to take a step.
 COMPARED = [
-    pytest.param(case, dtype, id=f"{case.kernel}-{str(dtype).removeprefix('torch.')}")
-    for case in EVERY_KERNEL
-    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float16)
-    if case.kernel == "adam" or dtype in (torch.float32, torch.bfloat16)
+    pytest.param(case, dtype, most, id=f"{case.kernel}-{str(dtype).removeprefix('torch.')}-{most}")
+    for i, case in enumerate(EVERY_KERNEL)
+    for k, dtype in enumerate((torch.float32, torch.bfloat16, torch.float64, torch.float16))
+    for most in (0, 2000)
+    if case.kernel == "adam" or (k < 2 and (i + k) % 2 == bool(most))
 ]
 
 
-@pytest.mark.parametrize(("case", "dtype"), COMPARED)
-def test_launches_are_the_same(launched, case, dtype):
-    assert compare(stepped(case, dtype), launched)
+@pytest.mark.parametrize(("case", "dtype", "most_programs"), COMPARED)
+def test_launches_are_the_same(launched, case, dtype, most_programs, monkeypatch):
+    monkeypatch.setattr(launch, "most_programs", lambda device: most_programs)
+    names = compare(stepped(case, dtype), launched)
+    assert names == (["whole_step"] if most_programs else ["prepare", "multi_tensor"])
 
 
-def test_every_kernel_was_compared(launched):
+def test_every_kernel_was_compared(launched, monkeypatch):
     names = set()
-    for case in EVERY_KERNEL:
-        names |= set(compare(stepped(case, torch.float32, max_grad_norm=1.0), launched))
+    for most_programs in (0, 2000):
+        monkeypatch.setattr(launch, "most_programs", lambda device, most=most_programs: most)
+        opt = stepped(EVERY_KERNEL[0], torch.float32, max_grad_norm=1.0)
+        names |= set(compare(opt, launched))
     assert names == KERNELS
 
 
