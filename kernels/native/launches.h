@@ -162,7 +162,7 @@ public:
     }
 
     // Returns whether the launches can serve, with the addresses that a scan has just found. They
-    // serve one stream: torch's allocator must be told of every stream that reads the tables.
+    // serve one stream: torch's allocator must know every stream that reads the tables.
     bool is_ready() {
         for (AddressTable& each : tables_)
             if (!is_served(each)) return false;

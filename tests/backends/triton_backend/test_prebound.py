@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import stub_helpers
 import torch
-from internals import plan_of
 from places import TESTS
 
 from clr_optim import CyclicalOptimizer
 from clr_optim.backends.native import library
+from clr_optim.plan import Plan
+from clr_optim.rules import RULES
 
 HERE = Path(__file__).parent
 
@@ -58,16 +59,14 @@ def test_without_a_driver_there_are_no_launches():
         library().Launches(0, [])
 
 
-def test_no_kernel_of_the_cpu_touches_the_tensors_of_a_gpu(native_kernels):
+def test_a_plan_that_needs_launches_runs_no_kernel_of_the_cpu(native_kernels):
     param = torch.nn.Parameter(torch.zeros(3))
     param.grad = torch.ones(3)
-    opt = CyclicalOptimizer(torch.optim.SGD([param], lr=0.1), backend="native")
-    opt.step()
-    plan = plan_of(opt)
-    (bucket,) = plan.buckets
-    on_gpu = library().Bucket(0, 0, (), 0, (0, 0), (2, 0), False, (0, 0, 0, 0))  # DLPack's kDLCUDA
-    on_gpu.append(param, {}, [], 0, False, param.grad)
-    plan.native.set_buckets([bucket.native, on_gpu], [param])
-    before = param.detach().clone()
-    assert plan.native.step(vars(opt)) == library().UNSERVED
-    assert torch.equal(param, before)
+    inner = torch.optim.SGD([param], lr=0.1)
+    opt = CyclicalOptimizer(inner, backend="native")
+    for capturable, outcome in ((True, "UNSERVED"), (False, "OUT_OF_VALUES")):
+        plan = Plan(inner, RULES[torch.optim.SGD], library(), "cpu", capturable=capturable)
+        plan.refresh()
+        assert plan.buckets
+        assert plan.native.step(vars(opt)) == getattr(library(), outcome)
+    assert not param.any()
