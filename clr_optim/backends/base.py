@@ -139,6 +139,12 @@ class FusedBackend(Protocol):
         The native code of an ordinary step asks for this if no launches are ready.
         """
 
+    def agrees(self, course: Course) -> bool:
+        """Return whether native code may take the steps from this position on, with these bounds.
+
+        If not, the next step must tell the device.
+        """
+
     def doubt(self) -> None:
         """Take note that native code has failed within a step, before or after it changed anything.
 

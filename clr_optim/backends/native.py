@@ -129,6 +129,10 @@ class NativeBackend:
     def bind_next(self) -> None:
         """Do nothing: native code calls the kernels itself."""
 
+    def agrees(self, course: Course) -> bool:
+        """Return True: native code gets all values from the host."""
+        return True
+
     def doubt(self) -> None:
         """Do nothing: native code counts its steps itself."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clr_optim.backends import current_device
+from clr_optim.backends.base import FusedBackend
 from clr_optim.checks import LAST_STEP
 from clr_optim.core.groups import GroupMirror, Record, Values
 from clr_optim.core.position import Position
@@ -69,7 +70,7 @@ class OrdinarySteps:
         native, lib = plan.native, plan.lib
         try:
             outcome = native.step(attributes)
-            if outcome == lib.OUT_OF_VALUES and self._hand_down(plan, attributes):
+            if outcome == lib.OUT_OF_VALUES and self._hand_down(fused, plan, attributes):
                 outcome = native.step(attributes)
         except BaseException:
             fused.doubt()
@@ -98,7 +99,7 @@ class OrdinarySteps:
 
     # ---- values ahead
 
-    def _hand_down(self, plan: Plan, attributes: dict[str, Any]) -> bool:
+    def _hand_down(self, fused: FusedBackend, plan: Plan, attributes: dict[str, Any]) -> bool:
         """Give native code the records of the groups and the values of the coming steps.
 
         Returns:
@@ -113,6 +114,8 @@ class OrdinarySteps:
         number, written, records = position.number, mirror.written, mirror.records
         if written.position != number or len(plan.scalars) != len(records):
             return False  # other code has moved the position, or added a group
+        if not fused.agrees(position.course()):
+            return False
         values = self._values_after(written)
         if not values:
             return False

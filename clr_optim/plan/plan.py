@@ -204,6 +204,7 @@ class Plan:
 
     def _take_settings(self) -> bool:
         """Take in changed settings; return False if the plan must be built anew."""
+        self.native.bind(None)  # launches that repeat a step have its settings
         return self._readings.take_settings(list(self._optimizer.param_groups), self.scalars)
 
     # ---- changes

@@ -105,6 +105,7 @@ class TritonBackend:
         self._binds = False
         self._why_unbound: str | None = None
         self._bound: Any = None
+        self._bound_for: tuple[object, ...] | None = None
         # Tables and tensors that captured graphs still read; three entries per captured step.
         self._given_up: list[Any] = []
 
@@ -150,6 +151,14 @@ class TritonBackend:
     def bind_next(self) -> None:
         """Have the next step bind its launches, so that native code takes the steps after it."""
         self._binds = self._why_unbound is None
+
+    def agrees(self, course: Course) -> bool:
+        """Return whether the device has this position and these bounds, for bound launches."""
+        return self._bound_for == self._place_of(course)
+
+    def _place_of(self, course: Course) -> tuple[object, ...]:
+        momenta = None if course.momenta is None else list(course.momenta)
+        return course.position - self.plan.steps, list(course.bounds), momenta
 
     def doubt(self) -> None:
         """Take note that native code has failed within a step: only the device knows how far."""
@@ -246,6 +255,8 @@ class TritonBackend:
                     plan, clock.device, tables, calls, skips_idle=True, clips=clips
                 )
             self._bound = plan.native.launches
+            # The plan has counted this step, and the course has not.
+            self._bound_for = self._place_of(course._replace(position=course.position + 1))
         self._binds = False
         return norm
 
