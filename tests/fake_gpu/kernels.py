@@ -186,6 +186,17 @@ def run(function: int, grid: tuple[int, int, int], address: int) -> None:
             gc.enable()
 
 
+def _astray(addresses: np.ndarray[Any, Any], size: int) -> int | None:
+    """Return an address of so many bytes that is not the device's, or None."""
+    if device.is_device_memory(int(addresses.min()), int(addresses.max()) + size):
+        return None
+    # The elements may lie in several allocations.
+    for address in addresses.ravel().tolist():
+        if not device.is_device_memory(address, address + size):
+            return address
+    return None
+
+
 def _watch(method: Callable[..., Any], writes: bool) -> Callable[..., Any]:
     """Refuse accesses to memory that is not the device's: they could end the process."""
 
@@ -195,10 +206,10 @@ def _watch(method: Callable[..., Any], writes: bool) -> Callable[..., Any]:
             addresses = addresses[np.broadcast_to(mask, addresses.shape)]
         if addresses.size:
             size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-            begin, end = int(addresses.min()), int(addresses.max()) + size
-            if not device.is_device_memory(begin, end):
+            address = _astray(addresses, size)
+            if address is not None:
                 verb = "writes" if writes else "reads"
-                raise RuntimeError(f"a kernel {verb} memory beyond the device's at {begin:#x}")
+                raise RuntimeError(f"a kernel {verb} memory that is not the device's: {address:#x}")
         return method(builder, pointers, *others)
 
     return watched
