@@ -221,11 +221,12 @@ bool forbidden(const char* call) {
     return found;
 }
 
-std::string violations() {
+std::string take_violations() {
     std::string text;
     for (const auto& [what, count] : state().violations) {
         text += what + " (" + std::to_string(count) + " times)\n";
     }
+    state().violations.clear();
     return text;
 }
 
