@@ -8,7 +8,6 @@ function: the same source, in whose globals all compiled functions are twins too
 from __future__ import annotations
 
 import ctypes
-import gc
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -175,15 +174,8 @@ def _arguments(kernel: Kernel, address: int) -> list[Any]:
 def run(function: int, grid: tuple[int, int, int], address: int) -> None:
     """Run a kernel on the memory of the device; parameters lie packed at an address."""
     kernel = _kernels[function]
-    was_collecting = gc.isenabled()
-    # The garbage collector might free tensors, and so call the device while the device is busy.
-    gc.disable()
-    try:
-        with np.errstate(all="ignore"), interpreted_language():
-            kernel.twin[grid](*_arguments(kernel, address))
-    finally:
-        if was_collecting:
-            gc.enable()
+    with np.errstate(all="ignore"), interpreted_language():
+        kernel.twin[grid](*_arguments(kernel, address))
 
 
 def _astray(addresses: np.ndarray[Any, Any], size: int) -> int | None:
