@@ -80,9 +80,14 @@ def test_random_numbers_follow_from_the_seed():
 def test_a_capture_forbids_to_wait(fake):
     x = torch.zeros(3, device="cuda")
     torch.cuda.synchronize()
-    with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        x.add_(1)
-        torch.cuda.synchronize()
+
+    def wait_in_a_capture() -> None:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            x.add_(1)
+            torch.cuda.synchronize()
+
+    with pytest.raises(RuntimeError):
+        wait_in_a_capture()
     assert fake.take_violations() == ["cudaDeviceSynchronize during a capture (1 times)"]
 
 
