@@ -7,12 +7,12 @@ from enum import IntEnum
 
 __all__ = [
     "Order", "add_violation", "append", "finish", "finish_stream", "is_device_memory",
-    "last_graph", "library", "set_order", "violations",
+    "last_graph", "library", "set_order", "take_violations",
 ]  # fmt: skip
 
 #: The preloaded library.
 library = ctypes.CDLL("libcuda.so.1")
-library.fake_violations.restype = library.fake_last_graph.restype = ctypes.c_char_p
+library.fake_take_violations.restype = library.fake_last_graph.restype = ctypes.c_char_p
 library.fake_set_order.argtypes = [ctypes.c_int, ctypes.c_uint64]
 library.fake_finish_stream.argtypes = [ctypes.c_uint64]
 library.fake_append.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_char_p]
@@ -64,9 +64,9 @@ def add_violation(what: str) -> None:
     library.fake_add_violation(what.encode())
 
 
-def violations() -> list[str]:
-    """Return each kind of violation so far, with its number."""
-    return library.fake_violations().decode().splitlines()
+def take_violations() -> list[str]:
+    """Return and forget each kind of violation so far, with its number."""
+    return library.fake_take_violations().decode().splitlines()
 
 
 def last_graph() -> list[str]:

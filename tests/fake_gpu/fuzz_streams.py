@@ -213,14 +213,14 @@ class DevicePlayer(Player):
 def compare(seed: int) -> str | None:
     """Return how the device differs from the CPU after the events of a seed, or None."""
     players = [Player(seed), DevicePlayer(seed)]
-    before = device.violations()
+    device.take_violations()
     for event in events(seed):
         for player in players:
             player.play(event)
     (iteration, expected), (found_iteration, found) = (player.result() for player in players)
-    new = [each for each in device.violations() if each not in before]
-    if new:
-        return f"violations: {new}"
+    violations = device.take_violations()
+    if violations:
+        return f"violations: {violations}"
     if found_iteration != iteration:
         return f"iteration {found_iteration}, and {iteration} on the CPU"
     answers = [getattr(player, "answers", None) for player in players]

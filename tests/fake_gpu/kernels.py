@@ -8,7 +8,6 @@ function: the same source, in whose globals all compiled functions are twins too
 from __future__ import annotations
 
 import ctypes
-import gc
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -175,15 +174,19 @@ def _arguments(kernel: Kernel, address: int) -> list[Any]:
 def run(function: int, grid: tuple[int, int, int], address: int) -> None:
     """Run a kernel on the memory of the device; parameters lie packed at an address."""
     kernel = _kernels[function]
-    was_collecting = gc.isenabled()
-    # The garbage collector might free tensors, and so call the device while the device is busy.
-    gc.disable()
-    try:
-        with np.errstate(all="ignore"), interpreted_language():
-            kernel.twin[grid](*_arguments(kernel, address))
-    finally:
-        if was_collecting:
-            gc.enable()
+    with np.errstate(all="ignore"), interpreted_language():
+        kernel.twin[grid](*_arguments(kernel, address))
+
+
+def _astray(addresses: np.ndarray[Any, Any], size: int) -> int | None:
+    """Return an address of so many bytes that is not the device's, or None."""
+    if device.is_device_memory(int(addresses.min()), int(addresses.max()) + size):
+        return None
+    # The elements may lie in several allocations.
+    for address in addresses.ravel().tolist():
+        if not device.is_device_memory(address, address + size):
+            return address
+    return None
 
 
 def _watch(method: Callable[..., Any], writes: bool) -> Callable[..., Any]:
@@ -195,10 +198,10 @@ def _watch(method: Callable[..., Any], writes: bool) -> Callable[..., Any]:
             addresses = addresses[np.broadcast_to(mask, addresses.shape)]
         if addresses.size:
             size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-            begin, end = int(addresses.min()), int(addresses.max()) + size
-            if not device.is_device_memory(begin, end):
+            address = _astray(addresses, size)
+            if address is not None:
                 verb = "writes" if writes else "reads"
-                raise RuntimeError(f"a kernel {verb} memory beyond the device's at {begin:#x}")
+                raise RuntimeError(f"a kernel {verb} memory that is not the device's: {address:#x}")
         return method(builder, pointers, *others)
 
     return watched

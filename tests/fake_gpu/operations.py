@@ -45,6 +45,7 @@ def on_cpu(tensor: Tensor) -> Tensor:
     return alias.set_(shared, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
+_NUMBER = (int, float, complex)
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 
 
@@ -52,12 +53,13 @@ def is_on_device(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_cuda
 
 
-def _wraps_number(tensor: Tensor) -> bool:
-    """Return whether torch made the tensor of a Python number, which decides no dtype."""
-    if tensor.dim() or tensor.dtype not in (torch.float64, torch.int64):
-        return False
-    other = torch.float32 if tensor.dtype == torch.float64 else torch.int32
-    return torch.result_type(tensor, torch.empty((), dtype=other)) == other
+def _wrapped(number: complex, tensors: list[Tensor]) -> Tensor:
+    """Return a number as a tensor of the dtype in which torch would compute with it."""
+    dtype = torch.tensor(number).dtype
+    for tensor in tensors:
+        if torch.can_cast(dtype, tensor.dtype):
+            return torch.tensor(number, dtype=tensor.dtype)
+    return torch.tensor(number)
 
 
 def _input(value: Any) -> Any:
@@ -65,7 +67,7 @@ def _input(value: Any) -> Any:
     if isinstance(value, Tensor):
         if value.is_cuda:
             return on_cpu(value)
-        return value if _wraps_number(value) else value.clone()  # no clone wraps a number
+        return value.clone()
     return _CPU if isinstance(value, torch.device) else value
 
 
@@ -79,7 +81,7 @@ def _without_memory(value: Any) -> Any:
 def _kind(value: Any) -> Any:
     """Return the part of an argument that decides shapes and dtypes of the results."""
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device, _wraps_number(value)
+        return value.shape, value.stride(), value.dtype, value.device
     return type(value), value
 
 
@@ -139,6 +141,9 @@ class Replacement:
         self.operation = operation
         self.name = operation._schema.name.removeprefix("aten::")
         self.is_random = torch.Tag.nondeterministic_seeded in operation.tags
+        # torch hands over a tensor that it made of a Python number as the number.
+        self._takes_numbers = torch._C._should_allow_numbers_as_tensors(self.name)
+        self._of_tensors = [str(a.type) == "Tensor" for a in operation._schema.arguments]
         self._names = [argument.name for argument in operation._schema.arguments]
         self._outs = [argument.name for argument in operation._schema.arguments if argument.is_out]
         self._shapes: dict[Any, Any] = {}
@@ -161,6 +166,7 @@ class Replacement:
             self.returns = Returns.VALUES
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args = self._with_tensors(args)
         place = self._place_of(args, kwargs)
         stream = torch._C._cuda_getCurrentRawStream(place.index)
         with torch._C._AutoDispatchBelowADInplaceOrView():
@@ -189,6 +195,16 @@ class Replacement:
 
         _append(self.name, stream, work)
         return returned
+
+    def _with_tensors(self, args: Any) -> Any:
+        """Return the arguments with tensors for the numbers that the CPU takes as tensors alone."""
+        if self._takes_numbers:
+            return args
+        named = zip(args, self._of_tensors, strict=False)
+        return tuple(
+            _wrapped(value, _tensors(args)) if is_tensor and isinstance(value, _NUMBER) else value
+            for value, is_tensor in named
+        )
 
     @staticmethod
     def _place_of(args: Any, kwargs: dict[str, Any]) -> torch.device:

@@ -70,9 +70,9 @@ void fake_add_violation(const char* what) {
     violation(what);
 }
 
-const char* fake_violations() {
+const char* fake_take_violations() {
     Lock lock;
-    return handed_out(violations());
+    return handed_out(take_violations());
 }
 
 const char* fake_last_graph() {

@@ -17,6 +17,7 @@ struct State {
     Order order = Order::at_once;
     std::mt19937_64 chance{0};
     uint64_t eagerness = 0;
+    bool is_running = false;  // an operation runs now
     std::vector<Stream> default_streams{most_devices};
     std::vector<Stream*> streams;
     std::vector<std::shared_ptr<Capture>> captures;
@@ -64,7 +65,9 @@ bool can_run(const Stream* stream) {
 void run_next(Stream* stream) {
     const Operation operation = std::move(stream->queue.front());
     stream->queue.pop_front();
+    state().is_running = true;
     if (operation.run) operation.run();
+    state().is_running = false;
     ++stream->done;
 }
 
@@ -131,6 +134,7 @@ void append(Stream* stream, Operation operation) {
     }
     stream->queue.push_back(std::move(operation));
     ++stream->issued;
+    if (state().is_running) return;  // the call came from within an operation
     if (state().order == Order::at_once) wait_for(stream);
     if (state().order == Order::random) {
         // Some seeds let queues grow long, others keep them short.
@@ -221,11 +225,12 @@ bool forbidden(const char* call) {
     return found;
 }
 
-std::string violations() {
+std::string take_violations() {
     std::string text;
     for (const auto& [what, count] : state().violations) {
         text += what + " (" + std::to_string(count) + " times)\n";
     }
+    state().violations.clear();
     return text;
 }
 

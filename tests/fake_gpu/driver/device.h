@@ -104,8 +104,8 @@ std::string last_graph();
 void violation(const std::string& what);
 // Returns whether a capture forbids this call now; such a call breaks the capture.
 bool forbidden(const char* call);
-// All violations so far with their numbers, one a line.
-std::string violations();
+// Returns and forgets the violations so far, with their numbers, one a line.
+std::string take_violations();
 
 // ---- memory
 
