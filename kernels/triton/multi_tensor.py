@@ -246,7 +246,7 @@ def _gradients(
     if ARE_PASSED:
         low = tl.where(row == 0, g0, tl.where(row == 1, g1, tl.where(row == 2, g2, g3)))
         high = tl.where(row == 4, g4, tl.where(row == 5, g5, tl.where(row == 6, g6, g7)))
-        return tl.where(exists, tl.where(row < 4, low, high), 0)
+        return tl.where(exists, tl.where(row < 4, low, high), 0).to(tl.int64)
     else:
         return tl.load(gradients + row, mask=exists, other=0)
 

@@ -15,8 +15,8 @@ from clr_optim.kernels.triton.rules import advanced, held
 from clr_optim.kernels.triton.schedule import rate_and_momentum
 
 __all__ = [
-    "COLUMNS", "COMMON", "CONTROL", "GROUP", "WIDTH", "advance_counters", "advance_position",
-    "prepare", "row_constants",
+    "COLUMNS", "COMMON", "CONTROL", "GROUP", "WIDTH", "advance", "advance_counters",
+    "advance_position", "prepare", "row_constants",
 ]  # fmt: skip
 
 #: Columns of the rows' table, int64: the fields of ``Row`` in native/kernels.h, in this order.
@@ -191,3 +191,19 @@ def prepare(
             advance_position(
                 rates, kept, groups, width, ints, floats, phases, control, position, happened
             )
+
+
+@triton.jit(
+    do_not_specialize=["width", "phases", "kept"],
+    do_not_specialize_on_alignment=["groups", "ints", "floats", "control", "gate", "rates"],
+)
+def advance(groups, width, ints, floats, phases, control, gate, rates, kept):
+    """Advance the position in a step that updates no tensor.
+
+    Args:
+        groups, width, ints, floats, phases, control, gate, rates, kept: as for :func:`prepare`.
+    """
+    happened = tl.load(gate + 1) == 0
+    advance_position(
+        rates, kept, groups, width, ints, floats, phases, control, tl.load(control), happened
+    )

@@ -225,14 +225,10 @@ class Clock:
 
     def advance(self, tables: tuple[Any, ...]) -> Call:
         """Advance the position in a step that has no launch on this device."""
-        from clr_optim.kernels.triton import multi_tensor, prepare
+        from clr_optim.kernels.triton import prepare
 
-        control = tables[5]
-        compiled_for = multi_tensor.constants_for(
-            "sgd", 0, torch.float32, (), current.warp(self.device)
-        )
-        arguments = (control, control, 0, self.one, *tables, 1)
-        return launch(prepare.prepare, (1,), arguments, compiled_for.prepare)
+        options = {"num_warps": 1, "enable_fp_fusion": False}
+        return launch(prepare.advance, (1,), tables, options)
 
     def give_up(self) -> list[object]:
         """Return all tables, which a graph reads; a change of tensors makes new tables."""

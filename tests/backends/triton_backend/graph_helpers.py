@@ -62,7 +62,7 @@ class _Kernel:
 
 NAMES = {
     "multi_tensor": ("multi_tensor", "whole_step"),
-    "prepare": ("prepare",),
+    "prepare": ("prepare", "advance"),
     "gate": ("open_gate", "sum_of_squares"),
 }
 
