@@ -199,11 +199,13 @@ errors: $(VENV)/.test
 
 # On a machine with a GPU: with its own python3, torch and pytest; nothing is installed,
 # the packages are only laid out as an installation would (and must not be shadowed by those here).
-# Tests, benchmark, and what the compiler makes of the kernels for this GPU, into bench/results;
-# copied to $OUT as well if that is set. Each is done whatever became of the one before, and is
-# bounded, so that all of it ends within nine minutes; sooner with a smaller BENCH_S, the seconds
-# after which no cell is begun, or, where there is pytest-xdist, with ARGS="-n 8".
-BENCH_S ?= 210
+# In this order: races between streams, the other tests, the benchmark of the cells that matter most,
+# what the compiler makes of the kernels for this GPU, and the rest of the benchmark. The results go
+# into bench/results, and after each part to $OUT as well if that is set. Each part is done whatever
+# became of the one before, and is bounded, so that all of it ends within twelve minutes; sooner with a
+# smaller BENCH_S, the seconds after which the last part begins no cell, or, where there is
+# pytest-xdist, with ARGS="-n 8".
+BENCH_S ?= 180
 gpu-check: export PYTHONPATH := $(CURDIR)/build/tree
 gpu-check: export PYTHONSAFEPATH := 1
 gpu-check: build/tree
@@ -211,19 +213,25 @@ gpu-check: build/tree
 	set -- $$gpu; results=bench/results/$$1; target=$$2; failed=; plot=; \
 	keep() { for f; do [ -z "$$OUT" ] || [ ! -e "$$f" ] || cp "$$f" "$$OUT/"; done; }; \
 	mkdir -p bench/results; \
+	timeout -k 10 60 $(PYTHON) -m pytest tests/fake_gpu/test_races.py \
+		--junitxml=build/gpu-races.xml || failed="races"; \
+	keep build/gpu-races.xml; \
 	timeout -k 10 200 $(PYTHON) -m pytest tests/test_gpu.py $(ON_TRITON) \
 		tests/bench/test_paper_runs.py -m "gpu or triton" \
 		tests/test_docs.py::test_the_captured_step_of_the_docs \
-		--junitxml=build/gpu-tests.xml $(ARGS) || failed="tests"; \
+		--junitxml=build/gpu-tests.xml $(ARGS) || failed="$$failed tests"; \
 	keep build/gpu-tests.xml; \
+	timeout -k 10 150 $(PYTHON) -m clr_optim.bench --device cuda --workloads mlp,resnet50,1b \
+		--rules sgd,adam --at-most 110 --json $$results-first.json || failed="$$failed benchmark"; \
+	keep $$results-first.json; \
 	$(PYTHON) -c "import matplotlib, PIL" 2>/dev/null && plot="--plot $$results.png"; \
+	timeout -k 10 70 $(PYTHON) -m clr_optim.kernels.triton.report --target $$target \
+		--json $$results-kernels.json || failed="$$failed kernels"; \
+	keep $$results-kernels.json; \
 	timeout -k 10 $$(($(BENCH_S) + 50)) $(PYTHON) -m clr_optim.bench --device cuda \
 		--at-most $(BENCH_S) $(BENCH_ARGS) \
 		--json $$results.json $$plot || failed="$$failed benchmark"; \
 	keep $$results.json $$results.png; \
-	timeout -k 10 70 $(PYTHON) -m clr_optim.kernels.triton.report --target $$target \
-		--json $$results-kernels.json || failed="$$failed kernels"; \
-	keep $$results-kernels.json; \
 	[ -z "$$failed" ] || { echo "gpu-check failed: $$failed" >&2; exit 1; }
 
 # What the kernels read and write there, watched by NVIDIA's compute-sanitizer: out of bounds
