@@ -151,7 +151,7 @@ class Launch:
     def give_up(self) -> list[object]:
         """Return the tables that a captured step reads, and writes at every replay."""
         given: list[object] = [self._rows.lend(), self._chunks.lend(), self._constants]
-        return [*given, self._gradients.give_up()] if self._gradients.table is not None else given
+        return [*given, self._gradients.give_up()] if self._reads_table else given
 
     # ---- the kernels
 

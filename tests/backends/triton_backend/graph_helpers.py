@@ -174,16 +174,20 @@ class Run:
         self.opt.step()
 
     def capture(
-        self, full_like: Callable[..., Tensor] = torch.full_like, idle: int | None = None
+        self,
+        full_like: Callable[..., Tensor] = torch.full_like,
+        idle: int | None = None,
+        steps: int = 1,
     ) -> Any:
-        """Return a graph of a step, whose gradients have separate memory, as after a backward."""
+        """Return a graph of steps, whose gradients have separate memory, as after a backward."""
         graph = Graph()
         self.static = [full_like(p.detach(), float("nan")) for p in self.params]
         for i, (param, grad) in enumerate(zip(self.params, self.static, strict=True)):
             param.grad = None if i == idle else grad
         before = copy.deepcopy(tensors_of(self.opt))
         with graph.capture():
-            self.opt.step()
+            for _ in range(steps):
+                self.opt.step()
         after = tensors_of(self.opt)
         assert all(torch.equal(before[key], after[key]) for key in before)  # nothing has run
         for param in self.params:

@@ -226,6 +226,19 @@ def test_what_cannot_be_captured_says_why():
     assert run.opt.iteration == 2
 
 
+def test_two_steps_in_one_capture():
+    """As torch's steps: with the same gradients, whose addresses are arguments of the kernel."""
+    replayed, eager = Run(BY_NAME["adam-wd"]), Run(BY_NAME["adam-wd"])
+    for run in (replayed, eager):
+        run.eager(0)
+    graph = replayed.capture(steps=2)
+    for k in range(1, 4):
+        replayed.replay(graph, k)
+        eager.eager(k)
+        eager.eager(k)
+    assert_together(replayed, eager)
+
+
 def test_a_parameter_without_a_gradient_is_idle_in_a_graph():
     replayed, eager = Run(BY_NAME["adam-wd"]), Run(BY_NAME["adam-wd"])
     for run in (replayed, eager):
