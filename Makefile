@@ -20,7 +20,7 @@ ON_TRITON := $(TRITON)/test_triton.py $(TRITON)/test_triton_changes.py \
 INTERPRETED := $(ON_TRITON) $(TRITON)/test_triton_machine.py $(TRITON)/test_triton_memory.py \
 	tests/core/test_hostile_checkpoints.py tests/core/test_resume_data.py tests/fuzz/test_fuzz.py
 
-.PHONY: demo test format lint types check interpreted fuzz fuzz-kill fuzz-threads distributed test-frameworks test-newest fake-gpu package docs pictures notebook tables errors gpu-check gpu-sanitize gpu-paper clean FORCE
+.PHONY: demo test format lint types check interpreted fuzz fuzz-kill fuzz-threads distributed test-frameworks test-newest fake-gpu fake-gpu-host package docs pictures notebook tables errors gpu-check gpu-sanitize gpu-paper clean FORCE
 
 demo: $(VENV)/.demo
 	$(BIN)/clr-optim demo $(ARGS)
@@ -122,6 +122,13 @@ fake-gpu: export FAKE_ORDER = 2:$(or $(SEED),1)
 fake-gpu: $(NEWEST)/.test $(FAKE)/libcuda.so.1
 	$(FAKE_PYTHON) -m pytest -p fake_gpu.plugin $(FAKE_TESTS) $(ARGS)
 	$(FAKE_PYTHON) -m fake_gpu.fuzz_streams --first $(FIRST) --seeds $(SEEDS)
+
+# The host's time of a step on that device, where nothing runs, beside torch's fused step.
+fake-gpu-host: export TRITON_LIBCUDA_PATH := $(CURDIR)/$(FAKE)
+fake-gpu-host: export TRITON_CACHE_DIR := $(CURDIR)/$(FAKE)/cache
+fake-gpu-host: export PYTHONPATH := $(CURDIR)/tests
+fake-gpu-host: $(NEWEST)/.test $(FAKE)/libcuda.so.1
+	$(FAKE_PYTHON) -m fake_gpu.host_time $(ARGS)
 
 $(FAKE)/libcuda.so.1: $(wildcard tests/fake_gpu/driver/*) tests/fake_gpu/build.py | $(NEWEST)/.test
 	$(NEWEST)/bin/python tests/fake_gpu/build.py $@
