@@ -32,7 +32,7 @@ def parameters(count: int) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.empty(64, device="cuda")) for _ in range(count)]
 
 
-def timed(step: Callable[[], object]) -> float:
+def time_of(step: Callable[[], object]) -> float:
     begin = time.perf_counter()
     step()
     return 1e6 * (time.perf_counter() - begin)
@@ -50,8 +50,8 @@ def measure(rule: str, count: int, *, moving: bool) -> dict[str, Any]:
         for params in (ours, theirs):
             for param, grad in zip(params, sets[k % 2 if moving else 0], strict=True):
                 param.grad = grad
-        times["clr_optim"].append(timed(wrapped.step))
-        times["torch_fused"].append(timed(lambda: (fused.step(), scheduler.step())))
+        times["clr_optim"].append(time_of(wrapped.step))
+        times["torch_fused"].append(time_of(lambda: (fused.step(), scheduler.step())))
     found = {name: round(statistics.median(each[10:]), 1) for name, each in times.items()}
     return {"rule": rule, "tensors": count, "gradients": "move" if moving else "stay", **found}
 
