@@ -40,14 +40,14 @@ def time_of(step: Callable[[], object]) -> float:
 
 def measure(rule: str, count: int, *, moving: bool) -> dict[str, Any]:
     """Return the medians of both steps, in microseconds."""
-    ours, theirs = parameters(count), parameters(count)
+    ours, twins = parameters(count), parameters(count)
     wrapped = CyclicalOptimizer(MAKERS[rule](ours), "triangular", backend="triton")
-    fused = MAKERS[rule](theirs, fused=True)
+    fused = MAKERS[rule](twins, fused=True)
     scheduler = torch.optim.lr_scheduler.CyclicLR(fused, 0.1, 0.4, cycle_momentum=False)
     sets: list[list[Tensor]] = [[torch.empty_like(p) for p in ours] for _ in range(2)]
     times: dict[str, list[float]] = {"clr_optim": [], "torch_fused": []}
     for k in range(300 if count < 500 else 100):
-        for params in (ours, theirs):
+        for params in (ours, twins):
             for param, grad in zip(params, sets[k % 2 if moving else 0], strict=True):
                 param.grad = grad
         times["clr_optim"].append(time_of(wrapped.step))
