@@ -24,10 +24,11 @@ from clr_optim.backends import device as current
 from clr_optim.backends.base import Course, Gradients, WhoKnows
 from clr_optim.backends.native import library
 from clr_optim.backends.triton import here
+from clr_optim.backends.triton.binding import Binding
 from clr_optim.backends.triton.clock import Clock
 from clr_optim.backends.triton.gate import fill_gates
 from clr_optim.backends.triton.launch import Launch
-from clr_optim.backends.triton.prebound import Call, bind
+from clr_optim.backends.triton.prebound import Call
 from clr_optim.plan import Plan
 from clr_optim.rules import UpdateRule
 from clr_optim.schedule import Schedule
@@ -101,11 +102,7 @@ class TritonBackend:
         self._by_device: dict[torch.device, list[Launch]] = {}
         self._clocks: dict[torch.device, Clock] = {}
         self.who_knows = WhoKnows.HOST
-        # Whether the next step binds its launches, why none can be bound, and the bound ones.
-        self._binds = False
-        self._why_unbound: str | None = None
-        self._bound: Any = None
-        self._bound_for: tuple[object, ...] | None = None
+        self._binding = Binding(self.plan)
         # Tables and tensors that captured graphs still read; three entries per captured step.
         self._given_up: list[Any] = []
 
@@ -150,19 +147,15 @@ class TritonBackend:
 
     def bind_next(self) -> None:
         """Have the next step bind its launches, so that native code takes the steps after it."""
-        self._binds = self._why_unbound is None
+        self._binding.ask()
 
     def agrees(self, course: Course) -> bool:
         """Return whether the device has this position and these bounds, for bound launches."""
-        return self._bound_for == self._place_of(course)
-
-    def _place_of(self, course: Course) -> tuple[object, ...]:
-        momenta = None if course.momenta is None else list(course.momenta)
-        return course.position - self.plan.steps, list(course.bounds), momenta
+        return self._binding.agrees(course)
 
     def doubt(self) -> None:
         """Take note that native code has failed within a step: only the device knows how far."""
-        self._bound = None
+        self._binding.end()
         if self.who_knows is WhoKnows.HOST:
             self.who_knows = WhoKnows.MAYBE
         for launch in self._launches:
@@ -198,10 +191,10 @@ class TritonBackend:
             )
         if [id(launch.bucket) for launch in self._launches] != [id(b) for b in plan.buckets]:
             self._arrange([Launch(bucket) for bucket in plan.buckets])
-        if self._bound is not None:
+        bound = self._binding.end()
+        if bound is not None:
             for launch in self._launches:
-                launch.note_uploads(self._bound)
-            self._bound = None
+                launch.note_uploads(bound)
         by_device, clips = self._by_device, gradients.max_norm is not None
         calls: list[Call] = []
         for device, launches in by_device.items():
@@ -247,17 +240,12 @@ class TritonBackend:
             for device, launches in by_device.items():
                 with current.guard(device):
                     _refresh(launches, clips=clips)
-        elif self._binds and not capturing and self._is_ordinary(course, gradients):
+        elif self._binding.is_wanted and not capturing and self._is_ordinary(course, gradients):
             (clock,) = self._clocks.values()
             with current.guard(clock.device):
                 tables = [launch.address_table() for launch in self._launches]
-                self._why_unbound = bind(
-                    plan, clock.device, tables, calls, skips_idle=True, clips=clips
-                )
-            self._bound = plan.native.launches
-            # The plan has counted this step, and the course has not.
-            self._bound_for = self._place_of(course._replace(position=course.position + 1))
-        self._binds = False
+                self._binding.bind(clock.device, tables, calls, course, clips=clips)
+        self._binding.is_wanted = False
         return norm
 
     def _is_ordinary(self, course: Course, gradients: Gradients) -> bool:

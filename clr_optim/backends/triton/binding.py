@@ -1,0 +1,74 @@
+"""Whether native code repeats a plan's launches, and from which position and bounds on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from clr_optim.backends.base import Course
+from clr_optim.backends.triton.prebound import AddressTable, Call, bind
+from clr_optim.plan import Plan
+
+__all__ = ["Binding"]
+
+
+class Binding:
+    """The launches that native code repeats, if any.
+
+    Args:
+        plan: the plan whose ordinary steps repeat them.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._why_never: str | None = None
+        self._launches: Any = None
+        self._place: tuple[object, ...] | None = None
+        #: whether a step should bind its launches, if it can
+        self.is_wanted = False
+
+    def ask(self) -> None:
+        """Want the launches of the next step, unless native code can make none here."""
+        self.is_wanted = self._why_never is None
+
+    def bind(
+        self,
+        device: torch.device,
+        tables: Sequence[AddressTable],
+        calls: Sequence[Call],
+        course: Course,
+        *,
+        clips: bool,
+    ) -> None:
+        """Have native code repeat the launches of a step, which the plan has counted.
+
+        Args:
+            device: the device of the launches, which must be the current one.
+            tables: the tables of gradients' addresses.
+            calls: the launches, in order.
+            course: the place of the step in the schedule.
+            clips: whether the launches clip the gradients.
+        """
+        plan = self._plan
+        self._why_never = bind(plan, device, tables, calls, skips_idle=True, clips=clips)
+        self._launches = plan.native.launches
+        self._place = self._place_of(course._replace(position=course.position + 1))
+
+    def end(self) -> Any:
+        """Forget the launches; return them, or None if none were bound."""
+        launches, self._launches = self._launches, None
+        return launches
+
+    def agrees(self, course: Course) -> bool:
+        """Return whether the device has the position and the bounds of a course."""
+        return self._place == self._place_of(course)
+
+    def _place_of(self, course: Course) -> tuple[object, ...]:
+        """Return the bounds, and the position less the plan's count of steps.
+
+        Ordinary steps change neither.
+        """
+        momenta = None if course.momenta is None else list(course.momenta)
+        return course.position - self._plan.steps, list(course.bounds), momenta
