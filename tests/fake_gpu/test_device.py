@@ -94,7 +94,7 @@ def test_a_capture_forbids_to_wait(fake):
 def test_a_kernel_finds_no_memory_of_another_device(fake):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs FAKE_DEVICES=2")
-    from clr_optim.kernels.triton.multi_tensor import open_gate
+    from clr_optim.kernels.triton.gate import open_gate
 
     one, gate = (
         torch.ones((), device="cuda:0"),
@@ -105,7 +105,7 @@ def test_a_kernel_finds_no_memory_of_another_device(fake):
 
 
 def test_threads_do_not_wait_for_one_another():
-    from clr_optim.kernels.triton.multi_tensor import open_gate
+    from clr_optim.kernels.triton.gate import open_gate
 
     gates = torch.zeros(4, 2, dtype=torch.float64, device="cuda")
     one = torch.ones((), device="cuda")

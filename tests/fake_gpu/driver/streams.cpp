@@ -263,7 +263,14 @@ CUresult cuEventRecord(CUevent event, CUstream stream) {
     return CUresult(cudaEventRecord(event, stream));
 }
 
-CUresult cuEventQuery(CUevent event) { return CUresult(cudaEventQuery(event)); }
+// The driver leaves the last error of the runtime alone.
+CUresult cuEventQuery(CUevent event) {
+    const cudaError_t before = cudaGetLastError();
+    const cudaError_t error = cudaEventQuery(event);
+    cudaGetLastError();
+    if (before != cudaSuccess) failed(before);
+    return CUresult(error);
+}
 
 CUresult cuEventSynchronize(CUevent event) { return CUresult(cudaEventSynchronize(event)); }
 
