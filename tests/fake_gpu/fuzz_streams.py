@@ -2,7 +2,8 @@
 
 ``python -m fake_gpu.fuzz_streams --seeds 20`` plays the events of each seed twice: on the device,
 with streams in random order, and on the CPU. The events on the device are ordered as users order
-them: a stream waits for the stream that was used before.
+them: a stream waits for the stream that was used before. Half of the seeds capture no graph, and
+steps come in rows on one stream, so that native code takes most of them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from clr_optim import CyclicalOptimizer
+from clr_optim.core.ordinary import OrdinarySteps
 from fake_gpu import device
 
 EVENTS = 25
@@ -31,8 +33,9 @@ OPTIMIZERS = {
 }
 #: event -> how often it is drawn; events after "capture" need a graph, or make one
 WEIGHTS = {
-    "step": 8, "idle": 2, "scaled": 2, "overflow": 1, "replay": 8, "capture": 2, "add_group": 1,
-    "set_bounds": 1, "set_iteration": 1, "checkpoint": 1, "ask": 1, "other_code": 2,
+    "step": 4, "steps": 6, "idle": 2, "scaled": 2, "overflow": 1, "replay": 8, "capture": 2,
+    "add_group": 1, "set_bounds": 1, "set_iteration": 1, "write_setting": 1, "checkpoint": 1,
+    "ask": 1, "other_code": 2,
 }  # fmt: skip
 
 
@@ -47,9 +50,13 @@ class Event(NamedTuple):
 def events(seed: int) -> Iterator[Event]:
     """Yield the events of a seed."""
     chance = random.Random(seed)
+    weights = {**WEIGHTS, **({} if seed % 2 else {"capture": 0, "replay": 0})}
+    stream = 0
     for _ in range(EVENTS):
-        (name,) = chance.choices([*WEIGHTS], [*WEIGHTS.values()])
-        yield Event(name, chance.randrange(3), chance.random())
+        (name,) = chance.choices([*weights], [*weights.values()])
+        if chance.random() < 0.3:
+            stream = chance.randrange(3)
+        yield Event(name, stream, chance.random())
 
 
 class Player:
@@ -61,7 +68,9 @@ class Player:
     def __init__(self, seed: int) -> None:
         chance = random.Random(-seed - 1)
         self.generator = torch.Generator().manual_seed(seed)
-        self.params = [self.new(size) for size in SIZES]
+        # The addresses of up to eight gradients are arguments of the kernel.
+        more = chance.choice([(), (), (5,) * 8])
+        self.params = [self.new(size) for size in (*SIZES, *more)]
         inner = OPTIMIZERS[chance.choice([*OPTIMIZERS])](self.params)
         norm = chance.choice([None, None, 0.5])
         self.opt = CyclicalOptimizer(inner, step_size_up=3, max_grad_norm=norm, **self.wrap)
@@ -92,6 +101,10 @@ class Player:
         self.set_gradients()
         self.opt.step()
         self.steps_before_capture -= 1
+
+    def steps(self, number: float) -> None:
+        for _ in range(2 + int(4 * number)):
+            self.step(number)
 
     def idle(self, number: float) -> None:
         """Step while one parameter has no gradient."""
@@ -136,6 +149,10 @@ class Player:
 
     def set_iteration(self, number: float) -> None:
         self.opt.set_iteration(int(number * 12))
+
+    def write_setting(self, number: float) -> None:
+        if not self.has_graph:
+            self.opt.param_groups[0]["weight_decay"] = number / 10
 
     def checkpoint(self, _: float) -> None:
         if not self.has_graph:
@@ -210,6 +227,21 @@ class DevicePlayer(Player):
                 torch.full((64 * (1 + i % 4),), 7, device="cuda")
 
 
+class Counter:
+    """Counts the steps that native code takes alone."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        take = OrdinarySteps.take
+
+        def counted(steps: OrdinarySteps, attributes: dict[str, Any]) -> bool:
+            taken = take(steps, attributes)
+            self.count += taken
+            return taken
+
+        OrdinarySteps.take = counted  # type: ignore[method-assign]
+
+
 def compare(seed: int) -> str | None:
     """Return how the device differs from the CPU after the events of a seed, or None."""
     players = [Player(seed), DevicePlayer(seed)]
@@ -235,13 +267,13 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=20, help="how many seeds")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     options = parser.parse_args()
-    bad = 0
+    bad, native = 0, Counter()
     for seed in range(options.first, options.first + options.seeds):
         difference = compare(seed)
         if difference is not None:
             bad += 1
             print(f"seed {seed}: {difference}", flush=True)
-    print(f"{options.seeds} seeds, {bad} of them bad", flush=True)
+    print(f"{options.seeds} seeds, {bad} of them bad; {native.count} native steps", flush=True)
     return int(bad > 0)
 
 
