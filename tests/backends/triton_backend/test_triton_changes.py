@@ -31,6 +31,8 @@ from triton_helpers import (
     twins,
 )
 
+from clr_optim.backends.triton.mirror import Mirror
+
 pytestmark = MARKS
 _backend = pytest.fixture(autouse=True)(choose_triton)
 launches = pytest.fixture(name="launches")(count_launches)
@@ -163,6 +165,30 @@ def test_tensors_that_are_not_aligned(which, dtype):
             assert grads[1].data_ptr() % 16
         contract.step(grads)
     contract.compare()
+
+
+@pytest.mark.parametrize("count", [3, 12])
+def test_gradients_that_come_and_go_upload_their_addresses_alone(count, monkeypatch):
+    pair = twins(BY_NAME["adam"], [(5,)] * count, max_grad_norm=1e9)
+    pair.run(2)
+    uploads = []
+    fill = Mirror.fill
+    monkeypatch.setattr(
+        Mirror, "fill", lambda mirror, table: (uploads.append(table.size), fill(mirror, table))
+    )
+    for k in range(6):
+        pair.draw()
+        changes.drop(pair, lambda i: i % 2 == k % 2)  # noqa: B023
+        uploads.clear()
+        pair.step()
+        assert uploads == [count], k
+
+
+def test_a_clipped_step_copies_nothing_on_the_device(monkeypatch):
+    pair = twins(BY_NAME["adamw"], max_grad_norm=1e9)
+    pair.run(1)
+    monkeypatch.setattr(torch, "cat", None)
+    pair.run(2)
 
 
 EVENTS = [
