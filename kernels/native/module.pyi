@@ -161,8 +161,11 @@ class Plan:
     def end_course(self) -> None:
         """End the course: steps need Python again."""
 
-    def bind(self, launches: Launches | None, /) -> None:
+    def bind(self, launches: Launches | None, calls: int = ..., /) -> bool:
         """Have the steps of a course make these launches instead of calling the CPU's kernels.
+
+        Return False, and change nothing, if the plan has counted another number of calls: a signal
+        handler or a finalizer has taken a step since the launches.
 
         The launches must have exactly the buckets of the plan. A plan that has had launches needs
         them: without any, `step` does nothing. The binding ends with `end_course`, `set_sources`,

@@ -149,9 +149,12 @@ inline PyObject* plan_end_course(PyObject* self, PyObject*) {
     return none();
 }
 
-inline PyObject* plan_bind(PyObject* self, PyObject* object) {
+inline PyObject* plan_bind(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     Plan& plan = PlanObject::of(self);
-    if (!is_free(plan)) return nullptr;
+    int64_t calls = plan.calls;
+    if (!is_free(plan) || (count == 2 ? !read(args[1], calls) : !expects("bind()", count, 1)))
+        return nullptr;
+    PyObject* const object = args[0];
     if (object != Py_None) {
         if (Py_TYPE(object) != launches_type) {
             PyErr_SetString(PyExc_TypeError, "bind() takes Launches, or None");
@@ -163,10 +166,11 @@ inline PyObject* plan_bind(PyObject* self, PyObject* object) {
             return nullptr;
         }
         if (!launches.complete() || !is_free(plan)) return nullptr;
+        if (calls != plan.calls) Py_RETURN_FALSE;
         plan.needs_launches = true;
     }
     const Ref old = std::exchange(plan.launches, Ref::to(object == Py_None ? nullptr : object));
-    return none();
+    Py_RETURN_TRUE;
 }
 
 inline PyObject* plan_course(PyObject* self, PyObject*) {
@@ -263,7 +267,7 @@ inline PyMethodDef plan_methods[] = {
     {"begin_course", method<plan_begin_course>(), METH_FASTCALL, nullptr},
     {"end_course", method<plan_end_course>(), METH_NOARGS, nullptr},
     {"course", method<plan_course>(), METH_NOARGS, nullptr},
-    {"bind", method<plan_bind>(), METH_O, nullptr},
+    {"bind", method<plan_bind>(), METH_FASTCALL, nullptr},
     {"step", method<plan_step>(), METH_O, nullptr},
     {"take_norm", method<plan_take_norm>(), METH_NOARGS, nullptr},
     {"release", method<plan_release>(), METH_NOARGS, nullptr},

@@ -179,6 +179,7 @@ class TritonBackend:
 
     def _step(self, course: Course, gradients: Gradients) -> Tensor | None:
         plan, capturing = self.plan, current.is_capturing()
+        before = plan.native.calls
         if capturing and not plan.buckets and not self._clocks:
             raise RuntimeError(
                 "step() cannot be captured now: no parameter has had a gradient yet; take a step "
@@ -244,7 +245,9 @@ class TritonBackend:
             (clock,) = self._clocks.values()
             with current.guard(clock.device):
                 tables = [launch.address_table() for launch in self._launches]
-                self._binding.bind(clock.device, tables, calls, course, clips=clips)
+                self._binding.bind(
+                    clock.device, tables, calls, course, clips=clips, counted=before + 1
+                )
         self._binding.is_wanted = False
         return norm
 

@@ -41,8 +41,11 @@ class Binding:
         course: Course,
         *,
         clips: bool,
+        counted: int,
     ) -> None:
         """Have native code repeat the launches of a step, which the plan has counted.
+
+        A step that a signal handler or a finalizer takes meanwhile keeps its own launches.
 
         Args:
             device: the device of the launches, which must be the current one.
@@ -50,11 +53,15 @@ class Binding:
             calls: the launches, in order.
             course: the place of the step in the schedule.
             clips: whether the launches clip the gradients.
+            counted: the plan's count of calls after the step.
         """
         plan = self._plan
-        self._why_never = bind(plan, device, tables, calls, skips_idle=True, clips=clips)
-        self._launches = plan.native.launches
-        self._place = self._place_of(course._replace(position=course.position + 1))
+        place = self._place_of(course._replace(position=course.position + 1))
+        self._why_never = bind(
+            plan, device, tables, calls, skips_idle=True, clips=clips, counted=counted
+        )
+        if plan.native.calls == counted:
+            self._launches, self._place = plan.native.launches, place
 
     def end(self) -> Any:
         """Forget the launches; return them, or None if none were bound."""

@@ -43,11 +43,14 @@ def fill_gates(
     scales = {device: _on(gradients.scale, clock.one) for device, clock in clocks.items()}
     sums, count = None, 0
     if gradients.max_norm is not None:
-        parts: dict[Launch, Tensor] = {}
+        by_launch: dict[Launch, Tensor] = {}
+        of_devices: list[Tensor] = []
         for device, launches in by_device.items():
             with current.guard(device):
-                parts.update(_sum_squares(device, launches, scales[device], calls))
-        sums = _join(plan, parts)
+                of_device, parts = _sum_squares(device, launches, scales[device], calls)
+            of_devices.append(of_device)
+            by_launch.update(parts)
+        sums = _join(plan, of_devices, by_launch)
         count = len(sums)
     gates: dict[torch.device, Tensor] = {}
     dtype = plan.norm_dtype
@@ -77,24 +80,31 @@ def fill_gates(
 
 def _sum_squares(
     device: torch.device, launches: Sequence[Launch], scale: Tensor, calls: list[Call]
-) -> dict[Launch, Tensor]:
-    """Return sums of squares of the gradients on one device, a sum per chunk, in order."""
+) -> tuple[Tensor, dict[Launch, Tensor]]:
+    """Return sums of squares of the gradients on one device, a sum per chunk, in order.
+
+    Returns:
+        All sums, and the part of each launch.
+    """
     counts = [launch.count for launch in launches]
     sums = torch.empty(sum(counts), dtype=torch.float64, device=device)
     parts = dict(zip(launches, torch.split(sums, counts), strict=True))
     for launch, part in parts.items():
         calls.append(launch.sum_squares(scale, part))
-    return parts
+    return sums, parts
 
 
-def _join(plan: Plan, parts: Mapping[Launch, Tensor]) -> Tensor:
-    """Return the sums of all devices and ranks, on the first device."""
-    sums = list(parts.values())
+def _join(plan: Plan, sums: Sequence[Tensor], parts: Mapping[Launch, Tensor]) -> Tensor:
+    """Return the sums of all devices and ranks, on the first device.
+
+    Args:
+        plan: the plan of the optimizer.
+        sums: the sums of each device.
+        parts: the sums of each launch.
+    """
     meshes = [spread.mesh.device_type for spread in plan.spreads if spread]
-    if not meshes and len({part.device for part in sums}) <= 1:
-        if len(sums) == 1:
-            return sums[0]  # concatenating would be a copy on the device
-        return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64, device="cpu")
+    if not meshes and len(sums) <= 1:
+        return sums[0] if sums else torch.zeros(0, dtype=torch.float64, device="cpu")
     device = sums[0].device if sums else torch.device(meshes[0])
     by_spread = no_sums(plan.spreads, device)
     for launch, part in parts.items():

@@ -96,6 +96,7 @@ def bind(
     *,
     skips_idle: bool = False,
     clips: bool = False,
+    counted: int | None = None,
 ) -> str | None:
     """Have the ordinary steps of a plan repeat launches that Triton has just made.
 
@@ -117,9 +118,11 @@ def bind(
         skips_idle: whether the kernels skip a row whose gradient has the address 0. Otherwise a
             step with other idle rows takes the general way.
         clips: whether the launches clip the gradients.
+        counted: the plan's count of calls after the step. If a signal handler or a finalizer has
+            taken another step, nothing is bound. None: do not compare.
 
     Returns:
-        Why Triton must launch, or None if the launches are bound.
+        Why Triton must launch, or None.
     """
     watch = _watched(calls)
     if isinstance(watch, str):
@@ -141,7 +144,10 @@ def bind(
         why_not = _add(launches, call, keep)
         if why_not:
             return why_not
-    plan.native.bind(launches)
+    try:
+        plan.native.bind(launches, plan.native.calls if counted is None else counted)
+    except RuntimeError as error:  # no pinned memory is left
+        return str(error)
     return None
 
 

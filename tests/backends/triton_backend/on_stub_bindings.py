@@ -75,6 +75,17 @@ def test_a_plan_without_buckets_makes_no_launch(bound):
         bound.plan.bind(bound.bucket)
 
 
+def test_launches_are_too_late_after_another_step(bound):
+    """A signal handler may take a step between the launches and their binding."""
+    launches, counted = bound.launches, bound.plan.calls
+    assert bound.step() == bound.outcome("TAKEN")
+    bound.plan.bind(None)
+    assert bound.plan.bind(launches, counted) is False
+    assert bound.plan.launches is None
+    assert bound.plan.bind(launches, counted + 1) is True
+    assert bound.plan.launches is launches
+
+
 def test_launches_of_another_plan_are_refused(bound):
     with pytest.raises(ValueError, match="must have the buckets of the plan"):
         bound.plan.bind(Bound().launches)

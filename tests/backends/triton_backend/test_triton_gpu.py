@@ -22,6 +22,8 @@ from triton_helpers import (
     twins,
 )
 
+from clr_optim.core.ordinary import OrdinarySteps
+
 pytestmark = MARKS
 _backend = pytest.fixture(autouse=True)(choose_triton)
 launches = pytest.fixture(name="launches")(count_launches)
@@ -86,6 +88,21 @@ def test_a_side_stream():
             step()
     torch.cuda.current_stream().wait_stream(stream)
     pair.ours.step()
+
+
+@on_gpus
+def test_ordinary_steps_clip_over_several_buckets(monkeypatch):
+    """Native code repeats the launches of a step, so nothing else may belong to it."""
+    taken, take = [], OrdinarySteps.take
+    monkeypatch.setattr(OrdinarySteps, "take", lambda *args: taken.append(take(*args)) or taken[-1])
+    params = [p for d in (torch.float32, torch.float64) for p in parameters(drawn([(3,)], d))]
+    opt = wrapped(torch.optim.SGD(params, lr=0.1), backend="triton", max_grad_norm=1.0)
+    for k in range(1, 7):
+        for p in params:
+            p.grad = torch.full_like(p, k)
+        opt.step()
+        assert math.isclose(float(opt.grad_norm), k * math.sqrt(6), rel_tol=1e-6), k
+    assert taken[-3:] == [True] * 3
 
 
 @on_gpus
