@@ -8,7 +8,7 @@ from typing import Any
 
 import stub_helpers
 import torch
-from internals import plan_of
+from internals import backend_of, plan_of
 
 from clr_optim import CyclicalOptimizer
 
@@ -103,7 +103,9 @@ class Bound:
         if outcome == lib.OUT_OF_VALUES:
             shared = self.opt._shared
             launches = self.plan.launches
-            assert shared.ordinary._hand_down(plan_of(self.opt), vars(self.opt))
+            assert shared.ordinary._hand_down(
+                backend_of(self.opt), plan_of(self.opt), vars(self.opt)
+            )
             assert self.plan.launches is launches
             outcome = self.plan.step(vars(self.opt))
         return outcome
