@@ -145,10 +145,11 @@ class FusedBackend(Protocol):
         If not, the next step must tell the device.
         """
 
-    def doubt(self) -> None:
-        """Take note that native code has failed within a step, before or after it changed anything.
+    def doubt(self, *, has_begun: bool) -> None:
+        """Take note that an ordinary step has raised.
 
-        The host has counted the step only if it happened, as far as the host knows.
+        Args:
+            has_begun: whether native code had begun to change tensors, and has counted the step.
         """
 
     def step(self, course: Course, gradients: Gradients) -> Tensor | None:

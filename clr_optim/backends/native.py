@@ -133,7 +133,7 @@ class NativeBackend:
         """Return True: native code gets all values from the host."""
         return True
 
-    def doubt(self) -> None:
+    def doubt(self, *, has_begun: bool) -> None:
         """Do nothing: native code counts its steps itself."""
 
     def keeps(self, lr: Tensor) -> bool:

@@ -68,12 +68,13 @@ class OrdinarySteps:
         if fused is None or plan is None or current_device.is_capturing():
             return False
         native, lib = plan.native, plan.lib
+        calls = native.calls
         try:
             outcome = native.step(attributes)
             if outcome == lib.OUT_OF_VALUES and self._hand_down(fused, plan, attributes):
                 outcome = native.step(attributes)
         except BaseException:
-            fused.doubt()
+            fused.doubt(has_begun=native.calls != calls)
             raise
         if outcome == lib.UNSERVED and self._may_serve(plan):
             fused.bind_next()

@@ -153,13 +153,14 @@ class TritonBackend:
         """Return whether the device has this position and these bounds, for bound launches."""
         return self._binding.agrees(course)
 
-    def doubt(self) -> None:
-        """Take note that native code has failed within a step: only the device knows how far."""
-        self._binding.end()
-        if self.who_knows is WhoKnows.HOST:
-            self.who_knows = WhoKnows.MAYBE
+    def doubt(self, *, has_begun: bool) -> None:
+        """Take note that an ordinary step has raised; if native code failed, ask the device."""
+        if self.plan.native.launches is not None or self._binding.end() is None:
+            return  # native code has changed nothing
         for launch in self._launches:
             launch.doubt_uploads()
+        if has_begun and self.who_knows is WhoKnows.HOST:
+            self.who_knows = WhoKnows.MAYBE
 
     def step(self, course: Course, gradients: Gradients) -> Tensor | None:
         """Update all tensors of the plan: one launch per bucket, and one to advance the position.

@@ -82,14 +82,15 @@ def test_every_kernel_is_in_the_table(compiled):
 
 
 @needs_triton
-def test_narrow_accesses_and_spills_are_seen():
-    code = """
-        from clr_optim.kernels.triton import multi_tensor, report
-        report.KERNELS = {"adam": report.KERNELS["adam"]}
-        report.DTYPES = ("float32",)
+def test_narrow_accesses_and_spills_are_seen(tmp_path):
+    # A cache of its own: Triton's key does not hold what is patched here.
+    code = f"""
         import os
+        os.environ["TRITON_CACHE_DIR"] = {str(tmp_path)!r}
+        from clr_optim.kernels.triton import multi_tensor, report
+        report.KERNELS = {{"adam": report.KERNELS["adam"]}}
+        report.DTYPES = ("float32",)
         import triton.language as tl
-        os.environ["TRITON_ALWAYS_COMPILE"] = "1"
         multiple_of = tl.multiple_of
         tl.multiple_of = tl.core.builtin(lambda input, values, _semantic=None: input)
         print(*next(report.rows("sm_90")).values())

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from internals import backend_of
 from native_helpers import BY_NAME, assert_identical, members, parameters, tensors_of, wrapped
 from triton_helpers import (
     DEVICE,
@@ -103,6 +104,18 @@ def test_ordinary_steps_clip_over_several_buckets(monkeypatch):
         opt.step()
         assert math.isclose(float(opt.grad_norm), k * math.sqrt(6), rel_tol=1e-6), k
     assert taken[-3:] == [True] * 3
+
+
+@on_gpus
+def test_an_interrupt_before_the_launches_keeps_the_hosts_position():
+    (p,) = parameters(drawn([(3,)], torch.float32))
+    opt = wrapped(torch.optim.SGD([p], lr=0.1), backend="triton")
+    for k in range(5):
+        p.grad = torch.ones_like(p)
+        opt.step()
+        opt.set_iteration(20 + k)  # which the device learns in the next step
+        backend_of(opt).doubt(has_begun=False)
+        assert opt.iteration == 20 + k
 
 
 @on_gpus
