@@ -70,47 +70,42 @@ private:
     void* handle_;
 };
 
-inline bool find_cuda(Driver& d) {
-    const Library library("libcuda.so.1");
-    if (!library) return false;
-    library.find("cuFuncGetParamInfo", d.parameter);
-    return library.find("cuCtxGetCurrent", d.context) &&
-           library.find("cuStreamIsCapturing", d.capture_status) &&
-           library.find("cuThreadExchangeStreamCaptureMode", d.exchange_mode) &&
-           library.find("cuLaunchKernel", d.launch) &&
-           library.find("cuMemcpyHtoDAsync_v2", d.upload) &&
-           library.find("cuMemHostAlloc", d.allocate) && library.find("cuMemFreeHost", d.free) &&
-           library.find("cuEventCreate", d.make_event) &&
-           library.find("cuEventRecord", d.record) && library.find("cuEventQuery", d.query) &&
-           library.find("cuEventSynchronize", d.wait) &&
-           library.find("cuEventDestroy_v2", d.end_event) &&
-           library.find("cuGetErrorName", d.error_name);
-}
-
-inline bool find_hip(Driver& d, const char* name) {
-    const Library library(name);
+// Finds the functions of a driver in a library, by their names in the order of Driver; the last one
+// may be missing, or have no name.
+inline bool find_all(Driver& d, const char* library_name, const char* const (&names)[14]) {
+    const Library library(library_name);
     if (!library) return false;
     d.parameter = nullptr;
-    return library.find("hipCtxGetCurrent", d.context) &&
-           library.find("hipStreamIsCapturing", d.capture_status) &&
-           library.find("hipThreadExchangeStreamCaptureMode", d.exchange_mode) &&
-           library.find("hipModuleLaunchKernel", d.launch) &&
-           library.find("hipMemcpyHtoDAsync", d.upload) &&
-           library.find("hipHostMalloc", d.allocate) && library.find("hipHostFree", d.free) &&
-           library.find("hipEventCreateWithFlags", d.make_event) &&
-           library.find("hipEventRecord", d.record) && library.find("hipEventQuery", d.query) &&
-           library.find("hipEventSynchronize", d.wait) &&
-           library.find("hipEventDestroy", d.end_event) &&
-           library.find("hipDrvGetErrorName", d.error_name);
+    if (names[13]) library.find(names[13], d.parameter);
+    return library.find(names[0], d.context) && library.find(names[1], d.capture_status) &&
+           library.find(names[2], d.exchange_mode) && library.find(names[3], d.launch) &&
+           library.find(names[4], d.upload) && library.find(names[5], d.allocate) &&
+           library.find(names[6], d.free) && library.find(names[7], d.make_event) &&
+           library.find(names[8], d.record) && library.find(names[9], d.query) &&
+           library.find(names[10], d.wait) && library.find(names[11], d.end_event) &&
+           library.find(names[12], d.error_name);
 }
+
+constexpr const char* CUDA[14] = {
+    "cuCtxGetCurrent", "cuStreamIsCapturing", "cuThreadExchangeStreamCaptureMode",
+    "cuLaunchKernel", "cuMemcpyHtoDAsync_v2", "cuMemHostAlloc", "cuMemFreeHost", "cuEventCreate",
+    "cuEventRecord", "cuEventQuery", "cuEventSynchronize", "cuEventDestroy_v2", "cuGetErrorName",
+    "cuFuncGetParamInfo"};
+constexpr const char* HIP[14] = {
+    "hipCtxGetCurrent", "hipStreamIsCapturing", "hipThreadExchangeStreamCaptureMode",
+    "hipModuleLaunchKernel", "hipMemcpyHtoDAsync", "hipHostMalloc", "hipHostFree",
+    "hipEventCreateWithFlags", "hipEventRecord", "hipEventQuery", "hipEventSynchronize",
+    "hipEventDestroy", "hipDrvGetErrorName", nullptr};
 
 // Returns the driver's functions, or null if this process has loaded no driver.
 inline const Driver* driver() {
     static Driver found;
     static bool is_found = false;  // a driver may be loaded later, but is never unloaded
     if (!is_found)
-        is_found = find_cuda(found) || find_hip(found, "libamdhip64.so") ||
-                   find_hip(found, "libamdhip64.so.7") || find_hip(found, "libamdhip64.so.6");
+        is_found = find_all(found, "libcuda.so.1", CUDA) ||
+                   find_all(found, "libamdhip64.so", HIP) ||
+                   find_all(found, "libamdhip64.so.7", HIP) ||
+                   find_all(found, "libamdhip64.so.6", HIP);
     return is_found ? &found : nullptr;
 }
 

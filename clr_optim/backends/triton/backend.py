@@ -1,4 +1,4 @@
-"""The Triton backend: one launch per bucket updates its tensors at the device's own position.
+"""The Triton backend: kernels update tensors at the device's own position.
 
 Beside the tensors a kernel reads only tables on the device: addresses, groups, phases, the position
 in the schedule. The host uploads a table when it changed. The device advances the position, so an
@@ -163,7 +163,7 @@ class TritonBackend:
             self.who_knows = WhoKnows.MAYBE
 
     def step(self, course: Course, gradients: Gradients) -> Tensor | None:
-        """Update all tensors of the plan: one launch per bucket, and one to advance the position.
+        """Update all tensors of the plan, and advance the position: see :meth:`Launch.update`.
 
         Args:
             course: the place of this step in the schedule.
@@ -256,8 +256,7 @@ class TritonBackend:
         """Return whether native code may repeat this step's launches with the next gradients."""
         return (
             len(self._clocks) == 1
-            and all(clock.device.type == "cuda" for clock in self._clocks.values())
-            and all(clock.decides(course) for clock in self._clocks.values())
+            and all(c.device.type == "cuda" and c.decides(course) for c in self._clocks.values())
             and self.who_knows is WhoKnows.HOST
             and gradients.scale is None
             and gradients.found_inf is None

@@ -83,7 +83,7 @@ def test_every_kernel_is_in_the_table(compiled):
 
 @needs_triton
 def test_narrow_accesses_and_spills_are_seen(tmp_path):
-    # A cache of its own: Triton's key does not hold what is patched here.
+    # A separate cache: Triton's key does not tell a patched kernel from the others.
     code = f"""
         import os
         os.environ["TRITON_CACHE_DIR"] = {str(tmp_path)!r}

@@ -226,11 +226,17 @@ def test_what_cannot_be_captured_says_why():
     assert run.opt.iteration == 2
 
 
+def warm_pair() -> tuple[Run, Run]:
+    """Return two equal runs after one step, which created the state."""
+    both = Run(BY_NAME["adam-wd"]), Run(BY_NAME["adam-wd"])
+    for run in both:
+        run.eager(0)
+    return both
+
+
 def test_two_steps_in_one_capture():
     """As torch's steps: with the same gradients, whose addresses are arguments of the kernel."""
-    replayed, eager = Run(BY_NAME["adam-wd"]), Run(BY_NAME["adam-wd"])
-    for run in (replayed, eager):
-        run.eager(0)
+    replayed, eager = warm_pair()
     graph = replayed.capture(steps=2)
     for k in range(1, 4):
         replayed.replay(graph, k)
@@ -240,9 +246,7 @@ def test_two_steps_in_one_capture():
 
 
 def test_a_parameter_without_a_gradient_is_idle_in_a_graph():
-    replayed, eager = Run(BY_NAME["adam-wd"]), Run(BY_NAME["adam-wd"])
-    for run in (replayed, eager):
-        run.eager(0)
+    replayed, eager = warm_pair()
     graph = replayed.capture(idle=1)
     for k in range(1, 4):
         replayed.replay(graph, k)
