@@ -22,7 +22,6 @@ struct AddressTable {
     const Bucket* bucket = nullptr;
     int64_t edition = 0;     // of the rows that the device has
     uint64_t place = 0;      // of the table on the device; 0: the addresses are parameters
-    uint64_t alignment = 1;  // of every address; a power of two
     // The addresses that the device has, or that the last step wrote into parameters.
     std::vector<const void*> content;
     bool is_outdated = false;  // whether a scan has found other addresses
@@ -49,9 +48,8 @@ public:
     // The largest numbers of parameters, and of addresses among them.
     static constexpr size_t MOST_PARAMETERS = 64, MOST_ADDRESSES = 8;
 
-    Ref device;               // its index, for torch
-    bool skips_idle = false;  // whether the kernels skip a row whose gradient has address 0
-    bool clips = false;       // whether the kernels clip the gradients
+    Ref device;          // its index, for torch
+    bool clips = false;  // whether the kernels clip the gradients
     std::vector<Watch> watches;
 
     // Binds to the current context. Returns false with an exception set if there is none.
@@ -80,11 +78,11 @@ public:
     }
 
     // Adds the table of a bucket's gradients. The device has the addresses of the last scan.
-    void add_table(PyObject* object, const Bucket& bucket, uint64_t place, uint64_t alignment) {
+    void add_table(PyObject* object, const Bucket& bucket, uint64_t place) {
         AddressTable table;
         table.object = Ref::to(object), table.bucket = &bucket;
         table.edition = bucket.edition, table.content = bucket.gradients;
-        table.place = place, table.alignment = alignment;
+        table.place = place;
         tables_.push_back(std::move(table));
     }
     AddressTable* find(const Bucket& bucket) {
@@ -127,21 +125,6 @@ public:
         // Another thread may have made the ring meanwhile: taking one gives the GIL away.
         if (ring_) Ring::give_back(std::move(ring));
         else ring_ = std::move(ring);
-        return true;
-    }
-
-    // Returns whether the addresses of all gradients are multiples of a power of two.
-    static bool is_aligned(const Bucket& bucket, uint64_t alignment) {
-        uint64_t bits = 0;
-        for (const void* address : bucket.gradients) bits |= reinterpret_cast<uintptr_t>(address);
-        return !(bits & (alignment - 1));
-    }
-
-    // Notes the addresses that the device has after an upload by other code. Returns false if other
-    // rows would be idle than the launches serve.
-    bool note(AddressTable& table, const void* const* addresses) const {
-        if (!skips_idle && !has_same_rows(addresses, table.content)) return false;
-        std::copy(addresses, addresses + table.content.size(), table.content.begin());
         return true;
     }
 
@@ -198,7 +181,6 @@ public:
 
     // Whether the last run has launched a kernel.
     bool has_begun() const { return has_begun_; }
-    bool is_running() const { return is_running_; }
 
     int visit(visitproc visit, void* arg) const {
         Py_VISIT(device.get());
@@ -227,17 +209,7 @@ private:
         const Bucket& bucket = *table.bucket;
         if (bucket.edition != table.edition || bucket.gradients.size() != table.content.size())
             return false;
-        table.is_outdated =
-            !std::equal(table.content.begin(), table.content.end(), bucket.gradients.begin());
-        if (!table.is_outdated) return true;
-        return is_aligned(bucket, table.alignment) &&
-               (skips_idle || has_same_rows(bucket.gradients.data(), table.content));
-    }
-
-    static bool has_same_rows(const void* const* addresses,
-                              const std::vector<const void*>& others) {
-        for (size_t i = 0; i < others.size(); ++i)
-            if (!addresses[i] != !others[i]) return false;
+        table.is_outdated = table.content != bucket.gradients;
         return true;
     }
 

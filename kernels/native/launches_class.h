@@ -33,17 +33,17 @@ inline bool read_watch(PyObject* item, std::vector<Watch>& watches) {
 }
 
 inline PyObject* new_launches(PyTypeObject* type, PyObject* args, PyObject* named) {
-    static const char* const names[] = {"device", "watch", "skips_idle", "clips", nullptr};
+    static const char* const names[] = {"device", "watch", "clips", nullptr};
     PyObject *device, *watch;
-    int skips_idle = 0, clips = 0;
-    if (!read_named(args, named, "O!O!|$pp:Launches", names, &PyLong_Type, &device, &PyList_Type,
-                    &watch, &skips_idle, &clips))
+    int clips = 0;
+    if (!read_named(args, named, "O!O!|$p:Launches", names, &PyLong_Type, &device, &PyList_Type,
+                    &watch, &clips))
         return nullptr;
     Ref self(LaunchesObject::make(type));
     if (!self) return nullptr;
     Launches& launches = LaunchesObject::of(self.get());
     launches.device = Ref::to(device);
-    launches.skips_idle = skips_idle, launches.clips = clips;
+    launches.clips = clips;
     const Items items(watch);
     for (Py_ssize_t i = 0; i < items.size(); ++i)
         if (!read_watch(items.get(i), launches.watches)) return nullptr;
@@ -51,21 +51,19 @@ inline PyObject* new_launches(PyTypeObject* type, PyObject* args, PyObject* name
 }
 
 inline PyObject* launches_add_bucket(PyObject* self, PyObject* args, PyObject* named) {
-    static const char* const names[] = {"bucket", "table", "alignment", nullptr};
+    static const char* const names[] = {"bucket", "table", nullptr};
     Launches& launches = LaunchesObject::of(self);
     PyObject* object;
-    unsigned long long table = 0, alignment = 1;
-    if (!read_named(args, named, "O|$KK:add_bucket", names, &object, &table, &alignment))
+    unsigned long long table = 0;
+    if (!read_named(args, named, "O|$K:add_bucket", names, &object, &table))
         return nullptr;
     const Bucket* const bucket = to_bucket(object);
     if (!bucket || !launches.can_grow()) return nullptr;
-    const char* const problem =
-        !alignment || (alignment & (alignment - 1))     ? "alignment must be a power of two"
-        : !Launches::is_aligned(*bucket, alignment) ? "the gradients are not aligned so"
-        : launches.find(*bucket)                        ? "the bucket was added before"
-                                                        : nullptr;
-    if (problem) return PyErr_SetString(PyExc_ValueError, problem), nullptr;
-    launches.add_table(object, *bucket, table, alignment);
+    if (launches.find(*bucket)) {
+        PyErr_SetString(PyExc_ValueError, "the bucket was added before");
+        return nullptr;
+    }
+    launches.add_table(object, *bucket, table);
     return none();
 }
 
@@ -139,39 +137,11 @@ inline PyObject* launches_add_launch(PyObject* self, PyObject* args, PyObject* n
     return none();
 }
 
-// Returns the table of a bucket; null with an exception set if the bucket was not added.
-inline AddressTable* find_table(Launches& launches, PyObject* object) {
+inline PyObject* launches_addresses(PyObject* self, PyObject* object) {
     const Bucket* const bucket = to_bucket(object);
     if (!bucket) return nullptr;
-    AddressTable* const table = launches.find(*bucket);
-    if (!table) PyErr_SetString(PyExc_ValueError, "the bucket was not added");
-    return table;
-}
-
-inline PyObject* launches_note_addresses(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-    Launches& launches = LaunchesObject::of(self);
-    if (!expects("note_addresses()", count, 2)) return nullptr;
-    AddressTable* const table = find_table(launches, args[0]);
-    char* bytes = nullptr;
-    Py_ssize_t length = 0;
-    if (!table || PyBytes_AsStringAndSize(args[1], &bytes, &length)) return nullptr;
-    const char* const problem =
-        launches.is_running()                 ? "launches cannot change within a step"
-        : size_t(length) != table->bytes() ? "a bucket has an address for each row"
-                                              : nullptr;
-    if (problem) return PyErr_SetString(PyExc_ValueError, problem), nullptr;
-    std::vector<const void*> addresses(table->content.size());
-    std::memcpy(addresses.data(), bytes, size_t(length));
-    if (!launches.note(*table, addresses.data())) {
-        PyErr_SetString(PyExc_ValueError, "the launches serve other rows");
-        return nullptr;
-    }
-    return none();
-}
-
-inline PyObject* launches_addresses(PyObject* self, PyObject* object) {
-    const AddressTable* const table = find_table(LaunchesObject::of(self), object);
-    if (!table) return nullptr;
+    const AddressTable* const table = LaunchesObject::of(self).find(*bucket);
+    if (!table) return PyErr_SetString(PyExc_ValueError, "the bucket was not added"), nullptr;
     return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(table->content.data()),
                                      Py_ssize_t(table->bytes()));
 }
@@ -185,7 +155,6 @@ inline PyObject* launches_run(PyObject* self, PyObject*) {
 inline PyMethodDef launches_methods[] = {
     {"add_bucket", method<launches_add_bucket>(), METH_VARARGS | METH_KEYWORDS, nullptr},
     {"add_launch", method<launches_add_launch>(), METH_VARARGS | METH_KEYWORDS, nullptr},
-    {"note_addresses", method<launches_note_addresses>(), METH_FASTCALL, nullptr},
     {"addresses", method<launches_addresses>(), METH_O, nullptr},
     {"run", method<launches_run>(), METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},

@@ -201,8 +201,6 @@ class Launches:
         device: the index of the GPU, which must be the current one.
         watch: objects that must be empty at each step, as lists of hooks are; `(object, name)` for
             an attribute.
-        skips_idle: whether the kernels skip a row whose gradient has the address 0. Else the
-            launches serve only steps in which the same rows have gradients.
         clips: whether the launches clip the gradients. A course with a largest norm needs launches
             that do.
 
@@ -215,16 +213,14 @@ class Launches:
         device: int,
         watch: list[object],
         *,
-        skips_idle: bool = False,
         clips: bool = False,
     ) -> Launches: ...
-    def add_bucket(self, bucket: Bucket, *, table: int = 0, alignment: int = 1) -> None:
+    def add_bucket(self, bucket: Bucket, *, table: int = 0) -> None:
         """Add a bucket. The device must have its rows, and the addresses of the last scan.
 
         Args:
             bucket: the bucket.
             table: where the device has the table of the gradients' addresses; 0: no table.
-            alignment: a power of two. The launches serve only gradients at multiples of it.
         """
 
     def add_launch(
@@ -255,9 +251,6 @@ class Launches:
         Raises:
             ValueError: if the driver expects other parameters.
         """
-
-    def note_addresses(self, bucket: Bucket, addresses: bytes, /) -> None:
-        """Note the addresses that other code has written into a bucket's table."""
 
     def addresses(self, bucket: Bucket, /) -> bytes:
         """Return the addresses that a bucket's table holds after the last step."""

@@ -57,9 +57,7 @@ class Binding:
         """
         plan = self._plan
         place = self._place_of(course._replace(position=course.position + 1))
-        self._why_never = bind(
-            plan, device, tables, calls, skips_idle=True, clips=clips, counted=counted
-        )
+        self._why_never = bind(plan, device, tables, calls, clips=clips, counted=counted)
         if plan.native.calls == counted:
             self._launches, self._place = plan.native.launches, place
 

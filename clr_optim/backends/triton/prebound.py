@@ -72,10 +72,6 @@ class AddressTable(NamedTuple):
     bucket: Bucket
     #: the table on the device, or None if the addresses travel as arguments
     table: Tensor | None = None
-    #: the content of the table; None: the addresses of the last scan
-    content: bytes | None = None
-    #: a power of two that the kernels expect to divide every address
-    alignment: int = 1
 
 
 class Packed(NamedTuple):
@@ -94,7 +90,6 @@ def bind(
     tables: Sequence[AddressTable],
     calls: Sequence[Call],
     *,
-    skips_idle: bool = False,
     clips: bool = False,
     counted: int | None = None,
 ) -> str | None:
@@ -115,8 +110,6 @@ def bind(
         device: the only device of the plan.
         tables: all buckets of the plan.
         calls: the launches of a whole step, in order.
-        skips_idle: whether the kernels skip a row whose gradient has the address 0. Otherwise a
-            step with other idle rows takes the general way.
         clips: whether the launches clip the gradients.
         counted: the plan's count of calls after the step. If a signal handler or a finalizer has
             taken another step, nothing is bound. None: do not compare.
@@ -128,17 +121,11 @@ def bind(
     if isinstance(watch, str):
         return watch
     try:
-        launches = plan.lib.Launches(device.index or 0, watch, skips_idle=skips_idle, clips=clips)
+        launches = plan.lib.Launches(device.index or 0, watch, clips=clips)
     except RuntimeError as error:  # no driver that native code knows, as on Intel's GPUs
         return str(error)
-    for bucket, table, content, alignment in tables:
-        address = 0 if table is None else table.data_ptr()
-        try:
-            launches.add_bucket(bucket.native, table=address, alignment=alignment)
-            if content is not None:
-                launches.note_addresses(bucket.native, content)
-        except ValueError as error:  # a scan has found other gradients since the last step
-            return str(error)
+    for bucket, table in tables:
+        launches.add_bucket(bucket.native, table=0 if table is None else table.data_ptr())
     keep = tuple(each.table for each in tables)
     for call in calls:
         why_not = _add(launches, call, keep)

@@ -261,28 +261,6 @@ def test_addresses_travel_in_place_of_arguments(launched):
     assert record.bytes == addresses + packed.parameters[len(addresses) :]
 
 
-def test_a_table_may_hold_older_addresses_than_the_last_scan(launched):
-    opt, calls = opt_and_calls(launched)
-    plan = plan_of(opt)
-    (bucket,) = plan.buckets
-    table, before = torch.zeros(1), bucket.gradients.tobytes()
-    old = [p.grad for p in bucket.params]
-    for param in bucket.params:
-        param.grad = torch.ones_like(param)
-    plan.refresh()
-    assert bucket.gradients.tobytes() != before
-    assert old
-    current = prebound.AddressTable(bucket, table, before)
-    assert prebound.bind(plan, CPU, [current], calls) is None
-    assert plan.native.launches.addresses(bucket.native) == before
-    assert plan.native.launches.run()
-    (upload,) = DRIVER.take("cuMemcpy")
-    assert upload.object == table.data_ptr()
-    assert upload.bytes == bucket.gradients.tobytes()
-    idle = prebound.AddressTable(bucket, table, bytes(len(before)))
-    assert prebound.bind(plan, CPU, [idle], calls) == "the launches serve other rows"
-
-
 def test_the_backend_is_triton_s(launched):
     opt, _ = opt_and_calls(launched)
     backend = backend_of(opt)

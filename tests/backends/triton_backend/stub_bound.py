@@ -66,11 +66,11 @@ class Bound:
     def addresses(self) -> bytes:
         return bytes(self.bucket.gradients())
 
-    def made(self, table: int = TABLE, alignment: int = 1, **options: Any) -> Any:
+    def made(self, table: int = TABLE, **options: Any) -> Any:
         """Return new launches: one kernel."""
         lib = plan_of(self.opt).lib
         launches = lib.Launches(0, self.watch, **options)
-        launches.add_bucket(self.bucket, table=table, alignment=alignment)
+        launches.add_bucket(self.bucket, table=table)
         self.add(launches)
         return launches
 
