@@ -11,11 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from clr_optim.backends.torch import is_profiled
-from clr_optim.core.shared import Shared
-from clr_optim.keys import BASE_MOMENTUM, MAX_MOMENTUM
 from clr_optim.rules import NUMBERS
 
-__all__ = ["cannot_capture", "check_capture", "momentum_vanishes"]
+__all__ = ["cannot_capture", "check_capture"]
 
 
 def check_capture(wrapper: Any) -> None:
@@ -28,19 +26,6 @@ def check_capture(wrapper: Any) -> None:
 def cannot_capture(reason: str) -> RuntimeError:
     """Return the error of a step that cannot be captured."""
     return RuntimeError(f"step() cannot be captured into a graph: {reason}")
-
-
-def momentum_vanishes(shared: Shared) -> bool:
-    """Return whether the cycle reaches a momentum of 0, where SGD and RMSprop keep no buffer.
-
-    A step without momentum leaves the buffer alone and has another kernel, so the host must choose
-    the kernel.
-    """
-    return shared.settings.cycle_momentum and any(
-        "betas" not in group and group[BASE_MOMENTUM] <= 0.0 < group[MAX_MOMENTUM]
-        for group in shared.settings.optimizer.param_groups
-        if BASE_MOMENTUM in group and MAX_MOMENTUM in group
-    )
 
 
 def _is_not_capturable(wrapper: Any) -> bool:
@@ -84,7 +69,7 @@ REASONS: tuple[tuple[Callable[[Any], bool], str], ...] = (
         "opt.cycle between replays",
     ),
     (
-        lambda wrapper: momentum_vanishes(wrapper._shared),
+        lambda wrapper: wrapper._shared.settings.momentum_vanishes,
         "momentum cycles down to 0, and a step without momentum needs another kernel; "
         "construct CyclicalOptimizer with a base_momentum above 0",
     ),

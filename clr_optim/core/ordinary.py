@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clr_optim.backends import current_device
-from clr_optim.backends.base import FusedBackend
+from clr_optim.backends.base import FusedBackend, WhoKnows
 from clr_optim.checks import LAST_STEP
 from clr_optim.core.groups import GroupMirror, Record, Values
 from clr_optim.core.position import Position
@@ -69,6 +69,9 @@ class OrdinarySteps:
             return False
         native, lib = plan.native, plan.lib
         calls = native.calls
+        is_scaled = "found_inf" in attributes
+        if is_scaled and native.launches is not None:
+            fused.who_knows = WhoKnows.MAYBE  # the device may skip the step
         try:
             outcome = native.step(attributes)
             if outcome == lib.OUT_OF_VALUES and self._hand_down(fused, plan, attributes):
@@ -76,7 +79,9 @@ class OrdinarySteps:
         except BaseException:
             fused.doubt(has_begun=native.calls != calls)
             raise
-        if outcome == lib.UNSERVED and self._may_serve(plan):
+        # With a momentum of 0 the host must know whether a GradScaler's step happens.
+        waits = is_scaled and self._settings.momentum_vanishes
+        if outcome == lib.UNSERVED and not waits and self._may_serve(plan):
             fused.bind_next()
         return bool(outcome == lib.TAKEN)
 

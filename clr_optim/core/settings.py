@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch.optim import Optimizer
 
+from clr_optim.keys import BASE_MOMENTUM, MAX_MOMENTUM
 from clr_optim.schedule import Schedule
 
 __all__ = ["HIGH_MOMENTUM", "LOW_MOMENTUM", "Settings"]
@@ -39,3 +40,16 @@ class Settings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule_json", self.schedule.to_json())
         object.__setattr__(self, "has_scale_fn", self.schedule.scale_fn is not None)
+
+    @property
+    def momentum_vanishes(self) -> bool:
+        """Whether the cycle reaches a momentum of 0, where SGD and RMSprop keep no buffer.
+
+        A step without momentum leaves the buffer alone and has another kernel, so the host must
+        choose the kernel.
+        """
+        return self.cycle_momentum and any(
+            "betas" not in group and group[BASE_MOMENTUM] <= 0.0 < group[MAX_MOMENTUM]
+            for group in self.optimizer.param_groups
+            if BASE_MOMENTUM in group and MAX_MOMENTUM in group
+        )

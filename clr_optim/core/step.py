@@ -19,7 +19,7 @@ from clr_optim.backends.base import FusedBackend, Gradients
 from clr_optim.backends.torch import ClippedGradients, is_profiled, raw_step
 from clr_optim.checks import shown
 from clr_optim.core import amp
-from clr_optim.core.capture import check_capture, momentum_vanishes
+from clr_optim.core.capture import check_capture
 from clr_optim.core.creation import asks_for_state, create_state
 from clr_optim.core.groups import Values
 from clr_optim.core.rest import Borrowed, give_back, has_rest, step_rest
@@ -233,7 +233,7 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: Borrowed) -> bo
             or rest
             or settings.has_scale_fn
             or context.wrapper._cycle_end_hooks
-            or momentum_vanishes(shared)
+            or settings.momentum_vanishes
         )
         if found_inf is not None and (acts or not fused.sees_overflows):
             if signals.overflowed():

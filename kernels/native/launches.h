@@ -13,6 +13,7 @@
 
 #include "bucket.h"
 #include "ring.h"
+#include "signals.h"
 
 namespace clr {
 
@@ -38,6 +39,9 @@ struct Launch {
     Ref keep;                               // Python objects that the launch needs alive
     bool takes_addresses = false;           // whether some parameters are addresses of gradients
     size_t table = 0, begin = 0;            // their table by number, and where they begin
+    // Where the addresses of a GradScaler's signals are among the parameters, if they are.
+    static constexpr size_t NOWHERE = SIZE_MAX;
+    size_t grad_scale = NOWHERE, found_inf = NOWHERE;
 };
 
 // A Python object that must be empty; with a name, the object's attribute must be empty.
@@ -92,7 +96,11 @@ public:
     }
     size_t index_of(const AddressTable& table) const { return size_t(&table - tables_.data()); }
 
-    void add(Launch&& launch) { launches_.push_back(std::move(launch)); }
+    void add(Launch&& launch) {
+        takes_grad_scale_ = takes_grad_scale_ || launch.grad_scale != Launch::NOWHERE;
+        takes_found_inf_ = takes_found_inf_ || launch.found_inf != Launch::NOWHERE;
+        launches_.push_back(std::move(launch));
+    }
 
     // Returns whether the driver expects exactly the parameters of a launch, or cannot tell.
     bool fits(const Launch& launch, const std::vector<size_t>& sizes) const {
@@ -144,9 +152,19 @@ public:
         return true;
     }
 
+    // Returns whether the kernels read exactly the signals that a GradScaler has given. Ask before a
+    // scan: torch, which is asked about the signals, gives the GIL away.
+    bool take(const Signals& signals) const {
+        return bool(signals.grad_scale) == takes_grad_scale_ &&
+               bool(signals.found_inf) == takes_found_inf_ && is_plain(signals.grad_scale) &&
+               is_plain(signals.found_inf);
+    }
+
     // Returns whether the launches can serve, with the addresses that a scan has just found. They
     // serve one stream: torch's allocator must know every stream that reads the tables.
-    bool is_ready() {
+    bool is_ready(const Signals& signals) {
+        grad_scale_ = found_inf_ = nullptr;
+        if (signals && (tables_.empty() || !read_addresses(signals))) return false;
         for (AddressTable& each : tables_)
             if (!is_served(each)) return false;
         void* context = nullptr;
@@ -213,6 +231,12 @@ private:
         return true;
     }
 
+    bool read_addresses(const Signals& signals) {
+        const Bucket& bucket = *tables_.front().bucket;
+        return (!signals.grad_scale || read_address(signals.grad_scale, bucket, grad_scale_)) &&
+               (!signals.found_inf || read_address(signals.found_inf, bucket, found_inf_));
+    }
+
     // Asks torch for the current stream of the device. Returns false with an exception set if torch
     // cannot tell.
     bool current_stream(void*& stream) const {
@@ -253,6 +277,8 @@ private:
                 std::memcpy(each.parameters.data() + each.begin, table.content.data(),
                             table.bytes());
             }
+            write(grad_scale_, each.grad_scale, each);
+            write(found_inf_, each.found_inf, each);
             void* parameters[MOST_PARAMETERS];
             for (size_t i = 0; i < each.offsets.size(); ++i)
                 parameters[i] = each.parameters.data() + each.offsets[i];
@@ -265,12 +291,20 @@ private:
         return SUCCESS;
     }
 
+    // Writes the address of a signal among the parameters. Without a signal they stay.
+    static void write(const void* signal, size_t place, Launch& launch) {
+        if (signal && place != Launch::NOWHERE)
+            std::memcpy(launch.parameters.data() + place, &signal, sizeof signal);
+    }
+
     const Driver* driver_ = nullptr;
     void* context_ = nullptr;  // null: the garbage collector has cleared the launches
     int64_t process_ = 0;
     std::vector<AddressTable> tables_;
     std::vector<Launch> launches_;
     std::unique_ptr<Ring> ring_;
+    bool takes_grad_scale_ = false, takes_found_inf_ = false;  // whether any launch reads them
+    const void *grad_scale_ = nullptr, *found_inf_ = nullptr;  // of the step under way
     void* stream_ = nullptr;  // the stream that was current when the launches were made
     bool is_complete_ = false, is_running_ = false, has_begun_ = false;
     bool is_broken_ = false;  // an error of the driver has ended a step midway

@@ -91,6 +91,20 @@ inline bool read_addresses(Launches& launches, PyObject* pair, Launch& launch) {
     return true;
 }
 
+// Reads where the parameters hold an address; leaves the place alone if there is none.
+inline bool read_place(PyObject* offset, const Launch& launch, size_t& place) {
+    if (offset == Py_None) return true;
+    const size_t found = PyLong_AsSize_t(offset);
+    if (PyErr_Occurred()) return false;
+    const size_t size = launch.parameters.size();
+    if (found % sizeof(void*) || size < sizeof(void*) || found > size - sizeof(void*)) {
+        PyErr_SetString(PyExc_ValueError, "a signal's address lies within the parameters");
+        return false;
+    }
+    place = found;
+    return true;
+}
+
 // Lays out parameters as kernels expect them: each at a multiple of its size.
 inline bool lay_out(const std::vector<size_t>& sizes, Launch& launch) {
     size_t end = 0;
@@ -104,16 +118,18 @@ inline bool lay_out(const std::vector<size_t>& sizes, Launch& launch) {
 
 inline PyObject* launches_add_launch(PyObject* self, PyObject* args, PyObject* named) {
     static const char* const names[] = {"function", "grid", "threads", "shared", "parameters",
-                                        "sizes", "keep", "gradients", nullptr};
+                                        "sizes", "keep", "gradients", "grad_scale",
+                                        "found_inf", nullptr};
     Launches& launches = LaunchesObject::of(self);
     unsigned long long function;
     const char* bytes;
     Py_ssize_t length;
-    PyObject *sizes_given, *keep, *pair = Py_None;
+    PyObject *sizes_given, *keep, *pair = Py_None, *grad_scale = Py_None, *found_inf = Py_None;
     Launch launch;
-    if (!read_named(args, named, "K(III)IIy#OO|$O:add_launch", names, &function, &launch.grid[0],
-                    &launch.grid[1], &launch.grid[2], &launch.threads, &launch.shared, &bytes,
-                    &length, &sizes_given, &keep, &pair))
+    if (!read_named(args, named, "K(III)IIy#OO|$OOO:add_launch", names, &function,
+                    &launch.grid[0], &launch.grid[1], &launch.grid[2], &launch.threads,
+                    &launch.shared, &bytes, &length, &sizes_given, &keep, &pair, &grad_scale,
+                    &found_inf))
         return nullptr;
     std::vector<int64_t> numbers;
     if (!read_ints(sizes_given, numbers) || !launches.can_grow()) return nullptr;
@@ -128,7 +144,10 @@ inline PyObject* launches_add_launch(PyObject* self, PyObject* args, PyObject* n
                                           "these sizes");
         return nullptr;
     }
-    if (!read_addresses(launches, pair, launch)) return nullptr;
+    if (!read_addresses(launches, pair, launch) ||
+        !read_place(grad_scale, launch, launch.grad_scale) ||
+        !read_place(found_inf, launch, launch.found_inf))
+        return nullptr;
     if (!launches.fits(launch, sizes)) {
         PyErr_SetString(PyExc_ValueError, "the driver expects other parameters");
         return nullptr;
@@ -148,7 +167,7 @@ inline PyObject* launches_addresses(PyObject* self, PyObject* object) {
 
 inline PyObject* launches_run(PyObject* self, PyObject*) {
     Launches& launches = LaunchesObject::of(self);
-    if (!launches.is_unobserved() || !launches.is_ready()) return Py_NewRef(Py_False);
+    if (!launches.is_unobserved() || !launches.is_ready(Signals())) return Py_NewRef(Py_False);
     return launches.run() ? Py_NewRef(Py_True) : nullptr;
 }
 

@@ -234,6 +234,8 @@ class Launches:
         sizes: Sequence[int],
         keep: object,
         gradients: tuple[Bucket, int] | None = None,
+        grad_scale: int | None = None,
+        found_inf: int | None = None,
     ) -> None:
         """Add a launch.
 
@@ -247,6 +249,9 @@ class Launches:
             keep: objects that the launch needs alive, as the compiled kernel and tensors.
             gradients: an added bucket of up to eight rows, and where in the parameters the
                 addresses of its gradients begin. Each step writes them there.
+            grad_scale, found_inf: where the parameters hold the address of this signal of a
+                GradScaler. Each step writes the addresses of the tensors on the wrapping optimizer.
+                The launches serve only steps with exactly the signals that some launch reads.
 
         Raises:
             ValueError: if the driver expects other parameters.

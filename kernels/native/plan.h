@@ -137,8 +137,9 @@ public:
     bool step(PyObject* attributes, Outcome& outcome) {
         if (busy) return outcome = IN_USE, true;
         const Use use(*this);
+        const Signals signals(attributes);
         Answer answer = ALL_ACTIVE;
-        if (!is_ordinary(attributes, outcome, answer)) {
+        if (!is_ordinary(attributes, signals, outcome, answer)) {
             const Raised raised;
             release();
             return !raised;
@@ -221,14 +222,15 @@ private:
 
     // Returns whether the next step is an ordinary one, and makes ready for it. If not, `outcome`
     // tells why, or an exception is set.
-    bool is_ordinary(PyObject* attributes, Outcome& outcome, Answer& answer) {
-        outcome = why_not(attributes);
+    bool is_ordinary(PyObject* attributes, const Signals& signals, Outcome& outcome,
+                     Answer& answer) {
+        outcome = why_not(attributes, signals);
         PyErr_Clear();
         if (outcome != TAKEN || !find_changes(answer)) return false;
         // After the scan, which may run Python code.
         if (!is_current(answer)) outcome = OUTDATED;
         else if (!course.is_untouched(sources.groups.get())) outcome = WRITTEN;
-        else if (launches && (bound()->clips != (max_norm >= 0) || !bound()->is_ready()))
+        else if (launches && (bound()->clips != (max_norm >= 0) || !bound()->is_ready(signals)))
             outcome = UNSERVED;
         PyErr_Clear();
         return outcome == TAKEN && course.prepare();
@@ -330,14 +332,16 @@ private:
     }
 
     // Returns why the general way must take the step; TAKEN if nothing speaks against one call.
-    Outcome why_not(PyObject* attributes) const {
-        if (is_observed(attributes)) return OBSERVED;
+    Outcome why_not(PyObject* attributes, const Signals& signals) const {
+        if (is_observed(attributes) || (signals && !needs_launches)) return OBSERVED;
+        const bool has_hooks = !is_empty(item(attributes, names().cycle_end_hooks));
+        // The host must know whether the step happens.
+        if (has_hooks && signals.found_inf) return OBSERVED;
         if (!optimizer || is_replaced(optimizer.get(), own_step, sources)) return REPLACED;
-        if (launches ? !bound()->is_unobserved() : needs_launches) return UNSERVED;
+        if (launches ? !bound()->is_unobserved() || !bound()->take(signals) : needs_launches)
+            return UNSERVED;
         if (course.is_over()) return OUT_OF_VALUES;
-        if (!is_empty(item(attributes, names().cycle_end_hooks)) &&
-            (course.ends.empty() || course.ends[course.row]))
-            return OBSERVED;
+        if (has_hooks && (course.ends.empty() || course.ends[course.row])) return OBSERVED;
         if (scalars.groups() != int64_t(course.records.size())) return OUTDATED;
         return TAKEN;
     }

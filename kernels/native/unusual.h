@@ -1,22 +1,18 @@
 // Questions whether other code watches an optimizer's steps, or has replaced a part of it.
 #pragma once
 
-#include "scan.h"
+#include "signals.h"
 
 namespace clr {
 
-inline PyObject* item(PyObject* dict, const Ref& key) {
-    return dict ? PyDict_GetItemWithError(dict, key.get()) : nullptr;
-}
 inline bool is_empty(PyObject* hooks) { return hooks && PyDict_Size(hooks) == 0; }
 
-// Returns whether hooks, a profiler or a GradScaler need the general way. `attributes` is the
-// dictionary of the wrapping optimizer.
+// Returns whether hooks or a profiler need the general way. `attributes` is the dictionary of the
+// wrapping optimizer.
 inline bool is_observed(PyObject* attributes) {
     const Names& n = names();
     const Torch& t = torch();
-    return item(attributes, n.found_inf) || item(attributes, n.grad_scale) ||
-           !is_empty(item(attributes, n.pre_hooks)) || !is_empty(item(attributes, n.post_hooks)) ||
+    return !is_empty(item(attributes, n.pre_hooks)) || !is_empty(item(attributes, n.post_hooks)) ||
            !is_empty(t.global_pre_hooks.get()) || !is_empty(t.global_post_hooks.get()) ||
            item(t.profiler.get(), n.profiles) != Py_False;
 }

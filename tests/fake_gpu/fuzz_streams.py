@@ -24,18 +24,19 @@ from fake_gpu import device
 
 EVENTS = 25
 SIZES = (40, 1, 11)
+#: a GradScaler leaves its signals to a step if the optimizer is fused
 OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
-    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5, centered=True),
-    "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "sgd": lambda p, fused: torch.optim.SGD(p, lr=0.1, fused=fused),
+    "sgd-momentum": lambda p, _: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "adamw": lambda p, fused: torch.optim.AdamW(p, lr=0.01, fused=fused),
+    "rmsprop": lambda p, _: torch.optim.RMSprop(p, lr=0.01, momentum=0.5, centered=True),
+    "nadam": lambda p, _: torch.optim.NAdam(p, lr=0.01),
 }
 #: event -> how often it is drawn; events after "capture" need a graph, or make one
 WEIGHTS = {
-    "step": 4, "steps": 6, "idle": 2, "scaled": 2, "overflow": 1, "replay": 8, "capture": 2,
-    "add_group": 1, "set_bounds": 1, "set_iteration": 1, "write_setting": 1, "checkpoint": 1,
-    "ask": 1, "other_code": 2,
+    "step": 4, "steps": 6, "idle": 2, "scaled": 2, "scaled_steps": 4, "overflow": 1,
+    "replay": 8, "capture": 2, "add_group": 1, "set_bounds": 1, "set_iteration": 1,
+    "write_setting": 1, "checkpoint": 1, "ask": 1, "other_code": 2,
 }  # fmt: skip
 
 
@@ -71,7 +72,8 @@ class Player:
         # The addresses of up to eight gradients are arguments of the kernel.
         more = chance.choice([(), (), (5,) * 8])
         self.params = [self.new(size) for size in (*SIZES, *more)]
-        inner = OPTIMIZERS[chance.choice([*OPTIMIZERS])](self.params)
+        make, fused = OPTIMIZERS[chance.choice([*OPTIMIZERS])], chance.random() < 0.7
+        inner = make(self.params, fused and self.place == "cuda")
         norm = chance.choice([None, None, 0.5])
         self.opt = CyclicalOptimizer(inner, step_size_up=3, max_grad_norm=norm, **self.wrap)
         self.scaler = torch.amp.GradScaler(self.place, init_scale=16.0, growth_interval=3)
@@ -120,6 +122,12 @@ class Player:
             self.params[0].grad[0] = float("inf")
         self.scaler.step(self.opt)
         self.scaler.update()
+
+    def scaled_steps(self, number: float) -> None:
+        """Step several times by a GradScaler, perhaps with an overflow among them."""
+        steps = 3 + int(3 * number)
+        for k in range(steps):
+            self.scaled(number, infinite=k == int(20 * number))
 
     def overflow(self, number: float) -> None:
         self.scaled(number, infinite=True)

@@ -244,22 +244,29 @@ class TritonBackend:
                     _refresh(launches, clips=clips)
         elif self._binding.is_wanted and not capturing and self._is_ordinary(course, gradients):
             (clock,) = self._clocks.values()
+            signals = {"grad_scale": gradients.scale, "found_inf": gradients.found_inf}
             with current.guard(clock.device):
                 tables = [launch.address_table() for launch in self._launches]
                 self._binding.bind(
-                    clock.device, tables, calls, course, clips=clips, counted=before + 1
-                )
+                    clock.device, tables, calls, course, clips=clips, counted=before + 1,
+                    signals=[name for name, tensor in signals.items() if tensor is not None],
+                )  # fmt: skip
         self._binding.is_wanted = False
         return norm
 
     def _is_ordinary(self, course: Course, gradients: Gradients) -> bool:
         """Return whether native code may repeat this step's launches with the next gradients."""
+        if len(self._clocks) != 1:
+            return False
+        (clock,) = self._clocks.values()
+        # With found_inf, kernels alone know whether a step happens, and bound launches go on so.
+        knows = (WhoKnows.HOST,) if gradients.found_inf is None else (WhoKnows.HOST, WhoKnows.MAYBE)
         return (
-            len(self._clocks) == 1
-            and all(c.device.type == "cuda" and c.decides(course) for c in self._clocks.values())
-            and self.who_knows is WhoKnows.HOST
-            and gradients.scale is None
-            and gradients.found_inf is None
+            clock.device.type == "cuda"
+            and clock.decides(course)
+            and self.who_knows in knows
+            and clock.reads(gradients.scale)
+            and clock.reads(gradients.found_inf)
             and not course.kept
             and not (gradients.max_norm is not None and any(self.plan.spreads))
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Binding:
         course: Course,
         *,
         clips: bool,
+        signals: Collection[str],
         counted: int,
     ) -> None:
         """Have native code repeat the launches of a step, which the plan has counted.
@@ -53,11 +54,14 @@ class Binding:
             calls: the launches, in order.
             course: the place of the step in the schedule.
             clips: whether the launches clip the gradients.
+            signals: the kernels' arguments that a GradScaler gives, by name.
             counted: the plan's count of calls after the step.
         """
         plan = self._plan
         place = self._place_of(course._replace(position=course.position + 1))
-        self._why_never = bind(plan, device, tables, calls, clips=clips, counted=counted)
+        self._why_never = bind(
+            plan, device, tables, calls, clips=clips, signals=signals, counted=counted
+        )
         if plan.native.calls == counted:
             self._launches, self._place = plan.native.launches, place
 

@@ -146,6 +146,10 @@ class Clock:
             self._control[1].fill_(1)
         self._expected = course.position - self._plan.steps, 1
 
+    def reads(self, signal: Tensor | None) -> bool:
+        """Return whether kernels read a GradScaler's tensor itself, and not a copy."""
+        return signal is None or (signal.device == self.device and signal.dtype == self.one.dtype)
+
     def decides(self, course: Course) -> bool:
         """Return whether the device evaluates the rates, and not the host."""
         return self._moving and course.moves

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -91,6 +91,7 @@ def bind(
     calls: Sequence[Call],
     *,
     clips: bool = False,
+    signals: Collection[str] = (),
     counted: int | None = None,
 ) -> str | None:
     """Have the ordinary steps of a plan repeat launches that Triton has just made.
@@ -111,6 +112,7 @@ def bind(
         tables: all buckets of the plan.
         calls: the launches of a whole step, in order.
         clips: whether the launches clip the gradients.
+        signals: the kernels' arguments that each step takes from a GradScaler, by name.
         counted: the plan's count of calls after the step. If a signal handler or a finalizer has
             taken another step, nothing is bound. None: do not compare.
 
@@ -128,7 +130,7 @@ def bind(
         launches.add_bucket(bucket.native, table=0 if table is None else table.data_ptr())
     keep = tuple(each.table for each in tables)
     for call in calls:
-        why_not = _add(launches, call, keep)
+        why_not = _add(launches, call, keep, signals)
         if why_not:
             return why_not
     try:
@@ -138,7 +140,7 @@ def bind(
     return None
 
 
-def _add(launches: Any, call: Call, keep: object) -> str | None:
+def _add(launches: Any, call: Call, keep: object, signals: Collection[str]) -> str | None:
     """Add a launch, and what to keep alive; return None, or why native code cannot make it."""
     packed = pack(call.compiled, call.arguments)
     if isinstance(packed, str):
@@ -158,6 +160,7 @@ def _add(launches: Any, call: Call, keep: object) -> str | None:
             sizes=packed.sizes,
             keep=(compiled, tuple(call.arguments), keep),
             gradients=gradients,
+            **{name: packed.offsets[name] for name in signals if name in packed.offsets},
         )
     except ValueError as error:  # the driver expects other parameters
         return f"{metadata.name}: {error}"

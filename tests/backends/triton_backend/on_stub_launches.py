@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import struct
+import sys
 from typing import Any
 
 import pytest
@@ -326,3 +327,105 @@ def test_clipping_needs_launches_that_clip(driver):
     bound.plan.take_norm()  # of the CPU's steps
     assert bound.step() == bound.outcome("TAKEN")
     assert bound.plan.take_norm() is None  # the device has it
+
+
+# ---- the signals of a GradScaler
+
+SIGNALS = ("grad_scale", "found_inf")
+
+
+def scaled(names: tuple[str, ...] = SIGNALS) -> Bound:
+    """Return an optimizer whose launch reads these signals: its first and last parameter."""
+    bound = Bound()
+    bound.launches = plan_of(bound.opt).lib.Launches(0, [])
+    bound.launches.add_bucket(bound.bucket, table=TABLE)
+    places = {name: {"grad_scale": 0, "found_inf": 16}[name] for name in names}
+    bound.add(bound.launches, **places)
+    bound.plan.bind(bound.launches)
+    return bound
+
+
+def signal(**options: Any) -> torch.Tensor:
+    return torch.ones((), **{"dtype": torch.float32, **options})
+
+
+def test_signals_travel_as_parameters(driver):
+    bound = scaled()
+    for _ in range(2):
+        bound.opt.grad_scale, bound.opt.found_inf = signal(), torch.zeros(1, 1)
+        assert bound.step() == bound.outcome("TAKEN")
+        (record,) = driver.take(LAUNCH)
+        expected = struct.pack(
+            "@QIiQ", bound.opt.grad_scale.data_ptr(), 7, -7, bound.opt.found_inf.data_ptr()
+        )
+        assert record.bytes == expected
+
+
+@pytest.mark.parametrize("names", [(), ("grad_scale",), ("found_inf",), SIGNALS])
+def test_launches_serve_the_signals_that_they_read(driver, names):
+    bound = scaled(names)
+    for given in ((), ("grad_scale",), ("found_inf",), SIGNALS):
+        for name in SIGNALS:
+            setattr(bound.opt, name, signal() if name in given else None)
+        if given == names:
+            assert bound.step() == bound.outcome("TAKEN")
+            assert driver.take(LAUNCH)
+        else:
+            refuses(bound)
+
+
+class Subclass(torch.Tensor):
+    """A tensor of a user's class."""
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        signal(dtype=torch.float64),
+        signal(dtype=torch.int32),
+        signal(device="meta"),
+        torch.ones(2),
+        torch.ones(0),
+        torch._neg_view(signal()),
+        signal().as_subclass(Subclass),
+        1.0,
+    ],
+    ids=["float64", "int32", "meta", "two", "none", "negated", "subclass", "number"],
+)
+def test_other_signals_end_the_step_unchanged(driver, name, wrong):
+    bound = scaled()
+    for each in SIGNALS:
+        setattr(bound.opt, each, wrong if each == name else signal())
+    refuses(bound)
+    setattr(bound.opt, name, signal())
+    assert bound.step() == bound.outcome("TAKEN")
+
+
+def test_cycle_end_hooks_need_the_answer_of_the_device(driver):
+    bound = scaled()
+    bound.opt.grad_scale, bound.opt.found_inf = signal(), signal()
+    handle = bound.opt.register_cycle_end_hook(print)
+    assert bound.step() == bound.outcome("OBSERVED")
+    assert not driver.take(LAUNCH)
+    handle.remove()
+    assert bound.step() == bound.outcome("TAKEN")
+
+
+def test_a_signal_lies_within_the_parameters(bound):
+    launches = bound.made()
+    for offset in (4, 24, 2**63):
+        for name in SIGNALS:
+            with pytest.raises(ValueError, match="lies within the parameters"):
+                bound.add(launches, **{name: offset})
+    with pytest.raises(TypeError):
+        bound.add(launches, found_inf="0")
+
+
+def test_signals_leak_nothing(driver):
+    bound = scaled()
+    bound.opt.grad_scale = bound.opt.found_inf = kept = signal()
+    count = sys.getrefcount(kept)
+    for _ in range(20):
+        assert bound.step() == bound.outcome("TAKEN")
+    assert sys.getrefcount(kept) == count

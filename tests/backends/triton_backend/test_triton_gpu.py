@@ -107,6 +107,63 @@ def test_ordinary_steps_clip_over_several_buckets(monkeypatch):
 
 
 @on_gpus
+@pytest.mark.parametrize("asks", [False, True], ids=["blind", "asks"])
+@pytest.mark.parametrize("unscales", [False, True], ids=["scaled", "unscaled"])
+@pytest.mark.parametrize("norm", [None, 1.0], ids=["free", "clipped"])
+def test_a_grad_scaler_s_steps_are_ordinary(monkeypatch, norm, unscales, asks):
+    """Native code takes them, and the device skips those with an overflow: steps 6 and 7."""
+    taken, take = [], OrdinarySteps.take
+    monkeypatch.setattr(OrdinarySteps, "take", lambda *args: taken.append(take(*args)) or taken[-1])
+    on_device = parameters(drawn([(3,), (40, 2)], torch.float32))
+    on_host = [torch.nn.Parameter(p.detach().cpu()) for p in on_device]
+    ours, twin = (
+        wrapped(torch.optim.AdamW(params, lr=0.1, fused=fused), backend=backend, max_grad_norm=norm)
+        for params, backend, fused in ((on_device, "triton", True), (on_host, "torch", False))
+    )
+    scalers = [torch.amp.GradScaler(d, init_scale=8.0, growth_interval=4) for d in ("cuda", "cpu")]
+    native = []
+    for k in range(14):
+        gradients = [torch.full(p.shape, 0.1 * (k + 1)) for p in on_host]
+        if k in (6, 7):
+            gradients[0][1] = math.inf
+        for opt, scaler in zip((ours, twin), scalers, strict=True):
+            scale = scaler.scale(torch.ones((), device=members(opt)[0].device))
+            for p, g in zip(members(opt), gradients, strict=True):
+                p.grad = g.to(p.device) * scale
+            if unscales:
+                scaler.unscale_(opt)
+            taken.clear()
+            scaler.step(opt)
+            native += taken if opt is ours else []
+            scaler.update()
+        if asks:
+            assert ours.iteration == twin.iteration
+            assert ours.get_last_lr() == twin.get_last_lr()
+    # A general step makes the state, and another one binds. An answer that the host did not
+    # expect needs two more.
+    skipped = 2 * asks
+    assert native.count(True) >= 14 - 3 - 3 * skipped
+    assert native[-2:] == [True, True]
+    assert ours.iteration == twin.iteration == 12
+    for p, q in zip(on_device, on_host, strict=True):
+        torch.testing.assert_close(p.detach().cpu(), q.detach(), rtol=1e-5, atol=1e-6)
+
+
+@on_gpus
+def test_cycle_end_hooks_wait_for_a_grad_scaler_s_answer():
+    (p,) = parameters(drawn([(3,)], torch.float32))
+    opt = wrapped(torch.optim.SGD([p], lr=0.1), backend="triton", step_size_up=2)
+    ends = []
+    opt.register_cycle_end_hook(lambda opt: ends.append(opt.iteration))
+    for k in range(14):
+        p.grad = torch.ones_like(p)
+        opt.grad_scale, opt.found_inf = torch.ones(2, device=DEVICE).split(1)
+        opt.found_inf.fill_(k in (3, 4))
+        opt.step()
+    assert ends == [4, 8, 12]
+
+
+@on_gpus
 def test_an_interrupt_before_the_launches_keeps_the_hosts_position():
     (p,) = parameters(drawn([(3,)], torch.float32))
     opt = wrapped(torch.optim.SGD([p], lr=0.1), backend="triton")
