@@ -44,8 +44,18 @@ struct Launch {
     size_t grad_scale = NOWHERE, found_inf = NOWHERE;
 };
 
-// A Python object that must be empty; with a name, the object's attribute must be empty.
-struct Watch { Ref object, name; };
+// A Python object that must be empty. With a name, the object's attribute must be empty; with a value,
+// the attribute must be this value.
+struct Watch {
+    Ref object, name, value;
+
+    // Reading an attribute may run Python code.
+    bool is_unchanged() const {
+        const Ref now(name ? PyObject_GetAttr(object.get(), name.get()) : Py_NewRef(object.get()));
+        if (value) return now.is(value.get());
+        return now && PyObject_Size(now.get()) == 0;
+    }
+};
 
 class Launches {
 public:
@@ -143,9 +153,7 @@ public:
     bool is_unobserved() const {
         if (!context_ || is_broken_ || is_running_ || process_ != process_id()) return false;
         for (const Watch& each : watches) {
-            const Ref object = each.name ? Ref(PyObject_GetAttr(each.object.get(), each.name.get()))
-                                         : Ref::to(each.object.get());
-            if (object && PyObject_Size(object.get()) == 0) continue;
+            if (each.is_unchanged()) continue;
             PyErr_Clear();
             return false;
         }
@@ -205,6 +213,7 @@ public:
         for (const Watch& each : watches) {
             Py_VISIT(each.object.get());
             Py_VISIT(each.name.get());
+            Py_VISIT(each.value.get());
         }
         for (const AddressTable& each : tables_) Py_VISIT(each.object.get());
         for (const Launch& each : launches_) Py_VISIT(each.keep.get());

@@ -20,15 +20,16 @@ bool read_named(PyObject* args, PyObject* named, const char* format, const char*
     return PyArg_ParseTupleAndKeywords(args, named, format, const_cast<char**>(names), targets...);
 }
 
-// Reads an object that must be empty, or a pair: an object, and the name of its attribute.
+// Reads an object that must be empty, or a tuple: an object, the name of its attribute, perhaps the
+// attribute's value.
 inline bool read_watch(PyObject* item, std::vector<Watch>& watches) {
     if (!PyTuple_Check(item)) {
-        watches.push_back({Ref::to(item), Ref()});
+        watches.push_back({Ref::to(item), Ref(), Ref()});
         return true;
     }
-    PyObject *object, *name;
-    if (!PyArg_ParseTuple(item, "OU", &object, &name)) return false;
-    watches.push_back({Ref::to(object), Ref::to(name)});
+    PyObject *object, *name, *value = nullptr;
+    if (!PyArg_ParseTuple(item, "OU|O", &object, &name, &value)) return false;
+    watches.push_back({Ref::to(object), Ref::to(name), Ref::to(value)});
     return true;
 }
 

@@ -200,7 +200,7 @@ class Launches:
     Args:
         device: the index of the GPU, which must be the current one.
         watch: objects that must be empty at each step, as lists of hooks are; `(object, name)` for
-            an attribute.
+            an attribute; `(object, name, value)` for an attribute that must be this value.
         clips: whether the launches clip the gradients. A course with a largest norm needs launches
             that do.
 

@@ -168,21 +168,26 @@ def _add(launches: Any, call: Call, keep: object, signals: Collection[str]) -> s
 
 
 def _watched(calls: Sequence[Call]) -> list[object] | str:
-    """Return objects that stay empty while Triton only launches, or why Triton does more."""
+    """Return what tells at each step that Triton would only launch, or why Triton does more.
+
+    Returns:
+        The argument ``watch`` of ``Launches`` in ``kernels/native/module.pyi``.
+    """
     import triton
     from triton import knobs
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version not in KNOWN_TRITONS:
         return f"Triton {triton.__version__} may pass other parameters than those known"
-    chains = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    hooks = [getattr(chain, "calls", None) for chain in chains]
-    if not all(type(each) is list for each in hooks):
-        return "Triton's launch hooks are of an unknown kind"
+    watch: list[object] = [(knobs.compilation, "instrumentation_mode")]
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        chain = getattr(knobs.runtime, name)
+        hooks = getattr(chain, "calls", None)
+        if type(hooks) is not list:
+            return "Triton's launch hooks are of an unknown kind"
+        watch += [hooks, (knobs.runtime, name, chain)]
     functions = {id(call.compiled.src.fn): call.compiled.src.fn for call in calls}.values()
-    watch: list[object] = [*hooks, *(function.pre_run_hooks for function in functions)]
-    watch.append((knobs.compilation, "instrumentation_mode"))
-    return watch
+    return watch + [function.pre_run_hooks for function in functions]
 
 
 def _why_not(metadata: Any) -> str | None:

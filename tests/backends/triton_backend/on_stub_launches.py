@@ -220,11 +220,13 @@ def refuses(bound: Bound) -> None:
 def test_hooks_end_the_step_unchanged(driver):
     class Holder:
         mode = ""
+        chain: Any = None
 
     bound = Bound()
     hooks: list[Any] = []
+    Holder.chain = hooks
     by_name: dict[str, Any] = {}
-    bound.watch = [hooks, by_name, (Holder, "mode")]
+    bound.watch = [hooks, by_name, (Holder, "mode"), (Holder, "chain", hooks)]
     bound.bind()
     assert bound.step() == bound.outcome("TAKEN")
     hooks.append(print)
@@ -238,6 +240,9 @@ def test_hooks_end_the_step_unchanged(driver):
     del Holder.mode
     refuses(bound)
     Holder.mode = ""
+    Holder.chain = []
+    refuses(bound)
+    Holder.chain = hooks
     assert bound.step() == bound.outcome("TAKEN")
 
 

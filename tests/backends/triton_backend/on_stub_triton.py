@@ -229,6 +229,13 @@ def test_triton_s_hooks_end_the_service(launched):
         assert not launches.run()
         chain.remove(print)
         assert launches.run()
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        for other in (type(knobs.runtime.launch_enter_hook)(), None, print):
+            before = getattr(knobs.runtime, name)
+            setattr(knobs.runtime, name, other)
+            assert not launches.run()
+            setattr(knobs.runtime, name, before)
+            assert launches.run()
     kernel = calls[0].compiled.src.fn
     kernel.add_pre_run_hook(print)
     assert not launches.run()
