@@ -14,6 +14,7 @@ from memory that the graph keeps.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -181,16 +182,8 @@ class TritonBackend:
     def _step(self, course: Course, gradients: Gradients) -> Tensor | None:
         plan, capturing = self.plan, current.is_capturing()
         before = plan.native.calls
-        if capturing and not plan.buckets and not self._clocks:
-            raise RuntimeError(
-                "step() cannot be captured now: no parameter has had a gradient yet; take a step "
-                "with all gradients and then capture"
-            )
-        if plan.pending and capturing:
-            raise RuntimeError(
-                "step() cannot be captured now: it would create the optimizer's state; take a step "
-                "with all gradients and then capture"
-            )
+        if capturing:
+            self._check_capture()
         if [id(launch.bucket) for launch in self._launches] != [id(b) for b in plan.buckets]:
             self._arrange([Launch(bucket) for bucket in plan.buckets])
         bound = self._binding.end()
@@ -232,10 +225,7 @@ class TritonBackend:
             plan.native.steps += course.moves
         self.who_knows = afterwards
         if capturing:
-            self._given_up.append([launch.give_up() for launch in self._launches])
-            self._given_up.append([clock.give_up() for clock in self._clocks.values()])
-            # Keep the tensors too: a checkpoint may put other tensors in their place.
-            self._given_up.append((list(plan.buckets), course.kept, gradients, gates))
+            self._keep_for_graph((list(plan.buckets), course.kept, gradients, gates))
         created = plan.pending
         self._note_changes()
         if created:  # upload the rows with the new state now, as a capture could not
@@ -243,16 +233,45 @@ class TritonBackend:
                 with current.guard(device):
                     _refresh(launches, clips=clips)
         elif self._binding.is_wanted and not capturing and self._is_ordinary(course, gradients):
-            (clock,) = self._clocks.values()
-            signals = {"grad_scale": gradients.scale, "found_inf": gradients.found_inf}
-            with current.guard(clock.device):
-                tables = [launch.address_table() for launch in self._launches]
-                self._binding.bind(
-                    clock.device, tables, calls, course, clips=clips, counted=before + 1,
-                    signals=[name for name, tensor in signals.items() if tensor is not None],
-                )  # fmt: skip
+            self._bind(course, gradients, calls, before + 1)
         self._binding.is_wanted = False
         return norm
+
+    def _check_capture(self) -> None:
+        """Raise a RuntimeError if a captured step would need more than launches."""
+        if not self.plan.buckets and not self._clocks:
+            raise RuntimeError(
+                "step() cannot be captured now: no parameter has had a gradient yet; take a step "
+                "with all gradients and then capture"
+            )
+        if self.plan.pending:
+            raise RuntimeError(
+                "step() cannot be captured now: it would create the optimizer's state; take a step "
+                "with all gradients and then capture"
+            )
+
+    def _keep_for_graph(self, tensors: object) -> None:
+        """Keep all that the graph reads: tables, and tensors, which a checkpoint may replace."""
+        self._given_up.append([launch.give_up() for launch in self._launches])
+        self._given_up.append([clock.give_up() for clock in self._clocks.values()])
+        self._given_up.append(tensors)
+
+    def _bind(
+        self, course: Course, gradients: Gradients, calls: Sequence[Call], counted: int
+    ) -> None:
+        """Have native code repeat the launches of a step, see :meth:`Binding.bind`."""
+        (clock,) = self._clocks.values()
+        signals = {"grad_scale": gradients.scale, "found_inf": gradients.found_inf}
+        with current.guard(clock.device):
+            self._binding.bind(
+                clock.device,
+                [launch.address_table() for launch in self._launches],
+                calls,
+                course,
+                clips=gradients.max_norm is not None,
+                signals=[name for name, tensor in signals.items() if tensor is not None],
+                counted=counted,
+            )
 
     def _is_ordinary(self, course: Course, gradients: Gradients) -> bool:
         """Return whether native code may repeat this step's launches with the next gradients."""
