@@ -8,14 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from clr_optim.core.rates import (
-    momentum_bounds,
-    momentum_of,
-    never_driven,
-    write_momentum,
-    write_rate,
-    written_rate,
-)
+from clr_optim.core.followed import Followed, cycled_momentum, held_by, numbers_of, write_setting
+from clr_optim.core.rates import momentum_bounds, never_driven, write_rate, written_rate
 from clr_optim.core.saved import found_bounds, written_position
 from clr_optim.core.settings import HIGH_MOMENTUM, LOW_MOMENTUM, Settings
 from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM, SCHEDULE, STEP
@@ -29,14 +23,16 @@ _BOUNDS_OF, _RATE_OF = operator.itemgetter(BASE, MAX), operator.itemgetter("lr")
 class Record:
     """One group, and the objects that we put there. :class:`Values` has their numbers."""
 
-    __slots__ = ("group", "lr", "momentum")
+    __slots__ = ("followed", "group", "lr", "settings")
 
-    def __init__(self, group: dict[str, Any], lr: object) -> None:
+    def __init__(self, group: dict[str, Any], lr: object, followed: Sequence[Followed]) -> None:
         self.group = group
         #: the object in ``group["lr"]``: a float, or the user's tensor
         self.lr = lr
-        #: the object that holds the momentum, see :func:`momentum_of`; None if none cycles
-        self.momentum: object = None
+        #: the settings that follow a schedule
+        self.followed = followed
+        #: the object that holds each of them, see :func:`held_by`
+        self.settings: list[object] = []
 
 
 class Values(NamedTuple):
@@ -48,14 +44,14 @@ class Values(NamedTuple):
         momentum_bounds: ``(base_momentum, max_momentum)`` of each group; empty if momentum does
             not cycle.
         rates: the rate of each group.
-        momenta: the momentum of each group; empty if momentum does not cycle.
+        numbers: the numbers of the settings that follow a schedule, group by group.
     """
 
     position: int
     bounds: list[tuple[float, float]]
     momentum_bounds: list[tuple[float, float]]
     rates: list[float]
-    momenta: list[float]
+    numbers: list[float]
 
 
 class GroupMirror:
@@ -63,7 +59,7 @@ class GroupMirror:
 
     :meth:`is_untouched` and :meth:`is_known` are cheap, and may answer False for untouched groups.
     :meth:`changed_rates` reads the values. The answers to a change are :meth:`adopt` (take over
-    bounds that other code wrote) and :meth:`write` (overrule rates and momenta).
+    bounds that other code wrote) and :meth:`write` (overrule rates and settings).
 
     Args:
         settings: the optimizer and its policy.
@@ -89,12 +85,13 @@ class GroupMirror:
     def changed_rates(self) -> dict[int, float] | None:
         """Return the rates that other code wrote, by group; None if other code wrote nothing.
 
-        The dictionary is empty if other code wrote a momentum, or the same rate as a new object.
+        The dictionary is empty if other code wrote a setting that follows a schedule, or the same
+        rate as a new object.
         """
         groups = self._optimizer.param_groups
         known = min(len(groups), len(self.records))
         changed = [i for i in range(known) if self.is_foreign(i, groups[i])]
-        if not changed and self._is_momentum_ours():
+        if not changed and self._are_settings_ours():
             return None
         rates = {i: written_rate(groups[i]["lr"], i) for i in changed}
         return {i: lr for i, lr in rates.items() if lr != self.written.rates[i]}
@@ -119,21 +116,19 @@ class GroupMirror:
                 or group.get(MAX) is not top
             ):
                 return False
-        return not self._settings.cycle_momentum or self._is_momentum_untouched()
+        return not self.written.numbers or self._are_settings_untouched()
 
-    def _is_momentum_untouched(self) -> bool:
-        """Return whether all groups certainly hold the momentum that we wrote, without a tensor."""
+    def _are_settings_untouched(self) -> bool:
+        """Return whether all groups certainly hold the settings that we wrote, without a tensor."""
         for record, (low, high) in zip(self.records, self.written.momentum_bounds, strict=False):
-            group, momentum = record.group, record.momentum
-            betas = group.get("betas")
-            if (
-                (group.get("momentum") if betas is None else betas) is not momentum
-                or type(momentum) not in (float, tuple)
-                or group.get(BASE_MOMENTUM) is not low
-                or group.get(MAX_MOMENTUM) is not high
-            ):
+            group = record.group
+            if group.get(BASE_MOMENTUM) is not low or group.get(MAX_MOMENTUM) is not high:
                 return False
-        return True
+        return all(
+            record.group.get(each.key) is held and type(held) in (float, tuple)
+            for record in self.records
+            for each, held in zip(record.followed, record.settings, strict=True)
+        )
 
     def is_settled(self) -> bool:
         """Return whether the groups are ours and hold our bounds. Rates are not compared."""
@@ -182,19 +177,21 @@ class GroupMirror:
             return False
         return lr.item() != self.written.rates[index]
 
-    def _is_momentum_ours(self) -> bool:
-        """Return whether the groups hold the momenta, and the bounds of momentum, that we wrote."""
-        if not self._settings.cycle_momentum:
+    def _are_settings_ours(self) -> bool:
+        """Return whether the groups hold the settings, and bounds of momentum, that we wrote."""
+        if not self.written.numbers and not self._settings.cycle_momentum:
             return True
         groups, records = self._optimizer.param_groups, self.records
         if len(groups) != len(records):
             return False
-        if self.written.momentum_bounds != [*map(momentum_bounds, groups)]:
+        cycles = self._settings.cycle_momentum
+        if cycles and self.written.momentum_bounds != [*map(momentum_bounds, groups)]:
             return False
         # Other code may have filled a tensor: the object does not show it.
         return all(
-            momentum_of(group) is record.momentum and type(record.momentum) is not Tensor
+            held_by(group, each) is held and type(held) is not Tensor
             for group, record in zip(groups, records, strict=False)
+            for each, held in zip(record.followed, record.settings, strict=True)
         )
 
     def position(self, believed: int) -> int:
@@ -265,6 +262,10 @@ class GroupMirror:
         _, bounds, momentum_bounds, *_ = self.written
         return _evaluate(self._settings.schedule, position, bounds, momentum_bounds)
 
+    def _followed_by(self, group: dict[str, Any]) -> list[Followed]:
+        """Return the settings of a group that follow a schedule."""
+        return [cycled_momentum(group)] if self._settings.cycle_momentum else []
+
     # ---- the answers
 
     def adopt(self) -> None:
@@ -274,7 +275,7 @@ class GroupMirror:
             self.fill_in_bounds(i, group, bounds)
 
     def write(self, position: int, is_driven: Callable[[Tensor], bool]) -> None:
-        """Write position, policy, rates and momenta of a step into all groups.
+        """Write position, policy, rates and settings of a step into all groups.
 
         Args:
             position: the number of the step.
@@ -297,9 +298,9 @@ class GroupMirror:
             lr = known[i].lr if is_ours else group["lr"]
             kept = self._write_keys(group, position)
             lr, rate = write_rate(group, lr, rate, taken, is_driven, kept=kept)
-            records.append(Record(group, lr))
+            records.append(Record(group, lr, self._followed_by(group)))
             rates.append(rate)
-        _write_momenta(records, values.momenta, set())
+        _write_settings(records, values.numbers, set())
         values = values._replace(rates=rates)
         # An interrupt finds either all as before, or all new.
         self.records, self.written, self._groups = records, values, all_groups
@@ -316,18 +317,14 @@ class GroupMirror:
             group = record.group
             group["lr"] = record.lr = rate
             group[STEP] = position
-        for record, momentum in zip(self.records, values.momenta, strict=False):
-            before: Any = record.momentum
-            if type(before) is float:
-                record.group["momentum"] = record.momentum = momentum
-            else:
-                record.group["betas"] = record.momentum = (momentum, *before[1:])
+        if values.numbers:
+            _write_settings(self.records, values.numbers, set())
         self.written, self._ahead = values, None
 
-    def take_over(self, values: Values, rates: list[object], momenta: list[object]) -> None:
+    def take_over(self, values: Values, rates: list[object], settings: list[list[object]]) -> None:
         """Take note of values that native code has written, and of the objects that hold them."""
-        for record, rate, momentum in zip(self.records, rates, momenta, strict=True):
-            record.lr, record.momentum = rate, momentum
+        for record, rate, held in zip(self.records, rates, settings, strict=True):
+            record.lr, record.settings = rate, held
         self.written, self._ahead = values, None
 
     def join(self, position: int) -> None:
@@ -342,11 +339,11 @@ class GroupMirror:
             taken = {id(record.lr) for record in self.records}
         kept = self._write_keys(group, position)
         lr, rate = write_rate(group, group["lr"], values.rates[0], taken, never_driven, kept=kept)
-        record = Record(group, lr)
+        record = Record(group, lr, self._followed_by(group))
         taken = set()
-        if momenta and isinstance(momentum_of(group), Tensor):
-            taken = {id(each.momentum) for each in self.records}
-        _write_momenta([record], values.momenta, taken)
+        if any(isinstance(held_by(group, each), Tensor) for each in record.followed):
+            taken = {id(held) for each in self.records for held in each.settings}
+        _write_settings([record], values.numbers, taken)
         values = values._replace(rates=[rate])
         records = [*self.records, record]
         values = Values(position, *map(operator.add, self.written[1:], values[1:]))
@@ -369,14 +366,18 @@ def _evaluate(
     return Values(position, bounds, momentum_bounds, rates, momenta)
 
 
-def _write_momenta(records: Sequence[Record], momenta: Sequence[float], taken: set[int]) -> None:
-    """Write momenta into the groups of some records, which take note of the objects.
+def _write_settings(records: Sequence[Record], numbers: Sequence[float], taken: set[int]) -> None:
+    """Write settings into the groups of some records, which take note of the objects.
 
     Args:
         records: the records.
-        momenta: the momentum of each; empty if momentum does not cycle.
-        taken: ids of what other groups have for their ``betas[0]``; tensors are added.
+        numbers: the numbers of their settings, in order.
+        taken: ids of the tensors that serve other groups; tensors are added.
     """
-    for record, momentum in zip(records, momenta, strict=False):
-        write_momentum(record.group, momentum, taken)
-        record.momentum = momentum_of(record.group)
+    for record, found in zip(
+        records, numbers_of([each.followed for each in records], numbers), strict=True
+    ):
+        record.settings = [
+            write_setting(record.group, setting, of_setting, taken)
+            for setting, of_setting in zip(record.followed, found, strict=True)
+        ]

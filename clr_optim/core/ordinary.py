@@ -20,6 +20,7 @@ from clr_optim.core.groups import GroupMirror, Record, Values
 from clr_optim.core.position import Position
 from clr_optim.core.serving import Serving
 from clr_optim.core.settings import Settings
+from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM
 from clr_optim.plan import Plan
 
 __all__ = ["OrdinarySteps"]
@@ -129,18 +130,16 @@ class OrdinarySteps:
         if attributes.get("_cycle_end_hooks"):
             ends = [settings.schedule.is_cycle_end(each.position) for each in values]
         rows = [written, *values]
-        nothing: list[tuple[float | None, float | None]] = [(None, None)] * len(records)
-        low_high = written.momentum_bounds or nothing
-        groups = zip(records, written.bounds, low_high, strict=True)
-        cycles = bool(written.momenta)
         # One call, so that an interrupt finds the old course or the new one.
         plan.native.begin_course(
-            [(r.group, r.lr, *bounds, r.momentum, *momenta) for r, bounds, momenta in groups],
+            [
+                (record.group, record.lr, _entries(written, i), _settings(plan, record, i))
+                for i, record in enumerate(records)
+            ],
             written.position,
             [row.rates for row in rows],
-            [row.momenta for row in rows] if cycles else [],
+            [row.numbers for row in rows] if written.numbers else [],
             ends,
-            *(plan.momentum_places if cycles else (-1, [])),
             settings.max_grad_norm,
         )
         self._count = min(2 * self._count, _BLOCK)
@@ -158,14 +157,34 @@ class OrdinarySteps:
         They end before a momentum of 0, since SGD without momentum has another kernel.
         """
         coming: list[Values] = []
-        if 0.0 not in written.momenta:
+        if not self._has_no_momentum(written):
             last = min(written.position + self._count, LAST_STEP)
             for number in range(written.position + 1, last + 1):
                 values = self._mirror.evaluate(number)
-                if 0.0 in values.momenta:
+                if self._has_no_momentum(values):
                     break
                 coming.append(values)
         return coming
+
+    def _has_no_momentum(self, values: Values) -> bool:
+        return self._settings.cycle_momentum and 0.0 in values.numbers
+
+
+def _entries(written: Values, group: int) -> list[tuple[str, float]]:
+    """Return the bounds that a group must still hold in an ordinary step."""
+    entries = [*zip((BASE, MAX), written.bounds[group], strict=True)]
+    if written.momentum_bounds:
+        bounds = written.momentum_bounds[group]
+        entries += zip((BASE_MOMENTUM, MAX_MOMENTUM), bounds, strict=True)
+    return entries
+
+
+def _settings(plan: Plan, record: Record, group: int) -> list[tuple[object, ...]]:
+    """Return the settings of a group that follow a schedule, as ``begin_course`` takes them."""
+    return [
+        (each.key, held, each.members, *plan.places_of(group, *each))
+        for each, held in zip(record.followed, record.settings, strict=True)
+    ]
 
 
 def _is_plain(record: Record) -> bool:
@@ -179,4 +198,4 @@ def _is_plain(record: Record) -> bool:
         and lr.numel() == 1
         and not lr.is_neg()
     )
-    return is_plain_rate and type(record.momentum) in (float, tuple, type(None))
+    return is_plain_rate and all(type(held) in (float, tuple) for held in record.settings)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clr_optim.backends.base import Course, WhoKnows
 from clr_optim.core import leftover
+from clr_optim.core.followed import numbers_of
 from clr_optim.core.groups import GroupMirror, Values
 from clr_optim.core.rates import never_driven
 from clr_optim.core.serving import Serving
@@ -229,10 +230,8 @@ class Position:
         """
         self._mirror.advance(values)
         fused = self._serving.fused
-        if values.momenta and fused is not None:
-            fused.plan.take_momenta(
-                [record.momentum for record in self._mirror.records], values.momenta
-            )
+        if values.numbers and fused is not None:
+            self._have_followed(fused.plan, values)
         self._count(before, (values.position, steps))
 
     def catch_up(self) -> None:
@@ -255,16 +254,14 @@ class Position:
         # A finalizer may take a step meanwhile. The count then belongs to an earlier step, and the
         # next question finds the rest.
         before, steps = self.counted, plan.steps
-        number, rates, momenta, written_rates, written_momenta = plan.native.course()
+        number, rates, settings, written_rates, numbers = plan.native.course()
         if not rates or number - before[0] != steps - before[1]:
             return False
-        _, bounds, momentum_bounds, _, cycled = self._mirror.written
-        values = Values(
-            number, bounds, momentum_bounds, written_rates, written_momenta if cycled else []
-        )
-        self._mirror.take_over(values, rates, momenta)
-        if cycled:
-            plan.take_momenta(momenta, written_momenta)
+        _, bounds, momentum_bounds, *_ = self._mirror.written
+        values = Values(number, bounds, momentum_bounds, written_rates, numbers)
+        self._mirror.take_over(values, rates, settings)
+        if numbers:
+            self._have_followed(plan, values)
         counted = (number, steps)
         # CPython runs no handler within this expression.
         self.counted = counted if self.counted is before else self.counted
@@ -273,6 +270,16 @@ class Position:
             # The mirror holds older values than those that the step in between has written.
             self._write(latest[0] + plan.steps - latest[1], latest)
         return True
+
+    def _have_followed(self, plan: Plan, values: Values) -> None:
+        """Have the plan take in the settings that follow a schedule, after a write."""
+        records = self._mirror.records
+        found = numbers_of([record.followed for record in records], values.numbers)
+        for i, (record, numbers) in enumerate(zip(records, found, strict=True)):
+            for setting, held, of_setting in zip(
+                record.followed, record.settings, numbers, strict=True
+            ):
+                plan.take_setting(i, setting.key, setting.members, held, of_setting)
 
     def follow_kernels(self) -> None:
         """Bring the groups up to the kernels' count of steps."""
