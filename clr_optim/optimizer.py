@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast, overload
 
 import numpy.typing as npt
@@ -73,6 +73,10 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
         cycle_momentum: cycle ``momentum``, or ``betas[0]``, against the rate.
         base_momentum, max_momentum: the bounds of momentum, a number or one per group, in [0, 1];
             used only with ``cycle_momentum=True``.
+        schedules: settings that follow schedules, by name: ``{"weight_decay": schedule, ...}``;
+            ``"betas[1]"`` names a member of a tuple. A schedule has bounds, see
+            :meth:`Schedule.between`, and counts the same steps as the policy. A list has a schedule
+            for each group, or ``None`` for a group whose setting stays.
         max_grad_norm: clip by the global norm, as :func:`torch.nn.utils.clip_grad_norm_` before
             each step; gradients in memory keep their values. See :attr:`grad_norm`.
         backend: ``"torch"`` (the wrapped optimizer's step), ``"native"`` (C++ kernels for CPU
@@ -116,6 +120,7 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
         cycle_momentum: bool = False,
         base_momentum: _Number = settings.LOW_MOMENTUM,
         max_momentum: _Number = settings.HIGH_MOMENTUM,
+        schedules: Mapping[str, Schedule | Sequence[Schedule | None]] | None = None,
         max_grad_norm: float | None = None,
         backend: str = "auto",
     ) -> None:
@@ -140,6 +145,7 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
             max_momentum=max_momentum,
             max_grad_norm=max_grad_norm,
             backend=backend,
+            schedules=schedules,
         )
         # From here on only a warning that the user turned into an error can raise.
         self._set_up(start.settings, start.chosen)

@@ -29,9 +29,10 @@ from clr_optim.core.saved import (
     initial_bounds,
     read_position,
 )
+from clr_optim.core.scheduled import check_schedules
 from clr_optim.core.settings import Settings
 from clr_optim.core.warn import callers_level
-from clr_optim.keys import BASE, MAX, SCHEDULE
+from clr_optim.keys import BASE, MAX, SCHEDULE, SCHEDULES
 from clr_optim.schedule import POLICIES, SCALE_MODES, Schedule, check_growth, triangular
 
 __all__ = [
@@ -60,6 +61,7 @@ class Start:
         note: the note of an earlier wrapper that left its rates in the groups, if any.
         own: the settings of each group before it was cycled.
         saved_policy: the policy in a checkpoint that the optimizer has loaded, if any.
+        saved_schedules: the schedules of each group's settings in that checkpoint.
         warnings: messages for the user.
     """
 
@@ -73,6 +75,7 @@ class Start:
     note: dict[str, Any] | None
     own: list[dict[str, Any]]
     saved_policy: object
+    saved_schedules: list[object]
     warnings: list[str | None]
 
 
@@ -87,6 +90,7 @@ def check_arguments(
     max_momentum: object,
     max_grad_norm: object,
     backend: Any,
+    schedules: object = None,
 ) -> Start:
     """Check the constructor's arguments; change nothing.
 
@@ -126,6 +130,13 @@ def check_arguments(
     _warn_unread_bounds(groups)
     cycles = check_bool("cycle_momentum", cycle_momentum)
     momenta = _check_momenta(optimizer, cycles, base_momentum, max_momentum)
+    scheduled = check_schedules(optimizer, schedules, cycle_momentum=cycles)
+    if cycles or "momentum" in scheduled:
+        check_momentum_state(optimizer)
+    for group, each, before in zip(groups, own, leftover.noted_settings(optimizer), strict=True):
+        # A later wrapper may schedule other settings: restore those of the earlier one, too.
+        names = dict.fromkeys([*before.get("scheduled", {}), *scheduled])
+        each["scheduled"] = leftover.scheduled_settings(group, before, names)
     if max_grad_norm is not None:
         max_grad_norm = check_number(
             "max_grad_norm", max_grad_norm, open_minimum=True, finite=False
@@ -143,7 +154,7 @@ def check_arguments(
             else edited_rates_warning(groups, schedule)
         ]
     return Start(
-        Settings(optimizer, schedule, cycles, max_grad_norm, backend),
+        Settings(optimizer, schedule, cycles, max_grad_norm, backend, scheduled),
         chosen,
         position,
         resumed,
@@ -153,6 +164,7 @@ def check_arguments(
         note,
         own,
         groups[0].get(SCHEDULE) if resumed and groups else None,
+        [group.get(SCHEDULES) for group in groups] if resumed else [],
         warned,
     )
 
@@ -258,8 +270,6 @@ def _check_momenta(
                 "leave it False"
             )
         check_momenta(b, m, f" for parameter group {i}", beta=cycles and "betas" in group)
-    if cycles:
-        check_momentum_state(optimizer)
     return list(zip(low, high, strict=True))
 
 

@@ -14,6 +14,7 @@ from clr_optim.core.arguments import Start, optional_number, optional_per_group,
 from clr_optim.core.checkpoint import warn_other_policy
 from clr_optim.core.rates import check_tensor_lr
 from clr_optim.core.saved import initial_bounds
+from clr_optim.core.scheduled import warn_other_schedules
 from clr_optim.core.shared import Shared
 from clr_optim.core.warn import warn_each
 from clr_optim.keys import BASE, BASE_MOMENTUM, KEYS, MAX, MAX_MOMENTUM
@@ -37,10 +38,12 @@ def begin(shared: Shared, start: Start) -> None:
     shared.position.go_to(start.position)
     shared.constructor_bounds = start.constructor_bounds
     loaded = start.position if start.resumed else None
-    leftover.take_note(optimizer, start.own, settings.schedule, loaded)
+    leftover.take_note(optimizer, start.own, settings.schedule, loaded, settings.schedules)
     if start.saved_policy is not None:
         warn_other_policy(shared, start.saved_policy, "the wrapped optimizer")
-    warn_each(start.warnings)
+    groups = optimizer.param_groups
+    other = warn_other_schedules(groups, start.saved_schedules, "the wrapped optimizer")
+    warn_each([*start.warnings, other])
 
 
 def arguments_of(taken: TorchsCourse) -> dict[str, Any]:

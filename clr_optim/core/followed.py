@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from clr_optim.checks import item
 from clr_optim.core.rates import fill
+from clr_optim.schedule import Schedule
 
-__all__ = ["Followed", "cycled_momentum", "held_by", "numbers_of", "write_setting"]
+__all__ = [
+    "Followed",
+    "followed_by",
+    "held_by",
+    "number_of",
+    "numbers_of",
+    "place_of",
+    "schedules_json",
+    "write_setting",
+]
 
 
 class Followed(NamedTuple):
@@ -18,20 +31,72 @@ class Followed(NamedTuple):
     Args:
         key: its name in the group.
         members: the places of the numbers that follow, if the setting is a tuple; else empty.
+        schedules: the schedule of each number; ``None`` for momentum, which mirrors the policy.
     """
 
     key: str
-    members: tuple[int, ...] = ()
+    members: tuple[int, ...]
+    schedules: tuple[Schedule | None, ...]
 
     @property
     def size(self) -> int:
         """How many numbers of the setting follow."""
-        return len(self.members) or 1
+        return len(self.schedules)
 
 
-def cycled_momentum(group: Mapping[str, Any]) -> Followed:
-    """Return the setting that cycles as momentum: ``betas[0]`` or ``momentum``."""
-    return Followed("betas", (0,)) if "betas" in group else Followed("momentum")
+def place_of(name: str) -> tuple[str, int | None]:
+    """Return the key and the place of a setting: ``"betas[1]"`` is 1 of ``"betas"``.
+
+    Raises:
+        ValueError: if the name has another form.
+    """
+    found = re.fullmatch(r"([^\[\]]+)(?:\[(\d+)\])?", name)
+    if found is None:
+        raise ValueError(
+            f"schedules: {name!r} names no setting: write 'weight_decay', or 'betas[1]' for a "
+            "member of a tuple"
+        )
+    key, place = found.groups()
+    return key, None if place is None else int(place)
+
+
+def followed_by(
+    group: Mapping[str, Any], schedules: Mapping[str, Schedule], *, cycles: bool
+) -> list[Followed]:
+    """Return the settings of a group that follow a schedule.
+
+    Args:
+        group: the group.
+        schedules: the schedules by name; those of settings that the group lacks do not count.
+        cycles: whether momentum cycles, which is ``betas[0]`` or ``momentum``.
+    """
+    found: dict[str, dict[int | None, Schedule | None]] = {}
+    if cycles:
+        key, place = ("betas", 0) if "betas" in group else ("momentum", None)
+        found[key] = {place: None}
+    for name, schedule in schedules.items():
+        key, place = place_of(name)
+        if key in group:
+            found.setdefault(key, {})[place] = schedule
+    return [
+        Followed(key, tuple(p for p in places if p is not None), tuple(places.values()))
+        for key, places in found.items()
+    ]
+
+
+def schedules_json(schedules: Mapping[str, Schedule]) -> str:
+    """Return the schedules of a group's settings as one line of JSON."""
+    parts = (f"{json.dumps(name)}:{each.to_json()}" for name, each in sorted(schedules.items()))
+    return "{" + ",".join(parts) + "}"
+
+
+def number_of(group: Mapping[str, Any], name: str) -> Any:
+    """Return the number of a setting, from its name; None if the group has no such setting."""
+    key, place = place_of(name)
+    try:
+        return item(group[key] if place is None else group[key][place])
+    except (TypeError, LookupError):
+        return None
 
 
 def held_by(group: Mapping[str, Any], setting: Followed) -> object:
@@ -78,8 +143,15 @@ def write_setting(
     """
     key = setting.key
     if not setting.members:
-        group[key] = numbers[0]
-        return group[key]
+        value = group[key]
+        if not isinstance(value, Tensor):
+            group[key] = numbers[0]
+            return group[key]
+        if id(value) in taken:  # torch's default, which groups share
+            group[key] = value = value.clone()
+        taken.add(id(value))
+        fill(value, numbers[0])
+        return value
     values = list(group[key])
     is_new = not isinstance(group[key], tuple)
     for member, number in zip(setting.members, numbers, strict=True):

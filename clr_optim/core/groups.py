@@ -3,55 +3,23 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from clr_optim.core.followed import Followed, cycled_momentum, held_by, numbers_of, write_setting
+from clr_optim.core.followed import followed_by, held_by, schedules_json
 from clr_optim.core.rates import momentum_bounds, never_driven, write_rate, written_rate
+from clr_optim.core.records import Record, are_untouched, hold_ours, write_settings
 from clr_optim.core.saved import found_bounds, written_position
 from clr_optim.core.settings import HIGH_MOMENTUM, LOW_MOMENTUM, Settings
-from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM, SCHEDULE, STEP
-from clr_optim.schedule import Schedule, rates_and_momenta
+from clr_optim.core.values import Values, evaluate
+from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM, SCHEDULE, SCHEDULES, STEP
+from clr_optim.schedule import Schedule
 
-__all__ = ["GroupMirror", "Record", "Values"]
+__all__ = ["GroupMirror"]
 
 _BOUNDS_OF, _RATE_OF = operator.itemgetter(BASE, MAX), operator.itemgetter("lr")
-
-
-class Record:
-    """One group, and the objects that we put there. :class:`Values` has their numbers."""
-
-    __slots__ = ("followed", "group", "lr", "settings")
-
-    def __init__(self, group: dict[str, Any], lr: object, followed: Sequence[Followed]) -> None:
-        self.group = group
-        #: the object in ``group["lr"]``: a float, or the user's tensor
-        self.lr = lr
-        #: the settings that follow a schedule
-        self.followed = followed
-        #: the object that holds each of them, see :func:`held_by`
-        self.settings: list[object] = []
-
-
-class Values(NamedTuple):
-    """What the groups hold at a position.
-
-    Args:
-        position: the number of the step.
-        bounds: ``(base_lr, max_lr)`` of each group.
-        momentum_bounds: ``(base_momentum, max_momentum)`` of each group; empty if momentum does
-            not cycle.
-        rates: the rate of each group.
-        numbers: the numbers of the settings that follow a schedule, group by group.
-    """
-
-    position: int
-    bounds: list[tuple[float, float]]
-    momentum_bounds: list[tuple[float, float]]
-    rates: list[float]
-    numbers: list[float]
 
 
 class GroupMirror:
@@ -91,7 +59,7 @@ class GroupMirror:
         groups = self._optimizer.param_groups
         known = min(len(groups), len(self.records))
         changed = [i for i in range(known) if self.is_foreign(i, groups[i])]
-        if not changed and self._are_settings_ours():
+        if not changed and self._holds_our_settings(groups):
             return None
         rates = {i: written_rate(groups[i]["lr"], i) for i in changed}
         return {i: lr for i, lr in rates.items() if lr != self.written.rates[i]}
@@ -116,19 +84,8 @@ class GroupMirror:
                 or group.get(MAX) is not top
             ):
                 return False
-        return not self.written.numbers or self._are_settings_untouched()
-
-    def _are_settings_untouched(self) -> bool:
-        """Return whether all groups certainly hold the settings that we wrote, without a tensor."""
-        for record, (low, high) in zip(self.records, self.written.momentum_bounds, strict=False):
-            group = record.group
-            if group.get(BASE_MOMENTUM) is not low or group.get(MAX_MOMENTUM) is not high:
-                return False
-        return all(
-            record.group.get(each.key) is held and type(held) in (float, tuple)
-            for record in self.records
-            for each, held in zip(record.followed, record.settings, strict=True)
-        )
+        written = self.written
+        return not written.numbers or are_untouched(self.records, written.momentum_bounds)
 
     def is_settled(self) -> bool:
         """Return whether the groups are ours and hold our bounds. Rates are not compared."""
@@ -177,22 +134,12 @@ class GroupMirror:
             return False
         return lr.item() != self.written.rates[index]
 
-    def _are_settings_ours(self) -> bool:
-        """Return whether the groups hold the settings, and bounds of momentum, that we wrote."""
-        if not self.written.numbers and not self._settings.cycle_momentum:
-            return True
-        groups, records = self._optimizer.param_groups, self.records
-        if len(groups) != len(records):
-            return False
-        cycles = self._settings.cycle_momentum
-        if cycles and self.written.momentum_bounds != [*map(momentum_bounds, groups)]:
-            return False
-        # Other code may have filled a tensor: the object does not show it.
-        return all(
-            held_by(group, each) is held and type(held) is not Tensor
-            for group, record in zip(groups, records, strict=False)
-            for each, held in zip(record.followed, record.settings, strict=True)
-        )
+    def _holds_our_settings(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Return whether groups hold the settings, and bounds of momentum, that we wrote."""
+        if not self._settings.cycle_momentum:
+            return hold_ours(groups, self.records)
+        bounds = [*map(momentum_bounds, groups)] if len(groups) == len(self.records) else None
+        return bounds == self.written.momentum_bounds and hold_ours(groups, self.records)
 
     def position(self, believed: int) -> int:
         """Return the position that the groups hold; a position that other code wrote counts.
@@ -260,11 +207,18 @@ class GroupMirror:
     def evaluate(self, position: int) -> Values:
         """Return the values of a position, if the bounds stay the same."""
         _, bounds, momentum_bounds, *_ = self.written
-        return _evaluate(self._settings.schedule, position, bounds, momentum_bounds)
+        followed = [record.followed for record in self.records]
+        return evaluate(self._settings.schedule, position, bounds, momentum_bounds, followed)
 
-    def _followed_by(self, group: dict[str, Any]) -> list[Followed]:
-        """Return the settings of a group that follow a schedule."""
-        return [cycled_momentum(group)] if self._settings.cycle_momentum else []
+    def _schedules_of(self, index: int, group: dict[str, Any]) -> Mapping[str, Schedule]:
+        """Return the schedules of a group's settings; a known group keeps its own."""
+        known = self.records
+        if index < len(known) and known[index].group is group:
+            return known[index].schedules
+        for record in known if self._settings.schedules else ():
+            if record.group is group:
+                return record.schedules
+        return self._settings.schedules_of(index)
 
     # ---- the answers
 
@@ -287,20 +241,26 @@ class GroupMirror:
         if self._settings.cycle_momentum:
             momenta = [*map(momentum_bounds, groups)]
         bounds, values = self.bounds(groups), self._ahead
-        if values is None or values[:3] != (position, bounds, momenta):
-            values = _evaluate(self._settings.schedule, position, bounds, momenta)
         known = self.records
+        schedules = [self._schedules_of(i, group) for i, group in enumerate(groups)]
+        cycles = self._settings.cycle_momentum
+        followed = [
+            followed_by(g, s, cycles=cycles) for g, s in zip(groups, schedules, strict=True)
+        ]
+        is_ahead = values is not None and followed == [record.followed for record in known]
+        if values is None or not is_ahead or values[:3] != (position, bounds, momenta):
+            values = evaluate(self._settings.schedule, position, bounds, momenta, followed)
         records: list[Record] = []
         rates: list[float] = []
         taken: set[int] = set()
         for i, (group, rate) in enumerate(zip(groups, values.rates, strict=True)):
             is_ours = i < len(known) and known[i].group is group
             lr = known[i].lr if is_ours else group["lr"]
-            kept = self._write_keys(group, position)
+            kept = self._write_keys(group, position, schedules[i])
             lr, rate = write_rate(group, lr, rate, taken, is_driven, kept=kept)
-            records.append(Record(group, lr, self._followed_by(group)))
+            records.append(Record(group, lr, schedules[i], followed[i]))
             rates.append(rate)
-        _write_settings(records, values.numbers, set())
+        write_settings(records, values.numbers, set())
         values = values._replace(rates=rates)
         # An interrupt finds either all as before, or all new.
         self.records, self.written, self._groups = records, values, all_groups
@@ -318,7 +278,7 @@ class GroupMirror:
             group["lr"] = record.lr = rate
             group[STEP] = position
         if values.numbers:
-            _write_settings(self.records, values.numbers, set())
+            write_settings(self.records, values.numbers, set())
         self.written, self._ahead = values, None
 
     def take_over(self, values: Values, rates: list[object], settings: list[list[object]]) -> None:
@@ -333,51 +293,32 @@ class GroupMirror:
         group = groups[-1]
         bounds = (group[BASE], group[MAX])
         momenta = [momentum_bounds(group)] if self._settings.cycle_momentum else []
-        values = _evaluate(self._settings.schedule, position, [bounds], momenta)
+        schedules = self._settings.schedules_of(len(groups) - 1)
+        followed = followed_by(group, schedules, cycles=self._settings.cycle_momentum)
+        values = evaluate(self._settings.schedule, position, [bounds], momenta, [followed])
         taken: set[int] = set()
         if isinstance(group["lr"], Tensor):
             taken = {id(record.lr) for record in self.records}
-        kept = self._write_keys(group, position)
+        kept = self._write_keys(group, position, schedules)
         lr, rate = write_rate(group, group["lr"], values.rates[0], taken, never_driven, kept=kept)
-        record = Record(group, lr, self._followed_by(group))
+        record = Record(group, lr, schedules, followed)
         taken = set()
         if any(isinstance(held_by(group, each), Tensor) for each in record.followed):
             taken = {id(held) for each in self.records for held in each.settings}
-        _write_settings([record], values.numbers, taken)
+        write_settings([record], values.numbers, taken)
         values = values._replace(rates=[rate])
         records = [*self.records, record]
         values = Values(position, *map(operator.add, self.written[1:], values[1:]))
         self.records, self.written, self._groups = records, values, groups
 
-    def _write_keys(self, group: dict[str, Any], position: int) -> bool:
-        """Write position and policy into a group; return whether the device keeps its rate."""
+    def _write_keys(
+        self, group: dict[str, Any], position: int, schedules: Mapping[str, Schedule]
+    ) -> bool:
+        """Write position and schedules into a group; return whether the device keeps its rate."""
         group[STEP] = position
         group[SCHEDULE] = self._settings.schedule_json
+        if schedules:
+            group[SCHEDULES] = schedules_json(schedules)
+        else:
+            group.pop(SCHEDULES, None)
         return self._is_kept(group)
-
-
-def _evaluate(
-    schedule: Schedule,
-    position: int,
-    bounds: list[tuple[float, float]],
-    momentum_bounds: list[tuple[float, float]],
-) -> Values:
-    rates, momenta = rates_and_momenta(schedule, position, bounds, momentum_bounds)
-    return Values(position, bounds, momentum_bounds, rates, momenta)
-
-
-def _write_settings(records: Sequence[Record], numbers: Sequence[float], taken: set[int]) -> None:
-    """Write settings into the groups of some records, which take note of the objects.
-
-    Args:
-        records: the records.
-        numbers: the numbers of their settings, in order.
-        taken: ids of the tensors that serve other groups; tensors are added.
-    """
-    for record, found in zip(
-        records, numbers_of([each.followed for each in records], numbers), strict=True
-    ):
-        record.settings = [
-            write_setting(record.group, setting, of_setting, taken)
-            for setting, of_setting in zip(record.followed, found, strict=True)
-        ]

@@ -16,10 +16,13 @@ from torch import Tensor
 from clr_optim.backends import current_device
 from clr_optim.backends.base import FusedBackend, WhoKnows
 from clr_optim.checks import LAST_STEP
-from clr_optim.core.groups import GroupMirror, Record, Values
+from clr_optim.core.followed import numbers_of
+from clr_optim.core.groups import GroupMirror
 from clr_optim.core.position import Position
+from clr_optim.core.records import Record
 from clr_optim.core.serving import Serving
 from clr_optim.core.settings import Settings
+from clr_optim.core.values import Values
 from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM
 from clr_optim.plan import Plan
 
@@ -167,7 +170,15 @@ class OrdinarySteps:
         return coming
 
     def _has_no_momentum(self, values: Values) -> bool:
-        return self._settings.cycle_momentum and 0.0 in values.numbers
+        """Return whether a momentum is 0, apart from betas."""
+        if not self._settings.cycle_momentum or 0.0 not in values.numbers:
+            return False
+        found = numbers_of([record.followed for record in self._mirror.records], values.numbers)
+        return any(
+            numbers == [0.0] and setting.key == "momentum"
+            for record, of_group in zip(self._mirror.records, found, strict=True)
+            for setting, numbers in zip(record.followed, of_group, strict=True)
+        )
 
 
 def _entries(written: Values, group: int) -> list[tuple[str, float]]:
@@ -182,7 +193,7 @@ def _entries(written: Values, group: int) -> list[tuple[str, float]]:
 def _settings(plan: Plan, record: Record, group: int) -> list[tuple[object, ...]]:
     """Return the settings of a group that follow a schedule, as ``begin_course`` takes them."""
     return [
-        (each.key, held, each.members, *plan.places_of(group, *each))
+        (each.key, held, each.members, *plan.places_of(group, each.key, each.members))
         for each, held in zip(record.followed, record.settings, strict=True)
     ]
 

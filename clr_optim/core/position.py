@@ -16,10 +16,11 @@ from torch import Tensor
 from clr_optim.backends.base import Course, WhoKnows
 from clr_optim.core import leftover
 from clr_optim.core.followed import numbers_of
-from clr_optim.core.groups import GroupMirror, Values
+from clr_optim.core.groups import GroupMirror
 from clr_optim.core.rates import never_driven
 from clr_optim.core.serving import Serving
 from clr_optim.core.settings import Settings
+from clr_optim.core.values import Values
 from clr_optim.core.warn import callers_level
 from clr_optim.keys import STEP
 from clr_optim.plan import Plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch.optim import Optimizer
@@ -25,6 +26,8 @@ class Settings:
         cycle_momentum: whether momentum cycles against the rate.
         max_grad_norm: the norm to clip to, if any.
         backend: the backend that the user asked for, ``"auto"`` included.
+        schedules: the schedules of settings by name: one for all groups, or one per group, ``None``
+            for a group whose setting stays.
     """
 
     optimizer: Optimizer
@@ -32,6 +35,7 @@ class Settings:
     cycle_momentum: bool
     max_grad_norm: float | None
     backend: str
+    schedules: Mapping[str, Schedule | Sequence[Schedule | None]] = field(default_factory=dict)
     #: the policy as the groups hold it
     schedule_json: str = field(init=False)
     #: whether the host must call the user's function to find a rate
@@ -40,6 +44,16 @@ class Settings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule_json", self.schedule.to_json())
         object.__setattr__(self, "has_scale_fn", self.schedule.scale_fn is not None)
+
+    def schedules_of(self, index: int) -> dict[str, Schedule]:
+        """Return the schedules of a group's settings by name, from the group's number."""
+        found = {}
+        for name, given in self.schedules.items():
+            if isinstance(given, Schedule):
+                found[name] = given
+            elif index < len(given) and (schedule := given[index]) is not None:
+                found[name] = schedule
+        return found
 
     @property
     def momentum_vanishes(self) -> bool:

@@ -21,10 +21,10 @@ from clr_optim.checks import shown
 from clr_optim.core import amp
 from clr_optim.core.capture import check_capture
 from clr_optim.core.creation import asks_for_state, create_state
-from clr_optim.core.groups import Values
 from clr_optim.core.rest import Borrowed, give_back, has_rest, step_rest
 from clr_optim.core.serving import parameters_of
 from clr_optim.core.shared import Shared
+from clr_optim.core.values import Values
 
 __all__ = ["take_step"]
 

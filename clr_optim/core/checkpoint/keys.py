@@ -10,7 +10,7 @@ from clr_optim.checks import check_bounds, check_momenta, check_number, item, sh
 from clr_optim.core.checkpoint.settings import are_groups
 from clr_optim.core.groups import GroupMirror
 from clr_optim.core.saved import BASE_FRACTION, are_close, read_position
-from clr_optim.keys import BASE, BASE_MOMENTUM, ENTRY, KEYS, MAX, MAX_MOMENTUM, STEP
+from clr_optim.keys import BASE, BASE_MOMENTUM, ENTRY, KEYS, MAX, MAX_MOMENTUM, SCHEDULES, STEP
 
 __all__ = [
     "checked_keys",
@@ -44,6 +44,11 @@ def checked_keys(
             beta = cycle_momentum and "betas" in groups[i]
             check_momenta(low, high, f" in {name}[{i}]", beta=beta)
             keys.update({BASE_MOMENTUM: low, MAX_MOMENTUM: high})
+        if not isinstance(keys.get(SCHEDULES, ""), str):
+            raise TypeError(
+                f"{name}[{i}][{SCHEDULES!r}] must be a string of JSON, got "
+                f"{shown(keys[SCHEDULES])}: delete that key from the groups to load the rest"
+            )
         base, top = keys.get(BASE), keys.get(MAX)
         if type(base) is type(top) is float and 0.0 <= base <= top < math.inf:
             continue

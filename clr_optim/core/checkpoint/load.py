@@ -25,10 +25,11 @@ from clr_optim.core.checkpoint.wrapped import (
     without_load_pre_hooks,
 )
 from clr_optim.core.saved import edited_rates_warning, policy_name, read_position
+from clr_optim.core.scheduled import warn_other_schedules
 from clr_optim.core.settings import Settings
 from clr_optim.core.shared import Shared
 from clr_optim.core.warn import callers_level, warn_each
-from clr_optim.keys import ENTRY, KEYS, SCHEDULE
+from clr_optim.keys import ENTRY, KEYS, SCHEDULE, SCHEDULES
 
 __all__ = ["load", "shallow_copy", "warn_other_policy"]
 
@@ -74,9 +75,13 @@ def load(shared: Shared, state_dict: Any) -> None:
                 mirror.fill_in_momentum_bounds(i, group)
         with load_errors_as_value_errors(inner):
             shared.position.go_to(position)
-    leftover.take_note(inner, own, settings.schedule, position if resumed else None)
+    loaded_at = position if resumed else None
+    leftover.take_note(inner, own, settings.schedule, loaded_at, settings.schedules)
     if resumed and SCHEDULE in keys[0]:
         warn_other_policy(shared, keys[0][SCHEDULE], "state_dict")
+    if resumed:
+        saved = [each.get(SCHEDULES) for each in keys]
+        warned.append(warn_other_schedules(inner.param_groups, saved, "state_dict"))
     warn_each(warned)
 
 
@@ -100,7 +105,7 @@ def _load_as_torch(
     check_layout(state_dict)
     groups = state_dict["param_groups"]
     keys = checked_keys(groups, _GROUPS, cycle_momentum=cycles)
-    check_for(inner, state_dict, cycles)
+    check_for(inner, state_dict, cycles or "momentum" in settings.schedules)
     state_dict["state"] = own_counters(state_dict["state"])
     with load_errors_as_value_errors(inner), without_load_pre_hooks(inner):
         inner.load_state_dict(state_dict)

@@ -1,0 +1,86 @@
+"""Record: one parameter group, and the objects that we put there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from clr_optim.core.followed import Followed, held_by, numbers_of, write_setting
+from clr_optim.keys import BASE_MOMENTUM, MAX_MOMENTUM
+from clr_optim.schedule import Schedule
+
+__all__ = ["Record", "are_untouched", "hold_ours", "write_settings"]
+
+
+class Record:
+    """One group, and the objects that we put there. :class:`Values` has their numbers."""
+
+    __slots__ = ("followed", "group", "lr", "schedules", "settings")
+
+    def __init__(
+        self,
+        group: dict[str, Any],
+        lr: object,
+        schedules: Mapping[str, Schedule],
+        followed: list[Followed],
+    ) -> None:
+        self.group = group
+        #: the object in ``group["lr"]``: a float, or the user's tensor
+        self.lr = lr
+        #: the schedules of the group's settings by name
+        self.schedules = schedules
+        #: the settings that follow a schedule, momentum included
+        self.followed = followed
+        #: the object that holds each of them, see :func:`held_by`
+        self.settings: list[object] = []
+
+
+def are_untouched(
+    records: Sequence[Record], momentum_bounds: Sequence[tuple[float, float]]
+) -> bool:
+    """Return whether all groups certainly hold the settings that we wrote, without a tensor.
+
+    Args:
+        records: the records of all groups.
+        momentum_bounds: ``(base_momentum, max_momentum)`` of each group, if momentum cycles.
+    """
+    for record, (low, high) in zip(records, momentum_bounds, strict=False):
+        group = record.group
+        if group.get(BASE_MOMENTUM) is not low or group.get(MAX_MOMENTUM) is not high:
+            return False
+    return all(
+        record.group.get(each.key) is held and type(held) in (float, tuple)
+        for record in records
+        for each, held in zip(record.followed, record.settings, strict=True)
+    )
+
+
+def hold_ours(groups: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> bool:
+    """Return whether groups hold the settings that we wrote; False for any tensor.
+
+    Other code may have filled a tensor: the object does not show it.
+    """
+    return all(
+        held_by(group, each) is held and type(held) is not Tensor
+        for group, record in zip(groups, records, strict=False)
+        for each, held in zip(record.followed, record.settings, strict=True)
+    )
+
+
+def write_settings(records: Sequence[Record], numbers: Sequence[float], taken: set[int]) -> None:
+    """Write settings into the groups of some records, which take note of the objects.
+
+    Args:
+        records: the records.
+        numbers: the numbers of their settings, in order.
+        taken: ids of the tensors that serve other groups; tensors are added.
+    """
+    for record, found in zip(
+        records, numbers_of([each.followed for each in records], numbers), strict=True
+    ):
+        record.settings = [
+            write_setting(record.group, setting, of_setting, taken)
+            for setting, of_setting in zip(record.followed, found, strict=True)
+        ]

@@ -1,0 +1,207 @@
+"""Check the constructor's ``schedules``: which settings follow which schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from clr_optim.checks import item, shown
+from clr_optim.core.followed import place_of
+from clr_optim.keys import KEYS, SCHEDULES
+from clr_optim.schedule import Schedule
+
+__all__ = ["check_schedules", "warn_other_schedules"]
+
+#: Settings whose numbers torch takes up to 1, and betas, which must be below.
+_AT_MOST_ONE = frozenset({"momentum", "rho", "dampening", "alpha"})
+
+
+def check_schedules(
+    optimizer: Optimizer, schedules: object, *, cycle_momentum: bool
+) -> dict[str, Schedule | tuple[Schedule | None, ...]]:
+    """Return the schedules of settings by name, checked against the groups.
+
+    Args:
+        optimizer: the optimizer.
+        schedules: the argument.
+        cycle_momentum: whether momentum cycles.
+
+    Raises:
+        TypeError, ValueError: naming the setting, its schedule and what would be right.
+    """
+    if schedules is None:
+        return {}
+    if not isinstance(schedules, Mapping):
+        raise TypeError(
+            "schedules must be a dictionary from a setting's name to a Schedule, as "
+            f"{{'weight_decay': triangular(2000).between(0.0, 0.1)}}, got {shown(schedules)}"
+        )
+    groups = optimizer.param_groups
+    checked: dict[str, Schedule | tuple[Schedule | None, ...]] = {}
+    for name, given in schedules.items():
+        if not isinstance(name, str):
+            raise TypeError(f"schedules: a setting's name must be a string, got {name!r}")
+        per_group = _per_group(name, given, len(groups))
+        checked[name] = given if isinstance(given, Schedule) else per_group
+        _check_name(name, checked, cycle_momentum=cycle_momentum, groups=groups)
+        for i, (group, schedule) in enumerate(zip(groups, per_group, strict=True)):
+            if schedule is not None:
+                _check_schedule(name, schedule)
+                _check_setting(name, i, group)
+        if isinstance(given, Schedule):
+            _check_weight_decay(name, groups)
+    return checked
+
+
+def _per_group(name: str, given: object, count: int) -> tuple[Schedule | None, ...]:
+    """Return a schedule, or None, for each group."""
+    if isinstance(given, Schedule):
+        return (given,) * count
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise TypeError(
+            f"schedules[{name!r}] must be a Schedule, or a list with a Schedule or None for each "
+            f"parameter group, got {shown(given)}"
+        )
+    for i, each in enumerate(given):
+        if not (each is None or isinstance(each, Schedule)):
+            raise TypeError(f"schedules[{name!r}][{i}] must be a Schedule or None, got {each!r}")
+    if len(given) != count:
+        raise ValueError(
+            f"schedules[{name!r}] has {len(given)} entries and the optimizer {count} parameter "
+            "groups: give one Schedule, or a list with a Schedule or None for each group"
+        )
+    return tuple(given)
+
+
+def _check_name(
+    name: str,
+    checked: Mapping[str, object],
+    *,
+    cycle_momentum: bool,
+    groups: Sequence[Mapping[str, Any]],
+) -> None:
+    """Raise if a name is no setting, or a setting that another schedule writes."""
+    key, place = place_of(name)
+    if key in ("lr", "params", *KEYS):
+        remedy = "the policy decides the rate" if key == "lr" else "it is no setting"
+        raise ValueError(f"schedules: {name!r} cannot follow a schedule: {remedy}")
+    if cycle_momentum:
+        cycled = "betas[0]" if any("betas" in group for group in groups) else "momentum"
+        if name == cycled:
+            raise ValueError(
+                f"schedules: {name!r} cycles with cycle_momentum=True: leave one of the two out"
+            )
+    others = {other for other in checked if other != name and place_of(other)[0] == key}
+    if place is None and others:
+        raise ValueError(f"schedules: {name!r} includes {min(others)!r}: leave one of them out")
+
+
+def _check_schedule(name: str, schedule: Schedule) -> None:
+    """Raise unless a schedule has bounds, and bounds that the setting may have."""
+    if not schedule.has_bounds:
+        raise ValueError(
+            f"schedules[{name!r}] has no bounds, and those of the groups are learning rates: give "
+            f"the schedule its own, as {schedule.name}(...).between(low, high)"
+        )
+    if schedule.scale_fn is not None:
+        raise ValueError(
+            f"schedules[{name!r}] has a scale_fn, which only the policy may have: write the "
+            "schedule as a sequence of phases"
+        )
+    key, _ = place_of(name)
+    low, high = _range(schedule)
+    if key == "momentum" and low <= 0.0:
+        raise ValueError(
+            f"schedules[{name!r}] falls to {low:g}, and a momentum of 0 has no buffer: keep it "
+            "above 0"
+        )
+    if (key == "betas" and high >= 1.0) or (key in _AT_MOST_ONE and high > 1.0):
+        limit = "below 1" if key == "betas" else "at most 1"
+        raise ValueError(f"schedules[{name!r}] rises to {high:g}: torch takes {limit}")
+
+
+def _range(schedule: Schedule) -> tuple[float, float]:
+    """Return bounds of the values that a schedule takes, at any step."""
+    low, high = float("inf"), 0.0
+    for phase in schedule.phases:
+        lower, upper = phase.ends(0.0, 0.0)
+        falls = phase.base_gamma < 1.0 and phase.steps is None
+        low = min(low, 0.0 if falls else lower, upper)
+        high = max(high, lower, upper)
+        for step in (0, (phase.steps or 1) - 1):
+            b, w, a = phase.shape(step)
+            value = b * lower + (upper - lower) * w * a
+            low, high = min(low, value), max(high, value)
+    return low, high
+
+
+def _check_setting(name: str, index: int, group: Mapping[str, Any]) -> None:
+    """Raise unless a group has a number under a setting's name."""
+    key, place = place_of(name)
+    where = f"schedules: {name!r} in parameter group {index}"
+    if key not in group:
+        raise ValueError(f"{where} is no setting of the optimizer, which has {_numbers_in(group)}")
+    value = group[key]
+    if place is None and isinstance(value, (tuple, list)):
+        raise ValueError(f"{where} has {len(value)} numbers: name one of them, as {key + '[0]'!r}")
+    if place is not None:
+        if not isinstance(value, (tuple, list)):
+            raise ValueError(f"{where}: {key!r} is a single number, {shown(value)}: write {key!r}")
+        if place >= len(value):
+            raise ValueError(f"{where}: {key!r} has {len(value)} numbers, counted from 0")
+        value = value[place]
+    number = item(value)
+    is_number = isinstance(number, Real) and not isinstance(number, bool)
+    if not is_number or (isinstance(value, Tensor) and not value.is_floating_point()):
+        raise ValueError(f"{where} is no number, but {shown(value)}: only numbers can follow")
+
+
+def _numbers_in(group: Mapping[str, Any]) -> list[str]:
+    """Return the names of a group's settings that are numbers."""
+    names = []
+    for key, value in group.items():
+        if key in ("lr", "params", *KEYS):
+            continue
+        if isinstance(value, (tuple, list)):
+            names += [f"{key}[{i}]" for i in range(len(value))]
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            names.append(key)
+    return names
+
+
+def _check_weight_decay(name: str, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise if one schedule would let groups decay that the user keeps from decaying."""
+    if name != "weight_decay":
+        return
+    still = [i for i, group in enumerate(groups) if item(group.get(name)) == 0.0]
+    if still and len(still) < len(groups):
+        raise ValueError(
+            f"schedules['weight_decay'] is one schedule for all groups, and parameter group "
+            f"{', '.join(map(str, still))} has weight_decay=0, as biases and norms have: give a "
+            "list with a Schedule for each group that decays and None for the others"
+        )
+
+
+def warn_other_schedules(
+    groups: Sequence[Mapping[str, Any]], saved: Sequence[object], source: str
+) -> str | None:
+    """Return a warning if a checkpoint was written under other schedules of settings.
+
+    Args:
+        groups: the groups, which hold the schedules in use.
+        saved: the schedules in each group of the checkpoint, as JSON, or None.
+        source: the checkpoint in the message.
+    """
+    for i, (group, text) in enumerate(zip(groups, saved, strict=False)):
+        own = group.get(SCHEDULES)
+        if text != own:
+            return (
+                f"{source} was written with the schedules {text or 'None'} of settings in "
+                f"parameter group {i}; this optimizer's, {own or 'None'}, decide from here on. To "
+                "continue under the old ones, give them to the constructor as schedules=."
+            )
+    return None
