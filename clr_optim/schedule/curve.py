@@ -6,6 +6,7 @@ The formula is in ``phase.py``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import overload
 
 import numpy as np
@@ -245,6 +246,16 @@ def rates_and_momenta(
         formula.rates(phase, shape, bounds),
         formula.momenta(phase, shape, momentum_bounds) if momentum_bounds else [],
     )
+
+
+def marked_phases(schedule: Curve) -> list[Phase]:
+    """Return the phases of a schedule such that their cycles are the same in another schedule."""
+    return [
+        replace(phase, cycle_start=span.start, cycle_steps=span.steps)
+        if phase.cycle_steps is None and span.steps and not span.repeats
+        else phase
+        for phase, span in zip(schedule.phases, schedule._timeline.spans, strict=True)
+    ]
 
 
 def _check_phases(phases: object) -> None:

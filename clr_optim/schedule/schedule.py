@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from clr_optim.checks import check_int, check_number
 from clr_optim.schedule import phase as formula
 from clr_optim.schedule import store
-from clr_optim.schedule.curve import Curve
+from clr_optim.schedule.curve import Curve, marked_phases
 from clr_optim.schedule.phase import Phase, ScaleFn
 
 
@@ -76,6 +78,82 @@ class Schedule(Curve):
 
     def __repr__(self) -> str:
         return store.to_repr(self.name, self.phases)
+
+    def with_warmup(self, steps: int, start: float = 0.0) -> Schedule:
+        """Return this schedule after a warm-up.
+
+        The rate rises in a straight line from ``start · max_lr`` at step 0 to the schedule's own
+        first rate at step ``steps``. From there on the schedule counts its steps, and its cycles:
+        a warm-up is no cycle. Momentum goes from its maximum to the schedule's first momentum.
+
+        Args:
+            steps: length of the warm-up, an integer >= 1.
+            start: the first rate divided by ``max_lr``, >= 0. The rate falls if ``start · max_lr``
+                is above the schedule's first rate.
+
+        Raises:
+            TypeError, ValueError: naming the argument, its value and what would be right.
+
+        Example:
+            >>> from clr_optim.schedule import triangular
+            >>> schedule = triangular(4).with_warmup(5)
+            >>> schedule([0, 4, 5, 9], base_lr=1.0, max_lr=3.0).tolist()
+            [0.0, 0.8, 1.0, 3.0]
+            >>> [step for step in range(25) if schedule.is_cycle_end(step)]
+            [13, 21]
+        """
+        steps = check_int("steps", steps, minimum=1)
+        start = check_number("start", start)
+        phases = marked_phases(self)
+        first = phases[0]
+        b, w, a = first.shape(0)
+        reached = w * a
+        if not 0.0 <= reached <= 1.0:
+            raise ValueError(
+                f"with_warmup: the scale_fn of {self.name!r} returns {a!r} at the start, so that "
+                "the first rate is outside of the bounds: use a scale_fn from 0 to 1"
+            )
+        top = [
+            b * low - reached * low + reached * high
+            for low, high in zip(first.lower, first.upper, strict=True)
+        ]
+        rise = Phase(
+            step_size_up=steps,
+            step_size_down=0,
+            steps=steps,
+            lower=(0.0, start),
+            upper=(top[0], top[1]),
+            cycle_steps=0,
+            cycle_momentum=first.cycle_momentum and reached > 0.0,
+            base_lr=first.base_lr,
+            max_lr=first.max_lr,
+        )
+        return Schedule(self.name, [rise, *phases])
+
+    def between(self, low: float, high: float) -> Schedule:
+        """Return this schedule with these bounds, so that it ignores the bounds of groups.
+
+        Args:
+            low, high: the bounds, numbers >= 0 in this order.
+
+        Raises:
+            TypeError, ValueError: naming the argument, its value and what would be right.
+
+        Example:
+            >>> from clr_optim.schedule import triangular
+            >>> triangular(2).between(0.0, 0.1)([0, 1, 2]).tolist()
+            [0.0, 0.05, 0.1]
+        """
+        low, high = check_number("low", low), check_number("high", high)
+        if low > high:
+            raise ValueError(f"low={low!r} is above high={high!r}: swap the two")
+        if any(phase.has_bounds for phase in self.phases):
+            raise ValueError(
+                f"between({low!r}, {high!r}): the schedule {self.name!r} has bounds already; leave "
+                "them out of its constructor"
+            )
+        phases = [replace(phase, base_lr=low, max_lr=high) for phase in self.phases]
+        return Schedule(self.name, phases)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary of strings, numbers, lists and None, for :meth:`from_dict`.
