@@ -10,25 +10,21 @@ arguments have the names of :class:`torch.optim.lr_scheduler.CyclicLR`.
 """
 
 from clr_optim.schedule import phase, policies
-from clr_optim.schedule.phase import SCALE_MODES as SCALE_MODES
-from clr_optim.schedule.phase import Phase
-from clr_optim.schedule.phase import ScaleFn as ScaleFn
-from clr_optim.schedule.policies import (
-    decay,
-    exp,
+from clr_optim.schedule.curve import rates_and_momenta as rates_and_momenta
+from clr_optim.schedule.cyclic import (
     exp_range,
     exp_range_bounds,
-    fixed,
-    one_cycle,
-    ramp,
-    sequence,
     triangular,
     triangular2,
     warm_restarts,
 )
+from clr_optim.schedule.finite import decay, exp, fixed, one_cycle, ramp
+from clr_optim.schedule.phase import SCALE_MODES as SCALE_MODES
+from clr_optim.schedule.phase import Phase
+from clr_optim.schedule.phase import ScaleFn as ScaleFn
+from clr_optim.schedule.policies import sequence
 from clr_optim.schedule.schedule import Schedule
 from clr_optim.schedule.schedule import check_growth as check_growth
-from clr_optim.schedule.schedule import rates_and_momenta as rates_and_momenta
 from clr_optim.schedule.store import describe_callable as describe_callable
 
 __all__ = [
