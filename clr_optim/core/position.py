@@ -24,6 +24,7 @@ from clr_optim.core.values import Values
 from clr_optim.core.warn import callers_level
 from clr_optim.keys import STEP
 from clr_optim.plan import Plan
+from clr_optim.schedule import Schedule
 
 __all__ = ["Position"]
 
@@ -295,7 +296,24 @@ class Position:
         written, fused = self._mirror.written, self._serving.fused
         kept = self._kept() if fused is not None and fused.keeps_rates else ()
         momenta = written.momentum_bounds or None
-        return Course(self.counted[0], written.rates, written.bounds, momenta, kept, True)
+        position, bounds = self.counted[0], written.bounds
+        return Course(position, written.rates, bounds, momenta, kept, True, self._followed())
+
+    def _followed(self) -> list[tuple[int, str, tuple[int, ...], list[Schedule]]]:
+        """Return the settings that follow schedules, as :class:`Course` takes them."""
+        found = []
+        for i, record in enumerate(self._mirror.records if self._settings.schedules else ()):
+            for key, members, schedules in record.followed:
+                # Momentum that mirrors the policy has no schedule, and the kernels know it.
+                pairs = [
+                    (member, schedule)
+                    for member, schedule in zip(members or (-1,), schedules, strict=True)
+                    if schedule is not None
+                ]
+                places = tuple(member for member, _ in pairs if members)
+                if pairs:
+                    found.append((i, key, places, [schedule for _, schedule in pairs]))
+        return found
 
     def _kept(self) -> list[tuple[int, Tensor]]:
         """Return the learning rates that the device keeps current, see :class:`Course`."""

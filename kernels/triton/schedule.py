@@ -16,7 +16,7 @@ import triton.language as tl
 
 from clr_optim.schedule import Phase, Schedule
 
-__all__ = ["FLOATS", "INTS", "phase_tables", "rate_and_momentum"]
+__all__ = ["FLOATS", "FOLLOWED", "INTS", "follow_schedules", "phase_tables", "rate_and_momentum"]
 
 #: Columns of the two tables, a row per phase.
 INTS = (
@@ -34,8 +34,13 @@ _WINDOWS = {
     "constant": 0, "boxcar": 0, "triangle": 1, "welch": 2, "hann": 3, "sqrt": 4, "inverse": 5,
 }  # fmt: skip
 
+#: Columns of the table of settings that follow schedules, int64: the group's number, the column of
+#: the groups' table, and the first phase and the number of phases of the schedule.
+FOLLOWED = ("group", "column", "first", "phases")
+
 _N_INTS: tl.constexpr = tl.constexpr(len(INTS))
 _N_FLOATS: tl.constexpr = tl.constexpr(len(FLOATS))
+_N_FOLLOWED: tl.constexpr = tl.constexpr(len(FOLLOWED))
 
 _LARGEST: tl.constexpr = tl.constexpr(sys.float_info.max)
 
@@ -153,3 +158,24 @@ def rate_and_momentum(ints, floats, phases, step, base_lr, max_lr, base_momentum
     cycles = tl.load(floats + 10) != 0.0
     momentum = max_momentum - (max_momentum - base_momentum) * amplitude
     return rate, tl.where(cycles, momentum, max_momentum)
+
+
+@triton.jit(
+    do_not_specialize=["width"],
+    do_not_specialize_on_alignment=["followed", "ints", "floats", "groups", "control"],
+)
+def follow_schedules(followed, ints, floats, groups, width, control):
+    """Write a setting that follows a schedule into the groups' table, in each program.
+
+    Args:
+        followed: a table with the columns of ``FOLLOWED``, a row per program.
+        ints, floats: the tables of :func:`phase_tables` of all schedules, one after the other.
+        groups, width, control: as for :func:`~.prepare.prepare`.
+    """
+    followed += tl.program_id(0) * _N_FOLLOWED
+    first = tl.load(followed + 2)
+    number, _ = rate_and_momentum(
+        ints + first * _N_INTS, floats + first * _N_FLOATS, tl.load(followed + 3).to(tl.int32),
+        tl.load(control), 0.0, 0.0, 0.0, 0.0,
+    )  # fmt: skip
+    tl.store(groups + tl.load(followed) * width + tl.load(followed + 1), number)
