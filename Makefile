@@ -15,7 +15,7 @@ DISTRIBUTED := tests/distributed tests/test_examples.py
 TRITON := tests/backends/triton_backend
 ON_TRITON := $(TRITON)/test_triton.py $(TRITON)/test_triton_changes.py \
 	$(TRITON)/test_triton_gpu.py $(TRITON)/test_triton_graphs.py \
-	$(TRITON)/test_triton_refusals.py $(TRITON)/test_triton_schedule.py
+	$(TRITON)/test_triton_refusals.py $(TRITON)/test_triton_schedule.py $(TRITON)/test_triton_settings.py
 
 INTERPRETED := $(ON_TRITON) $(TRITON)/test_triton_machine.py $(TRITON)/test_triton_memory.py \
 	tests/core/test_hostile_checkpoints.py tests/core/test_resume_data.py tests/fuzz/test_fuzz.py

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from clr_optim.core.followed import followed_by, held_by, schedules_json
 from clr_optim.core.rates import momentum_bounds, never_driven, write_rate, written_rate
-from clr_optim.core.records import Record, are_untouched, hold_ours, write_settings
+from clr_optim.core.records import (
+    Record,
+    are_untouched,
+    changed_settings,
+    hold_ours,
+    write_settings,
+)
 from clr_optim.core.saved import found_bounds, written_position
 from clr_optim.core.settings import HIGH_MOMENTUM, LOW_MOMENTUM, Settings
 from clr_optim.core.values import Values, evaluate
@@ -140,6 +146,10 @@ class GroupMirror:
             return hold_ours(groups, self.records)
         bounds = [*map(momentum_bounds, groups)] if len(groups) == len(self.records) else None
         return bounds == self.written.momentum_bounds and hold_ours(groups, self.records)
+
+    def changed_settings(self) -> list[tuple[int, str, str]]:
+        """Return group, name and value of settings with schedules that other code wrote."""
+        return changed_settings(self._optimizer.param_groups, self.records)
 
     def position(self, believed: int) -> int:
         """Return the position that the groups hold; a position that other code wrote counts.

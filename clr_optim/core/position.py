@@ -59,7 +59,7 @@ class Position:
         self.counted = (0, 0)
         #: the position whose rates a scheduler view shows, instead of the last step's
         self.viewed = 0
-        self._has_warned = False
+        self._has_warned = self._has_warned_of_settings = False
 
     # ---- who knows it?
 
@@ -166,6 +166,19 @@ class Position:
                 + f"; the policy {self._settings.schedule.name!r} decides instead, here and from "
                 "now on. Remove the other scheduler, or change course with set_bounds or "
                 "set_iteration.",
+                UserWarning,
+                stacklevel=callers_level(),
+            )
+        foreign = self._mirror.changed_settings()
+        if foreign and not self._has_warned_of_settings:
+            self._has_warned_of_settings = True
+            warnings.warn(
+                ", ".join(
+                    f"{key} was written from outside in parameter group {i} ({value})"
+                    for i, key, value in foreign
+                )
+                + "; the constructor's schedules decide instead, here and from now on. Leave the "
+                "setting out of schedules= to write it.",
                 UserWarning,
                 stacklevel=callers_level(),
             )

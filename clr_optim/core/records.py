@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from clr_optim.checks import shown
 from clr_optim.core.followed import Followed, held_by, numbers_of, write_setting
 from clr_optim.keys import BASE_MOMENTUM, MAX_MOMENTUM
 from clr_optim.schedule import Schedule
 
-__all__ = ["Record", "are_untouched", "hold_ours", "write_settings"]
+__all__ = ["Record", "are_untouched", "changed_settings", "hold_ours", "write_settings"]
 
 
 class Record:
@@ -67,6 +68,18 @@ def hold_ours(groups: Sequence[Mapping[str, Any]], records: Sequence[Record]) ->
         for group, record in zip(groups, records, strict=False)
         for each, held in zip(record.followed, record.settings, strict=True)
     )
+
+
+def changed_settings(
+    groups: Sequence[Mapping[str, Any]], records: Sequence[Record]
+) -> list[tuple[int, str, str]]:
+    """Return group, name and value of settings that other code wrote beside their schedules."""
+    return [
+        (i, each.key, shown(group.get(each.key)))
+        for i, (group, record) in enumerate(zip(groups, records, strict=False))
+        for each, held in zip(record.followed, record.settings, strict=True)
+        if any(each.schedules) and group is record.group and held_by(group, each) is not held
+    ]
 
 
 def write_settings(records: Sequence[Record], numbers: Sequence[float], taken: set[int]) -> None:

@@ -50,8 +50,8 @@ def check_schedules(
         _check_name(name, checked, cycle_momentum=cycle_momentum, groups=groups)
         for i, (group, schedule) in enumerate(zip(groups, per_group, strict=True)):
             if schedule is not None:
-                _check_schedule(name, schedule)
                 _check_setting(name, i, group)
+                _check_schedule(name, schedule)
         if isinstance(given, Schedule):
             _check_weight_decay(name, groups)
     return checked
