@@ -31,6 +31,7 @@ import test_plotting
 import test_range_test_arguments as range_test_arguments
 import test_range_test_result as range_test_result
 import test_register_rule
+import test_setting_schedules
 from cases import BY_NAME
 from torch import Tensor
 
@@ -107,6 +108,12 @@ def attempts() -> Iterator[Attempt]:
         yield Attempt(where, f"optimizer: {name}", lambda m=make: CyclicalOptimizer(m()))
     for name, (options, *_) in errors.CONSTRUCTOR.items():
         yield Attempt(where, name, lambda o=options: CyclicalOptimizer(errors.adam(), **o))
+    for name, (schedules, *_) in test_setting_schedules.REFUSED.items():
+        yield Attempt(
+            f"{where}, schedules of settings",
+            name,
+            lambda s=schedules: CyclicalOptimizer(errors.adam(), schedules=s),
+        )
     for name, (build, *_) in test_from_scheduler.REFUSED.items():
         yield Attempt(
             f"{where}.from_scheduler",

@@ -87,7 +87,9 @@ def _check_name(
     """Raise if a name is no setting, or a setting that another schedule writes."""
     key, place = place_of(name)
     if key in ("lr", "params", *KEYS):
-        remedy = "the policy decides the rate" if key == "lr" else "it is no setting"
+        remedy = (
+            "the policy decides the rate: give it as policy=" if key == "lr" else "leave it out"
+        )
         raise ValueError(f"schedules: {name!r} cannot follow a schedule: {remedy}")
     if cycle_momentum:
         cycled = "betas[0]" if any("betas" in group for group in groups) else "momentum"
@@ -120,8 +122,8 @@ def _check_schedule(name: str, schedule: Schedule) -> None:
             "above 0"
         )
     if (key == "betas" and high >= 1.0) or (key in _AT_MOST_ONE and high > 1.0):
-        limit = "below 1" if key == "betas" else "at most 1"
-        raise ValueError(f"schedules[{name!r}] rises to {high:g}: torch takes {limit}")
+        limit = "below 1" if key == "betas" else "at or below 1"
+        raise ValueError(f"schedules[{name!r}] rises to {high:g}, and must stay {limit}")
 
 
 def _range(schedule: Schedule) -> tuple[float, float]:
@@ -144,7 +146,10 @@ def _check_setting(name: str, index: int, group: Mapping[str, Any]) -> None:
     key, place = place_of(name)
     where = f"schedules: {name!r} in parameter group {index}"
     if key not in group:
-        raise ValueError(f"{where} is no setting of the optimizer, which has {_numbers_in(group)}")
+        raise ValueError(
+            f"{where} is no setting of the optimizer: use one of {_numbers_in(group)}, or None "
+            "for this group in a list"
+        )
     value = group[key]
     if place is None and isinstance(value, (tuple, list)):
         raise ValueError(f"{where} has {len(value)} numbers: name one of them, as {key + '[0]'!r}")
@@ -152,7 +157,7 @@ def _check_setting(name: str, index: int, group: Mapping[str, Any]) -> None:
         if not isinstance(value, (tuple, list)):
             raise ValueError(f"{where}: {key!r} is a single number, {shown(value)}: write {key!r}")
         if place >= len(value):
-            raise ValueError(f"{where}: {key!r} has {len(value)} numbers, counted from 0")
+            raise ValueError(f"{where}: give a place below {len(value)}, the count of numbers")
         value = value[place]
     number = item(value)
     is_number = isinstance(number, Real) and not isinstance(number, bool)
