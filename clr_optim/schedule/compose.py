@@ -1,27 +1,22 @@
-"""The policies that go by name, and ``sequence``, which runs several."""
+"""Schedules one after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from clr_optim.checks import check_int
 from clr_optim.schedule.curve import marked_phases
-from clr_optim.schedule.cyclic import exp_range, exp_range_bounds, triangular, triangular2
 from clr_optim.schedule.phase import Phase
 from clr_optim.schedule.schedule import Schedule
-
-#: The policies that an optimizer and the command take by name.
-POLICIES: Mapping[str, Callable[..., Schedule]] = {
-    policy.__name__: policy for policy in (triangular, triangular2, exp_range, exp_range_bounds)
-}
 
 
 def sequence(parts: Sequence[tuple[Schedule, int | None]]) -> Schedule:
     """Run schedules one after the other, each for a number of steps.
 
     Each part counts steps and cycles from its own start, as in the code of the paper. The last part
-    goes on after its steps, which may be ``None``.
+    goes on after its steps, which may be ``None``: it holds its last rate if it is finite, as
+    :func:`one_cycle` is, and repeats if it repeats, as :func:`warm_restarts`.
 
     Args:
         parts: ``[(schedule, steps), …]``, at least one, ``steps`` integers >= 1.
@@ -32,6 +27,7 @@ def sequence(parts: Sequence[tuple[Schedule, int | None]]) -> Schedule:
     Example:
         The paper's Table 2:
 
+        >>> from clr_optim.schedule import triangular2
         >>> table2 = sequence([
         ...     (triangular2(2000, base_lr=0.001, max_lr=0.005), 16_000),
         ...     (triangular2(1000, base_lr=0.0001, max_lr=0.0005), 6_000),
