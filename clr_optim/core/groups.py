@@ -13,8 +13,8 @@ from clr_optim.core.rates import momentum_bounds, never_driven, write_rate, writ
 from clr_optim.core.records import (
     Record,
     are_untouched,
-    changed_settings,
     hold_ours,
+    schedules_of,
     write_settings,
 )
 from clr_optim.core.saved import found_bounds, written_position
@@ -147,10 +147,6 @@ class GroupMirror:
         bounds = [*map(momentum_bounds, groups)] if len(groups) == len(self.records) else None
         return bounds == self.written.momentum_bounds and hold_ours(groups, self.records)
 
-    def changed_settings(self) -> list[tuple[int, str, str]]:
-        """Return group, name and value of settings with schedules that other code wrote."""
-        return changed_settings(self._optimizer.param_groups, self.records)
-
     def position(self, believed: int) -> int:
         """Return the position that the groups hold; a position that other code wrote counts.
 
@@ -220,16 +216,6 @@ class GroupMirror:
         followed = [record.followed for record in self.records]
         return evaluate(self._settings.schedule, position, bounds, momentum_bounds, followed)
 
-    def _schedules_of(self, index: int, group: dict[str, Any]) -> Mapping[str, Schedule]:
-        """Return the schedules of a group's settings; a known group keeps its own."""
-        known = self.records
-        if index < len(known) and known[index].group is group:
-            return known[index].schedules
-        for record in known if self._settings.schedules else ():
-            if record.group is group:
-                return record.schedules
-        return self._settings.schedules_of(index)
-
     # ---- the answers
 
     def adopt(self) -> None:
@@ -252,7 +238,7 @@ class GroupMirror:
             momenta = [*map(momentum_bounds, groups)]
         bounds, values = self.bounds(groups), self._ahead
         known = self.records
-        schedules = [self._schedules_of(i, group) for i, group in enumerate(groups)]
+        schedules = schedules_of(self._settings, known, groups)
         cycles = self._settings.cycle_momentum
         followed = [
             followed_by(g, s, cycles=cycles) for g, s in zip(groups, schedules, strict=True)

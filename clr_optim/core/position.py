@@ -15,16 +15,15 @@ from torch import Tensor
 
 from clr_optim.backends.base import Course, WhoKnows
 from clr_optim.core import leftover
-from clr_optim.core.followed import numbers_of
 from clr_optim.core.groups import GroupMirror
 from clr_optim.core.rates import never_driven
+from clr_optim.core.records import changed_settings, course_of, have_plan_take
 from clr_optim.core.serving import Serving
 from clr_optim.core.settings import Settings
 from clr_optim.core.values import Values
 from clr_optim.core.warn import callers_level
 from clr_optim.keys import STEP
 from clr_optim.plan import Plan
-from clr_optim.schedule import Schedule
 
 __all__ = ["Position"]
 
@@ -169,20 +168,22 @@ class Position:
                 UserWarning,
                 stacklevel=callers_level(),
             )
-        foreign = self._mirror.changed_settings()
-        if foreign and not self._has_warned_of_settings:
+        self._warn_of_settings()
+        self.follow(before[0], before)
+
+    def _warn_of_settings(self) -> None:
+        """Warn once if other code wrote a setting that follows a schedule."""
+        groups = self._settings.optimizer.param_groups
+        changed = changed_settings(groups, self._mirror.records)
+        if changed and not self._has_warned_of_settings:
             self._has_warned_of_settings = True
+            written = (f"{key} in parameter group {i} ({value})" for i, key, value in changed)
             warnings.warn(
-                ", ".join(
-                    f"{key} was written from outside in parameter group {i} ({value})"
-                    for i, key, value in foreign
-                )
-                + "; the constructor's schedules decide instead, here and from now on. Leave the "
-                "setting out of schedules= to write it.",
+                f"{', '.join(written)} was written from outside; the schedules decide "
+                "instead, here and from now on. Leave the setting out of schedules= to write it.",
                 UserWarning,
                 stacklevel=callers_level(),
             )
-        self.follow(before[0], before)
 
     # ---- where to
     #
@@ -246,7 +247,7 @@ class Position:
         self._mirror.advance(values)
         fused = self._serving.fused
         if values.numbers and fused is not None:
-            self._have_followed(fused.plan, values)
+            have_plan_take(self._mirror.records, values.numbers, fused.plan)
         self._count(before, (values.position, steps))
 
     def catch_up(self) -> None:
@@ -276,7 +277,7 @@ class Position:
         values = Values(number, bounds, momentum_bounds, written_rates, numbers)
         self._mirror.take_over(values, rates, settings)
         if numbers:
-            self._have_followed(plan, values)
+            have_plan_take(self._mirror.records, numbers, plan)
         counted = (number, steps)
         # CPython runs no handler within this expression.
         self.counted = counted if self.counted is before else self.counted
@@ -285,16 +286,6 @@ class Position:
             # The mirror holds older values than those that the step in between has written.
             self._write(latest[0] + plan.steps - latest[1], latest)
         return True
-
-    def _have_followed(self, plan: Plan, values: Values) -> None:
-        """Have the plan take in the settings that follow a schedule, after a write."""
-        records = self._mirror.records
-        found = numbers_of([record.followed for record in records], values.numbers)
-        for i, (record, numbers) in enumerate(zip(records, found, strict=True)):
-            for setting, held, of_setting in zip(
-                record.followed, record.settings, numbers, strict=True
-            ):
-                plan.take_setting(i, setting.key, setting.members, held, of_setting)
 
     def follow_kernels(self) -> None:
         """Bring the groups up to the kernels' count of steps."""
@@ -310,23 +301,9 @@ class Position:
         kept = self._kept() if fused is not None and fused.keeps_rates else ()
         momenta = written.momentum_bounds or None
         position, bounds = self.counted[0], written.bounds
-        return Course(position, written.rates, bounds, momenta, kept, True, self._followed())
-
-    def _followed(self) -> list[tuple[int, str, tuple[int, ...], list[Schedule]]]:
-        """Return the settings that follow schedules, as :class:`Course` takes them."""
-        found = []
-        for i, record in enumerate(self._mirror.records if self._settings.schedules else ()):
-            for key, members, schedules in record.followed:
-                # Momentum that mirrors the policy has no schedule, and the kernels know it.
-                pairs = [
-                    (member, schedule)
-                    for member, schedule in zip(members or (-1,), schedules, strict=True)
-                    if schedule is not None
-                ]
-                places = tuple(member for member, _ in pairs if members)
-                if pairs:
-                    found.append((i, key, places, [schedule for _, schedule in pairs]))
-        return found
+        return Course(
+            position, written.rates, bounds, momenta, kept, True, course_of(self._mirror.records)
+        )
 
     def _kept(self) -> list[tuple[int, Tensor]]:
         """Return the learning rates that the device keeps current, see :class:`Course`."""

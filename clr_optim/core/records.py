@@ -9,10 +9,21 @@ from torch import Tensor
 
 from clr_optim.checks import shown
 from clr_optim.core.followed import Followed, held_by, numbers_of, write_setting
+from clr_optim.core.settings import Settings
 from clr_optim.keys import BASE_MOMENTUM, MAX_MOMENTUM
+from clr_optim.plan import Plan
 from clr_optim.schedule import Schedule
 
-__all__ = ["Record", "are_untouched", "changed_settings", "hold_ours", "write_settings"]
+__all__ = [
+    "Record",
+    "are_untouched",
+    "changed_settings",
+    "course_of",
+    "have_plan_take",
+    "hold_ours",
+    "schedules_of",
+    "write_settings",
+]
 
 
 class Record:
@@ -68,6 +79,56 @@ def hold_ours(groups: Sequence[Mapping[str, Any]], records: Sequence[Record]) ->
         for group, record in zip(groups, records, strict=False)
         for each, held in zip(record.followed, record.settings, strict=True)
     )
+
+
+def schedules_of(
+    settings: Settings, records: Sequence[Record], groups: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Schedule]]:
+    """Return the schedules of each group's settings; a group that has a record keeps its own."""
+    if not settings.schedules:
+        return [{}] * len(groups)
+    known = {id(record.group): record.schedules for record in records}
+    return [
+        known[id(group)] if id(group) in known else settings.schedules_of(i)
+        for i, group in enumerate(groups)
+    ]
+
+
+def course_of(
+    records: Sequence[Record],
+) -> list[tuple[int, str, tuple[int, ...], list[Schedule]]]:
+    """Return the settings that follow schedules, as ``Course.followed`` has them.
+
+    Momentum that mirrors the policy is not among them: the kernels know it.
+    """
+    found = []
+    for i, record in enumerate(records):
+        for key, members, schedules in record.followed:
+            pairs = [
+                (member, schedule)
+                for member, schedule in zip(members or (-1,), schedules, strict=True)
+                if schedule is not None
+            ]
+            places = tuple(member for member, _ in pairs if members)
+            if pairs:
+                found.append((i, key, places, [schedule for _, schedule in pairs]))
+    return found
+
+
+def have_plan_take(records: Sequence[Record], numbers: Sequence[float], plan: Plan) -> None:
+    """Have a plan take in the settings that were written into the groups.
+
+    Args:
+        records: the records of all groups.
+        numbers: the numbers of their settings, in order.
+        plan: the plan.
+    """
+    found = numbers_of([record.followed for record in records], numbers)
+    for i, (record, of_group) in enumerate(zip(records, found, strict=True)):
+        for setting, held, of_setting in zip(
+            record.followed, record.settings, of_group, strict=True
+        ):
+            plan.take_setting(i, setting.key, setting.members, held, of_setting)
 
 
 def changed_settings(

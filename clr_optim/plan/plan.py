@@ -304,21 +304,9 @@ class Plan:
     # ---- after a step
 
     def take_setting(
-        self,
-        group: int,
-        key: str,
-        members: tuple[int, ...],
-        value: object,
-        numbers: Sequence[float],
+        self, group: int, key: str, members: tuple[int, ...], value: object, numbers: list[float]
     ) -> None:
-        """Take in a setting that the optimizer wrote into a group after a step.
-
-        Args:
-            group: the group's number.
-            key, members: the setting, see :meth:`GroupReadings.places_of`.
-            value: the new setting.
-            numbers: the numbers that were written.
-        """
+        """Take in a written setting, see :meth:`GroupReadings.take_setting`."""
         self._readings.take_setting(group, key, members, value, numbers, self.scalars)
 
     def active_params(self) -> list[Tensor]:

@@ -73,8 +73,8 @@ def test_native_code_takes_the_ordinary_steps(native_kernels, monkeypatch, name)
     take_the_general_way(monkeypatch)
     other, others = run()
     assert all(map(torch.equal, params, others))
-    ours, theirs = (each.state_dict()["param_groups"] for each in (opt, other))
-    assert ours == theirs
+    found, expected = (each.state_dict()["param_groups"] for each in (opt, other))
+    assert found == expected
 
 
 def two_groups() -> Any:
@@ -144,7 +144,9 @@ def test_other_codes_number_is_overruled_with_a_warning():
     step(opt)
     opt.param_groups[0]["weight_decay"] = 0.7
     opt.param_groups[1]["weight_decay"] = 0.2  # follows no schedule
-    with pytest.warns(UserWarning, match=r"weight_decay was written .* group 0 \(0.7\).*schedules"):
+    with pytest.warns(
+        UserWarning, match=r"weight_decay in .* group 0 \(0.7\) was written .*schedules"
+    ):
         step(opt)
     assert decays_in(opt) == [0.1, 0.2]
     opt.param_groups[0]["weight_decay"] = 0.7
