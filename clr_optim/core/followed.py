@@ -53,7 +53,7 @@ def place_of(name: str) -> tuple[str, int | None]:
     found = re.fullmatch(r"([^\[\]]+)(?:\[(\d+)\])?", name)
     if found is None:
         raise ValueError(
-            f"schedules: {name!r} names no setting: write 'weight_decay', or 'betas[1]' for a "
+            f"schedules: {name!r} names no setting: use 'weight_decay', or 'betas[1]' for a "
             "member of a tuple"
         )
     key, place = found.groups()

@@ -155,7 +155,7 @@ def _check_setting(name: str, index: int, group: Mapping[str, Any]) -> None:
         raise ValueError(f"{where} has {len(value)} numbers: name one of them, as {key + '[0]'!r}")
     if place is not None:
         if not isinstance(value, (tuple, list)):
-            raise ValueError(f"{where}: {key!r} is a single number, {shown(value)}: write {key!r}")
+            raise ValueError(f"{where}: {key!r} is a single number, {shown(value)}: use {key!r}")
         if place >= len(value):
             raise ValueError(f"{where}: give a place below {len(value)}, the count of numbers")
         value = value[place]

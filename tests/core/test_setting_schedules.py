@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from typing import Any
 
@@ -219,10 +220,10 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "lr": ({"lr": WD}, ValueError, "'lr' cannot follow a schedule: the policy decides the rate"),
     "params": ({"params": WD}, ValueError, "'params' cannot follow a schedule: leave it out"),
     "our key": ({"clr_step": WD}, ValueError, "'clr_step' cannot follow a schedule"),
-    "odd name": ({"betas[x]": WD}, ValueError, r"'betas\[x\]' names no setting: write"),
+    "odd name": ({"betas[x]": WD}, ValueError, r"'betas\[x\]' names no setting: use"),
     "unknown": ({"momentum": WD}, ValueError, "'momentum' in parameter group 0 is no setting"),
     "tuple": ({"betas": WD}, ValueError, r"'betas'.*has 2 numbers: name .* as 'betas\[0\]'"),
-    "no tuple": ({"eps[0]": WD}, ValueError, r"'eps' is a single number, 1e-08: write 'eps'"),
+    "no tuple": ({"eps[0]": WD}, ValueError, r"'eps' is a single number, 1e-08: use 'eps'"),
     "out of range": ({"betas[2]": WD}, ValueError, r"'betas\[2\]' .*: give a place below 2"),
     "flag": ({"amsgrad": WD}, ValueError, "'amsgrad' in parameter group 0 is no number, but False"),
     "none": ({"foreach": WD}, ValueError, "'foreach' in parameter group 0 is no number, but"),
@@ -282,10 +283,8 @@ def test_momentum_may_begin_in_mid_run_where_torchs_may():
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_can_be_a_settings_schedule(policy):
     make = POLICIES[policy]
-    try:
-        schedule = make(base_lr=0.0, max_lr=0.1)
-    except TypeError:  # a policy with a length
-        schedule = make(10).between(0.0, 0.1)
+    lengths = [p for p in inspect.signature(make).parameters.values() if p.default is p.empty]
+    schedule = make(*[5] * len(lengths)).between(0.0, 0.1)
     opt = CyclicalOptimizer(
         ADAM.make([torch.nn.Parameter(torch.ones(2))]), schedules={"eps": schedule}
     )
