@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast, overload
 
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -14,13 +13,13 @@ from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from clr_optim.backends.torch import is_wrapped_by_torch
-from clr_optim.checks import as_position, check_int
 from clr_optim.core import arguments, checkpoint, edits, settings
+from clr_optim.core.course import Course, Number
 from clr_optim.core.refused_writes import refuse_writes
 from clr_optim.core.scheduler_view import CyclicalScheduler
 from clr_optim.core.shared import alone
 from clr_optim.core.step import take_step
-from clr_optim.core.wrapper import OptimizerT, Wrapper
+from clr_optim.core.wrapper import OptimizerT
 from clr_optim.keys import SCHEDULE
 from clr_optim.pictures import plot_optimizer
 from clr_optim.schedule import ScaleFn, Schedule
@@ -28,12 +27,9 @@ from clr_optim.torch_schedulers import read_scheduler
 
 __all__ = ["CyclicalOptimizer", "CyclicalScheduler"]
 
-#: a bound: a number, or one per group
-_Number = float | Tensor | Sequence[float | Tensor] | npt.NDArray[Any]
-
 
 @refuse_writes
-class CyclicalOptimizer(Wrapper[OptimizerT]):
+class CyclicalOptimizer(Course[OptimizerT]):
     """Wrap a torch optimizer and cycle its learning rate, with nothing else to step or save.
 
     For the ``t``-th ``step()``, counted from 0 (see :mod:`clr_optim.schedule`)::
@@ -105,8 +101,8 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
         optimizer: OptimizerT,
         policy: str | Schedule = "triangular",
         *,
-        base_lr: _Number | None = None,
-        max_lr: _Number | None = None,
+        base_lr: Number | None = None,
+        max_lr: Number | None = None,
         step_size_up: int = 2000,
         step_size_down: int | None = None,
         gamma: float = 0.99994,
@@ -114,8 +110,8 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
         scale_fn: ScaleFn | None = None,
         scale_mode: str = "cycle",
         cycle_momentum: bool = False,
-        base_momentum: _Number = settings.LOW_MOMENTUM,
-        max_momentum: _Number = settings.HIGH_MOMENTUM,
+        base_momentum: Number = settings.LOW_MOMENTUM,
+        max_momentum: Number = settings.HIGH_MOMENTUM,
         max_grad_norm: float | None = None,
         backend: str = "auto",
     ) -> None:
@@ -237,102 +233,6 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
             f"{type(self).__name__} ({self.schedule.name}, iteration {self.iteration}, "
             f"backend {self._shared.serving.name})\n{inner}"
         )
-
-    # ---- the position in the cycle
-
-    @property
-    def schedule(self) -> Schedule:
-        """The policy, as a schedule."""
-        return self._shared.settings.schedule
-
-    @property
-    def iteration(self) -> int:
-        """Steps taken, which is the number of the next ``step()``, counted from 0.
-
-        If only the device knows the number, the host waits for the device: after steps that a
-        GradScaler's fused path may have skipped, and after a capture into a CUDA graph.
-        """
-        shared = self._shared
-        if shared.position.is_certain:
-            return shared.position.believed()
-        with shared.lock:
-            return shared.position.ask()
-
-    @property
-    def cycle(self) -> float:
-        """Cycles done; 2.5 is half-way through the third cycle."""
-        return self.schedule.cycle(self.iteration)
-
-    @property
-    def steps_to_cycle_end(self) -> int | None:
-        """Steps until the cycle is complete; ``None`` if there is no cycle."""
-        return self.schedule.steps_to_cycle_end(self.iteration)
-
-    def lr_at(self, step: int) -> list[float]:
-        """Return the rates that a step uses.
-
-        Args:
-            step: the number of the step, an integer >= 0, counted from 0.
-
-        Returns:
-            One rate per group.
-
-        Raises:
-            TypeError, ValueError: naming the value and what would be right.
-
-        Example:
-            >>> model = torch.nn.Linear(2, 1)
-            >>> opt = CyclicalOptimizer(torch.optim.SGD(model.parameters(), lr=0.4), step_size_up=2)
-            >>> opt.lr_at(1), opt.lr_at(2)
-            ([0.25], [0.4])
-        """
-        step = check_int("step", step, minimum=0)
-        return self.schedule.rates(step, self._shared.mirror.bounds())
-
-    def get_last_lr(self) -> list[float]:
-        """Return the rates of the next step, one per group, as torch's schedulers do."""
-        return self.lr_at(self.iteration)
-
-    @alone
-    def set_iteration(self, iteration: int) -> None:
-        """Go to a step of the schedule, without calling cycle-end hooks.
-
-        Args:
-            iteration: the number of the next step, an integer >= 0.
-
-        Raises:
-            TypeError, ValueError: naming the value and what would be right.
-
-        Example:
-            >>> model = torch.nn.Linear(2, 1)
-            >>> opt = CyclicalOptimizer(torch.optim.SGD(model.parameters(), lr=0.4), step_size_up=3)
-            >>> opt.set_iteration(9)
-            >>> opt.cycle, opt.steps_to_cycle_end, opt.get_last_lr()
-            (1.5, 3, [0.4])
-        """
-        iteration = as_position(iteration, "iteration")
-        self._shared.position.settle()
-        self._shared.position.go_to(iteration)
-
-    @alone
-    def set_bounds(self, *, base_lr: _Number | None = None, max_lr: _Number | None = None) -> None:
-        """Change the bounds, from the next step on.
-
-        Args:
-            base_lr, max_lr: a number or one per group; ``None`` keeps the present bound.
-
-        Raises:
-            TypeError, ValueError: for impossible bounds, and if every phase of the schedule brings
-                its bounds.
-
-        Example:
-            >>> model = torch.nn.Linear(2, 1)
-            >>> opt = CyclicalOptimizer(torch.optim.SGD(model.parameters(), lr=0.4))
-            >>> opt.set_bounds(base_lr=0.2)
-            >>> opt.get_last_lr(), opt.lr_at(2000)
-            ([0.2], [0.4])
-        """
-        edits.set_bounds(self._shared, base_lr, max_lr)
 
     @property
     def grad_norm(self) -> Tensor | None:
