@@ -15,6 +15,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from clr_optim.backends.torch import is_wrapped_by_torch
 from clr_optim.core import arguments, checkpoint, edits, settings
 from clr_optim.core.course import Course, Number
+from clr_optim.core.misnamed import refuse_misnamed
 from clr_optim.core.refused_writes import refuse_writes
 from clr_optim.core.scheduler_view import CyclicalScheduler
 from clr_optim.core.shared import alone
@@ -96,6 +97,7 @@ class CyclicalOptimizer(Course[OptimizerT]):
         1
     """
 
+    @refuse_misnamed
     def __init__(
         self,
         optimizer: OptimizerT,

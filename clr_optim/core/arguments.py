@@ -201,6 +201,8 @@ def make_schedule(policy: object, constructor: Callable[..., Any], **options: An
     lowered = policy.lower() if isinstance(policy, str) else ""
     if lowered not in POLICIES:
         remedy = "; call it: what it returns may be a Schedule" if callable(policy) else ""
+        if isinstance(policy, (int, float)):
+            remedy = f"; if that is a rate, give it by name, as max_lr={policy!r}"
         raise ValueError(
             f"policy must be one of {', '.join(map(repr, POLICIES))} or a Schedule "
             f"(see clr_optim.schedule: fixed, one_cycle, sequence, ...), got {policy!r}{remedy}"
