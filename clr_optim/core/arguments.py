@@ -18,10 +18,10 @@ from clr_optim.checks import (
     check_momenta,
     check_number,
     item,
-    values_of,
 )
 from clr_optim.core import leftover
 from clr_optim.core.checkpoint.state import check_momentum_state
+from clr_optim.core.per_group import optional_per_group, per_group
 from clr_optim.core.rates import check_tensor_lr
 from clr_optim.core.saved import (
     are_close,
@@ -39,8 +39,6 @@ __all__ = [
     "check_arguments",
     "check_optimizer",
     "make_schedule",
-    "optional_number",
-    "optional_per_group",
     "separate_defaults",
 ]
 
@@ -222,36 +220,13 @@ def make_schedule(policy: object, constructor: Callable[..., Any], **options: An
 # ---- bounds
 
 
-def optional_number(name: str, value: object) -> float | None:
-    """Return a number >= 0, or ``None`` for ``None``."""
-    return None if value is None else check_number(name, value)
-
-
-def optional_per_group(name: str, value: object, groups: int) -> list[float | None]:
-    """Return a number for each group, or ``None`` for each."""
-    return [None] * groups if value is None else list(_per_group(name, value, groups))
-
-
-def _per_group(name: str, value: object, groups: int, **limits: Any) -> list[float]:
-    """Return a list with a number for each group, from one number or a sequence."""
-    values = values_of(value)
-    if values is not None:
-        if len(values) != groups:
-            raise ValueError(
-                f"{name} has {len(values)} values and the optimizer {groups} parameter groups: "
-                f"give one number, or one per group; got {value!r}"
-            )
-        return [check_number(f"{name}[{i}]", v, **limits) for i, v in enumerate(values)]
-    return [check_number(name, value, **limits)] * groups
-
-
 def _check_momenta(
     optimizer: Optimizer, cycles: bool, base_momentum: object, max_momentum: object
 ) -> list[tuple[float, float]]:
     """Return the bounds of each group's momentum; raise if momentum is to cycle and cannot."""
     groups = optimizer.param_groups
-    low = _per_group("base_momentum", base_momentum, len(groups), maximum=1.0)
-    high = _per_group("max_momentum", max_momentum, len(groups), maximum=1.0)
+    low = per_group("base_momentum", base_momentum, len(groups), maximum=1.0)
+    high = per_group("max_momentum", max_momentum, len(groups), maximum=1.0)
     for i, (group, b, m) in enumerate(zip(groups, low, high, strict=True)):
         if cycles and "betas" not in group and "momentum" not in group:
             raise ValueError(

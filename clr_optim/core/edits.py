@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 
 from clr_optim.checks import check_bounds, shown
 from clr_optim.core import leftover
-from clr_optim.core.arguments import Start, optional_number, optional_per_group, separate_defaults
+from clr_optim.core.arguments import Start, separate_defaults
 from clr_optim.core.checkpoint import warn_other_policy
+from clr_optim.core.per_group import optional_number, optional_per_group
 from clr_optim.core.rates import check_tensor_lr
 from clr_optim.core.saved import initial_bounds
 from clr_optim.core.shared import Shared
