@@ -54,8 +54,9 @@ class CyclicalOptimizer(Course[OptimizerT]):
         policy: ``"triangular"``, ``"triangular2"``, ``"exp_range"``, ``"exp_range_bounds"``, in any
             case, or a :class:`~clr_optim.schedule.Schedule`, which brings step sizes, gamma, window
             and scale function.
-        base_lr: lower bound, a number or one per group (a list, tuple, array or tensor; a tensor of
-            one element is a number); ``None`` is the paper's ``max_lr / 4``.
+        base_lr: lower bound, a number or one per group: a list, tuple, array or tensor (of one
+            element: a number), or a dictionary if each group has a ``"name"``. ``None`` is the
+            paper's ``max_lr / 4``.
         max_lr: upper bound, a number or one per group; ``None`` is the group's ``lr``, so that the
             rate chosen for the optimizer becomes the top of the cycle. If an earlier wrapper cycled
             the optimizer, ``None`` is the ``lr`` before that, or a rate that other code has written

@@ -113,15 +113,14 @@ def check_arguments(
         for i, (group, base, top) in enumerate(
             zip(
                 groups if note is None else own,
-                optional_per_group("base_lr", base_lr, len(groups)),
-                optional_per_group("max_lr", max_lr, len(groups)),
+                optional_per_group("base_lr", base_lr, groups),
+                optional_per_group("max_lr", max_lr, groups),
                 strict=True,
             )
         )
     ]
     if max_lr is None and not schedule.has_bounds:
         _warn_scheduled_rates(groups)
-    _warn_unread_bounds(groups)
     cycles = check_bool("cycle_momentum", cycle_momentum)
     momenta = _check_momenta(optimizer, cycles, base_momentum, max_momentum)
     if max_grad_norm is not None:
@@ -225,8 +224,8 @@ def _check_momenta(
 ) -> list[tuple[float, float]]:
     """Return the bounds of each group's momentum; raise if momentum is to cycle and cannot."""
     groups = optimizer.param_groups
-    low = per_group("base_momentum", base_momentum, len(groups), maximum=1.0)
-    high = per_group("max_momentum", max_momentum, len(groups), maximum=1.0)
+    low = per_group("base_momentum", base_momentum, groups, maximum=1.0)
+    high = per_group("max_momentum", max_momentum, groups, maximum=1.0)
     for i, (group, b, m) in enumerate(zip(groups, low, high, strict=True)):
         if cycles and "betas" not in group and "momentum" not in group:
             raise ValueError(
@@ -276,23 +275,6 @@ def _warn_scheduled_rates(groups: Sequence[Mapping[str, Any]]) -> None:
                 stacklevel=callers_level(),
             )
             return
-
-
-def _warn_unread_bounds(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Warn if the user wrote bounds into groups, where only ``add_param_group`` reads them."""
-    for i, group in enumerate(groups):
-        # A torch scheduler leaves an initial_lr, and OneCycleLR a max_lr with it.
-        if "initial_lr" in group:
-            continue
-        for name in ("base_lr", "max_lr"):
-            if name in group:
-                warnings.warn(
-                    f"{name!r} in parameter group {i} has no effect: give the bounds to the "
-                    f"wrapper, as {name}=[...] with one number per group",
-                    UserWarning,
-                    stacklevel=callers_level(),
-                )
-                return
 
 
 def _other_bounds_warning(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -16,8 +16,8 @@ from clr_optim.schedule import Schedule
 
 __all__ = ["Course", "Number"]
 
-#: a bound: a number, or one per group
-Number = float | Tensor | Sequence[float | Tensor] | npt.NDArray[Any]
+#: a bound: a number, one per group, or one for each name of a group
+Number = float | Tensor | Sequence[float | Tensor] | npt.NDArray[Any] | Mapping[str, float | Tensor]
 
 
 class Course(Wrapper[OptimizerT]):
@@ -27,6 +27,11 @@ class Course(Wrapper[OptimizerT]):
     def schedule(self) -> Schedule:
         """The policy, as a schedule."""
         return self._shared.settings.schedule
+
+    @property
+    def policy(self) -> str:
+        """The name of the policy; :attr:`schedule` has its settings too."""
+        return self.schedule.name
 
     @property
     def iteration(self) -> int:
@@ -40,6 +45,30 @@ class Course(Wrapper[OptimizerT]):
             return shared.position.believed()
         with shared.lock:
             return shared.position.ask()
+
+    @property
+    def base_lr(self) -> float | list[float]:
+        """The lower bound of the next step: a number, or a list if it differs between groups.
+
+        If the phase of the next step brings its bounds, that phase's bound.
+        """
+        return _one_or_each([base for base, _ in self._bounds()])
+
+    @property
+    def max_lr(self) -> float | list[float]:
+        """The upper bound of the next step, as :attr:`base_lr`."""
+        return _one_or_each([top for _, top in self._bounds()])
+
+    def _bounds(self) -> list[tuple[float, float]]:
+        """Return the bounds of each group at the next step."""
+        self._shared.position.warn_unread_bounds()
+        bounds = self._shared.mirror.bounds()
+        phases = self.schedule.phases
+        if any(phase.has_bounds for phase in phases):
+            phase = phases[self.schedule.locate(self.iteration)[0]]
+            if phase.base_lr is not None and phase.max_lr is not None:
+                bounds = [(phase.base_lr, phase.max_lr)] * len(bounds)
+        return bounds
 
     @property
     def cycle(self) -> float:
@@ -102,7 +131,8 @@ class Course(Wrapper[OptimizerT]):
         """Change the bounds, from the next step on.
 
         Args:
-            base_lr, max_lr: a number or one per group; ``None`` keeps the present bound.
+            base_lr, max_lr: a number or one per group, as in the constructor; ``None`` keeps the
+                present bound.
 
         Raises:
             TypeError, ValueError: for impossible bounds, and if every phase of the schedule brings
@@ -116,3 +146,8 @@ class Course(Wrapper[OptimizerT]):
             ([0.2], [0.4])
         """
         edits.set_bounds(self._shared, base_lr, max_lr)
+
+
+def _one_or_each(values: list[float]) -> float | list[float]:
+    """Return the number that all values equal, or the values."""
+    return values[0] if len(set(values)) == 1 else values

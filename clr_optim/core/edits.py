@@ -42,6 +42,7 @@ def begin(shared: Shared, start: Start) -> None:
     if start.saved_policy is not None:
         warn_other_policy(shared, start.saved_policy, "the wrapped optimizer")
     warn_each(start.warnings)
+    shared.position.warn_unread_bounds()
 
 
 def arguments_of(taken: TorchsCourse) -> dict[str, Any]:
@@ -80,13 +81,14 @@ def set_bounds(shared: Shared, base_lr: object, max_lr: object) -> None:
             f"base_lr={base_lr!r}, max_lr={max_lr!r}: every phase of the schedule "
             f"{schedule.name!r} has bounds already, which these would not change"
         )
+    shared.position.warn_unread_bounds()
     position = shared.position.settle()
     bounds = []
     for i, ((old_base, old_max), new_base, new_max) in enumerate(
         zip(
             shared.mirror.bounds(),
-            optional_per_group("base_lr", base_lr, len(groups)),
-            optional_per_group("max_lr", max_lr, len(groups)),
+            optional_per_group("base_lr", base_lr, groups),
+            optional_per_group("max_lr", max_lr, groups),
             strict=True,
         )
     ):

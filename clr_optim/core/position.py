@@ -17,9 +17,10 @@ from clr_optim.backends.base import Course, WhoKnows
 from clr_optim.core import leftover
 from clr_optim.core.groups import GroupMirror, Values
 from clr_optim.core.rates import never_driven
+from clr_optim.core.saved import unread_bounds_warning
 from clr_optim.core.serving import Serving
 from clr_optim.core.settings import Settings
-from clr_optim.core.warn import callers_level
+from clr_optim.core.warn import callers_level, warn_each
 from clr_optim.keys import STEP
 from clr_optim.plan import Plan
 
@@ -57,6 +58,7 @@ class Position:
         #: the position whose rates a scheduler view shows, instead of the last step's
         self.viewed = 0
         self._has_warned = False
+        self._has_warned_of_bounds = False
 
     # ---- who knows it?
 
@@ -167,6 +169,15 @@ class Position:
                 stacklevel=callers_level(),
             )
         self.follow(before[0], before)
+
+    def warn_unread_bounds(self) -> None:
+        """Warn once if other code wrote ``"base_lr"`` or ``"max_lr"`` into groups."""
+        if self._has_warned_of_bounds:
+            return
+        warning = unread_bounds_warning(self._settings.optimizer.param_groups)
+        if warning is not None:
+            self._has_warned_of_bounds = True
+            warn_each([warning])
 
     # ---- where to
     #

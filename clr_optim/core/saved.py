@@ -24,6 +24,7 @@ __all__ = [
     "is_rate",
     "policy_name",
     "read_position",
+    "unread_bounds_warning",
     "written_position",
     "written_rates",
 ]
@@ -155,6 +156,22 @@ def _written_bounds(group: Mapping[str, Any], index: int) -> tuple[float, float]
         base, top = check_number(BASE + where, base), check_number(MAX + where, top)
         check_bounds(base, top, where)
     return base, top
+
+
+def unread_bounds_warning(groups: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return a warning if other code wrote bounds into groups: only ``add_param_group`` reads them.
+
+    A torch scheduler leaves an ``initial_lr``, and OneCycleLR a ``max_lr`` with it.
+    """
+    for i, group in enumerate(groups):
+        for name in ("base_lr", "max_lr"):
+            if name in group and "initial_lr" not in group:
+                return (
+                    f"{name!r} in parameter group {i} has no effect: give the bounds to the "
+                    f"constructor, or later to set_bounds, as {name}=[...] with one number per "
+                    "group"
+                )
+    return None
 
 
 def are_close(one: float, other: float) -> bool:
