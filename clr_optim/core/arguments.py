@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from clr_optim.core.per_group import optional_per_group, per_group
 from clr_optim.core.rates import check_tensor_lr
 from clr_optim.core.saved import (
     are_close,
+    bounds_shown,
     edited_rates_warning,
     initial_bounds,
     read_position,
@@ -281,14 +283,14 @@ def _other_bounds_warning(
     groups: Sequence[Mapping[str, Any]], bounds: Sequence[tuple[float, float]]
 ) -> str | None:
     """Return a warning if a checkpoint's bounds differ from the constructor's arguments."""
-    for i, (group, (base, top)) in enumerate(zip(groups, bounds, strict=True)):
-        if BASE in group and MAX in group:
-            saved = float(group[BASE]), float(group[MAX])
-            if not (are_close(saved[0], base) and are_close(saved[1], top)):
-                return (
-                    f"the wrapped optimizer's checkpoint has the bounds base_lr={saved[0]:g}, "
-                    f"max_lr={saved[1]:g} in parameter group {i}, and the arguments give "
-                    f"base_lr={base:g}, max_lr={top:g}: the arguments hold. To train with the "
-                    f"checkpoint's, call set_bounds(base_lr={saved[0]:g}, max_lr={saved[1]:g})."
-                )
-    return None
+    saved = [
+        (float(group[BASE]), float(group[MAX])) if BASE in group and MAX in group else own
+        for group, own in zip(groups, bounds, strict=True)
+    ]
+    if all(map(are_close, itertools.chain(*saved), itertools.chain(*bounds))):
+        return None
+    return (
+        f"the wrapped optimizer's checkpoint has the bounds {bounds_shown(saved)}, and the "
+        f"arguments give {bounds_shown(bounds)}: the arguments hold. To train with the "
+        f"checkpoint's, call set_bounds({bounds_shown(saved)})."
+    )
