@@ -123,4 +123,4 @@ def _remedy(name: str, value: object, optimizer: object, cls: str, known: Sequen
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"{wrong}give {close[0]}={reprlib.repr(value)}"
-    return f"{wrong}the arguments are {', '.join(known)}"
+    return f"{wrong}give one of {', '.join(known)}"

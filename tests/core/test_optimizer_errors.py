@@ -134,7 +134,7 @@ CONSTRUCTOR = {
         {"weight_decay": 0.1}, TypeError, r"^weight_decay=0\.1 is no argument .*: give weight_decay to Adam, which is wrapped$",
     ),
     "a slip of the pen": ({"cycle_momentums": True}, TypeError, "give cycle_momentum=True$"),
-    "an argument of nothing": ({"speed": 3}, TypeError, "^speed=3 is no argument .*: the arguments are optimizer, policy, base_lr"),
+    "an argument of nothing": ({"speed": 3}, TypeError, "^speed=3 is no argument .*: give one of optimizer, policy, base_lr"),
     "two unknown arguments": ({"mode": "exp_range", "lr": 0.1}, TypeError, r"give policy='exp_range'; lr=0\.1 is no .*max_lr"),
 }  # fmt: skip
 
