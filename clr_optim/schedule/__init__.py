@@ -10,6 +10,7 @@ arguments have the names of :class:`torch.optim.lr_scheduler.CyclicLR`.
 """
 
 from clr_optim.schedule import phase, policies
+from clr_optim.schedule.curve import rates_and_momenta as rates_and_momenta
 from clr_optim.schedule.phase import SCALE_MODES as SCALE_MODES
 from clr_optim.schedule.phase import Phase
 from clr_optim.schedule.phase import ScaleFn as ScaleFn
@@ -28,7 +29,6 @@ from clr_optim.schedule.policies import (
 )
 from clr_optim.schedule.schedule import Schedule
 from clr_optim.schedule.schedule import check_growth as check_growth
-from clr_optim.schedule.schedule import rates_and_momenta as rates_and_momenta
 from clr_optim.schedule.store import describe_callable as describe_callable
 
 __all__ = [

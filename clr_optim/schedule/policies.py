@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from clr_optim.checks import LAST_STEP, check_choice, check_int, check_number
+from clr_optim.schedule.curve import marked_phases
 from clr_optim.schedule.phase import BOTTOM, TOP, WINDOWS, Phase, ScaleFn, hold
 from clr_optim.schedule.schedule import Schedule
 
@@ -429,9 +430,11 @@ def sequence(parts: Sequence[tuple[Schedule, int | None]]) -> Schedule:
             )
         left = None if steps is None else check_int(f"parts[{i}][1]", steps, minimum=1)
         if last and len(schedule.phases) > 1:
-            phases += schedule.phases  # all phases, since the last part goes on after its steps
+            phases += marked_phases(
+                schedule
+            )  # all phases, since the last part goes on after its steps
             break
-        for j, phase in enumerate(schedule.phases):
+        for j, phase in enumerate(marked_phases(schedule)):
             if left == 0:
                 break
             length = phase.steps if j + 1 < len(schedule.phases) else None

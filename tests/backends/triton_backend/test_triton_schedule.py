@@ -71,6 +71,46 @@ SCHEDULES = {
             (schedule.exp_range(step_size_up=3, gamma=0.9), None),
         ]
     ),
+    "top": Schedule("x", [Phase(step_size_up=3, step_size_down=4, step_size_top=6)]),
+    "top-one-sided": Schedule(
+        "x",
+        [
+            Phase(step_size_up=0, step_size_down=4, step_size_top=6, window="hann", steps=30),
+            Phase(step_size_up=5, step_size_down=0, step_size_top=3, window="sqrt"),
+        ],
+    ),
+    "exponential-falls": Schedule(
+        "x",
+        [
+            Phase(step_size_down=90, step_size_top=9, steps=297, base_drop=0.01, upper=(1.0, 0.0)),
+            Phase(step_size_down=90, steps=50, base_drop=0.5, base_gamma=1.01),
+            Phase(step_size_up=7, base_drop=1e-300),
+        ],
+    ),
+    "stairs": Schedule(
+        "x",
+        [
+            Phase(window="boxcar", step_size_down=30, cycle_gamma=0.1, steps=99, lower=(0.0, 0.0)),
+            Phase(window="triangle", step_size_down=200, stride=20, steps=195),
+            Phase(window="hann", step_size_down=1000, stride=7, gamma=0.9999),
+        ],
+    ),
+    "goes-on": Schedule(
+        "x",
+        [
+            Phase(step_size_up=8, gamma=0.99, cycle_gamma=0.9, base_gamma=0.98, steps=16),
+            Phase(
+                step_size_up=16,
+                gamma=0.99,
+                cycle_gamma=0.9,
+                base_gamma=0.98,
+                first_step=16,
+                first_cycle=1,
+            ),
+        ],
+    ),
+    "warm-up": schedule.one_cycle(37).with_warmup(11, start=0.5),
+    "warm-up-own": schedule.warm_restarts(10, base_lr=0.1, max_lr=0.3).with_warmup(3),
     "rises-for-ever": Schedule("x", [Phase(window="constant", base_gamma=1.5, steps=10)]),
     "rises-from-0": Schedule(
         "x", [Phase(step_size_up=3, base_gamma=3.0, steps=4, base_lr=0.0, max_lr=1.0)]
@@ -94,16 +134,38 @@ SCHEDULES = {
         ],
     ),
 }
+# A window to a power comes from a logarithm, whose rounding error grows as the rate falls.
+POWERS = {
+    "inverse": Phase(window="inverse", step_size_down=500, power=0.5, lower=(0.0, 0.0)),
+    "inverse-1": Phase(window="inverse", step_size_down=3),
+    **{
+        f"polynomial-{power}": Phase(step_size_down=90_000, power=power, lower=(0.0, 0.0))
+        for power in (0.3, 0.5, 0.9, 2.0, 3.5)
+    },
+    "hann-squared": Phase(step_size_up=50, window="hann", power=2.0),
+    "sqrt-cubed": Phase(step_size_up=50, window="sqrt", power=3.0, step_size_top=7),
+}
 BOUNDS = (0.001, 0.006, 0.8, 0.95)
 
 
-def assert_schedule(of, steps):
+def assert_schedule(of, steps, *, further=0.0):
     rates, momenta = on_device(of, steps, BOUNDS)
     expected = of(steps, *BOUNDS[:2]), of.momentum(steps, *BOUNDS[2:])
     # Three float64 ulps, or five with a GPU's exp2. Numbers below atol have fewer than 53 bits.
-    tolerance = 7e-16 if INTERPRETED else 1.1e-15
+    tolerance = (7e-16 if INTERPRETED else 1.1e-15) + further
     for found, wanted in zip((rates, momenta), expected, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=1e-300)
+
+
+@pytest.mark.parametrize("name", POWERS)
+def test_windows_to_a_power(name):
+    of = Schedule("x", [POWERS[name]])
+    steps = [*range(100_001), *(2**n for n in range(17, 41))]
+    # The error of |power − 1|·log2(w), where log2(w) has up to five bits before the point.
+    assert_schedule(of, steps, further=1e-14)
+    # Four ulps of the highest rate: squaring doubles the error of a window.
+    rates, _ = on_device(of, steps, BOUNDS)
+    assert abs(rates - of(steps, *BOUNDS[:2])).max() <= 4 * np.spacing(BOUNDS[1])
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
