@@ -21,10 +21,10 @@ from clr_optim.core.scheduler_view import CyclicalScheduler
 from clr_optim.core.shared import alone
 from clr_optim.core.step import take_step
 from clr_optim.core.wrapper import OptimizerT
+from clr_optim.from_torch import read_scheduler
 from clr_optim.keys import SCHEDULE
 from clr_optim.pictures import plot_optimizer
 from clr_optim.schedule import ScaleFn, Schedule
-from clr_optim.torch_schedulers import read_scheduler
 
 __all__ = ["CyclicalOptimizer", "CyclicalScheduler"]
 

@@ -17,8 +17,8 @@ from clr_optim.core.rates import check_tensor_lr
 from clr_optim.core.saved import initial_bounds
 from clr_optim.core.shared import Shared
 from clr_optim.core.warn import warn_each
+from clr_optim.from_torch import TorchsCourse
 from clr_optim.keys import BASE, BASE_MOMENTUM, KEYS, MAX, MAX_MOMENTUM
-from clr_optim.torch_schedulers import TorchsCourse
 
 __all__ = ["add_param_group", "arguments_of", "begin", "set_bounds", "without_our_keys"]
 
