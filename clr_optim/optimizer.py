@@ -9,7 +9,7 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from clr_optim.backends.torch import is_wrapped_by_torch
@@ -147,28 +147,41 @@ class CyclicalOptimizer(Course[OptimizerT]):
     @classmethod
     def from_scheduler(
         cls,
-        scheduler: CyclicLR | OneCycleLR,
+        scheduler: LRScheduler,
         *,
+        steps_per_epoch: int = 1,
         max_grad_norm: float | None = None,
         backend: str = "auto",
     ) -> CyclicalOptimizer[Optimizer]:
-        """Take over a torch ``CyclicLR`` or ``OneCycleLR`` and its optimizer, in mid-run or before.
+        """Take over a scheduler of torch and its optimizer, in mid-run or before.
 
-        The rates continue the scheduler's, and so do ``momentum`` or ``betas[0]`` if it cycles
-        them: ``iteration`` is the number of scheduler steps taken. Call it between a
-        ``scheduler.step()`` and the next ``optimizer.step()``, and then step the returned optimizer
-        only. The scheduler, and what the scheduler put into groups and optimizer, do not change.
+        The rates continue the scheduler's, beyond its end too, and so do ``momentum`` or
+        ``betas[0]`` if it cycles them: ``iteration`` is the number of scheduler steps taken, times
+        ``steps_per_epoch``. Call it between a ``scheduler.step()`` and the next
+        ``optimizer.step()``, and then step the returned optimizer only. The scheduler, and what the
+        scheduler put into groups and optimizer, do not change.
 
-        If a ``OneCycleLR`` turns between two steps (``pct_start * total_steps`` is no whole
-        number), a ``scale_fn`` computes the same rates: such a step cannot be captured into a CUDA
-        graph, and there is no cycle to count. To resume, build scheduler and optimizer anew, take
-        them over, and load the checkpoint. After the last step, ``total_steps - 1``, the lowest
-        rate stays; torch would overshoot it once and then raise.
+        The rates are those of torch's closed forms: torch computes most rates from the rate before,
+        and drifts by rounding. Each group's initial rate is the upper bound, and ``eta_min`` the
+        lower. To resume, build scheduler and optimizer anew, take them over, and load the
+        checkpoint.
+
+        The function of a ``LambdaLR`` or ``MultiplicativeLR`` becomes a ``scale_fn``: such a step
+        cannot be captured into a CUDA graph. The functions behind the schedules of transformers
+        become phases, and need none. A ``scale_fn`` also gives the rates of a ``OneCycleLR`` that
+        turns between two steps (``pct_start * total_steps`` is no whole number), and of a
+        ``ChainedScheduler`` whose product no phase has. After the last step of a ``OneCycleLR``,
+        ``total_steps - 1``, the lowest rate stays; torch would overshoot it once and then raise.
 
         Args:
-            scheduler: an instance of :class:`torch.optim.lr_scheduler.CyclicLR` (whole step sizes,
-                ``base_lr <= max_lr``, ``gamma`` in (0, 1]) or
-                :class:`torch.optim.lr_scheduler.OneCycleLR` (``div_factor >= 1``).
+            scheduler: a ``LinearLR``, ``ConstantLR``, ``StepLR``, ``MultiStepLR``,
+                ``ExponentialLR``, ``PolynomialLR``, ``CosineAnnealingLR``,
+                ``CosineAnnealingWarmRestarts``, ``CyclicLR``, ``OneCycleLR``, ``LambdaLR`` or
+                ``MultiplicativeLR`` of :mod:`torch.optim.lr_scheduler`, or a ``SequentialLR`` or
+                ``ChainedScheduler`` of these.
+            steps_per_epoch: the optimizer's steps between two calls of ``scheduler.step()``. If the
+                loop calls it once per epoch, the rate changes once per epoch here too: take the
+                scheduler over at the end of an epoch.
             max_grad_norm, backend: as in the constructor.
 
         Returns:
@@ -181,9 +194,8 @@ class CyclicalOptimizer(Course[OptimizerT]):
 
         Example:
             >>> model = torch.nn.Linear(2, 1)
-            >>> adam = torch.optim.Adam(model.parameters())
-            >>> scheduler = torch.optim.lr_scheduler.CyclicLR(
-            ...     adam, base_lr=0.1, max_lr=0.5, step_size_up=4, cycle_momentum=False)
+            >>> adam = torch.optim.Adam(model.parameters(), lr=0.5)
+            >>> scheduler = torch.optim.lr_scheduler.LinearLR(adam, 0.2, total_iters=4)
             >>> for _ in range(3):
             ...     adam.step()
             ...     scheduler.step()
@@ -194,7 +206,7 @@ class CyclicalOptimizer(Course[OptimizerT]):
             >>> opt.get_last_lr()
             [0.5]
         """
-        taken = read_scheduler(scheduler)
+        taken = read_scheduler(scheduler, steps_per_epoch)
         # The scheduler knows the position; the keys of an earlier wrapper or checkpoint are old.
         with edits.without_our_keys(scheduler.optimizer.param_groups):
             opt = cast("type[CyclicalOptimizer[Optimizer]]", cls)(

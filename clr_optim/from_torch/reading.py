@@ -10,6 +10,9 @@ from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from clr_optim.checks import check_int, check_number
 from clr_optim.from_torch.cyclic import read_cyclic, read_one_cycle
+from clr_optim.from_torch.joined import read_phases, refuse_other_bounds
+from clr_optim.from_torch.known import known_class, leaves, position_of
+from clr_optim.from_torch.per_epoch import stretch
 from clr_optim.schedule import Schedule
 
 __all__ = ["TorchsCourse", "read_scheduler"]
@@ -24,50 +27,43 @@ class TorchsCourse(NamedTuple):
     momenta: list[tuple[float, float]] | None
 
 
-# The methods that decide on the rates. If other code replaced one, the rates are unknown.
-_RATE_METHODS = ("step", "get_lr", "_update_lr", "scale_fn", "_anneal_func")
-
-# Far above the drift of CyclicLR from its closed form, and above rounding to float32.
+# Far above the drift of torch's recursive forms, and above rounding to float32.
 _SAME_RATE = 1e-6
 
+# The drift of rates near 0, where torch subtracts, relative to the upper bound.
+_NEAR_ZERO = 1e-9
 
-def read_scheduler(scheduler: object) -> TorchsCourse:
+# The largest rounding, for rates in tensors that torch's recursive forms have rounded at each step.
+_MOST_ROUNDING = 1e-2
+
+
+def read_scheduler(scheduler: Any, steps_per_epoch: object = 1) -> TorchsCourse:
     """Return the course of a torch scheduler from its current step on.
 
     Args:
-        scheduler: a CyclicLR or OneCycleLR.
+        scheduler: a scheduler of torch.
+        steps_per_epoch: the steps between two calls of ``scheduler.step()``, an integer >= 1.
 
     Raises:
         TypeError: for another class, or a method that other code replaced.
         ValueError: for a course that no schedule of ours has, or groups whose rates and momenta
             are not those of the scheduler.
     """
-    if not isinstance(scheduler, (CyclicLR, OneCycleLR)):
-        raise TypeError(
-            "scheduler must be a CyclicLR or a OneCycleLR of torch.optim.lr_scheduler, got an "
-            f"object of type {type(scheduler).__name__}: for other schedulers construct "
-            "CyclicalOptimizer(optimizer, policy) with a policy of clr_optim.schedule (for "
-            "schedulers one after the other, sequence), then call set_iteration with the run's step"
-        )
-    torchs = CyclicLR if isinstance(scheduler, CyclicLR) else OneCycleLR
-    for method in _RATE_METHODS:
-        present = getattr(scheduler, method, None)
-        if getattr(present, "__func__", present) is not getattr(torchs, method, None):
-            raise TypeError(
-                f"scheduler is a {type(scheduler).__name__} with another {method} than "
-                f"{torchs.__name__}'s, so its rates are not known: construct "
-                "CyclicalOptimizer(optimizer, policy) with a policy or scale_fn that gives these "
-                "rates, then call set_iteration with the run's step"
-            )
-    position = check_int("scheduler.last_epoch", scheduler.last_epoch, minimum=0)
+    cls = known_class(scheduler)
+    steps = check_int("steps_per_epoch", steps_per_epoch, minimum=1)
+    position = position_of(scheduler)
     groups = scheduler.optimizer.param_groups
-    is_over = False
-    if isinstance(scheduler, CyclicLR):
+    momenta, is_over = None, False
+    if cls is CyclicLR:
         schedule, bounds, momenta = read_cyclic(scheduler, len(groups))
-    else:
+    elif cls is OneCycleLR:
         schedule, bounds, momenta = read_one_cycle(scheduler, groups)
         # After its last step OneCycleLR overshoots: its rates are not compared.
         is_over = position > scheduler._schedule_phases[-1]["end_step"]
+    else:
+        bounds = _bounds(scheduler, len(groups))
+        low = bounds[0][0] if bounds else 0.0
+        schedule = Schedule(cls.__name__, read_phases(scheduler, low))
     for i, (base, top) in enumerate(bounds):
         for name, bound in (("base_lr", base), ("max_lr", top)):
             check_number(f"scheduler: {name} of parameter group {i}", bound)
@@ -85,15 +81,41 @@ def read_scheduler(scheduler: object) -> TorchsCourse:
             name = "betas" if "betas" in groups[i] else "momentum"
             found = groups[i][name][0] if name == "betas" else groups[i][name]
             _check_unchanged(i, name, found, momentum, 1.0, position)
-    return TorchsCourse(schedule, position, bounds, momenta)
+    return TorchsCourse(stretch(schedule, steps), position * steps, bounds, momenta)
+
+
+def _bounds(scheduler: Any, groups: int) -> list[tuple[float, float]]:
+    """Return eta_min and the initial rate of each group, which scale a scheduler's formula."""
+    parts = list(leaves(scheduler))
+    for each in parts:
+        refuse_other_bounds(each)
+    low = max((float(each.eta_min) for each in parts if hasattr(each, "eta_min")), default=0.0)
+    initial = [[float(lr) for lr in each.base_lrs] for each in parts]
+    if len(initial[0]) != groups or any(each != initial[0] for each in initial):
+        raise ValueError(
+            f"scheduler has base_lrs={initial[0]} for {groups} parameter groups: append the "
+            "initial lr of groups that were added later, the same for all schedulers"
+        )
+    for i, top in enumerate(initial[0]):
+        if low > top:
+            raise ValueError(
+                f"scheduler has eta_min={low!r} above the initial lr {top!r} of parameter group "
+                f"{i}, so that its rate rises where it should fall: construct CyclicalOptimizer("
+                "optimizer, policy, ...) with the bounds that are meant, then call set_iteration "
+                "with the run's step"
+            )
+    return [(low, top) for top in initial[0]]
 
 
 def _check_unchanged(
     group: int, name: str, found: Any, due: float, scale: float, position: int
 ) -> None:
     """Raise unless a group holds the value that its scheduler wrote, up to rounding."""
-    rounding = torch.finfo(found.dtype).eps if isinstance(found, Tensor) else 0.0
-    is_same = abs(float(found) - due) <= max(_SAME_RATE, rounding) * scale  # False for NaN
+    tolerance = _SAME_RATE
+    if isinstance(found, Tensor):
+        rounding = torch.finfo(found.dtype).eps * (position + 1)
+        tolerance = max(tolerance, min(rounding, _MOST_ROUNDING))
+    is_same = abs(float(found) - due) <= tolerance * due + _NEAR_ZERO * scale  # False for NaN
     if not is_same:
         raise ValueError(
             f"scheduler: parameter group {group} has {name}={float(found):.9g}, and at its step "
