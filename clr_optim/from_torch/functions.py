@@ -29,8 +29,7 @@ def by_function(function: ScaleFn, **settings: Any) -> Phase:
 def read_lambda(scheduler: torchs.LambdaLR, _: float) -> list[Phase]:
     """Return the phases of a LambdaLR.
 
-    Functions of transformers have phases of their own kind. Any other function becomes a
-    ``scale_fn``.
+    The functions of transformers become phases. Any other function becomes a ``scale_fn``.
     """
     functions = scheduler.lr_lambdas
     courses = [known_phases(function) for function in functions]

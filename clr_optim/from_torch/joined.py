@@ -75,7 +75,7 @@ def _sequential(scheduler: Any, low: float) -> list[Phase]:
             if own != position - start:
                 raise ValueError(
                     f"scheduler is at its step {position}, where its {type(inner).__name__} "
-                    f"{i} should be at {position - start} and is at {own}: restore all of them "
+                    f"{i} should be at {position - start} and is at {own}: load all of them "
                     "from one checkpoint"
                 )
         phases = read_phases(inner, low)
@@ -98,7 +98,7 @@ def _chained(scheduler: Any, low: float) -> list[Phase]:
             raise ValueError(
                 f"scheduler is a ChainedScheduler with a {cls.__name__}{why}: the chain is no "
                 "product of its schedulers, since this one does not multiply the rate that the "
-                "others leave. Give a SequentialLR, or a LambdaLR with the rates that are meant"
+                "others leave; give a SequentialLR, or a LambdaLR with the rates that are meant"
             )
     if len(cosines) > 1:
         raise ValueError(
@@ -116,7 +116,7 @@ def _chained(scheduler: Any, low: float) -> list[Phase]:
         raise ValueError(
             f"scheduler is a ChainedScheduler with a CosineAnnealingLR of T_max={fall.steps}, and "
             "the other schedulers still change the rate then: torch's rate is no product "
-            "after T_max. Give a SequentialLR, or a LambdaLR with the rates that are meant"
+            "after T_max; give a SequentialLR, or a LambdaLR with the rates that are meant"
         )
     # At T_max torch's rate is 0. The cosine then adds the initial rate anew.
     falling = Schedule("fall", product([[fall, rise], factors]))

@@ -35,8 +35,8 @@ _RATE_METHODS = (
 )  # fmt: skip
 
 _OTHERWISE = (
-    "construct CyclicalOptimizer(optimizer, policy) with a policy of clr_optim.schedule, or with a "
-    "scale_fn, that gives these rates, then call set_iteration with the run's step"
+    "construct CyclicalOptimizer(optimizer, policy) with a policy or a scale_fn that gives these "
+    "rates, then call set_iteration with the run's step"
 )
 
 

@@ -121,5 +121,6 @@ def _check_unchanged(
             f"scheduler: parameter group {group} has {name}={float(found):.9g}, and at its step "
             f"{position} the scheduler says {due:.9g}: another scheduler or other code wrote "
             f"{name}, or only one of optimizer and scheduler was restored. Correct the wrong "
-            "value, or restore both from one checkpoint; replace several schedulers by one sequence"
+            "value, or restore both from one checkpoint; take several schedulers over together, as one "
+            "SequentialLR or ChainedScheduler"
         )

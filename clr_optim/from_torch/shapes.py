@@ -149,7 +149,7 @@ def _falling_gamma(scheduler: Any) -> float:
     if gamma > 1.0:
         raise ValueError(
             f"{_named(scheduler, 'gamma')} is {gamma!r}: the rate grows without end, beyond every "
-            "float. Construct CyclicalOptimizer(optimizer, Schedule(name, [Phase(base_gamma=..., "
+            "float; construct CyclicalOptimizer(optimizer, Schedule(name, [Phase(base_gamma=..., "
             "window='constant', steps=...), ...])) with the steps of the run, then call "
             "set_iteration with the run's step"
         )

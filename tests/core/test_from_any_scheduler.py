@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
 import warnings
@@ -356,6 +357,32 @@ def test_the_cycles_of_a_cosine_end_at_its_lows():
     assert opt.policy == "SequentialLR"
 
 
+def of_transformers(function):
+    """Give a function the name and the module of one in transformers."""
+    function.__name__ = "_get_linear_schedule_with_warmup_lr_lambda"
+    function.__module__ = "transformers.optimization"
+    return functools.partial(function, num_warmup_steps=5, num_training_steps=20)
+
+
+def test_a_function_of_transformers_counts_only_if_it_has_the_known_rates():
+    def linear(step, *, num_warmup_steps, num_training_steps):
+        if step < num_warmup_steps:
+            return step / num_warmup_steps
+        left = num_training_steps - num_warmup_steps
+        return max(0.0, (num_training_steps - step) / left)
+
+    def of_another_version(step, *, num_warmup_steps, num_training_steps):
+        return linear(step + 1, num_warmup_steps=5, num_training_steps=num_training_steps)
+
+    for function, is_known in ((linear, True), (of_another_version, False)):
+        function = of_transformers(function)
+        opt = CyclicalOptimizer.from_scheduler(LambdaLR(sgd(), function))
+        assert (opt.schedule.scale_fn is None) == is_known
+        for step in (0, 1, 4, 5, 6, 19, 20, 1000):
+            expected = [lr * function(step) for lr in RATES]
+            assert opt.lr_at(step) == pytest.approx(expected, rel=1e-12, abs=1e-15)
+
+
 # ---- random products
 
 
@@ -532,7 +559,7 @@ REFUSED = {
     "one of a sequence restored": (
         behind,
         ValueError,
-        "at its step 9, where its StepLR 1 should be at 2 and is at 4: restore all",
+        "at its step 9, where its StepLR 1 should be at 2 and is at 4: load all",
     ),
     "a chain stepped apart": (
         stepped_apart,
