@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch.optim import lr_scheduler as torchs
 
 from clr_optim.checks import check_int
+from clr_optim.from_torch.cyclic import read_cyclic
 from clr_optim.from_torch.functions import read_lambda, read_multiplicative
 from clr_optim.from_torch.known import known_class, position_of
 from clr_optim.from_torch.product import product
 from clr_optim.from_torch.shapes import READERS
 from clr_optim.schedule import Phase, Schedule, sequence
 
-__all__ = ["read_phases", "refuse_other_bounds"]
+__all__ = ["read_phases"]
 
 # Schedulers that multiply the present rate, whatever other schedulers made of it.
 _FACTORS = (
@@ -27,7 +29,7 @@ def read_phases(scheduler: Any, low: float) -> list[Phase]:
     """Return the phases of a scheduler.
 
     Args:
-        scheduler: the scheduler, neither a CyclicLR nor a OneCycleLR.
+        scheduler: the scheduler. A CyclicLR brings its bounds.
         low: the lower bound of all groups. The upper bound of a group is its initial rate.
 
     Raises:
@@ -36,15 +38,26 @@ def read_phases(scheduler: Any, low: float) -> list[Phase]:
     return _READERS[known_class(scheduler)](scheduler, low)
 
 
-def refuse_other_bounds(scheduler: Any) -> None:
-    """Raise if a scheduler within another one brings other bounds than the initial rate."""
-    cls = known_class(scheduler)
-    if cls in (torchs.CyclicLR, torchs.OneCycleLR):
-        raise TypeError(
-            f"scheduler has a {cls.__name__} within a SequentialLR or ChainedScheduler, where it "
-            "brings other bounds than the initial lr: construct CyclicalOptimizer(optimizer, "
-            "sequence([...])) of clr_optim.schedule, then call set_iteration with the run's step"
+def _cyclic(scheduler: torchs.CyclicLR, _: float) -> list[Phase]:
+    """Return the phases of a CyclicLR that is part of a sequence: they bring its bounds."""
+    groups = len(scheduler.optimizer.param_groups)
+    schedule, bounds, momenta = read_cyclic(scheduler, groups)
+    low, high = bounds[0]
+    if momenta is not None or any(each != (low, high) for each in bounds) or low > high:
+        raise ValueError(
+            f"scheduler has a CyclicLR within a SequentialLR, with bounds {bounds} by group and "
+            f"cycle_momentum={momenta is not None}: give all groups the same bounds, base_lr "
+            "below max_lr, and cycle_momentum=False"
         )
+    return [replace(phase, base_lr=low, max_lr=high) for phase in schedule.phases]
+
+
+def _one_cycle(scheduler: torchs.OneCycleLR, _: float) -> list[Phase]:
+    raise TypeError(
+        "scheduler has a OneCycleLR within a SequentialLR, where it replaces the initial lr of the "
+        "others: construct CyclicalOptimizer(optimizer, sequence([...])) of clr_optim.schedule, "
+        "then call set_iteration with the run's step"
+    )
 
 
 def _sequential(scheduler: Any, low: float) -> list[Phase]:
@@ -125,6 +138,8 @@ def _chained(scheduler: Any, low: float) -> list[Phase]:
 
 _READERS: dict[type, Callable[[Any, float], list[Phase]]] = {
     **READERS,
+    torchs.CyclicLR: _cyclic,
+    torchs.OneCycleLR: _one_cycle,
     torchs.LambdaLR: read_lambda,
     torchs.MultiplicativeLR: read_multiplicative,
     torchs.SequentialLR: _sequential,

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from clr_optim.checks import check_int, check_number
 from clr_optim.from_torch.cyclic import read_cyclic, read_one_cycle
-from clr_optim.from_torch.joined import read_phases, refuse_other_bounds
+from clr_optim.from_torch.joined import read_phases
 from clr_optim.from_torch.known import known_class, leaves, position_of
 from clr_optim.from_torch.per_epoch import stretch
 from clr_optim.schedule import Schedule
@@ -86,9 +86,13 @@ def read_scheduler(scheduler: Any, steps_per_epoch: object = 1) -> TorchsCourse:
 
 def _bounds(scheduler: Any, groups: int) -> list[tuple[float, float]]:
     """Return eta_min and the initial rate of each group, which scale a scheduler's formula."""
-    parts = list(leaves(scheduler))
-    for each in parts:
-        refuse_other_bounds(each)
+    brings_bounds = (CyclicLR, OneCycleLR)
+    parts = [each for each in leaves(scheduler) if known_class(each) not in brings_bounds]
+    if not parts:
+        raise ValueError(
+            "scheduler is made of CyclicLR or OneCycleLR alone: construct CyclicalOptimizer(optimizer, "
+            "sequence([...])) of clr_optim.schedule, then call set_iteration with the run's step"
+        )
     low = max((float(each.eta_min) for each in parts if hasattr(each, "eta_min")), default=0.0)
     initial = [[float(lr) for lr in each.base_lrs] for each in parts]
     if len(initial[0]) != groups or any(each != initial[0] for each in initial):
@@ -121,6 +125,6 @@ def _check_unchanged(
             f"scheduler: parameter group {group} has {name}={float(found):.9g}, and at its step "
             f"{position} the scheduler says {due:.9g}: another scheduler or other code wrote "
             f"{name}, or only one of optimizer and scheduler was restored. Correct the wrong "
-            "value, or restore both from one checkpoint; take several schedulers over together, as one "
-            "SequentialLR or ChainedScheduler"
+            "value, or restore both from one checkpoint; take several schedulers over together, as "
+            "one SequentialLR or ChainedScheduler"
         )

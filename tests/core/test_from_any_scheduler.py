@@ -11,6 +11,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from cases import BY_NAME, Problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import (
@@ -119,6 +120,18 @@ SHAPES = {
     "warm-up, PolynomialLR": lambda o: warmed_up(o, lambda o: PolynomialLR(o, 9, power=0.5)),
     "warm-up, restarts": lambda o: warmed_up(o, lambda o: CosineAnnealingWarmRestarts(o, 4, 2)),
     "warm-up, LambdaLR": lambda o: warmed_up(o, lambda o: LambdaLR(o, wave)),
+    "warm-up, CyclicLR": lambda o: warmed_up(
+        o, lambda o: CyclicLR(o, 0.0001, 0.2, 4, 3, mode="triangular2", cycle_momentum=False)
+    ),
+    "CyclicLR, then a fall": lambda o: SequentialLR(
+        o,
+        [
+            ConstantLR(o, 0.5, total_iters=2),
+            CyclicLR(o, 0.01, 0.1, 4, cycle_momentum=False),
+            LinearLR(o, 1.0, 0.0, total_iters=9),
+        ],
+        [3, 19],
+    ),
     "three, cut off": lambda o: SequentialLR(
         o,
         [
@@ -233,6 +246,42 @@ def test_a_run_resumes_pickles_and_copies(name):
         assert other.iteration == 14
         assert rates_of(other) == rates_of(opt)
         assert other.lr_at(23) == opt.lr_at(23)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_scheduler_restored_in_mid_run(name):
+    optimizer = sgd()
+    scheduler = SHAPES[name](optimizer)
+    go(optimizer, scheduler, 11)
+    saved = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
+    optimizer = sgd()
+    restored = SHAPES[name](optimizer)
+    optimizer.load_state_dict(saved[0])
+    restored.load_state_dict(saved[1])
+    opt = CyclicalOptimizer.from_scheduler(restored)
+    twin = CyclicalOptimizer.from_scheduler(scheduler)
+    assert opt.iteration == 11
+    assert [opt.lr_at(k) for k in range(50)] == [twin.lr_at(k) for k in range(50)]
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize(
+    "name", ["warm-up, CosineAnnealingLR", "StepLR", "MultiplicativeLR", "warm-up, CyclicLR"]
+)
+def test_training_comes_to_the_same_parameters(name, backend):
+    runs = []
+    for ours in (True, False):
+        problem = Problem(BY_NAME["adam"], torch.float64)
+        optimizer = BY_NAME["adam"].make(problem.params)
+        scheduler = SHAPES[name](optimizer)
+        problem.run(optimizer, range(5), after=lambda k, s=scheduler: s.step())
+        if ours:
+            problem.run(CyclicalOptimizer.from_scheduler(scheduler, backend=backend), range(5, 30))
+        else:
+            problem.run(optimizer, range(5, 30), after=lambda k, s=scheduler: s.step())
+        runs.append(problem.values())
+    for mine, torchs in zip(*runs, strict=True):
+        torch.testing.assert_close(mine, torchs, rtol=1e-9, atol=1e-10)
 
 
 LONG = {
@@ -560,6 +609,23 @@ REFUSED = {
         behind,
         ValueError,
         "at its step 9, where its StepLR 1 should be at 2 and is at 4: load all",
+    ),
+    "a OneCycleLR in a sequence": (
+        lambda o: warmed_up(o, lambda o: OneCycleLR(o, 0.1, total_steps=20)),
+        TypeError,
+        r"a OneCycleLR within a SequentialLR.*sequence\(",
+    ),
+    "bounds that differ in a sequence": (
+        lambda o: warmed_up(o, lambda o: CyclicLR(o, 0.01, [0.1, 0.2], 4, cycle_momentum=False)),
+        ValueError,
+        r"a CyclicLR within a SequentialLR, with bounds .*give all groups the same",
+    ),
+    "a sequence of CyclicLR alone": (
+        lambda o: SequentialLR(
+            o, [CyclicLR(o, 0.01, 0.1, n, cycle_momentum=False) for n in (3, 4)], [6]
+        ),
+        ValueError,
+        r"made of CyclicLR or OneCycleLR alone: .*sequence\(",
     ),
     "a chain stepped apart": (
         stepped_apart,
