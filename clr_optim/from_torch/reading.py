@@ -90,8 +90,9 @@ def _bounds(scheduler: Any, groups: int) -> list[tuple[float, float]]:
     parts = [each for each in leaves(scheduler) if known_class(each) not in brings_bounds]
     if not parts:
         raise ValueError(
-            "scheduler is made of CyclicLR or OneCycleLR alone: construct CyclicalOptimizer(optimizer, "
-            "sequence([...])) of clr_optim.schedule, then call set_iteration with the run's step"
+            "scheduler is made of CyclicLR or OneCycleLR alone: construct "
+            "CyclicalOptimizer(optimizer, sequence([...])) of clr_optim.schedule, then call "
+            "set_iteration with the run's step"
         )
     low = max((float(each.eta_min) for each in parts if hasattr(each, "eta_min")), default=0.0)
     initial = [[float(lr) for lr in each.base_lrs] for each in parts]
