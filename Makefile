@@ -190,6 +190,7 @@ docs: $(VENV)/.docs
 # The pictures in docs/ that the README shows.
 pictures: $(VENV)/.demo
 	$(BIN)/clr-optim plot --out docs
+	$(BIN)/python docs/draw_gallery.py
 	$(BIN)/python docs/draw_range_test.py
 
 # The notebook of the docs, with its outputs.

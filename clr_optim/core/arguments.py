@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,6 +177,8 @@ def check_optimizer(optimizer: object, wrapper: type[Optimizer]) -> None:
 
 # ---- the policy
 
+_CYCLIC = ("gamma", "scale_fn", "scale_mode")
+
 
 def make_schedule(policy: object, constructor: Callable[..., Any], **options: Any) -> Schedule:
     """Return the schedule that a policy's name and options describe.
@@ -187,14 +189,11 @@ def make_schedule(policy: object, constructor: Callable[..., Any], **options: An
         **options: step sizes, gamma, window, scale_fn and scale_mode.
     """
     if isinstance(policy, Schedule):
-        parameters = inspect.signature(constructor).parameters
-        for name in options:
-            value, default = options[name], parameters[name].default
-            if value is not default and not (type(value) is type(default) and value == default):
-                raise ValueError(
-                    f"{name}={options[name]!r} has no effect with policy={policy.name!r}, a "
-                    f"Schedule: give {name} to the schedule's constructor"
-                )
+        for name, value in _given(constructor, options):
+            raise ValueError(
+                f"{name}={value!r} has no effect with policy={policy.name!r}, a "
+                f"Schedule: give {name} to the schedule's constructor"
+            )
         check_growth(policy)
         return policy
     lowered = policy.lower() if isinstance(policy, str) else ""
@@ -204,18 +203,39 @@ def make_schedule(policy: object, constructor: Callable[..., Any], **options: An
             remedy = f"; if that is a rate, give it by name, as max_lr={policy!r}"
         raise ValueError(
             f"policy must be one of {', '.join(map(repr, POLICIES))} or a Schedule "
-            f"(see clr_optim.schedule: fixed, one_cycle, sequence, ...), got {policy!r}{remedy}"
+            f"(see clr_optim.schedule), got {policy!r}{remedy}"
         )
-    gamma, scale_fn = options.pop("gamma"), options.pop("scale_fn")
-    scale_mode = check_choice("scale_mode", options.pop("scale_mode"), SCALE_MODES)
-    check_number("gamma", gamma, open_minimum=True, maximum=1.0)
-    if scale_fn is not None:
-        schedule = triangular(**options, scale_fn=scale_fn, scale_mode=scale_mode)
-        return Schedule(lowered, schedule.phases)
     make = POLICIES[lowered]
-    if "gamma" in inspect.signature(make).parameters:
-        options["gamma"] = gamma
-    return make(**options)
+    parameters = inspect.signature(make).parameters
+    needed = [name for name, each in parameters.items() if each.default is each.empty]
+    if needed:
+        arguments = ", ".join(f"{name}=..." for name in needed)
+        raise ValueError(
+            f"policy={policy!r} needs {', '.join(needed)}: give what the policy returns, as "
+            f"policy=clr_optim.schedule.{lowered}({arguments})"
+        )
+    # As CyclicLR does, every policy with cycles takes gamma, and a scale_fn that replaces decays.
+    taken = {*parameters, *(_CYCLIC if "step_size_up" in parameters else ())}
+    for name, value in _given(constructor, options):
+        if name not in taken:
+            raise ValueError(f"{name}={value!r} has no effect with policy={policy!r}: leave it out")
+    check_choice("scale_mode", options["scale_mode"], SCALE_MODES)
+    check_number("gamma", options["gamma"], open_minimum=True, maximum=1.0)
+    if options["scale_fn"] is not None:
+        del options["gamma"]
+        return Schedule(lowered, triangular(**options).phases)
+    return make(**{name: value for name, value in options.items() if name in parameters})
+
+
+def _given(
+    constructor: Callable[..., Any], options: Mapping[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    """Yield the options whose values are not the defaults of a constructor."""
+    parameters = inspect.signature(constructor).parameters
+    for name, value in options.items():
+        default = parameters[name].default
+        if value is not default and not (type(value) is type(default) and value == default):
+            yield name, value
 
 
 # ---- bounds

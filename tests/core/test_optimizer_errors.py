@@ -29,7 +29,14 @@ class NoRate(torch.optim.Optimizer):
 
 # name: (arguments of CyclicalOptimizer besides the optimizer, error, pattern)
 CONSTRUCTOR = {
-    "policy unknown": ({"policy": "cosine"}, ValueError, r"policy must be one of 'triangular'.*'cosine'"),
+    "policy unknown": ({"policy": "cosines"}, ValueError, r"policy must be one of 'triangular'.*'cosines'"),
+    "policy with lengths": (
+        {"policy": "wsd"}, ValueError,
+        r"policy='wsd' needs warmup, stable, decay: .*policy=clr_optim.schedule.wsd\(warmup=\.\.\.,",
+    ),
+    "policy without cycles": (
+        {"policy": "fixed", "step_size_up": 5}, ValueError, "step_size_up=5 has no effect with policy='fixed'",
+    ),
     "policy a number": ({"policy": 3}, ValueError, "policy must be .* a Schedule .*got 3"),
     "policy a function": ({"policy": triangular}, ValueError, "policy must be .* a Schedule.*call it"),
     "base_lr NaN": ({"base_lr": NAN}, ValueError, "base_lr must be a finite number >= 0, got nan"),
@@ -78,7 +85,7 @@ CONSTRUCTOR = {
     "gamma 0": ({"policy": "exp_range", "gamma": 0}, ValueError, "gamma must be .* > 0 and <= 1, got 0"),
     "gamma above 1": ({"policy": "exp_range", "gamma": 1.1}, ValueError, "gamma must be .* <= 1, got 1.1"),
     "gamma NaN, not even used": ({"gamma": NAN}, ValueError, "gamma must be"),
-    "window unknown": ({"window": "hamming"}, ValueError, "window must be one of 'triangle', 'welch', 'hann', got"),
+    "window unknown": ({"window": "hamming"}, ValueError, "window must be one of 'triangle', 'welch', 'hann', 'sqrt', got"),
     "window constant": ({"window": "constant"}, ValueError, "window must be one of"),
     "scale_fn a number": ({"scale_fn": 0.5}, TypeError, "scale_fn must be a callable of one number, got 0.5"),
     "scale_mode unknown": ({"scale_mode": "epoch"}, ValueError, "scale_mode must be one of 'cycle', 'iterations'"),

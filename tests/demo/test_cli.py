@@ -88,7 +88,7 @@ def test_plot_draws_the_policies_into_docs(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["plot"]) == 0
     paths = capsys.readouterr().out.splitlines()
-    assert len(paths) == 8
+    assert len(paths) == len(schedule.POLICIES) + 5
     for path in paths:
         assert path.startswith("docs")
         with Image.open(tmp_path / path) as image:
