@@ -40,11 +40,15 @@ _ONE_CYCLE = (
     "CyclicalOptimizer.from_scheduler(OneCycleLR(...))"
 )
 _COSINE = (
+    "give policy=cosine(steps) of clr_optim.schedule, or take torch's scheduler over with "
+    "CyclicalOptimizer.from_scheduler(CosineAnnealingLR(...))"
+)
+_RESTARTS = (
     "give policy=warm_restarts(period, period_multiplier=...) of clr_optim.schedule, or take "
     "torch's scheduler over with CyclicalOptimizer.from_scheduler(...)"
 )
 _WARM_UP = (
-    "a warm-up is part of a schedule: see clr_optim.schedule, and give the schedule as policy"
+    "a schedule of clr_optim.schedule has its warm-up: give policy=cosine(steps).with_warmup(steps)"
 )
 _POSITION = "call opt.set_iteration(...) afterwards; a checkpoint brings the position"
 
@@ -57,7 +61,8 @@ _REMEDIES = {
         ),
         _ONE_CYCLE,
     ),
-    **dict.fromkeys(("T_max", "T_0", "T_mult"), _COSINE),
+    "T_max": _COSINE,
+    **dict.fromkeys(("T_0", "T_mult"), _RESTARTS),
     **dict.fromkeys(
         ("warmup", "warmup_steps", "num_warmup_steps", "num_training_steps", "warmup_ratio"),
         _WARM_UP,

@@ -133,8 +133,9 @@ CONSTRUCTOR = {
     "min_lr": ({"min_lr": 0.1}, TypeError, r"give base_lr=0\.1$"),
     "max_norm": ({"max_norm": 1.0}, TypeError, r"give max_grad_norm=1\.0$"),
     "total_steps": ({"total_steps": 9}, TypeError, r"^total_steps=9 is no .*one_cycle\(total_steps.*from_scheduler"),
-    "T_max": ({"T_max": 9}, TypeError, r"^T_max=9 is no argument .*warm_restarts\(.*from_scheduler"),
-    "warmup_steps": ({"warmup_steps": 9}, TypeError, "^warmup_steps=9 is no argument .*warm-up is part of a schedule"),
+    "T_max": ({"T_max": 9}, TypeError, r"^T_max=9 is no argument .*cosine\(steps\).*from_scheduler"),
+    "T_0": ({"T_0": 9}, TypeError, r"^T_0=9 is no argument .*warm_restarts\(.*from_scheduler"),
+    "warmup_steps": ({"warmup_steps": 9}, TypeError, r"^warmup_steps=9 is no argument .*cosine\(steps\)\.with_warmup\("),
     "last_epoch": ({"last_epoch": 3}, TypeError, r"^last_epoch=3 is no argument .*set_iteration"),
     "scheduler": ({"scheduler": None}, TypeError, r"^scheduler=None is no argument .*from_scheduler\(scheduler\)"),
     "an argument of the wrapped class": (
