@@ -208,7 +208,7 @@ class Phase:
         Raises:
             TypeError, ValueError: naming the argument, its value and what would be right.
         """
-        return _position(self, check_step(step))
+        return _position(self, self._rounded(step))
 
     def amplitude(self, step: int) -> float:
         """Return the decay of the amplitude: 1 at step 0.
@@ -222,7 +222,7 @@ class Phase:
         Raises:
             TypeError, ValueError: if ``scale_fn`` does not return a finite number.
         """
-        return _amplitude(self, check_step(step))
+        return _amplitude(self, self._rounded(step))
 
     def ends(self, base_lr: float, max_lr: float) -> tuple[float, float]:
         """Return the ends of the rate for a group.
@@ -270,15 +270,20 @@ class Phase:
             >>> Phase(step_size_up=2, gamma=0.5).shape(1)
             (1.0, 0.5, 0.5)
         """
-        step = check_step(step)
+        step = self._rounded(step)
         x = _position(self, step)
         w = window_value(self.window, x)
-        b = _power((self.base_gamma, self._time(step)), (self.base_drop, 1.0 - x))
-        return b, w if self.power == 1.0 else w**self.power, _amplitude(self, step)
+        if self.power != 1.0:
+            w **= self.power
+        b = 1.0
+        if self.base_gamma != 1.0 or self.base_drop != 1.0:
+            b = _power(self.base_gamma, self.first_step + step, self.base_drop, 1.0 - x)
+        return b, w, _amplitude(self, step)
 
-    def _time(self, step: int) -> int:
-        """Return the number of the step for the decays."""
-        return self.first_step + step - step % self.stride
+    def _rounded(self, step: object) -> int:
+        """Return a step rounded down to a multiple of the stride."""
+        step = check_step(step)
+        return step if self.stride == 1 else step - step % self.stride
 
 
 # doctest finds a class by its __module__, which is the public module.
@@ -335,30 +340,29 @@ def hold(at: tuple[float, float] = TOP, **settings: Any) -> Phase:
 
 
 def _position(phase: Phase, step: int) -> float:
-    """Return x(step)."""
-    down = phase.step_size_down or 0
-    step -= step % phase.stride
-    if phase.window == "inverse":
-        return down / (down + step)
-    period = phase.period
+    """Return x of a step that is a multiple of the stride."""
+    period, down = phase.period, phase.step_size_down or 0
     if period == 0:
-        return 1.0
+        return down / (down + step) if phase.window == "inverse" else 1.0
     offset, up = step % period, phase.step_size_up
     if offset < up:
         return offset / up
-    return 1.0 if offset <= period - down else (period - offset) / down
+    left = period - offset
+    return left / down if left < down else 1.0
 
 
 def _amplitude(phase: Phase, step: int) -> float:
-    """Return a(step), or the value that ``scale_fn`` returns."""
-    cycle = phase.first_cycle
+    """Return a of a step that is a multiple of the stride, or the value of ``scale_fn``."""
+    if phase.scale_fn is None and phase.gamma == phase.cycle_gamma == 1.0:
+        return 1.0
+    time, cycle = phase.first_step + step, phase.first_cycle
     if phase.period:
-        cycle += (step - step % phase.stride) // phase.period
+        cycle += step // phase.period
     if phase.scale_fn is not None:
-        x = cycle + 1 if phase.scale_mode == "cycle" else phase._time(step)
+        x = cycle + 1 if phase.scale_mode == "cycle" else time
         # The value goes into the weights: refuse None and NaN.
         return check_number(f"scale_fn({x})", phase.scale_fn(x), minimum=-math.inf)
-    return _power((phase.gamma, phase._time(step)), (phase.cycle_gamma, cycle))
+    return _power(phase.gamma, time, phase.cycle_gamma, cycle)
 
 
 def window_value(window: str, x: float) -> float:
@@ -380,22 +384,27 @@ def overflows(phase: Phase) -> bool:
     """Return whether the lower end of a phase grows beyond the largest float before it is over."""
     if phase.steps is None:
         return False
-    return _power((phase.base_gamma, phase._time(phase.steps - 1))) == LARGEST
+    return _power(phase.base_gamma, phase.first_step + phase.steps - 1, 1.0, 0) == LARGEST
 
 
-def _power(*factors: tuple[float, float]) -> float:
-    """Return the product of gamma^exponent over pairs, at most the largest float.
+def _power(gamma: float, time: int, other: float, count: float) -> float:
+    """Return gamma^time · other^count, at most the largest float.
 
-    The product is 2 to the sum of exponent·log2(gamma). Infinity would not do: a lower end of 0
-    times the product must be 0.
+    The product is 2 to the sum of the logarithms. Infinity would not do: a lower end of 0 times the
+    product must be 0.
+
+    Args:
+        gamma, time: a factor above 0, and its exponent.
+        other, count: a factor in (0, 1], and its exponent.
     """
     power = 0.0
-    for gamma, exponent in factors:
-        if gamma != 1.0 and exponent:
-            try:
-                power += exponent * math.log2(gamma)
-            except OverflowError:  # an exponent that no float can hold
-                power = -math.inf if gamma < 1.0 else math.inf
+    try:
+        if gamma != 1.0:
+            power = time * math.log2(gamma)
+        if other != 1.0:
+            power += count * math.log2(other)
+    except OverflowError:  # an exponent that no float can hold
+        power = math.inf if gamma > 1.0 else -math.inf
     return 2.0**power if power < 1024.0 else LARGEST
 
 
