@@ -48,9 +48,9 @@ class Course(Wrapper[OptimizerT]):
 
     @property
     def base_lr(self) -> float | list[float]:
-        """The lower bound of the next step: a number, or a list if it differs between groups.
+        """The lower bound of the next step, a number, or a list if the groups differ.
 
-        If the phase of the next step brings its bounds, that phase's bound.
+        If the phase of the next step brings bounds, this is the bound of that phase.
         """
         return _one_or_each([base for base, _ in self._bounds()])
 

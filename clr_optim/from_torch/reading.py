@@ -120,7 +120,7 @@ def _check_unchanged(
     if isinstance(found, Tensor):
         rounding = torch.finfo(found.dtype).eps * (position + 1)
         tolerance = max(tolerance, min(rounding, _MOST_ROUNDING))
-    is_same = abs(float(found) - due) <= tolerance * due + _NEAR_ZERO * scale  # False for NaN
+    is_same = abs(float(found) - due) <= tolerance * abs(due) + _NEAR_ZERO * scale  # not NaN
     if not is_same:
         raise ValueError(
             f"scheduler: parameter group {group} has {name}={float(found):.9g}, and at its step "

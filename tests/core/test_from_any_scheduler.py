@@ -65,6 +65,10 @@ def wave(step):
     return 0.5 + 0.5 * math.cos(0.1 * step) ** 2
 
 
+def downhill(step):
+    return 1.0 - 0.3 * step
+
+
 def shrink(step):
     return 0.99 if step % 3 else 0.97
 
@@ -110,6 +114,7 @@ SHAPES = {
     "CosineAnnealingWarmRestarts longer": lambda o: CosineAnnealingWarmRestarts(o, 3, 2),
     "LambdaLR": lambda o: LambdaLR(o, wave),
     "LambdaLR, one function twice": lambda o: LambdaLR(o, [wave, wave]),
+    "LambdaLR below 0": lambda o: LambdaLR(o, downhill),
     "MultiplicativeLR": lambda o: MultiplicativeLR(o, shrink),
     "warm-up, CosineAnnealingLR": lambda o: warmed_up(
         o, lambda o: CosineAnnealingLR(o, 20, eta_min=0.001)
@@ -194,6 +199,7 @@ SHAPES = {
 BY_FUNCTION = {
     "LambdaLR",
     "LambdaLR, one function twice",
+    "LambdaLR below 0",
     "MultiplicativeLR",
     "warm-up, LambdaLR",
     "a MultiplicativeLR before others",
