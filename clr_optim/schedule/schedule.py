@@ -133,8 +133,12 @@ class Schedule(Curve):
     def between(self, low: float, high: float) -> Schedule:
         """Return this schedule with these bounds, so that it ignores the bounds of groups.
 
+        ``base_lr`` becomes ``low`` and ``max_lr`` becomes ``high``. A policy that falls towards
+        ``end · max_lr`` falls towards ``low + end · (high − low)``, and a warm-up begins likewise.
+
         Args:
-            low, high: the bounds, numbers >= 0 in this order.
+            low, high: the bounds, numbers >= 0 in this order. A schedule that falls exponentially
+                takes ``low=0`` only.
 
         Raises:
             TypeError, ValueError: naming the argument, its value and what would be right.
@@ -143,6 +147,9 @@ class Schedule(Curve):
             >>> from clr_optim.schedule import triangular
             >>> triangular(2).between(0.0, 0.1)([0, 1, 2]).tolist()
             [0.0, 0.05, 0.1]
+            >>> from clr_optim.schedule import linear
+            >>> linear(2).between(1.0, 3.0)([0, 1, 2]).tolist()
+            [3.0, 2.0, 1.0]
         """
         low, high = check_number("low", low), check_number("high", high)
         if low > high:
@@ -152,8 +159,7 @@ class Schedule(Curve):
                 f"between({low!r}, {high!r}): the schedule {self.name!r} has bounds already; leave "
                 "them out of its constructor"
             )
-        phases = [replace(phase, base_lr=low, max_lr=high) for phase in self.phases]
-        return Schedule(self.name, phases)
+        return Schedule(self.name, [_between(phase, low, high) for phase in self.phases])
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary of strings, numbers, lists and None, for :meth:`from_dict`.
@@ -197,6 +203,22 @@ class Schedule(Curve):
 
 # doctest finds a class by its __module__, which is the public module.
 __test__ = {"Schedule": Schedule}
+
+
+def _between(phase: Phase, low: float, high: float) -> Phase:
+    """Return a phase with bounds; a multiple of ``max_lr`` alone is measured from ``low``."""
+
+    def measured(end: tuple[float, float]) -> tuple[float, float]:
+        base, top = end
+        return (1.0 - top, top) if base == 0.0 and top <= 1.0 else end
+
+    is_exponential = phase.base_gamma != 1.0 or phase.base_drop != 1.0
+    if low > 0.0 and is_exponential and phase.lower[0] == 0.0:
+        raise ValueError(
+            f"low={low!r} has no effect on an exponential fall, which approaches 0: give low=0.0"
+        )
+    lower, upper = measured(phase.lower), measured(phase.upper)
+    return replace(phase, base_lr=low, max_lr=high, lower=lower, upper=upper)
 
 
 def check_growth(schedule: Schedule) -> None:

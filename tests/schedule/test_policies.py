@@ -310,14 +310,30 @@ def test_policies_of_a_peak_ignore_the_lower_bound():
 
 
 def test_between_gives_bounds_to_every_phase():
-    schedule = wsd(2, 3, 5, end=0.5).between(0.1, 0.4)
-    assert schedule.has_bounds
+    for make in (
+        linear(9, end=0.25), cosine(9), polynomial(9, 2), wsd(2, 3, 5, end=0.5), inverse_sqrt(4),
+        triangular2(3).with_warmup(4, start=0.5), wsd_cycles(1, 2, 3), decay(5), ramp(5),
+    ):  # fmt: skip
+        course = make(range(40), 0.0, 1.0)
+        bounded = make.between(0.25, 1.25)
+        assert bounded.has_bounds
+        np.testing.assert_allclose(bounded(range(40), 7.0, 9.0), 0.25 + course, rtol=1e-15)
+        assert bounded.momentum(range(40)).tolist() == make.momentum(range(40)).tolist()
+    schedule = wsd(2, 3, 5, end=0.5).between(0.0, 0.4)
     assert (
         schedule(range(12), 7.0, 9.0).tolist()
-        == wsd(2, 3, 5, end=0.5)(range(12), 0.1, 0.4).tolist()
+        == wsd(2, 3, 5, end=0.5)(range(12), 0.0, 0.4).tolist()
     )
     assert Schedule.from_json(schedule.to_json()) == schedule
     assert one_cycle(20).between(0.0, 1.0).steps_to_cycle_end(0) == 20
+    assert one_cycle(20).between(0.1, 0.4)(range(30)).tolist() == (
+        one_cycle(20, base_lr=0.1, max_lr=0.4)(range(30)).tolist()
+    )
+    falls = [exp(), wsd(1, 2, 3, shape="exp", end=0.1)]
+    assert [schedule.between(0.0, 0.5)(1) for schedule in falls] == [0.5 * 0.99994, 0.5]
+    for schedule in falls:
+        with pytest.raises(ValueError, match=r"low=0\.1 has no effect on an exponential fall"):
+            schedule.between(0.1, 0.5)
     with pytest.raises(ValueError, match=r"between\(0.0, 0.1\): the schedule 'fixed' has bounds"):
         fixed(0.1).between(0.0, 0.1)
     with pytest.raises(ValueError, match=r"low=0\.2 is above high=0.1: swap the two"):
