@@ -24,6 +24,7 @@ sys.path += [
 
 import test_cli
 import test_commands
+import test_from_any_scheduler
 import test_from_scheduler
 import test_hostile_checkpoints as checkpoints
 import test_optimizer_errors as errors
@@ -119,6 +120,12 @@ def attempts() -> Iterator[Attempt]:
             f"{where}.from_scheduler",
             name,
             lambda b=build: CyclicalOptimizer.from_scheduler(b(test_from_scheduler.make())),
+        )
+    for name, (build, *_) in test_from_any_scheduler.REFUSED.items():
+        yield Attempt(
+            f"{where}.from_scheduler",
+            name,
+            lambda b=build: CyclicalOptimizer.from_scheduler(b(test_from_any_scheduler.sgd())),
         )
     for name, (call, *_) in errors.METHODS.items():
         yield Attempt(f"{where}, methods", name, lambda c=call: c(errors.trained()[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,14 @@ from clr_optim.checks import (
     check_momenta,
     check_number,
     item,
-    values_of,
 )
 from clr_optim.core import leftover
 from clr_optim.core.checkpoint.state import check_momentum_state
+from clr_optim.core.per_group import optional_per_group, per_group
 from clr_optim.core.rates import check_tensor_lr
 from clr_optim.core.saved import (
     are_close,
+    bounds_shown,
     edited_rates_warning,
     initial_bounds,
     read_position,
@@ -40,8 +42,6 @@ __all__ = [
     "check_arguments",
     "check_optimizer",
     "make_schedule",
-    "optional_number",
-    "optional_per_group",
     "separate_defaults",
 ]
 
@@ -119,15 +119,14 @@ def check_arguments(
         for i, (group, base, top) in enumerate(
             zip(
                 groups if note is None else own,
-                optional_per_group("base_lr", base_lr, len(groups)),
-                optional_per_group("max_lr", max_lr, len(groups)),
+                optional_per_group("base_lr", base_lr, groups),
+                optional_per_group("max_lr", max_lr, groups),
                 strict=True,
             )
         )
     ]
     if max_lr is None and not schedule.has_bounds:
         _warn_scheduled_rates(groups)
-    _warn_unread_bounds(groups)
     cycles = check_bool("cycle_momentum", cycle_momentum)
     momenta = _check_momenta(optimizer, cycles, base_momentum, max_momentum)
     scheduled = check_schedules(optimizer, schedules, cycle_momentum=cycles)
@@ -212,6 +211,8 @@ def make_schedule(policy: object, constructor: Callable[..., Any], **options: An
     lowered = policy.lower() if isinstance(policy, str) else ""
     if lowered not in POLICIES:
         remedy = "; call it: what it returns may be a Schedule" if callable(policy) else ""
+        if isinstance(policy, (int, float)):
+            remedy = f"; if that is a rate, give it by name, as max_lr={policy!r}"
         raise ValueError(
             f"policy must be one of {', '.join(map(repr, POLICIES))} or a Schedule "
             f"(see clr_optim.schedule), got {policy!r}{remedy}"
@@ -252,36 +253,13 @@ def _given(
 # ---- bounds
 
 
-def optional_number(name: str, value: object) -> float | None:
-    """Return a number >= 0, or ``None`` for ``None``."""
-    return None if value is None else check_number(name, value)
-
-
-def optional_per_group(name: str, value: object, groups: int) -> list[float | None]:
-    """Return a number for each group, or ``None`` for each."""
-    return [None] * groups if value is None else list(_per_group(name, value, groups))
-
-
-def _per_group(name: str, value: object, groups: int, **limits: Any) -> list[float]:
-    """Return a list with a number for each group, from one number or a sequence."""
-    values = values_of(value)
-    if values is not None:
-        if len(values) != groups:
-            raise ValueError(
-                f"{name} has {len(values)} values and the optimizer {groups} parameter groups: "
-                f"give one number, or one per group; got {value!r}"
-            )
-        return [check_number(f"{name}[{i}]", v, **limits) for i, v in enumerate(values)]
-    return [check_number(name, value, **limits)] * groups
-
-
 def _check_momenta(
     optimizer: Optimizer, cycles: bool, base_momentum: object, max_momentum: object
 ) -> list[tuple[float, float]]:
     """Return the bounds of each group's momentum; raise if momentum is to cycle and cannot."""
     groups = optimizer.param_groups
-    low = _per_group("base_momentum", base_momentum, len(groups), maximum=1.0)
-    high = _per_group("max_momentum", max_momentum, len(groups), maximum=1.0)
+    low = per_group("base_momentum", base_momentum, groups, maximum=1.0)
+    high = per_group("max_momentum", max_momentum, groups, maximum=1.0)
     for i, (group, b, m) in enumerate(zip(groups, low, high, strict=True)):
         if cycles and "betas" not in group and "momentum" not in group:
             raise ValueError(
@@ -331,35 +309,18 @@ def _warn_scheduled_rates(groups: Sequence[Mapping[str, Any]]) -> None:
             return
 
 
-def _warn_unread_bounds(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Warn if the user wrote bounds into groups, where only ``add_param_group`` reads them."""
-    for i, group in enumerate(groups):
-        # A torch scheduler leaves an initial_lr, and OneCycleLR a max_lr with it.
-        if "initial_lr" in group:
-            continue
-        for name in ("base_lr", "max_lr"):
-            if name in group:
-                warnings.warn(
-                    f"{name!r} in parameter group {i} has no effect: give the bounds to the "
-                    f"wrapper, as {name}=[...] with one number per group",
-                    UserWarning,
-                    stacklevel=callers_level(),
-                )
-                return
-
-
 def _other_bounds_warning(
     groups: Sequence[Mapping[str, Any]], bounds: Sequence[tuple[float, float]]
 ) -> str | None:
     """Return a warning if a checkpoint's bounds differ from the constructor's arguments."""
-    for i, (group, (base, top)) in enumerate(zip(groups, bounds, strict=True)):
-        if BASE in group and MAX in group:
-            saved = float(group[BASE]), float(group[MAX])
-            if not (are_close(saved[0], base) and are_close(saved[1], top)):
-                return (
-                    f"the wrapped optimizer's checkpoint has the bounds base_lr={saved[0]:g}, "
-                    f"max_lr={saved[1]:g} in parameter group {i}, and the arguments give "
-                    f"base_lr={base:g}, max_lr={top:g}: the arguments hold. To train with the "
-                    f"checkpoint's, call set_bounds(base_lr={saved[0]:g}, max_lr={saved[1]:g})."
-                )
-    return None
+    saved = [
+        (float(group[BASE]), float(group[MAX])) if BASE in group and MAX in group else own
+        for group, own in zip(groups, bounds, strict=True)
+    ]
+    if all(map(are_close, itertools.chain(*saved), itertools.chain(*bounds))):
+        return None
+    return (
+        f"the wrapped optimizer's checkpoint has the bounds {bounds_shown(saved)}, and the "
+        f"arguments give {bounds_shown(bounds)}: the arguments hold. To train with the "
+        f"checkpoint's, call set_bounds({bounds_shown(saved)})."
+    )

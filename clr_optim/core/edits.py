@@ -10,15 +10,16 @@ from torch.optim import Optimizer
 
 from clr_optim.checks import check_bounds, shown
 from clr_optim.core import leftover
-from clr_optim.core.arguments import Start, optional_number, optional_per_group, separate_defaults
+from clr_optim.core.arguments import Start, separate_defaults
 from clr_optim.core.checkpoint import warn_other_policy
+from clr_optim.core.per_group import optional_number, optional_per_group
 from clr_optim.core.rates import check_tensor_lr
 from clr_optim.core.saved import initial_bounds
 from clr_optim.core.scheduled import warn_other_schedules
 from clr_optim.core.shared import Shared
 from clr_optim.core.warn import warn_each
+from clr_optim.from_torch import TorchsCourse
 from clr_optim.keys import BASE, BASE_MOMENTUM, KEYS, MAX, MAX_MOMENTUM
-from clr_optim.torch_schedulers import TorchsCourse
 
 __all__ = ["add_param_group", "arguments_of", "begin", "set_bounds", "without_our_keys"]
 
@@ -44,6 +45,7 @@ def begin(shared: Shared, start: Start) -> None:
     groups = optimizer.param_groups
     other = warn_other_schedules(groups, start.saved_schedules, "the wrapped optimizer")
     warn_each([*start.warnings, other])
+    shared.position.warn_unread_bounds()
 
 
 def arguments_of(taken: TorchsCourse) -> dict[str, Any]:
@@ -82,13 +84,14 @@ def set_bounds(shared: Shared, base_lr: object, max_lr: object) -> None:
             f"base_lr={base_lr!r}, max_lr={max_lr!r}: every phase of the schedule "
             f"{schedule.name!r} has bounds already, which these would not change"
         )
+    shared.position.warn_unread_bounds()
     position = shared.position.settle()
     bounds = []
     for i, ((old_base, old_max), new_base, new_max) in enumerate(
         zip(
             shared.mirror.bounds(),
-            optional_per_group("base_lr", base_lr, len(groups)),
-            optional_per_group("max_lr", max_lr, len(groups)),
+            optional_per_group("base_lr", base_lr, groups),
+            optional_per_group("max_lr", max_lr, groups),
             strict=True,
         )
     ):

@@ -119,6 +119,7 @@ class OrdinarySteps:
         if not self._may_serve(plan):
             return False
         position.catch_up()
+        position.warn_unread_bounds()
         if settings.max_grad_norm is not None and any(plan.spreads):
             return False  # the norm is a sum over ranks
         number, written, records = position.number, mirror.written, mirror.records

@@ -18,10 +18,11 @@ from clr_optim.core import leftover
 from clr_optim.core.groups import GroupMirror
 from clr_optim.core.rates import never_driven
 from clr_optim.core.records import changed_settings, course_of, have_plan_take
+from clr_optim.core.saved import unread_bounds_warning
 from clr_optim.core.serving import Serving
 from clr_optim.core.settings import Settings
 from clr_optim.core.values import Values
-from clr_optim.core.warn import callers_level
+from clr_optim.core.warn import callers_level, warn_each
 from clr_optim.keys import STEP
 from clr_optim.plan import Plan
 
@@ -58,7 +59,7 @@ class Position:
         self.counted = (0, 0)
         #: the position whose rates a scheduler view shows, instead of the last step's
         self.viewed = 0
-        self._has_warned = self._has_warned_of_settings = False
+        self._has_warned = self._has_warned_of_settings = self._has_warned_of_bounds = False
 
     # ---- who knows it?
 
@@ -184,6 +185,15 @@ class Position:
                 UserWarning,
                 stacklevel=callers_level(),
             )
+
+    def warn_unread_bounds(self) -> None:
+        """Warn once if other code wrote ``"base_lr"`` or ``"max_lr"`` into groups."""
+        if self._has_warned_of_bounds:
+            return
+        warning = unread_bounds_warning(self._settings.optimizer.param_groups)
+        if warning is not None:
+            self._has_warned_of_bounds = True
+            warn_each([warning])
 
     # ---- where to
     #

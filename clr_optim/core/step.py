@@ -30,6 +30,9 @@ __all__ = ["take_step"]
 
 _UNCHANGED_GRADIENTS = Gradients()
 
+# Steps between two looks for bounds that other code wrote where no code reads them.
+_BLOCK = 64
+
 
 class StepContext:
     """Facts about one step, filled in as the step finds them.
@@ -69,6 +72,8 @@ class StepContext:
         position.catch_up()
         shared.ordinary.leave()
         self.before = position.counted
+        if self.before[0] % _BLOCK == 0:
+            position.warn_unread_bounds()
         if shared.mirror.is_untouched(self.before[0]):
             self.ahead = shared.mirror.look_ahead(self.before[0] + 1)
         elif not (self.evaluates or self.capturing) and asks_for_state(shared):

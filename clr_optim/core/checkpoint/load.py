@@ -24,7 +24,7 @@ from clr_optim.core.checkpoint.wrapped import (
     run_load_pre_hooks,
     without_load_pre_hooks,
 )
-from clr_optim.core.saved import edited_rates_warning, policy_name, read_position
+from clr_optim.core.saved import edited_rates_warning, policy_call, read_position
 from clr_optim.core.scheduled import warn_other_schedules
 from clr_optim.core.settings import Settings
 from clr_optim.core.shared import Shared
@@ -148,11 +148,10 @@ def warn_other_policy(shared: Shared, saved: object, source: str) -> None:
     if saved == settings.schedule_json:
         return
     warnings.warn(
-        f"{source} was written under the policy {policy_name(saved, source)!r} with "
-        f"{saved}; this optimizer's policy, "
-        f"{settings.schedule.name!r} with {settings.schedule_json}, decides from step "
+        f"{source} was written under the policy {policy_call(saved, source)}; this optimizer's "
+        f"policy, {policy_call(settings.schedule_json, source)}, decides from step "
         f"{shared.position.number} on. To continue under the old policy, construct with "
-        "policy=Schedule.from_json(...) of it; to begin anew, call set_iteration(0).",
+        "policy=... of it; to begin anew, call set_iteration(0).",
         UserWarning,
         stacklevel=callers_level(),
     )
