@@ -213,8 +213,9 @@ class GroupMirror:
     def evaluate(self, position: int) -> Values:
         """Return the values of a position, if the bounds stay the same."""
         _, bounds, momentum_bounds, *_ = self.written
-        followed = [record.followed for record in self.records]
-        return evaluate(self._settings.schedule, position, bounds, momentum_bounds, followed)
+        settings = self._settings
+        followed = [record.followed for record in self.records] if settings.schedules else []
+        return evaluate(settings.schedule, position, bounds, momentum_bounds, followed)
 
     # ---- the answers
 

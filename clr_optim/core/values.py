@@ -46,9 +46,12 @@ def evaluate(
         schedule: the policy.
         position: the number of the step.
         bounds, momentum_bounds: as in :class:`Values`.
-        followed: the settings of each group that follow a schedule.
+        followed: the settings of each group that follow a schedule; empty if momentum alone does,
+            or none.
     """
     rates, momenta = rates_and_momenta(schedule, position, bounds, momentum_bounds)
+    if not followed:
+        return Values(position, bounds, momentum_bounds, rates, momenta)
     numbers: list[float] = []
     known: dict[int, float] = {}  # groups share schedules
     for i, settings in enumerate(followed):
