@@ -70,6 +70,6 @@ __all__ = [
 #: needs no arguments.
 POLICIES = registry.POLICIES
 
-#: The windows of cycles: ``"triangle"``, ``"welch"`` (parabolic), ``"hann"`` (sinusoidal) and
+#: The windows of cycles, ``"triangle"``, ``"welch"`` (parabolic), ``"hann"`` (sinusoidal) and
 #: ``"sqrt"`` (1 − √(1 − x)).
 WINDOWS = phase.WINDOWS

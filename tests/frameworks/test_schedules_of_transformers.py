@@ -50,10 +50,10 @@ PAIRS = {
             wsd(WARMUP, 60_000, 30_000, shape=shape),
             of(
                 "get_wsd_schedule", num_warmup_steps=WARMUP, num_stable_steps=60_000,
-                num_decay_steps=30_000, decay_type=theirs,
+                num_decay_steps=30_000, decay_type=kind,
             ),
         )
-        for shape, theirs in (("linear", "linear"), ("cosine", "cosine"), ("sqrt", "1-sqrt"))
+        for shape, kind in (("linear", "linear"), ("cosine", "cosine"), ("sqrt", "1-sqrt"))
     },
 }  # fmt: skip
 
