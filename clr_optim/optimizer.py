@@ -22,7 +22,7 @@ from clr_optim.core.shared import alone
 from clr_optim.core.step import take_step
 from clr_optim.core.wrapper import OptimizerT
 from clr_optim.from_torch import read_scheduler
-from clr_optim.keys import SCHEDULE
+from clr_optim.keys import SCHEDULE, SCHEDULES
 from clr_optim.pictures import plot_optimizer
 from clr_optim.schedule import ScaleFn, Schedule
 
@@ -248,7 +248,7 @@ class CyclicalOptimizer(Course[OptimizerT]):
         inner = "\n".join(
             line
             for line in repr(self._inner).splitlines()
-            if not line.strip().startswith(f"{SCHEDULE}:")
+            if not line.strip().startswith((f"{SCHEDULE}:", f"{SCHEDULES}:"))
         )
         return (
             f"{type(self).__name__} ({self.schedule.name}, iteration {self.iteration}, "

@@ -113,7 +113,7 @@ def check_arguments(
     note = leftover.note_of(optimizer)
     # The user may have loaded a checkpoint before wrapping the optimizer.
     position, resumed = read_position(groups, "optimizer") if note is None else (0, False)
-    own = leftover.own_settings(optimizer, schedule, note, max_lr is not None)
+    own = leftover.own_settings(optimizer, schedule, note, max_lr is not None, schedules)
     bounds = [
         initial_bounds(group, f" in parameter group {i}", base, top)
         for i, (group, base, top) in enumerate(
@@ -129,19 +129,18 @@ def check_arguments(
         _warn_scheduled_rates(groups)
     cycles = check_bool("cycle_momentum", cycle_momentum)
     momenta = _check_momenta(optimizer, cycles, base_momentum, max_momentum)
-    scheduled = check_schedules(optimizer, schedules, cycle_momentum=cycles)
-    if cycles or "momentum" in scheduled:
-        check_momentum_state(optimizer)
-    for group, each, before in zip(groups, own, leftover.noted_settings(optimizer), strict=True):
-        # A later wrapper may schedule other settings: restore those of the earlier one, too.
-        names = dict.fromkeys([*before.get("scheduled", {}), *scheduled])
-        each["scheduled"] = leftover.scheduled_settings(group, before, names)
+    scheduled = check_schedules(optimizer, schedules, own, cycle_momentum=cycles)
     if max_grad_norm is not None:
         max_grad_norm = check_number(
             "max_grad_norm", max_grad_norm, open_minimum=True, finite=False
         )
     schedule.rates(position, bounds)  # a scale_fn may raise
     chosen = backends.resolve(backend, optimizer)
+    settings = Settings(optimizer, schedule, cycles, max_grad_norm, backend, scheduled)
+    if cycles:
+        check_momentum_state(optimizer, range(len(groups)), "cycle_momentum=True")
+    with_momentum = settings.with_momentum_schedule(len(groups))
+    check_momentum_state(optimizer, with_momentum, "schedules['momentum']")
     warned: list[str | None] = []
     if note is not None:
         warned = [leftover.starts_anew_warning(groups, note["loaded"])]
@@ -153,7 +152,7 @@ def check_arguments(
             else edited_rates_warning(groups, schedule)
         ]
     return Start(
-        Settings(optimizer, schedule, cycles, max_grad_norm, backend, scheduled),
+        settings,
         chosen,
         position,
         resumed,

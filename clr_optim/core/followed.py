@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from clr_optim.checks import item
+from clr_optim.checks import item, shown
 from clr_optim.core.rates import fill
 from clr_optim.schedule import Schedule
 
@@ -43,6 +43,11 @@ class Followed(NamedTuple):
         """How many numbers of the setting follow."""
         return len(self.schedules)
 
+    @property
+    def names(self) -> list[str]:
+        """The name of each number, as :func:`place_of` reads it."""
+        return [f"{self.key}[{member}]" for member in self.members] or [self.key]
+
 
 def place_of(name: str) -> tuple[str, int | None]:
     """Return the key and the place of a setting: ``"betas[1]"`` is 1 of ``"betas"``.
@@ -50,7 +55,7 @@ def place_of(name: str) -> tuple[str, int | None]:
     Raises:
         ValueError: if the name has another form.
     """
-    found = re.fullmatch(r"([^\[\]]+)(?:\[(\d+)\])?", name)
+    found = re.fullmatch(r"([^\[\]]+)(?:\[(0|[1-9][0-9]*)\])?", name)
     if found is None:
         raise ValueError(
             f"schedules: {name!r} names no setting: use 'weight_decay', or 'betas[1]' for a "
@@ -90,6 +95,11 @@ def schedules_json(schedules: Mapping[str, Schedule]) -> str:
     return "{" + ",".join(parts) + "}"
 
 
+def _has(value: Any, members: Sequence[int]) -> bool:
+    """Return whether a setting is a tuple or list with these members."""
+    return isinstance(value, (tuple, list)) and all(member < len(value) for member in members)
+
+
 def number_of(group: Mapping[str, Any], name: str) -> Any:
     """Return the number of a setting, from its name; None if the group has no such setting."""
     key, place = place_of(name)
@@ -105,7 +115,7 @@ def held_by(group: Mapping[str, Any], setting: Followed) -> object:
     It is the setting itself, or a tensor in its tuple, since other code may fill that in place.
     """
     value = group.get(setting.key)
-    if setting.members and value is not None:
+    if _has(value, setting.members):
         for member in setting.members:
             if isinstance(value[member], Tensor):
                 return value[member]
@@ -131,39 +141,59 @@ def numbers_of(
 
 
 def write_setting(
-    group: dict[str, Any], setting: Followed, numbers: Sequence[float], taken: set[int]
+    group: dict[str, Any],
+    setting: Followed,
+    numbers: Sequence[float],
+    taken: set[int],
+    held: object = None,
 ) -> object:
-    """Write a setting, filling tensors in place; return what :func:`held_by` returns then.
+    """Write a setting; return what :func:`held_by` returns then.
+
+    A tensor is filled in place. If other code has put a tensor in a float's place, a float follows.
 
     Args:
         group: the group.
         setting: the setting.
         numbers: its numbers.
         taken: ids of the tensors that serve other groups; the group's tensors are added.
+        held: what :func:`held_by` returned after the last write; None if there was none.
     """
     key = setting.key
+    value = group[key]
     if not setting.members:
-        value = group[key]
-        if not isinstance(value, Tensor):
-            group[key] = numbers[0]
-            return group[key]
-        if id(value) in taken:  # torch's default, which groups share
-            group[key] = value = value.clone()
-        taken.add(id(value))
-        fill(value, numbers[0])
-        return value
-    values = list(group[key])
-    is_new = not isinstance(group[key], tuple)
-    for member, number in zip(setting.members, numbers, strict=True):
-        value = values[member]
-        if not isinstance(value, Tensor):
-            values[member], is_new = number, True
-            continue
-        if id(value) in taken:  # torch's default, which groups share
-            values[member] = value = value.clone()
-            is_new = True
-        taken.add(id(value))
-        fill(value, number)
-    if is_new:
+        is_float = held is not None and not isinstance(held, Tensor)
+        group[key] = _written(value, numbers[0], setting.schedules[0], taken, held, is_float)
+        return group[key]
+    if not _has(value, setting.members):
+        if not isinstance(held, tuple):
+            raise TypeError(
+                f"{key} must be a tuple of numbers in each parameter group, got {shown(value)}: "
+                "leave it to the constructor's schedules"
+            )
+        value = held
+    values = list(value)
+    for member, number, schedule in zip(setting.members, numbers, setting.schedules, strict=True):
+        is_float = isinstance(held, tuple) and not isinstance(held[member], Tensor)
+        values[member] = _written(values[member], number, schedule, taken, held, is_float)
+    if not isinstance(value, tuple) or any(a is not b for a, b in zip(value, values, strict=True)):
         group[key] = tuple(values)
     return held_by(group, setting)
+
+
+def _written(
+    value: object,
+    number: float,
+    schedule: Schedule | None,
+    taken: set[int],
+    held: object,
+    is_float: bool,
+) -> object:
+    """Return what holds a number from now on: a tensor, filled in place, or a float."""
+    if is_float or not isinstance(value, Tensor):
+        return number
+    # A tensor may serve other groups and torch's defaults, which do not follow.
+    if id(value) in taken or (held is None and schedule is not None):
+        value = value.clone()
+    taken.add(id(value))
+    fill(value, number)
+    return value

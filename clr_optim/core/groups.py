@@ -257,7 +257,7 @@ class GroupMirror:
             lr, rate = write_rate(group, lr, rate, taken, is_driven, kept=kept)
             records.append(Record(group, lr, schedules[i], followed[i]))
             rates.append(rate)
-        write_settings(records, values.numbers, set())
+        write_settings(records, values.numbers, set(), {id(each.group): each for each in known})
         values = values._replace(rates=rates)
         # An interrupt finds either all as before, or all new.
         self.records, self.written, self._groups = records, values, all_groups
@@ -290,7 +290,7 @@ class GroupMirror:
         group = groups[-1]
         bounds = (group[BASE], group[MAX])
         momenta = [momentum_bounds(group)] if self._settings.cycle_momentum else []
-        schedules = self._settings.schedules_of(len(groups) - 1)
+        schedules = self._settings.common_schedules
         followed = followed_by(group, schedules, cycles=self._settings.cycle_momentum)
         values = evaluate(self._settings.schedule, position, [bounds], momenta, [followed])
         taken: set[int] = set()
@@ -302,7 +302,7 @@ class GroupMirror:
         taken = set()
         if any(isinstance(held_by(group, each), Tensor) for each in record.followed):
             taken = {id(held) for each in self.records for held in each.settings}
-        write_settings([record], values.numbers, taken)
+        write_settings([record], values.numbers, taken, {})
         values = values._replace(rates=[rate])
         records = [*self.records, record]
         values = Values(position, *map(operator.add, self.written[1:], values[1:]))
@@ -314,7 +314,7 @@ class GroupMirror:
         """Write position and schedules into a group; return whether the device keeps its rate."""
         group[STEP] = position
         group[SCHEDULE] = self._settings.schedule_json
-        if schedules:
+        if self._settings.schedules:
             group[SCHEDULES] = schedules_json(schedules)
         else:
             group.pop(SCHEDULES, None)

@@ -104,7 +104,11 @@ def note_of(optimizer: Optimizer) -> dict[str, Any] | None:
 
 
 def own_settings(
-    optimizer: Optimizer, schedule: Schedule, note: Mapping[str, Any] | None, given: bool
+    optimizer: Optimizer,
+    schedule: Schedule,
+    note: Mapping[str, Any] | None,
+    given: bool,
+    names: object = (),
 ) -> list[dict[str, Any]]:
     """Return each group's ``lr`` and momentum as the user chose them, before any cycle.
 
@@ -113,13 +117,17 @@ def own_settings(
         schedule: the policy.
         note: the note of an earlier wrapper whose rates are in the groups.
         given: whether the user gives bounds, so that ``lr`` belongs to the cycle.
+        names: the settings that are to follow schedules.
     """
+    wanted = (
+        [name for name in names if isinstance(name, str)] if isinstance(names, Iterable) else []
+    )
     groups = optimizer.param_groups
     noted = noted_settings(optimizer)
     cycling = schedule if note is None else note["schedule"]
     settings = []
     for i, (group, rate) in enumerate(zip(groups, written_rates(groups, cycling), strict=True)):
-        own = {"lr": item(group["lr"])}
+        own: dict[str, Any] = {"lr": item(group["lr"])}
         before = noted[i]
         # A rate that is not the cycle's was written by other code since: the user's choice.
         cycled = STEP in group and (rate is None or is_rate(group["lr"], rate))
@@ -128,10 +136,17 @@ def own_settings(
         elif cycled and MAX in group:
             own["lr"] = item(group[MAX])
         momentum = momentum_number(group)
+        name = "betas[0]" if "betas" in group else "momentum"
+        is_ours = note is not None and (
+            _is_cycled(group, cycling, momentum) or _is_scheduled(group, name)
+        )
         if momentum is not None:
-            own["momentum"] = momentum
-            if note is not None and _is_cycled(group, cycling, momentum):
-                own["momentum"] = before.get("momentum", momentum)
+            own["momentum"] = before.get("momentum", momentum) if is_ours else momentum
+        # A later wrapper may schedule other settings: restore those of the earlier one, too.
+        scheduled = dict.fromkeys([*before.get("scheduled", {}), *wanted])
+        own["scheduled"] = scheduled_settings(group, before, scheduled)
+        if is_ours and name in own["scheduled"]:
+            own["scheduled"][name] = own["momentum"]
         settings.append(own)
     return settings
 

@@ -175,7 +175,8 @@ class Position:
     def _warn_of_settings(self) -> None:
         """Warn once if other code wrote a setting that follows a schedule."""
         groups = self._settings.optimizer.param_groups
-        changed = changed_settings(groups, self._mirror.records)
+        mirror = self._mirror
+        changed = changed_settings(groups, mirror.records, mirror.written.numbers)
         if changed and not self._has_warned_of_settings:
             self._has_warned_of_settings = True
             written = (f"{key} in parameter group {i} ({value})" for i, key, value in changed)

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from clr_optim.checks import shown
-from clr_optim.core.followed import Followed, held_by, numbers_of, write_setting
+from clr_optim.core.followed import Followed, held_by, number_of, numbers_of, write_setting
 from clr_optim.core.settings import Settings
-from clr_optim.keys import BASE_MOMENTUM, MAX_MOMENTUM
+from clr_optim.keys import BASE_MOMENTUM, MAX_MOMENTUM, SCHEDULES
 from clr_optim.plan import Plan
 from clr_optim.schedule import Schedule
 
@@ -84,14 +84,29 @@ def hold_ours(groups: Sequence[Mapping[str, Any]], records: Sequence[Record]) ->
 def schedules_of(
     settings: Settings, records: Sequence[Record], groups: Sequence[Mapping[str, Any]]
 ) -> list[Mapping[str, Schedule]]:
-    """Return the schedules of each group's settings; a group that has a record keeps its own."""
+    """Return the schedules of each group's settings.
+
+    A known group keeps its own, also in another place. A group that was away for a while names its
+    schedules, and so does a copy. If a load has replaced all groups, a group that names none takes
+    those of its place. A group that joins follows the schedules of all groups.
+    """
     if not settings.schedules:
         return [{}] * len(groups)
     known = {id(record.group): record.schedules for record in records}
-    return [
-        known[id(group)] if id(group) in known else settings.schedules_of(i)
-        for i, group in enumerate(groups)
-    ]
+    is_loaded = not any(id(group) in known for group in groups)
+    by_text = settings.schedules_by_text
+    found: list[Mapping[str, Schedule]] = []
+    for i, group in enumerate(groups):
+        text = group.get(SCHEDULES)
+        if id(group) in known:
+            found.append(known[id(group)])
+        elif isinstance(text, str) and text in by_text:
+            found.append(by_text[text])
+        elif is_loaded and i < len(records):
+            found.append(records[i].schedules)
+        else:
+            found.append(settings.common_schedules)
+    return found
 
 
 def course_of(
@@ -132,29 +147,56 @@ def have_plan_take(records: Sequence[Record], numbers: Sequence[float], plan: Pl
 
 
 def changed_settings(
-    groups: Sequence[Mapping[str, Any]], records: Sequence[Record]
+    groups: Sequence[Mapping[str, Any]], records: Sequence[Record], numbers: Sequence[float]
 ) -> list[tuple[int, str, str]]:
-    """Return group, name and value of settings that other code wrote beside their schedules."""
-    return [
-        (i, each.key, shown(group.get(each.key)))
-        for i, (group, record) in enumerate(zip(groups, records, strict=False))
-        for each, held in zip(record.followed, record.settings, strict=True)
-        if any(each.schedules) and group is record.group and held_by(group, each) is not held
-    ]
+    """Return group, name and number of settings that other code wrote beside their schedules.
+
+    Args:
+        groups: the groups.
+        records: the records of all groups.
+        numbers: the numbers of their settings that we wrote, in order.
+    """
+    found = []
+    written = numbers_of([record.followed for record in records], numbers)
+    for i, (group, record, of_group) in enumerate(zip(groups, records, written, strict=False)):
+        if group is not record.group:
+            continue
+        for setting, held, of_setting in zip(
+            record.followed, record.settings, of_group, strict=True
+        ):
+            if isinstance(held, Tensor) or held_by(group, setting) is held:
+                continue  # a tensor may round its number
+            for name, number, schedule in zip(
+                setting.names, of_setting, setting.schedules, strict=True
+            ):
+                now = number_of(group, name)
+                if schedule is not None and now != number:
+                    found.append((i, name, shown(now)))
+    return found
 
 
-def write_settings(records: Sequence[Record], numbers: Sequence[float], taken: set[int]) -> None:
+def write_settings(
+    records: Sequence[Record],
+    numbers: Sequence[float],
+    taken: set[int],
+    known: Mapping[int, Record] | None = None,
+) -> None:
     """Write settings into the groups of some records, which take note of the objects.
 
     Args:
         records: the records.
         numbers: the numbers of their settings, in order.
         taken: ids of the tensors that serve other groups; tensors are added.
+        known: the last records by the ids of their groups; None if these are the last.
     """
-    for record, found in zip(
-        records, numbers_of([each.followed for each in records], numbers), strict=True
-    ):
+    found = numbers_of([each.followed for each in records], numbers)
+    for record, of_group in zip(records, found, strict=True):
+        before = record if known is None else known.get(id(record.group))
+        same = before is not None and [s.key for s in before.followed] == [
+            s.key for s in record.followed
+        ]
+        held = before.settings if before is not None and same else [None] * len(record.followed)
         record.settings = [
-            write_setting(record.group, setting, of_setting, taken)
-            for setting, of_setting in zip(record.followed, found, strict=True)
+            write_setting(record.group, setting, of_setting, taken, last)
+            for setting, of_setting, last in zip(record.followed, of_group, held, strict=True)
         ]

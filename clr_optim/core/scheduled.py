@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.optim import Optimizer
 
 from clr_optim.checks import item, shown
-from clr_optim.core.followed import place_of
+from clr_optim.core.followed import place_of, schedules_json
+from clr_optim.core.settings import Settings
 from clr_optim.keys import KEYS, SCHEDULES
-from clr_optim.schedule import Schedule
+from clr_optim.schedule import Schedule, check_growth
 
-__all__ = ["check_schedules", "warn_other_schedules"]
+__all__ = ["check_new_group", "check_schedules", "warn_other_schedules"]
 
 #: Settings whose numbers torch takes up to 1, and betas, which must be below.
 _AT_MOST_ONE = frozenset({"momentum", "rho", "dampening", "alpha"})
 
+# The text of a group without schedules.
+_NO_SCHEDULES = schedules_json({})
+
+_WHOLE = "the optimizer needs a whole number"
+#: Settings that cannot follow a schedule, and why.
+_READ_ONCE = {
+    "initial_accumulator_value": "the optimizer reads it once",
+    "initial_lr": "the optimizer does not read it",
+    **dict.fromkeys(("max_iter", "max_eval", "history_size", "ns_steps"), _WHOLE),
+}
+
+# How many steps of a phase show its range.
+_SAMPLED = 500
+
 
 def check_schedules(
-    optimizer: Optimizer, schedules: object, *, cycle_momentum: bool
+    optimizer: Optimizer,
+    schedules: object,
+    own: Sequence[Mapping[str, Any]],
+    *,
+    cycle_momentum: bool,
 ) -> dict[str, Schedule | tuple[Schedule | None, ...]]:
     """Return the schedules of settings by name, checked against the groups.
 
     Args:
         optimizer: the optimizer.
         schedules: the argument.
+        own: the settings of each group as the user chose them, before a schedule wrote them.
         cycle_momentum: whether momentum cycles.
 
     Raises:
@@ -47,14 +68,49 @@ def check_schedules(
             raise TypeError(f"schedules: a setting's name must be a string, got {name!r}")
         per_group = _per_group(name, given, len(groups))
         checked[name] = given if isinstance(given, Schedule) else per_group
-        _check_name(name, checked, cycle_momentum=cycle_momentum, groups=groups)
+        _check_name(name, checked)
         for i, (group, schedule) in enumerate(zip(groups, per_group, strict=True)):
             if schedule is not None:
                 _check_setting(name, i, group)
+                _check_cycled(name, i, group, cycle_momentum=cycle_momentum)
                 _check_schedule(name, schedule)
-        if isinstance(given, Schedule):
-            _check_weight_decay(name, groups)
+        if isinstance(given, Schedule) and name == "weight_decay":
+            _check_weight_decay([each["scheduled"].get(name) for each in own])
     return checked
+
+
+def check_new_group(
+    settings: Settings, group: Mapping[str, Any], given: Collection[str], index: int
+) -> str | None:
+    """Check a group that joins an optimizer whose groups follow schedules.
+
+    Args:
+        settings: the settings of the optimizer.
+        group: the group, with torch's defaults.
+        given: the keys that the user has given.
+        index: the number that the group is going to have.
+
+    Returns:
+        A warning if a number that the user has given has no effect, or None.
+
+    Raises:
+        TypeError, ValueError: if a setting of the group cannot follow.
+    """
+    names = [name for name in settings.common_schedules if place_of(name)[0] in group]
+    for name in names:
+        _check_setting(name, index, group)
+        if name == "weight_decay" and item(group[name]) == 0.0:
+            raise ValueError(
+                "param_group has weight_decay=0, and schedules['weight_decay'] is for all groups: "
+                "construct CyclicalOptimizer with a list, which leaves groups that join alone"
+            )
+    keys = sorted({place_of(name)[0] for name in names} & set(given))
+    if not keys:
+        return None
+    return (
+        f"param_group: {', '.join(keys)} has no effect, since the constructor's schedules decide: "
+        "leave it out, or give a list to the constructor, which leaves groups that join alone"
+    )
 
 
 def _per_group(name: str, given: object, count: int) -> tuple[Schedule | None, ...]:
@@ -74,16 +130,12 @@ def _per_group(name: str, given: object, count: int) -> tuple[Schedule | None, .
             f"schedules[{name!r}] has {len(given)} entries and the optimizer {count} parameter "
             "groups: give one Schedule, or a list with a Schedule or None for each group"
         )
+    if given and not any(given):
+        raise ValueError(f"schedules[{name!r}] has no Schedule for any group: leave it out")
     return tuple(given)
 
 
-def _check_name(
-    name: str,
-    checked: Mapping[str, object],
-    *,
-    cycle_momentum: bool,
-    groups: Sequence[Mapping[str, Any]],
-) -> None:
+def _check_name(name: str, checked: Mapping[str, object]) -> None:
     """Raise if a name is no setting, or a setting that another schedule writes."""
     key, place = place_of(name)
     if key in ("lr", "params", *KEYS):
@@ -91,15 +143,23 @@ def _check_name(
             "the policy decides the rate: give it as policy=" if key == "lr" else "leave it out"
         )
         raise ValueError(f"schedules: {name!r} cannot follow a schedule: {remedy}")
-    if cycle_momentum:
-        cycled = "betas[0]" if any("betas" in group for group in groups) else "momentum"
-        if name == cycled:
-            raise ValueError(
-                f"schedules: {name!r} cycles with cycle_momentum=True: leave one of the two out"
-            )
+    if key in _READ_ONCE:
+        raise ValueError(
+            f"schedules: {name!r} cannot follow a schedule: leave it out, since {_READ_ONCE[key]}"
+        )
     others = {other for other in checked if other != name and place_of(other)[0] == key}
     if place is None and others:
         raise ValueError(f"schedules: {name!r} includes {min(others)!r}: leave one of them out")
+
+
+def _check_cycled(name: str, index: int, group: Mapping[str, Any], *, cycle_momentum: bool) -> None:
+    """Raise if the policy already cycles a setting of a group."""
+    cycled = ("betas", 0) if "betas" in group else ("momentum", None)
+    if cycle_momentum and place_of(name) == cycled:
+        raise ValueError(
+            f"schedules: {name!r} cycles with cycle_momentum=True in parameter group {index}: "
+            "leave one of them out"
+        )
 
 
 def _check_schedule(name: str, schedule: Schedule) -> None:
@@ -114,8 +174,11 @@ def _check_schedule(name: str, schedule: Schedule) -> None:
             f"schedules[{name!r}] has a scale_fn, which only the policy may have: write the "
             "schedule as a sequence of phases"
         )
+    check_growth(schedule)
     key, _ = place_of(name)
     low, high = _range(schedule)
+    if low < 0.0:
+        raise ValueError(f"schedules[{name!r}] falls to {low:g}, and must stay at or above 0")
     if key == "momentum" and low <= 0.0:
         raise ValueError(
             f"schedules[{name!r}] falls to {low:g}, and a momentum of 0 has no buffer: keep it "
@@ -127,18 +190,18 @@ def _check_schedule(name: str, schedule: Schedule) -> None:
 
 
 def _range(schedule: Schedule) -> tuple[float, float]:
-    """Return bounds of the values that a schedule takes, at any step."""
-    low, high = float("inf"), 0.0
+    """Return the lowest and the highest value that a schedule takes, from many of its steps."""
+    start, values = 0, []
     for phase in schedule.phases:
-        lower, upper = phase.ends(0.0, 0.0)
-        falls = phase.base_gamma < 1.0 and phase.steps is None
-        low = min(low, 0.0 if falls else lower, upper)
-        high = max(high, lower, upper)
-        for step in (0, (phase.steps or 1) - 1):
-            b, w, a = phase.shape(step)
-            value = b * lower + (upper - lower) * w * a
-            low, high = min(low, value), max(high, value)
-    return low, high
+        length = phase.steps or 2 * max(phase.period, 1)
+        steps = {*range(min(length, _SAMPLED)), length - 1}
+        steps |= {phase.step_size_up, *range(0, length, -(-length // _SAMPLED))}
+        values += [schedule.rates(start + s, [(0.0, 0.0)])[0] for s in steps if s < length]
+        start += length
+    last = schedule.phases[-1]
+    if last.steps is None and last.base_gamma < 1.0:
+        values.append(0.0)  # in the end
+    return min(values), max(values)
 
 
 def _check_setting(name: str, index: int, group: Mapping[str, Any]) -> None:
@@ -154,6 +217,8 @@ def _check_setting(name: str, index: int, group: Mapping[str, Any]) -> None:
     if place is None and isinstance(value, (tuple, list)):
         raise ValueError(f"{where} has {len(value)} numbers: name one of them, as {key + '[0]'!r}")
     if place is not None:
+        if isinstance(value, np.ndarray) or (isinstance(value, Tensor) and value.dim()):
+            raise ValueError(f"{where}: {key!r} is an array: give the optimizer a tuple")
         if not isinstance(value, (tuple, list)):
             raise ValueError(f"{where}: {key!r} is a single number, {shown(value)}: use {key!r}")
         if place >= len(value):
@@ -178,12 +243,10 @@ def _numbers_in(group: Mapping[str, Any]) -> list[str]:
     return names
 
 
-def _check_weight_decay(name: str, groups: Sequence[Mapping[str, Any]]) -> None:
+def _check_weight_decay(numbers: Sequence[object]) -> None:
     """Raise if one schedule would let groups decay that the user keeps from decaying."""
-    if name != "weight_decay":
-        return
-    still = [i for i, group in enumerate(groups) if item(group.get(name)) == 0.0]
-    if still and len(still) < len(groups):
+    still = [i for i, number in enumerate(numbers) if number == 0.0]
+    if still and len(still) < len(numbers):
         raise ValueError(
             f"schedules['weight_decay'] is one schedule for all groups, and parameter group "
             f"{', '.join(map(str, still))} has weight_decay=0, as biases and norms have: give a "
@@ -202,11 +265,11 @@ def warn_other_schedules(
         source: the checkpoint in the message.
     """
     for i, (group, text) in enumerate(zip(groups, saved, strict=False)):
-        own = group.get(SCHEDULES)
+        own, text = group.get(SCHEDULES) or _NO_SCHEDULES, text or _NO_SCHEDULES
         if text != own:
             return (
-                f"{source} was written with the schedules {text or 'None'} of settings in "
-                f"parameter group {i}; this optimizer's, {own or 'None'}, decide from here on. To "
+                f"{source} was written with the schedules {text} of settings in "
+                f"parameter group {i}; this optimizer's, {own}, decide from here on. To "
                 "continue under the old ones, give them to the constructor as schedules=."
             )
     return None

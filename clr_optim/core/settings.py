@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch.optim import Optimizer
 
+from clr_optim.core.followed import schedules_json
 from clr_optim.keys import BASE_MOMENTUM, MAX_MOMENTUM
 from clr_optim.schedule import Schedule
 
@@ -46,7 +48,7 @@ class Settings:
         object.__setattr__(self, "has_scale_fn", self.schedule.scale_fn is not None)
 
     def schedules_of(self, index: int) -> dict[str, Schedule]:
-        """Return the schedules of a group's settings by name, from the group's number."""
+        """Return the schedules of a group's settings by name, as the constructor was given."""
         found = {}
         for name, given in self.schedules.items():
             if isinstance(given, Schedule):
@@ -54,6 +56,23 @@ class Settings:
             elif index < len(given) and (schedule := given[index]) is not None:
                 found[name] = schedule
         return found
+
+    def with_momentum_schedule(self, groups: int) -> list[int]:
+        """Return the numbers of the groups whose ``momentum`` follows a schedule."""
+        return [i for i in range(groups) if "momentum" in self.schedules_of(i)]
+
+    @functools.cached_property
+    def common_schedules(self) -> dict[str, Schedule]:
+        """The schedules that all groups follow, also groups that join."""
+        return {name: s for name, s in self.schedules.items() if isinstance(s, Schedule)}
+
+    @functools.cached_property
+    def schedules_by_text(self) -> dict[str, dict[str, Schedule]]:
+        """The schedules of a group by the text that the group holds under ``clr_schedules``."""
+        lists = (each for each in self.schedules.values() if not isinstance(each, Schedule))
+        count = max(map(len, lists), default=0)
+        found = [self.common_schedules, *map(self.schedules_of, range(count))]
+        return {schedules_json(each): each for each in [{}, *found]}
 
     @property
     def momentum_vanishes(self) -> bool:

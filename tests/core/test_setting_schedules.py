@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -107,7 +108,7 @@ def test_a_list_leaves_groups_alone(backend):
         seen.append(decays_in(opt))
         step(opt)
     assert seen == [[0.0, 0.0], [0.05, 0.0], [0.1, 0.0], [0.05, 0.0], [0.0, 0.0]]
-    assert "clr_schedules" not in opt.param_groups[1]
+    assert opt.param_groups[1]["clr_schedules"] == "{}"
     opt.param_groups.reverse()  # each group keeps its schedule
     step(opt)
     assert decays_in(opt) == [0.0, 0.1]
@@ -205,6 +206,167 @@ def test_a_later_wrapper_finds_the_users_numbers():
     assert "clr_schedules" not in inner.param_groups[0]
 
 
+def moved_groups() -> Any:
+    """Return an optimizer whose first group has moved to the second place."""
+    opt = CyclicalOptimizer(two_groups(), schedules={"weight_decay": [WD, None]}, backend="torch")
+    step(opt)
+    opt.param_groups.reverse()
+    step(opt)
+    assert decays_in(opt) == [0.0, 0.1]
+    return opt
+
+
+@pytest.mark.parametrize("way", ["load", "deepcopy", "pickle", "away"])
+def test_a_schedule_travels_with_its_group(way):
+    opt = moved_groups()
+    if way == "load":
+        opt.load_state_dict(torch.load(save(opt.state_dict()), weights_only=True))
+    elif way == "deepcopy":
+        opt = copy.deepcopy(opt)
+    elif way == "pickle":
+        opt = pickle.loads(pickle.dumps(opt))
+    else:  # each group, for a step
+        for group in list(opt.param_groups):
+            opt.param_groups.remove(group)
+            step(opt)
+            opt.param_groups.append(group)
+    opt.set_iteration(2)
+    for expected in (0.1, 0.05):
+        assert decays_in(opt) == [0.0, expected]
+        step(opt)
+
+
+def test_a_checkpoint_without_schedules_keeps_those_of_each_place():
+    opt = moved_groups()
+    plain = two_groups()
+    plain.param_groups.reverse()
+    opt.load_state_dict(plain.state_dict())
+    opt.set_iteration(1)
+    assert decays_in(opt) == [0.0, 0.05]
+
+
+def test_groups_that_join_a_list_follow_nothing():
+    opt = CyclicalOptimizer(two_groups(), schedules={"weight_decay": [WD, WD]})
+    del opt.param_groups[1]
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(4))], "weight_decay": 0.0})
+    step(opt)
+    assert decays_in(opt) == [0.05, 0.0]
+
+
+def test_a_group_that_joins_is_checked():
+    inner = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))], lr=0.1)
+    opt = CyclicalOptimizer(
+        inner, schedules={"weight_decay": WD, "betas[1]": triangular(3).between(0.9, 0.99)}
+    )
+    new = {"params": [torch.nn.Parameter(torch.ones(2))]}
+    for wrong, match in (
+        ({"weight_decay": 0.0}, "param_group has weight_decay=0"),
+        ({"betas": 0.9}, "'betas' is a single number"),
+        ({"weight_decay": "much"}, "is no number"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            opt.add_param_group({**new, **wrong})
+        assert len(opt.param_groups) == 1
+    with pytest.warns(UserWarning, match="param_group: weight_decay has no effect"):
+        opt.add_param_group({**new, "weight_decay": 0.3})
+    assert decays_in(opt) == [0.0, 0.0]
+
+
+def test_tensors_that_other_groups_share_are_left_alone():
+    shared, twice = torch.tensor(0.999), torch.tensor(0.5)
+    inner = torch.optim.Adam(
+        [
+            {"params": [torch.nn.Parameter(torch.ones(2))], "betas": (twice, twice)},
+            {"params": [torch.nn.Parameter(torch.ones(3))], "betas": (torch.tensor(0.9), shared)},
+        ],
+        lr=0.1,
+        foreach=False,
+    )
+    inner.param_groups[0]["betas"] = (twice, twice)
+    inner.defaults["betas"] = (twice, shared)
+    opt = CyclicalOptimizer(
+        inner, schedules={"betas[1]": [triangular(2).between(0.1, 0.5), None]}, backend="torch"
+    )
+    step(opt)
+    first, second = opt.param_groups
+    assert torch.equal(first["betas"][1], torch.tensor(0.3))
+    assert [float(twice), float(first["betas"][0])] == [0.5, 0.5]
+    assert second["betas"][1] is shared
+    assert shared == torch.tensor(0.999)
+
+
+def test_a_tensor_in_a_floats_place_is_replaced():
+    opt = CyclicalOptimizer(two_groups(), schedules={"weight_decay": [WD, None]}, backend="native")
+    step(opt)
+    mine = torch.tensor(0.7)
+    for written in (mine, torch.tensor(3)):
+        opt.param_groups[0]["weight_decay"] = written
+        with (
+            pytest.warns(UserWarning, match="weight_decay in parameter group 0")
+            if written is mine
+            else nullcontext()
+        ):
+            step(opt)
+        assert type(opt.param_groups[0]["weight_decay"]) is float
+    assert mine == torch.tensor(0.7)
+
+
+@pytest.mark.parametrize("written", [0.9, (0.9,), None])
+def test_a_tuple_of_another_form_is_replaced(written):
+    inner = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))], lr=0.1)
+    opt = CyclicalOptimizer(inner, schedules={"betas[1]": triangular(2).between(0.9, 0.99)})
+    step(opt)
+    inner.param_groups[0]["betas"] = written
+    with pytest.warns(UserWarning, match=r"betas\[1\] in parameter group 0"):
+        step(opt)
+    assert inner.param_groups[0]["betas"] == (0.9, 0.99)
+
+
+def test_what_does_not_follow_is_the_users():
+    inner = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))], lr=0.1)
+    opt = CyclicalOptimizer(inner, schedules={"betas[1]": triangular(2).between(0.9, 0.99)})
+    step(opt)
+    inner.param_groups[0]["betas"] = (0.7, inner.param_groups[0]["betas"][1])
+    step(opt)  # without a warning
+    assert inner.param_groups[0]["betas"] == (0.7, 0.99)
+
+
+def test_the_users_zero_is_not_that_of_an_earlier_schedule():
+    inner = torch.optim.AdamW(
+        [{"params": [torch.nn.Parameter(torch.ones(n))]} for n in (2, 3)], lr=0.1, weight_decay=0.3
+    )
+    CyclicalOptimizer(inner, schedules={"weight_decay": [WD, None]})  # stands at 0
+    opt = CyclicalOptimizer(inner, schedules={"weight_decay": triangular(2).between(0.1, 0.2)})
+    assert decays_in(opt) == [0.1, 0.1]
+    other = CyclicalOptimizer(two_groups(), schedules={"weight_decay": [WD, None]})
+    with pytest.raises(ValueError, match="parameter group 1 has weight_decay=0"):
+        CyclicalOptimizer(other.optimizer, schedules={"weight_decay": WD})
+
+
+def test_momentum_of_some_groups():
+    """The other groups have stepped without a buffer, and go on so."""
+    inner = torch.optim.RMSprop(
+        [{"params": [torch.nn.Parameter(torch.ones(n))]} for n in (2, 3)], lr=0.1
+    )
+    inner.param_groups[1]["momentum"] = 0.9
+    step(inner)
+    schedules = {"momentum": [None, triangular(2).between(0.5, 0.9)]}
+    opt = CyclicalOptimizer(inner, schedules=schedules)
+    step(opt)
+    opt.load_state_dict(opt.state_dict())
+    assert [group["momentum"] for group in opt.param_groups] == [0, 0.7]
+    with pytest.raises(ValueError, match=r"schedules\['momentum'\] needs the state"):
+        CyclicalOptimizer(opt.optimizer, schedules={"momentum": triangular(2).between(0.5, 0.9)})
+
+
+def test_wrappers_of_several_kinds_leave_the_users_momentum():
+    inner = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    by_schedule = {"schedules": {"betas[0]": triangular(3).between(0.5, 0.8)}}
+    for options in (by_schedule, {"cycle_momentum": True}, by_schedule, {}):
+        step(CyclicalOptimizer(inner, step_size_up=3, **options))
+    assert inner.param_groups[0]["betas"] == (0.9, 0.999)
+
+
 # ---- refusals
 
 B = triangular(2)
@@ -227,6 +389,9 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "out of range": ({"betas[2]": WD}, ValueError, r"'betas\[2\]' .*: give a place below 2"),
     "flag": ({"amsgrad": WD}, ValueError, "'amsgrad' in parameter group 0 is no number, but False"),
     "none": ({"foreach": WD}, ValueError, "'foreach' in parameter group 0 is no number, but"),
+    "two names": ({"betas[1]": B, "betas[01]": B}, ValueError, r"'betas\[01\]' names no setting"),
+    "read once": ({"initial_lr": WD}, ValueError, "leave it out, since the optimizer"),
+    "no group": ({"eps": [None]}, ValueError, r"schedules\['eps'\] has no Schedule for any group"),
     "beta 1": ({"betas[1]": triangular(2).between(0.9, 1.0)}, ValueError, "rises to 1, .* below 1"),
     "scale_fn": (
         {"eps": triangular(2, scale_fn=lambda x: 1.0).between(0, 1)}, ValueError,

@@ -65,6 +65,7 @@ class Clock:
         # The settings that follow schedules, and the phases of these.
         self._followed = [Mirror(device) for _ in range(3)]
         self._rows: list[tuple[int, int, Schedule]] = []
+        self._columns: tuple[tuple[int, int], ...] = ()
         #: scale and overflow without a GradScaler, in the dtype of a GradScaler
         self.one = torch.ones((), dtype=torch.float32, device=device)
         self.zero = torch.zeros((), dtype=torch.float32, device=device)
@@ -175,9 +176,14 @@ class Clock:
         scalars = scalars.copy()
         for group, column, _ in self._rows:
             scalars[group, column - 4] = 0.0  # a kernel writes it: no change needs an upload
+        columns = tuple((group, column) for group, column, _ in self._rows)
+        if on_device and columns != self._columns:
+            self._columns = columns
+            for mirror in mirrors:
+                mirror.forget()  # the kernel may have written a column that the host owns now
         made_of = (
             on_device, tuple(course.bounds if on_device else course.rates), course.momenta,
-            scalars[:, 1:].tobytes(), len(scalars),
+            columns, scalars[:, 1:].tobytes(), len(scalars),
         )  # fmt: skip
         if made_of == self._groups_of:
             return cast("Tensor", mirrors[-1].table)

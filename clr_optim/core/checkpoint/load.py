@@ -105,7 +105,7 @@ def _load_as_torch(
     check_layout(state_dict)
     groups = state_dict["param_groups"]
     keys = checked_keys(groups, _GROUPS, cycle_momentum=cycles)
-    check_for(inner, state_dict, cycles or "momentum" in settings.schedules)
+    check_for(inner, state_dict, cycles, settings.with_momentum_schedule(len(groups)))
     state_dict["state"] = own_counters(state_dict["state"])
     with load_errors_as_value_errors(inner), without_load_pre_hooks(inner):
         inner.load_state_dict(state_dict)
