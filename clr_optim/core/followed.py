@@ -114,7 +114,7 @@ def held_by(group: Mapping[str, Any], setting: Followed) -> object:
 
     It is the setting itself, or a tensor in its tuple, since other code may fill that in place.
     """
-    value = group.get(setting.key)
+    value: Any = group.get(setting.key)
     if _has(value, setting.members):
         for member in setting.members:
             if isinstance(value[member], Tensor):

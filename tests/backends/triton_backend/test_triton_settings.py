@@ -98,6 +98,36 @@ def test_groups_follow_other_schedules():
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+def test_a_column_that_follows_no_more_is_the_hosts():
+    """Other code moves a schedule's number to another column, or its group to another place."""
+
+    def make() -> Any:
+        params = [torch.nn.Parameter(torch.ones(n, device=DEVICE)) for n in (3, 2)]
+        decays = {"params": params[:1], "weight_decay": 0.1}
+        return torch.optim.Adam([decays, {"params": params[1:], "weight_decay": 0.0}], lr=0.1)
+
+    inner, plain = make(), make()
+    decays = triangular(2, base_lr=0.1, max_lr=0.5)
+    ours = CyclicalOptimizer(inner, step_size_up=3, schedules={"weight_decay": [decays, None]})
+    for k in range(10):
+        if k == 3:
+            ours.param_groups.reverse()
+            plain.param_groups.reverse()
+        if k == 6:
+            for group in (*ours.param_groups, *plain.param_groups):
+                group["decoupled_weight_decay"] = True
+        for group in plain.param_groups:
+            group["lr"] = ours.lr_at(k)[0]
+        plain.param_groups[k >= 3]["weight_decay"] = float(decays([k])[0])
+        for group, twin in zip(ours.param_groups, plain.param_groups, strict=True):
+            for p, q in zip(group["params"], twin["params"], strict=True):
+                p.grad, q.grad = torch.full_like(p, 0.5 + k), torch.full_like(q, 0.5 + k)
+        ours.step()
+        plain.step()
+        for group, twin in zip(ours.param_groups, plain.param_groups, strict=True):
+            torch.testing.assert_close(group["params"][0], twin["params"][0], rtol=1e-5, atol=1e-6)
+
+
 def test_an_overflow_leaves_the_settings():
     (case,) = (case for case in KERNELS if case.name == "adam-wd")
     pair = Pair(case)
