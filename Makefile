@@ -110,7 +110,7 @@ test-newest: $(NEWEST)/.test
 # random courses of events over streams, from FIRST on.
 FAKE := build/fake_gpu
 FAKE_TESTS := $(TRITON)/test_triton_graphs.py tests/test_gpu.py $(TRITON)/test_triton.py \
-	$(TRITON)/test_triton_gpu.py tests/fake_gpu
+	$(TRITON)/test_triton_gpu.py $(TRITON)/test_triton_settings.py tests/fake_gpu
 FAKE_PYTHON := LD_PRELOAD=$(CURDIR)/$(FAKE)/libcuda.so.1 $(NEWEST)/bin/python
 FIRST ?= 0
 SEEDS ?= 20
