@@ -122,9 +122,9 @@ def add_param_group(shared: Shared, param_group: Any) -> None:
         optional_number("param_group['base_lr']", given.get("base_lr")),
         optional_number("param_group['max_lr']", given.get("max_lr")),
     )
-    groups = inner.param_groups
     whole = {**inner.defaults, **param_group}
-    warning = check_new_group(shared.settings, whole, param_group.keys(), len(groups))
+    noted = leftover.noted_settings(inner)
+    warning = check_new_group(shared.settings, whole, param_group.keys(), noted)
     position, mirror = shared.position, shared.mirror
     known = not position.is_on_device and mirror.is_known(position.number)
     if not known:

@@ -80,7 +80,10 @@ def check_schedules(
 
 
 def check_new_group(
-    settings: Settings, group: Mapping[str, Any], given: Collection[str], index: int
+    settings: Settings,
+    group: Mapping[str, Any],
+    given: Collection[str],
+    own: Sequence[Mapping[str, Any]],
 ) -> str | None:
     """Check a group that joins an optimizer whose groups follow schedules.
 
@@ -88,7 +91,7 @@ def check_new_group(
         settings: the settings of the optimizer.
         group: the group, with torch's defaults.
         given: the keys that the user has given.
-        index: the number that the group is going to have.
+        own: the settings of the other groups as the user chose them.
 
     Returns:
         A warning if a number that the user has given has no effect, or None.
@@ -98,8 +101,9 @@ def check_new_group(
     """
     names = [name for name in settings.common_schedules if place_of(name)[0] in group]
     for name in names:
-        _check_setting(name, index, group)
-        if name == "weight_decay" and item(group[name]) == 0.0:
+        _check_setting(name, len(own), group)
+        decays = any(each.get("scheduled", {}).get(name, 0.0) != 0.0 for each in own)
+        if name == "weight_decay" and decays and item(group[name]) == 0.0:
             raise ValueError(
                 "param_group has weight_decay=0, and schedules['weight_decay'] is for all groups: "
                 "construct CyclicalOptimizer with a list, which leaves groups that join alone"

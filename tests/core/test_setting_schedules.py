@@ -270,6 +270,10 @@ def test_a_group_that_joins_is_checked():
     with pytest.warns(UserWarning, match="param_group: weight_decay has no effect"):
         opt.add_param_group({**new, "weight_decay": 0.3})
     assert decays_in(opt) == [0.0, 0.0]
+    opt = CyclicalOptimizer(
+        ADAM.make(new["params"], weight_decay=0.0), schedules={"weight_decay": WD}
+    )
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})  # no group decayed before
 
 
 def test_tensors_that_other_groups_share_are_left_alone():
