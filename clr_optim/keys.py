@@ -7,11 +7,14 @@ STEP, BASE, MAX = "clr_step", "clr_base_lr", "clr_max_lr"
 #: The policy as JSON, see :meth:`clr_optim.schedule.Schedule.to_json`.
 SCHEDULE = "clr_schedule"
 
+#: The schedules of the group's settings as JSON, by the setting's name, if any follows one.
+SCHEDULES = "clr_schedules"
+
 #: The bounds of the group's momentum, if momentum cycles.
 BASE_MOMENTUM, MAX_MOMENTUM = "clr_base_momentum", "clr_max_momentum"
 
 #: All keys of a group.
-KEYS = (STEP, BASE, MAX, SCHEDULE, BASE_MOMENTUM, MAX_MOMENTUM)
+KEYS = (STEP, BASE, MAX, SCHEDULE, SCHEDULES, BASE_MOMENTUM, MAX_MOMENTUM)
 
 #: The entry of a state dict that holds the keys of each group, if the layout drops unknown keys.
 ENTRY = "clr_optim"

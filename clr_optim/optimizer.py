@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast, overload
 
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from clr_optim.backends.torch import is_wrapped_by_torch
-from clr_optim.checks import as_position, check_int
 from clr_optim.core import arguments, checkpoint, edits, settings
+from clr_optim.core.course import Course, Number
+from clr_optim.core.misnamed import refuse_misnamed
 from clr_optim.core.refused_writes import refuse_writes
 from clr_optim.core.scheduler_view import CyclicalScheduler
 from clr_optim.core.shared import alone
 from clr_optim.core.step import take_step
-from clr_optim.core.wrapper import OptimizerT, Wrapper
-from clr_optim.keys import SCHEDULE
+from clr_optim.core.wrapper import OptimizerT
+from clr_optim.from_torch import read_scheduler
+from clr_optim.keys import SCHEDULE, SCHEDULES
 from clr_optim.pictures import plot_optimizer
 from clr_optim.schedule import ScaleFn, Schedule
-from clr_optim.torch_schedulers import read_scheduler
 
 __all__ = ["CyclicalOptimizer", "CyclicalScheduler"]
 
-#: a bound: a number, or one per group
-_Number = float | Tensor | Sequence[float | Tensor] | npt.NDArray[Any]
-
 
 @refuse_writes
-class CyclicalOptimizer(Wrapper[OptimizerT]):
+class CyclicalOptimizer(Course[OptimizerT]):
     """Wrap a torch optimizer and cycle its learning rate, with nothing else to step or save.
 
     For the ``t``-th ``step()``, counted from 0 (see :mod:`clr_optim.schedule`)::
@@ -57,8 +54,9 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
         policy: ``"triangular"``, ``"triangular2"``, ``"exp_range"``, ``"exp_range_bounds"``, in any
             case, or a :class:`~clr_optim.schedule.Schedule`, which brings step sizes, gamma, window
             and scale function.
-        base_lr: lower bound, a number or one per group (a list, tuple, array or tensor; a tensor of
-            one element is a number); ``None`` is the paper's ``max_lr / 4``.
+        base_lr: lower bound, a number or one per group: a list, tuple, array or tensor (of one
+            element: a number), or a dictionary if each group has a ``"name"``. ``None`` is the
+            paper's ``max_lr / 4``.
         max_lr: upper bound, a number or one per group; ``None`` is the group's ``lr``, so that the
             rate chosen for the optimizer becomes the top of the cycle. If an earlier wrapper cycled
             the optimizer, ``None`` is the ``lr`` before that, or a rate that other code has written
@@ -73,6 +71,10 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
         cycle_momentum: cycle ``momentum``, or ``betas[0]``, against the rate.
         base_momentum, max_momentum: the bounds of momentum, a number or one per group, in [0, 1];
             used only with ``cycle_momentum=True``.
+        schedules: settings that follow schedules, by name: ``{"weight_decay": schedule, ...}``;
+            ``"betas[1]"`` names a member of a tuple. A schedule has bounds, see
+            :meth:`Schedule.between`, and counts the same steps as the policy. A list has a schedule
+            for each group, or ``None`` for a group whose setting stays.
         max_grad_norm: clip by the global norm, as :func:`torch.nn.utils.clip_grad_norm_` before
             each step; gradients in memory keep their values. See :attr:`grad_norm`.
         backend: ``"torch"`` (the wrapped optimizer's step), ``"native"`` (C++ kernels for CPU
@@ -100,13 +102,14 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
         1
     """
 
+    @refuse_misnamed
     def __init__(
         self,
         optimizer: OptimizerT,
         policy: str | Schedule = "triangular",
         *,
-        base_lr: _Number | None = None,
-        max_lr: _Number | None = None,
+        base_lr: Number | None = None,
+        max_lr: Number | None = None,
         step_size_up: int = 2000,
         step_size_down: int | None = None,
         gamma: float = 0.99994,
@@ -114,8 +117,9 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
         scale_fn: ScaleFn | None = None,
         scale_mode: str = "cycle",
         cycle_momentum: bool = False,
-        base_momentum: _Number = settings.LOW_MOMENTUM,
-        max_momentum: _Number = settings.HIGH_MOMENTUM,
+        base_momentum: Number = settings.LOW_MOMENTUM,
+        max_momentum: Number = settings.HIGH_MOMENTUM,
+        schedules: Mapping[str, Schedule | Sequence[Schedule | None]] | None = None,
         max_grad_norm: float | None = None,
         backend: str = "auto",
     ) -> None:
@@ -140,6 +144,7 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
             max_momentum=max_momentum,
             max_grad_norm=max_grad_norm,
             backend=backend,
+            schedules=schedules,
         )
         # From here on only a warning that the user turned into an error can raise.
         self._set_up(start.settings, start.chosen)
@@ -148,28 +153,41 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
     @classmethod
     def from_scheduler(
         cls,
-        scheduler: CyclicLR | OneCycleLR,
+        scheduler: LRScheduler,
         *,
+        steps_per_epoch: int = 1,
         max_grad_norm: float | None = None,
         backend: str = "auto",
     ) -> CyclicalOptimizer[Optimizer]:
-        """Take over a torch ``CyclicLR`` or ``OneCycleLR`` and its optimizer, in mid-run or before.
+        """Take over a scheduler of torch and its optimizer, in mid-run or before.
 
-        The rates continue the scheduler's, and so do ``momentum`` or ``betas[0]`` if it cycles
-        them: ``iteration`` is the number of scheduler steps taken. Call it between a
-        ``scheduler.step()`` and the next ``optimizer.step()``, and then step the returned optimizer
-        only. The scheduler, and what the scheduler put into groups and optimizer, do not change.
+        The rates continue the scheduler's, beyond its end too, and so do ``momentum`` or
+        ``betas[0]`` if it cycles them: ``iteration`` is the number of scheduler steps taken, times
+        ``steps_per_epoch``. Call it between a ``scheduler.step()`` and the next
+        ``optimizer.step()``, and then step the returned optimizer only. The scheduler, and what the
+        scheduler put into groups and optimizer, do not change.
 
-        If a ``OneCycleLR`` turns between two steps (``pct_start * total_steps`` is no whole
-        number), a ``scale_fn`` computes the same rates: such a step cannot be captured into a CUDA
-        graph, and there is no cycle to count. To resume, build scheduler and optimizer anew, take
-        them over, and load the checkpoint. After the last step, ``total_steps - 1``, the lowest
-        rate stays; torch would overshoot it once and then raise.
+        The rates are those of torch's closed forms: torch computes most rates from the rate before,
+        and drifts by rounding. Each group's initial rate is the upper bound, and ``eta_min`` the
+        lower. To resume, build scheduler and optimizer anew, take them over, and load the
+        checkpoint.
+
+        The function of a ``LambdaLR`` or ``MultiplicativeLR`` becomes a ``scale_fn``: such a step
+        cannot be captured into a CUDA graph. The functions behind the schedules of transformers
+        become phases, and need none. A ``scale_fn`` also gives the rates of a ``OneCycleLR`` that
+        turns between two steps (``pct_start * total_steps`` is no whole number), and of a
+        ``ChainedScheduler`` whose product no phase has. After the last step of a ``OneCycleLR``,
+        ``total_steps - 1``, the lowest rate stays; torch would overshoot it once and then raise.
 
         Args:
-            scheduler: an instance of :class:`torch.optim.lr_scheduler.CyclicLR` (whole step sizes,
-                ``base_lr <= max_lr``, ``gamma`` in (0, 1]) or
-                :class:`torch.optim.lr_scheduler.OneCycleLR` (``div_factor >= 1``).
+            scheduler: a ``LinearLR``, ``ConstantLR``, ``StepLR``, ``MultiStepLR``,
+                ``ExponentialLR``, ``PolynomialLR``, ``CosineAnnealingLR``,
+                ``CosineAnnealingWarmRestarts``, ``CyclicLR``, ``OneCycleLR``, ``LambdaLR`` or
+                ``MultiplicativeLR`` of :mod:`torch.optim.lr_scheduler`, or a ``SequentialLR`` or
+                ``ChainedScheduler`` of these.
+            steps_per_epoch: the optimizer's steps between two calls of ``scheduler.step()``. If the
+                loop calls it once per epoch, the rate changes once per epoch here too: take the
+                scheduler over at the end of an epoch.
             max_grad_norm, backend: as in the constructor.
 
         Returns:
@@ -182,9 +200,8 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
 
         Example:
             >>> model = torch.nn.Linear(2, 1)
-            >>> adam = torch.optim.Adam(model.parameters())
-            >>> scheduler = torch.optim.lr_scheduler.CyclicLR(
-            ...     adam, base_lr=0.1, max_lr=0.5, step_size_up=4, cycle_momentum=False)
+            >>> adam = torch.optim.Adam(model.parameters(), lr=0.5)
+            >>> scheduler = torch.optim.lr_scheduler.LinearLR(adam, 0.2, total_iters=4)
             >>> for _ in range(3):
             ...     adam.step()
             ...     scheduler.step()
@@ -195,7 +212,7 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
             >>> opt.get_last_lr()
             [0.5]
         """
-        taken = read_scheduler(scheduler)
+        taken = read_scheduler(scheduler, steps_per_epoch)
         # The scheduler knows the position; the keys of an earlier wrapper or checkpoint are old.
         with edits.without_our_keys(scheduler.optimizer.param_groups):
             opt = cast("type[CyclicalOptimizer[Optimizer]]", cls)(
@@ -231,108 +248,12 @@ class CyclicalOptimizer(Wrapper[OptimizerT]):
         inner = "\n".join(
             line
             for line in repr(self._inner).splitlines()
-            if not line.strip().startswith(f"{SCHEDULE}:")
+            if not line.strip().startswith((f"{SCHEDULE}:", f"{SCHEDULES}:"))
         )
         return (
             f"{type(self).__name__} ({self.schedule.name}, iteration {self.iteration}, "
             f"backend {self._shared.serving.name})\n{inner}"
         )
-
-    # ---- the position in the cycle
-
-    @property
-    def schedule(self) -> Schedule:
-        """The policy, as a schedule."""
-        return self._shared.settings.schedule
-
-    @property
-    def iteration(self) -> int:
-        """Steps taken, which is the number of the next ``step()``, counted from 0.
-
-        If only the device knows the number, the host waits for the device: after steps that a
-        GradScaler's fused path may have skipped, and after a capture into a CUDA graph.
-        """
-        shared = self._shared
-        if shared.position.is_certain:
-            return shared.position.believed()
-        with shared.lock:
-            return shared.position.ask()
-
-    @property
-    def cycle(self) -> float:
-        """Cycles done; 2.5 is half-way through the third cycle."""
-        return self.schedule.cycle(self.iteration)
-
-    @property
-    def steps_to_cycle_end(self) -> int | None:
-        """Steps until the cycle is complete; ``None`` if there is no cycle."""
-        return self.schedule.steps_to_cycle_end(self.iteration)
-
-    def lr_at(self, step: int) -> list[float]:
-        """Return the rates that a step uses.
-
-        Args:
-            step: the number of the step, an integer >= 0, counted from 0.
-
-        Returns:
-            One rate per group.
-
-        Raises:
-            TypeError, ValueError: naming the value and what would be right.
-
-        Example:
-            >>> model = torch.nn.Linear(2, 1)
-            >>> opt = CyclicalOptimizer(torch.optim.SGD(model.parameters(), lr=0.4), step_size_up=2)
-            >>> opt.lr_at(1), opt.lr_at(2)
-            ([0.25], [0.4])
-        """
-        step = check_int("step", step, minimum=0)
-        return self.schedule.rates(step, self._shared.mirror.bounds())
-
-    def get_last_lr(self) -> list[float]:
-        """Return the rates of the next step, one per group, as torch's schedulers do."""
-        return self.lr_at(self.iteration)
-
-    @alone
-    def set_iteration(self, iteration: int) -> None:
-        """Go to a step of the schedule, without calling cycle-end hooks.
-
-        Args:
-            iteration: the number of the next step, an integer >= 0.
-
-        Raises:
-            TypeError, ValueError: naming the value and what would be right.
-
-        Example:
-            >>> model = torch.nn.Linear(2, 1)
-            >>> opt = CyclicalOptimizer(torch.optim.SGD(model.parameters(), lr=0.4), step_size_up=3)
-            >>> opt.set_iteration(9)
-            >>> opt.cycle, opt.steps_to_cycle_end, opt.get_last_lr()
-            (1.5, 3, [0.4])
-        """
-        iteration = as_position(iteration, "iteration")
-        self._shared.position.settle()
-        self._shared.position.go_to(iteration)
-
-    @alone
-    def set_bounds(self, *, base_lr: _Number | None = None, max_lr: _Number | None = None) -> None:
-        """Change the bounds, from the next step on.
-
-        Args:
-            base_lr, max_lr: a number or one per group; ``None`` keeps the present bound.
-
-        Raises:
-            TypeError, ValueError: for impossible bounds, and if every phase of the schedule brings
-                its bounds.
-
-        Example:
-            >>> model = torch.nn.Linear(2, 1)
-            >>> opt = CyclicalOptimizer(torch.optim.SGD(model.parameters(), lr=0.4))
-            >>> opt.set_bounds(base_lr=0.2)
-            >>> opt.get_last_lr(), opt.lr_at(2000)
-            ([0.2], [0.4])
-        """
-        edits.set_bounds(self._shared, base_lr, max_lr)
 
     @property
     def grad_norm(self) -> Tensor | None:

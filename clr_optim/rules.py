@@ -26,8 +26,8 @@ __all__ = [
 Group = Mapping[str, Any]
 Shape = tuple[int, ...]
 
-# The number of scalars that every row begins with: `Common` in rules.h.
-_COMMON = 4
+# A number that no setting has, to find the column of a setting.
+_MARK = 0.7390851332151607
 # Types of settings that cannot hold a tensor.
 _NO_TENSORS = frozenset({bool, int, float, str, type(None)})
 
@@ -133,10 +133,23 @@ class UpdateRule:
         tensors = (slot.name for slots in self.kernels.values() for slot in slots)
         return (*self.numbers, *dict.fromkeys(tensors))
 
-    @property
-    def momentum_column(self) -> int | None:
-        """The index of the momentum that may cycle in :meth:`row`."""
-        return None if self.momentum is None else _COMMON + self.momentum
+    def columns_of(self, group: Group, key: str, members: Sequence[int]) -> list[int]:
+        """Return the column in :meth:`row` of each number of a setting, or -1.
+
+        Args:
+            group: the settings of a group.
+            key: the setting's name.
+            members: the places of its numbers in a tuple; empty if the setting is a number.
+        """
+        columns = []
+        for member in members or (None,):
+            marked: Any = _MARK
+            if member is not None:
+                marked = [*group[key]]
+                marked[member] = _MARK
+            row = self.row({**group, key: marked})
+            columns.append(row.index(_MARK) if _MARK in row else -1)
+        return columns
 
     def row(self, group: Group) -> tuple[float, ...]:
         """Return the scalars of a group: those of every rule, as ``Common`` in rules.h, then ours.

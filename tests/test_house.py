@@ -13,7 +13,7 @@ from places import ROOT, TESTS
 FLOORS = (
     ("_version", "checks", "console", "keys", "options", "pictures"),
     ("rules", "schedule", "sharding"),
-    ("kernels", "torch_schedulers"),
+    ("from_torch", "kernels"),
     ("plan",),
     ("backends",),
     ("core",),

@@ -1,4 +1,4 @@
-"""The README's table for users of other tools, checked against those tools' formulas."""
+"""The page for users of other tools, checked against those tools' formulas."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, OneCycleLR
 
 from clr_optim import CyclicalOptimizer
+from clr_optim.schedule import cosine, linear, warm_restarts
 
 
 def sgd(lr):
@@ -60,3 +61,34 @@ def test_fastais_one_cycle_to_within_a_step():
         low, high = sorted([fastais(k), fastais(k + 1)])
         assert low * (1 - 1e-9) <= rate <= high * (1 + 1e-9)
     assert opt.param_groups[0]["momentum"] == 0.95  # OneCycleLR cycles it by default
+
+
+WARMUP, TOTAL = 500, 10_000
+
+
+@pytest.mark.parametrize("step", [*range(0, TOTAL, 173), WARMUP - 1, WARMUP, TOTAL - 1, TOTAL])
+def test_a_warm_up_before_a_cosine_or_a_straight_line(step):
+    progress = (step - WARMUP) / (TOTAL - WARMUP)
+    rise = step / WARMUP
+    expected = {
+        cosine: rise if progress < 0 else 0.5 * (1 + math.cos(math.pi * progress)),
+        linear: rise if progress < 0 else 1 - progress,
+    }
+    for policy, factor in expected.items():
+        opt = CyclicalOptimizer(sgd(0.1), policy(TOTAL - WARMUP).with_warmup(WARMUP), max_lr=0.1)
+        assert opt.lr_at(step) == pytest.approx([0.1 * factor], rel=1e-9, abs=1e-15)
+
+
+def test_warm_restarts_stepped_by_fractions_of_epochs():
+    """The loop of torch's docs: ``scheduler.step(epoch + i / iters)``, here before each batch."""
+    iters, optimizer = 25, sgd(0.1)
+    scheduler = CosineAnnealingWarmRestarts(optimizer, 2, 3, eta_min=0.001)
+    opt = CyclicalOptimizer(
+        sgd(0.1), warm_restarts(2 * iters, period_multiplier=3), base_lr=0.001, max_lr=0.1
+    )
+    for epoch in range(9):
+        for i in range(iters):
+            optimizer.step()
+            scheduler.step(epoch + i / iters)
+            expected = optimizer.param_groups[0]["lr"]
+            assert opt.lr_at(epoch * iters + i) == pytest.approx([expected], rel=1e-9)

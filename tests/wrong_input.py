@@ -24,6 +24,7 @@ sys.path += [
 
 import test_cli
 import test_commands
+import test_from_any_scheduler
 import test_from_scheduler
 import test_hostile_checkpoints as checkpoints
 import test_optimizer_errors as errors
@@ -31,6 +32,7 @@ import test_plotting
 import test_range_test_arguments as range_test_arguments
 import test_range_test_result as range_test_result
 import test_register_rule
+import test_setting_schedules
 from cases import BY_NAME
 from torch import Tensor
 
@@ -107,11 +109,23 @@ def attempts() -> Iterator[Attempt]:
         yield Attempt(where, f"optimizer: {name}", lambda m=make: CyclicalOptimizer(m()))
     for name, (options, *_) in errors.CONSTRUCTOR.items():
         yield Attempt(where, name, lambda o=options: CyclicalOptimizer(errors.adam(), **o))
+    for name, (schedules, *_) in test_setting_schedules.REFUSED.items():
+        yield Attempt(
+            f"{where}, schedules of settings",
+            name,
+            lambda s=schedules: CyclicalOptimizer(errors.adam(), schedules=s),
+        )
     for name, (build, *_) in test_from_scheduler.REFUSED.items():
         yield Attempt(
             f"{where}.from_scheduler",
             name,
             lambda b=build: CyclicalOptimizer.from_scheduler(b(test_from_scheduler.make())),
+        )
+    for name, (build, *_) in test_from_any_scheduler.REFUSED.items():
+        yield Attempt(
+            f"{where}.from_scheduler",
+            name,
+            lambda b=build: CyclicalOptimizer.from_scheduler(b(test_from_any_scheduler.sgd())),
         )
     for name, (call, *_) in errors.METHODS.items():
         yield Attempt(f"{where}, methods", name, lambda c=call: c(errors.trained()[0]))

@@ -28,6 +28,8 @@ class Course(NamedTuple):
         kept: ``(group, lr)`` of each learning rate that is a tensor and that the device keeps
             current.
         moves: whether the position advances. If not, the step uses ``rates`` and no schedule.
+        followed: settings that follow schedules: the group's number, the setting's name, the places
+            of its numbers in a tuple (empty if it is a number), and their schedules.
     """
 
     position: int
@@ -36,6 +38,7 @@ class Course(NamedTuple):
     momenta: Sequence[tuple[float, float]] | None
     kept: Sequence[tuple[int, Tensor]]
     moves: bool
+    followed: Sequence[tuple[int, str, tuple[int, ...], Sequence[Schedule]]] = ()
 
 
 class Gradients(NamedTuple):

@@ -17,7 +17,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from clr_optim.backends.base import Course, Gradients, WhoKnows
 from clr_optim.backends.torch import has_own_step
 from clr_optim.kernels.native import NoKernelsError, load
-from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM, STEP
+from clr_optim.keys import STEP
 from clr_optim.plan import Plan
 from clr_optim.rules import RULES, UpdateRule, class_name
 from clr_optim.schedule import Schedule
@@ -62,10 +62,6 @@ def library() -> ModuleType:
         global_post_hooks=_global_optimizer_post_hooks,
         profiler=vars(torch.autograd.profiler),
         position_key=STEP,
-        base_key=BASE,
-        top_key=MAX,
-        low_key=BASE_MOMENTUM,
-        high_key=MAX_MOMENTUM,
     )
     return lib
 

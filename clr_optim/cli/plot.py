@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,11 @@ from clr_optim.options import OptionError, add_json, flag, library_errors, spell
 
 __all__ = ["add_plot"]
 
-#: The policies that ``plot --policy`` draws. An option applies if the constructor has it.
-_POLICIES: dict[str, Callable[..., schedule.Schedule]] = {
-    **schedule.POLICIES,
-    "one_cycle": schedule.one_cycle,
-    "warm_restarts": schedule.warm_restarts,
-}
-_SHAPE_OPTIONS = ("step_size_up", "step_size_down", "gamma", "window", "period")
+# Options that go to the policy. An option applies if the policy has an argument of its name.
+_SHAPE_OPTIONS = (
+    "step_size_up", "step_size_down", "period", "period_multiplier", "warmup", "stable", "decay",
+    "shape", "end", "power", "gamma", "window",
+)  # fmt: skip
 
 
 def add_plot(commands: Any) -> None:
@@ -35,13 +33,20 @@ def add_plot(commands: Any) -> None:
     )
     add = parser.add_argument
     add(
-        "--policy", type=spelled(_POLICIES), choices=_POLICIES, metavar="NAME",
-        help=", ".join(_POLICIES),
+        "--policy", type=spelled(schedule.POLICIES), choices=schedule.POLICIES, metavar="NAME",
+        help=", ".join(schedule.POLICIES),
     )  # fmt: skip
     add("--steps", type=int, metavar="N", help="iterations to draw (20000)")
     add("--step-size-up", type=int, metavar="N", help="rising half of a cycle (2000)")
     add("--step-size-down", type=int, metavar="N", help="falling half (as --step-size-up)")
     add("--period", type=int, metavar="N", help="first period of warm_restarts (2000)")
+    add("--period-multiplier", type=int, metavar="N", help="growth of cycles (1)")
+    add("--warmup", type=int, metavar="N", help="warm-up of wsd and inverse_sqrt (a tenth)")
+    add("--stable", type=int, metavar="N", help="stable part of wsd")
+    add("--decay", type=int, metavar="N", help="decay of wsd (a quarter of the rest)")
+    add("--shape", help="shape of wsd's decay: linear, cosine, sqrt, exp (linear)")
+    add("--end", type=float, help="last rate divided by --max-lr (0)")
+    add("--power", type=float, help="exponent of polynomial (1)")
     add("--base-lr", type=float, metavar="LR", help="lower bound (a quarter of --max-lr)")
     add("--max-lr", type=float, metavar="LR", help="upper bound (0.006)")
     add("--gamma", type=float, help="decay per iteration of exp_range (0.99994)")
@@ -67,7 +72,7 @@ def _plot(args: argparse.Namespace) -> Outcome:
         for path in paths:
             print(path)
         return Outcome({"pictures": [str(path) for path in paths]})
-    make = _POLICIES[args.policy]
+    make = schedule.POLICIES[args.policy]
     steps = given.pop("steps", 20_000)
     max_lr = given.pop("max_lr", 0.006)
     base_lr = given.pop("base_lr", max_lr / 4)
@@ -75,8 +80,7 @@ def _plot(args: argparse.Namespace) -> Outcome:
     if unused:
         verb = "has" if len(unused) == 1 else "have"
         raise OptionError(f"{_flags(unused)} {verb} no effect with --policy {args.policy}")
-    lengths = {"one_cycle": {"total_steps": steps}, "warm_restarts": {"period": 2000}}
-    options: dict[str, Any] = {**lengths.get(args.policy, {}), **given}
+    options = {**schedule.arguments_for(make, steps, 2000), **given}
     with library_errors(args):
         drawn = make(**options)
         figure = plotting.plot_schedule(drawn, steps, base_lr, max_lr)

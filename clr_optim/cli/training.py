@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from typing import Any
 
 from clr_optim import backends, schedule
@@ -12,9 +13,6 @@ from clr_optim.options import OptionError, add_json, library_errors, spelled, wh
 from clr_optim.range_test import BASES, DEFAULT_RANGE, DEFAULT_STEPS, METHODS, METRICS, MODES
 
 __all__ = ["add_demo", "add_range_test", "add_train"]
-
-#: The policies of ``train --policy``: a fixed rate, and cycles of one length.
-_TRAINED = ("fixed", *schedule.POLICIES)
 
 _RANGE_TEST_EXAMPLES = """examples:
   clr-optim range-test --optimizer Adam
@@ -102,8 +100,9 @@ def add_train(commands: Any) -> None:
     _add_task(parser)
     add = parser.add_argument
     add(
-        "--policy", type=spelled(_TRAINED), choices=_TRAINED, default="triangular2", metavar="NAME",
-        help=f"{', '.join(_TRAINED)} (triangular2)",
+        "--policy", type=spelled(schedule.POLICIES), choices=schedule.POLICIES,
+        default="triangular2", metavar="NAME",
+        help=f"{', '.join(schedule.POLICIES)} (triangular2)",
     )  # fmt: skip
     add("--base-lr", type=float, metavar="LR", help="lower bound")
     add("--max-lr", type=float, metavar="LR", help="upper bound; fixed takes the geometric mean")
@@ -160,10 +159,10 @@ def _range_test(args: argparse.Namespace) -> Outcome:
 def _train(args: argparse.Namespace) -> Outcome:
     from clr_optim.demo.commands import train_once
 
-    if args.gamma is not None and not args.policy.startswith("exp_range"):
-        raise OptionError(f"--gamma has no effect with --policy {args.policy}")
-    if args.window is not None and args.policy == "fixed":
-        raise OptionError("--window has no effect with --policy fixed")
+    parameters = inspect.signature(schedule.POLICIES[args.policy]).parameters
+    for name in ("gamma", "window"):
+        if getattr(args, name) is not None and name not in parameters:
+            raise OptionError(f"--{name} has no effect with --policy {args.policy}")
     with library_errors(args):
         results, code = train_once(args)
     return Outcome(results, code)

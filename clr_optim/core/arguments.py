@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,20 +19,22 @@ from clr_optim.checks import (
     check_momenta,
     check_number,
     item,
-    values_of,
 )
 from clr_optim.core import leftover
 from clr_optim.core.checkpoint.state import check_momentum_state
+from clr_optim.core.per_group import optional_per_group, per_group
 from clr_optim.core.rates import check_tensor_lr
 from clr_optim.core.saved import (
     are_close,
+    bounds_shown,
     edited_rates_warning,
     initial_bounds,
     read_position,
 )
+from clr_optim.core.scheduled import check_schedules
 from clr_optim.core.settings import Settings
 from clr_optim.core.warn import callers_level
-from clr_optim.keys import BASE, MAX, SCHEDULE
+from clr_optim.keys import BASE, MAX, SCHEDULE, SCHEDULES
 from clr_optim.schedule import POLICIES, SCALE_MODES, Schedule, check_growth, triangular
 
 __all__ = [
@@ -39,8 +42,6 @@ __all__ = [
     "check_arguments",
     "check_optimizer",
     "make_schedule",
-    "optional_number",
-    "optional_per_group",
     "separate_defaults",
 ]
 
@@ -60,6 +61,7 @@ class Start:
         note: the note of an earlier wrapper that left its rates in the groups, if any.
         own: the settings of each group before it was cycled.
         saved_policy: the policy in a checkpoint that the optimizer has loaded, if any.
+        saved_schedules: the schedules of each group's settings in that checkpoint.
         warnings: messages for the user.
     """
 
@@ -73,6 +75,7 @@ class Start:
     note: dict[str, Any] | None
     own: list[dict[str, Any]]
     saved_policy: object
+    saved_schedules: list[object]
     warnings: list[str | None]
 
 
@@ -87,6 +90,7 @@ def check_arguments(
     max_momentum: object,
     max_grad_norm: object,
     backend: Any,
+    schedules: object = None,
 ) -> Start:
     """Check the constructor's arguments; change nothing.
 
@@ -109,29 +113,34 @@ def check_arguments(
     note = leftover.note_of(optimizer)
     # The user may have loaded a checkpoint before wrapping the optimizer.
     position, resumed = read_position(groups, "optimizer") if note is None else (0, False)
-    own = leftover.own_settings(optimizer, schedule, note, max_lr is not None)
+    own = leftover.own_settings(optimizer, schedule, note, max_lr is not None, schedules)
     bounds = [
         initial_bounds(group, f" in parameter group {i}", base, top)
         for i, (group, base, top) in enumerate(
             zip(
                 groups if note is None else own,
-                optional_per_group("base_lr", base_lr, len(groups)),
-                optional_per_group("max_lr", max_lr, len(groups)),
+                optional_per_group("base_lr", base_lr, groups),
+                optional_per_group("max_lr", max_lr, groups),
                 strict=True,
             )
         )
     ]
     if max_lr is None and not schedule.has_bounds:
         _warn_scheduled_rates(groups)
-    _warn_unread_bounds(groups)
     cycles = check_bool("cycle_momentum", cycle_momentum)
     momenta = _check_momenta(optimizer, cycles, base_momentum, max_momentum)
+    scheduled = check_schedules(optimizer, schedules, own, cycle_momentum=cycles)
     if max_grad_norm is not None:
         max_grad_norm = check_number(
             "max_grad_norm", max_grad_norm, open_minimum=True, finite=False
         )
     schedule.rates(position, bounds)  # a scale_fn may raise
     chosen = backends.resolve(backend, optimizer)
+    settings = Settings(optimizer, schedule, cycles, max_grad_norm, backend, scheduled)
+    if cycles:
+        check_momentum_state(optimizer, range(len(groups)), "cycle_momentum=True")
+    with_momentum = settings.with_momentum_schedule(len(groups))
+    check_momentum_state(optimizer, with_momentum, "schedules['momentum']")
     warned: list[str | None] = []
     if note is not None:
         warned = [leftover.starts_anew_warning(groups, note["loaded"])]
@@ -143,7 +152,7 @@ def check_arguments(
             else edited_rates_warning(groups, schedule)
         ]
     return Start(
-        Settings(optimizer, schedule, cycles, max_grad_norm, backend),
+        settings,
         chosen,
         position,
         resumed,
@@ -153,6 +162,7 @@ def check_arguments(
         note,
         own,
         groups[0].get(SCHEDULE) if resumed and groups else None,
+        [group.get(SCHEDULES) for group in groups] if resumed else [],
         warned,
     )
 
@@ -178,6 +188,8 @@ def check_optimizer(optimizer: object, wrapper: type[Optimizer]) -> None:
 
 # ---- the policy
 
+_CYCLIC = ("gamma", "scale_fn", "scale_mode")
+
 
 def make_schedule(policy: object, constructor: Callable[..., Any], **options: Any) -> Schedule:
     """Return the schedule that a policy's name and options describe.
@@ -188,59 +200,56 @@ def make_schedule(policy: object, constructor: Callable[..., Any], **options: An
         **options: step sizes, gamma, window, scale_fn and scale_mode.
     """
     if isinstance(policy, Schedule):
-        parameters = inspect.signature(constructor).parameters
-        for name in options:
-            value, default = options[name], parameters[name].default
-            if value is not default and not (type(value) is type(default) and value == default):
-                raise ValueError(
-                    f"{name}={options[name]!r} has no effect with policy={policy.name!r}, a "
-                    f"Schedule: give {name} to the schedule's constructor"
-                )
+        for name, value in _given(constructor, options):
+            raise ValueError(
+                f"{name}={value!r} has no effect with policy={policy.name!r}, a "
+                f"Schedule: give {name} to the schedule's constructor"
+            )
         check_growth(policy)
         return policy
     lowered = policy.lower() if isinstance(policy, str) else ""
     if lowered not in POLICIES:
         remedy = "; call it: what it returns may be a Schedule" if callable(policy) else ""
+        if isinstance(policy, (int, float)):
+            remedy = f"; if that is a rate, give it by name, as max_lr={policy!r}"
         raise ValueError(
             f"policy must be one of {', '.join(map(repr, POLICIES))} or a Schedule "
-            f"(see clr_optim.schedule: fixed, one_cycle, sequence, ...), got {policy!r}{remedy}"
+            f"(see clr_optim.schedule), got {policy!r}{remedy}"
         )
-    gamma, scale_fn = options.pop("gamma"), options.pop("scale_fn")
-    scale_mode = check_choice("scale_mode", options.pop("scale_mode"), SCALE_MODES)
-    check_number("gamma", gamma, open_minimum=True, maximum=1.0)
-    if scale_fn is not None:
-        schedule = triangular(**options, scale_fn=scale_fn, scale_mode=scale_mode)
-        return Schedule(lowered, schedule.phases)
     make = POLICIES[lowered]
-    if "gamma" in inspect.signature(make).parameters:
-        options["gamma"] = gamma
-    return make(**options)
+    parameters = inspect.signature(make).parameters
+    needed = [name for name, each in parameters.items() if each.default is each.empty]
+    if needed:
+        arguments = ", ".join(f"{name}=..." for name in needed)
+        raise ValueError(
+            f"policy={policy!r} needs {', '.join(needed)}: give what the policy returns, as "
+            f"policy=clr_optim.schedule.{lowered}({arguments})"
+        )
+    # As CyclicLR does, every policy with cycles takes gamma, and a scale_fn that replaces decays.
+    taken = {*parameters, *(_CYCLIC if "step_size_up" in parameters else ())}
+    for name, value in _given(constructor, options):
+        if name not in taken:
+            raise ValueError(f"{name}={value!r} has no effect with policy={policy!r}: leave it out")
+    check_choice("scale_mode", options["scale_mode"], SCALE_MODES)
+    check_number("gamma", options["gamma"], open_minimum=True, maximum=1.0)
+    if options["scale_fn"] is not None:
+        del options["gamma"]
+        return Schedule(lowered, triangular(**options).phases)
+    return make(**{name: value for name, value in options.items() if name in parameters})
+
+
+def _given(
+    constructor: Callable[..., Any], options: Mapping[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    """Yield the options whose values are not the defaults of a constructor."""
+    parameters = inspect.signature(constructor).parameters
+    for name, value in options.items():
+        default = parameters[name].default
+        if value is not default and not (type(value) is type(default) and value == default):
+            yield name, value
 
 
 # ---- bounds
-
-
-def optional_number(name: str, value: object) -> float | None:
-    """Return a number >= 0, or ``None`` for ``None``."""
-    return None if value is None else check_number(name, value)
-
-
-def optional_per_group(name: str, value: object, groups: int) -> list[float | None]:
-    """Return a number for each group, or ``None`` for each."""
-    return [None] * groups if value is None else list(_per_group(name, value, groups))
-
-
-def _per_group(name: str, value: object, groups: int, **limits: Any) -> list[float]:
-    """Return a list with a number for each group, from one number or a sequence."""
-    values = values_of(value)
-    if values is not None:
-        if len(values) != groups:
-            raise ValueError(
-                f"{name} has {len(values)} values and the optimizer {groups} parameter groups: "
-                f"give one number, or one per group; got {value!r}"
-            )
-        return [check_number(f"{name}[{i}]", v, **limits) for i, v in enumerate(values)]
-    return [check_number(name, value, **limits)] * groups
 
 
 def _check_momenta(
@@ -248,8 +257,8 @@ def _check_momenta(
 ) -> list[tuple[float, float]]:
     """Return the bounds of each group's momentum; raise if momentum is to cycle and cannot."""
     groups = optimizer.param_groups
-    low = _per_group("base_momentum", base_momentum, len(groups), maximum=1.0)
-    high = _per_group("max_momentum", max_momentum, len(groups), maximum=1.0)
+    low = per_group("base_momentum", base_momentum, groups, maximum=1.0)
+    high = per_group("max_momentum", max_momentum, groups, maximum=1.0)
     for i, (group, b, m) in enumerate(zip(groups, low, high, strict=True)):
         if cycles and "betas" not in group and "momentum" not in group:
             raise ValueError(
@@ -258,8 +267,6 @@ def _check_momenta(
                 "leave it False"
             )
         check_momenta(b, m, f" for parameter group {i}", beta=cycles and "betas" in group)
-    if cycles:
-        check_momentum_state(optimizer)
     return list(zip(low, high, strict=True))
 
 
@@ -301,35 +308,18 @@ def _warn_scheduled_rates(groups: Sequence[Mapping[str, Any]]) -> None:
             return
 
 
-def _warn_unread_bounds(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Warn if the user wrote bounds into groups, where only ``add_param_group`` reads them."""
-    for i, group in enumerate(groups):
-        # A torch scheduler leaves an initial_lr, and OneCycleLR a max_lr with it.
-        if "initial_lr" in group:
-            continue
-        for name in ("base_lr", "max_lr"):
-            if name in group:
-                warnings.warn(
-                    f"{name!r} in parameter group {i} has no effect: give the bounds to the "
-                    f"wrapper, as {name}=[...] with one number per group",
-                    UserWarning,
-                    stacklevel=callers_level(),
-                )
-                return
-
-
 def _other_bounds_warning(
     groups: Sequence[Mapping[str, Any]], bounds: Sequence[tuple[float, float]]
 ) -> str | None:
     """Return a warning if a checkpoint's bounds differ from the constructor's arguments."""
-    for i, (group, (base, top)) in enumerate(zip(groups, bounds, strict=True)):
-        if BASE in group and MAX in group:
-            saved = float(group[BASE]), float(group[MAX])
-            if not (are_close(saved[0], base) and are_close(saved[1], top)):
-                return (
-                    f"the wrapped optimizer's checkpoint has the bounds base_lr={saved[0]:g}, "
-                    f"max_lr={saved[1]:g} in parameter group {i}, and the arguments give "
-                    f"base_lr={base:g}, max_lr={top:g}: the arguments hold. To train with the "
-                    f"checkpoint's, call set_bounds(base_lr={saved[0]:g}, max_lr={saved[1]:g})."
-                )
-    return None
+    saved = [
+        (float(group[BASE]), float(group[MAX])) if BASE in group and MAX in group else own
+        for group, own in zip(groups, bounds, strict=True)
+    ]
+    if all(map(are_close, itertools.chain(*saved), itertools.chain(*bounds))):
+        return None
+    return (
+        f"the wrapped optimizer's checkpoint has the bounds {bounds_shown(saved)}, and the "
+        f"arguments give {bounds_shown(bounds)}: the arguments hold. To train with the "
+        f"checkpoint's, call set_bounds({bounds_shown(saved)})."
+    )

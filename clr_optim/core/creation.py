@@ -60,10 +60,11 @@ def create_state(shared: Shared, fused: FusedBackend, borrowed: Borrowed) -> Non
         RuntimeError: if the user asked for a backend that cannot serve all parameters.
     """
     position = shared.position
-    if shared.settings.cycle_momentum and position.is_on_device:
-        position.settle()  # the kernels use the groups' momentum
+    settings = shared.settings
+    if (settings.cycle_momentum or settings.schedules) and position.is_on_device:
+        position.settle()  # the kernels use the groups' settings
     fused.plan.refresh()
-    gradients = Gradients(max_norm=shared.settings.max_grad_norm)
+    gradients = Gradients(max_norm=settings.max_grad_norm)
     if has_rest(shared, fused, capturing=False):
         gradients = step_rest(shared, fused, amp.NO_SIGNALS, gradients, borrowed)
     course = position.course()

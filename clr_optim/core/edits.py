@@ -10,14 +10,17 @@ from torch.optim import Optimizer
 
 from clr_optim.checks import check_bounds, shown
 from clr_optim.core import leftover
-from clr_optim.core.arguments import Start, optional_number, optional_per_group, separate_defaults
+from clr_optim.core.arguments import Start, separate_defaults
 from clr_optim.core.checkpoint import warn_other_policy
+from clr_optim.core.followed import schedules_json
+from clr_optim.core.per_group import optional_number, optional_per_group
 from clr_optim.core.rates import check_tensor_lr
 from clr_optim.core.saved import initial_bounds
+from clr_optim.core.scheduled import check_new_group, warn_other_schedules
 from clr_optim.core.shared import Shared
 from clr_optim.core.warn import warn_each
-from clr_optim.keys import BASE, BASE_MOMENTUM, KEYS, MAX, MAX_MOMENTUM
-from clr_optim.torch_schedulers import TorchsCourse
+from clr_optim.from_torch import TorchsCourse
+from clr_optim.keys import BASE, BASE_MOMENTUM, KEYS, MAX, MAX_MOMENTUM, SCHEDULES
 
 __all__ = ["add_param_group", "arguments_of", "begin", "set_bounds", "without_our_keys"]
 
@@ -34,13 +37,20 @@ def begin(shared: Shared, start: Start) -> None:
         group[BASE], group[MAX] = base, top
         if settings.cycle_momentum:
             group[BASE_MOMENTUM], group[MAX_MOMENTUM] = low, high
+    for i, group in enumerate(optimizer.param_groups):
+        group.pop(SCHEDULES, None)
+        if settings.schedules:
+            group[SCHEDULES] = schedules_json(settings.schedules_of(i))
     shared.position.go_to(start.position)
     shared.constructor_bounds = start.constructor_bounds
     loaded = start.position if start.resumed else None
-    leftover.take_note(optimizer, start.own, settings.schedule, loaded)
+    leftover.take_note(optimizer, start.own, settings.schedule, loaded, settings.schedules)
     if start.saved_policy is not None:
         warn_other_policy(shared, start.saved_policy, "the wrapped optimizer")
-    warn_each(start.warnings)
+    groups = optimizer.param_groups
+    other = warn_other_schedules(groups, start.saved_schedules, "the wrapped optimizer")
+    warn_each([*start.warnings, other])
+    shared.position.warn_unread_bounds()
 
 
 def arguments_of(taken: TorchsCourse) -> dict[str, Any]:
@@ -79,13 +89,14 @@ def set_bounds(shared: Shared, base_lr: object, max_lr: object) -> None:
             f"base_lr={base_lr!r}, max_lr={max_lr!r}: every phase of the schedule "
             f"{schedule.name!r} has bounds already, which these would not change"
         )
+    shared.position.warn_unread_bounds()
     position = shared.position.settle()
     bounds = []
     for i, ((old_base, old_max), new_base, new_max) in enumerate(
         zip(
             shared.mirror.bounds(),
-            optional_per_group("base_lr", base_lr, len(groups)),
-            optional_per_group("max_lr", max_lr, len(groups)),
+            optional_per_group("base_lr", base_lr, groups),
+            optional_per_group("max_lr", max_lr, groups),
             strict=True,
         )
     ):
@@ -111,6 +122,9 @@ def add_param_group(shared: Shared, param_group: Any) -> None:
         optional_number("param_group['base_lr']", given.get("base_lr")),
         optional_number("param_group['max_lr']", given.get("max_lr")),
     )
+    whole = {**inner.defaults, **param_group}
+    noted = leftover.noted_settings(inner)
+    warning = check_new_group(shared.settings, whole, param_group.keys(), noted)
     position, mirror = shared.position, shared.mirror
     known = not position.is_on_device and mirror.is_known(position.number)
     if not known:
@@ -139,6 +153,7 @@ def add_param_group(shared: Shared, param_group: Any) -> None:
         mirror.join(position.number)
     else:
         position.rewrite()
+    warn_each([warning])
 
 
 def _check_new_group(inner: Optimizer, param_group: object) -> None:

@@ -3,59 +3,29 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from clr_optim.core.rates import (
-    momentum_bounds,
-    momentum_of,
-    never_driven,
-    write_momentum,
-    write_rate,
-    written_rate,
+from clr_optim.core.followed import followed_by, held_by, schedules_json
+from clr_optim.core.rates import momentum_bounds, never_driven, write_rate, written_rate
+from clr_optim.core.records import (
+    Record,
+    are_untouched,
+    hold_ours,
+    schedules_of,
+    write_settings,
 )
 from clr_optim.core.saved import found_bounds, written_position
 from clr_optim.core.settings import HIGH_MOMENTUM, LOW_MOMENTUM, Settings
-from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM, SCHEDULE, STEP
-from clr_optim.schedule import Schedule, rates_and_momenta
+from clr_optim.core.values import Values, evaluate
+from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM, SCHEDULE, SCHEDULES, STEP
+from clr_optim.schedule import Schedule
 
-__all__ = ["GroupMirror", "Record", "Values"]
+__all__ = ["GroupMirror"]
 
 _BOUNDS_OF, _RATE_OF = operator.itemgetter(BASE, MAX), operator.itemgetter("lr")
-
-
-class Record:
-    """One group, and the objects that we put there. :class:`Values` has their numbers."""
-
-    __slots__ = ("group", "lr", "momentum")
-
-    def __init__(self, group: dict[str, Any], lr: object) -> None:
-        self.group = group
-        #: the object in ``group["lr"]``: a float, or the user's tensor
-        self.lr = lr
-        #: the object that holds the momentum, see :func:`momentum_of`; None if none cycles
-        self.momentum: object = None
-
-
-class Values(NamedTuple):
-    """What the groups hold at a position.
-
-    Args:
-        position: the number of the step.
-        bounds: ``(base_lr, max_lr)`` of each group.
-        momentum_bounds: ``(base_momentum, max_momentum)`` of each group; empty if momentum does
-            not cycle.
-        rates: the rate of each group.
-        momenta: the momentum of each group; empty if momentum does not cycle.
-    """
-
-    position: int
-    bounds: list[tuple[float, float]]
-    momentum_bounds: list[tuple[float, float]]
-    rates: list[float]
-    momenta: list[float]
 
 
 class GroupMirror:
@@ -63,7 +33,7 @@ class GroupMirror:
 
     :meth:`is_untouched` and :meth:`is_known` are cheap, and may answer False for untouched groups.
     :meth:`changed_rates` reads the values. The answers to a change are :meth:`adopt` (take over
-    bounds that other code wrote) and :meth:`write` (overrule rates and momenta).
+    bounds that other code wrote) and :meth:`write` (overrule rates and settings).
 
     Args:
         settings: the optimizer and its policy.
@@ -89,12 +59,13 @@ class GroupMirror:
     def changed_rates(self) -> dict[int, float] | None:
         """Return the rates that other code wrote, by group; None if other code wrote nothing.
 
-        The dictionary is empty if other code wrote a momentum, or the same rate as a new object.
+        The dictionary is empty if other code wrote a setting that follows a schedule, or the same
+        rate as a new object.
         """
         groups = self._optimizer.param_groups
         known = min(len(groups), len(self.records))
         changed = [i for i in range(known) if self.is_foreign(i, groups[i])]
-        if not changed and self._is_momentum_ours():
+        if not changed and self._holds_our_settings(groups):
             return None
         rates = {i: written_rate(groups[i]["lr"], i) for i in changed}
         return {i: lr for i, lr in rates.items() if lr != self.written.rates[i]}
@@ -119,21 +90,8 @@ class GroupMirror:
                 or group.get(MAX) is not top
             ):
                 return False
-        return not self._settings.cycle_momentum or self._is_momentum_untouched()
-
-    def _is_momentum_untouched(self) -> bool:
-        """Return whether all groups certainly hold the momentum that we wrote, without a tensor."""
-        for record, (low, high) in zip(self.records, self.written.momentum_bounds, strict=False):
-            group, momentum = record.group, record.momentum
-            betas = group.get("betas")
-            if (
-                (group.get("momentum") if betas is None else betas) is not momentum
-                or type(momentum) not in (float, tuple)
-                or group.get(BASE_MOMENTUM) is not low
-                or group.get(MAX_MOMENTUM) is not high
-            ):
-                return False
-        return True
+        written = self.written
+        return not written.numbers or are_untouched(self.records, written.momentum_bounds)
 
     def is_settled(self) -> bool:
         """Return whether the groups are ours and hold our bounds. Rates are not compared."""
@@ -182,20 +140,12 @@ class GroupMirror:
             return False
         return lr.item() != self.written.rates[index]
 
-    def _is_momentum_ours(self) -> bool:
-        """Return whether the groups hold the momenta, and the bounds of momentum, that we wrote."""
+    def _holds_our_settings(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Return whether groups hold the settings, and bounds of momentum, that we wrote."""
         if not self._settings.cycle_momentum:
-            return True
-        groups, records = self._optimizer.param_groups, self.records
-        if len(groups) != len(records):
-            return False
-        if self.written.momentum_bounds != [*map(momentum_bounds, groups)]:
-            return False
-        # Other code may have filled a tensor: the object does not show it.
-        return all(
-            momentum_of(group) is record.momentum and type(record.momentum) is not Tensor
-            for group, record in zip(groups, records, strict=False)
-        )
+            return hold_ours(groups, self.records)
+        bounds = [*map(momentum_bounds, groups)] if len(groups) == len(self.records) else None
+        return bounds == self.written.momentum_bounds and hold_ours(groups, self.records)
 
     def position(self, believed: int) -> int:
         """Return the position that the groups hold; a position that other code wrote counts.
@@ -263,7 +213,9 @@ class GroupMirror:
     def evaluate(self, position: int) -> Values:
         """Return the values of a position, if the bounds stay the same."""
         _, bounds, momentum_bounds, *_ = self.written
-        return _evaluate(self._settings.schedule, position, bounds, momentum_bounds)
+        settings = self._settings
+        followed = [record.followed for record in self.records] if settings.schedules else []
+        return evaluate(settings.schedule, position, bounds, momentum_bounds, followed)
 
     # ---- the answers
 
@@ -274,7 +226,7 @@ class GroupMirror:
             self.fill_in_bounds(i, group, bounds)
 
     def write(self, position: int, is_driven: Callable[[Tensor], bool]) -> None:
-        """Write position, policy, rates and momenta of a step into all groups.
+        """Write position, policy, rates and settings of a step into all groups.
 
         Args:
             position: the number of the step.
@@ -286,20 +238,26 @@ class GroupMirror:
         if self._settings.cycle_momentum:
             momenta = [*map(momentum_bounds, groups)]
         bounds, values = self.bounds(groups), self._ahead
-        if values is None or values[:3] != (position, bounds, momenta):
-            values = _evaluate(self._settings.schedule, position, bounds, momenta)
         known = self.records
+        schedules = schedules_of(self._settings, known, groups)
+        cycles = self._settings.cycle_momentum
+        followed = [
+            followed_by(g, s, cycles=cycles) for g, s in zip(groups, schedules, strict=True)
+        ]
+        is_ahead = values is not None and followed == [record.followed for record in known]
+        if values is None or not is_ahead or values[:3] != (position, bounds, momenta):
+            values = evaluate(self._settings.schedule, position, bounds, momenta, followed)
         records: list[Record] = []
         rates: list[float] = []
         taken: set[int] = set()
         for i, (group, rate) in enumerate(zip(groups, values.rates, strict=True)):
             is_ours = i < len(known) and known[i].group is group
             lr = known[i].lr if is_ours else group["lr"]
-            kept = self._write_keys(group, position)
+            kept = self._write_keys(group, position, schedules[i])
             lr, rate = write_rate(group, lr, rate, taken, is_driven, kept=kept)
-            records.append(Record(group, lr))
+            records.append(Record(group, lr, schedules[i], followed[i]))
             rates.append(rate)
-        _write_momenta(records, values.momenta, set())
+        write_settings(records, values.numbers, set(), {id(each.group): each for each in known})
         values = values._replace(rates=rates)
         # An interrupt finds either all as before, or all new.
         self.records, self.written, self._groups = records, values, all_groups
@@ -316,18 +274,14 @@ class GroupMirror:
             group = record.group
             group["lr"] = record.lr = rate
             group[STEP] = position
-        for record, momentum in zip(self.records, values.momenta, strict=False):
-            before: Any = record.momentum
-            if type(before) is float:
-                record.group["momentum"] = record.momentum = momentum
-            else:
-                record.group["betas"] = record.momentum = (momentum, *before[1:])
+        if values.numbers:
+            write_settings(self.records, values.numbers, set())
         self.written, self._ahead = values, None
 
-    def take_over(self, values: Values, rates: list[object], momenta: list[object]) -> None:
+    def take_over(self, values: Values, rates: list[object], settings: list[list[object]]) -> None:
         """Take note of values that native code has written, and of the objects that hold them."""
-        for record, rate, momentum in zip(self.records, rates, momenta, strict=True):
-            record.lr, record.momentum = rate, momentum
+        for record, rate, held in zip(self.records, rates, settings, strict=True):
+            record.lr, record.settings = rate, held
         self.written, self._ahead = values, None
 
     def join(self, position: int) -> None:
@@ -336,47 +290,32 @@ class GroupMirror:
         group = groups[-1]
         bounds = (group[BASE], group[MAX])
         momenta = [momentum_bounds(group)] if self._settings.cycle_momentum else []
-        values = _evaluate(self._settings.schedule, position, [bounds], momenta)
+        schedules = self._settings.common_schedules
+        followed = followed_by(group, schedules, cycles=self._settings.cycle_momentum)
+        values = evaluate(self._settings.schedule, position, [bounds], momenta, [followed])
         taken: set[int] = set()
         if isinstance(group["lr"], Tensor):
             taken = {id(record.lr) for record in self.records}
-        kept = self._write_keys(group, position)
+        kept = self._write_keys(group, position, schedules)
         lr, rate = write_rate(group, group["lr"], values.rates[0], taken, never_driven, kept=kept)
-        record = Record(group, lr)
+        record = Record(group, lr, schedules, followed)
         taken = set()
-        if momenta and isinstance(momentum_of(group), Tensor):
-            taken = {id(each.momentum) for each in self.records}
-        _write_momenta([record], values.momenta, taken)
+        if any(isinstance(held_by(group, each), Tensor) for each in record.followed):
+            taken = {id(held) for each in self.records for held in each.settings}
+        write_settings([record], values.numbers, taken, {})
         values = values._replace(rates=[rate])
         records = [*self.records, record]
         values = Values(position, *map(operator.add, self.written[1:], values[1:]))
         self.records, self.written, self._groups = records, values, groups
 
-    def _write_keys(self, group: dict[str, Any], position: int) -> bool:
-        """Write position and policy into a group; return whether the device keeps its rate."""
+    def _write_keys(
+        self, group: dict[str, Any], position: int, schedules: Mapping[str, Schedule]
+    ) -> bool:
+        """Write position and schedules into a group; return whether the device keeps its rate."""
         group[STEP] = position
         group[SCHEDULE] = self._settings.schedule_json
+        if self._settings.schedules:
+            group[SCHEDULES] = schedules_json(schedules)
+        else:
+            group.pop(SCHEDULES, None)
         return self._is_kept(group)
-
-
-def _evaluate(
-    schedule: Schedule,
-    position: int,
-    bounds: list[tuple[float, float]],
-    momentum_bounds: list[tuple[float, float]],
-) -> Values:
-    rates, momenta = rates_and_momenta(schedule, position, bounds, momentum_bounds)
-    return Values(position, bounds, momentum_bounds, rates, momenta)
-
-
-def _write_momenta(records: Sequence[Record], momenta: Sequence[float], taken: set[int]) -> None:
-    """Write momenta into the groups of some records, which take note of the objects.
-
-    Args:
-        records: the records.
-        momenta: the momentum of each; empty if momentum does not cycle.
-        taken: ids of what other groups have for their ``betas[0]``; tensors are added.
-    """
-    for record, momentum in zip(records, momenta, strict=False):
-        write_momentum(record.group, momentum, taken)
-        record.momentum = momentum_of(record.group)

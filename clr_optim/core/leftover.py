@@ -7,17 +7,19 @@ checkpoint's position after a checkpoint.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from clr_optim.checks import as_position, item
+from clr_optim.core.followed import Followed, number_of, place_of, write_setting
 from clr_optim.core.rates import fill, momentum_number
 from clr_optim.core.saved import is_rate, written_rates
-from clr_optim.keys import BASE_MOMENTUM, KEYS, MAX, MAX_MOMENTUM, NOTE, STEP
+from clr_optim.keys import BASE_MOMENTUM, KEYS, MAX, MAX_MOMENTUM, NOTE, SCHEDULES, STEP
 from clr_optim.schedule import Schedule
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "note_of",
     "noted_settings",
     "own_settings",
+    "scheduled_settings",
     "starts_anew_warning",
     "take_note",
 ]
@@ -37,6 +40,7 @@ def take_note(
     own: Sequence[Mapping[str, Any]],
     schedule: Schedule,
     loaded: int | None,
+    names: Iterable[str],
 ) -> None:
     """Leave a note on an optimizer.
 
@@ -45,6 +49,7 @@ def take_note(
         own: the settings of each group before it was cycled.
         schedule: the policy.
         loaded: the position of the checkpoint that was loaded, if any.
+        names: the settings that follow schedules.
     """
     groups = optimizer.param_groups
     vars(optimizer)[NOTE] = {
@@ -52,6 +57,7 @@ def take_note(
         "own": {id(group): (group, each) for group, each in zip(groups, own, strict=False)},
         "schedule": schedule,
         "loaded": loaded,
+        "names": [*names],
     }
 
 
@@ -61,6 +67,7 @@ def note_group(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
         own: dict[str, Any] = {"lr": item(group["lr"])}
         if momentum_number(group) is not None:
             own["momentum"] = momentum_number(group)
+        own["scheduled"] = scheduled_settings(group, {}, vars(optimizer)[NOTE]["names"])
         vars(optimizer)[NOTE]["own"][id(group)] = group, own
 
 
@@ -97,7 +104,11 @@ def note_of(optimizer: Optimizer) -> dict[str, Any] | None:
 
 
 def own_settings(
-    optimizer: Optimizer, schedule: Schedule, note: Mapping[str, Any] | None, given: bool
+    optimizer: Optimizer,
+    schedule: Schedule,
+    note: Mapping[str, Any] | None,
+    given: bool,
+    names: object = (),
 ) -> list[dict[str, Any]]:
     """Return each group's ``lr`` and momentum as the user chose them, before any cycle.
 
@@ -106,13 +117,17 @@ def own_settings(
         schedule: the policy.
         note: the note of an earlier wrapper whose rates are in the groups.
         given: whether the user gives bounds, so that ``lr`` belongs to the cycle.
+        names: the settings that are to follow schedules.
     """
+    wanted = (
+        [name for name in names if isinstance(name, str)] if isinstance(names, Iterable) else []
+    )
     groups = optimizer.param_groups
     noted = noted_settings(optimizer)
     cycling = schedule if note is None else note["schedule"]
     settings = []
     for i, (group, rate) in enumerate(zip(groups, written_rates(groups, cycling), strict=True)):
-        own = {"lr": item(group["lr"])}
+        own: dict[str, Any] = {"lr": item(group["lr"])}
         before = noted[i]
         # A rate that is not the cycle's was written by other code since: the user's choice.
         cycled = STEP in group and (rate is None or is_rate(group["lr"], rate))
@@ -121,10 +136,17 @@ def own_settings(
         elif cycled and MAX in group:
             own["lr"] = item(group[MAX])
         momentum = momentum_number(group)
+        name = "betas[0]" if "betas" in group else "momentum"
+        is_ours = note is not None and (
+            _is_cycled(group, cycling, momentum) or _is_scheduled(group, name)
+        )
         if momentum is not None:
-            own["momentum"] = momentum
-            if note is not None and _is_cycled(group, cycling, momentum):
-                own["momentum"] = before.get("momentum", momentum)
+            own["momentum"] = before.get("momentum", momentum) if is_ours else momentum
+        # A later wrapper may schedule other settings: restore those of the earlier one, too.
+        scheduled = dict.fromkeys([*before.get("scheduled", {}), *wanted])
+        own["scheduled"] = scheduled_settings(group, before, scheduled)
+        if is_ours and name in own["scheduled"]:
+            own["scheduled"][name] = own["momentum"]
         settings.append(own)
     return settings
 
@@ -139,8 +161,37 @@ def _is_cycled(group: Mapping[str, Any], schedule: Schedule, momentum: object) -
         return False
 
 
+def scheduled_settings(
+    group: Mapping[str, Any], before: Mapping[str, Any], names: Iterable[str]
+) -> dict[str, Any]:
+    """Return the numbers of settings as the user chose them, before they followed a schedule.
+
+    Args:
+        group: the group.
+        before: the noted settings of the group.
+        names: the settings.
+    """
+    known = before.get("scheduled", {})
+    found = {}
+    for name in names:
+        number = number_of(group, name)
+        if number is not None:
+            found[name] = known.get(name, number) if _is_scheduled(group, name) else number
+    return found
+
+
+def _is_scheduled(group: Mapping[str, Any], name: str) -> bool:
+    """Return whether a schedule has written a group's setting."""
+    try:
+        schedule = Schedule.from_dict(json.loads(group[SCHEDULES])[name])
+        (written,) = schedule.rates(as_position(group[STEP], STEP), [(0.0, 0.0)])
+        return math.isclose(float(number_of(group, name)), written, rel_tol=1e-6)
+    except (ArithmeticError, LookupError, TypeError, ValueError):
+        return False
+
+
 def clear(groups: Sequence[dict[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
-    """Remove an earlier wrapper's keys from the groups, and restore the momentum that it cycled.
+    """Remove an earlier wrapper's keys from the groups, and restore the settings that it wrote.
 
     Args:
         groups: the groups.
@@ -154,6 +205,11 @@ def clear(groups: Sequence[dict[str, Any]], own: Sequence[Mapping[str, Any]]) ->
                 fill(group["betas"][0], settings["momentum"])
             else:
                 group["betas"] = (settings["momentum"], *group["betas"][1:])
+        for name, number in settings.get("scheduled", {}).items():
+            if _is_scheduled(group, name):
+                key, place = place_of(name)
+                places = () if place is None else (place,)
+                write_setting(group, Followed(key, places, (None,)), [number], set())
         for key in KEYS:
             group.pop(key, None)
 

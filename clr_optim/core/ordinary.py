@@ -16,10 +16,14 @@ from torch import Tensor
 from clr_optim.backends import current_device
 from clr_optim.backends.base import FusedBackend, WhoKnows
 from clr_optim.checks import LAST_STEP
-from clr_optim.core.groups import GroupMirror, Record, Values
+from clr_optim.core.followed import numbers_of
+from clr_optim.core.groups import GroupMirror
 from clr_optim.core.position import Position
+from clr_optim.core.records import Record
 from clr_optim.core.serving import Serving
 from clr_optim.core.settings import Settings
+from clr_optim.core.values import Values
+from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM
 from clr_optim.plan import Plan
 
 __all__ = ["OrdinarySteps"]
@@ -115,6 +119,7 @@ class OrdinarySteps:
         if not self._may_serve(plan):
             return False
         position.catch_up()
+        position.warn_unread_bounds()
         if settings.max_grad_norm is not None and any(plan.spreads):
             return False  # the norm is a sum over ranks
         number, written, records = position.number, mirror.written, mirror.records
@@ -129,18 +134,16 @@ class OrdinarySteps:
         if attributes.get("_cycle_end_hooks"):
             ends = [settings.schedule.is_cycle_end(each.position) for each in values]
         rows = [written, *values]
-        nothing: list[tuple[float | None, float | None]] = [(None, None)] * len(records)
-        low_high = written.momentum_bounds or nothing
-        groups = zip(records, written.bounds, low_high, strict=True)
-        cycles = bool(written.momenta)
         # One call, so that an interrupt finds the old course or the new one.
         plan.native.begin_course(
-            [(r.group, r.lr, *bounds, r.momentum, *momenta) for r, bounds, momenta in groups],
+            [
+                (record.group, record.lr, _entries(written, i), _settings(plan, record, i))
+                for i, record in enumerate(records)
+            ],
             written.position,
             [row.rates for row in rows],
-            [row.momenta for row in rows] if cycles else [],
+            [row.numbers for row in rows] if written.numbers else [],
             ends,
-            *(plan.momentum_places if cycles else (-1, [])),
             settings.max_grad_norm,
         )
         self._count = min(2 * self._count, _BLOCK)
@@ -158,14 +161,42 @@ class OrdinarySteps:
         They end before a momentum of 0, since SGD without momentum has another kernel.
         """
         coming: list[Values] = []
-        if 0.0 not in written.momenta:
+        if not self._has_no_momentum(written):
             last = min(written.position + self._count, LAST_STEP)
             for number in range(written.position + 1, last + 1):
                 values = self._mirror.evaluate(number)
-                if 0.0 in values.momenta:
+                if self._has_no_momentum(values):
                     break
                 coming.append(values)
         return coming
+
+    def _has_no_momentum(self, values: Values) -> bool:
+        """Return whether a momentum is 0, apart from betas."""
+        if not self._settings.cycle_momentum or 0.0 not in values.numbers:
+            return False
+        found = numbers_of([record.followed for record in self._mirror.records], values.numbers)
+        return any(
+            numbers == [0.0] and setting.key == "momentum"
+            for record, of_group in zip(self._mirror.records, found, strict=True)
+            for setting, numbers in zip(record.followed, of_group, strict=True)
+        )
+
+
+def _entries(written: Values, group: int) -> list[tuple[str, float]]:
+    """Return the bounds that a group must still hold in an ordinary step."""
+    entries = [*zip((BASE, MAX), written.bounds[group], strict=True)]
+    if written.momentum_bounds:
+        bounds = written.momentum_bounds[group]
+        entries += zip((BASE_MOMENTUM, MAX_MOMENTUM), bounds, strict=True)
+    return entries
+
+
+def _settings(plan: Plan, record: Record, group: int) -> list[tuple[object, ...]]:
+    """Return the settings of a group that follow a schedule, as ``begin_course`` takes them."""
+    return [
+        (each.key, held, each.members, *plan.places_of(group, each.key, each.members))
+        for each, held in zip(record.followed, record.settings, strict=True)
+    ]
 
 
 def _is_plain(record: Record) -> bool:
@@ -179,4 +210,4 @@ def _is_plain(record: Record) -> bool:
         and lr.numel() == 1
         and not lr.is_neg()
     )
-    return is_plain_rate and type(record.momentum) in (float, tuple, type(None))
+    return is_plain_rate and all(type(held) in (float, tuple) for held in record.settings)

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from clr_optim.backends.base import Course, WhoKnows
 from clr_optim.core import leftover
-from clr_optim.core.groups import GroupMirror, Values
+from clr_optim.core.groups import GroupMirror
 from clr_optim.core.rates import never_driven
+from clr_optim.core.records import changed_settings, course_of, have_plan_take
+from clr_optim.core.saved import unread_bounds_warning
 from clr_optim.core.serving import Serving
 from clr_optim.core.settings import Settings
-from clr_optim.core.warn import callers_level
+from clr_optim.core.values import Values
+from clr_optim.core.warn import callers_level, warn_each
 from clr_optim.keys import STEP
 from clr_optim.plan import Plan
 
@@ -56,7 +59,7 @@ class Position:
         self.counted = (0, 0)
         #: the position whose rates a scheduler view shows, instead of the last step's
         self.viewed = 0
-        self._has_warned = False
+        self._has_warned = self._has_warned_of_settings = self._has_warned_of_bounds = False
 
     # ---- who knows it?
 
@@ -166,7 +169,32 @@ class Position:
                 UserWarning,
                 stacklevel=callers_level(),
             )
+        self._warn_of_settings()
         self.follow(before[0], before)
+
+    def _warn_of_settings(self) -> None:
+        """Warn once if other code wrote a setting that follows a schedule."""
+        groups = self._settings.optimizer.param_groups
+        mirror = self._mirror
+        changed = changed_settings(groups, mirror.records, mirror.written.numbers)
+        if changed and not self._has_warned_of_settings:
+            self._has_warned_of_settings = True
+            written = (f"{key} in parameter group {i} ({value})" for i, key, value in changed)
+            warnings.warn(
+                f"{', '.join(written)} was written from outside; the schedules decide "
+                "instead, here and from now on. Leave the setting out of schedules= to write it.",
+                UserWarning,
+                stacklevel=callers_level(),
+            )
+
+    def warn_unread_bounds(self) -> None:
+        """Warn once if other code wrote ``"base_lr"`` or ``"max_lr"`` into groups."""
+        if self._has_warned_of_bounds:
+            return
+        warning = unread_bounds_warning(self._settings.optimizer.param_groups)
+        if warning is not None:
+            self._has_warned_of_bounds = True
+            warn_each([warning])
 
     # ---- where to
     #
@@ -229,10 +257,8 @@ class Position:
         """
         self._mirror.advance(values)
         fused = self._serving.fused
-        if values.momenta and fused is not None:
-            fused.plan.take_momenta(
-                [record.momentum for record in self._mirror.records], values.momenta
-            )
+        if values.numbers and fused is not None:
+            have_plan_take(self._mirror.records, values.numbers, fused.plan)
         self._count(before, (values.position, steps))
 
     def catch_up(self) -> None:
@@ -255,16 +281,14 @@ class Position:
         # A finalizer may take a step meanwhile. The count then belongs to an earlier step, and the
         # next question finds the rest.
         before, steps = self.counted, plan.steps
-        number, rates, momenta, written_rates, written_momenta = plan.native.course()
+        number, rates, settings, written_rates, numbers = plan.native.course()
         if not rates or number - before[0] != steps - before[1]:
             return False
-        _, bounds, momentum_bounds, _, cycled = self._mirror.written
-        values = Values(
-            number, bounds, momentum_bounds, written_rates, written_momenta if cycled else []
-        )
-        self._mirror.take_over(values, rates, momenta)
-        if cycled:
-            plan.take_momenta(momenta, written_momenta)
+        _, bounds, momentum_bounds, *_ = self._mirror.written
+        values = Values(number, bounds, momentum_bounds, written_rates, numbers)
+        self._mirror.take_over(values, rates, settings)
+        if numbers:
+            have_plan_take(self._mirror.records, numbers, plan)
         counted = (number, steps)
         # CPython runs no handler within this expression.
         self.counted = counted if self.counted is before else self.counted
@@ -287,7 +311,10 @@ class Position:
         written, fused = self._mirror.written, self._serving.fused
         kept = self._kept() if fused is not None and fused.keeps_rates else ()
         momenta = written.momentum_bounds or None
-        return Course(self.counted[0], written.rates, written.bounds, momenta, kept, True)
+        position, bounds = self.counted[0], written.bounds
+        return Course(
+            position, written.rates, bounds, momenta, kept, True, course_of(self._mirror.records)
+        )
 
     def _kept(self) -> list[tuple[int, Tensor]]:
         """Return the learning rates that the device keeps current, see :class:`Course`."""

@@ -1,4 +1,4 @@
-"""Read and write the rate and the momentum of one parameter group."""
+"""Read and write the rate of one parameter group; read its momentum."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ __all__ = [
     "fill",
     "momentum_bounds",
     "momentum_number",
-    "momentum_of",
     "never_driven",
-    "write_momentum",
     "write_rate",
     "written_rate",
 ]
@@ -94,14 +92,6 @@ def write_rate(
     return lr, lr.item() if lr.device.type == "cpu" and not kept else rate
 
 
-def momentum_of(group: Mapping[str, Any]) -> object:
-    """Return the object that holds a group's momentum: a number, the betas, or a tensor in them."""
-    betas = group.get("betas")
-    if betas is None:
-        return group.get("momentum")
-    return betas[0] if isinstance(betas[0], Tensor) else betas
-
-
 def momentum_number(group: Mapping[str, Any]) -> Any:
     """Return a group's ``momentum`` or ``betas[0]``; ``None`` if the group has neither."""
     if "betas" not in group:
@@ -115,25 +105,3 @@ def momentum_number(group: Mapping[str, Any]) -> Any:
 def momentum_bounds(group: Mapping[str, Any]) -> tuple[float, float]:
     """Return the bounds of a group's cycled momentum."""
     return group[BASE_MOMENTUM], group[MAX_MOMENTUM]
-
-
-def write_momentum(group: dict[str, Any], momentum: float, taken: set[int]) -> None:
-    """Write a group's ``momentum`` or ``betas[0]``. A tensor is filled in place.
-
-    Args:
-        group: the group.
-        momentum: the momentum.
-        taken: ids of the tensors that serve other groups; the group's tensor is added.
-    """
-    if "betas" not in group:
-        group["momentum"] = momentum
-        return
-    beta, *others = group["betas"]
-    if not isinstance(beta, Tensor):
-        group["betas"] = (momentum, *others)
-        return
-    if id(beta) in taken:  # torch's default, which groups share
-        beta = beta.clone()
-        group["betas"] = (beta, *others)
-    taken.add(id(beta))
-    fill(beta, momentum)

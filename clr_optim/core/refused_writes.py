@@ -22,7 +22,10 @@ _ANEW = (
 )
 _SCHEDULE = _ANEW.replace("{name}", "policy")
 _STEP_SIZE = _ANEW.replace("{name}", "step_size_up")
-_GROUPS = "groups hold the settings; write group[{name!r}] for each group of opt.param_groups"
+_GROUPS = (
+    "groups hold the settings; write group[{name!r}] for each group of opt.param_groups, or give a "
+    "schedule to the constructor, as schedules={{{name!r}: ...}}"
+)
 _MOMENTUM = (
     _GROUPS + "; with cycle_momentum=True the cycle writes it, between the constructor's "
     "base_momentum and max_momentum"
@@ -36,7 +39,8 @@ _REMEDIES = {
     **dict.fromkeys(
         (
             "policy", "step_size_up", "step_size_down", "gamma", "window", "scale_fn", "scale_mode",
-            "cycle_momentum", "base_momentum", "max_momentum", "max_grad_norm", "backend",
+            "cycle_momentum", "base_momentum", "max_momentum", "schedules", "max_grad_norm",
+            "backend",
         ),
         _ANEW,
     ),

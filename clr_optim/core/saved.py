@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import numbers
@@ -13,23 +14,32 @@ from torch import Tensor
 
 from clr_optim.checks import as_position, check_bounds, check_number, item, shown
 from clr_optim.keys import BASE, MAX, SCHEDULE, STEP
-from clr_optim.schedule import Schedule
+from clr_optim.schedule import POLICIES, Schedule
 
 __all__ = [
     "BASE_FRACTION",
     "are_close",
+    "bounds_shown",
     "edited_rates_warning",
     "found_bounds",
     "initial_bounds",
     "is_rate",
+    "policy_call",
     "policy_name",
     "read_position",
+    "unread_bounds_warning",
     "written_position",
     "written_rates",
 ]
 
 #: The paper's guideline for the lower bound: a third or a quarter of the upper bound.
 BASE_FRACTION = 4.0
+
+# Groups whose bounds a message shows.
+_SHOWN_GROUPS = 8
+
+# Phases of a policy that a message shows.
+_SHOWN_PHASES = 4
 
 
 def read_position(groups: Sequence[Mapping[str, Any]], name: str) -> tuple[int, bool]:
@@ -105,6 +115,62 @@ def policy_name(saved: object, where: str) -> str:
     return name
 
 
+class _Named:
+    """A function that a checkpoint names and does not hold; its repr is the name."""
+
+    def __init__(self, name: object) -> None:
+        self._name = name
+
+    def __call__(self, _: float) -> float:
+        return 1.0
+
+    def __repr__(self) -> str:
+        return str(self._name)
+
+
+def policy_call(saved: object, where: str) -> str:
+    """Return the Python call that makes a policy in a checkpoint.
+
+    If another version wrote the policy, return its name and its JSON.
+
+    Args:
+        saved: the policy, as the groups hold it.
+        where: the checkpoint, for an error.
+    """
+    name = policy_name(saved, where)
+    try:
+        data = json.loads(cast("str", saved))
+        names = [row["scale_fn"] for row in data["phases"] if "scale_fn" in row]
+        schedule = Schedule.from_dict(data, scale_fn=_Named(names[0]) if names else None)
+    except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError):
+        return f"{name!r} of another version, {saved}"
+    phases = len(schedule.phases)
+    if phases > _SHOWN_PHASES:
+        first = repr(Schedule(name, schedule.phases[:1])).removesuffix("])")
+        return f"{first}, and {phases - 1} more])"
+    return _call_by_name(schedule) or repr(schedule)
+
+
+def _call_by_name(schedule: Schedule) -> str | None:
+    """Return the call of a policy that makes a schedule of one phase, if one does."""
+    make, phase = POLICIES.get(schedule.name), schedule.phases[0]
+    if make is None:
+        return None
+    settings = {
+        name: getattr(phase, name)
+        for name, parameter in inspect.signature(make).parameters.items()
+        if getattr(phase, name, parameter.default) != parameter.default
+    }
+    if settings.get("step_size_down") == phase.step_size_up:
+        del settings["step_size_down"]
+    try:
+        if make(**settings) != schedule:
+            return None
+    except (TypeError, ValueError):
+        return None
+    return f"{schedule.name}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+
+
 # ---- bounds
 
 
@@ -157,9 +223,38 @@ def _written_bounds(group: Mapping[str, Any], index: int) -> tuple[float, float]
     return base, top
 
 
+def unread_bounds_warning(groups: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return a warning if other code wrote bounds into groups: only ``add_param_group`` reads them.
+
+    A torch scheduler leaves an ``initial_lr``, and OneCycleLR a ``max_lr`` with it.
+    """
+    for i, group in enumerate(groups):
+        for name in ("base_lr", "max_lr"):
+            if name in group and "initial_lr" not in group:
+                return (
+                    f"{name!r} in parameter group {i} has no effect: give the bounds to the "
+                    f"constructor, or later to set_bounds, as {name}=[...] with one number per "
+                    "group"
+                )
+    return None
+
+
 def are_close(one: float, other: float) -> bool:
     """Return whether two bounds are equal up to the rounding of a file format."""
     return one == other or math.isclose(one, other, rel_tol=1e-6)
+
+
+def bounds_shown(bounds: Sequence[tuple[float, float]]) -> str:
+    """Return bounds as arguments of ``set_bounds``: lists where they differ between groups."""
+    shown = []
+    for name, values in zip(("base_lr", "max_lr"), zip(*bounds, strict=True), strict=False):
+        numbers = [f"{value:g}" for value in values]
+        if len(set(numbers)) == 1:
+            shown.append(f"{name}={numbers[0]}")
+        else:
+            ellipsis = ["..."] if len(numbers) > _SHOWN_GROUPS else []
+            shown.append(f"{name}=[{', '.join(numbers[:_SHOWN_GROUPS] + ellipsis)}]")
+    return ", ".join(shown)
 
 
 # ---- rates

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch.optim import Optimizer
 
+from clr_optim.core.followed import schedules_json
 from clr_optim.keys import BASE_MOMENTUM, MAX_MOMENTUM
 from clr_optim.schedule import Schedule
 
@@ -25,6 +28,8 @@ class Settings:
         cycle_momentum: whether momentum cycles against the rate.
         max_grad_norm: the norm to clip to, if any.
         backend: the backend that the user asked for, ``"auto"`` included.
+        schedules: the schedules of settings by name: one for all groups, or one per group, ``None``
+            for a group whose setting stays.
     """
 
     optimizer: Optimizer
@@ -32,6 +37,7 @@ class Settings:
     cycle_momentum: bool
     max_grad_norm: float | None
     backend: str
+    schedules: Mapping[str, Schedule | Sequence[Schedule | None]] = field(default_factory=dict)
     #: the policy as the groups hold it
     schedule_json: str = field(init=False)
     #: whether the host must call the user's function to find a rate
@@ -40,6 +46,33 @@ class Settings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule_json", self.schedule.to_json())
         object.__setattr__(self, "has_scale_fn", self.schedule.scale_fn is not None)
+
+    def schedules_of(self, index: int) -> dict[str, Schedule]:
+        """Return the schedules of a group's settings by name, as the constructor was given."""
+        found = {}
+        for name, given in self.schedules.items():
+            if isinstance(given, Schedule):
+                found[name] = given
+            elif index < len(given) and (schedule := given[index]) is not None:
+                found[name] = schedule
+        return found
+
+    def with_momentum_schedule(self, groups: int) -> list[int]:
+        """Return the numbers of the groups whose ``momentum`` follows a schedule."""
+        return [i for i in range(groups) if "momentum" in self.schedules_of(i)]
+
+    @functools.cached_property
+    def common_schedules(self) -> dict[str, Schedule]:
+        """The schedules that all groups follow, also groups that join."""
+        return {name: s for name, s in self.schedules.items() if isinstance(s, Schedule)}
+
+    @functools.cached_property
+    def schedules_by_text(self) -> dict[str, dict[str, Schedule]]:
+        """The schedules of a group by the text that the group holds under ``clr_schedules``."""
+        lists = (each for each in self.schedules.values() if not isinstance(each, Schedule))
+        count = max(map(len, lists), default=0)
+        found = [self.common_schedules, *map(self.schedules_of, range(count))]
+        return {schedules_json(each): each for each in [{}, *found]}
 
     @property
     def momentum_vanishes(self) -> bool:

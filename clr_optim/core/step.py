@@ -21,14 +21,17 @@ from clr_optim.checks import shown
 from clr_optim.core import amp
 from clr_optim.core.capture import check_capture
 from clr_optim.core.creation import asks_for_state, create_state
-from clr_optim.core.groups import Values
 from clr_optim.core.rest import Borrowed, give_back, has_rest, step_rest
 from clr_optim.core.serving import parameters_of
 from clr_optim.core.shared import Shared
+from clr_optim.core.values import Values
 
 __all__ = ["take_step"]
 
 _UNCHANGED_GRADIENTS = Gradients()
+
+# Steps between two looks for bounds that other code wrote where no code reads them.
+_BLOCK = 64
 
 
 class StepContext:
@@ -69,6 +72,8 @@ class StepContext:
         position.catch_up()
         shared.ordinary.leave()
         self.before = position.counted
+        if self.before[0] % _BLOCK == 0:
+            position.warn_unread_bounds()
         if shared.mirror.is_untouched(self.before[0]):
             self.ahead = shared.mirror.look_ahead(self.before[0] + 1)
         elif not (self.evaluates or self.capturing) and asks_for_state(shared):

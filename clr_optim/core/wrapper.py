@@ -175,6 +175,7 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
             "cycle_momentum": settings.cycle_momentum,
             "max_grad_norm": settings.max_grad_norm,
             "backend": settings.backend,
+            "schedules": settings.schedules,
             "own": leftover.noted_settings(self._inner),
             # Another thread may step before all groups are pickled.
             "position": shared.position.number,
@@ -199,6 +200,7 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
             state["cycle_momentum"],
             state["max_grad_norm"],
             state["backend"],
+            state.get("schedules", {}),
         )
         self._set_up(settings, backends.resolve(settings.backend, optimizer))
         position = state.get("position")
@@ -206,4 +208,4 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
             position = read_position(self.param_groups, "param_groups")[0]
         self._shared.position.go_to(position)
         own = state.get("own") or leftover.own_settings(optimizer, schedule, None, False)
-        leftover.take_note(optimizer, own, schedule, None)
+        leftover.take_note(optimizer, own, schedule, None, settings.schedules)

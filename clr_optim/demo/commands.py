@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 from argparse import Namespace
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from clr_optim.demo.train import (
 )
 from clr_optim.options import OptionError, flag, name_options
 from clr_optim.range_test import Bounds, RangeTest, lr_range_test
+from clr_optim.schedule import POLICIES, Schedule, arguments_for
 
 __all__ = ["range_test", "train_once"]
 
@@ -186,16 +188,11 @@ def train_once(args: Namespace) -> tuple[dict[str, Any], int]:
         task = _task(args)
         plan = Plan(args.cycles, args.epochs_per_step_size, len(task.batches))
         base_lr, max_lr = args.base_lr, args.max_lr
-        options: dict[str, Any] = {}
-        if args.policy != "fixed":
-            options = {"step_size_up": plan.step_size, "backend": args.backend}
-            if args.policy.startswith("exp_range"):
-                options["gamma"] = plan.gamma if args.gamma is None else args.gamma
-            if args.window is not None:
-                options["window"] = args.window
+        policy = _policy(args, plan)
+        options = {} if args.policy == "fixed" else {"backend": args.backend}
         if base_lr is not None:  # refuse wrong bounds before the training
             build_optimizer(
-                name, args.policy, task, task.build(),
+                name, policy, task, task.build(),
                 base_lr=base_lr, max_lr=max_lr, **options,
             )  # fmt: skip
         print(f"{name}, {args.policy}; {task.summary}.", flush=True)
@@ -209,7 +206,7 @@ def train_once(args: Namespace) -> tuple[dict[str, Any], int]:
         torch.manual_seed(args.seed)
         model = task.build()
         optimizer = build_optimizer(
-            name, args.policy, task, model, base_lr=base_lr, max_lr=max_lr, **options
+            name, policy, task, model, base_lr=base_lr, max_lr=max_lr, **options
         )
         print(
             f"{plan.cycles} cycles of 2 × {plan.step_size} iterations "
@@ -239,6 +236,19 @@ def train_once(args: Namespace) -> tuple[dict[str, Any], int]:
     if args.out and run.losses:
         print(plotting.save(_draw(run, plan, f"{name}, {args.policy}"), args.out))
     return results, 130 if interrupted else 0
+
+
+def _policy(args: Namespace, plan: Plan) -> str | Schedule:
+    """Return the policy of a training, of the plan's length."""
+    if args.policy == "fixed":
+        return "fixed"
+    make = POLICIES[args.policy]
+    options = arguments_for(make, plan.iterations, plan.step_size)
+    if "gamma" in inspect.signature(make).parameters:
+        options["gamma"] = plan.gamma if args.gamma is None else args.gamma
+    if args.window is not None:
+        options["window"] = args.window
+    return make(**options)
 
 
 class _Threads:

@@ -18,6 +18,7 @@ from torch.nn import functional
 from clr_optim import CyclicalOptimizer
 from clr_optim.bench.workloads import RULES, Rule
 from clr_optim.range_test import DEFAULT_RANGE, DEFAULT_STEPS, RangeTest, lr_range_test
+from clr_optim.schedule import Schedule
 
 __all__ = [
     "OPTIMIZERS",
@@ -279,7 +280,7 @@ def cifar10_task(
 
 def build_optimizer(
     name: str,
-    policy: str,
+    policy: str | Schedule,
     task: Task,
     model: nn.Module,
     *,

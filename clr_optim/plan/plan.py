@@ -97,10 +97,9 @@ class Plan:
         """How the parameters, also those left to torch, are divided over ranks."""
         return self._readings.spreads
 
-    @property
-    def momentum_places(self) -> tuple[int, list[int]]:
-        """Where the momentum stands in the scalars, and in the settings of each group; else -1."""
-        return self._readings.momentum_places()
+    def places_of(self, group: int, key: str, members: tuple[int, ...]) -> tuple[list[int], int]:
+        """Return where the kernels have a setting, see :meth:`GroupReadings.places_of`."""
+        return self._readings.places_of(group, key, members)
 
     @property
     def norm_dtype(self) -> torch.dtype:
@@ -304,14 +303,11 @@ class Plan:
 
     # ---- after a step
 
-    def take_momenta(self, settings: Sequence[object], momenta: Sequence[float]) -> None:
-        """Take in the momenta that the optimizer wrote into its groups after a step.
-
-        Args:
-            settings: the new ``momentum`` or ``betas`` of each group.
-            momenta: the number of each.
-        """
-        self._readings.take_momenta(settings, momenta, self.scalars)
+    def take_setting(
+        self, group: int, key: str, members: tuple[int, ...], value: object, numbers: list[float]
+    ) -> None:
+        """Take in a written setting, see :meth:`GroupReadings.take_setting`."""
+        self._readings.take_setting(group, key, members, value, numbers, self.scalars)
 
     def active_params(self) -> list[Tensor]:
         """Return the parameters of the buckets that have a gradient."""

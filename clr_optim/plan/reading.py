@@ -29,7 +29,6 @@ class Reading(NamedTuple):
         fused: torch's flag of that name.
         keys: the names of the settings, see :attr:`UpdateRule.settings`.
         values: the settings.
-        momentum_at: the place among them of the momentum, or of the betas, that may cycle.
     """
 
     why: str | None
@@ -39,7 +38,6 @@ class Reading(NamedTuple):
     fused: bool
     keys: list[str]
     values: list[Any]
-    momentum_at: int | None = None
 
     def differs_in_values_only(self, other: Reading) -> bool:
         """Return whether both readings lead to the same buckets."""
@@ -122,41 +120,57 @@ class GroupReadings:
         self.mutables = _mutables_in(readings)
         return True
 
-    def take_momenta(
+    def take_setting(
         self,
-        settings: Sequence[object],
-        momenta: Sequence[float],
+        group: int,
+        key: str,
+        members: tuple[int, ...],
+        value: object,
+        numbers: Sequence[float],
         scalars: np.ndarray[Any, np.dtype[np.float64]],
     ) -> None:
-        """Take in the momenta that the optimizer wrote, so that the next scan finds no change.
+        """Take in a setting that the optimizer wrote, so that the next scan finds no change.
 
         A momentum of 0 has another kernel: the next scan then finds the change.
 
         Args:
-            settings: the new ``momentum``, or the new ``betas``, of each group.
-            momenta: the number of each.
+            group: the group's number.
+            key, members: the setting, see :meth:`places_of`.
+            value: the new setting.
+            numbers: the numbers that were written.
             scalars: the table to update.
         """
-        column = self._rule.momentum_column
-        if column is None or len(settings) != len(self.readings):
+        if group >= len(self.readings):
+            return  # another thread has just added the group
+        columns, place = self.places_of(group, key, members)
+        reading = self.readings[group]
+        row = reading.scalars
+        pairs = [(c, n) for c, n in zip(columns, numbers, strict=True) if c >= 0]
+        if place < 0 or not row or type(reading.values[place]) is not type(value):
             return
-        for i, (reading, setting, momentum) in enumerate(
-            zip(self.readings, settings, momenta, strict=True)
-        ):
-            at, row = reading.momentum_at, reading.scalars
-            if at is None or 0.0 in (momentum, row[column]):
-                continue
-            if type(reading.values[at]) is type(setting):
-                # The setting last: after an interrupt in between, the next scan finds the change.
-                row[column] = scalars[i, column] = momentum
-                reading.values[at] = setting
+        if key == "momentum" and any(0.0 in (number, row[column]) for column, number in pairs):
+            return
+        # The setting last: after an interrupt in between, the next scan finds the change.
+        for column, number in pairs:
+            row[column] = scalars[group, column] = number
+        reading.values[place] = value
 
-    def momentum_places(self) -> tuple[int, list[int]]:
-        """Return where the momentum stands in the scalars and in each group's settings; else -1."""
-        column, places = self._rule.momentum_column, [r.momentum_at for r in self.readings]
-        if column is None or not any(place is not None for place in places):
-            return -1, []  # no kernel serves a group
-        return column, [-1 if place is None else place for place in places]
+    def places_of(self, group: int, key: str, members: tuple[int, ...]) -> tuple[list[int], int]:
+        """Return the columns of a setting's numbers in the scalars, and its place in the settings.
+
+        Args:
+            group: the group's number.
+            key: the setting's name.
+            members: the places of its numbers in a tuple; empty if the setting is a number.
+
+        Returns:
+            A column for each number, and the place; -1 for those that no kernel reads.
+        """
+        reading = self.readings[group]
+        if reading.why is not None or key not in reading.keys:
+            return [-1] * (len(members) or 1), -1
+        settings = dict(zip(reading.keys, reading.values, strict=True))
+        return self._rule.columns_of(settings, key, members), reading.keys.index(key)
 
     def take_members(self, groups: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, int]] | None:
         """Take in groups added at the end of all groups, and parameters at the end of a group.
@@ -192,8 +206,6 @@ class GroupReadings:
         settings, rule = dict(group), self._rule
         why = rule.not_fused(settings, capturable=self._capturable)
         known = {name: value for name, value in settings.items() if name in rule.settings}
-        cycled = "betas" if "betas" in known else "momentum"
-        cycles = why is None and rule.momentum is not None
         return Reading(
             why,
             rule.kernel(settings) if why is None else "",
@@ -202,7 +214,6 @@ class GroupReadings:
             bool(settings.get("fused")),
             list(known),
             list(known.values()),
-            list(known).index(cycled) if cycles else None,
         )
 
 

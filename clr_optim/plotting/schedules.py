@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +28,13 @@ from clr_optim.schedule import (
     POLICIES,
     WINDOWS,
     Schedule,
-    one_cycle,
+    arguments_for,
+    cosine,
+    fixed,
     sequence,
     triangular,
     triangular2,
-    warm_restarts,
+    wsd,
 )
 
 if TYPE_CHECKING:
@@ -182,6 +184,15 @@ def _draw_rates(
         axes.set_ylim(0, 1.08 * highest or 1.0)
 
 
+def _drawn(name: str, make: Callable[..., Schedule], steps: int) -> dict[str, Any]:
+    """Return arguments that show what is special in the curve of a policy."""
+    special: dict[str, dict[str, Any]] = {
+        "warm_restarts": {"period_multiplier": 2},
+        "polynomial": {"power": 2.0},
+    }
+    return {**arguments_for(make, steps, _STEP_SIZE), **special.get(name, {})}
+
+
 def plot_policies(folder: str | Path) -> list[Path]:
     """Draw the README's pictures, one per policy, as PNG of 640 × 280 pixels.
 
@@ -205,14 +216,32 @@ def plot_policies(folder: str | Path) -> list[Path]:
     folder = check_path("folder", folder)
     folder.mkdir(parents=True, exist_ok=True)
     length = 10 * _STEP_SIZE
-    policies = [
-        *(policy(_STEP_SIZE) for policy in POLICIES.values()),
-        one_cycle(length),
-        warm_restarts(_STEP_SIZE, period_multiplier=2),
-    ]
-    figures = {p.name: plot_schedule(p, length) for p in policies}
+    figures = {
+        name: plot_schedule(make(**_drawn(name, make, length)), length)
+        for name, make in POLICIES.items()
+    }
     figures["windows"] = plot_schedule(
         {window: triangular(_STEP_SIZE, window=window) for window in WINDOWS}, 4 * _STEP_SIZE
+    )
+    decays = (0, length // 2, length // 2)
+    figures["decays"] = plot_schedule(
+        {
+            shape: wsd(*decays, shape=shape, end=0.05)
+            for shape in ("linear", "cosine", "sqrt", "exp")
+        },
+        length,
+        title="shapes of wsd",
+    )
+    figures["with_warmup"] = plot_schedule(
+        {
+            "fixed": fixed().with_warmup(2 * _STEP_SIZE),
+            "cosine": cosine(length - 2 * _STEP_SIZE).with_warmup(2 * _STEP_SIZE),
+            "triangular": triangular(_STEP_SIZE).with_warmup(2 * _STEP_SIZE),
+        },
+        length,
+    )
+    figures["growing_cycles"] = plot_schedule(
+        triangular(_STEP_SIZE // 3, period_multiplier=2), length, title="period_multiplier=2"
     )
     table2 = sequence(
         [

@@ -23,8 +23,13 @@ from clr_optim.checks import (
 )
 from clr_optim.schedule.steps import check_step
 
-#: The windows of cycles. A phase may also have ``"constant"`` (w = 1), which has no cycle.
-WINDOWS = ("triangle", "welch", "hann")
+#: The windows of cycles.
+WINDOWS = ("triangle", "welch", "hann", "sqrt")
+
+# The other windows of a phase: at the top throughout (with cycles and without), and the endless
+# fall.
+_FLAT = ("boxcar", "constant")
+_ENDLESS = ("constant", "inverse")
 
 #: What ``scale_fn`` is called with: the number of the cycle, or of the step.
 SCALE_MODES = ("cycle", "iterations")
@@ -33,6 +38,12 @@ ScaleFn = Callable[[float], float]
 
 #: The ends of a phase, as multiples of ``base_lr`` and ``max_lr``.
 TOP, BOTTOM = (0.0, 1.0), (1.0, 0.0)
+
+# The least values of integer settings.
+_INTEGERS = {
+    "step_size_up": 0, "step_size_down": 0, "step_size_top": 0, "stride": 1, "first_step": 0,
+    "first_cycle": 0, "cycle_start": 0,
+}  # fmt: skip
 
 # Rates are finite: an infinite rate times a gradient of 0 would write NaN into the weights.
 LARGEST = sys.float_info.max
@@ -44,26 +55,40 @@ class Phase:
 
     At step ``t``, counted from the start of the phase, the learning rate is::
 
-        lr(t) = b(t)·lower + a(t)·(upper − lower)·w(x(t))
+        lr(t) = b(t)·lower + a(t)·(upper − lower)·w(x(t))^power
 
     - ``lower`` and ``upper`` are the group's ``base_lr`` and ``max_lr``, unless the arguments of
       these names say otherwise.
     - ``x(t)``, from 0 to 1, is the position in the cycle. The position rises for ``step_size_up``
-      steps and falls for ``step_size_down`` steps.
+      steps, stays at 1 for ``step_size_top`` steps and falls for ``step_size_down`` steps.
     - ``w`` is the window, the form of the rise.
-    - ``a(t) = cycle_gamma^cycle · gamma^t`` is the decay of the amplitude.
-    - ``b(t) = base_gamma^t`` is the decay of the lower end.
+    - ``a(t) = cycle_gamma^(first_cycle + cycle) · gamma^(first_step + t)`` is the decay of the
+      amplitude.
+    - ``b(t) = base_gamma^(first_step + t) · base_drop^(1 − x(t))`` is the decay of the lower end.
 
     Args:
         step_size_up: steps of the rising half of a cycle, an integer >= 0.
         step_size_down: steps of the falling half; ``None`` is ``step_size_up``. At least one half
             has a step, except with ``window="constant"``, which has no cycle.
-        window: ``"triangle"``, ``"welch"`` (parabolic), ``"hann"`` (sinusoidal) or ``"constant"``.
+        step_size_top: steps at the top, between the rise and the fall.
+        window: ``"triangle"``, ``"welch"`` (parabolic), ``"hann"`` (sinusoidal) or ``"sqrt"``
+            (1 − √(1 − x)); ``"boxcar"`` (1 throughout, so that only decays move the rate) or
+            ``"constant"`` (the same without cycles); or ``"inverse"``, a fall without cycle and end
+            with ``x(t) = step_size_down / (step_size_down + t)``.
+        power: exponent of the window, above 0.
         steps: the length of the phase; ``None``, in the last phase only, is without end.
         gamma: factor of the amplitude per step, in (0, 1].
         cycle_gamma: factor of the amplitude per cycle, in (0, 1].
         base_gamma: factor of the lower end per step, above 0. A factor above 1 needs ``steps``, and
             an optimizer refuses the phase if ``base_gamma**steps`` is not a finite number.
+        base_drop: factor of the lower end at the bottom of a cycle, in (0, 1]: an exponential fall.
+        stride: the rate changes after so many steps, an integer >= 1: ``t`` is rounded down to a
+            multiple. Use the steps of an epoch for a schedule that changes once per epoch.
+        first_step, first_cycle: steps and cycles done before the phase, integers >= 0, from which
+            the decays and the numbers of ``scale_fn`` go on.
+        cycle_start, cycle_steps: if ``cycle_steps`` is ``None``, each period is a cycle that ends.
+            If ``cycle_steps`` is 0, as in a warm-up, no cycle ends. Otherwise the phase is part of
+            one cycle of ``cycle_steps`` steps and begins after ``cycle_start`` of these.
         base_lr, max_lr: bounds of the phase, both or neither; neither takes each group's bounds.
         lower, upper: the ends of the rate. Each is a pair of factors, of ``base_lr`` and of
             ``max_lr``, whose products are summed: ``(1, 0)`` is ``base_lr``, ``(0, 1)`` is
@@ -92,11 +117,19 @@ class Phase:
 
     step_size_up: int = 0
     step_size_down: int | None = None
+    step_size_top: int = 0
     window: str = "triangle"
+    power: float = 1.0
     steps: int | None = None
     gamma: float = 1.0
     cycle_gamma: float = 1.0
     base_gamma: float = 1.0
+    base_drop: float = 1.0
+    stride: int = 1
+    first_step: int = 0
+    first_cycle: int = 0
+    cycle_start: int = 0
+    cycle_steps: int | None = None
     base_lr: float | None = None
     max_lr: float | None = None
     lower: tuple[float, float] = BOTTOM
@@ -109,23 +142,26 @@ class Phase:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
-        put("step_size_up", check_int("step_size_up", self.step_size_up, minimum=0))
         down = self.step_size_up if self.step_size_down is None else self.step_size_down
-        put("step_size_down", check_int("step_size_down", down, minimum=0))
-        check_choice("window", self.window, (*WINDOWS, "constant"))
-        if (self.period == 0) != (self.window == "constant"):
-            raise ValueError(
-                f"step_size_up={self.step_size_up} and step_size_down={self.step_size_down} do not "
-                f"go with window={self.window!r}: a cycle needs at least one step up or down, "
-                "and window='constant' has no cycle"
-            )
+        put("step_size_down", down)
+        for name, least in _INTEGERS.items():
+            put(name, check_int(name, getattr(self, name), minimum=least))
+        check_choice("window", self.window, (*WINDOWS, *_FLAT, "inverse"))
         if self.steps is not None:
             put("steps", check_int("steps", self.steps, minimum=1))
-        for name in ("gamma", "cycle_gamma", "base_gamma"):
+        if self.cycle_steps is not None:
+            put("cycle_steps", check_int("cycle_steps", self.cycle_steps, minimum=0))
+        if self.cycle_start and self.cycle_start >= (self.cycle_steps or 0):
+            raise ValueError(
+                f"cycle_start={self.cycle_start} with cycle_steps={self.cycle_steps}: the phase "
+                "begins within its cycle; leave cycle_start out, or raise cycle_steps above it"
+            )
+        for name in ("gamma", "cycle_gamma", "base_gamma", "base_drop", "power"):
             # The lower end may rise in a phase that ends. In an endless phase it would overflow.
             rises = name == "base_gamma" and self.steps is not None
-            top = math.inf if rises else 1.0
+            top = math.inf if rises or name == "power" else 1.0
             put(name, check_number(name, getattr(self, name), open_minimum=True, maximum=top))
+        _check_window(self)
         if (self.base_lr is None) != (self.max_lr is None):
             raise ValueError(
                 f"base_lr={self.base_lr!r} and max_lr={self.max_lr!r}: a phase has either both "
@@ -141,17 +177,19 @@ class Phase:
         if self.scale_fn is not None and not callable(self.scale_fn):
             raise TypeError(f"scale_fn must be a callable of one number, got {self.scale_fn!r}")
         check_choice("scale_mode", self.scale_mode, SCALE_MODES)
-        if self.scale_fn is not None and self.window == "constant" and self.scale_mode == "cycle":
+        if self.scale_fn is not None and self.period == 0 and self.scale_mode == "cycle":
             raise ValueError(
                 f"scale_fn={self.scale_fn!r} with scale_mode='cycle' scales the amplitude of a "
-                "cycle, and a phase with window='constant' has none: use scale_mode='iterations'"
+                f"cycle, and a phase with window={self.window!r} has none: use "
+                "scale_mode='iterations'"
             )
 
     @functools.cached_property
     def period(self) -> int:
         """Steps of one cycle; 0 in a phase without cycles."""
-        down = self.step_size_up if self.step_size_down is None else self.step_size_down
-        return self.step_size_up + down
+        if self.window in _ENDLESS:
+            return 0
+        return self.step_size_up + self.step_size_top + (self.step_size_down or 0)
 
     @property
     def has_bounds(self) -> bool:
@@ -170,7 +208,7 @@ class Phase:
         Raises:
             TypeError, ValueError: naming the argument, its value and what would be right.
         """
-        return _position(self, check_step(step))
+        return _position(self, self._rounded(step))
 
     def amplitude(self, step: int) -> float:
         """Return the decay of the amplitude: 1 at step 0.
@@ -184,7 +222,7 @@ class Phase:
         Raises:
             TypeError, ValueError: if ``scale_fn`` does not return a finite number.
         """
-        return _amplitude(self, check_step(step))
+        return _amplitude(self, self._rounded(step))
 
     def ends(self, base_lr: float, max_lr: float) -> tuple[float, float]:
         """Return the ends of the rate for a group.
@@ -222,7 +260,8 @@ class Phase:
             step: an integer >= 0, counted from the start of the phase.
 
         Returns:
-            ``(b, w, a)``, the decay of the lower end, the window, the decay of the amplitude.
+            ``(b, w, a)``, the decay of the lower end, the window to its power, and the decay of
+            the amplitude.
 
         Raises:
             TypeError, ValueError: naming the argument, its value and what would be right.
@@ -231,12 +270,20 @@ class Phase:
             >>> Phase(step_size_up=2, gamma=0.5).shape(1)
             (1.0, 0.5, 0.5)
         """
+        step = self._rounded(step)
+        x = _position(self, step)
+        w = window_value(self.window, x)
+        if self.power != 1.0:
+            w **= self.power
+        b = 1.0
+        if self.base_gamma != 1.0 or self.base_drop != 1.0:
+            b = _power(self.base_gamma, self.first_step + step, self.base_drop, 1.0 - x)
+        return b, w, _amplitude(self, step)
+
+    def _rounded(self, step: object) -> int:
+        """Return a step rounded down to a multiple of the stride."""
         step = check_step(step)
-        return (
-            _power(self.base_gamma, step),
-            window_value(self.window, _position(self, step)),
-            _amplitude(self, step),
-        )
+        return step if self.stride == 1 else step - step % self.stride
 
 
 # doctest finds a class by its __module__, which is the public module.
@@ -293,24 +340,29 @@ def hold(at: tuple[float, float] = TOP, **settings: Any) -> Phase:
 
 
 def _position(phase: Phase, step: int) -> float:
-    """Return x(step)."""
-    period = phase.period
+    """Return x of a step that is a multiple of the stride."""
+    period, down = phase.period, phase.step_size_down or 0
     if period == 0:
-        return 1.0
+        return down / (down + step) if phase.window == "inverse" else 1.0
     offset, up = step % period, phase.step_size_up
-    return offset / up if offset < up else (period - offset) / (period - up)
+    if offset < up:
+        return offset / up
+    left = period - offset
+    return left / down if left < down else 1.0
 
 
 def _amplitude(phase: Phase, step: int) -> float:
-    """Return a(step), or the value that ``scale_fn`` returns."""
+    """Return a of a step that is a multiple of the stride, or the value of ``scale_fn``."""
+    if phase.scale_fn is None and phase.gamma == phase.cycle_gamma == 1.0:
+        return 1.0
+    time, cycle = phase.first_step + step, phase.first_cycle
+    if phase.period:
+        cycle += step // phase.period
     if phase.scale_fn is not None:
-        x = step // phase.period + 1 if phase.scale_mode == "cycle" else step
+        x = cycle + 1 if phase.scale_mode == "cycle" else time
         # The value goes into the weights: refuse None and NaN.
         return check_number(f"scale_fn({x})", phase.scale_fn(x), minimum=-math.inf)
-    scale = _power(phase.gamma, step)
-    if phase.cycle_gamma != 1.0:
-        scale *= _power(phase.cycle_gamma, step // phase.period if phase.period else 0)
-    return scale
+    return _power(phase.gamma, time, phase.cycle_gamma, cycle)
 
 
 def window_value(window: str, x: float) -> float:
@@ -322,31 +374,71 @@ def window_value(window: str, x: float) -> float:
     if window == "hann":
         # Equal to (1 − cos(πx))/2, without cancellation near x = 0.
         return math.sin(0.5 * math.pi * x) ** 2
-    return 1.0
+    if window == "sqrt":
+        # Equal to 1 − √(1 − x), without cancellation near x = 0.
+        return x / (1.0 + math.sqrt(1.0 - x))
+    return x if window == "inverse" else 1.0
 
 
 def overflows(phase: Phase) -> bool:
     """Return whether the lower end of a phase grows beyond the largest float before it is over."""
-    return phase.steps is not None and _power(phase.base_gamma, phase.steps - 1) == LARGEST
+    if phase.steps is None:
+        return False
+    return _power(phase.base_gamma, phase.first_step + phase.steps - 1, 1.0, 0) == LARGEST
 
 
-def _power(gamma: float, exponent: int) -> float:
-    """Return gamma^exponent as 2^(exponent·log2(gamma)), at most the largest float.
+def _power(gamma: float, time: int, other: float, count: float) -> float:
+    """Return gamma^time · other^count, at most the largest float.
 
-    Infinity would not do: a lower end of 0 times the power must be 0.
+    The product is 2 to the sum of the logarithms. Infinity would not do: a lower end of 0 times the
+    product must be 0.
+
+    Args:
+        gamma, time: a factor above 0, and its exponent.
+        other, count: a factor in (0, 1], and its exponent.
     """
-    if gamma == 1.0 or exponent == 0:
-        return 1.0
+    power = 0.0
     try:
-        power = exponent * math.log2(gamma)
+        if gamma != 1.0:
+            power = time * math.log2(gamma)
+        if other != 1.0:
+            power += count * math.log2(other)
     except OverflowError:  # an exponent that no float can hold
-        power = -math.inf if gamma < 1.0 else math.inf
+        power = math.inf if gamma > 1.0 else -math.inf
     return 2.0**power if power < 1024.0 else LARGEST
 
 
 def _clamp(value: float) -> float:
     """Return the value, or the largest float of its sign if the value is infinite."""
     return max(-LARGEST, min(value, LARGEST))
+
+
+def _check_window(phase: Phase) -> None:
+    """Raise if the step sizes or the power of a phase do not go with its window."""
+    window, up, top, down = (
+        phase.window, phase.step_size_up, phase.step_size_top, phase.step_size_down or 0,
+    )  # fmt: skip
+    if window == "inverse":
+        if up or top or not down:
+            raise ValueError(
+                f"step_size_up={up}, step_size_top={top} and step_size_down={down} do not go with "
+                "window='inverse', which falls only: give step_size_up=0 and a step_size_down >= 1"
+            )
+    elif (up + down == 0) != (window == "constant") or (top and window == "constant"):
+        raise ValueError(
+            f"step_size_up={up} and step_size_down={down} do not go with window={window!r}: a "
+            "cycle needs at least one step up or down, and window='constant' has no cycle"
+        )
+    if phase.power != 1.0 and window in _FLAT:
+        raise ValueError(
+            f"power={phase.power!r} has no effect with window={window!r}, whose value is 1: leave "
+            "it out"
+        )
+    if phase.base_drop != 1.0 and window == "constant":
+        raise ValueError(
+            f"base_drop={phase.base_drop!r} has no effect with window='constant', which has no "
+            "cycle: leave it out"
+        )
 
 
 def _check_end(name: str, value: object) -> tuple[float, float]:

@@ -1,25 +1,19 @@
-"""Schedule: learning rate and momentum as pure functions of the step, from a sequence of phases.
-
-The formula is in ``phase.py``.
-"""
+"""Schedule: a curve that is immutable, compares by value, composes and is stored."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from clr_optim.checks import check_bounds, check_momenta, check_number
+from clr_optim.checks import check_int, check_number
 from clr_optim.schedule import phase as formula
 from clr_optim.schedule import store
+from clr_optim.schedule.curve import Curve, marked_phases
 from clr_optim.schedule.phase import Phase, ScaleFn
-from clr_optim.schedule.steps import Steps, evaluate
-from clr_optim.schedule.timeline import Timeline
 
 
-class Schedule:
+class Schedule(Curve):
     """A sequence of phases: a pure function of the integer step.
 
     The constructors of :mod:`clr_optim.schedule` build schedules. Call ``Schedule(name, phases)``
@@ -58,19 +52,7 @@ class Schedule:
     """
 
     __module__ = "clr_optim.schedule"  # pickles name the public module
-    __slots__ = ("_timeline", "name", "phases")
-
-    name: str
-    phases: tuple[Phase, ...]
-    _timeline: Timeline
-
-    def __init__(self, name: str, phases: Sequence[Phase]) -> None:
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"name must be a non-empty string, got {name!r}")
-        _check_phases(phases)
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "phases", tuple(phases))
-        object.__setattr__(self, "_timeline", Timeline(name, self.phases))
+    __slots__ = ()
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Schedule is immutable: cannot set {name!r}; build another one")
@@ -97,186 +79,87 @@ class Schedule:
     def __repr__(self) -> str:
         return store.to_repr(self.name, self.phases)
 
-    @property
-    def steps(self) -> int | None:
-        """Length of the whole schedule in steps; ``None`` without end."""
-        last = self.phases[-1].steps
-        return None if last is None else self._timeline.starts[-1] + last
+    def with_warmup(self, steps: int, start: float = 0.0) -> Schedule:
+        """Return this schedule after a warm-up.
 
-    @property
-    def has_bounds(self) -> bool:
-        """Whether every phase has its own bounds, so that the bounds of groups are ignored."""
-        return all(phase.has_bounds for phase in self.phases)
-
-    @property
-    def scale_fn(self) -> ScaleFn | None:
-        """The first ``scale_fn`` among the phases."""
-        return next((p.scale_fn for p in self.phases if p.scale_fn is not None), None)
-
-    def locate(self, step: int) -> tuple[int, int]:
-        """Find the phase that holds a step.
+        The rate rises in a straight line from ``start · max_lr`` at step 0 to the schedule's own
+        first rate at step ``steps``. From there on the schedule counts its steps, and its cycles:
+        a warm-up is no cycle. Momentum goes from its maximum to the schedule's first momentum.
 
         Args:
-            step: an integer >= 0.
-
-        Returns:
-            The index of the phase, and the step counted from the start of the phase.
-
-        Raises:
-            TypeError, ValueError: naming the argument, its value and what would be right.
-
-        Example:
-            >>> from clr_optim.schedule import fixed, sequence
-            >>> sequence([(fixed(0.1), 5), (fixed(0.2), None)]).locate(7)
-            (1, 2)
-        """
-        return self._timeline.locate(step)
-
-    @overload
-    def __call__(self, step: int, base_lr: float = ..., max_lr: float = ...) -> float: ...
-    @overload
-    def __call__(
-        self, step: Steps, base_lr: float = ..., max_lr: float = ...
-    ) -> npt.NDArray[np.float64]: ...
-    def __call__(
-        self, step: int | Steps, base_lr: float = 0.0, max_lr: float = 1.0
-    ) -> float | npt.NDArray[np.float64]:
-        """Return the learning rate at ``step``.
-
-        Args:
-            step: an integer >= 0 (0 is the first step), or an array of them.
-            base_lr, max_lr: the bounds of a group; with the defaults the rate runs from 0 to 1.
-                Phases with their own bounds ignore these.
-
-        Returns:
-            A float; for an array, an array of float64 and the same shape.
+            steps: length of the warm-up, an integer >= 1.
+            start: the first rate divided by ``max_lr``, >= 0. The rate falls if ``start · max_lr``
+                is above the schedule's first rate.
 
         Raises:
             TypeError, ValueError: naming the argument, its value and what would be right.
 
         Example:
             >>> from clr_optim.schedule import triangular
-            >>> triangular(2)([[0, 1], [2, 3]], base_lr=1.0, max_lr=3.0)
-            array([[1., 2.],
-                   [3., 2.]])
+            >>> schedule = triangular(4).with_warmup(5)
+            >>> schedule([0, 4, 5, 9], base_lr=1.0, max_lr=3.0).tolist()
+            [0.0, 0.8, 1.0, 3.0]
+            >>> [step for step in range(25) if schedule.is_cycle_end(step)]
+            [13, 21]
         """
-        base, top = check_number("base_lr", base_lr), check_number("max_lr", max_lr)
-        check_bounds(base, top)
-        return evaluate(lambda step: self.rates(step, [(base, top)])[0], step)
+        steps = check_int("steps", steps, minimum=1)
+        start = check_number("start", start)
+        phases = marked_phases(self)
+        first = phases[0]
+        b, w, a = first.shape(0)
+        reached = w * a
+        if not 0.0 <= reached <= 1.0:
+            raise ValueError(
+                f"with_warmup: the scale_fn of {self.name!r} returns {a!r} at the start, so that "
+                "the first rate is outside of the bounds: use a scale_fn from 0 to 1"
+            )
+        top = [
+            b * low - reached * low + reached * high
+            for low, high in zip(first.lower, first.upper, strict=True)
+        ]
+        rise = Phase(
+            step_size_up=steps,
+            step_size_down=0,
+            steps=steps,
+            lower=(0.0, start),
+            upper=(top[0], top[1]),
+            cycle_steps=0,
+            cycle_momentum=first.cycle_momentum and reached > 0.0,
+            base_lr=first.base_lr,
+            max_lr=first.max_lr,
+        )
+        return Schedule(self.name, [rise, *phases])
 
-    def rates(self, step: int, bounds: Sequence[tuple[float, float]]) -> list[float]:
-        """Return the learning rates at one step for several groups, as an optimizer needs them.
+    def between(self, low: float, high: float) -> Schedule:
+        """Return this schedule with these bounds, so that it ignores the bounds of groups.
 
-        A rate that would be infinite is the largest float.
+        ``base_lr`` becomes ``low`` and ``max_lr`` becomes ``high``. A policy that falls towards
+        ``end · max_lr`` falls towards ``low + end · (high − low)``, and a warm-up begins likewise.
 
         Args:
-            step: an integer >= 0.
-            bounds: ``(base_lr, max_lr)`` of each group.
-
-        Returns:
-            One rate per group.
+            low, high: the bounds, numbers >= 0 in this order. A schedule that falls exponentially
+                takes ``low=0`` only.
 
         Raises:
             TypeError, ValueError: naming the argument, its value and what would be right.
 
         Example:
             >>> from clr_optim.schedule import triangular
-            >>> triangular(2).rates(1, [(0.0, 1.0), (1.0, 3.0)])
-            [0.5, 2.0]
+            >>> triangular(2).between(0.0, 0.1)([0, 1, 2]).tolist()
+            [0.0, 0.05, 0.1]
+            >>> from clr_optim.schedule import linear
+            >>> linear(2).between(1.0, 3.0)([0, 1, 2]).tolist()
+            [3.0, 2.0, 1.0]
         """
-        return rates_and_momenta(self, step, bounds, ())[0]
-
-    @overload
-    def momentum(
-        self, step: int, base_momentum: float = ..., max_momentum: float = ...
-    ) -> float: ...
-    @overload
-    def momentum(
-        self, step: Steps, base_momentum: float = ..., max_momentum: float = ...
-    ) -> npt.NDArray[np.float64]: ...
-    def momentum(
-        self, step: int | Steps, base_momentum: float = 0.8, max_momentum: float = 0.9
-    ) -> float | npt.NDArray[np.float64]:
-        """Return the momentum at ``step``: highest at the lowest rate, lowest at the highest.
-
-        ``max_momentum − a(t)·(max_momentum − base_momentum)·w(x(t))``.
-
-        Args:
-            step: an integer >= 0 (0 is the first step), or an array of them.
-            base_momentum, max_momentum: the bounds of the momentum, in [0, 1].
-
-        Returns:
-            A float; for an array, an array of float64 and the same shape.
-
-        Raises:
-            TypeError, ValueError: naming the argument, its value and what would be right.
-
-        Example:
-            >>> from clr_optim.schedule import triangular
-            >>> triangular(2).momentum([0, 1, 2], 0.8, 1.0).tolist()
-            [1.0, 0.9, 0.8]
-        """
-        low = check_number("base_momentum", base_momentum, maximum=1.0)
-        high = check_number("max_momentum", max_momentum, maximum=1.0)
-        check_momenta(low, high)
-        return evaluate(lambda step: self.momenta(step, [(low, high)])[0], step)
-
-    def momenta(self, step: int, bounds: Sequence[tuple[float, float]]) -> list[float]:
-        """Return the momenta at one step for several groups, as an optimizer needs them.
-
-        Args:
-            step: an integer >= 0.
-            bounds: ``(base_momentum, max_momentum)`` of each group.
-
-        Returns:
-            One momentum per group.
-
-        Raises:
-            TypeError, ValueError: naming the argument, its value and what would be right.
-        """
-        return rates_and_momenta(self, step, (), bounds)[1]
-
-    def cycle(self, step: int) -> float:
-        """Return the cycles done at a step: 2.5 is half-way through the third; 0.0 without cycles.
-
-        The count goes on through all phases of a sequence. A cycle that the end of its phase cuts
-        off counts as done there. A :func:`one_cycle` is one cycle from start to end.
-
-        Args:
-            step: an integer >= 0.
-
-        Raises:
-            TypeError, ValueError: if ``step`` is not an integer >= 0.
-        """
-        return self._timeline.cycle(step)
-
-    def is_cycle_end(self, step: int) -> bool:
-        """Return whether the step before this one completed a cycle.
-
-        Args:
-            step: an integer >= 0.
-
-        Raises:
-            TypeError, ValueError: if ``step`` is not an integer >= 0.
-        """
-        return self._timeline.is_cycle_end(step)
-
-    def steps_to_cycle_end(self, step: int) -> int | None:
-        """Return the steps from ``step`` until a cycle is complete: a whole cycle at a cycle's end.
-
-        A cycle that the end of its phase cuts off is never complete: the count then runs to the
-        end of the first complete cycle.
-
-        Args:
-            step: an integer >= 0.
-
-        Returns:
-            The steps; ``None`` if no further cycle will be complete.
-
-        Raises:
-            TypeError, ValueError: if ``step`` is not an integer >= 0.
-        """
-        return self._timeline.steps_to_cycle_end(step)
+        low, high = check_number("low", low), check_number("high", high)
+        if low > high:
+            raise ValueError(f"low={low!r} is above high={high!r}: swap the two")
+        if any(phase.has_bounds for phase in self.phases):
+            raise ValueError(
+                f"between({low!r}, {high!r}): the schedule {self.name!r} has bounds already; leave "
+                "them out of its constructor"
+            )
+        return Schedule(self.name, [_between(phase, low, high) for phase in self.phases])
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary of strings, numbers, lists and None, for :meth:`from_dict`.
@@ -322,45 +205,20 @@ class Schedule:
 __test__ = {"Schedule": Schedule}
 
 
-def rates_and_momenta(
-    schedule: Schedule,
-    step: int,
-    bounds: Sequence[tuple[float, float]],
-    momentum_bounds: Sequence[tuple[float, float]],
-) -> tuple[list[float], list[float]]:
-    """Return rates and momenta of several groups at one step, from one call of a ``scale_fn``.
+def _between(phase: Phase, low: float, high: float) -> Phase:
+    """Return a phase with bounds; a multiple of ``max_lr`` alone is measured from ``low``."""
 
-    Args:
-        schedule: the schedule.
-        step: an integer >= 0.
-        bounds: ``(base_lr, max_lr)`` of each group.
-        momentum_bounds: ``(base_momentum, max_momentum)`` of each group.
+    def measured(end: tuple[float, float]) -> tuple[float, float]:
+        base, top = end
+        return (1.0 - top, top) if base == 0.0 and top <= 1.0 else end
 
-    Returns:
-        One rate for each of ``bounds``, and one momentum for each of ``momentum_bounds``.
-    """
-    index, local = schedule._timeline.locate(step)
-    phase = schedule.phases[index]
-    shape = phase.shape(local)
-    return (
-        formula.rates(phase, shape, bounds),
-        formula.momenta(phase, shape, momentum_bounds) if momentum_bounds else [],
-    )
-
-
-def _check_phases(phases: object) -> None:
-    if isinstance(phases, (str, bytes)) or not isinstance(phases, Sequence):
-        raise TypeError(f"phases must be a sequence of Phase, got {phases!r}")
-    if not phases:
-        raise ValueError("phases is empty: a schedule needs at least one Phase")
-    for i, phase in enumerate(phases):
-        if not isinstance(phase, Phase):
-            raise TypeError(f"phases[{i}] must be a Phase, got {phase!r}")
-        if phase.steps is None and i + 1 < len(phases):
-            raise ValueError(
-                f"phases[{i}] has steps=None, so that phases[{i + 1}] would never begin: "
-                "give steps to all phases but the last"
-            )
+    is_exponential = phase.base_gamma != 1.0 or phase.base_drop != 1.0
+    if low > 0.0 and is_exponential and phase.lower[0] == 0.0:
+        raise ValueError(
+            f"low={low!r} has no effect on an exponential fall, which approaches 0: give low=0.0"
+        )
+    lower, upper = measured(phase.lower), measured(phase.upper)
+    return replace(phase, base_lr=low, max_lr=high, lower=lower, upper=upper)
 
 
 def check_growth(schedule: Schedule) -> None:

@@ -5,10 +5,26 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from clr_optim.checks import check_int
 from clr_optim.schedule.phase import Phase
 from clr_optim.schedule.steps import check_step
+
+
+class Span(NamedTuple):
+    """The cycles of a phase.
+
+    Args:
+        start: steps of the current cycle before the phase.
+        steps: length of a cycle; 0 if no cycle ends in the phase.
+        repeats: whether the phase begins cycle after cycle. Otherwise the phase is part of one
+            cycle.
+    """
+
+    start: int
+    steps: int
+    repeats: bool
 
 
 class Timeline:
@@ -19,21 +35,22 @@ class Timeline:
         phases: the phases; all but the last have ``steps``.
     """
 
-    __slots__ = ("begun", "only_end", "phases", "starts")
+    __slots__ = ("begun", "phases", "spans", "starts")
 
     def __init__(self, name: str, phases: Sequence[Phase]) -> None:
         self.phases = phases
         self.starts = [0]
+        for phase in phases[:-1]:
+            self.starts.append(self.starts[-1] + (phase.steps or 0))
+        self.spans = _spans(name, phases, self.starts)
         #: Cycles begun before each phase.
         self.begun = [0]
-        for phase in phases[:-1]:
-            steps = phase.steps or 0
-            self.starts.append(self.starts[-1] + steps)
+        for phase, span in zip(phases[:-1], self.spans, strict=False):
             # If the end of a phase cuts off a cycle, that cycle counts: the next phase begins one.
-            begun = -(-steps // phase.period) if phase.period else 0
+            begun = int(span.steps > 0 and span.start == 0)
+            if span.repeats:
+                begun = -(-(phase.steps or 0) // span.steps)
             self.begun.append(self.begun[-1] + begun)
-        #: The end of the only cycle of a ``one_cycle``; None for other schedules.
-        self.only_end = _end_of_one_cycle(name, phases[-1], self.starts[-1])
 
     def locate(self, step: int) -> tuple[int, int]:
         """Return the index of the phase that holds a step, and the step counted from its start."""
@@ -43,57 +60,65 @@ class Timeline:
 
     def cycle(self, step: int) -> float:
         """Return the cycles done at a step, with the part of the current cycle as fraction."""
-        step = check_int("step", step, minimum=0)
-        if self.only_end is not None:
-            if step >= self.only_end:
-                return 1.0
-            # In a very long cycle the quotient is rounded to 1.0 before the end.
-            return min(step / self.only_end, math.nextafter(1.0, 0.0))
-        index, local = self.locate(step)
-        phase = self.phases[index]
-        if phase.period == 0:
-            return float(self.begun[index])
-        whole, rest = divmod(local, phase.period)
+        index, local = self.locate(check_int("step", step, minimum=0))
+        start, steps, repeats = self.spans[index]
+        done = self.begun[index]
+        if steps == 0:
+            return float(done)
+        if start:
+            done = max(done - 1, 0)  # the current cycle began before the phase
+        position = start + local
+        if repeats:
+            whole, position = divmod(position, steps)
+            done += whole
+        elif position >= steps:
+            return done + 1.0
         try:
-            return self.begun[index] + whole + rest / phase.period
+            # In a very long cycle the sum is rounded to a whole number before the end.
+            return min(done + position / steps, math.nextafter(done + 1.0, 0.0))
         except OverflowError:  # more cycles than a float can hold
             return math.inf
 
     def is_cycle_end(self, step: int) -> bool:
         """Return whether step ``step - 1`` completed a cycle."""
         step = check_int("step", step, minimum=0)
-        if step == 0 or self.only_end is not None:
-            return step > 0 and step == self.only_end
+        if step == 0:
+            return False
         # Locate the step before: a cycle that ends together with its phase belongs to that phase.
         index, local = self.locate(step - 1)
-        period = self.phases[index].period
-        return period > 0 and (local + 1) % period == 0
+        start, steps, repeats = self.spans[index]
+        position = start + local + 1
+        return steps > 0 and (position % steps == 0 if repeats else position == steps)
 
     def steps_to_cycle_end(self, step: int) -> int | None:
         """Return the steps from ``step`` to the next cycle end; None if no cycle ends."""
-        step = check_int("step", step, minimum=0)
-        if self.only_end is not None:
-            return self.only_end - step if step < self.only_end else None
-        index, local = self.locate(step)
-        start = step - local
+        index, local = self.locate(check_int("step", step, minimum=0))
+        passed = -local
         for i in range(index, len(self.phases)):
-            phase = self.phases[i]
-            last = i + 1 == len(self.phases)
-            if phase.period:
-                end = (local // phase.period + 1) * phase.period
+            length = self.phases[i].steps or 0
+            start, steps, repeats = self.spans[i]
+            if steps:
+                end = (local // steps + 1) * steps if repeats else steps - start
                 # The last phase goes on after its `steps`, and so do its cycles.
-                if last or end <= (phase.steps or 0):
-                    return start + end - step
-            start += phase.steps or 0
+                if local < end and (i + 1 == len(self.phases) or end <= length):
+                    return passed + end
+            passed += length
             local = 0
         return None
 
 
-def _end_of_one_cycle(name: str, last: Phase, start_of_last: int) -> int | None:
-    """Return the step at which a ``one_cycle``'s only cycle is complete; None for other schedules.
-
-    The phases of a ``one_cycle`` rise, fall and fall further; the last one holds the rate of the
-    last step. The name decides, since checkpoints of earlier versions hold no other mark.
-    """
+def _spans(name: str, phases: Sequence[Phase], starts: Sequence[int]) -> list[Span]:
+    """Return the cycles of each phase."""
+    last = phases[-1]
+    # All phases of a `one_cycle` are one cycle, which ends after the first step of the last phase.
+    # The name decides, since checkpoints of earlier versions hold no other mark.
     holds = last.window == "constant" and last.steps is None and last.scale_fn is None
-    return start_of_last + 1 if name == "one_cycle" and holds and start_of_last else None
+    is_marked = any(phase.cycle_steps is not None for phase in phases)
+    if name == "one_cycle" and holds and starts[-1] and not is_marked:
+        return [Span(start, starts[-1] + 1, False) for start in starts]
+    return [
+        Span(0, phase.period, phase.period > 0)
+        if phase.cycle_steps is None
+        else Span(phase.cycle_start, phase.cycle_steps, False)
+        for phase in phases
+    ]

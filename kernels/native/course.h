@@ -12,28 +12,40 @@
 
 namespace clr {
 
+// An entry of a group that must be this object, as the bounds of the rate.
+struct Entry { Ref key, object; };
+
+// A setting of a group that follows a schedule: a number, or members of a tuple.
+struct Setting {
+    Ref key;                          // its name in the group
+    Ref object;                       // the float or the tuple that the group holds
+    std::vector<int64_t> members;     // places in the tuple; empty for a number
+    std::vector<int64_t> columns;     // of the kernels' scalars, one per number; negative: none
+    int64_t place = -1;               // among the group's settings that a scan compares, or -1
+
+    size_t count() const { return columns.size(); }  // of its numbers
+};
+
 // One group, and the objects that we put there.
 struct Record {
-    Ref group;      // its dictionary
-    Ref lr;         // a float, or the user's tensor
-    Ref base, top;  // the bounds of the rate
-    Ref momentum;   // a float, or the tuple of betas; null if momentum does not cycle
-    Ref low, high;  // the bounds of the momentum
-    double rate = 0, beta = 0;  // the numbers of `lr` and `momentum`
-    bool fills = false;         // whether `lr` is a tensor
+    Ref group;  // its dictionary
+    Ref lr;     // a float, or the user's tensor
+    std::vector<Entry> entries;
+    std::vector<Setting> settings;
+    size_t first = 0;    // where the numbers of its settings begin in a row of them
+    double rate = 0;     // the number of `lr`
+    bool fills = false;  // whether `lr` is a tensor
 };
 
 class Course {
 public:
     std::vector<Record> records;
-    // Rows of values: of the present position, then of the positions after it.
-    std::vector<std::vector<double>> rates, momenta;
+    // Rows of values: of the present position, then of the positions after it. A row has the rate of
+    // each group, or the numbers of all settings of all groups.
+    std::vector<std::vector<double>> rates, numbers;
     std::vector<bool> ends;  // whether the step from a row to the next one completes a cycle
     int64_t position = 0;    // of the present row
     size_t row = 0;
-    // Columns of the kernels' scalars and of each group's settings that hold the momentum, or -1.
-    int64_t column = -1;
-    std::vector<Py_ssize_t> places;
     Words words;
 
     Course() = default;
@@ -48,20 +60,16 @@ public:
     // The old objects go last, since a finalizer may run any code.
     void end() { const Course old = std::exchange(*this, Course()); }
 
-    // Takes in a group's record from Python: (group, lr, base, top, momentum, low, high).
-    bool add(PyObject* tuple) {
-        PyObject *group, *lr, *base, *top, *momentum, *low, *high;
-        if (!PyArg_ParseTuple(tuple, "O!OOOOOO", &PyDict_Type, &group, &lr, &base, &top, &momentum,
-                              &low, &high))
-            return false;
-        Record record;
-        record.group = Ref::to(group), record.lr = Ref::to(lr);
-        record.base = Ref::to(base), record.top = Ref::to(top);
-        if (momentum != Py_None) record.momentum = Ref::to(momentum);
-        record.low = Ref::to(low), record.high = Ref::to(high);
-        record.fills = !PyFloat_CheckExact(lr);
+    // Returns how many numbers the settings of all records have.
+    size_t width() const {
+        size_t count = 0;
+        for (const Record& record : records)
+            for (const Setting& setting : record.settings) count += setting.count();
+        return count;
+    }
+    void add(Record&& record) {
+        record.first = width();
         records.push_back(std::move(record));
-        return true;
     }
 
     // Begins at a position, whose values are the first row.
@@ -69,10 +77,7 @@ public:
         position = PyLong_AsLongLong(number);
         if (position == -1 && PyErr_Occurred()) return false;
         number_ = Ref::to(number), row = 0;
-        for (size_t i = 0; i < records.size(); ++i) {
-            records[i].rate = rates[0][i];
-            if (records[i].momentum) records[i].beta = momenta[0][i];
-        }
+        for (size_t i = 0; i < records.size(); ++i) records[i].rate = rates[0][i];
         return true;
     }
 
@@ -84,16 +89,14 @@ public:
             const Record& record = records[i];
             PyObject* const group = record.group.get();
             if (items.get(Py_ssize_t(i)) != group || !holds(group, names().lr, record.lr) ||
-                !holds(group, torch().position_key, number_) || !holds(group, torch().base_key, record.base) ||
-                !holds(group, torch().top_key, record.top))
+                !holds(group, torch().position_key, number_))
                 return false;
+            for (const Entry& entry : record.entries)
+                if (!holds(group, entry.key, entry.object)) return false;
+            for (const Setting& setting : record.settings)
+                if (!holds(group, setting.key, setting.object)) return false;
             PyObject* const capturable = PyDict_GetItemWithError(group, names().capturable.get());
             if (capturable && capturable != Py_False && capturable != Py_None) return false;
-            if (record.momentum &&
-                (!holds(group, has_betas(group) ? names().betas : names().momentum,
-                        record.momentum) ||
-                 !holds(group, torch().low_key, record.low) || !holds(group, torch().high_key, record.high)))
-                return false;
             DLTensor t;
             if (record.fills && (!reads(record, t) || value_of(t) != record.rate)) return false;
         }
@@ -112,9 +115,12 @@ public:
                 next_[i].lr = Ref(PyFloat_FromDouble(rates[row + 1][i]));
                 is_whole = bool(next_[i].lr);
             }
-            if (is_whole && records[i].momentum) {
-                next_[i].momentum = momentum_of(records[i], momenta[row + 1][i]);
-                is_whole = bool(next_[i].momentum);
+            const double* number = is_whole ? numbers_of(row + 1, records[i]) : nullptr;
+            for (const Setting& setting : records[i].settings) {
+                if (!is_whole) break;
+                next_[i].settings.push_back(made(setting, number));
+                is_whole = bool(next_[i].settings.back());
+                number += setting.count();
             }
         }
         return is_whole;
@@ -132,32 +138,35 @@ public:
             else if (reads(record, t)) record.rate = fill(t, record.rate);
             put(group, names().lr, record.lr);
             put(group, torch().position_key, next_number_);
-            if (record.momentum) {
-                record.momentum = std::move(next_[i].momentum), record.beta = momenta[row][i];
-                put(group, has_betas(group) ? names().betas : names().momentum, record.momentum);
+            for (size_t k = 0; k < record.settings.size(); ++k) {
+                Setting& setting = record.settings[k];
+                setting.object = std::move(next_[i].settings[k]);
+                put(group, setting.key, setting.object);
             }
         }
         number_ = std::move(next_number_);
     }
 
     int visit(visitproc visit, void* arg) const {
-        for (const Record& record : records)
-            for (const Ref* each : {&record.group, &record.lr, &record.base, &record.top,
-                                    &record.momentum, &record.low, &record.high})
-                Py_VISIT(each->get());
+        for (const Record& record : records) {
+            Py_VISIT(record.group.get());
+            Py_VISIT(record.lr.get());
+            for (const Entry& entry : record.entries) Py_VISIT(entry.object.get());
+            for (const Setting& setting : record.settings) Py_VISIT(setting.object.get());
+        }
         Py_VISIT(number_.get());
         return 0;
     }
 
     PyObject* number() const { return number_.get(); }
+    // The numbers of a record's settings in a row.
+    const double* numbers_of(size_t row, const Record& record) const {
+        return numbers.empty() ? nullptr : numbers[row].data() + record.first;
+    }
 
 private:
     static bool holds(PyObject* group, const Ref& key, const Ref& object) {
         return object.is(PyDict_GetItemWithError(group, key.get()));
-    }
-    static bool has_betas(PyObject* group) {
-        PyObject* const betas = PyDict_GetItemWithError(group, names().betas.get());
-        return betas && betas != Py_None;
     }
     // Reads a rate on the CPU, float32 or float64, of one element. No lazy negation, which DLPack
     // does not tell: if the place of its bit is unknown, the general way serves tensors.
@@ -178,17 +187,19 @@ private:
         const double largest = double(std::numeric_limits<float>::max());
         return *static_cast<float*>(t.data) = float(std::max(-largest, std::min(value, largest)));
     }
-    // Returns the object that holds a momentum: a float, or a tuple of betas like the record's.
-    static Ref momentum_of(const Record& record, double value) {
-        Ref number(PyFloat_FromDouble(value));
-        PyObject* const before = record.momentum.get();
-        if (!number || !PyTuple_Check(before)) return number;
-        Ref betas(PyTuple_New(PyTuple_Size(before)));
-        if (!betas) return betas;
-        PyTuple_SetItem(betas.get(), 0, number.release());
-        for (Py_ssize_t k = 1; k < PyTuple_Size(before); ++k)
-            PyTuple_SetItem(betas.get(), k, Py_NewRef(PyTuple_GetItem(before, k)));
-        return betas;
+    // Returns a setting's object with other numbers: a float, or a tuple with other members.
+    static Ref made(const Setting& setting, const double* number) {
+        if (setting.members.empty()) return Ref(PyFloat_FromDouble(*number));
+        PyObject* const before = setting.object.get();
+        Ref tuple(PyTuple_New(PyTuple_Size(before)));
+        for (Py_ssize_t k = 0; tuple && k < PyTuple_Size(before); ++k)
+            PyTuple_SetItem(tuple.get(), k, Py_NewRef(PyTuple_GetItem(before, k)));
+        for (size_t k = 0; tuple && k < setting.members.size(); ++k) {
+            PyObject* const made = PyFloat_FromDouble(number[k]);
+            if (!made) return Ref();
+            PyTuple_SetItem(tuple.get(), Py_ssize_t(setting.members[k]), made);
+        }
+        return tuple;
     }
     // Replaces the value of a key, or adds one that other code has taken away.
     static void put(PyObject* group, const Ref& key, const Ref& value) {
@@ -196,7 +207,10 @@ private:
     }
 
     // The objects that a group gets in the next step.
-    struct Next { Ref lr, momentum; };
+    struct Next {
+        Ref lr;
+        std::vector<Ref> settings;
+    };
 
     Ref number_;  // the object that the groups hold as their position
     Ref next_number_;

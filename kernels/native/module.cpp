@@ -49,10 +49,6 @@ const struct { const char* name; Ref Torch::*place; bool is_dict; } CONNECTIONS[
     {"global_post_hooks", &Torch::global_post_hooks, true},
     {"profiler", &Torch::profiler, true},
     {"position_key", &Torch::position_key, false},
-    {"base_key", &Torch::base_key, false},
-    {"top_key", &Torch::top_key, false},
-    {"low_key", &Torch::low_key, false},
-    {"high_key", &Torch::high_key, false},
 };
 
 PyObject* connect(PyObject*, PyObject*, PyObject* given) {

@@ -134,29 +134,30 @@ class Plan:
         records: Sequence[tuple[object, ...]],
         position: int,
         rates: Sequence[Sequence[float]],
-        momenta: Sequence[Sequence[float]],
+        numbers: Sequence[Sequence[float]],
         ends: Sequence[bool],
-        momentum_column: int,
-        momentum_places: Sequence[int],
         max_norm: float | None,
         /,
     ) -> None:
         """Take in the course of the coming steps.
 
         Args:
-            records: `(group, lr, base_lr, max_lr, momentum, base_momentum, max_momentum)` of each
-                group: the objects that the group holds; `None` for a momentum that does not cycle.
+            records: `(group, lr, entries, settings)` of each group. `lr` is the object that the
+                group holds. `entries` are `(key, object)` of entries that must stay. `settings` are
+                those that follow a schedule: `(key, object, members, columns, place)`. The object
+                is a float, or a tuple of which `members` are the places that follow. `columns` are
+                those of the scalars, one per number, or -1; `place` is that among the settings
+                of `set_sources`, or -1.
             position: the object that the groups hold as their position.
             rates: the rate of each group, at the position and at those that follow.
-            momenta: likewise; empty if momentum does not cycle.
+            numbers: likewise the numbers of all settings of all groups, in order; empty if no
+                setting follows a schedule.
             ends: whether each step completes a cycle; empty if there are no hooks to call.
-            momentum_column: the column of the scalars that holds the momentum, or -1.
-            momentum_places: the place of the momentum among the settings of each group, or -1.
             max_norm: the largest norm of all gradients; steps clip a larger one.
         """
 
-    def course(self) -> tuple[int, list[object], list[object], list[float], list[float]]:
-        """Return position, `lr` and momentum of each group as objects, and both as numbers."""
+    def course(self) -> tuple[int, list[object], list[list[object]], list[float], list[float]]:
+        """Return the position; `lr` and settings of each group as objects; both as numbers."""
 
     def end_course(self) -> None:
         """End the course: steps need Python again."""
@@ -281,10 +282,6 @@ def connect(
     global_post_hooks: dict[Any, Any],
     profiler: dict[str, Any],
     position_key: str,
-    base_key: str,
-    top_key: str,
-    low_key: str,
-    high_key: str,
 ) -> None:
     """Tell the extension what it needs of torch, and the keys that groups hold."""
 

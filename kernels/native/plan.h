@@ -152,7 +152,7 @@ public:
         // Write the next values even if run() has failed after it has changed the parameters.
         if (ran || !launches || bound()->has_begun()) {
             course.write();
-            take_momenta();
+            take_settings();
         }
         if (!ran) unbind();
         release();
@@ -318,16 +318,22 @@ private:
         return bool(none);
     }
 
-    // Notes the momenta that the course has just written, so that the next scan finds no change.
-    void take_momenta() {
+    // Notes the settings that the course has just written, so that the next scan finds no change.
+    void take_settings() {
         const Items all(sources.settings.get());
-        for (size_t i = 0; i < course.places.size() && Py_ssize_t(i) < all.size(); ++i) {
+        for (size_t i = 0; i < course.records.size() && Py_ssize_t(i) < all.size(); ++i) {
             const Record& record = course.records[i];
-            PyObject* const settings = all.get(Py_ssize_t(i));
-            const Py_ssize_t place = course.places[i];
-            if (place < 0 || !record.momentum || course.column >= scalars.width()) continue;
-            if (PyList_SetItem(settings, place, Py_NewRef(record.momentum.get()))) PyErr_Clear();
-            scalars.row(i)[course.column] = record.beta;
+            const double* number = course.numbers_of(course.row, record);
+            for (const Setting& setting : record.settings) {
+                if (setting.place >= 0 &&
+                    PyList_SetItem(all.get(Py_ssize_t(i)), Py_ssize_t(setting.place),
+                                   Py_NewRef(setting.object.get())))
+                    PyErr_Clear();
+                for (const int64_t column : setting.columns) {
+                    if (column >= 0 && column < scalars.width()) scalars.row(i)[column] = *number;
+                    ++number;
+                }
+            }
         }
     }
 

@@ -98,42 +98,84 @@ inline PyObject* plan_squares(PyObject* self, PyObject*) {
     return list ? Py_BuildValue("iO", int(answer), list.get()) : nullptr;
 }
 
+// Reads an entry of a group: (key, object).
+inline bool read_entry(PyObject* item, Record& record) {
+    PyObject *key, *object;
+    if (!PyArg_ParseTuple(item, "UO", &key, &object)) return false;
+    record.entries.push_back({Ref::to(key), Ref::to(object)});
+    return true;
+}
+
+// Reads a setting of a group: (key, object, members, columns, place).
+inline bool read_setting(PyObject* item, Record& record) {
+    PyObject *key, *object, *members, *columns;
+    long long place;
+    Setting setting;
+    if (!PyArg_ParseTuple(item, "UOOOL", &key, &object, &members, &columns, &place) ||
+        !read_ints(members, setting.members) || !read_ints(columns, setting.columns))
+        return false;
+    setting.key = Ref::to(key), setting.object = Ref::to(object), setting.place = place;
+    const bool is_tuple = PyTuple_Check(object);
+    bool fits = is_tuple ? setting.members.size() == setting.count()
+                         : setting.members.empty() && setting.count() == 1;
+    for (const int64_t member : setting.members)
+        fits = fits && 0 <= member && member < PyTuple_Size(object);
+    if (!fits || !setting.count()) {
+        PyErr_SetString(PyExc_ValueError, "a setting has a column per number, in a tuple or alone");
+        return false;
+    }
+    record.settings.push_back(std::move(setting));
+    return true;
+}
+
+// Reads a group's record: (group, lr, entries, settings).
+inline bool read_record(PyObject* tuple, Course& course) {
+    PyObject *group, *lr, *entries, *settings;
+    if (!PyArg_ParseTuple(tuple, "O!OOO", &PyDict_Type, &group, &lr, &entries, &settings))
+        return false;
+    Record record;
+    record.group = Ref::to(group), record.lr = Ref::to(lr);
+    record.fills = !PyFloat_CheckExact(lr);
+    const Items all_entries(entries), all_settings(settings);
+    for (Py_ssize_t i = 0; i < all_entries.size(); ++i)
+        if (!read_entry(all_entries.get(i), record)) return false;
+    for (Py_ssize_t i = 0; i < all_settings.size(); ++i)
+        if (!read_setting(all_settings.get(i), record)) return false;
+    course.add(std::move(record));
+    return true;
+}
+
+// Returns whether a course has values for each group and each setting, at each step.
+inline bool is_complete(const Course& course) {
+    const auto fits = [&](const std::vector<std::vector<double>>& rows, size_t width) {
+        for (const auto& row : rows)
+            if (row.size() != width) return false;
+        return rows.size() == course.rates.size();
+    };
+    const size_t width = course.width();
+    return !course.rates.empty() && fits(course.rates, course.records.size()) &&
+           (width || !course.numbers.empty() ? fits(course.numbers, width) : true) &&
+           (course.ends.empty() || course.ends.size() + 1 == course.rates.size());
+}
+
 inline PyObject* plan_begin_course(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     Plan& plan = PlanObject::of(self);
-    if (!expects("begin_course()", count, 8) || !is_free(plan)) return nullptr;
+    if (!expects("begin_course()", count, 6) || !is_free(plan)) return nullptr;
     Course course;
     const Items records(args[0]);
-    std::vector<int64_t> ends, places;
-    bool is_whole = records.size() >= 0 && read_rows(args[2], course.rates) &&
-                    read_rows(args[3], course.momenta) && read_ints(args[4], ends) &&
-                    read(args[5], course.column) && read_ints(args[6], places);
-    for (Py_ssize_t i = 0; is_whole && i < records.size(); ++i)
-        is_whole = course.add(records.get(i));
-    const size_t groups = course.records.size();
-    const auto fits = [&](const std::vector<std::vector<double>>& rows) {
-        for (const auto& row : rows)
-            if (row.size() != groups) return false;
-        return true;
-    };
-    if (is_whole && !(fits(course.rates) && !course.rates.empty() &&
-                      (course.momenta.empty() || (fits(course.momenta) &&
-                                                  course.momenta.size() == course.rates.size())) &&
-                      (places.empty() || places.size() == groups) &&
-                      (ends.empty() || ends.size() + 1 == course.rates.size()) &&
-                      course.column < plan.scalars.width())) {
-        PyErr_SetString(PyExc_ValueError, "a course has a value for each group and step");
-        is_whole = false;
-    }
-    for (const Record& record : course.records)
-        if (is_whole && record.momentum && course.momenta.empty()) is_whole = false;
+    std::vector<int64_t> ends;
+    bool is_read = records.size() >= 0 && read_rows(args[2], course.rates) &&
+                   read_rows(args[3], course.numbers) && read_ints(args[4], ends);
+    for (Py_ssize_t i = 0; is_read && i < records.size(); ++i)
+        is_read = read_record(records.get(i), course);
     course.ends.assign(ends.begin(), ends.end());
-    course.places.assign(places.begin(), places.end());
-    const double max_norm = args[7] == Py_None ? -1 : PyFloat_AsDouble(args[7]);
-    is_whole = is_whole && !PyErr_Occurred();
-    if (!is_whole || !course.begin(args[1])) {
-        if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a course lacks momenta");
+    const double max_norm = args[5] == Py_None ? -1 : PyFloat_AsDouble(args[5]);
+    if (PyErr_Occurred()) return nullptr;
+    if (!is_read || !is_complete(course)) {
+        PyErr_SetString(PyExc_ValueError, "a course has values for each group and step");
         return nullptr;
     }
+    if (!course.begin(args[1])) return nullptr;
     if (!is_free(plan)) return nullptr;  // reading numbers may have run Python code
     if (!plan.sources.buckets.empty()) course.words = plan.sources.buckets.front()->words;
     plan.max_norm = max_norm;
@@ -178,16 +220,17 @@ inline PyObject* plan_course(PyObject* self, PyObject*) {
     const Course& course = PlanObject::of(self).course;
     const Ref position(PyLong_FromLongLong(course.position));
     const Ref lrs(list_of(course.records, [](const Record& r) { return Py_NewRef(r.lr.get()); }));
-    const Ref momenta(list_of(course.records, [](const Record& r) {
-        return Py_NewRef(r.momentum ? r.momentum.get() : Py_None);
+    const Ref settings(list_of(course.records, [](const Record& r) {
+        return list_of(r.settings, [](const Setting& s) { return Py_NewRef(s.object.get()); });
     }));
     const Ref rates(
         list_of(course.records, [](const Record& r) { return PyFloat_FromDouble(r.rate); }));
-    const Ref betas(
-        list_of(course.records, [](const Record& r) { return PyFloat_FromDouble(r.beta); }));
-    if (!position || !lrs || !momenta || !rates || !betas) return nullptr;
+    const std::vector<double> none;
+    const Ref numbers(list_of(course.numbers.empty() ? none : course.numbers[course.row],
+                              PyFloat_FromDouble));
+    if (!position || !lrs || !settings || !rates || !numbers) return nullptr;
     return PyTuple_Pack(5, course.number() ? course.number() : position.get(), lrs.get(),
-                        momenta.get(), rates.get(), betas.get());
+                        settings.get(), rates.get(), numbers.get());
 }
 
 inline PyObject* plan_step(PyObject* self, PyObject* attributes) {

@@ -20,13 +20,12 @@ struct Torch {
     Ref current_stream;     // asks for the stream of a GPU, by the GPU's index
     Ref global_pre_hooks, global_post_hooks;  // of all optimizers' steps
     Ref profiler;                             // the dictionary of torch.autograd.profiler
-    // The keys of a parameter group that hold the position, the bounds and those of momentum.
-    Ref position_key, base_key, top_key, low_key, high_key;
+    Ref position_key;                         // the key of a group that holds the position
 };
 
 // Names of attributes and keys.
 struct Names {
-    Ref grad, is_neg, local, spec, placements, mesh, params, lr, momentum, betas, capturable, state,
+    Ref grad, is_neg, local, spec, placements, mesh, params, lr, capturable, state,
         param_groups, own_step, pre_hooks, post_hooks, cycle_end_hooks, grad_scale, found_inf,
         profiles;
 
@@ -41,8 +40,8 @@ struct Names {
         grad = name("grad"), is_neg = name("is_neg");
         local = name("_local_tensor"), spec = name("_spec");
         placements = name("placements"), mesh = name("mesh");
-        params = name("params"), lr = name("lr"), momentum = name("momentum");
-        betas = name("betas"), capturable = name("capturable");
+        params = name("params"), lr = name("lr");
+        capturable = name("capturable");
         state = name("state"), param_groups = name("param_groups"), own_step = name("step");
         pre_hooks = name("_optimizer_step_pre_hooks");
         post_hooks = name("_optimizer_step_post_hooks");

@@ -16,19 +16,31 @@ import triton.language as tl
 
 from clr_optim.schedule import Phase, Schedule
 
-__all__ = ["FLOATS", "INTS", "phase_tables", "rate_and_momentum"]
+__all__ = ["FLOATS", "FOLLOWED", "INTS", "follow_schedules", "phase_tables", "rate_and_momentum"]
 
 #: Columns of the two tables, a row per phase.
-INTS = ("start", "step_size_up", "period", "window")
+INTS = (
+    "start", "step_size_up", "period", "window", "step_size_down", "stride", "first_step",
+    "first_cycle",
+)  # fmt: skip
 FLOATS = (
     "log2_gamma", "log2_cycle_gamma", "log2_base_gamma", "has_bounds", "base_lr", "max_lr",
-    "lower_base", "lower_max", "upper_base", "upper_max", "cycle_momentum",
+    "lower_base", "lower_max", "upper_base", "upper_max", "cycle_momentum", "power_less_1",
+    "log2_base_drop",
 )  # fmt: skip
 
-_WINDOWS = ("constant", "triangle", "welch", "hann")
+# The numbers of the windows; both flat ones are 0.
+_WINDOWS = {
+    "constant": 0, "boxcar": 0, "triangle": 1, "welch": 2, "hann": 3, "sqrt": 4, "inverse": 5,
+}  # fmt: skip
+
+#: Columns of the table of settings that follow schedules, int64: the group's number, the column of
+#: the groups' table, and the first phase and the number of phases of the schedule.
+FOLLOWED = ("group", "column", "first", "phases")
 
 _N_INTS: tl.constexpr = tl.constexpr(len(INTS))
 _N_FLOATS: tl.constexpr = tl.constexpr(len(FLOATS))
+_N_FOLLOWED: tl.constexpr = tl.constexpr(len(FOLLOWED))
 
 _LARGEST: tl.constexpr = tl.constexpr(sys.float_info.max)
 
@@ -43,9 +55,12 @@ def phase_tables(schedule: Schedule) -> tuple[npt.NDArray[np.int64], npt.NDArray
         raise ValueError(f"schedule {schedule.name!r} has a scale_fn: evaluate it on the host")
     starts = np.cumsum([0, *(phase.steps or 0 for phase in schedule.phases[:-1])])
     ints = [
-        (start, phase.step_size_up, phase.period, _WINDOWS.index(phase.window))
+        (
+            start, phase.step_size_up, phase.period, _WINDOWS[phase.window], phase.step_size_down,
+            phase.stride, phase.first_step, phase.first_cycle,
+        )
         for start, phase in zip(starts, schedule.phases, strict=True)
-    ]
+    ]  # fmt: skip
     floats = [_floats(phase) for phase in schedule.phases]
     return np.array(ints, dtype=np.int64), np.array(floats, dtype=np.float64)
 
@@ -61,6 +76,8 @@ def _floats(phase: Phase) -> tuple[float, ...]:
         *phase.lower,
         *phase.upper,
         float(phase.cycle_momentum),
+        phase.power - 1.0,
+        math.log2(phase.base_drop),
     )
 
 
@@ -103,20 +120,29 @@ def rate_and_momentum(ints, floats, phases, step, base_lr, max_lr, base_momentum
     up = tl.load(ints + 1)
     period = tl.load(ints + 2)
     window = tl.load(ints + 3)
+    down = tl.load(ints + 4).to(tl.float64)
+    stride = tl.load(ints + 5)
+    local = local // stride * stride
 
     # A phase without a cycle stays at its top. Here its divisors only must not be 0.
     cycle = local // tl.maximum(period, 1)
     offset = local - cycle * period
     rising = offset.to(tl.float64) / tl.maximum(up, 1).to(tl.float64)
-    falling = (period - offset).to(tl.float64) / tl.maximum(period - up, 1).to(tl.float64)
-    x = tl.where(offset < up, rising, falling)
+    endless = window == 5
+    above = tl.where(endless, down, (period - offset).to(tl.float64))
+    falling = above / tl.where(endless, down + offset.to(tl.float64), tl.maximum(down, 1.0))
+    x = tl.where(offset < up, rising, tl.minimum(falling, 1.0))
     w = tl.where(window == 2, x * (2.0 - x), x)
     w = tl.where(window == 3, _hann(x), w)
+    w = tl.where(window == 4, x / (1.0 + tl.sqrt(1.0 - x)), w)
     w = tl.where(window == 0, 1.0, w)
     cycle = tl.where(period == 0, 0, cycle)
 
-    time = local.to(tl.float64)
+    time = (local + tl.load(ints + 6)).to(tl.float64)
+    cycle += tl.load(ints + 7)
     decay = time * tl.load(floats) + cycle.to(tl.float64) * tl.load(floats + 1)
+    # w^power is w·w^(power − 1), which is w if the power is 1, and 0 if w is 0.
+    decay += tl.load(floats + 11) * tl.log2(tl.maximum(w, 1e-200))
     amplitude = w * tl.exp2(decay)
     own = tl.load(floats + 3) != 0.0
     base_lr = tl.where(own, tl.load(floats + 4), base_lr)
@@ -125,9 +151,31 @@ def rate_and_momentum(ints, floats, phases, step, base_lr, max_lr, base_momentum
     # of the ends needs no limit, since both have the same sign.
     lower = tl.minimum(tl.load(floats + 6) * base_lr + tl.load(floats + 7) * max_lr, _LARGEST)
     upper = tl.minimum(tl.load(floats + 8) * base_lr + tl.load(floats + 9) * max_lr, _LARGEST)
-    growth = tl.minimum(tl.exp2(time * tl.load(floats + 2)), _LARGEST)
+    fall = time * tl.load(floats + 2) + (1.0 - x) * tl.load(floats + 12)
+    growth = tl.minimum(tl.exp2(fall), _LARGEST)
     rate = tl.minimum(growth * lower, _LARGEST) + (upper - lower) * amplitude
     rate = tl.minimum(rate, _LARGEST)
     cycles = tl.load(floats + 10) != 0.0
     momentum = max_momentum - (max_momentum - base_momentum) * amplitude
     return rate, tl.where(cycles, momentum, max_momentum)
+
+
+@triton.jit(
+    do_not_specialize=["width"],
+    do_not_specialize_on_alignment=["followed", "ints", "floats", "groups", "control"],
+)
+def follow_schedules(followed, ints, floats, groups, width, control):
+    """Write a setting that follows a schedule into the groups' table, in each program.
+
+    Args:
+        followed: a table with the columns of ``FOLLOWED``, a row per program.
+        ints, floats: the tables of :func:`phase_tables` of all schedules, one after the other.
+        groups, width, control: as for :func:`~.prepare.prepare`.
+    """
+    followed += tl.program_id(0) * _N_FOLLOWED
+    first = tl.load(followed + 2)
+    number, _ = rate_and_momentum(
+        ints + first * _N_INTS, floats + first * _N_FLOATS, tl.load(followed + 3).to(tl.int32),
+        tl.load(control), 0.0, 0.0, 0.0, 0.0,
+    )  # fmt: skip
+    tl.store(groups + tl.load(followed) * width + tl.load(followed + 1), number)

@@ -19,12 +19,12 @@ from torch.optim.lr_scheduler import (
     LinearLR,
     OneCycleLR,
     SequentialLR,
-    StepLR,
 )
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.optim.swa_utils import SWALR
 
 from clr_optim import CyclicalOptimizer
 
@@ -502,12 +502,16 @@ REFUSED = {
     "None": (
         lambda o: None,
         TypeError,
-        "scheduler must be a CyclicLR or a OneCycleLR .*of type NoneType",
+        r"scheduler must be one of .*\(LinearLR, .*, MultiplicativeLR\), got .*of type NoneType",
     ),
     "an optimizer": (lambda o: o, TypeError, "scheduler must be .*of type SGD"),
-    "another class": (lambda o: StepLR(o, 3), TypeError, "of type StepLR: .*policy.*set_iteration"),
-    "a sequence": (in_a_sequence, TypeError, "of type SequentialLR.*one after the other, sequence"),
-    "a chain": (chained, TypeError, "of type ChainedScheduler.*one after the other, sequence"),
+    "another class": (lambda o: SWALR(o, 0.1), TypeError, "of type SWALR: .*policy.*set_iteration"),
+    "a sequence that cycles momentum": (
+        in_a_sequence,
+        ValueError,
+        "has a CyclicLR within a SequentialLR.*cycle_momentum=True: give",
+    ),
+    "a chain": (chained, ValueError, "ChainedScheduler with a CyclicLR: the chain is no product"),
     "one of a chain": (in_a_chain, ValueError, "group 0 has lr=.*at its step 3 .*several sched"),
     "a class": (lambda o: CyclicLR, TypeError, "scheduler must be .*of type type"),
     "our own view": (lambda o: CyclicalOptimizer(o).scheduler, TypeError, "CyclicalScheduler"),

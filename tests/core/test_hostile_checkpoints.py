@@ -410,7 +410,9 @@ def test_every_state_of_every_class(name, backend):
 def test_a_policy_of_another_version_warns_and_loads(change, words, backend):
     opt, problem = started(BY_NAME["adam"], backend)
     twin, twins_problem = copy.deepcopy((opt, problem))
-    with pytest.warns(UserWarning, match="this optimizer's policy, 'triangular2'") as caught:
+    with pytest.warns(
+        UserWarning, match=r"this optimizer's policy, triangular2\(step_size_up=4\),"
+    ) as caught:
         opt.load_state_dict(attacked(opt.state_dict(), change))
     assert words in str(caught[0].message)
     problem.step(opt, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 
 import numpy as np
@@ -28,7 +29,14 @@ class NoRate(torch.optim.Optimizer):
 
 # name: (arguments of CyclicalOptimizer besides the optimizer, error, pattern)
 CONSTRUCTOR = {
-    "policy unknown": ({"policy": "cosine"}, ValueError, r"policy must be one of 'triangular'.*'cosine'"),
+    "policy unknown": ({"policy": "cosines"}, ValueError, r"policy must be one of 'triangular'.*'cosines'"),
+    "policy with lengths": (
+        {"policy": "wsd"}, ValueError,
+        r"policy='wsd' needs warmup, stable, decay: .*policy=clr_optim.schedule.wsd\(warmup=\.\.\.,",
+    ),
+    "policy without cycles": (
+        {"policy": "fixed", "step_size_up": 5}, ValueError, "step_size_up=5 has no effect with policy='fixed'",
+    ),
     "policy a number": ({"policy": 3}, ValueError, "policy must be .* a Schedule .*got 3"),
     "policy a function": ({"policy": triangular}, ValueError, "policy must be .* a Schedule.*call it"),
     "base_lr NaN": ({"base_lr": NAN}, ValueError, "base_lr must be a finite number >= 0, got nan"),
@@ -77,7 +85,7 @@ CONSTRUCTOR = {
     "gamma 0": ({"policy": "exp_range", "gamma": 0}, ValueError, "gamma must be .* > 0 and <= 1, got 0"),
     "gamma above 1": ({"policy": "exp_range", "gamma": 1.1}, ValueError, "gamma must be .* <= 1, got 1.1"),
     "gamma NaN, not even used": ({"gamma": NAN}, ValueError, "gamma must be"),
-    "window unknown": ({"window": "hamming"}, ValueError, "window must be one of 'triangle', 'welch', 'hann', got"),
+    "window unknown": ({"window": "hamming"}, ValueError, "window must be one of 'triangle', 'welch', 'hann', 'sqrt', got"),
     "window constant": ({"window": "constant"}, ValueError, "window must be one of"),
     "scale_fn a number": ({"scale_fn": 0.5}, TypeError, "scale_fn must be a callable of one number, got 0.5"),
     "scale_mode unknown": ({"scale_mode": "epoch"}, ValueError, "scale_mode must be one of 'cycle', 'iterations'"),
@@ -118,6 +126,24 @@ CONSTRUCTOR = {
     "bounds beside a Schedule's own": (
         {"policy": fixed(0.1), "base_lr": 0.1}, ValueError, "base_lr=0.1 .* have no effect: every phase .*'fixed'",
     ),
+    "policy a rate": ({"policy": 0.1}, ValueError, r"policy must be .*got 0\.1; .*as max_lr=0\.1$"),
+    "mode": ({"mode": "triangular2"}, TypeError, "^mode='triangular2' is no argument of .*: give policy='triangular2'$"),
+    "step_size": ({"step_size": 50}, TypeError, "^step_size=50 is no argument of .*: give step_size_up=50$"),
+    "lr": ({"lr": 0.1}, TypeError, r"^lr=0\.1 is no argument of CyclicalOptimizer: give max_lr=0\.1$"),
+    "min_lr": ({"min_lr": 0.1}, TypeError, r"give base_lr=0\.1$"),
+    "max_norm": ({"max_norm": 1.0}, TypeError, r"give max_grad_norm=1\.0$"),
+    "total_steps": ({"total_steps": 9}, TypeError, r"^total_steps=9 is no .*one_cycle\(total_steps.*from_scheduler"),
+    "T_max": ({"T_max": 9}, TypeError, r"^T_max=9 is no argument .*cosine\(steps\).*from_scheduler"),
+    "T_0": ({"T_0": 9}, TypeError, r"^T_0=9 is no argument .*warm_restarts\(.*from_scheduler"),
+    "warmup_steps": ({"warmup_steps": 9}, TypeError, r"^warmup_steps=9 is no argument .*cosine\(steps\)\.with_warmup\("),
+    "last_epoch": ({"last_epoch": 3}, TypeError, r"^last_epoch=3 is no argument .*set_iteration"),
+    "scheduler": ({"scheduler": None}, TypeError, r"^scheduler=None is no argument .*from_scheduler\(scheduler\)"),
+    "an argument of the wrapped class": (
+        {"weight_decay": 0.1}, TypeError, r"^weight_decay=0\.1 is no argument .*: give weight_decay to Adam, which is wrapped$",
+    ),
+    "a slip of the pen": ({"cycle_momentums": True}, TypeError, "give cycle_momentum=True$"),
+    "an argument of nothing": ({"speed": 3}, TypeError, "^speed=3 is no argument .*: give one of optimizer, policy, base_lr"),
+    "two unknown arguments": ({"mode": "exp_range", "lr": 0.1}, TypeError, r"give policy='exp_range'; lr=0\.1 is no .*max_lr"),
 }  # fmt: skip
 
 
@@ -130,6 +156,44 @@ def test_the_constructor(name):
         CyclicalOptimizer(inner, **options)
     assert str(inner.param_groups) == str(before[0])
     assert not inner.state
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        ((0.01, 0.1), r"CyclicalOptimizer\(optimizer, base_lr=0\.01, max_lr=0\.1\)$"),
+        (("exp_range", 0.1), r"got 3 arguments: .*\(optimizer, 'exp_range', base_lr=0\.1\)$"),
+        ((0.01, 0.1, 50, 60, "exp_range"), r"step_size_up=50, step_size_down=60, \.\.\.\)$"),
+    ],
+)
+def test_arguments_by_position(arguments, pattern):
+    """The order is that of torch's CyclicLR."""
+    inner = adam()
+    before = str(inner.param_groups)
+    with pytest.raises(TypeError, match="takes optimizer and policy by position.*" + pattern):
+        CyclicalOptimizer(inner, *arguments)
+    assert str(inner.param_groups) == before
+
+
+def test_the_constructor_shows_its_arguments_and_no_others():
+    parameters = inspect.signature(CyclicalOptimizer).parameters
+    assert list(parameters)[:4] == ["optimizer", "policy", "base_lr", "max_lr"]
+    assert {each.kind.name for each in parameters.values()} == {
+        "POSITIONAL_OR_KEYWORD",
+        "KEYWORD_ONLY",
+    }
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'optimizer'"):
+        CyclicalOptimizer()
+
+
+def test_a_subclass_takes_arguments_of_other_names():
+    class Mine(CyclicalOptimizer):
+        def __init__(self, optimizer, mode, **options):
+            super().__init__(optimizer, mode, **options)
+
+    assert Mine(adam(), mode="exp_range").schedule.name == "exp_range"
+    with pytest.raises(TypeError, match="step_size=3 is no argument of CyclicalOptimizer"):
+        Mine(adam(), mode="exp_range", step_size=3)
 
 
 def of_lr(lr):

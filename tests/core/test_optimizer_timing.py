@@ -192,7 +192,7 @@ def test_where_there_is_no_cycle_there_is_no_end(policy):
         (warm_restarts(3, period_multiplier=2), [3, 9, 21]),
         (one_cycle(20, pct_start=0.25), [20]),
         (decay(5), [5]),
-        (ramp(6), [5]),
+        (ramp(6), [6]),
         (sequence([(triangular(2), 6), (triangular(3), None)]), [4, 12, 18, 24]),
     ],
     ids=lambda x: getattr(x, "name", ""),

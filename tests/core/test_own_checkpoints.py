@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import io
+import re
 import time
 
 import numpy as np
@@ -16,7 +17,7 @@ from resume_helpers import assert_resumes_as_unwrapped, resumes
 from torch import nn
 
 from clr_optim import CyclicalOptimizer
-from clr_optim.schedule import fixed, triangular
+from clr_optim.schedule import fixed, triangular, warm_restarts
 
 BACKENDS = ["auto", "torch"]
 
@@ -487,6 +488,78 @@ def test_a_checkpoint_of_another_policy_is_judged_by_its_own(remembered):
     with pytest.warns(UserWarning, match="was written under the policy") as caught:
         started().load_state_dict(saved)
     assert len(caught) == 1
+
+
+class OfItsCycle:
+    def __call__(self, cycle):
+        return 1.0 / (1.0 + cycle)
+
+
+SCALED = {"scale_fn": OfItsCycle(), "scale_mode": "iterations", "step_size_up": 3}
+POLICY_CALLS = [
+    ({}, "triangular()"),
+    ({"step_size_up": 9}, "triangular(step_size_up=9)"),
+    (
+        {"policy": "exp_range", "step_size_up": 9, "step_size_down": 2000, "gamma": 0.5},
+        "exp_range(step_size_up=9, step_size_down=2000, gamma=0.5)",
+    ),
+    ({"policy": "triangular2", "window": "hann"}, "triangular2(window='hann')"),
+    ({"policy": fixed(0.5)}, repr(fixed(0.5))),
+    (SCALED, "triangular(step_size_up=3, scale_fn=test_own_checkpoints.OfItsCycle, scale_mode="),
+    ({"policy": "exp_range", **SCALED}, "Schedule('exp_range', [Phase(step_size_up=3, "),
+    (
+        {"policy": warm_restarts(3, period_multiplier=2)},
+        "Schedule('warm_restarts', [Phase(step_size_down=3, window='hann', steps=3), and 60 more])",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "call"), POLICY_CALLS)
+def test_the_warning_about_another_policy_shows_both_as_calls(options, call):
+    saved = CyclicalOptimizer(torch.optim.Adam([weight()], lr=0.01), **options).state_dict()
+    opt = CyclicalOptimizer(torch.optim.Adam([weight()], lr=0.01), step_size_up=7)
+    with pytest.warns(UserWarning, match=re.escape(f"under the policy {call}")) as caught:
+        opt.load_state_dict(saved)
+    (message,) = (str(each.message) for each in caught)
+    assert "this optimizer's policy, triangular(step_size_up=7), decides from step 0 on" in message
+    assert "{" not in message
+    plain = torch.optim.Adam([weight()], lr=0.01)
+    plain.load_state_dict(saved)
+    with pytest.warns(
+        UserWarning, match=re.escape(f"optimizer was written under the policy {call}")
+    ):
+        CyclicalOptimizer(plain, step_size_up=7)
+
+
+def test_a_policy_of_another_version_is_shown_by_name():
+    saved = CyclicalOptimizer(torch.optim.Adam([weight()], lr=0.01)).state_dict()
+    saved["param_groups"][0]["clr_schedule"] = (
+        '{"format": 99, "name": "spiral", "phases": [{"turns": 3}]}'
+    )
+    opt = CyclicalOptimizer(torch.optim.Adam([weight()], lr=0.01))
+    with pytest.warns(UserWarning, match=r"policy 'spiral' of another version, \{.*turns"):
+        opt.load_state_dict(saved)
+
+
+def test_bounds_of_several_groups_are_shown_as_lists():
+    def two_groups():
+        return torch.optim.Adam([{"params": [weight()]}, {"params": [weight()]}], lr=0.01)
+
+    saved = CyclicalOptimizer(two_groups(), base_lr=0.1, max_lr=[0.2, 0.3]).state_dict()
+    opt = CyclicalOptimizer(two_groups(), base_lr=[0.0, 0.1], max_lr=0.3)
+    with pytest.warns(UserWarning, match="checkpoint's bounds hold") as caught:
+        opt.load_state_dict(saved)
+    assert "bounds base_lr=0.1, max_lr=[0.2, 0.3], and" in str(caught[0].message)
+    remedy = re.search(r"call (set_bounds\(.*\)) after", str(caught[0].message))[1]
+    eval(f"opt.{remedy}", {"opt": opt})
+    assert (opt.base_lr, opt.max_lr) == ([0.0, 0.1], 0.3)
+    plain = two_groups()
+    plain.load_state_dict(saved)
+    with pytest.warns(UserWarning, match="the arguments hold") as caught:
+        opt = CyclicalOptimizer(plain, max_lr=0.3)
+    remedy = re.search(r"call (set_bounds\(.*\))\.", str(caught[0].message))[1]
+    eval(f"opt.{remedy}", {"opt": opt})
+    assert (opt.base_lr, opt.max_lr) == (0.1, [0.2, 0.3])
 
 
 def test_a_plain_checkpoint_does_not_warn():

@@ -81,7 +81,7 @@ def test_a_wrapped_optimizers_own_attribute_is_named(name):
 
 def test_reading_goes_on_as_before():
     opt = wrapped()
-    for name in ("lr", "max_lr", "window", "policy"):
+    for name in ("lr", "learning_rate", "window", "gamma"):
         assert not hasattr(opt, name)
         assert not hasattr(CyclicalOptimizer, name)
         with pytest.raises(AttributeError, match=f"object has no attribute '{name}'"):

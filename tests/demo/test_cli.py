@@ -88,7 +88,7 @@ def test_plot_draws_the_policies_into_docs(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["plot"]) == 0
     paths = capsys.readouterr().out.splitlines()
-    assert len(paths) == 8
+    assert len(paths) == len(schedule.POLICIES) + 5
     for path in paths:
         assert path.startswith("docs")
         with Image.open(tmp_path / path) as image:
@@ -117,6 +117,30 @@ def test_plot_draws_the_policies_into_docs(tmp_path, capsys, monkeypatch):
         (["one_cycle"], schedule.one_cycle(100), (0.0015, 0.006)),
         (["warm_restarts"], schedule.warm_restarts(2000), (0.0015, 0.006)),
         (["warm_restarts", "--period", "7"], schedule.warm_restarts(7), (0.0015, 0.006)),
+        (
+            [
+                "wsd",
+                "--warmup",
+                "9",
+                "--stable",
+                "50",
+                "--decay",
+                "20",
+                "--shape",
+                "exp",
+                "--end",
+                "0.1",
+            ],
+            schedule.wsd(9, 50, 20, shape="exp", end=0.1),
+            (0.0015, 0.006),
+        ),
+        (["wsd"], schedule.wsd(10, 68, 22), (0.0015, 0.006)),
+        (["polynomial", "--power", "0.9"], schedule.polynomial(100, 0.9), (0.0015, 0.006)),
+        (
+            ["triangular", "--step-size-up", "5", "--period-multiplier", "2"],
+            schedule.triangular(5, period_multiplier=2),
+            (0.0015, 0.006),
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

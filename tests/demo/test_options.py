@@ -13,6 +13,7 @@ from clr_optim.bench.workloads import RULES
 from clr_optim.cli.outcome import Outcome
 from clr_optim.demo.train import OPTIMIZERS
 from clr_optim.options import name_options, spelled
+from clr_optim.schedule import POLICIES
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +83,7 @@ def test_json_of_a_picture_has_the_rates(tmp_path, capsys):
     assert results["schedule"]["name"] == "triangular"
     assert results["pictures"] == ["triangular.png"] == capsys.readouterr().out.split()
     assert cli.main(["plot", "--json", "all.json"]) == 0
-    assert len(json.loads((tmp_path / "all.json").read_text())["pictures"]) == 8
+    assert len(json.loads((tmp_path / "all.json").read_text())["pictures"]) == len(POLICIES) + 5
 
 
 def test_json_of_a_range_test_and_of_a_training(tmp_path, capsys):

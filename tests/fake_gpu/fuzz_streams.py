@@ -20,6 +20,7 @@ from torch import Tensor
 
 from clr_optim import CyclicalOptimizer
 from clr_optim.core.ordinary import OrdinarySteps
+from clr_optim.schedule import triangular
 from fake_gpu import device
 
 EVENTS = 25
@@ -75,7 +76,11 @@ class Player:
         make, fused = OPTIMIZERS[chance.choice([*OPTIMIZERS])], chance.random() < 0.7
         inner = make(self.params, fused and self.place == "cuda")
         norm = chance.choice([None, None, 0.5])
-        self.opt = CyclicalOptimizer(inner, step_size_up=3, max_grad_norm=norm, **self.wrap)
+        follows = {"weight_decay": triangular(2, base_lr=0.0, max_lr=0.1)}
+        schedules = follows if chance.random() < 0.3 else None
+        self.opt = CyclicalOptimizer(
+            inner, step_size_up=3, max_grad_norm=norm, schedules=schedules, **self.wrap
+        )
         self.scaler = torch.amp.GradScaler(self.place, init_scale=16.0, growth_interval=3)
         self.has_graph = False
         # The first steps create the state, as a capture may not.

@@ -75,6 +75,12 @@ def _policies() -> Iterator[tuple[str, Policy]]:
         ("ramp", schedules.ramp(12)),
         ("sequence", schedules.sequence([(schedules.triangular(2), 7), (schedules.exp(), None)])),
         ("own_bounds", schedules.triangular(3, base_lr=0.002, max_lr=0.03)),
+        ("wsd", schedules.wsd(4, 6, 9, shape="sqrt", end=0.1)),
+        ("wsd_cycles", schedules.wsd_cycles(2, 3, 4, shape="exp", end=0.1, period_multiplier=2)),
+        ("polynomial", schedules.polynomial(30, 0.9)),
+        ("inverse_sqrt", schedules.inverse_sqrt(5)),
+        ("growing", schedules.exp_range(2, gamma=0.99, period_multiplier=2)),
+        ("warm-up", schedules.one_cycle(20).with_warmup(6)),
     ):
         yield name, Policy({"policy": schedule}, schedule)
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from clr_optim import Bounds, CyclicalOptimizer, RangeTest, plotting
 from clr_optim.plotting import canvas
-from clr_optim.schedule import fixed, sequence, triangular, triangular2
+from clr_optim.schedule import POLICIES, fixed, sequence, triangular, triangular2
 
 
 def _pixels(path):
@@ -97,13 +97,11 @@ def test_rates_of_zero_and_a_single_step_are_drawn(tmp_path):
 def test_policies_are_pictures_of_modest_size(tmp_path):
     paths = plotting.plot_policies(tmp_path / "docs")
     assert [path.stem for path in paths] == [
-        "triangular",
-        "triangular2",
-        "exp_range",
-        "exp_range_bounds",
-        "one_cycle",
-        "warm_restarts",
+        *POLICIES,
         "windows",
+        "decays",
+        "with_warmup",
+        "growing_cycles",
         "sequence",
     ]
     contents = set()

@@ -326,10 +326,11 @@ class TritonBackend:
         # If Ctrl-C comes between a launch and the host's note of it, the host asks the device.
         if self.who_knows is WhoKnows.HOST and not current.is_capturing():
             self.who_knows = WhoKnows.MAYBE
+        follows = clock.follow(tables)
         if not launches:
-            return [clock.advance(tables)]
+            return [*follows, clock.advance(tables)]
         updates = [launch.update(tables, is_last=launch is launches[-1]) for launch in launches]
-        return [call for each in updates for call in each]
+        return [*follows, *(call for each in updates for call in each)]
 
 
 def _refresh(launches: list[Launch], *, clips: bool) -> None:

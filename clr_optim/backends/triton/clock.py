@@ -26,6 +26,8 @@ OWN = 8
 # One program adds all sums of squares, so it takes many at a time.
 _GATE_OPTIONS = {"BLOCK": 4096, "num_warps": 8, "enable_fp_fusion": False}
 
+_ONE_WARP = {"num_warps": 1, "enable_fp_fusion": False}
+
 # The table of a step without rates: an empty tensor has no address to load from.
 _NO_RATE = np.zeros((1, 3), dtype=np.int64)
 
@@ -60,6 +62,10 @@ class Clock:
         self._groups_of: tuple[Any, ...] = ()
         self._rates = Mirror(device)
         self._limit = Mirror(device)
+        # The settings that follow schedules, and the phases of these.
+        self._followed = [Mirror(device) for _ in range(3)]
+        self._rows: list[tuple[int, int, Schedule]] = []
+        self._columns: tuple[tuple[int, int], ...] = ()
         #: scale and overflow without a GradScaler, in the dtype of a GradScaler
         self.one = torch.ones((), dtype=torch.float32, device=device)
         self.zero = torch.zeros((), dtype=torch.float32, device=device)
@@ -94,7 +100,7 @@ class Clock:
 
     def _tables(self) -> Iterator[Tensor | None]:
         """Return all tensors that live as long as the clock, or until a table is made anew."""
-        mirrors = [*self._uploaded, self._rates, self._limit]
+        mirrors = [*self._uploaded, *self._followed, self._rates, self._limit]
         mirrors += [mirror for both in self._groups for mirror in both]
         yield from (mirror.table for mirror in mirrors)
         yield from (self._control, self.one, self.zero, self.open, self.gate, self.norm)
@@ -166,9 +172,18 @@ class Clock:
         """
         on_device = self.decides(course)
         mirrors = self._groups[on_device]
+        self._rows = self._followed_rows(course, len(scalars)) if on_device else []
+        scalars = scalars.copy()
+        for group, column, _ in self._rows:
+            scalars[group, column - 4] = 0.0  # a kernel writes it: no change needs an upload
+        columns = tuple((group, column) for group, column, _ in self._rows)
+        if on_device and columns != self._columns:
+            self._columns = columns
+            for mirror in mirrors:
+                mirror.forget()  # the kernel may have written a column that the host owns now
         made_of = (
             on_device, tuple(course.bounds if on_device else course.rates), course.momenta,
-            scalars[:, 1:].tobytes(), len(scalars),
+            columns, scalars[:, 1:].tobytes(), len(scalars),
         )  # fmt: skip
         if made_of == self._groups_of:
             return cast("Tensor", mirrors[-1].table)
@@ -193,6 +208,40 @@ class Clock:
         found = mirrors[-1].put(table)
         self._groups_of = made_of
         return found
+
+    def _followed_rows(self, course: Course, groups: int) -> list[tuple[int, int, Schedule]]:
+        """Return group, column of the groups' table and schedule of settings that kernels read."""
+        rows = []
+        for group, key, members, schedules in course.followed:
+            if group < groups:  # another thread may just have added the group
+                columns, _ = self._plan.places_of(group, key, members)
+                pairs = zip(columns, schedules, strict=True)
+                rows += [(group, column + 4, each) for column, each in pairs if column >= 0]
+        return rows
+
+    def follow(self, tables: tuple[Any, ...]) -> list[Call]:
+        """Write the settings that follow schedules into the groups' table, for this step.
+
+        Args:
+            tables: as :meth:`tables` returns them.
+        """
+        from clr_optim.kernels.triton.schedule import follow_schedules, phase_tables
+
+        if not self._rows:
+            return []
+        groups, width, _, _, _, control, *_ = tables
+        schedules = list(dict.fromkeys(schedule for *_, schedule in self._rows))
+        ints, floats = zip(*map(phase_tables, schedules), strict=True)
+        firsts = dict(zip(schedules, np.cumsum([0, *map(len, ints)]), strict=False))
+        rows = [(g, c, firsts[s], len(s.phases)) for g, c, s in self._rows]
+        followed, all_ints, all_floats = self._followed
+        arguments = (
+            followed.put(np.array(rows, dtype=np.int64)),
+            all_ints.put(np.concatenate(ints)),
+            all_floats.put(np.concatenate(floats)),
+            groups, width, control,
+        )  # fmt: skip
+        return [launch(follow_schedules, (len(rows),), arguments, _ONE_WARP)]
 
     def rates(self, course: Course) -> tuple[Tensor, int]:
         """Return the addresses of the learning rates that the device keeps, and their number."""
@@ -231,8 +280,7 @@ class Clock:
         """Advance the position in a step that has no launch on this device."""
         from clr_optim.kernels.triton import prepare
 
-        options = {"num_warps": 1, "enable_fp_fusion": False}
-        return launch(prepare.advance, (1,), tables, options)
+        return launch(prepare.advance, (1,), tables, _ONE_WARP)
 
     def give_up(self) -> list[object]:
         """Return all tables, which a graph reads; a change of tensors makes new tables."""
@@ -240,6 +288,7 @@ class Clock:
             self._rates.lend(),
             *(mirror.table for mirrors in self._groups for mirror in mirrors),
             self._limit.table,
+            *(mirror.lend() for mirror in self._followed),
         ]
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from clr_optim.checks import check_bounds, check_momenta, check_number, item, shown
 from clr_optim.core.checkpoint.settings import are_groups
 from clr_optim.core.groups import GroupMirror
-from clr_optim.core.saved import BASE_FRACTION, are_close, read_position
-from clr_optim.keys import BASE, BASE_MOMENTUM, ENTRY, KEYS, MAX, MAX_MOMENTUM, STEP
+from clr_optim.core.saved import BASE_FRACTION, are_close, bounds_shown, read_position
+from clr_optim.keys import BASE, BASE_MOMENTUM, ENTRY, KEYS, MAX, MAX_MOMENTUM, SCHEDULES, STEP
 
 __all__ = [
     "checked_keys",
@@ -44,6 +44,11 @@ def checked_keys(
             beta = cycle_momentum and "betas" in groups[i]
             check_momenta(low, high, f" in {name}[{i}]", beta=beta)
             keys.update({BASE_MOMENTUM: low, MAX_MOMENTUM: high})
+        if not isinstance(keys.get(SCHEDULES, ""), str):
+            raise TypeError(
+                f"{name}[{i}][{SCHEDULES!r}] must be a string of JSON, got "
+                f"{shown(keys[SCHEDULES])}: delete that key from the groups to load the rest"
+            )
         base, top = keys.get(BASE), keys.get(MAX)
         if type(base) is type(top) is float and 0.0 <= base <= top < math.inf:
             continue
@@ -80,22 +85,26 @@ def other_bounds_warning(
         before: the bounds in use, as :func:`keys_in_use` returns them.
         keys: our keys in the checkpoint.
     """
+    saved: list[tuple[float, float]] = []
+    code: list[tuple[float, float]] = []
+    is_new = False
     for i, (old, new) in enumerate(zip(before, keys, strict=False)):
-        if BASE not in new:
-            continue
-        base, top = new[BASE], new[MAX]
-        code_base, code_top = given[i] if i < len(given) else (old[BASE], old[MAX])
-        as_code = are_close(top, code_top) and (code_base is None or are_close(base, code_base))
-        if not as_code and not (are_close(base, old[BASE]) and are_close(top, old[MAX])):
-            code_base = code_top / BASE_FRACTION if code_base is None else code_base
-            return (
-                f"state_dict has the bounds base_lr={base:g}, max_lr={top:g} in parameter "
-                f"group {i}, and this optimizer was given base_lr={code_base:g}, "
-                f"max_lr={code_top:g}: the checkpoint's bounds hold from here on. To train "
-                f"with the others, call set_bounds(base_lr={code_base:g}, "
-                f"max_lr={code_top:g}) after loading."
-            )
-    return None
+        base, top = old[BASE], old[MAX]
+        new_base, new_top = (new[BASE], new[MAX]) if BASE in new else (base, top)
+        code_base, code_top = given[i] if i < len(given) else (base, top)
+        as_code = code_base is None or are_close(new_base, code_base)
+        as_code = as_code and are_close(new_top, code_top)
+        is_new |= not as_code and not (are_close(new_base, base) and are_close(new_top, top))
+        code_base = code_top / BASE_FRACTION if code_base is None else code_base
+        saved.append((new_base, new_top))
+        code.append((code_base, code_top))
+    if not is_new:
+        return None
+    return (
+        f"state_dict has the bounds {bounds_shown(saved)}, and this optimizer was given "
+        f"{bounds_shown(code)}: the checkpoint's bounds hold from here on. To train with the "
+        f"others, call set_bounds({bounds_shown(code)}) after loading."
+    )
 
 
 # ---- layouts that drop what groups hold

@@ -24,11 +24,12 @@ from clr_optim.core.checkpoint.wrapped import (
     run_load_pre_hooks,
     without_load_pre_hooks,
 )
-from clr_optim.core.saved import edited_rates_warning, policy_name, read_position
+from clr_optim.core.saved import edited_rates_warning, policy_call, read_position
+from clr_optim.core.scheduled import warn_other_schedules
 from clr_optim.core.settings import Settings
 from clr_optim.core.shared import Shared
 from clr_optim.core.warn import callers_level, warn_each
-from clr_optim.keys import ENTRY, KEYS, SCHEDULE
+from clr_optim.keys import ENTRY, KEYS, SCHEDULE, SCHEDULES
 
 __all__ = ["load", "shallow_copy", "warn_other_policy"]
 
@@ -74,9 +75,13 @@ def load(shared: Shared, state_dict: Any) -> None:
                 mirror.fill_in_momentum_bounds(i, group)
         with load_errors_as_value_errors(inner):
             shared.position.go_to(position)
-    leftover.take_note(inner, own, settings.schedule, position if resumed else None)
+    loaded_at = position if resumed else None
+    leftover.take_note(inner, own, settings.schedule, loaded_at, settings.schedules)
     if resumed and SCHEDULE in keys[0]:
         warn_other_policy(shared, keys[0][SCHEDULE], "state_dict")
+    if resumed:
+        saved = [each.get(SCHEDULES) for each in keys]
+        warned.append(warn_other_schedules(inner.param_groups, saved, "state_dict"))
     warn_each(warned)
 
 
@@ -100,7 +105,7 @@ def _load_as_torch(
     check_layout(state_dict)
     groups = state_dict["param_groups"]
     keys = checked_keys(groups, _GROUPS, cycle_momentum=cycles)
-    check_for(inner, state_dict, cycles)
+    check_for(inner, state_dict, cycles, settings.with_momentum_schedule(len(groups)))
     state_dict["state"] = own_counters(state_dict["state"])
     with load_errors_as_value_errors(inner), without_load_pre_hooks(inner):
         inner.load_state_dict(state_dict)
@@ -143,11 +148,10 @@ def warn_other_policy(shared: Shared, saved: object, source: str) -> None:
     if saved == settings.schedule_json:
         return
     warnings.warn(
-        f"{source} was written under the policy {policy_name(saved, source)!r} with "
-        f"{saved}; this optimizer's policy, "
-        f"{settings.schedule.name!r} with {settings.schedule_json}, decides from step "
+        f"{source} was written under the policy {policy_call(saved, source)}; this optimizer's "
+        f"policy, {policy_call(settings.schedule_json, source)}, decides from step "
         f"{shared.position.number} on. To continue under the old policy, construct with "
-        "policy=Schedule.from_json(...) of it; to begin anew, call set_iteration(0).",
+        "policy=... of it; to begin anew, call set_iteration(0).",
         UserWarning,
         stacklevel=callers_level(),
     )

@@ -31,6 +31,7 @@ def save(shared: Shared) -> dict[str, Any]:
     """
     inner = shared.settings.optimizer
     state_dict: dict[str, Any] = {}
+    shared.position.warn_unread_bounds()
     for _ in range(_ATTEMPTS):
         shared.position.settle()  # asks the device, if only the device knows the position
         shared.position.overrule()

@@ -71,7 +71,12 @@ def _is_collection(value: object) -> bool:
     return isinstance(value, Collection) and not isinstance(value, (str, bytes, Mapping))
 
 
-def check_for(optimizer: Optimizer, state_dict: Mapping[str, Any], cycle_momentum: bool) -> None:
+def check_for(
+    optimizer: Optimizer,
+    state_dict: Mapping[str, Any],
+    cycle_momentum: bool,
+    scheduled: Collection[int],
+) -> None:
     """Raise unless an optimizer can step with a checkpoint of torch's layout.
 
     torch's own classes are known by name. Of any other class only the numbers of its parameters
@@ -80,7 +85,8 @@ def check_for(optimizer: Optimizer, state_dict: Mapping[str, Any], cycle_momentu
     Args:
         optimizer: the optimizer that is to load the checkpoint.
         state_dict: the checkpoint.
-        cycle_momentum: whether momentum is going to be written, whatever the checkpoint's is.
+        cycle_momentum: whether momentum cycles, whatever the checkpoint's is.
+        scheduled: the numbers of the groups whose momentum follows a schedule.
     """
     saved_groups = state_dict["param_groups"]
     sizes = [len(group["params"]) for group in optimizer.param_groups]
@@ -103,8 +109,10 @@ def check_for(optimizer: Optimizer, state_dict: Mapping[str, Any], cycle_momentu
                 )
     if slots is not None:
         _check_settings(optimizer, saved_groups, settings)
-        if cycle_momentum:
-            settings = [with_momentum(group) for group in settings]
+        settings = [
+            with_momentum(group) if cycle_momentum or i in scheduled else group
+            for i, group in enumerate(settings)
+        ]
     check_state(optimizer, slots, state_dict, settings)
 
 

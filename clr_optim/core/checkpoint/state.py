@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,21 +42,27 @@ def other_class(optimizer: Optimizer, reason: str) -> ValueError:
     )
 
 
-def check_momentum_state(optimizer: Optimizer) -> None:
-    """Raise where state was made without momentum, and the class cannot begin one in mid-run."""
+def check_momentum_state(optimizer: Optimizer, numbers: Collection[int], argument: str) -> None:
+    """Raise where state was made without momentum, and the class cannot begin one in mid-run.
+
+    Args:
+        optimizer: the optimizer.
+        numbers: the numbers of the groups whose momentum is going to be written.
+        argument: the argument that says so.
+    """
     slots = STATE_SLOTS.get(type(optimizer))
     if slots is None:
         return
     for i, group in enumerate(optimizer.param_groups):
-        for param in group["params"] if group.get("momentum") == 0 else ():
+        for param in group["params"] if i in numbers and group.get("momentum") == 0 else ():
             values = optimizer.state.get(param)
             needed = slots.needed(with_momentum(group), tuple(param.shape))
             absent = sorted(needed - set(values)) if values else []
             if absent:
                 raise ValueError(
-                    f"cycle_momentum=True needs the state {absent}, and a parameter in group {i} "
+                    f"{argument} needs the state {absent}, and a parameter in group {i} "
                     f"of this {type(optimizer).__name__} has stepped without momentum: leave it "
-                    "False, or clear the optimizer's state to begin anew"
+                    "out, or clear the optimizer's state to begin anew"
                 )
 
 

@@ -64,6 +64,7 @@ NAMES = {
     "multi_tensor": ("multi_tensor", "whole_step"),
     "prepare": ("prepare", "advance"),
     "gate": ("open_gate", "sum_of_squares"),
+    "schedule": ("follow_schedules",),
 }
 
 
@@ -150,7 +151,9 @@ class Run:
 
     def __init__(self, case: Case, *, shapes: Sequence[Any] = SHAPES, **options: Any) -> None:
         wrap = {
-            k: options.pop(k) for k in list(options) if k in ("backend", "max_grad_norm", "policy")
+            k: options.pop(k)
+            for k in list(options)
+            if k in ("backend", "max_grad_norm", "policy", "schedules")
         }
         generator = torch.Generator().manual_seed(3)
         self.params = [

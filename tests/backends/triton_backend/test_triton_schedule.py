@@ -71,6 +71,61 @@ SCHEDULES = {
             (schedule.exp_range(step_size_up=3, gamma=0.9), None),
         ]
     ),
+    "top": Schedule("x", [Phase(step_size_up=3, step_size_down=4, step_size_top=6)]),
+    "top-one-sided": Schedule(
+        "x",
+        [
+            Phase(step_size_up=0, step_size_down=4, step_size_top=6, window="hann", steps=30),
+            Phase(step_size_up=5, step_size_down=0, step_size_top=3, window="sqrt"),
+        ],
+    ),
+    "exponential-falls": Schedule(
+        "x",
+        [
+            Phase(step_size_down=90, step_size_top=9, steps=297, base_drop=0.01, upper=(1.0, 0.0)),
+            Phase(step_size_down=90, steps=50, base_drop=0.5, base_gamma=1.01),
+            Phase(step_size_up=7, base_drop=1e-300),
+        ],
+    ),
+    "stairs": Schedule(
+        "x",
+        [
+            Phase(window="boxcar", step_size_down=30, cycle_gamma=0.1, steps=99, lower=(0.0, 0.0)),
+            Phase(window="triangle", step_size_down=200, stride=20, steps=195),
+            Phase(window="hann", step_size_down=1000, stride=7, gamma=0.9999),
+        ],
+    ),
+    "goes-on": Schedule(
+        "x",
+        [
+            Phase(step_size_up=8, gamma=0.99, cycle_gamma=0.9, base_gamma=0.98, steps=16),
+            Phase(
+                step_size_up=16,
+                gamma=0.99,
+                cycle_gamma=0.9,
+                base_gamma=0.98,
+                first_step=16,
+                first_cycle=1,
+            ),
+        ],
+    ),
+    "linear": schedule.linear(90, end=0.1),
+    "cosine": schedule.cosine(90, end=0.1, max_lr=0.3),
+    **{
+        f"wsd-{shape}": schedule.wsd(10, 50, 30, shape=shape, end=0.01)
+        for shape in ("linear", "cosine", "sqrt", "exp")
+    },
+    **{
+        f"wsd_cycles-{shape}": schedule.wsd_cycles(10, 50, 30, shape=shape, end=0.01)
+        for shape in ("linear", "cosine", "sqrt", "exp")
+    },
+    "wsd_cycles-growing": schedule.wsd_cycles(10, 5, 3, period_multiplier=2),
+    "growing": schedule.triangular(7, 3, period_multiplier=10),
+    "triangular2-growing": schedule.triangular2(5, period_multiplier=2),
+    "exp_range-growing": schedule.exp_range(5, period_multiplier=2, gamma=0.999),
+    "exp_range_bounds-growing": schedule.exp_range_bounds(5, period_multiplier=2, gamma=0.999),
+    "warm-up": schedule.one_cycle(37).with_warmup(11, start=0.5),
+    "warm-up-own": schedule.warm_restarts(10, base_lr=0.1, max_lr=0.3).with_warmup(3),
     "rises-for-ever": Schedule("x", [Phase(window="constant", base_gamma=1.5, steps=10)]),
     "rises-from-0": Schedule(
         "x", [Phase(step_size_up=3, base_gamma=3.0, steps=4, base_lr=0.0, max_lr=1.0)]
@@ -94,16 +149,43 @@ SCHEDULES = {
         ],
     ),
 }
+# A window to a power comes from a logarithm, whose rounding error grows as the rate falls.
+POWERS = {
+    "inverse_sqrt": schedule.inverse_sqrt(500),
+    "inverse_sqrt-timescale": schedule.inverse_sqrt(0, timescale=10_000, max_lr=0.3),
+    "inverse": Schedule("x", [Phase(window="inverse", step_size_down=3)]),
+    **{
+        f"polynomial-{power}": schedule.polynomial(90_000, power)
+        for power in (0.3, 0.5, 0.9, 1.0, 2.0, 3.5)
+    },
+    "polynomial-warm-up": schedule.polynomial(900, 0.9, end=0.1).with_warmup(30),
+    "hann-squared": Schedule("x", [Phase(step_size_up=50, window="hann", power=2.0)]),
+    "sqrt-cubed": Schedule(
+        "x", [Phase(step_size_up=50, window="sqrt", power=3.0, step_size_top=7)]
+    ),
+}
 BOUNDS = (0.001, 0.006, 0.8, 0.95)
 
 
-def assert_schedule(of, steps):
+def assert_schedule(of, steps, *, further=0.0):
     rates, momenta = on_device(of, steps, BOUNDS)
     expected = of(steps, *BOUNDS[:2]), of.momentum(steps, *BOUNDS[2:])
     # Three float64 ulps, or five with a GPU's exp2. Numbers below atol have fewer than 53 bits.
-    tolerance = 7e-16 if INTERPRETED else 1.1e-15
+    tolerance = (7e-16 if INTERPRETED else 1.1e-15) + further
     for found, wanted in zip((rates, momenta), expected, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=1e-300)
+
+
+@pytest.mark.parametrize("name", POWERS)
+def test_windows_to_a_power(name):
+    of = POWERS[name]
+    steps = [*range(100_001), *(2**n for n in range(17, 41))]
+    # The error of |power − 1|·log2(w), where log2(w) has up to five bits before the point.
+    assert_schedule(of, steps, further=1e-14)
+    # Four ulps of the highest rate: squaring doubles the error of a window.
+    rates, _ = on_device(of, steps, BOUNDS)
+    expected = of(steps, *BOUNDS[:2])
+    assert abs(rates - expected).max() <= 4 * np.spacing(expected.max())
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -117,6 +199,29 @@ def test_the_schedule(name):
     steps.update(int(2**x) for x in generator.uniform(8, 40, 600))
     steps.update(generator.integers(0, 2**40, 300).tolist())
     assert_schedule(of, sorted(step for step in steps if 0 <= step <= 2**40))
+
+
+@pytest.mark.parametrize("name", [*SCHEDULES, *POWERS])
+def test_phase_boundaries(name):
+    """Where a phase begins, and where its first cycle turns, host and device differ by one ulp.
+
+    A GPU's exp2 and log2 add their own errors.
+    """
+    of = {**SCHEDULES, **POWERS}[name]
+    starts = [0, *itertools.accumulate(phase.steps for phase in of.phases[:-1])]
+    steps = set()
+    for start, phase in zip(starts, of.phases, strict=True):
+        top = phase.step_size_up + phase.step_size_top
+        steps.update(start + turn for turn in (0, phase.step_size_up, top, phase.period))
+    steps = sorted(step for step in steps if step < 2**53)
+    rates, momenta = on_device(of, steps, BOUNDS)
+    for found, wanted in (
+        (rates, of(steps, *BOUNDS[:2])),
+        (momenta, of.momentum(steps, *BOUNDS[2:])),
+    ):
+        with np.errstate(over="ignore"):  # no float follows the largest
+            ulp = np.spacing(wanted)
+        assert (abs(found - wanted) <= (1 if INTERPRETED else 5) * ulp).all()
 
 
 def test_a_scale_fn_is_not_for_the_device():
