@@ -35,7 +35,9 @@ def schedules_for(optimizer: torch.optim.Optimizer) -> dict[str, Schedule]:
     found: dict[str, Schedule] = {}
     for key in group.keys() & _OF.keys():
         # Nesterov's momentum knows no dampening; without momentum SGD and RMSprop have no buffer.
-        if (key == "dampening" and group["nesterov"]) or (key == "momentum" and not group[key]):
+        if key in ("momentum", "dampening") and not group["momentum"]:
+            continue
+        if key == "dampening" and group["nesterov"]:
             continue
         schedules = _OF[key]
         if isinstance(group[key], (tuple, list)) is not isinstance(schedules, tuple):

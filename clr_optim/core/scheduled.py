@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -72,6 +72,7 @@ def check_schedules(
         for i, (group, schedule) in enumerate(zip(groups, per_group, strict=True)):
             if schedule is not None:
                 _check_setting(name, i, group)
+                _check_dampening(name, group, schedules)
                 _check_cycled(name, i, group, cycle_momentum=cycle_momentum)
                 _check_schedule(name, schedule)
         if isinstance(given, Schedule) and name == "weight_decay":
@@ -108,6 +109,12 @@ def check_new_group(
                 "param_group has weight_decay=0, and schedules['weight_decay'] is for all groups: "
                 "construct CyclicalOptimizer with a list, which leaves groups that join alone"
             )
+    lacking = [name for name in settings.common_schedules if name not in names]
+    if lacking:
+        return (
+            f"param_group lacks {', '.join(lacking)}, so the constructor's schedules have no "
+            "effect there: give the group the settings"
+        )
     keys = sorted({place_of(name)[0] for name in names} & set(given))
     if not keys:
         return None
@@ -154,6 +161,16 @@ def _check_name(name: str, checked: Mapping[str, object]) -> None:
     others = {other for other in checked if other != name and place_of(other)[0] == key}
     if place is None and others:
         raise ValueError(f"schedules: {name!r} includes {min(others)!r}: leave one of them out")
+
+
+def _check_dampening(name: str, group: Mapping[str, Any], schedules: Iterable[object]) -> None:
+    """Raise if SGD does not read its dampening."""
+    if name != "dampening":
+        return
+    if group.get("nesterov"):
+        raise ValueError("schedules: 'dampening' must be 0 with nesterov=True: leave it out")
+    if group.get("momentum") == 0 and "momentum" not in schedules:
+        raise ValueError("schedules: 'dampening' has no effect without momentum: leave it out")
 
 
 def _check_cycled(name: str, index: int, group: Mapping[str, Any], *, cycle_momentum: bool) -> None:

@@ -440,6 +440,27 @@ def test_momentum_stays_above_0(schedule):
         CyclicalOptimizer(inner, schedules={"momentum": WD}, cycle_momentum=True)
 
 
+def test_dampening_follows_where_sgd_reads_it():
+    def sgd(**options: Any) -> Any:
+        return torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, **options)
+
+    with pytest.raises(ValueError, match="'dampening' must be 0 with nesterov=True"):
+        CyclicalOptimizer(sgd(momentum=0.9, nesterov=True), schedules={"dampening": WD})
+    with pytest.raises(ValueError, match="'dampening' has no effect without momentum"):
+        CyclicalOptimizer(sgd(), schedules={"dampening": WD})
+    momentum = triangular(2).between(0.5, 0.9)
+    CyclicalOptimizer(sgd(), schedules={"dampening": WD, "momentum": momentum})
+
+
+def test_a_group_without_the_setting_is_named():
+    opt: Any = CyclicalOptimizer(
+        BY_NAME["sign-descent"].make([torch.nn.Parameter(torch.ones(2))]), schedules={"decay": WD}
+    )
+    del opt.defaults["decay"]
+    with pytest.warns(UserWarning, match="param_group lacks decay, .* have no effect there"):
+        opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+
+
 def test_momentum_may_begin_in_mid_run_where_torchs_may():
     inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
     step(inner)
