@@ -156,6 +156,7 @@ class CyclicalOptimizer(Course[OptimizerT]):
         scheduler: LRScheduler,
         *,
         steps_per_epoch: int = 1,
+        schedules: Mapping[str, Schedule | Sequence[Schedule | None]] | None = None,
         max_grad_norm: float | None = None,
         backend: str = "auto",
     ) -> CyclicalOptimizer[Optimizer]:
@@ -188,7 +189,7 @@ class CyclicalOptimizer(Course[OptimizerT]):
             steps_per_epoch: the optimizer's steps between two calls of ``scheduler.step()``. If the
                 loop calls it once per epoch, the rate changes once per epoch here too: take the
                 scheduler over at the end of an epoch.
-            max_grad_norm, backend: as in the constructor.
+            schedules, max_grad_norm, backend: as in the constructor.
 
         Returns:
             An optimizer around ``scheduler.optimizer``.
@@ -217,6 +218,7 @@ class CyclicalOptimizer(Course[OptimizerT]):
         with edits.without_our_keys(scheduler.optimizer.param_groups):
             opt = cast("type[CyclicalOptimizer[Optimizer]]", cls)(
                 scheduler.optimizer,
+                schedules=schedules,
                 max_grad_norm=max_grad_norm,
                 backend=backend,
                 **edits.arguments_of(taken),

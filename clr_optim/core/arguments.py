@@ -30,10 +30,11 @@ from clr_optim.core.saved import (
     edited_rates_warning,
     initial_bounds,
     read_position,
+    unread_base_warning,
 )
 from clr_optim.core.scheduled import check_schedules
 from clr_optim.core.settings import Settings
-from clr_optim.core.warn import callers_level
+from clr_optim.core.warn import callers_level, warn_each
 from clr_optim.keys import BASE, MAX, SCHEDULE, SCHEDULES
 from clr_optim.schedule import POLICIES, SCALE_MODES, Schedule, check_growth, triangular
 
@@ -125,6 +126,8 @@ def check_arguments(
             )
         )
     ]
+    if base_lr is not None:
+        warn_each([unread_base_warning(schedule, [base for base, _ in bounds])])
     if max_lr is None and not schedule.has_bounds:
         _warn_scheduled_rates(groups)
     cycles = check_bool("cycle_momentum", cycle_momentum)

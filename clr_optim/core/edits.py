@@ -15,7 +15,7 @@ from clr_optim.core.checkpoint import warn_other_policy
 from clr_optim.core.followed import schedules_json
 from clr_optim.core.per_group import optional_number, optional_per_group
 from clr_optim.core.rates import check_tensor_lr
-from clr_optim.core.saved import initial_bounds
+from clr_optim.core.saved import initial_bounds, unread_base_warning
 from clr_optim.core.scheduled import check_new_group, warn_other_schedules
 from clr_optim.core.shared import Shared
 from clr_optim.core.warn import warn_each
@@ -107,6 +107,8 @@ def set_bounds(shared: Shared, base_lr: object, max_lr: object) -> None:
     for group, (base, top) in zip(groups, bounds, strict=True):
         group[BASE], group[MAX] = base, top
     shared.position.go_to(position)
+    if base_lr is not None:
+        warn_each([unread_base_warning(schedule, [base for base, _ in bounds])])
 
 
 def add_param_group(shared: Shared, param_group: Any) -> None:

@@ -24,9 +24,8 @@ _RENAMED = {
         ("lr", "learning_rate", "lr_max", "max_lrs", "max_learning_rate", "eta_max", "peak_lr"),
         "max_lr",
     ),
-    **dict.fromkeys(
-        ("lr_min", "min_lr", "base_lrs", "min_learning_rate", "eta_min", "initial_lr"), "base_lr"
-    ),
+    **dict.fromkeys(("base_lrs", "initial_lr"), "base_lr"),
+    "cycle_length": "step_size_up",
     **dict.fromkeys(
         ("max_norm", "clip", "clip_norm", "grad_clip", "clip_grad_norm", "gradient_clip_val"),
         "max_grad_norm",
@@ -43,12 +42,19 @@ _COSINE = (
     "give policy=cosine(steps) of clr_optim.schedule, or take torch's scheduler over with "
     "CyclicalOptimizer.from_scheduler(CosineAnnealingLR(...))"
 )
+_END = (
+    "give {name} as base_lr={value}, or, if the schedule falls to a multiple of max_lr as cosine, "
+    "linear, polynomial and wsd do, divided by max_lr as end= of the schedule"
+)
+_OF_TORCH = "take a scheduler over with CyclicalOptimizer.from_scheduler(scheduler)"
+
 _RESTARTS = (
     "give policy=warm_restarts(period, period_multiplier=...) of clr_optim.schedule, or take "
     "torch's scheduler over with CyclicalOptimizer.from_scheduler(...)"
 )
 _WARM_UP = (
-    "a schedule of clr_optim.schedule has its warm-up: give policy=cosine(steps).with_warmup(steps)"
+    "a schedule of clr_optim.schedule has its warm-up: give "
+    "policy=cosine(total_steps - warmup).with_warmup(warmup), or another schedule"
 )
 _POSITION = "call opt.set_iteration(...) afterwards; a checkpoint brings the position"
 
@@ -68,7 +74,12 @@ _REMEDIES = {
         _WARM_UP,
     ),
     **dict.fromkeys(("last_epoch", "last_step", "iteration", "start_step"), _POSITION),
-    "scheduler": "call CyclicalOptimizer.from_scheduler(scheduler)",
+    **dict.fromkeys(("lr_min", "min_lr", "min_learning_rate", "eta_min", "end_lr"), _END),
+    **dict.fromkeys(("scheduler", "lr_scheduler"), _OF_TORCH),
+    **dict.fromkeys(
+        ("on_cycle_end", "cycle_end_hook"), "call opt.register_cycle_end_hook(hook) afterwards"
+    ),
+    "cycle_mult": "give policy=triangular(step_size_up, period_multiplier=...)",
 }  # fmt: skip
 
 #: The arguments of torch's CyclicLR in their order, after the optimizer.
@@ -121,7 +132,7 @@ def _remedy(name: str, value: object, optimizer: object, cls: str, known: Sequen
     if name in _RENAMED:
         return f"{wrong}give {_RENAMED[name]}={reprlib.repr(value)}"
     if name in _REMEDIES:
-        return wrong + _REMEDIES[name]
+        return wrong + _REMEDIES[name].format(name=name, value=reprlib.repr(value))
     inner = type(optimizer)
     if hasattr(optimizer, "param_groups") and name in inspect.signature(inner).parameters:
         return f"{wrong}give {name} to {inner.__name__}, which is wrapped"

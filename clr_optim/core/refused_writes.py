@@ -17,8 +17,8 @@ T = TypeVar("T")
 _BOUNDS = "the policy decides the rate; opt.set_bounds(base_lr=..., max_lr=...) changes its bounds"
 _POSITION = "the position decides; opt.set_iteration(...) changes the position"
 _ANEW = (
-    "it is fixed by the constructor; construct another CyclicalOptimizer around opt.optimizer with "
-    "{name}=... and continue with its set_iteration(opt.iteration)"
+    "it is fixed by the constructor; note position = opt.iteration, construct another "
+    "CyclicalOptimizer around opt.optimizer with {name}=..., and call its set_iteration(position)"
 )
 _SCHEDULE = _ANEW.replace("{name}", "policy")
 _STEP_SIZE = _ANEW.replace("{name}", "step_size_up")

@@ -27,6 +27,7 @@ __all__ = [
     "policy_call",
     "policy_name",
     "read_position",
+    "unread_base_warning",
     "unread_bounds_warning",
     "written_position",
     "written_rates",
@@ -237,6 +238,18 @@ def unread_bounds_warning(groups: Sequence[Mapping[str, Any]]) -> str | None:
                     "group"
                 )
     return None
+
+
+def unread_base_warning(schedule: Schedule, bases: Sequence[float]) -> str | None:
+    """Return a warning if lower bounds above 0 have no effect, since no phase reads them."""
+    phases = [phase for phase in schedule.phases if not phase.has_bounds]
+    if not any(bases) or not phases or any(p.lower[0] or p.upper[0] for p in phases):
+        return None
+    return (
+        f"base_lr={max(bases):g} has no effect: the rates of the schedule {schedule.name!r} are "
+        "multiples of max_lr. Leave base_lr out; if the schedule's function takes end=, give it "
+        "the last rate divided by max_lr."
+    )
 
 
 def are_close(one: float, other: float) -> bool:

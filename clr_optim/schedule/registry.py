@@ -25,7 +25,7 @@ _OUR_NAMES: dict[str, tuple[str, ...]] = {
     "steps": ("total_steps", "num_steps"),
     "T_0": ("period",),
     "T_mult": ("period_multiplier",),
-    "eta_min": ("base_lr", "end"),
+    **dict.fromkeys(("eta_min", "min_lr", "lr_min", "end_learning_rate"), ("base_lr", "end")),
     "base_lr": ("end",),
     "end_factor": ("end",),
     "lr_end": ("end",),
@@ -38,6 +38,8 @@ _OUR_NAMES: dict[str, tuple[str, ...]] = {
     "lr": ("max_lr",),
     "max_lr": ("lr",),
 }
+# Arguments that are rates, where ours is a multiple of max_lr.
+_RATES = frozenset({"eta_min", "min_lr", "lr_min", "end_learning_rate", "base_lr", "lr_end"})
 _OF_OPTIMIZER = "give {name} to CyclicalOptimizer"
 _REMEDIES = {
     "optimizer": "a schedule knows no optimizer: wrap that by CyclicalOptimizer(optimizer, "
@@ -101,6 +103,8 @@ def _explain(
         ours = next((own for own in _OUR_NAMES.get(given, ()) if own in parameters), None)
         if ours is not None:
             remedies.append(f"the argument {given} is called {ours} here")
+            if ours == "end" and given in _RATES:
+                remedies[-1] += ", and is the last rate divided by max_lr"
         elif given in _REMEDIES:
             remedies.append(f"{given}: {_REMEDIES[given].format(name=given, policy=name)}")
     if not remedies:

@@ -153,7 +153,10 @@ class Schedule(Curve):
         """
         low, high = check_number("low", low), check_number("high", high)
         if low > high:
-            raise ValueError(f"low={low!r} is above high={high!r}: swap the two")
+            raise ValueError(
+                f"low={low!r} is above high={high!r}: swap the two; for a rise, use ramp(steps) or "
+                "fixed().with_warmup(steps)"
+            )
         if any(phase.has_bounds for phase in self.phases):
             raise ValueError(
                 f"between({low!r}, {high!r}): the schedule {self.name!r} has bounds already; leave "

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clr_optim import CyclicalOptimizer
-from clr_optim.schedule import fixed, sequence, triangular
+from clr_optim.schedule import cosine, decay, fixed, sequence, triangular, wsd
 
 
 def adamw(*names, lr=0.4):
@@ -158,3 +158,40 @@ def test_what_a_scheduler_of_torch_writes_does_not_warn():
     torch.optim.lr_scheduler.OneCycleLR(opt.optimizer, 0.4, total_steps=9, cycle_momentum=False)
     assert {"initial_lr", "max_lr"} <= opt.param_groups[0].keys()
     assert opt.max_lr == 0.4
+
+
+# ---- lower bounds that no phase reads
+
+
+def test_a_lower_bound_without_effect_is_named():
+    for schedule in (cosine(10), wsd(1, 2, 3), fixed()):
+        with pytest.warns(
+            UserWarning, match=f"base_lr=0.01 has no effect: .* {schedule.name!r} are"
+        ):
+            opt = CyclicalOptimizer(sgd(), schedule, base_lr=0.01)
+        with pytest.warns(UserWarning, match="base_lr=0.02 has no effect"):
+            opt.set_bounds(base_lr=0.02)
+        opt.set_bounds(max_lr=0.5)
+    for schedule in (triangular(3), decay(4), cosine(10).between(0.1, 0.2)):
+        if not schedule.has_bounds:
+            CyclicalOptimizer(sgd(), schedule, base_lr=0.01).set_bounds(base_lr=0.02)
+    CyclicalOptimizer(sgd(), cosine(10), base_lr=0.0)  # as it is
+
+
+def sgd() -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9)
+
+
+# ---- momentum in checkpoints
+
+
+def test_a_checkpoint_that_cycles_momentum_otherwise_warns():
+    cycled = CyclicalOptimizer(
+        sgd(), cycle_momentum=True, base_momentum=0.7, max_momentum=0.95
+    ).state_dict()
+    with pytest.warns(UserWarning, match=r"written with cycle_momentum=True.*base_momentum=0\.7"):
+        CyclicalOptimizer(sgd()).load_state_dict(cycled)
+    with pytest.warns(UserWarning, match=r"base_momentum=0\.7.*was given 0\.8 and 0\.9"):
+        CyclicalOptimizer(sgd(), cycle_momentum=True).load_state_dict(cycled)
+    same = CyclicalOptimizer(sgd(), cycle_momentum=True, base_momentum=0.7, max_momentum=0.95)
+    same.load_state_dict(cycled)

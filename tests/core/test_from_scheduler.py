@@ -27,6 +27,7 @@ from torch.optim.optimizer import (
 from torch.optim.swa_utils import SWALR
 
 from clr_optim import CyclicalOptimizer
+from clr_optim.schedule import triangular
 
 RULES = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9}),
@@ -591,3 +592,15 @@ def test_the_constructors_errors_change_nothing(options):
         CyclicalOptimizer.from_scheduler(scheduler, **options)
     assert str(optimizer.param_groups) == before
     assert CyclicalOptimizer.from_scheduler(scheduler).iteration == 0
+
+
+def test_settings_may_follow_schedules_after_a_takeover():
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.4, weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, 10)
+    for _ in range(3):
+        sgd.step()
+        scheduler.step()
+    decays = triangular(4).between(0.0, 0.1)
+    opt = CyclicalOptimizer.from_scheduler(scheduler, schedules={"weight_decay": decays})
+    assert opt.iteration == 3
+    assert sgd.param_groups[0]["weight_decay"] == decays(3)

@@ -16,6 +16,7 @@ __all__ = [
     "checked_keys",
     "keys_in_use",
     "other_bounds_warning",
+    "other_momentum_warning",
     "with_our_entry",
     "without_our_entry",
 ]
@@ -105,6 +106,37 @@ def other_bounds_warning(
         f"{bounds_shown(code)}: the checkpoint's bounds hold from here on. To train with the "
         f"others, call set_bounds({bounds_shown(code)}) after loading."
     )
+
+
+def other_momentum_warning(
+    before: Sequence[Mapping[str, Any]], keys: Sequence[Mapping[str, Any]], *, cycles: bool
+) -> str | None:
+    """Return a warning if a checkpoint cycles momentum otherwise than this optimizer.
+
+    Args:
+        before: the bounds in use, as :func:`keys_in_use` returns them.
+        keys: our keys in the checkpoint.
+        cycles: whether momentum cycles here.
+    """
+    for i, (old, new) in enumerate(zip(before, keys, strict=False)):
+        if BASE_MOMENTUM not in new:
+            continue
+        low, high = new[BASE_MOMENTUM], new[MAX_MOMENTUM]
+        if not cycles:
+            return (
+                "state_dict was written with cycle_momentum=True, and this optimizer has False: "
+                "momentum stays where the checkpoint has it. To go on cycling it, construct with "
+                f"cycle_momentum=True, base_momentum={low:g}, max_momentum={high:g}."
+            )
+        own = old.get(BASE_MOMENTUM, low), old.get(MAX_MOMENTUM, high)
+        if not (are_close(low, own[0]) and are_close(high, own[1])):
+            return (
+                f"state_dict has base_momentum={low:g}, max_momentum={high:g} in parameter group "
+                f"{i}, and this optimizer was given {own[0]:g} and {own[1]:g}: the checkpoint's "
+                f"hold. To cycle between the others, write them into group[{BASE_MOMENTUM!r}] and "
+                f"group[{MAX_MOMENTUM!r}] after loading."
+            )
+    return None
 
 
 # ---- layouts that drop what groups hold

@@ -13,6 +13,7 @@ from clr_optim.core.checkpoint.keys import (
     checked_keys,
     keys_in_use,
     other_bounds_warning,
+    other_momentum_warning,
     without_our_entry,
 )
 from clr_optim.core.checkpoint.settings import are_groups, check_for, check_layout
@@ -63,9 +64,11 @@ def load(shared: Shared, state_dict: Any) -> None:
                     "when it was saved"
                 )
         position, resumed = read_position(keys, _GROUPS)
-        warned = []
+        warned: list[str | None] = []
         if not settings.schedule.has_bounds:
             warned.append(other_bounds_warning(shared.constructor_bounds, before, keys))
+        if resumed:
+            warned.append(other_momentum_warning(before, keys, cycles=cycles))
         if saved_keys is None and not _fills_in_our_keys():
             lrs = [group.get("lr") for group in loaded]
             warned.append(edited_rates_warning(keys, settings.schedule, lrs))
