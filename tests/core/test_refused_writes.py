@@ -13,7 +13,7 @@ from clr_optim.schedule import fixed
 
 BOUNDS = r"opt\.set_bounds\(base_lr=\.\.\., max_lr=\.\.\.\)"
 POSITION = r"opt\.set_iteration\(\.\.\.\)"
-ANEW = r"position = opt\.iteration, construct another .* opt\.optimizer with {}=\.\.\., and call its set"
+ANEW = r"position = opt\.iteration, construct .* opt\.optimizer with {}=\.\.\., and call its set"
 GROUPS = r"write group\['{}'\] for each group of opt\.param_groups"
 
 # name: the remedy that the message names
