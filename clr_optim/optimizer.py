@@ -73,8 +73,8 @@ class CyclicalOptimizer(Course[OptimizerT]):
             used only with ``cycle_momentum=True``.
         schedules: settings that follow schedules, by name: ``{"weight_decay": schedule, ...}``;
             ``"betas[1]"`` names a member of a tuple. A schedule has bounds, see
-            :meth:`Schedule.between`, and counts the same steps as the policy. A list has a schedule
-            for each group, or ``None`` for a group whose setting stays.
+            :meth:`clr_optim.schedule.Schedule.between`, and counts the same steps as the policy.
+            A list has a schedule for each group, or ``None`` for a group whose setting stays.
         max_grad_norm: clip by the global norm, as :func:`torch.nn.utils.clip_grad_norm_` before
             each step; gradients in memory keep their values. See :attr:`grad_norm`.
         backend: ``"torch"`` (the wrapped optimizer's step), ``"native"`` (C++ kernels for CPU
