@@ -24,8 +24,10 @@ def follows(case: Case) -> bool:
     return bool(schedules_for(case.make([torch.nn.Parameter(torch.zeros(2, 2))])))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("native", torch.float32), ("native", torch.float64), ("torch", torch.float32)],
+)
 @pytest.mark.parametrize("case", [*filter(follows, WITH_KERNEL)], ids=lambda case: case.name)
 def test_each_rule_trains_as_plain_torch_with_the_same_numbers(case, backend, dtype):
     compare(case.as_for_loop(), backend, dtype, STEPS if backend == "native" else 20)
