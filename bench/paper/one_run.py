@@ -108,7 +108,7 @@ class Run:
         self.optimizer = CyclicalOptimizer(
             self._inner,
             self._schedule,
-            base_lr=base_lr,
+            base_lr=base_lr if self._schedule.reads_base_lr else None,
             max_lr=max_lr,
             backend="triton" if self.on_kernels else "auto",
         )

@@ -102,6 +102,8 @@ def set_bounds(shared: Shared, base_lr: object, max_lr: object) -> None:
     ):
         base = old_base if new_base is None else new_base
         top = old_max if new_max is None else new_max
+        if new_base is None and not schedule.reads_base_lr:
+            base = min(base, top)  # the user need not know of it
         check_bounds(base, top, f" in parameter group {i}")
         bounds.append((base, top))
     for group, (base, top) in zip(groups, bounds, strict=True):

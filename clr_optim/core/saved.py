@@ -241,9 +241,8 @@ def unread_bounds_warning(groups: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def unread_base_warning(schedule: Schedule, bases: Sequence[float]) -> str | None:
-    """Return a warning if lower bounds above 0 have no effect, since no phase reads them."""
-    phases = [phase for phase in schedule.phases if not phase.has_bounds]
-    if not any(bases) or not phases or any(p.lower[0] or p.upper[0] for p in phases):
+    """Return a warning if lower bounds above 0 have no effect."""
+    if not any(bases) or schedule.has_bounds or schedule.reads_base_lr:
         return None
     return (
         f"base_lr={max(bases):g} has no effect: the rates of the schedule {schedule.name!r} are "

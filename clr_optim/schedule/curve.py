@@ -52,6 +52,15 @@ class Curve:
         return all(phase.has_bounds for phase in self.phases)
 
     @property
+    def reads_base_lr(self) -> bool:
+        """Whether the rates depend on the ``base_lr`` of groups, and not on ``max_lr`` alone."""
+        return any(
+            phase.lower[0] != 0.0 or phase.upper[0] != 0.0
+            for phase in self.phases
+            if not phase.has_bounds
+        )
+
+    @property
     def scale_fn(self) -> ScaleFn | None:
         """The first ``scale_fn`` among the phases."""
         return next((p.scale_fn for p in self.phases if p.scale_fn is not None), None)

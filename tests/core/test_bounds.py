@@ -171,7 +171,8 @@ def test_a_lower_bound_without_effect_is_named():
             opt = CyclicalOptimizer(sgd(), schedule, base_lr=0.01)
         with pytest.warns(UserWarning, match="base_lr=0.02 has no effect"):
             opt.set_bounds(base_lr=0.02)
-        opt.set_bounds(max_lr=0.5)
+        opt.set_bounds(max_lr=0.001)  # below that base_lr
+        assert opt.get_last_lr() == schedule.rates(0, [(0.0, 0.001)])
     for schedule in (triangular(3), decay(4), cosine(10).between(0.1, 0.2)):
         if not schedule.has_bounds:
             CyclicalOptimizer(sgd(), schedule, base_lr=0.01).set_bounds(base_lr=0.02)

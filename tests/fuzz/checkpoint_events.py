@@ -146,9 +146,11 @@ class CheckpointEvents(Pair):
             return False
         saved = copy.deepcopy(self.ours.state_dict()) if own else self.from_torch()
         bounds = self.expected.bounds
-        if not POLICIES[self.expected.policy].schedule.has_bounds:
+        schedule = POLICIES[self.expected.policy].schedule
+        if not schedule.has_bounds:
             low, high = zip(*bounds, strict=True)
-            self.wrap.update(base_lr=list(low), max_lr=list(high))
+            base = list(low) if schedule.reads_base_lr else None
+            self.wrap.update(base_lr=base, max_lr=list(high))
         inner = self.ours.optimizer
         self.noticed()  # only the device may know of an overflow: ask before wrapping again
         self.ours = CyclicalOptimizer(

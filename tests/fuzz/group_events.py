@@ -95,13 +95,20 @@ class GroupEvents(Pair):
     @event(0.7, top=(0.001, 0.004, 0.02, 0.1), i=WHICH)
     def set_bounds(self, top: float, i: int) -> bool | None:
         """Set bounds for all groups alike, or for each group."""
-        if POLICIES[self.expected.policy].schedule.has_bounds:
+        schedule = POLICIES[self.expected.policy].schedule
+        if schedule.has_bounds:
             return False
         tops = [top] * len(self.expected.bounds)
         if i % 2:
             tops[i % len(tops)] = top / 2
         base = [value / 4 for value in tops]
-        self.ours.set_bounds(base_lr=base, max_lr=tops)
+        if schedule.reads_base_lr:
+            self.ours.set_bounds(base_lr=base, max_lr=tops)
+        else:  # a base_lr would warn that it has no effect
+            self.ours.set_bounds(max_lr=tops)
+            base = [
+                min(low, high) for (low, _), high in zip(self.expected.bounds, tops, strict=True)
+            ]
         self.expected.bounds = list(zip(base, tops, strict=True))
         self.overwritten = False
         return None
