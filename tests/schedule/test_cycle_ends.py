@@ -167,7 +167,10 @@ def test_the_hook_of_an_optimizer(name, backend, warmup):
         schedule = schedule.with_warmup(warmup)
     weight = torch.nn.Parameter(torch.ones(3))
     opt = CyclicalOptimizer(
-        torch.optim.SGD([weight], lr=1.0), schedule, base_lr=0.25, backend=backend
+        torch.optim.SGD([weight], lr=1.0),
+        schedule,
+        backend=backend,
+        base_lr=0.25 if schedule.reads_base_lr else None,
     )
     fired, rates, ahead, cycles = [], [], [], []
     opt.register_cycle_end_hook(lambda opt: fired.append(opt.iteration))
