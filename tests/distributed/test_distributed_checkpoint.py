@@ -65,7 +65,7 @@ def _start(name: str, backend: str, sharded: bool = True, **wrap: Any) -> tuple[
 
 def _other_start(name: str, backend: str, sharded: bool = True) -> tuple[Any, Any]:
     """Change values and bounds, which the checkpoint must replace."""
-    warnings.filterwarnings("ignore", "state_dict has the bounds", UserWarning)
+    warnings.filterwarnings("ignore", "state_dict has (the bounds|base_momentum)", UserWarning)
     bounds = {"base_lr": 0.5, "max_lr": [0.7, 0.9], "base_momentum": 0.1, "max_momentum": 0.2}
     model, opt = _start(name, backend, sharded, **bounds)
     _forget(model)
@@ -497,7 +497,7 @@ def _zero_run(where, backend, name, file, first) -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
     model = Model()
     wrap = {"base_lr": 0.5, "max_lr": [0.7, 0.9]} if first else {}
-    warnings.filterwarnings("ignore", "state_dict has the bounds", UserWarning)
+    warnings.filterwarnings("ignore", "state_dict has (the bounds|base_momentum)", UserWarning)
     opt, ours, zero = _zero(where, backend, name, model, **wrap)
     innermost = ours.optimizer if where == "inside" else zero.optim
     used, exposed, saved = [], [], None
