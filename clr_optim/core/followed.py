@@ -15,12 +15,14 @@ from clr_optim.schedule import Schedule
 
 __all__ = [
     "Followed",
+    "cycled_momentum",
     "followed_by",
     "held_by",
     "number_of",
     "numbers_of",
     "place_of",
     "schedules_json",
+    "write_number",
     "write_setting",
 ]
 
@@ -65,6 +67,11 @@ def place_of(name: str) -> tuple[str, int | None]:
     return key, None if place is None else int(place)
 
 
+def cycled_momentum(group: Mapping[str, Any]) -> str:
+    """Return the name of the setting that cycles as momentum."""
+    return "betas[0]" if "betas" in group else "momentum"
+
+
 def followed_by(
     group: Mapping[str, Any], schedules: Mapping[str, Schedule], *, cycles: bool
 ) -> list[Followed]:
@@ -77,7 +84,7 @@ def followed_by(
     """
     found: dict[str, dict[int | None, Schedule | None]] = {}
     if cycles:
-        key, place = ("betas", 0) if "betas" in group else ("momentum", None)
+        key, place = place_of(cycled_momentum(group))
         found[key] = {place: None}
     for name, schedule in schedules.items():
         key, place = place_of(name)
@@ -178,6 +185,13 @@ def write_setting(
     if not isinstance(value, tuple) or any(a is not b for a, b in zip(value, values, strict=True)):
         group[key] = tuple(values)
     return held_by(group, setting)
+
+
+def write_number(group: dict[str, Any], name: str, number: float) -> None:
+    """Write the number of a setting, from its name; fill a tensor in place."""
+    key, place = place_of(name)
+    members = () if place is None else (place,)
+    write_setting(group, Followed(key, members, (None,)), [number], set())
 
 
 def _written(

@@ -12,12 +12,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from clr_optim.checks import as_position, item
-from clr_optim.core.followed import Followed, number_of, place_of, write_setting
-from clr_optim.core.rates import fill, momentum_number
+from clr_optim.core.followed import cycled_momentum, number_of, write_number
 from clr_optim.core.saved import is_rate, written_rates
 from clr_optim.keys import BASE_MOMENTUM, KEYS, MAX, MAX_MOMENTUM, NOTE, SCHEDULES, STEP
 from clr_optim.schedule import Schedule
@@ -65,8 +63,9 @@ def note_group(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
     """Add to the note the settings of a group that joined a cycled optimizer."""
     if NOTE in vars(optimizer):
         own: dict[str, Any] = {"lr": item(group["lr"])}
-        if momentum_number(group) is not None:
-            own["momentum"] = momentum_number(group)
+        momentum = number_of(group, cycled_momentum(group))
+        if momentum is not None:
+            own["momentum"] = momentum
         own["scheduled"] = scheduled_settings(group, {}, vars(optimizer)[NOTE]["names"])
         vars(optimizer)[NOTE]["own"][id(group)] = group, own
 
@@ -135,8 +134,8 @@ def own_settings(
             own["lr"] = before["lr"]
         elif cycled and MAX in group:
             own["lr"] = item(group[MAX])
-        momentum = momentum_number(group)
-        name = "betas[0]" if "betas" in group else "momentum"
+        name = cycled_momentum(group)
+        momentum = number_of(group, name)
         is_ours = note is not None and (
             _is_cycled(group, cycling, momentum) or _is_scheduled(group, name)
         )
@@ -198,18 +197,13 @@ def clear(groups: Sequence[dict[str, Any]], own: Sequence[Mapping[str, Any]]) ->
         own: the settings of each before it was cycled.
     """
     for group, settings in zip(groups, own, strict=True):
-        if BASE_MOMENTUM in group and settings.get("momentum") != momentum_number(group):
-            if "betas" not in group:
-                group["momentum"] = settings["momentum"]
-            elif isinstance(group["betas"][0], Tensor):
-                fill(group["betas"][0], settings["momentum"])
-            else:
-                group["betas"] = (settings["momentum"], *group["betas"][1:])
+        if BASE_MOMENTUM in group and settings.get("momentum") != number_of(
+            group, cycled_momentum(group)
+        ):
+            write_number(group, cycled_momentum(group), settings["momentum"])
         for name, number in settings.get("scheduled", {}).items():
             if _is_scheduled(group, name):
-                key, place = place_of(name)
-                places = () if place is None else (place,)
-                write_setting(group, Followed(key, places, (None,)), [number], set())
+                write_number(group, name, number)
         for key in KEYS:
             group.pop(key, None)
 

@@ -1,4 +1,4 @@
-"""Read and write the rate of one parameter group; read its momentum."""
+"""Read and write the rate of one parameter group; read the bounds of its momentum."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from clr_optim.checks import item, shown
+from clr_optim.checks import shown
 from clr_optim.keys import BASE_MOMENTUM, MAX_MOMENTUM
 
 __all__ = [
     "check_tensor_lr",
     "fill",
     "momentum_bounds",
-    "momentum_number",
     "never_driven",
     "write_rate",
     "written_rate",
@@ -90,16 +89,6 @@ def write_rate(
         fill(lr, rate)
     group["lr"] = lr
     return lr, lr.item() if lr.device.type == "cpu" and not kept else rate
-
-
-def momentum_number(group: Mapping[str, Any]) -> Any:
-    """Return a group's ``momentum`` or ``betas[0]``; ``None`` if the group has neither."""
-    if "betas" not in group:
-        return item(group.get("momentum"))
-    try:
-        return item(group["betas"][0])
-    except (TypeError, LookupError):
-        return None
 
 
 def momentum_bounds(group: Mapping[str, Any]) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clr_optim.checks import item, shown
-from clr_optim.core.followed import place_of, schedules_json
+from clr_optim.core.followed import cycled_momentum, place_of, schedules_json
 from clr_optim.core.settings import Settings
 from clr_optim.keys import KEYS, SCHEDULES
 from clr_optim.schedule import Schedule, check_growth
@@ -175,8 +175,7 @@ def _check_dampening(name: str, group: Mapping[str, Any], schedules: Iterable[ob
 
 def _check_cycled(name: str, index: int, group: Mapping[str, Any], *, cycle_momentum: bool) -> None:
     """Raise if the policy already cycles a setting of a group."""
-    cycled = ("betas", 0) if "betas" in group else ("momentum", None)
-    if cycle_momentum and place_of(name) == cycled:
+    if cycle_momentum and name == cycled_momentum(group):
         raise ValueError(
             f"schedules: {name!r} cycles with cycle_momentum=True in parameter group {index}: "
             "leave one of them out"

@@ -176,7 +176,7 @@ def test_a_lower_bound_without_effect_is_named():
     for schedule in (triangular(3), decay(4), cosine(10).between(0.1, 0.2)):
         if not schedule.has_bounds:
             CyclicalOptimizer(sgd(), schedule, base_lr=0.01).set_bounds(base_lr=0.02)
-    CyclicalOptimizer(sgd(), cosine(10), base_lr=0.0)  # as it is
+    CyclicalOptimizer(sgd(), cosine(10), base_lr=0.0)  # the bottom of a cosine without end=
 
 
 def sgd() -> torch.optim.Optimizer:
