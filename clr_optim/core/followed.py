@@ -103,8 +103,11 @@ def schedules_json(schedules: Mapping[str, Schedule]) -> str:
 
 
 def _has(value: Any, members: Sequence[int]) -> bool:
-    """Return whether a setting is a tuple or list with these members."""
-    return isinstance(value, (tuple, list)) and all(member < len(value) for member in members)
+    """Return whether a setting is a sequence with these members, as an array or a tensor is."""
+    try:
+        return all(member < len(value) for member in members)
+    except TypeError:
+        return False
 
 
 def number_of(group: Mapping[str, Any], name: str) -> Any:

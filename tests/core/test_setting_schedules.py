@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import BY_NAME, EVERY_CLASS, WITH_KERNEL, Case, Problem, wrapped
@@ -335,6 +337,21 @@ def test_what_does_not_follow_is_the_users():
     inner.param_groups[0]["betas"] = (0.7, inner.param_groups[0]["betas"][1])
     step(opt)  # without a warning
     assert inner.param_groups[0]["betas"] == (0.7, 0.99)
+
+
+@pytest.mark.parametrize("make", [tuple, list, torch.tensor, np.array], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("options", [{"cycle_momentum": True}, {"schedules": {"betas[0]": WD}}])
+def test_the_other_member_may_be_written_in_any_sequence(make, options):
+    inner = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))], lr=0.1, foreach=False)
+    opt = CyclicalOptimizer(inner, backend="torch", **options)
+    step(opt)
+    inner.param_groups[0]["betas"] = make([inner.param_groups[0]["betas"][0], 0.5])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch rounds the first member
+        step(opt)
+    first, second = inner.param_groups[0]["betas"]
+    assert float(second) == 0.5
+    assert float(first) == pytest.approx(opt._shared.mirror.written.numbers[0], rel=1e-6)
 
 
 def test_the_users_zero_is_not_that_of_an_earlier_schedule():
