@@ -26,16 +26,23 @@ class Span(NamedTuple):
     steps: int
     repeats: bool
 
+    def ends(self, steps: int) -> int:
+        """Return how many cycles end in the first ``steps`` steps of the phase."""
+        if self.steps == 0:
+            return 0
+        done = (self.start + steps) // self.steps
+        return done if self.repeats else min(done, 1)
+
 
 class Timeline:
-    """The start of each phase, and the cycles before it.
+    """The start of each phase, and the cycles and cycle ends before it.
 
     Args:
         name: the name of the schedule; ``"one_cycle"`` makes all phases one cycle.
         phases: the phases; all but the last have ``steps``.
     """
 
-    __slots__ = ("begun", "phases", "spans", "starts")
+    __slots__ = ("begun", "ended", "phases", "spans", "starts")
 
     def __init__(self, name: str, phases: Sequence[Phase]) -> None:
         self.phases = phases
@@ -43,14 +50,15 @@ class Timeline:
         for phase in phases[:-1]:
             self.starts.append(self.starts[-1] + (phase.steps or 0))
         self.spans = _spans(name, phases, self.starts)
-        #: Cycles begun before each phase.
-        self.begun = [0]
+        #: Cycles begun and cycle ends before each phase.
+        self.begun, self.ended = [0], [0]
         for phase, span in zip(phases[:-1], self.spans, strict=False):
             # If the end of a phase cuts off a cycle, that cycle counts: the next phase begins one.
             begun = int(span.steps > 0 and span.start == 0)
             if span.repeats:
                 begun = -(-(phase.steps or 0) // span.steps)
             self.begun.append(self.begun[-1] + begun)
+            self.ended.append(self.ended[-1] + span.ends(phase.steps or 0))
 
     def locate(self, step: int) -> tuple[int, int]:
         """Return the index of the phase that holds a step, and the step counted from its start."""
@@ -89,6 +97,23 @@ class Timeline:
         start, steps, repeats = self.spans[index]
         position = start + local + 1
         return steps > 0 and (position % steps == 0 if repeats else position == steps)
+
+    def ends(self, step: int) -> int:
+        """Return how many cycles have ended up to a step: the cycle ends from 1 to ``step``.
+
+        Args:
+            step: an integer >= 0.
+
+        Raises:
+            TypeError, ValueError: if ``step`` is not an integer >= 0.
+
+        Example:
+            >>> timeline = Timeline("triangular", [Phase(step_size_up=2)])
+            >>> [timeline.ends(step) for step in (0, 3, 4, 7, 8)]
+            [0, 0, 1, 1, 2]
+        """
+        index, local = self.locate(check_int("step", step, minimum=0))
+        return self.ended[index] + self.spans[index].ends(local)
 
     def steps_to_cycle_end(self, step: int) -> int | None:
         """Return the steps from ``step`` to the next cycle end; None if no cycle ends."""

@@ -92,6 +92,8 @@ def assert_agree(schedule: Schedule, ends: list[int], far: int = FAR) -> None:
     assert stored == schedule
     assert [step for step in range(far) if schedule.is_cycle_end(step)] == ends
     assert [step for step in range(far) if stored.is_cycle_end(step)] == ends
+    counted = [sum(end <= step for end in ends) for step in range(far)]
+    assert [schedule._timeline.ends(step) for step in range(far)] == counted
     last = ends[-1] if ends else 0
     for step in range(last):
         ahead = min(end for end in ends if end > step) - step
@@ -190,6 +192,26 @@ def test_the_hook_of_an_optimizer(name, backend, warmup):
             assert steps == later[0] - step
         else:
             assert steps is None or step + steps > 50
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("far", [2**40, 2**62, 10**30])
+def test_the_count_of_cycle_ends_far_out(name, far):
+    """The count goes up by one at a cycle end, however far, and stays at all other steps."""
+    schedule = CASES[name].make().with_warmup(5)
+    count = schedule._timeline.ends
+    for step in range(far, far + 20):
+        assert count(step + 1) - count(step) == schedule.is_cycle_end(step + 1)
+    if schedule.steps_to_cycle_end(far) is None:
+        assert count(far) == len(CASES[name].ends)
+    elif name in ("triangular", "triangular2", "exp_range", "exp_range_bounds", "warm_restarts"):
+        assert count(far) == (far - 5) // CASES[name].ends[0]
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, None, "3"])
+def test_the_count_of_cycle_ends_refuses_wrong_steps(step):
+    with pytest.raises((TypeError, ValueError), match="step must be"):
+        triangular(2)._timeline.ends(step)
 
 
 def test_a_warm_up_is_no_cycle():
