@@ -6,6 +6,7 @@ line to change; :mod:`clr_optim.schedule` has every policy, and
 """
 
 from clr_optim._version import __version__
+from clr_optim.averages import CycleEnd, Ema
 from clr_optim.optimizer import CyclicalOptimizer, CyclicalScheduler
 from clr_optim.range_test import Bounds, RangeTest, lr_range_test
 from clr_optim.rules import register_rule
@@ -15,8 +16,10 @@ from clr_optim import plotting as plotting  # isort: skip  (enters the functions
 
 __all__ = [
     "Bounds",
+    "CycleEnd",
     "CyclicalOptimizer",
     "CyclicalScheduler",
+    "Ema",
     "Phase",
     "RangeTest",
     "Schedule",

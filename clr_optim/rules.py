@@ -21,8 +21,17 @@ from torch.optim import Optimizer
 from clr_optim.keys import AVERAGE
 
 __all__ = [
-    "AverageSlot", "KERNELS", "NUMBERS", "RULES", "SHIPPED", "STATE_SLOTS", "Slot", "StateSlots",
-    "UpdateRule", "class_name", "register_rule",
+    "KERNELS",
+    "NUMBERS",
+    "RULES",
+    "SHIPPED",
+    "STATE_SLOTS",
+    "AverageSlot",
+    "Slot",
+    "StateSlots",
+    "UpdateRule",
+    "class_name",
+    "register_rule",
 ]  # fmt: skip
 
 Group = Mapping[str, Any]

@@ -80,6 +80,8 @@ class Plan:
         """Take a new reading of the groups, and the places of their parameters."""
         self._readings, self._placement = readings, placement
         self.buckets = placement.buckets
+        #: the parameters of all buckets
+        self.params = placement.params
         #: parameters with a gradient that torch's own step must serve, and why
         self.rest = placement.rest
 
@@ -93,6 +95,11 @@ class Plan:
     def pending(self) -> bool:
         """Whether the next step creates state."""
         return bool(self._placement.unfilled)
+
+    @property
+    def unserved(self) -> list[Tensor]:
+        """The parameters that are in no bucket: torch's own step or no step updates them."""
+        return [*self._placement.idle, *(param for param, _ in self.rest)]
 
     @property
     def spreads(self) -> list[Spread | None]:
@@ -300,7 +307,7 @@ class Plan:
         )
 
     def _set_buckets(self) -> None:
-        self.native.set_buckets([bucket.native for bucket in self.buckets], self._placement.params)
+        self.native.set_buckets([bucket.native for bucket in self.buckets], self.params)
 
     def _write_scalars(self) -> None:
         #: the kernel's scalars, a row per group; each step fills in the rates
@@ -317,7 +324,7 @@ class Plan:
 
     def active_params(self) -> list[Tensor]:
         """Return the parameters of the buckets that have a gradient."""
-        return self._placement.active_params() if self.partial else self._placement.params
+        return self._placement.active_params() if self.partial else self.params
 
     def commit(self) -> None:
         """Put the state that a step has filled into the optimizer."""
