@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clr_optim.averages import offsets, weights
+from clr_optim.averages import Average, offsets, weights
 from clr_optim.core.position import Position
 from clr_optim.core.settings import Settings
 from clr_optim.keys import AVERAGE, AVERAGES
@@ -60,7 +60,7 @@ class Averaging:
         return any(self._of(param) is not None for param in params)
 
     def copies(self, params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-        """Return the averages that a step creates: copies of the parameters before the step.
+        """Return copies of parameters that have no average, from before a step.
 
         Args:
             params: the parameters that the step updates by torch's own code.
@@ -69,24 +69,36 @@ class Averaging:
             RuntimeError: if the optimizer keeps state that is no dictionary.
         """
         average = self._settings.average
-        found: dict[Tensor, Tensor] = {}
-        for param in params if average is not None else ():
+        return {} if average is None else {p: _copy(p, average) for p in self._without(params)}
+
+    def put(self, params: Iterable[Tensor], copies: Mapping[Tensor, Tensor]) -> None:
+        """Create averages after a step, in which the optimizer has made its own state.
+
+        Args:
+            params: the parameters that the step has updated by torch's own code.
+            copies: what :meth:`copies` returned before the step. A closure may have given gradients
+                to further parameters.
+        """
+        average = self._settings.average
+        if average is not None:
+            for param in self._without(params):
+                copy = copies[param] if param in copies else _copy(param, average)
+                self._state.setdefault(param, {})[AVERAGE] = copy
+
+    def _without(self, params: Iterable[Tensor]) -> list[Tensor]:
+        """Return the parameters that have a gradient, and no average."""
+        found = []
+        for param in params:
             values = self._state.get(param, {})
             if not isinstance(values, dict):
                 raise RuntimeError(
-                    f"average={average!r} needs a dictionary as the state of a parameter, and "
-                    f"{type(self._settings.optimizer).__name__} keeps a {type(values).__name__}: "
-                    "leave average out"
+                    f"average={self._settings.average!r} needs a dictionary as the state of a "
+                    f"parameter, and {type(self._settings.optimizer).__name__} keeps a "
+                    f"{type(values).__name__}: leave average out"
                 )
-            if param.grad is not None and AVERAGE not in values and average is not None:
-                dtype = average.slot.dtype_for(param)
-                found[param] = param.detach().to(dtype, copy=True)
+            if param.grad is not None and AVERAGE not in values:
+                found.append(param)
         return found
-
-    def put(self, copies: dict[Tensor, Tensor]) -> None:
-        """Put new averages into the state, after the optimizer has made its own state."""
-        for param, copy in copies.items():
-            self._state.setdefault(param, {})[AVERAGE] = copy
 
     def take(self, position: int, served: Collection[int] = ()) -> None:
         """Move the averages that fall due in a step, once its parameters are new.
@@ -184,6 +196,11 @@ class Averaging:
             for param, average, own in done:
                 _restore(param, average, own)
             self.is_exchanged = False
+
+
+def _copy(param: Tensor, average: Average) -> Tensor:
+    """Return a copy of a parameter in the dtype of its average."""
+    return param.detach().to(average.slot.dtype_for(param), copy=True)
 
 
 @torch.no_grad()

@@ -66,9 +66,8 @@ def create_state(shared: Shared, fused: FusedBackend, borrowed: Borrowed) -> Non
     fused.plan.refresh()
     gradients = Gradients(max_norm=settings.max_grad_norm)
     if has_rest(shared, fused, capturing=False):
-        copies = shared.averaging.copies(fused.plan.unserved)
         gradients = step_rest(shared, fused, amp.NO_SIGNALS, gradients, borrowed)
-        shared.averaging.put(copies)
+        shared.averaging.put(fused.plan.unserved, {})
     course = position.course()
     norm = fused.step(
         course._replace(rates=[0.0] * len(course.rates), moves=False, weights=()), gradients

@@ -266,7 +266,7 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: Borrowed) -> bo
     if norm is not None:
         shared.ordinary.norm = norm
     if copies or averages:
-        averaging.put(copies)
+        averaging.put(plan.unserved, copies)
         averaging.take(position, served={*map(id, plan.params)})
     return True
 
@@ -305,7 +305,7 @@ def _wrapped_step(
         nonlocal start
         with shared.lock:
             if start is None:
-                shared.averaging.put(copies)
+                shared.averaging.put(parameters_of(shared.settings.optimizer), copies)
                 shared.averaging.take(position.number)
             start = start or position.counted  # other threads step, too
             is_as_before = start is context.before and serving.fused is None
@@ -322,7 +322,7 @@ def _wrapped_step(
             return None, 0
         _run_wrapped_step(context, losses, borrowed, closure, args, kwargs)
         if context.creates_state:
-            shared.averaging.put(copies)
+            shared.averaging.put(parameters_of(shared.settings.optimizer), copies)
         return losses[0], advance() if moves else 0
     except BaseException:
         give_back(borrowed)

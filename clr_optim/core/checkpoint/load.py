@@ -30,7 +30,7 @@ from clr_optim.core.scheduled import warn_other_schedules
 from clr_optim.core.settings import Settings
 from clr_optim.core.shared import Shared
 from clr_optim.core.warn import callers_level, warn_each
-from clr_optim.keys import ENTRY, KEYS, SCHEDULE, SCHEDULES
+from clr_optim.keys import AVERAGES, ENTRY, KEYS, SCHEDULE, SCHEDULES
 
 __all__ = ["load", "shallow_copy", "warn_other_policy"]
 
@@ -86,6 +86,11 @@ def load(shared: Shared, state_dict: Any) -> None:
     if resumed:
         saved = [each.get(SCHEDULES) for each in keys]
         warned.append(warn_other_schedules(inner.param_groups, saved, "state_dict"))
+    if settings.average is None and any(AVERAGES in each for each in keys):
+        warned.append(
+            "state_dict has averages, and this optimizer has average=None: no step moves them. To "
+            "go on averaging, construct with average=..., as the checkpoint's optimizer was."
+        )
     warn_each(warned)
 
 
