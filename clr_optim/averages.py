@@ -2,7 +2,7 @@
 
 An average is a state tensor beside a parameter. A step that falls due moves the average toward the
 new parameter by a weight: ``average + weight·(parameter − average)``. Steps and weights are closed
-forms of the position, so a graph and a resumed run need no counter of their own.
+forms of the position, so that graphs and resumed runs need no counter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from clr_optim.keys import AVERAGES
 from clr_optim.rules import AverageSlot
 from clr_optim.schedule import Schedule
 
-__all__ = ["Average", "CycleEnd", "Ema", "check_average", "offsets", "weights"]
+__all__ = [
+    "Average", "CycleEnd", "Ema", "check_average", "done", "due", "offsets", "slot_of", "weights",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +44,16 @@ class Average:
                 "each parameter"
             )
 
-    def done(self, schedule: Schedule, position: int) -> int:
+    def _done(self, schedule: Schedule, position: int) -> int:
         """Return how many averages fall due in the steps before a position."""
         raise NotImplementedError
 
-    def weight(self, count: int) -> float:
+    def _weight(self, count: int) -> float:
         """Return the weight of the next parameter, after ``count`` >= 1 averages."""
         raise NotImplementedError
 
     @property
-    def slot(self) -> AverageSlot:
+    def _slot(self) -> AverageSlot:
         """The state tensor that holds the average."""
         return AverageSlot(wide=self.dtype)
 
@@ -72,16 +74,19 @@ class CycleEnd(Average):
 
     Source: P. Izmailov et al., *Averaging Weights Leads to Wider Optima and Better Generalization*,
     arXiv 1803.05407.
+
+    Example:
+        >>> swa = CycleEnd(start=1000)
+        >>> model = torch.nn.Linear(2, 1)
+        >>> opt = CyclicalOptimizer(torch.optim.SGD(model.parameters(), lr=0.4), average=swa)
     """
 
-    def done(self, schedule: Schedule, position: int) -> int:
-        """Return the number of cycle ends after ``start`` and up to a position."""
+    def _done(self, schedule: Schedule, position: int) -> int:
         if position <= self.start:
             return 0
         return schedule.cycle_ends(position) - schedule.cycle_ends(self.start)
 
-    def weight(self, count: int) -> float:
-        """Return the weight that makes all averaged parameters count alike."""
+    def _weight(self, count: int) -> float:
         return 1.0 / (count + 1)
 
 
@@ -115,12 +120,10 @@ class Ema(Average):
         object.__setattr__(self, "decay", check_number("decay", self.decay, maximum=1.0))
         object.__setattr__(self, "every", check_int("every", self.every, minimum=1))
 
-    def done(self, schedule: Schedule, position: int) -> int:
-        """Return how often ``every`` steps have passed between ``start`` and a position."""
+    def _done(self, schedule: Schedule, position: int) -> int:
         return max(position - self.start, 0) // self.every
 
-    def weight(self, count: int) -> float:
-        """Return the weight of the newest parameter."""
+    def _weight(self, count: int) -> float:
         return 1.0 - self.decay
 
 
@@ -142,19 +145,26 @@ def check_average(average: object) -> Average | None:
     )
 
 
+def slot_of(average: Average | None) -> AverageSlot | None:
+    """Return the state tensor that holds an average, if any."""
+    return None if average is None else average._slot
+
+
+def done(average: Average, schedule: Schedule, position: int) -> int:
+    """Return how many averages fall due in the steps before a position."""
+    return average._done(schedule, position)
+
+
 def offsets(average: Average, schedule: Schedule, groups: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return for each group the difference of the averages due, and of those taken.
+    """Return for each group the number of averages due, less the number of those taken.
 
     Args:
         average: the average.
         schedule: the policy.
         groups: the groups, which hold ``[averages taken, position at that time]``.
     """
-    found = []
-    for group in groups:
-        taken, position = group[AVERAGES]
-        found.append(average.done(schedule, position) - taken)
-    return found
+    pairs = (group[AVERAGES] for group in groups)
+    return [done(average, schedule, position) - taken for taken, position in pairs]
 
 
 def weights(
@@ -168,8 +178,18 @@ def weights(
         position: the number of the step.
         offsets: as :func:`offsets` returns them.
     """
-    done = average.done(schedule, position)
-    if average.done(schedule, position + 1) == done:
+    before = done(average, schedule, position)
+    if done(average, schedule, position + 1) == before:
         return []
-    counts = (done - offset for offset in offsets)
-    return [average.weight(count) if count > 0 else 1.0 for count in counts]
+    counts = (before - offset for offset in offsets)
+    return [average._weight(count) if count > 0 else 1.0 for count in counts]
+
+
+def due(
+    average: Average | None, schedule: Schedule, position: int, groups: Sequence[Mapping[str, Any]]
+) -> tuple[list[float], list[int]]:
+    """Return the :func:`weights` of a step and the :func:`offsets` of the groups, if any."""
+    if average is None:
+        return [], []
+    lacks = offsets(average, schedule, groups)
+    return weights(average, schedule, position, lacks), lacks

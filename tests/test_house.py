@@ -13,7 +13,7 @@ from places import ROOT, TESTS
 FLOORS = (
     ("_version", "checks", "console", "keys", "options", "pictures"),
     ("rules", "schedule", "sharding"),
-    ("from_torch", "kernels"),
+    ("averages", "from_torch", "kernels"),
     ("plan",),
     ("backends",),
     ("core",),

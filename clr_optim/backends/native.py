@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from clr_optim.averages import Average
+from clr_optim.averages import Average, slot_of
 from clr_optim.backends.base import Course, Gradients, WhoKnows
 from clr_optim.backends.torch import has_own_step
 from clr_optim.kernels.native import NoKernelsError, load
@@ -87,7 +87,7 @@ class NativeBackend:
         lock: threading.RLock | None = None,
         average: Average | None = None,
     ) -> None:
-        slot = None if average is None else average.slot
+        slot = slot_of(average)
         self.plan = Plan(optimizer, rule, library(), "cpu", lock=lock, average=slot)
 
     name: ClassVar[str] = "native"

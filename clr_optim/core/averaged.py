@@ -36,6 +36,8 @@ class Averaged(Course[OptimizerT]):
                 within another ``averaged()``.
 
         Example:
+            >>> from clr_optim import Ema
+            >>> from clr_optim.schedule import fixed
             >>> weight = torch.zeros(1, requires_grad=True)
             >>> opt = CyclicalOptimizer(
             ...     torch.optim.SGD([weight], lr=1.0), fixed(1.0), average=Ema(0.5)
@@ -75,8 +77,10 @@ class Averaged(Course[OptimizerT]):
             ValueError: if no parameter of the model has an average here.
 
         Example:
+            >>> from clr_optim import Ema
             >>> model = torch.nn.Linear(2, 1)
-            >>> opt = CyclicalOptimizer(torch.optim.SGD(model.parameters()), average=Ema(0.9))
+            >>> inner = torch.optim.SGD(model.parameters())
+            >>> opt = CyclicalOptimizer(inner, step_size_up=1, average=Ema(0.9))
             >>> model(torch.ones(2)).sum().backward()
             >>> opt.step()
             >>> other = torch.nn.Linear(2, 1)

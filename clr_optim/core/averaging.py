@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clr_optim.averages import Average, offsets, weights
+from clr_optim.averages import Average, done, due, offsets
 from clr_optim.core.position import Position
 from clr_optim.core.settings import Settings
 from clr_optim.keys import AVERAGE, AVERAGES
@@ -100,24 +100,21 @@ class Averaging:
                 found.append(param)
         return found
 
-    def take(self, position: int, served: Collection[int] = ()) -> None:
+    def take(self, position: int, only: Collection[int] | None = None) -> None:
         """Move the averages that fall due in a step, once its parameters are new.
 
         Args:
             position: the number of the step.
-            served: ids of the parameters whose averages the kernels move.
+            only: ids of the parameters whose averages no kernel moves; None if no kernel serves.
         """
         settings = self._settings
-        if settings.average is None:
-            return
         groups = settings.optimizer.param_groups
-        lacks = offsets(settings.average, settings.schedule, groups)
-        due = weights(settings.average, settings.schedule, position, lacks)
-        for group, weight in zip(groups, due, strict=False):
+        found, _ = due(settings.average, settings.schedule, position, groups)
+        for group, weight in zip(groups, found, strict=False):
             pairs = [
                 (average, param)
                 for param in group["params"]
-                if id(param) not in served and (average := self._of(param)) is not None
+                if (only is None or id(param) in only) and (average := self._of(param)) is not None
             ]
             _move(pairs, weight)
 
@@ -140,11 +137,11 @@ class Averaging:
         if settings.average is None:
             return
         groups = settings.optimizer.param_groups
-        done = settings.average.done(settings.schedule, position)
+        number = done(settings.average, settings.schedule, position)
         lacks = offsets(settings.average, settings.schedule, groups)
         for group, lack in zip(groups, lacks, strict=True):
             if group[AVERAGES][1] != position:
-                group[AVERAGES] = [done - lack, position]
+                group[AVERAGES] = [number - lack, position]
 
     # ---- the user's view
 
@@ -200,7 +197,7 @@ class Averaging:
 
 def _copy(param: Tensor, average: Average) -> Tensor:
     """Return a copy of a parameter in the dtype of its average."""
-    return param.detach().to(average.slot.dtype_for(param), copy=True)
+    return param.detach().to(average._slot.dtype_for(param), copy=True)
 
 
 @torch.no_grad()

@@ -267,7 +267,7 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: Borrowed) -> bo
         shared.ordinary.norm = norm
     if copies or averages:
         averaging.put(plan.unserved, copies)
-        averaging.take(position, served={*map(id, plan.params)})
+        averaging.take(position, only={*map(id, plan.unserved)})
     return True
 
 

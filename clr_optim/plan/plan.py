@@ -80,8 +80,6 @@ class Plan:
         """Take a new reading of the groups, and the places of their parameters."""
         self._readings, self._placement = readings, placement
         self.buckets = placement.buckets
-        #: the parameters of all buckets
-        self.params = placement.params
         #: parameters with a gradient that torch's own step must serve, and why
         self.rest = placement.rest
 
@@ -277,11 +275,7 @@ class Plan:
             groups, state = optimizer.param_groups, optimizer.state
             why = why_unreadable(groups, state)
             readings = GroupReadings(
-                target.rule,
-                list(groups),
-                capturable=target.capturable,
-                why=why,
-                average=target.average,
+                target.rule, list(groups), target.capturable, why, target.average
             )
             placement = Placement(target, readings, self.native)
             placement.place_all(why)
@@ -307,7 +301,7 @@ class Plan:
         )
 
     def _set_buckets(self) -> None:
-        self.native.set_buckets([bucket.native for bucket in self.buckets], self.params)
+        self.native.set_buckets([bucket.native for bucket in self.buckets], self._placement.params)
 
     def _write_scalars(self) -> None:
         #: the kernel's scalars, a row per group; each step fills in the rates
@@ -324,7 +318,7 @@ class Plan:
 
     def active_params(self) -> list[Tensor]:
         """Return the parameters of the buckets that have a gradient."""
-        return self._placement.active_params() if self.partial else self.params
+        return self._placement.active_params() if self.partial else self._placement.params
 
     def commit(self) -> None:
         """Put the state that a step has filled into the optimizer."""

@@ -62,7 +62,6 @@ class GroupReadings:
         self,
         rule: UpdateRule,
         groups: Sequence[Mapping[str, Any]] = (),
-        *,
         capturable: bool = False,
         why: str | None = None,
         average: AverageSlot | None = None,

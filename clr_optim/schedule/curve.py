@@ -214,13 +214,18 @@ class Curve:
         return self._timeline.is_cycle_end(step)
 
     def cycle_ends(self, step: int) -> int:
-        """Return how many steps before this one have completed a cycle.
+        """Return how many of the steps before ``step`` have completed a cycle.
 
         Args:
             step: an integer >= 0.
 
         Raises:
             TypeError, ValueError: if ``step`` is not an integer >= 0.
+
+        Example:
+            >>> from clr_optim.schedule import triangular
+            >>> [triangular(2).cycle_ends(step) for step in (3, 4, 8)]
+            [0, 1, 2]
         """
         return self._timeline.ends(step)
 

@@ -106,11 +106,11 @@ def test_an_average_changes_nothing_else(case, backend):
         twin.update_parameters(Model(problems[0].params))
         for p, q in zip(members(opt), members(plain), strict=True):
             assert torch.equal(p, q)
-            ours, theirs = dict(opt.state[p]), plain.state.get(q, {})
+            ours, others = dict(opt.state[p]), plain.state.get(q, {})
             assert ours.pop(KEY) is not None
-            assert list(ours) == list(theirs)
+            assert list(ours) == list(others)
             tensors = [name for name, value in ours.items() if isinstance(value, torch.Tensor)]
-            assert all(torch.equal(ours[name], theirs[name]) for name in tensors)
+            assert all(torch.equal(ours[name], others[name]) for name in tensors)
     assert_averages(opt, twin)
 
 
@@ -142,7 +142,11 @@ def test_float32_averages_of_16_bit_parameters(sizes, backend, dtype):
             p.grad = torch.randn_like(p)
         opt.step()
         now = [p.detach().float() for p in params]
-        means = now if means is None else [torch.lerp(m, p, 1 - 0.99) for m, p in zip(means, now)]
+        means = (
+            now
+            if means is None
+            else [torch.lerp(m, p, 1 - 0.99) for m, p in zip(means, now, strict=True)]
+        )
     for mean, own in zip(means, averages_of(opt), strict=True):
         assert own.dtype == torch.float32
         torch.testing.assert_close(own, mean, rtol=1e-7, atol=1e-7)
@@ -150,12 +154,12 @@ def test_float32_averages_of_16_bit_parameters(sizes, backend, dtype):
     # torch's own load would cast the averages to the dtype of the parameters.
     saved = copy.deepcopy(opt.state_dict())
     opt.load_state_dict(saved)
-    assert all(torch.equal(a, b) for a, b in zip(averages_of(opt), means))
+    assert all(torch.equal(a, b) for a, b in zip(averages_of(opt), means, strict=True))
     before = [p.detach().clone() for p in params]
     with opt.averaged():
-        assert all(torch.equal(p, m.to(dtype)) for p, m in zip(params, means))
-    assert all(torch.equal(a, b) for a, b in zip(before, params))
-    assert all(torch.equal(a, b) for a, b in zip(averages_of(opt), means))
+        assert all(torch.equal(p, m.to(dtype)) for p, m in zip(params, means, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(averages_of(opt), means, strict=True))
 
 
 def test_large_tensors_on_threads():
@@ -167,7 +171,7 @@ def test_large_tensors_on_threads():
             p.grad = torch.randn_like(p)
         opt.step()
         twin.update_parameters(Model(params))
-    assert all(torch.equal(a, b) for a, b in zip(averages_of(opt), twin.module.params))
+    assert all(torch.equal(a, b) for a, b in zip(averages_of(opt), twin.module.params, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
@@ -231,7 +235,10 @@ def test_a_skipped_step_takes_no_average():
 # ---- checkpoints
 
 
-def trained(average=Ema(0.9), steps=10, cls=torch.optim.Adam, **options):
+_EMA = Ema(0.9)
+
+
+def trained(average=_EMA, steps=10, cls=torch.optim.Adam, **options):
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(4)), torch.nn.Parameter(torch.randn(3))]
     opt = CyclicalOptimizer(cls(params), step_size_up=2, average=average, **options)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clr_optim.averages import Average
+from clr_optim.averages import Average, slot_of
 from clr_optim.backends import device as current
 from clr_optim.backends.base import Course, Gradients, WhoKnows
 from clr_optim.backends.native import library
@@ -100,7 +100,7 @@ class TritonBackend:
             device,
             capturable=True,
             lock=lock,
-            average=None if average is None else average.slot,
+            average=slot_of(average),
         )
         self._schedule = schedule
         self._momentum = rule.momentum
