@@ -185,8 +185,9 @@ class Snapshots:
         try:
             model.load_state_dict(state)
         except (RuntimeError, TypeError) as error:
+            why = " ".join(str(error).split("\n\t")[:2])  # of a line per tensor
             raise ValueError(
-                f"{name} does not fit the model: delete the file or give another folder ({error})"
+                f"{name} does not fit the model: delete the file or give another folder ({why})"
             ) from error
         return model.eval()
 
