@@ -19,7 +19,6 @@ from clr_optim.checks import LAST_STEP, check_callable_of_one, check_int, check_
 from clr_optim.core.warn import callers_level
 from clr_optim.optimizer import CyclicalOptimizer
 from clr_optim.range_test.put_back import global_random_back
-from clr_optim.sharding import DTensor
 
 __all__ = ["Snapshots"]
 
@@ -217,12 +216,13 @@ def _bare(model: object) -> nn.Module:
     ):
         model = model._modules["_orig_mod" if "_orig_mod" in model._modules else "module"]
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    sharded = next((n for n, p in model.named_parameters() if type(p) is DTensor), None)
-    if sharded is None:
-        modules = model.named_modules()
-        kind = "FullyShardedDataParallel"
-        sharded = next((n for n, m in modules if type(m).__name__ == kind), None)
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}: give the module whose "
+            "parameters the optimizer updates"
+        )
+    members: list[tuple[str, Any]] = [*model.named_parameters(), *model.named_modules()]
+    kinds = ("DTensor", "FullyShardedDataParallel")  # torch may lack both classes
+    sharded = next((name for name, member in members if type(member).__name__ in kinds), None)
     if sharded is not None:
         raise ValueError(
             f"model must be whole on each rank, and {sharded or 'the model'!r} is sharded: save "
