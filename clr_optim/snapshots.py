@@ -121,7 +121,8 @@ class Snapshots:
         before. Sums of 16-bit outputs are in float32.
 
         Args:
-            *inputs, **kwargs: the arguments of the model, on the model's device.
+            *inputs: the arguments of the model, on the model's device.
+            **kwargs: likewise.
 
         Returns:
             A tensor of the shape and dtype of one model's transformed output.
@@ -320,8 +321,8 @@ class _Memory:
 class _Folder:
     """States in files, each whole or absent."""
 
-    _NAME = re.compile(r"snapshot-(0|[1-9]\d{0,18})\.pt")
-    _TEMPORARY = re.compile(_NAME.pattern + r"\.tmp")
+    #: the step, and the end of a file's name while it is written
+    _NAME = re.compile(r"snapshot-(0|[1-9][0-9]{0,18})\.pt(\.tmp)?")
 
     def __init__(self, path: Path) -> None:
         if path.exists() and not path.is_dir():
@@ -345,7 +346,7 @@ class _Folder:
 
     def steps(self) -> list[int]:
         names = (self._NAME.fullmatch(entry.name) for entry in self._path.iterdir())
-        steps = (int(name[1]) for name in names if name is not None)
+        steps = (int(name[1]) for name in names if name is not None and not name[2])
         return sorted(step for step in steps if step <= LAST_STEP)
 
     def name(self, step: int) -> str:
@@ -357,7 +358,8 @@ class _Folder:
 
     def write(self, step: int, state: _State) -> None:
         for entry in self._path.iterdir():
-            if self._TEMPORARY.fullmatch(entry.name):  # of a killed run
+            name = self._NAME.fullmatch(entry.name)
+            if name is not None and name[2]:  # of a killed run
                 entry.unlink()
         temporary = self._path / f"snapshot-{step}.pt.tmp"
         try:

@@ -22,7 +22,7 @@ def accuracies(args: argparse.Namespace, seed: int, schedule: Schedule) -> list[
     model = build_network()
     sgd = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
     opt = CyclicalOptimizer(sgd, schedule, base_lr=0.0)
-    kept = [  # the paper averages chances, and not logits
+    kept = [  # the paper averages probabilities, and not logits
         Snapshots(opt, model, last=last, transform=lambda logits: logits.softmax(dim=-1))
         for last in (1, (args.cycles + 1) // 2, args.cycles)
     ]

@@ -385,6 +385,8 @@ def test_a_run_killed_while_it_writes_leaves_whole_snapshots(tmp_path, whole):
         with pytest.raises((RuntimeError, EOFError, pickle.UnpicklingError)):
             torch.load(folder / "snapshot-12.pt.tmp", weights_only=True)
 
+    (folder / "snapshot-3.pt.tmp").touch()  # of an even earlier run
+
     model, opt, _ = started()
     copies = train(model, opt, 8)
     snapshots = Snapshots(opt, model, last=2, folder=folder)
@@ -470,8 +472,8 @@ def test_a_damaged_file_is_named_and_not_run(tmp_path, monkeypatch, name):
 
 def test_other_files_stay_and_do_not_count(tmp_path):
     names = ["snapshot-04.pt", "snapshot--4.pt", "snapshot-4.pt.bak", "xsnapshot-4.pt", "run.pt",
-             "snapshot-4.5.pt", "snapshot-٤.pt", f"snapshot-{2**63}.pt", f"snapshot-{10**30}.pt",
-             "notes.tmp", "snapshot-4.tmp"]  # fmt: skip
+             "snapshot-4.5.pt", "snapshot-٤.pt", "snapshot-1٤.pt", f"snapshot-{2**63}.pt",
+             f"snapshot-{10**30}.pt", "notes.tmp", "snapshot-4.tmp"]  # fmt: skip
     for name in names:
         (tmp_path / name).write_text(name)
     model, opt, snapshots = started(last=1, folder=tmp_path)
