@@ -11,6 +11,7 @@ from clr_optim.optimizer import CyclicalOptimizer, CyclicalScheduler
 from clr_optim.range_test import Bounds, RangeTest, lr_range_test
 from clr_optim.rules import register_rule
 from clr_optim.schedule import Phase, Schedule
+from clr_optim.snapshots import Snapshots
 
 from clr_optim import plotting as plotting  # isort: skip  (enters the functions of plot methods)
 
@@ -23,6 +24,7 @@ __all__ = [
     "Phase",
     "RangeTest",
     "Schedule",
+    "Snapshots",
     "__version__",
     "lr_range_test",
     "register_rule",

@@ -18,7 +18,7 @@ FLOORS = (
     ("backends",),
     ("core",),
     ("optimizer",),
-    ("range_test",),
+    ("range_test", "snapshots"),
     ("", "plotting"),  # "" is the face of clr_optim
     ("bench", "demo"),
     ("__main__", "cli"),
