@@ -6,6 +6,7 @@ line to change; :mod:`clr_optim.schedule` has every policy, and
 """
 
 from clr_optim._version import __version__
+from clr_optim.gate import Spike
 from clr_optim.optimizer import CyclicalOptimizer, CyclicalScheduler
 from clr_optim.range_test import Bounds, RangeTest, lr_range_test
 from clr_optim.rules import register_rule
@@ -20,6 +21,7 @@ __all__ = [
     "Phase",
     "RangeTest",
     "Schedule",
+    "Spike",
     "__version__",
     "lr_range_test",
     "register_rule",

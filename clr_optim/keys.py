@@ -13,8 +13,11 @@ SCHEDULES = "clr_schedules"
 #: The bounds of the group's momentum, if momentum cycles.
 BASE_MOMENTUM, MAX_MOMENTUM = "clr_base_momentum", "clr_max_momentum"
 
+#: The statistics of ``skip_above``, if given, see :data:`clr_optim.gate.Statistics`.
+SKIPS = "clr_skips"
+
 #: All keys of a group.
-KEYS = (STEP, BASE, MAX, SCHEDULE, SCHEDULES, BASE_MOMENTUM, MAX_MOMENTUM)
+KEYS = (STEP, BASE, MAX, SCHEDULE, SCHEDULES, BASE_MOMENTUM, MAX_MOMENTUM, SKIPS)
 
 #: The entry of a state dict that holds the keys of each group, if the layout drops unknown keys.
 ENTRY = "clr_optim"

@@ -35,6 +35,7 @@ from clr_optim.core.saved import (
 from clr_optim.core.scheduled import check_schedules
 from clr_optim.core.settings import Settings
 from clr_optim.core.warn import callers_level, warn_each
+from clr_optim.gate import Statistics, check_skip_above, saved_statistics
 from clr_optim.keys import BASE, MAX, SCHEDULE, SCHEDULES
 from clr_optim.schedule import POLICIES, SCALE_MODES, Schedule, check_growth, triangular
 
@@ -64,6 +65,7 @@ class Start:
         saved_policy: the policy in a checkpoint that the optimizer has loaded, if any.
         saved_schedules: the schedules of each group's settings in that checkpoint.
         warnings: messages for the user.
+        statistics: those of the gate in that checkpoint.
     """
 
     settings: Settings
@@ -78,6 +80,7 @@ class Start:
     saved_policy: object
     saved_schedules: list[object]
     warnings: list[str | None]
+    statistics: Statistics
 
 
 def check_arguments(
@@ -92,6 +95,7 @@ def check_arguments(
     max_grad_norm: object,
     backend: Any,
     schedules: object = None,
+    skip_above: object = None,
 ) -> Start:
     """Check the constructor's arguments; change nothing.
 
@@ -137,9 +141,11 @@ def check_arguments(
         max_grad_norm = check_number(
             "max_grad_norm", max_grad_norm, open_minimum=True, finite=False
         )
+    skips = check_skip_above(skip_above)
+    statistics = saved_statistics(groups if resumed else [], "optimizer")
     schedule.rates(position, bounds)  # a scale_fn may raise
     chosen = backends.resolve(backend, optimizer)
-    settings = Settings(optimizer, schedule, cycles, max_grad_norm, backend, scheduled)
+    settings = Settings(optimizer, schedule, cycles, max_grad_norm, backend, scheduled, skips)
     if cycles:
         check_momentum_state(optimizer, range(len(groups)), "cycle_momentum=True")
     with_momentum = settings.with_momentum_schedule(len(groups))
@@ -167,6 +173,7 @@ def check_arguments(
         groups[0].get(SCHEDULE) if resumed and groups else None,
         [group.get(SCHEDULES) for group in groups] if resumed else [],
         warned,
+        statistics,
     )
 
 

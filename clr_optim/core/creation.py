@@ -66,9 +66,12 @@ def create_state(shared: Shared, fused: FusedBackend, borrowed: Borrowed) -> Non
     fused.plan.refresh()
     gradients = Gradients(max_norm=settings.max_grad_norm)
     if has_rest(shared, fused, capturing=False):
-        gradients = step_rest(shared, fused, amp.NO_SIGNALS, gradients, borrowed)
+        left = step_rest(shared, fused, amp.NO_SIGNALS, gradients, borrowed)
+        assert left is not None, "no gate was given"
+        gradients = left
     course = position.course()
-    norm = fused.step(course._replace(rates=[0.0] * len(course.rates), moves=False), gradients)
+    course = course._replace(rates=[0.0] * len(course.rates), moves=False)
+    norm, _ = fused.step(course, gradients)
     if norm is not None:
         shared.ordinary.norm = norm
 

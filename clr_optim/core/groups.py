@@ -20,7 +20,17 @@ from clr_optim.core.records import (
 from clr_optim.core.saved import found_bounds, written_position
 from clr_optim.core.settings import HIGH_MOMENTUM, LOW_MOMENTUM, Settings
 from clr_optim.core.values import Values, evaluate
-from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM, SCHEDULE, SCHEDULES, STEP
+from clr_optim.gate import Gate
+from clr_optim.keys import (
+    BASE,
+    BASE_MOMENTUM,
+    MAX,
+    MAX_MOMENTUM,
+    SCHEDULE,
+    SCHEDULES,
+    SKIPS,
+    STEP,
+)
 from clr_optim.schedule import Schedule
 
 __all__ = ["GroupMirror"]
@@ -38,12 +48,16 @@ class GroupMirror:
     Args:
         settings: the optimizer and its policy.
         is_kept: returns whether the device keeps a group's ``lr`` current.
+        gate: whose statistics the groups hold, if any.
     """
 
-    def __init__(self, settings: Settings, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+    def __init__(
+        self, settings: Settings, is_kept: Callable[[dict[str, Any]], bool], gate: Gate | None
+    ) -> None:
         self._settings = settings
         self._optimizer: Any = settings.optimizer
         self._is_kept = is_kept
+        self._gate = gate
         self.records: list[Record] = []
         # The list of groups that was last written. Other code may append to it.
         self._groups: Sequence[dict[str, Any]] = ()
@@ -90,12 +104,16 @@ class GroupMirror:
                 or group.get(MAX) is not top
             ):
                 return False
+        if self._gate is not None and not self._gate.is_held_by(groups):
+            return False
         written = self.written
         return not written.numbers or are_untouched(self.records, written.momentum_bounds)
 
     def is_settled(self) -> bool:
         """Return whether the groups are ours and hold our bounds. Rates are not compared."""
         groups = self._optimizer.param_groups
+        if self._gate is not None and not self._gate.is_held_by(groups):
+            return False
         return self.are_ours(groups) and all(
             STEP in group
             and isinstance(group.get(BASE), float)
@@ -224,6 +242,8 @@ class GroupMirror:
         groups = list(self._optimizer.param_groups)
         for i, (group, bounds) in enumerate(zip(groups, self.bounds(groups), strict=True)):
             self.fill_in_bounds(i, group, bounds)
+        if self._gate is not None:
+            self._gate.adopt(groups)
 
     def write(self, position: int, is_driven: Callable[[Tensor], bool]) -> None:
         """Write position, policy, rates and settings of a step into all groups.
@@ -318,4 +338,8 @@ class GroupMirror:
             group[SCHEDULES] = schedules_json(schedules)
         else:
             group.pop(SCHEDULES, None)
+        if self._gate is not None:
+            group[SKIPS] = self._gate.held
+        else:
+            group.pop(SKIPS, None)
         return self._is_kept(group)

@@ -30,6 +30,7 @@ WRITTEN: int
 OUTDATED: int
 IN_USE: int
 UNSERVED: int
+SKIPPED: int
 
 class Bucket:
     """Tensors that one kernel updates, a row for each; see `kernels/native/bucket.h`."""
@@ -137,6 +138,7 @@ class Plan:
         numbers: Sequence[Sequence[float]],
         ends: Sequence[bool],
         max_norm: float | None,
+        closes: Callable[[float], bool] | None,
         /,
     ) -> None:
         """Take in the course of the coming steps.
@@ -154,6 +156,8 @@ class Plan:
                 setting follows a schedule.
             ends: whether each step completes a cycle; empty if there are no hooks to call.
             max_norm: the largest norm of all gradients; steps clip a larger one.
+            closes: returns whether a step is skipped, given the norm of all gradients. If a device
+                runs the kernels, its gate decides instead.
         """
 
     def course(self) -> tuple[int, list[object], list[list[object]], list[float], list[float]]:

@@ -160,7 +160,7 @@ inline bool is_complete(const Course& course) {
 
 inline PyObject* plan_begin_course(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     Plan& plan = PlanObject::of(self);
-    if (!expects("begin_course()", count, 6) || !is_free(plan)) return nullptr;
+    if (!expects("begin_course()", count, 7) || !is_free(plan)) return nullptr;
     Course course;
     const Items records(args[0]);
     std::vector<int64_t> ends;
@@ -179,6 +179,7 @@ inline PyObject* plan_begin_course(PyObject* self, PyObject* const* args, Py_ssi
     if (!is_free(plan)) return nullptr;  // reading numbers may have run Python code
     if (!plan.sources.buckets.empty()) course.words = plan.sources.buckets.front()->words;
     plan.max_norm = max_norm;
+    const Ref closes = std::exchange(plan.closes, Ref::to(args[6] == Py_None ? nullptr : args[6]));
     std::swap(plan.course, course);
     return none();
 }
