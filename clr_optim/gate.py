@@ -16,8 +16,8 @@ from clr_optim.checks import check_int, check_number, shown
 from clr_optim.keys import SKIPS
 
 __all__ = [
-    "FLOOR", "LARGEST", "NO_STATISTICS", "Gate", "Spike", "Statistics", "check_skip_above",
-    "check_statistics", "saved_statistics",
+    "FLOOR", "LARGEST", "NO_STATISTICS", "Gate", "Spike", "Statistics", "are_held",
+    "check_skip_above", "check_statistics", "put_statistics", "saved_statistics",
 ]  # fmt: skip
 
 #: The statistics of a gate: the number of norms in them, their running mean and variance, the
@@ -167,11 +167,6 @@ class Gate:
         for group in groups:
             group[SKIPS] = self.held
 
-    def is_held_by(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Return whether all groups hold the list that we wrote."""
-        held = self.held
-        return all(group.get(SKIPS) is held for group in groups)
-
     def adopt(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Take over the statistics that a load has written into groups; without any, start anew.
 
@@ -198,6 +193,19 @@ class Gate:
             f"{self._shown} has skipped {skipped} of {tries} steps: look at opt.grad_norm; if the "
             "run is healthy, raise the limit, else lower max_lr or mend the batches"
         )
+
+
+def are_held(gate: Gate | None, groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether all groups hold the list that the gate wrote, if there is a gate."""
+    return gate is None or all(group.get(SKIPS) is gate.held for group in groups)
+
+
+def put_statistics(gate: Gate | None, group: dict[str, Any]) -> None:
+    """Put the list of the gate into a group; without a gate, remove that of a checkpoint."""
+    if gate is not None:
+        group[SKIPS] = gate.held
+    else:
+        group.pop(SKIPS, None)
 
 
 def check_skip_above(value: object) -> float | Spike | None:

@@ -20,17 +20,8 @@ from clr_optim.core.records import (
 from clr_optim.core.saved import found_bounds, written_position
 from clr_optim.core.settings import HIGH_MOMENTUM, LOW_MOMENTUM, Settings
 from clr_optim.core.values import Values, evaluate
-from clr_optim.gate import Gate
-from clr_optim.keys import (
-    BASE,
-    BASE_MOMENTUM,
-    MAX,
-    MAX_MOMENTUM,
-    SCHEDULE,
-    SCHEDULES,
-    SKIPS,
-    STEP,
-)
+from clr_optim.gate import Gate, are_held, put_statistics
+from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM, SCHEDULE, SCHEDULES, STEP
 from clr_optim.schedule import Schedule
 
 __all__ = ["GroupMirror"]
@@ -90,7 +81,7 @@ class GroupMirror:
         A step of a small model asks this question and little more, so the answer must be cheap.
         """
         records, groups = self.records, self._optimizer.param_groups
-        if len(records) != len(groups):
+        if len(records) != len(groups) or not are_held(self._gate, groups):
             return False
         for group, record, (base, top) in zip(groups, records, self.written.bounds, strict=False):
             rate = record.lr
@@ -104,17 +95,15 @@ class GroupMirror:
                 or group.get(MAX) is not top
             ):
                 return False
-        if self._gate is not None and not self._gate.is_held_by(groups):
-            return False
         written = self.written
         return not written.numbers or are_untouched(self.records, written.momentum_bounds)
 
     def is_settled(self) -> bool:
         """Return whether the groups are ours and hold our bounds. Rates are not compared."""
         groups = self._optimizer.param_groups
-        if self._gate is not None and not self._gate.is_held_by(groups):
+        if not (self.are_ours(groups) and are_held(self._gate, groups)):
             return False
-        return self.are_ours(groups) and all(
+        return all(
             STEP in group
             and isinstance(group.get(BASE), float)
             and isinstance(group.get(MAX), float)
@@ -338,8 +327,5 @@ class GroupMirror:
             group[SCHEDULES] = schedules_json(schedules)
         else:
             group.pop(SCHEDULES, None)
-        if self._gate is not None:
-            group[SKIPS] = self._gate.held
-        else:
-            group.pop(SKIPS, None)
+        put_statistics(self._gate, group)
         return self._is_kept(group)
