@@ -108,7 +108,8 @@ class Gate:
     def begin(self, statistics: Statistics) -> None:
         """Go on from the statistics of a checkpoint."""
         #: what the host knows. After steps on a device, the position must ask the device first.
-        self.statistics = statistics
+        # A new object, by which a device knows that it has not heard of them.
+        self.statistics = (*statistics,)
         #: the statistics as the groups hold them
         self.held = [*statistics]
 
@@ -120,7 +121,7 @@ class Gate:
         A norm of 0 tells nothing: no gradient was there, or all were 0.
         """
         limit, sigmas, window, warmup = self.limits
-        before = count, mean, variance, in_a_row, skipped = self.statistics
+        count, mean, variance, in_a_row, skipped = self.statistics
         if norm == 0.0:
             return False
         after: Statistics
@@ -139,10 +140,14 @@ class Gate:
             mean += weight * distance
             variance = (1.0 - weight) * (variance + weight * (distance * distance))
             after, closes = (count, mean, variance, 0.0, skipped), False
-        # An interrupt between the two lines finds the old statistics.
-        self._last = before, after
-        self.statistics = after
+        self.take(after)
         return closes
+
+    def take(self, statistics: Statistics) -> None:
+        """Take in the statistics after a decision of the device."""
+        # An interrupt between the two lines finds the old statistics.
+        self._last = self.statistics, statistics
+        self.statistics = statistics
 
     def closes_rounded(self, norm: float) -> bool:
         """Return :meth:`closes` of a norm that ``grad_norm`` shows as a float32."""

@@ -61,6 +61,16 @@ class Gradients(NamedTuple):
     waits: bool = False
 
     @property
+    def fills_gate(self) -> bool:
+        """Whether the gate of this step may close, or its gradients have a factor."""
+        return self.needs_norm or self.scale is not None or self.found_inf is not None
+
+    @property
+    def leave_doubt(self) -> bool:
+        """Whether kernels may skip the step without the host's knowledge."""
+        return self.found_inf is not None or (self.gate is not None and not self.waits)
+
+    @property
     def needs_norm(self) -> bool:
         """Whether the step depends on the norm of all gradients."""
         return self.max_norm is not None or self.gate is not None
