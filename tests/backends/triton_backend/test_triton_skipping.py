@@ -1,4 +1,4 @@
-"""``skip_above`` on a GPU: the device decides as the host would, and no step waits for its answer."""
+"""``skip_above`` on a GPU: the device decides as the host would, and no step waits for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from graph_helpers import DEVICE, Run, assert_together, nothing_waits, scaled
 from native_helpers import BY_NAME, KERNELS
-from triton_helpers import INTERPRETED, MARKS
+from triton_helpers import INTERPRETED, MARKS, choose_triton
 
 from clr_optim import CyclicalOptimizer, Spike
 from clr_optim.gate import Gate
@@ -42,7 +42,7 @@ def assert_never_was(run: Run, plain: Run, steps: int, seed: int, *, amp: bool =
     chance = random.Random(seed)
     skipped = 0
     for number in range(steps):
-        while number > 12 and chance.random() < 0.3:
+        while number > 12 and chance.random() < 0.4:
             bad = chance.choice(["nan", "inf", "spike"])
             if amp:
                 scaled(run, number, 2.0 ** chance.randrange(9), overflow=bad != "spike")
@@ -61,7 +61,7 @@ def assert_never_was(run: Run, plain: Run, steps: int, seed: int, *, amp: bool =
         else:
             run.eager(number)
             plain.eager(number)
-    assert skipped > 3
+    assert skipped > 1
     assert run.opt.skipped == skipped
     assert_same_tensors(run, plain)
     assert run.opt.iteration == plain.opt.iteration == steps
@@ -87,9 +87,9 @@ def test_skipped_steps_never_were_and_nothing_waits(case, amp):
 
 
 @pytest.mark.parametrize("skip_above", [500.0, SPIKE], ids=["number", "spike"])
-def test_five_hundred_steps(skip_above):
+def test_five_hundred_tries(skip_above):
     run = Run(BY_NAME["adam-wd"], shapes=[(3,), (8,)], skip_above=skip_above, max_grad_norm=1.0)
-    assert_never_was(run, Run(BY_NAME["adam-wd"], shapes=[(3,), (8,)], max_grad_norm=1.0), 350, 4)
+    assert_never_was(run, Run(BY_NAME["adam-wd"], shapes=[(3,), (8,)], max_grad_norm=1.0), 300, 4)
 
 
 @pytest.mark.parametrize("bad", ["nan", "spike"])
@@ -182,11 +182,12 @@ def test_a_capture_needs_a_step_after_a_load():
     run.capture()
 
 
-def test_what_no_kernel_serves_is_skipped_together_with_the_rest():
+def test_what_no_kernel_serves_is_skipped_together_with_the_rest(monkeypatch):
+    choose_triton(monkeypatch)
     runs = []
     for skip_above in (100.0, None):
-        params = [torch.nn.Parameter(torch.ones(3, device=DEVICE)),
-                  torch.nn.Parameter(torch.ones(2, dtype=torch.complex64, device=DEVICE))]  # fmt: skip
+        values = torch.ones(3), torch.ones(2, dtype=torch.complex64)
+        params = [torch.nn.Parameter(value.to(DEVICE)) for value in values]
         inner = torch.optim.Adam(params, lr=0.1, foreach=False)
         opt = CyclicalOptimizer(inner, skip_above=skip_above)
         for k in range(6):
@@ -199,6 +200,7 @@ def test_what_no_kernel_serves_is_skipped_together_with_the_rest():
             opt.step()
         runs.append((opt, params))
     (ours, mine), (_, theirs) = runs
+    assert "triton: 1 parameter" in ours.explain()
     assert ours.skipped == 3
     assert all(map(torch.equal, mine, theirs))
 
