@@ -153,7 +153,7 @@ class Run:
         wrap = {
             k: options.pop(k)
             for k in list(options)
-            if k in ("backend", "max_grad_norm", "policy", "schedules")
+            if k in ("backend", "max_grad_norm", "policy", "schedules", "skip_above")
         }
         generator = torch.Generator().manual_seed(3)
         self.params = [
