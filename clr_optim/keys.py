@@ -13,8 +13,14 @@ SCHEDULES = "clr_schedules"
 #: The bounds of the group's momentum, if momentum cycles.
 BASE_MOMENTUM, MAX_MOMENTUM = "clr_base_momentum", "clr_max_momentum"
 
+#: The number of averages that a group's parameters have taken, and the position at that time.
+AVERAGES = "clr_averages"
+
 #: All keys of a group.
-KEYS = (STEP, BASE, MAX, SCHEDULE, SCHEDULES, BASE_MOMENTUM, MAX_MOMENTUM)
+KEYS = (STEP, BASE, MAX, SCHEDULE, SCHEDULES, BASE_MOMENTUM, MAX_MOMENTUM, AVERAGES)
+
+#: The name of a parameter's average in the state, beside torch's names.
+AVERAGE = "clr_average"
 
 #: The entry of a state dict that holds the keys of each group, if the layout drops unknown keys.
 ENTRY = "clr_optim"

@@ -12,9 +12,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from clr_optim.averages import Average
 from clr_optim.backends.torch import is_wrapped_by_torch
 from clr_optim.core import arguments, checkpoint, edits, settings
-from clr_optim.core.course import Course, Number
+from clr_optim.core.averaged import Averaged
+from clr_optim.core.course import Number
 from clr_optim.core.misnamed import refuse_misnamed
 from clr_optim.core.refused_writes import refuse_writes
 from clr_optim.core.scheduler_view import CyclicalScheduler
@@ -30,7 +32,7 @@ __all__ = ["CyclicalOptimizer", "CyclicalScheduler"]
 
 
 @refuse_writes
-class CyclicalOptimizer(Course[OptimizerT]):
+class CyclicalOptimizer(Averaged[OptimizerT]):
     """Wrap a torch optimizer and cycle its learning rate, with nothing else to step or save.
 
     For the ``t``-th ``step()``, counted from 0 (see :mod:`clr_optim.schedule`)::
@@ -77,6 +79,9 @@ class CyclicalOptimizer(Course[OptimizerT]):
             A list has a schedule for each group, or ``None`` for a group whose setting stays.
         max_grad_norm: clip by the global norm, as :func:`torch.nn.utils.clip_grad_norm_` before
             each step; gradients in memory keep their values. See :attr:`grad_norm`.
+        average: keep an average of each parameter, moved within the step: ``"cycle_end"`` or a
+            :class:`~clr_optim.CycleEnd` for the mean at the ends of cycles, an
+            :class:`~clr_optim.Ema` for an exponential mean. See :meth:`averaged`.
         backend: ``"torch"`` (the wrapped optimizer's step), ``"native"`` (C++ kernels for CPU
             tensors), ``"triton"`` (kernels for GPU tensors) or ``"auto"``: ``"triton"`` for
             parameters on NVIDIA GPUs that Triton compiles for, ``"native"`` on the CPU, and the
@@ -121,6 +126,7 @@ class CyclicalOptimizer(Course[OptimizerT]):
         max_momentum: Number = settings.HIGH_MOMENTUM,
         schedules: Mapping[str, Schedule | Sequence[Schedule | None]] | None = None,
         max_grad_norm: float | None = None,
+        average: str | Average | None = None,
         backend: str = "auto",
     ) -> None:
         arguments.check_optimizer(optimizer, CyclicalOptimizer)
@@ -145,6 +151,7 @@ class CyclicalOptimizer(Course[OptimizerT]):
             max_grad_norm=max_grad_norm,
             backend=backend,
             schedules=schedules,
+            average=average,
         )
         # From here on only a warning that the user turned into an error can raise.
         self._set_up(start.settings, start.chosen)
@@ -158,6 +165,7 @@ class CyclicalOptimizer(Course[OptimizerT]):
         steps_per_epoch: int = 1,
         schedules: Mapping[str, Schedule | Sequence[Schedule | None]] | None = None,
         max_grad_norm: float | None = None,
+        average: str | Average | None = None,
         backend: str = "auto",
     ) -> CyclicalOptimizer[Optimizer]:
         """Take over a scheduler of torch and its optimizer, in mid-run or before.
@@ -189,7 +197,7 @@ class CyclicalOptimizer(Course[OptimizerT]):
             steps_per_epoch: the optimizer's steps between two calls of ``scheduler.step()``. If the
                 loop calls it once per epoch, the rate changes once per epoch here too: take the
                 scheduler over at the end of an epoch.
-            schedules, max_grad_norm, backend: as in the constructor.
+            schedules, max_grad_norm, average, backend: as in the constructor.
 
         Returns:
             An optimizer around ``scheduler.optimizer``.
@@ -220,6 +228,7 @@ class CyclicalOptimizer(Course[OptimizerT]):
                 scheduler.optimizer,
                 schedules=schedules,
                 max_grad_norm=max_grad_norm,
+                average=average,
                 backend=backend,
                 **edits.arguments_of(taken),
             )

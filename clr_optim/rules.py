@@ -18,9 +18,20 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from clr_optim.keys import AVERAGE
+
 __all__ = [
-    "KERNELS", "NUMBERS", "RULES", "SHIPPED", "STATE_SLOTS", "Slot", "StateSlots", "UpdateRule",
-    "class_name", "register_rule",
+    "KERNELS",
+    "NUMBERS",
+    "RULES",
+    "SHIPPED",
+    "STATE_SLOTS",
+    "AverageSlot",
+    "Slot",
+    "StateSlots",
+    "UpdateRule",
+    "class_name",
+    "register_rule",
 ]  # fmt: skip
 
 Group = Mapping[str, Any]
@@ -44,6 +55,24 @@ class Slot:
 
     name: str
     fill: Callable[[Mapping[str, Any]], float] | None = lambda defaults: 0.0
+
+
+@dataclass(frozen=True)
+class AverageSlot(Slot):
+    """The average of a parameter: the last slot. It starts as a copy of the parameter.
+
+    Args:
+        name: as for :class:`Slot`.
+        fill: not used.
+        wide: the dtype of the average of a 16-bit parameter; None is that of the parameter.
+    """
+
+    name: str = AVERAGE
+    wide: torch.dtype | None = None
+
+    def dtype_for(self, param: Tensor) -> torch.dtype:
+        """Return the dtype of a parameter's average."""
+        return self.wide if self.wide is not None and param.itemsize < 4 else param.dtype
 
 
 @dataclass(frozen=True)

@@ -231,6 +231,21 @@ def test_ddp_goes_on_where_it_was_on_any_number_of_ranks(ddp, tmp_path, world):
     assert found["opt"]["param_groups"] == expected["opt"]["param_groups"]
 
 
+def test_the_snapshot_ensemble_prints_the_table_of_the_docs():
+    """The figures depend on the machine's order of sums. The committed table has ten seeds."""
+    options = ["--seeds", 2, "--cycles", 2, "--epochs", 1]
+    output = _run(1, EXAMPLES / "snapshot_ensemble.py", *options)
+    assert output.returncode == 0, output.stderr
+    assert not output.stderr
+    head, line, one, last, half, whole = output.stdout.splitlines()
+    page = (ROOT / "docs/cycle_ends.md").read_text("utf-8")
+    assert f"\n{head}\n{line}\n| one cosine run |" in page
+    assert float(one.split("|")[2].split()[0]) > 50
+    # One snapshot is no ensemble.
+    assert last.split("|")[2:] == half.split("|")[2:]
+    assert "| ensemble of 2 |" in whole
+
+
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_examples_are_short(script):
     """The one of FSDP2 is a whole run with its checkpoints, and no introduction."""

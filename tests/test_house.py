@@ -13,12 +13,12 @@ from places import ROOT, TESTS
 FLOORS = (
     ("_version", "checks", "console", "keys", "options", "pictures"),
     ("rules", "schedule", "sharding"),
-    ("from_torch", "kernels"),
+    ("averages", "from_torch", "kernels"),
     ("plan",),
     ("backends",),
     ("core",),
     ("optimizer",),
-    ("range_test",),
+    ("range_test", "snapshots"),
     ("", "plotting"),  # "" is the face of clr_optim
     ("bench", "demo"),
     ("__main__", "cli"),

@@ -33,6 +33,7 @@ import test_range_test_arguments as range_test_arguments
 import test_range_test_result as range_test_result
 import test_register_rule
 import test_setting_schedules
+import test_snapshots
 from cases import BY_NAME
 from torch import Tensor
 
@@ -169,6 +170,8 @@ def attempts() -> Iterator[Attempt]:
             f"{curves!r}, {ends!r}",
             lambda c=curves, e=ends: plotting.plot_history(c, e),
         )
+    for name, (call, *_) in test_snapshots.REFUSED.items():
+        yield Attempt("Snapshots", name, call)
     lines = [
         *test_cli.WRONG_COMMANDS,
         *(["plot", *options] for options, _ in test_cli.WRONG_PLOTS),

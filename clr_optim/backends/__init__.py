@@ -7,6 +7,7 @@ import threading
 
 from torch.optim import Optimizer
 
+from clr_optim.averages import Average
 from clr_optim.backends import device as current_device
 from clr_optim.backends.base import FusedBackend
 from clr_optim.backends.native import NativeBackend, NoKernelsError, library, rule_for
@@ -61,6 +62,7 @@ def make(
     lock: threading.RLock | None = None,
     *,
     asked: bool,
+    average: Average | None = None,
 ) -> FusedBackend | None:
     """Return a fused backend for one optimizer, or None while no parameter lies where it works.
 
@@ -71,6 +73,7 @@ def make(
         schedule: the policy.
         lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
         asked: whether the user named the backend.
+        average: which average of the parameters the steps keep, if any.
 
     Raises:
         NoKernelsError: if the kernels cannot serve here.
@@ -80,7 +83,7 @@ def make(
     if not any(param.device.type in types for param in params):
         return None
     device = plan_device(name, optimizer)
-    return _FUSED[name].make(optimizer, rule, schedule, device, lock, asked=asked)
+    return _FUSED[name].make(optimizer, rule, schedule, device, lock, asked=asked, average=average)
 
 
 def resolve(backend: object, optimizer: Optimizer) -> tuple[str, str]:

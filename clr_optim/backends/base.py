@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
+from clr_optim.averages import Average
 from clr_optim.plan import Plan
 from clr_optim.rules import UpdateRule
 from clr_optim.schedule import Schedule
@@ -30,6 +31,10 @@ class Course(NamedTuple):
         moves: whether the position advances. If not, the step uses ``rates`` and no schedule.
         followed: settings that follow schedules: the group's number, the setting's name, the places
             of its numbers in a tuple (empty if it is a number), and their schedules.
+        weights: the weight of each group's parameters in the average that falls due, as far as the
+            host knows; empty if none does.
+        offsets: what a group's count of averages lacks, see :func:`clr_optim.averages.offsets`;
+            empty without averages.
     """
 
     position: int
@@ -39,6 +44,8 @@ class Course(NamedTuple):
     kept: Sequence[tuple[int, Tensor]]
     moves: bool
     followed: Sequence[tuple[int, str, tuple[int, ...], Sequence[Schedule]]] = ()
+    weights: Sequence[float] = ()
+    offsets: Sequence[int] = ()
 
 
 class Gradients(NamedTuple):
@@ -105,6 +112,7 @@ class FusedBackend(Protocol):
         lock: threading.RLock | None,
         *,
         asked: bool,
+        average: Average | None = None,
     ) -> FusedBackend:
         """Return a backend for one optimizer.
 
@@ -116,6 +124,7 @@ class FusedBackend(Protocol):
             lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
             asked: whether the user named the backend. If not, a missing extension must raise here,
                 so that torch's step can serve.
+            average: which average of the parameters the steps keep, if any.
 
         Raises:
             NoKernelsError: if the kernels cannot serve here.

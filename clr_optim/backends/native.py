@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from clr_optim.averages import Average, slot_of
 from clr_optim.backends.base import Course, Gradients, WhoKnows
 from clr_optim.backends.torch import has_own_step
 from clr_optim.kernels.native import NoKernelsError, load
@@ -73,15 +74,21 @@ class NativeBackend:
         optimizer: the wrapped optimizer.
         rule: its update rule.
         lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
+        average: which average of the parameters the steps keep, if any.
 
     Raises:
         NoKernelsError: if the compiled kernels cannot serve here.
     """
 
     def __init__(
-        self, optimizer: Optimizer, rule: UpdateRule, lock: threading.RLock | None = None
+        self,
+        optimizer: Optimizer,
+        rule: UpdateRule,
+        lock: threading.RLock | None = None,
+        average: Average | None = None,
     ) -> None:
-        self.plan = Plan(optimizer, rule, library(), "cpu", lock=lock)
+        slot = slot_of(average)
+        self.plan = Plan(optimizer, rule, library(), "cpu", lock=lock, average=slot)
 
     name: ClassVar[str] = "native"
     capturable: ClassVar[bool] = False
@@ -108,9 +115,10 @@ class NativeBackend:
         lock: threading.RLock | None,
         *,
         asked: bool,
+        average: Average | None = None,
     ) -> NativeBackend:
         """Return a backend for one optimizer; the host evaluates the schedule."""
-        return cls(optimizer, rule, lock)
+        return cls(optimizer, rule, lock, average)
 
     def position(self) -> int:
         """Raise: the host counts the steps, so no caller asks the backend."""
@@ -163,7 +171,9 @@ class NativeBackend:
 
     def _call_kernels(self, course: Course, factor: float) -> None:
         update = self.plan.native.update
-        self._on_current_plan(lambda: (update(course.rates, factor, course.moves), None))
+        self._on_current_plan(
+            lambda: (update(course.rates, factor, course.moves, course.weights), None)
+        )
         self.plan.commit()
 
     def _on_current_plan(self, call: Callable[[], tuple[int, Any]]) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clr_optim import backends
+from clr_optim.averages import CycleEnd, check_average
 from clr_optim.checks import (
     check_bool,
     check_choice,
@@ -92,6 +93,7 @@ def check_arguments(
     max_grad_norm: object,
     backend: Any,
     schedules: object = None,
+    average: object = None,
 ) -> Start:
     """Check the constructor's arguments; change nothing.
 
@@ -137,9 +139,15 @@ def check_arguments(
         max_grad_norm = check_number(
             "max_grad_norm", max_grad_norm, open_minimum=True, finite=False
         )
+    kept = check_average(average)
+    if isinstance(kept, CycleEnd) and schedule.steps_to_cycle_end(0) is None:
+        raise ValueError(
+            f"average={average!r} needs cycles that end, and the schedule {schedule.name!r} has "
+            "none: use Ema(decay), or another policy"
+        )
     schedule.rates(position, bounds)  # a scale_fn may raise
     chosen = backends.resolve(backend, optimizer)
-    settings = Settings(optimizer, schedule, cycles, max_grad_norm, backend, scheduled)
+    settings = Settings(optimizer, schedule, cycles, max_grad_norm, backend, scheduled, kept)
     if cycles:
         check_momentum_state(optimizer, range(len(groups)), "cycle_momentum=True")
     with_momentum = settings.with_momentum_schedule(len(groups))

@@ -109,6 +109,8 @@ class Course(Wrapper[OptimizerT]):
     def set_iteration(self, iteration: int) -> None:
         """Go to a step of the schedule, without calling cycle-end hooks.
 
+        Averages start anew: the next one copies its parameter.
+
         Args:
             iteration: the number of the next step, an integer >= 0.
 
@@ -124,6 +126,7 @@ class Course(Wrapper[OptimizerT]):
         """
         iteration = as_position(iteration, "iteration")
         self._shared.position.settle()
+        self._shared.averaging.begin_anew()
         self._shared.position.go_to(iteration)
 
     @alone

@@ -67,8 +67,11 @@ def create_state(shared: Shared, fused: FusedBackend, borrowed: Borrowed) -> Non
     gradients = Gradients(max_norm=settings.max_grad_norm)
     if has_rest(shared, fused, capturing=False):
         gradients = step_rest(shared, fused, amp.NO_SIGNALS, gradients, borrowed)
+        shared.averaging.put(fused.plan.unserved, {})
     course = position.course()
-    norm = fused.step(course._replace(rates=[0.0] * len(course.rates), moves=False), gradients)
+    norm = fused.step(
+        course._replace(rates=[0.0] * len(course.rates), moves=False, weights=()), gradients
+    )
     if norm is not None:
         shared.ordinary.norm = norm
 

@@ -20,7 +20,16 @@ from clr_optim.core.records import (
 from clr_optim.core.saved import found_bounds, written_position
 from clr_optim.core.settings import HIGH_MOMENTUM, LOW_MOMENTUM, Settings
 from clr_optim.core.values import Values, evaluate
-from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM, SCHEDULE, SCHEDULES, STEP
+from clr_optim.keys import (
+    AVERAGES,
+    BASE,
+    BASE_MOMENTUM,
+    MAX,
+    MAX_MOMENTUM,
+    SCHEDULE,
+    SCHEDULES,
+    STEP,
+)
 from clr_optim.schedule import Schedule
 
 __all__ = ["GroupMirror"]
@@ -311,11 +320,15 @@ class GroupMirror:
     def _write_keys(
         self, group: dict[str, Any], position: int, schedules: Mapping[str, Schedule]
     ) -> bool:
-        """Write position and schedules into a group; return whether the device keeps its rate."""
+        """Write our keys, apart from bounds; return whether the device keeps the group's rate."""
         group[STEP] = position
         group[SCHEDULE] = self._settings.schedule_json
         if self._settings.schedules:
             group[SCHEDULES] = schedules_json(schedules)
         else:
             group.pop(SCHEDULES, None)
+        if self._settings.average is not None:
+            group.setdefault(AVERAGES, [0, position])
+        else:
+            group.pop(AVERAGES, None)
         return self._is_kept(group)

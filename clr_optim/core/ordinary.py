@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clr_optim.averages import offsets, weights
 from clr_optim.backends import current_device
 from clr_optim.backends.base import FusedBackend, WhoKnows
 from clr_optim.checks import LAST_STEP
+from clr_optim.core.averaging import Averaging
 from clr_optim.core.followed import numbers_of
 from clr_optim.core.groups import GroupMirror
 from clr_optim.core.position import Position
@@ -23,7 +25,7 @@ from clr_optim.core.records import Record
 from clr_optim.core.serving import Serving
 from clr_optim.core.settings import Settings
 from clr_optim.core.values import Values
-from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM
+from clr_optim.keys import AVERAGES, BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM
 from clr_optim.plan import Plan
 
 __all__ = ["OrdinarySteps"]
@@ -42,15 +44,22 @@ class OrdinarySteps:
         mirror: what we wrote into the groups.
         position: the position, and who knows it.
         serving: the backend.
+        averaging: the averages.
     """
 
     def __init__(
-        self, settings: Settings, mirror: GroupMirror, position: Position, serving: Serving
+        self,
+        settings: Settings,
+        mirror: GroupMirror,
+        position: Position,
+        serving: Serving,
+        averaging: Averaging,
     ) -> None:
         self._settings = settings
         self._mirror = mirror
         self._position = position
         self._serving = serving
+        self._averaging = averaging
         # The number of steps that the next values are for. It doubles from 1 up to a block, so that
         # a loop whose steps are all unusual computes few values in vain.
         self._count = 1
@@ -137,7 +146,7 @@ class OrdinarySteps:
         # One call, so that an interrupt finds the old course or the new one.
         plan.native.begin_course(
             [
-                (record.group, record.lr, _entries(written, i), _settings(plan, record, i))
+                (record.group, record.lr, _entries(written, record, i), _settings(plan, record, i))
                 for i, record in enumerate(records)
             ],
             written.position,
@@ -145,12 +154,26 @@ class OrdinarySteps:
             [row.numbers for row in rows] if written.numbers else [],
             ends,
             settings.max_grad_norm,
+            self._averages(rows[:-1]),
         )
         self._count = min(2 * self._count, _BLOCK)
         return True
 
+    def _averages(self, rows: list[Values]) -> list[list[float]]:
+        """Return the weights of the averages in the steps from these positions on."""
+        average, schedule = self._settings.average, self._settings.schedule
+        if average is None:
+            return []
+        lacks = offsets(average, schedule, [record.group for record in self._mirror.records])
+        return [weights(average, schedule, row.position, lacks) for row in rows]
+
     def _may_serve(self, plan: Plan) -> bool:
         """Return whether native code may take steps, as far as settings and groups tell."""
+        averages = self._settings.average is not None
+        if averages and (
+            self._averaging.is_exchanged or self._averaging.left_to_host(plan.unserved)
+        ):
+            return False
         return not (self._settings.has_scale_fn or plan.needs_python) and all(
             map(_is_plain, self._mirror.records)
         )
@@ -182,12 +205,14 @@ class OrdinarySteps:
         )
 
 
-def _entries(written: Values, group: int) -> list[tuple[str, float]]:
-    """Return the bounds that a group must still hold in an ordinary step."""
-    entries = [*zip((BASE, MAX), written.bounds[group], strict=True)]
+def _entries(written: Values, record: Record, group: int) -> list[tuple[str, object]]:
+    """Return what a group must still hold in an ordinary step, beside rate and settings."""
+    entries: list[tuple[str, object]] = [*zip((BASE, MAX), written.bounds[group], strict=True)]
     if written.momentum_bounds:
         bounds = written.momentum_bounds[group]
         entries += zip((BASE_MOMENTUM, MAX_MOMENTUM), bounds, strict=True)
+    if AVERAGES in record.group:
+        entries.append((AVERAGES, record.group[AVERAGES]))
     return entries
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from clr_optim.averages import due
 from clr_optim.backends.base import Course, WhoKnows
 from clr_optim.core import leftover
 from clr_optim.core.groups import GroupMirror
@@ -312,9 +313,11 @@ class Position:
         kept = self._kept() if fused is not None and fused.keeps_rates else ()
         momenta = written.momentum_bounds or None
         position, bounds = self.counted[0], written.bounds
-        return Course(
-            position, written.rates, bounds, momenta, kept, True, course_of(self._mirror.records)
-        )
+        records, settings = self._mirror.records, self._settings
+        groups = [record.group for record in records]
+        averages = due(settings.average, settings.schedule, position, groups)
+        followed = course_of(records)
+        return Course(position, written.rates, bounds, momenta, kept, True, followed, *averages)
 
     def _kept(self) -> list[tuple[int, Tensor]]:
         """Return the learning rates that the device keeps current, see :class:`Course`."""

@@ -87,7 +87,15 @@ class Serving:
         asked = self._settings.backend != "auto"
         schedule = self._settings.schedule
         try:
-            self.fused = backends.make(self.name, optimizer, rule, schedule, lock, asked=asked)
+            self.fused = backends.make(
+                self.name,
+                optimizer,
+                rule,
+                schedule,
+                lock,
+                asked=asked,
+                average=self._settings.average,
+            )
         except NoKernelsError as error:
             if asked:
                 raise

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch.optim import Optimizer
 
+from clr_optim.averages import Average
 from clr_optim.core.followed import schedules_json
 from clr_optim.keys import BASE_MOMENTUM, MAX_MOMENTUM
 from clr_optim.schedule import Schedule
@@ -30,6 +31,7 @@ class Settings:
         backend: the backend that the user asked for, ``"auto"`` included.
         schedules: the schedules of settings by name: one for all groups, or one per group, ``None``
             for a group whose setting stays.
+        average: which average of the parameters the steps keep, if any.
     """
 
     optimizer: Optimizer
@@ -38,6 +40,7 @@ class Settings:
     max_grad_norm: float | None
     backend: str
     schedules: Mapping[str, Schedule | Sequence[Schedule | None]] = field(default_factory=dict)
+    average: Average | None = None
     #: the policy as the groups hold it
     schedule_json: str = field(init=False)
     #: whether the host must call the user's function to find a rate

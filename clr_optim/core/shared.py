@@ -11,6 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor
 
+from clr_optim.core.averaging import Averaging
 from clr_optim.core.groups import GroupMirror
 from clr_optim.core.ordinary import OrdinarySteps
 from clr_optim.core.position import Position
@@ -42,7 +43,10 @@ class Shared:
         self.position = Position(settings, self.mirror, self.serving)
         #: bounds by the constructor's arguments; ``None`` stands for the default base_lr
         self.constructor_bounds: list[tuple[float | None, float]] = []
-        self.ordinary = OrdinarySteps(settings, self.mirror, self.position, self.serving)
+        self.averaging = Averaging(settings, self.position)
+        self.ordinary = OrdinarySteps(
+            settings, self.mirror, self.position, self.serving, self.averaging
+        )
         _alive.add(self)
 
     def grad_norm(self) -> Tensor | None:

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from clr_optim import backends
 from clr_optim.backends.base import FusedBackend, Gradients
 from clr_optim.backends.torch import ClippedGradients, is_profiled, raw_step
 from clr_optim.checks import shown
 from clr_optim.core import amp
-from clr_optim.core.capture import check_capture
+from clr_optim.core.capture import cannot_capture, check_capture
 from clr_optim.core.creation import asks_for_state, create_state
 from clr_optim.core.rest import Borrowed, give_back, has_rest, step_rest
 from clr_optim.core.serving import parameters_of
@@ -102,6 +103,7 @@ def take_step(
         )
     context = StepContext(wrapper)
     shared = context.shared
+    shared.averaging.refuse_exchanged("step()")
     inner: Any = shared.settings.optimizer
     # If torch's wrapper is the outermost layer, raw_step() goes beneath it, and the hooks run here.
     runs_hooks = is_profiled(inner)
@@ -229,6 +231,10 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: Borrowed) -> bo
     if len(plan.scalars) != len(shared.mirror.records):
         shared.position.overrule()  # another thread has just added a group
     rest = has_rest(shared, fused, capturing=context.capturing) if plan.rest else False
+    averaging = shared.averaging
+    averages = settings.average is not None and averaging.left_to_host(plan.unserved)
+    if averages and context.capturing:
+        raise cannot_capture("a parameter without a gradient has an average, which the host moves")
     found_inf = signals.found_inf
     if (found_inf is not None or shared.position.is_on_device) and not context.capturing:
         # The host waits for the device only if it acts on the answer. It acts for hooks, a
@@ -236,6 +242,7 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: Borrowed) -> bo
         acts = (
             plan.pending
             or rest
+            or averages
             or settings.has_scale_fn
             or context.wrapper._cycle_end_hooks
             or settings.momentum_vanishes
@@ -250,11 +257,17 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: Borrowed) -> bo
     gradients = _UNCHANGED_GRADIENTS
     if signals.scale is not None or found_inf is not None or settings.max_grad_norm is not None:
         gradients = Gradients(signals.scale, found_inf, settings.max_grad_norm)
+    copies: dict[Tensor, Tensor] = {}
     if rest:
+        copies = averaging.copies(plan.unserved)
         gradients = step_rest(shared, fused, signals, gradients, borrowed)
+    position = shared.position.number
     norm = fused.step(shared.position.course(), gradients)
     if norm is not None:
         shared.ordinary.norm = norm
+    if copies or averages:
+        averaging.put(plan.unserved, copies)
+        averaging.take(position, only={*map(id, plan.unserved)})
     return True
 
 
@@ -281,6 +294,7 @@ def _wrapped_step(
         # The device will not notice this step.
         if position.is_on_device and not context.creates_state:
             position.settle()
+        copies = shared.averaging.copies(parameters_of(shared.settings.optimizer))
     moves = not (context.creates_state or context.capturing)
     borrowed: Borrowed = []
     losses: list[float | None] = []
@@ -290,6 +304,9 @@ def _wrapped_step(
         """Count the step and return the position. A second call, after an interrupt, returns."""
         nonlocal start
         with shared.lock:
+            if start is None:
+                shared.averaging.put(parameters_of(shared.settings.optimizer), copies)
+                shared.averaging.take(position.number)
             start = start or position.counted  # other threads step, too
             is_as_before = start is context.before and serving.fused is None
             if position.number != start[0]:
@@ -304,6 +321,8 @@ def _wrapped_step(
         if context.signals.overflowed():
             return None, 0
         _run_wrapped_step(context, losses, borrowed, closure, args, kwargs)
+        if context.creates_state:
+            shared.averaging.put(parameters_of(shared.settings.optimizer), copies)
         return losses[0], advance() if moves else 0
     except BaseException:
         give_back(borrowed)

@@ -166,7 +166,9 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
     @alone
     def __getstate__(self) -> dict[str, Any]:
         shared = self._shared
+        shared.averaging.refuse_exchanged("a copy")
         shared.position.settle()
+        shared.averaging.note()
         settings = shared.settings
         # Without hooks, as in torch.
         return {
@@ -176,6 +178,7 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
             "max_grad_norm": settings.max_grad_norm,
             "backend": settings.backend,
             "schedules": settings.schedules,
+            "average": settings.average,
             "own": leftover.noted_settings(self._inner),
             # Another thread may step before all groups are pickled.
             "position": shared.position.number,
@@ -201,6 +204,7 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
             state["max_grad_norm"],
             state["backend"],
             state.get("schedules", {}),
+            state.get("average"),
         )
         self._set_up(settings, backends.resolve(settings.backend, optimizer))
         position = state.get("position")

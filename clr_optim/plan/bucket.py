@@ -23,6 +23,8 @@ __all__ = ["Bucket", "BucketKey"]
 _KERNELS = tuple(KERNELS)
 # The columns of a row that hold the addresses of `Row.numbers`.
 _NUMBERS = ("counter", "scalar")
+# The columns with the addresses of its slots.
+_SLOTS = ("state0", "state1", "state2", "state3")
 
 
 class BucketKey(NamedTuple):
@@ -33,6 +35,7 @@ class BucketKey(NamedTuple):
     number_dtypes: tuple[torch.dtype, ...]
     device: torch.device
     spread: Spread | None
+    average: torch.dtype | None
 
 
 @dataclass(eq=False)
@@ -41,11 +44,12 @@ class Bucket:
 
     Args:
         kernel: the name of the kernel.
-        dtype: the dtype of parameters, gradients and slots.
+        dtype: the dtype of parameters, gradients and the rule's slots.
         number_dtypes: the dtypes of the state of one element, see :attr:`Row.numbers`.
         device: the device of all tensors.
         spread: how the DTensors are divided over ranks, or None for plain tensors.
-        slots: the state that the kernel keeps.
+        average: the dtype of the parameters' averages, or None without averages.
+        slots: the state that the kernel keeps, the average last.
         numbers: the names of the state of one element.
     """
 
@@ -54,6 +58,7 @@ class Bucket:
     number_dtypes: tuple[torch.dtype, ...]
     device: torch.device
     spread: Spread | None
+    average: torch.dtype | None
     slots: tuple[Slot, ...]
     numbers: tuple[str, ...]
     rows: list[Row] = field(default_factory=list)
@@ -97,6 +102,7 @@ class Bucket:
             (int(device_type), int(device_id)),
             self.spread is not None,
             tuple(words),
+            -1 if self.average is None else DTYPES.index(self.average),
         )
 
     def add(self, row: Row, grad: Tensor | None, entry: dict[str, Any]) -> None:
@@ -131,9 +137,14 @@ class Bucket:
     def spans(self, index: int) -> list[tuple[int, int]]:
         """Return the memory that a row points to."""
         line = self.table[index]
-        size = int(line["numel"]) * self.dtype.itemsize
-        names = ("param", "state0", "state1", "state2")
-        spans = [(int(line[name]), int(line[name]) + size) for name in names if size]
+        dtypes = [self.dtype] * (1 + len(self.slots))
+        if self.average is not None:
+            dtypes[-1] = self.average
+        spans = []
+        for name, dtype in zip(("param", *_SLOTS), dtypes, strict=False):
+            size = int(line["numel"]) * dtype.itemsize
+            if size:
+                spans.append((int(line[name]), int(line[name]) + size))
         for name, bytes_of_number in zip(_NUMBERS, self._number_sizes, strict=True):
             spans.append((int(line[name]), int(line[name]) + bytes_of_number))
         return [span for span in spans if span[0]]

@@ -46,8 +46,14 @@ def why_not(param: Tensor, grad: Tensor | None, device: str) -> str | None:
     return "gradients of another layout, dtype or type than their parameter"
 
 
-def is_plain(tensor: object, param: Tensor) -> bool:
-    """Return whether a kernel may read this tensor element by element with its parameter."""
+def is_plain(tensor: object, param: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Return whether a kernel may read this tensor element by element with its parameter.
+
+    Args:
+        tensor: the tensor.
+        param: the parameter.
+        dtype: the dtype that the tensor must have; None is that of the parameter.
+    """
     if not isinstance(tensor, Tensor) or not same_spread(tensor, param):
         return False
     tensor, param = local_part(tensor), local_part(param)
@@ -55,7 +61,7 @@ def is_plain(tensor: object, param: Tensor) -> bool:
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.layout is torch.strided
         and tensor.device == param.device
-        and tensor.dtype == param.dtype
+        and tensor.dtype == (dtype or param.dtype)
         and not tensor.is_neg()
         and not tensor._is_zerotensor()
         and _same_layout(tensor, param)

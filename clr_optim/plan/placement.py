@@ -16,7 +16,7 @@ from clr_optim.plan.eligible import why_not
 from clr_optim.plan.overlap import Memory, sharing
 from clr_optim.plan.reading import GroupReadings
 from clr_optim.plan.row import Row, make_row
-from clr_optim.rules import UpdateRule
+from clr_optim.rules import AverageSlot, UpdateRule
 from clr_optim.sharding import local_part, spread_of
 
 __all__ = ["Placement", "Target"]
@@ -35,6 +35,7 @@ class Target:
         lib: the compiled extension.
         device: the type of the devices whose tensors kernels update.
         capturable: whether the kernels can be captured into a graph.
+        average: the slot of the averages, if the optimizer averages its parameters.
     """
 
     optimizer: Optimizer
@@ -42,6 +43,7 @@ class Target:
     lib: ModuleType
     device: str
     capturable: bool = False
+    average: AverageSlot | None = None
 
 
 class Placement:
@@ -266,7 +268,9 @@ class Placement:
         param = row.param
         numbers = tuple(number.dtype for number in row.numbers)
         kernel = self._groups.readings[row.group].kernel
-        return BucketKey(kernel, param.dtype, numbers, param.device, spread_of(param))
+        slot = self._target.average
+        average = None if slot is None else slot.dtype_for(param)
+        return BucketKey(kernel, param.dtype, numbers, param.device, spread_of(param), average)
 
     def _entry_of(self, row: Row) -> dict[str, Any]:
         """Return the dictionary of a row's state, or a draft of it while state is pending."""

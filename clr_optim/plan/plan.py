@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from clr_optim.plan.placement import Placement, Target
 from clr_optim.plan.reading import GroupReadings, why_unreadable
-from clr_optim.rules import UpdateRule
+from clr_optim.rules import AverageSlot, UpdateRule
 from clr_optim.sharding import Spread
 
 __all__ = ["Plan"]
@@ -44,6 +44,7 @@ class Plan:
         device: the type of the devices whose tensors are planned for. Others are left to torch.
         capturable: whether a device runs the kernels, so that a graph can capture them.
         lock: lets one thread at a time use the plan. None makes a new lock.
+        average: the slot of the averages, if the optimizer averages its parameters.
     """
 
     def __init__(
@@ -55,11 +56,12 @@ class Plan:
         *,
         capturable: bool = False,
         lock: threading.RLock | None = None,
+        average: AverageSlot | None = None,
     ) -> None:
         self._optimizer = optimizer
         #: the compiled extension
         self.lib = lib
-        self._target = Target(optimizer, rule, lib, device, capturable)
+        self._target = Target(optimizer, rule, lib, device, capturable, average)
         self.lock = threading.RLock() if lock is None else lock
         #: the plan in native code: scans, kernel calls, whole steps
         self.native: Any = lib.Plan(optimizer, type(optimizer).step, capturable)
@@ -70,7 +72,7 @@ class Plan:
         self._state: Any = None
         self._dicts: dict[Any, Any] = {}  # the items of the state
         self._answer = 0
-        readings = GroupReadings(rule)
+        readings = GroupReadings(rule, average=average)
         self._publish(readings, Placement(self._target, readings, self.native))
         self._write_scalars()
 
@@ -91,6 +93,11 @@ class Plan:
     def pending(self) -> bool:
         """Whether the next step creates state."""
         return bool(self._placement.unfilled)
+
+    @property
+    def unserved(self) -> list[Tensor]:
+        """The parameters that are in no bucket: torch's own step or no step updates them."""
+        return [*self._placement.idle, *(param for param, _ in self.rest)]
 
     @property
     def spreads(self) -> list[Spread | None]:
@@ -268,7 +275,7 @@ class Plan:
             groups, state = optimizer.param_groups, optimizer.state
             why = why_unreadable(groups, state)
             readings = GroupReadings(
-                target.rule, list(groups), capturable=target.capturable, why=why
+                target.rule, list(groups), target.capturable, why, target.average
             )
             placement = Placement(target, readings, self.native)
             placement.place_all(why)

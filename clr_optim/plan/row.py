@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from clr_optim.keys import AVERAGE
 from clr_optim.plan.eligible import is_plain
 from clr_optim.plan.reading import Reading
-from clr_optim.rules import UpdateRule
+from clr_optim.rules import AverageSlot, UpdateRule
 
 __all__ = ["Row", "make_row"]
 
@@ -25,7 +26,7 @@ class Row:
     Args:
         param: the parameter.
         group: the number of its group.
-        slots: its state tensors, in the kernel's order.
+        slots: its state tensors, in the kernel's order, the average last.
         numbers: its state of one element, in the order of :attr:`UpdateRule.numbers`.
         pending: state that torch would create in this step, by name.
         first: whether the first slot holds nothing yet.
@@ -87,7 +88,14 @@ def make_row(
     first = False
     for slot in reading.slots:
         tensor: Any = state.get(slot.name)
-        if tensor is None and (fresh or slot.fill is None):
+        if isinstance(slot, AverageSlot):
+            found = _average_in(state, slot, param)
+            if found is None:
+                found = pending[slot.name] = param.detach().to(slot.dtype_for(param), copy=True)
+            if not is_plain(found, param, slot.dtype_for(param)):
+                return "an average of another layout or type than its parameter"
+            tensor = found
+        elif tensor is None and (fresh or slot.fill is None):
             if slot.fill is None:
                 tensor, first = torch.empty_like(param, requires_grad=False), True
             else:
@@ -97,8 +105,23 @@ def make_row(
         elif not is_plain(tensor, param):
             return f"state[{slot.name!r}] of another layout, dtype or type than its parameter"
         slots.append(tensor)
-    ordered = {name: pending[name] for name in rule.state_order if name in pending}
+    order = (*rule.state_order, AVERAGE)
+    ordered = {name: pending[name] for name in order if name in pending}
     return Row(param, group, slots, numbers, ordered, first)
+
+
+def _average_in(state: dict[str, Any], slot: AverageSlot, param: Tensor) -> Tensor | None:
+    """Return the average in a state, or None without one; change its dtype to that of the slot.
+
+    torch's load_state_dict casts the average to the dtype of the parameter.
+    """
+    average = state.get(slot.name)
+    if not isinstance(average, Tensor) or average.shape != param.shape:
+        return None
+    dtype = slot.dtype_for(param)
+    if average.dtype != dtype:
+        average = state[slot.name] = average.to(dtype)
+    return average
 
 
 def _new_number(value: float, param: Tensor, reading: Reading) -> Tensor:

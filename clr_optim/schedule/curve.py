@@ -213,6 +213,22 @@ class Curve:
         """
         return self._timeline.is_cycle_end(step)
 
+    def cycle_ends(self, step: int) -> int:
+        """Return how many of the steps before ``step`` have completed a cycle.
+
+        Args:
+            step: an integer >= 0.
+
+        Raises:
+            TypeError, ValueError: if ``step`` is not an integer >= 0.
+
+        Example:
+            >>> from clr_optim.schedule import triangular
+            >>> [triangular(2).cycle_ends(step) for step in (3, 4, 8)]
+            [0, 1, 2]
+        """
+        return self._timeline.ends(step)
+
     def steps_to_cycle_end(self, step: int) -> int | None:
         """Return the steps from ``step`` until a cycle is complete: a whole cycle at a cycle's end.
 

@@ -22,16 +22,16 @@ inline Bucket* to_bucket(PyObject* object) {
 
 inline PyObject* new_bucket(PyTypeObject* type, PyObject* args, PyObject*) {
     PyObject *keys, *sizes, *device, *words;
-    long long kernel, dtype, slots;
+    long long kernel, dtype, slots, average;
     int divides;
-    if (!PyArg_ParseTuple(args, "LLO!LO!O!pO!", &kernel, &dtype, &PyTuple_Type, &keys, &slots,
+    if (!PyArg_ParseTuple(args, "LLO!LO!O!pO!L", &kernel, &dtype, &PyTuple_Type, &keys, &slots,
                           &PyTuple_Type, &sizes, &PyTuple_Type, &device, &divides, &PyTuple_Type,
-                          &words))
+                          &words, &average))
         return nullptr;
     std::vector<int64_t> bytes, place;
     if (!read_ints(sizes, bytes) || !read_ints(device, place)) return nullptr;
     const Kernel found = kernels->kernel(kernel, dtype);
-    if (!found.update || bytes.size() != 2 || place.size() != 2 || slots != found.slots ||
+    if (!found.update || bytes.size() != 2 || place.size() != 2 || slots != found.slots + (average >= 0) ||
         (found.factor && PyTuple_Size(keys) != slots + 2) || PyTuple_Size(keys) < slots || PyTuple_Size(keys) > slots + 2) {
         PyErr_SetString(PyExc_ValueError, "no kernel has this number, dtype or state");
         return nullptr;
@@ -40,6 +40,7 @@ inline PyObject* new_bucket(PyTypeObject* type, PyObject* args, PyObject*) {
     if (!self) return nullptr;
     Bucket& bucket = BucketObject::of(self.get());
     bucket.kernel = kernel, bucket.dtype = dtype, bucket.slots = slots, bucket.divides = divides;
+    bucket.average_dtype = average;
     bucket.counter_bits = 8 * bytes[0], bucket.scalar_bits = 8 * bytes[1];
     bucket.device_type = place[0], bucket.device_id = place[1];
     Words& w = bucket.words;

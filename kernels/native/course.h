@@ -43,6 +43,9 @@ public:
     // Rows of values: of the present position, then of the positions after it. A row has the rate of
     // each group, or the numbers of all settings of all groups.
     std::vector<std::vector<double>> rates, numbers;
+    // For each step from a row to the next one: the weight of the average for each group; or nothing, if
+    // no average falls due.
+    std::vector<std::vector<double>> averages;
     std::vector<bool> ends;  // whether the step from a row to the next one completes a cycle
     int64_t position = 0;    // of the present row
     size_t row = 0;
@@ -101,6 +104,12 @@ public:
             if (record.fills && (!reads(record, t) || value_of(t) != record.rate)) return false;
         }
         return true;
+    }
+
+    // The weights of the averages in the next step; none if no average falls due.
+    const std::vector<double>& weights() const {
+        static const std::vector<double> none;
+        return averages.empty() ? none : averages[row];
     }
 
     // Makes the objects of the next step, so that write() cannot fail. Returns false with an exception

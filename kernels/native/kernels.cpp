@@ -51,9 +51,62 @@ void round(int64_t dtype, const float* from, float* to, int64_t count) {
                                    : from[i];
 }
 
+// Values whose copies in the type of arithmetic stay in the nearest cache.
+constexpr int64_t AT_ONCE = 256;
+
+template <class T> void load(const typename T::Raw* from, typename T::A* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = T::load(from[i]);
+}
+template <class T> void store(const typename T::A* from, typename T::Raw* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = T::store(from[i]);
+}
+template <> void load<Float16>(const Float16::Raw* from, float* to, int64_t count) {
+    int64_t i = 0;
+    for (; i + Float16::lanes <= count; i += Float16::lanes) Float16::load(from + i, to + i);
+    for (; i < count; ++i) to[i] = Float16::load(from[i]);
+}
+template <> void store<Float16>(const float* from, Float16::Raw* to, int64_t count) {
+    int64_t i = 0;
+    for (; i + Float16::lanes <= count; i += Float16::lanes) Float16::store(from + i, to + i);
+    for (; i < count; ++i) to[i] = Float16::store(from[i]);
+}
+
+// T is the format of the parameter, S that of the average. Both have one type of arithmetic.
+template <class T, class S>
+void average(const void* param, void* average, int64_t begin, int64_t end, double weight) {
+    using A = typename T::A;
+    const auto* const p = static_cast<const typename T::Raw*>(param);
+    auto* const to = static_cast<typename S::Raw*>(average);
+    const Lerp<A> lerp(weight);
+    for (int64_t i = begin; i < end; i += AT_ONCE) {
+        alignas(64) A now[AT_ONCE], mean[AT_ONCE];
+        const int64_t count = end - i < AT_ONCE ? end - i : AT_ONCE;
+        load<T>(p + i, now, count);
+        // The first average is a copy, also of values that are infinite.
+        if (weight != 1) {
+            load<S>(to + i, mean, count);
+            for (int64_t k = 0; k < count; ++k) now[k] = lerp(mean[k], now[k]);
+        }
+        store<S>(now, to + i, count);
+    }
+}
+
+void average(int64_t dtype, int64_t average_dtype, const void* param, void* average, int64_t begin,
+             int64_t end, double weight) {
+    const bool same = dtype == average_dtype;
+    const auto run = dtype == FLOAT32    ? clr::average<Float32, Float32>
+                     : dtype == FLOAT64  ? clr::average<Float64, Float64>
+                     : dtype == BFLOAT16 ? (same ? clr::average<Bfloat16, Bfloat16>
+                                                 : clr::average<Bfloat16, Float32>)
+                     : same              ? clr::average<Float16, Float16>
+                                         : clr::average<Float16, Float32>;
+    run(param, average, begin, end, weight);
+}
+
 #define CLR_TEXT_OF(name) #name
 #define CLR_TEXT(name) CLR_TEXT_OF(name)
-constexpr KernelSet kernel_set = {CLR_TEXT(CLR_KERNEL_SET), pick, sum_of_squares, round};
+constexpr KernelSet kernel_set = {CLR_TEXT(CLR_KERNEL_SET), pick, sum_of_squares, average,
+                                  round};
 
 }  // namespace
 

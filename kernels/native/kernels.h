@@ -14,14 +14,14 @@ enum Dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 // gradient, which lies in a table beside the rows.
 struct Row {
     void* param;
-    void* state[3];
+    void* state[4];  // those of the rule, then the average
     void* counter;   // torch's step counter of this parameter, or null
     void* scalar;    // the scalar state of this parameter, or null
     int64_t numel;
     int64_t group;   // the number of the group that has its scalars
     int64_t first;   // 1 if its state holds nothing yet
 };
-static_assert(sizeof(Row) == 9 * 8, "a field of Row has other than 8 bytes");
+static_assert(sizeof(Row) == 10 * 8, "a field of Row has other than 8 bytes");
 
 // What a rule reads of a step beside the scalars of the group.
 struct Step {
@@ -53,6 +53,9 @@ struct KernelSet {
     Kernel (*kernel)(int64_t kernel, int64_t dtype);
     // Returns the sum of the squares of values [begin, end), in double and in a fixed order.
     double (*sum_of_squares)(int64_t dtype, const void* grad, int64_t begin, int64_t end);
+    // Moves values [begin, end) of an average toward those of a parameter, by a weight: 1 copies.
+    void (*average)(int64_t dtype, int64_t average_dtype, const void* param, void* average,
+                    int64_t begin, int64_t end, double weight);
     // Rounds floats to a storage format and back, for the tests.
     void (*round)(int64_t dtype, const float* from, float* to, int64_t count);
 };

@@ -46,6 +46,7 @@ class Bucket:
         device: tuple[int, int],
         divides: bool,
         words: tuple[int, int, int, int],
+        average_dtype: int,
     ) -> Bucket: ...
     def append(
         self,
@@ -123,8 +124,17 @@ class Plan:
     def scan(self) -> int:
         """Scan; keep the gradients alive until `release` or the end of a step."""
 
-    def update(self, rates: Sequence[float], factor: float, moves: bool, /) -> int:
-        """Scan, and update every row with a gradient if nothing has changed."""
+    def update(
+        self, rates: Sequence[float], factor: float, moves: bool, weights: Sequence[float], /
+    ) -> int:
+        """Scan, and update every row with a gradient if nothing has changed.
+
+        Args:
+            rates: the rate of each group.
+            factor: a factor of all gradients.
+            moves: whether the step counts.
+            weights: the weight of each group in the average that falls due; empty if none does.
+        """
 
     def squares(self) -> tuple[int, list[float]]:
         """Scan, and return the sum of the squares of each bucket's gradients; keep these alive."""
@@ -137,6 +147,7 @@ class Plan:
         numbers: Sequence[Sequence[float]],
         ends: Sequence[bool],
         max_norm: float | None,
+        averages: Sequence[Sequence[float]],
         /,
     ) -> None:
         """Take in the course of the coming steps.
@@ -154,6 +165,7 @@ class Plan:
                 setting follows a schedule.
             ends: whether each step completes a cycle; empty if there are no hooks to call.
             max_norm: the largest norm of all gradients; steps clip a larger one.
+            averages: for each step the weights of :meth:`update`; empty without averages.
         """
 
     def course(self) -> tuple[int, list[object], list[list[object]], list[float], list[float]]:

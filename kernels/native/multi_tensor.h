@@ -19,10 +19,12 @@ const void* const NO_DATA = reinterpret_cast<const void*>(16);
 struct Rows {
     int64_t kernel = 0, dtype = 0;              // by number
     int64_t counter_bits = 0, scalar_bits = 0;  // the widths of the states of one element, or 0
+    int64_t average_dtype = -1;                 // by number; -1 for rows without an average
     std::vector<Row> rows;
     std::vector<const void*> gradients;  // addresses; null for a row without a gradient
 
     int64_t count() const { return int64_t(rows.size()); }
+    bool averages() const { return average_dtype >= 0; }
 };
 
 // The least size of a piece, but for the last one. With less than one piece for each thread, one
@@ -35,29 +37,25 @@ constexpr int64_t ALIGN = 64;
 // Pieces per thread: enough to even out a thread that the system has paused for a while.
 constexpr int64_t PIECES = 8;
 
-// Returns the number of values that a step updates.
-inline int64_t size(const Rows& b) {
-    int64_t total = 0;
-    for (size_t i = 0; i < b.rows.size(); ++i) total += b.gradients[i] ? b.rows[i].numel : 0;
-    return total;
-}
-
-// Runs body(row, begin, end) over all rows with a gradient, cut into pieces of equal size whatever
-// the sizes of the tensors, so that a thousand small ones and a single huge one are both balanced.
-template <class Body>
-void for_pieces(const Rows& b, int threads, const Body& body) {
+// Runs body(row, begin, end) over all rows for which takes(row) holds, cut into pieces of equal size
+// whatever the sizes of the tensors, so that a thousand small ones and a single huge one are both
+// balanced.
+template <class Takes, class Body>
+void for_pieces(const Rows& b, int threads, const Takes& takes, const Body& body) {
     const Row* const rows = b.rows.data();
-    const int64_t count = b.count(), total = size(b);
+    const int64_t count = b.count();
+    int64_t total = 0;
+    for (int64_t i = 0; i < count; ++i) total += takes(i) ? rows[i].numel : 0;
     if (threads <= 1 || total < std::min(threads * GRAIN, PARALLEL)) {
         for (int64_t i = 0; i < count; ++i)
-            if (b.gradients[size_t(i)]) body(i, int64_t(0), rows[i].numel);
+            if (takes(i)) body(i, int64_t(0), rows[i].numel);
         return;
     }
     std::vector<int64_t> ends(static_cast<size_t>(count));
     int64_t sum = 0;
     for (int64_t i = 0; i < count; ++i) {
         // Rounded up, so that every cut is at the beginning of a cache line's worth of a tensor.
-        sum += b.gradients[size_t(i)] ? (rows[i].numel + ALIGN - 1) / ALIGN * ALIGN : 0;
+        sum += takes(i) ? (rows[i].numel + ALIGN - 1) / ALIGN * ALIGN : 0;
         ends[size_t(i)] = sum;
     }
     int64_t piece = (sum + threads * PIECES - 1) / (threads * PIECES);
@@ -70,7 +68,7 @@ void for_pieces(const Rows& b, int threads, const Body& body) {
         int64_t i = std::upper_bound(ends.begin(), ends.end(), at) - ends.begin();
         while (at < stop) {
             const int64_t start = i ? ends[size_t(i - 1)] : 0;
-            if (b.gradients[size_t(i)]) {
+            if (takes(i)) {
                 const int64_t end = std::min(rows[i].numel, stop - start);
                 if (at - start < end) body(i, at - start, end);
             }
@@ -95,9 +93,13 @@ inline double advance_scalar(const Row& row, bool wide, const Kernel& kernel, co
                 : double(*static_cast<float*>(row.scalar) *= float(by));
 }
 
-// Updates all rows with a gradient, and counts their steps.
+// Updates all rows with a gradient, and counts their steps. Then moves the averages of all rows, with
+// the parameter still in a cache.
+//
+// `weights` has the weight of the average for each group; 0 for a group whose average stays. It is empty
+// if all averages stay.
 inline void update(const KernelSet& kernels, const Rows& b, const double* scalars, int64_t width,
-                   double grad_scale, int threads) {
+                   double grad_scale, const std::vector<double>& weights, int threads) {
     const Kernel kernel = kernels.kernel(b.kernel, b.dtype);
     const int64_t count = b.count();
     // One rule object per group and step, which most tensors share: a rule may compute two powers.
@@ -120,9 +122,26 @@ inline void update(const KernelSet& kernels, const Rows& b, const double* scalar
         }
         which[i] = rules.size() - 1;
     }
-    for_pieces(b, threads, [&](int64_t i, int64_t begin, int64_t end) {
+    const auto update_values = [&](int64_t i, int64_t begin, int64_t end) {
         kernel.update(rules[which[size_t(i)]], b.rows[size_t(i)], b.gradients[size_t(i)], begin,
                       end);
+    };
+    const auto is_active = [&](int64_t i) { return b.gradients[size_t(i)] != nullptr; };
+    if (!b.averages() || weights.empty()) {
+        for_pieces(b, threads, is_active, update_values);
+        return;
+    }
+    const auto weight_of = [&](int64_t i) { return weights[size_t(b.rows[size_t(i)].group)]; };
+    const auto is_due = [&](int64_t i) { return is_active(i) || weight_of(i) != 0; };
+    for_pieces(b, threads, is_due, [&](int64_t i, int64_t begin, int64_t end) {
+        const Row& row = b.rows[size_t(i)];
+        for (int64_t at = begin; at < end; at += GRAIN) {
+            const int64_t stop = std::min(end, at + GRAIN);
+            if (is_active(i)) update_values(i, at, stop);
+            if (const double weight = weight_of(i))
+                kernels.average(b.dtype, b.average_dtype, row.param, row.state[kernel.slots], at,
+                                stop, weight);
+        }
     });
 }
 

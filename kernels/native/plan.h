@@ -107,14 +107,16 @@ public:
     }
 
     // Updates all rows with a gradient, unless a scan finds a change.
-    bool update(const std::vector<double>& rates, double factor, bool moves, Answer& answer) {
+    // `weights`: of the averages, see clr::update().
+    bool update(const std::vector<double>& rates, double factor, bool moves,
+                const std::vector<double>& weights, Answer& answer) {
         if (busy) return answer = NESTED, true;
         const Use use(*this);
         if (!find_changes(answer)) return false;
         if (!is_current(answer)) return true;
         const size_t groups = std::min(rates.size(), size_t(scalars.groups()));
         for (size_t i = 0; i < groups; ++i) scalars.row(i)[0] = rates[i];
-        const bool ran = run(factor, answer, moves, false, false);
+        const bool ran = run(factor, weights, answer, moves, false, false);
         const Raised raised;
         release();
         return ran;
@@ -147,7 +149,8 @@ public:
         for (size_t i = 0; i < course.records.size(); ++i)
             scalars.row(i)[0] = course.records[i].rate;
         const bool ran = launches ? launch(answer)
-                                  : run(1, answer, true, course.has_tensors(), max_norm >= 0);
+                                  : run(1, course.weights(), answer, true, course.has_tensors(),
+                                        max_norm >= 0);
         const Raised raised;
         // Write the next values even if run() has failed after it has changed the parameters.
         if (ran || !launches || bound()->has_begun()) {
@@ -275,16 +278,17 @@ private:
     }
 
     // Runs the CPU's kernels, and counts the call.
-    bool run(double factor, Answer answer, bool moves, bool fills_rates, bool clips) {
+    bool run(double factor, const std::vector<double>& weights, Answer answer, bool moves,
+             bool fills_rates, bool clips) {
         const int threads = threads_for(size());
         {
             // A shorter step takes less time than giving the GIL away and getting it back.
             const WithoutGil without_gil(size() >= PARALLEL);
             if (clips) factor = clip(threads);
             for (const Bucket* bucket : sources.buckets)
-                if (bucket->active)
+                if (bucket->active || bucket->averages())
                     clr::update(*kernels, *bucket, scalars.data(), scalars.width(), factor,
-                                threads);
+                                weights, threads);
         }
         calls += 1, steps += moves;
         return count_up(answer, fills_rates);

@@ -79,13 +79,19 @@ inline PyObject* plan_scan(PyObject* self, PyObject*) {
 }
 
 inline PyObject* plan_update(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-    if (!expects("update()", count, 3)) return nullptr;
+    if (!expects("update()", count, 4)) return nullptr;
     const double factor = PyFloat_AsDouble(args[1]);
     const int moves = PyObject_IsTrue(args[2]);
-    std::vector<double> rates;
+    std::vector<double> rates, weights;
     Answer answer;
-    if (PyErr_Occurred() || !read_floats(args[0], rates) ||
-        !PlanObject::of(self).update(rates, factor, moves != 0, answer))
+    if (PyErr_Occurred() || !read_floats(args[0], rates) || !read_floats(args[3], weights))
+        return nullptr;
+    Plan& plan = PlanObject::of(self);
+    if (!weights.empty() && int64_t(weights.size()) < plan.scalars.groups()) {
+        PyErr_SetString(PyExc_ValueError, "averages need a weight for each group");
+        return nullptr;
+    }
+    if (!plan.update(rates, factor, moves != 0, weights, answer))
         return nullptr;
     return PyLong_FromLong(answer);
 }
@@ -153,19 +159,23 @@ inline bool is_complete(const Course& course) {
         return rows.size() == course.rates.size();
     };
     const size_t width = course.width();
+    for (const auto& weights : course.averages)
+        if (!weights.empty() && weights.size() != course.records.size()) return false;
     return !course.rates.empty() && fits(course.rates, course.records.size()) &&
            (width || !course.numbers.empty() ? fits(course.numbers, width) : true) &&
-           (course.ends.empty() || course.ends.size() + 1 == course.rates.size());
+           (course.ends.empty() || course.ends.size() + 1 == course.rates.size()) &&
+           (course.averages.empty() || course.averages.size() + 1 == course.rates.size());
 }
 
 inline PyObject* plan_begin_course(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     Plan& plan = PlanObject::of(self);
-    if (!expects("begin_course()", count, 6) || !is_free(plan)) return nullptr;
+    if (!expects("begin_course()", count, 7) || !is_free(plan)) return nullptr;
     Course course;
     const Items records(args[0]);
     std::vector<int64_t> ends;
     bool is_read = records.size() >= 0 && read_rows(args[2], course.rates) &&
-                   read_rows(args[3], course.numbers) && read_ints(args[4], ends);
+                   read_rows(args[3], course.numbers) && read_ints(args[4], ends) &&
+                   read_rows(args[6], course.averages);
     for (Py_ssize_t i = 0; is_read && i < records.size(); ++i)
         is_read = read_record(records.get(i), course);
     course.ends.assign(ends.begin(), ends.end());

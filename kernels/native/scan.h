@@ -160,6 +160,11 @@ inline bool any_is_negated_says_torch(const Bucket& bucket, int64_t i) {
     return false;
 }
 
+// Returns whether kernels may touch a row: no kernel touches a row that has neither gradient nor average.
+inline bool is_read(const Bucket& bucket, PyObject* grad) {
+    return grad != Py_None || bucket.averages();
+}
+
 // Returns whether row i needs a question that may run Python code. Torch is asked about tensors of
 // one element even if the bit of a negation is known: autograd itself hands over lazy negations of one
 // element (an imaginary part; with more elements its strides fit no other layout).
@@ -178,14 +183,16 @@ inline int64_t ask(Bucket& bucket, bool every) {
         if (!grad) return i;
         const Ref given = Ref::to(grad.get());
         bucket.grads[size_t(i)] = std::move(grad);
-        if (given.is(Py_None) || !asks) continue;
-        const Ref part = local_part(given.get(), bucket.divides);
-        if (!part) return i;
-        if (bucket.divides && (!same_spreads(bucket, i) || !same_spread(bucket, given.get(), i, 0)))
-            return i;
-        if (!is_tensor(part.get())) return i;
-        const bool asks_torch = !bucket.words.negative || bucket.rows[size_t(i)].numel == 1;
-        if (asks_torch && is_negated_says_torch(part.get())) return i;
+        if (!asks || !is_read(bucket, given.get())) continue;
+        if (bucket.divides && !same_spreads(bucket, i)) return i;
+        if (!given.is(Py_None)) {
+            const Ref part = local_part(given.get(), bucket.divides);
+            if (!part) return i;
+            if (bucket.divides && !same_spread(bucket, given.get(), i, 0)) return i;
+            if (!is_tensor(part.get())) return i;
+            const bool asks_torch = !bucket.words.negative || bucket.rows[size_t(i)].numel == 1;
+            if (asks_torch && is_negated_says_torch(part.get())) return i;
+        }
         if (!bucket.words.negative && any_is_negated_says_torch(bucket, i)) return i;
     }
     return -1;
@@ -208,20 +215,21 @@ inline bool has_layout(const DLTensor& t, const int64_t* layout) {
 }
 
 // Returns whether row i still describes its tensors. Takes in the address of the gradient, which may change.
-// Of a row without a gradient, which no kernel touches, nothing is read.
 inline bool same_row(Bucket& bucket, int64_t i, PyObject* grad) {
     const Row& row = bucket.rows[size_t(i)];
     bucket.gradients[size_t(i)] = nullptr;
-    if (grad == Py_None) return true;
+    if (!is_read(bucket, grad)) return true;
     DLTensor t;
     const auto here = [&] {
         return t.device_type == bucket.device_type && t.device_id == bucket.device_id;
     };
-    // Reads a tensor of the parameter's kind and layout; of a DTensor the part of this rank.
-    const auto reads = [&](PyObject* tensor) {
+    // Reads a tensor of the parameter's layout; of a DTensor the part of this rank. The dtype is the
+    // parameter's, or a slot's.
+    const auto reads = [&](PyObject* tensor, int64_t slot = -1) {
+        const int64_t dtype = bucket.dtype_of(slot);
         const Ref part = local_part(tensor, bucket.divides);
-        return part && view(part.get(), t) && here() && t.code == bucket.code() &&
-               t.bits == bucket.bits() && t.lanes == 1 && has_layout(t, bucket.layout_of(i)) &&
+        return part && view(part.get(), t) && here() && t.code == Bucket::code(dtype) &&
+               t.bits == Bucket::bits(dtype) && t.lanes == 1 && has_layout(t, bucket.layout_of(i)) &&
                !is_negated(bucket.words, part.get());
     };
     const auto same_number = [&](PyObject* tensor, const void* data, int64_t bits) {
@@ -234,12 +242,13 @@ inline bool same_row(Bucket& bucket, int64_t i, PyObject* grad) {
     for (size_t k = 0; k < bucket.width(); ++k) {
         PyObject* const held = PyDict_GetItemWithError(dict, bucket.keys[k].get());
         if (!held || held != bucket.tensor(i, k)) return false;
-        const bool same = int64_t(k) < bucket.slots    ? reads(held) && t.data == row.state[k]
+        const bool same = int64_t(k) < bucket.slots    ? reads(held, int64_t(k)) && t.data == row.state[k]
                           : int64_t(k) == bucket.slots ? same_number(held, row.counter, bucket.counter_bits)
                                                        : same_number(held, row.scalar, bucket.scalar_bits);
         if (!same) return false;
     }
 
+    if (grad == Py_None) return true;
     if (!bucket.divides && !is_tensor(grad)) return false;
     // Without data: a tensor that represents zeros, or a subclass that wraps other tensors.
     if (!reads(grad) || !(t.data || !row.numel)) return false;

@@ -57,7 +57,8 @@ Bytes values(int64_t dtype, int64_t count, unsigned seed, bool positive) {
 struct Run {
     std::vector<Bytes> memory;
     clr::Rows rows;
-    std::vector<unsigned char> result;  // of all active rows: parameters, state, counters
+    // Averages of all rows; parameters, state and counters of the active ones.
+    std::vector<unsigned char> result;
 
     void keep(const void* from, size_t size) {
         const auto* bytes = static_cast<const unsigned char*>(from);
@@ -75,6 +76,14 @@ int64_t count_kernels() {
     return count;
 }
 
+// bfloat16 has averages of its own dtype here, float16 those in float32.
+int64_t average_of(int64_t dtype) { return dtype == FLOAT16 ? int64_t(FLOAT32) : dtype; }
+
+void* averages(int64_t i, int64_t dtype, std::vector<Bytes>& memory) {
+    memory.push_back(values(average_of(dtype), LENGTHS[i], 7 + unsigned(i), false));
+    return memory.back().get();
+}
+
 Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
     Run run;
     const bool counts = kernel >= 2, has_scalar = clr::kernels->kernel(kernel, FLOAT32).factor;
@@ -85,6 +94,7 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
         };
         clr::Row row = {};
         row.param = tensor(1);
+        row.state[slots_of(kernel)] = averages(i, dtype, run.memory);
         row.numel = LENGTHS[i] + (overrun && i == TENSORS - 1);
         row.group = i % GROUPS;
         const bool active = i % 5 != 4;
@@ -124,10 +134,13 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
     }
     run.rows.kernel = kernel, run.rows.dtype = dtype;
     run.rows.counter_bits = run.rows.scalar_bits = wide ? 64 : 32;
+    run.rows.average_dtype = average_of(dtype);
     for (int step = 0; step < 3; ++step) {
         require(sum_of_squares(*clr::kernels, run.rows, int(threads)) > 0, "sums of nothing", kernel,
                 dtype);
-        update(*clr::kernels, run.rows, scalars, WIDTH, 0.5, int(threads));
+        // The averages of the first group move in each step; the second group's are copies, once.
+        const std::vector<double> weights = {0.25, step == 1 ? 1.0 : 0.0};
+        update(*clr::kernels, run.rows, scalars, WIDTH, 0.5, weights, int(threads));
         for (clr::Row& row : run.rows.rows) row.first = 0;
     }
 
@@ -135,6 +148,7 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
     for (int64_t i = 0; i < TENSORS; ++i) {
         const clr::Row& row = run.rows.rows[size_t(i)];
         const size_t size = SIZES[dtype] * size_t(row.numel);
+        run.keep(row.state[slots_of(kernel)], SIZES[average_of(dtype)] * size_t(row.numel));
         if (!run.rows.gradients[size_t(i)]) {
             still.keep(row.param, size);
             continue;

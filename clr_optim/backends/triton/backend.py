@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from clr_optim.averages import Average, slot_of
 from clr_optim.backends import device as current
 from clr_optim.backends.base import Course, Gradients, WhoKnows
 from clr_optim.backends.native import library
@@ -46,6 +47,7 @@ class TritonBackend:
         schedule: the policy. The host evaluates a policy with a ``scale_fn`` at each step.
         device: the type of the devices whose tensors the kernels update.
         lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
+        average: which average of the parameters the steps keep, if any.
 
     Raises:
         NoKernelsError: if the extension, which scans the tensors, cannot serve here.
@@ -74,12 +76,13 @@ class TritonBackend:
         lock: threading.RLock | None,
         *,
         asked: bool,
+        average: Average | None = None,
     ) -> TritonBackend:
         """Return a backend for one optimizer; try a kernel out if the user did not name Triton."""
         if not asked and not current.is_capturing():
             params = (p for group in optimizer.param_groups for p in group["params"])
             here.try_out(next(p.device for p in params if p.device.type == device))
-        return cls(optimizer, rule, schedule, device, lock)
+        return cls(optimizer, rule, schedule, device, lock, average)
 
     def __init__(
         self,
@@ -88,6 +91,7 @@ class TritonBackend:
         schedule: Schedule,
         device: str,
         lock: threading.RLock | None = None,
+        average: Average | None = None,
     ) -> None:
         self.plan = Plan(
             optimizer,
@@ -96,6 +100,7 @@ class TritonBackend:
             device,
             capturable=True,
             lock=lock,
+            average=slot_of(average),
         )
         self._schedule = schedule
         self._momentum = rule.momentum

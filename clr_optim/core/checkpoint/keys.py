@@ -6,11 +6,21 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clr_optim.checks import check_bounds, check_momenta, check_number, item, shown
+from clr_optim.checks import as_position, check_bounds, check_momenta, check_number, item, shown
 from clr_optim.core.checkpoint.settings import are_groups
 from clr_optim.core.groups import GroupMirror
 from clr_optim.core.saved import BASE_FRACTION, are_close, bounds_shown, read_position
-from clr_optim.keys import BASE, BASE_MOMENTUM, ENTRY, KEYS, MAX, MAX_MOMENTUM, SCHEDULES, STEP
+from clr_optim.keys import (
+    AVERAGES,
+    BASE,
+    BASE_MOMENTUM,
+    ENTRY,
+    KEYS,
+    MAX,
+    MAX_MOMENTUM,
+    SCHEDULES,
+    STEP,
+)
 
 __all__ = [
     "checked_keys",
@@ -50,6 +60,8 @@ def checked_keys(
                 f"{name}[{i}][{SCHEDULES!r}] must be a string of JSON, got "
                 f"{shown(keys[SCHEDULES])}: delete that key from the groups to load the rest"
             )
+        if AVERAGES in keys:
+            keys[AVERAGES] = _checked_averages(f"{name}[{i}][{AVERAGES!r}]", keys[AVERAGES])
         base, top = keys.get(BASE), keys.get(MAX)
         if type(base) is type(top) is float and 0.0 <= base <= top < math.inf:
             continue
@@ -60,6 +72,17 @@ def checked_keys(
             keys.update({BASE: base, MAX: top})
     read_position(found, name)
     return found
+
+
+def _checked_averages(where: str, value: object) -> list[int]:
+    """Return the number of averages taken and the position at that time, checked."""
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise TypeError(
+            f"{where} must be a list of two integers, got {shown(value)}: delete that key from the "
+            "groups to load the rest"
+        )
+    taken, position = (as_position(item(each), where) for each in value)
+    return [taken, position]
 
 
 def keys_in_use(mirror: GroupMirror, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from clr_optim.core.checkpoint.keys import (
     without_our_entry,
 )
 from clr_optim.core.checkpoint.settings import are_groups, check_for, check_layout
-from clr_optim.core.checkpoint.state import check_mapping, own_counters, restore_numbers
+from clr_optim.core.checkpoint.state import check_mapping, own_counters, restore_dtypes
 from clr_optim.core.checkpoint.undo import undone_on_error
 from clr_optim.core.checkpoint.wrapped import (
     load_errors_as_value_errors,
@@ -30,7 +30,7 @@ from clr_optim.core.scheduled import warn_other_schedules
 from clr_optim.core.settings import Settings
 from clr_optim.core.shared import Shared
 from clr_optim.core.warn import callers_level, warn_each
-from clr_optim.keys import ENTRY, KEYS, SCHEDULE, SCHEDULES
+from clr_optim.keys import AVERAGES, ENTRY, KEYS, SCHEDULE, SCHEDULES
 
 __all__ = ["load", "shallow_copy", "warn_other_policy"]
 
@@ -46,6 +46,7 @@ def load(shared: Shared, state_dict: Any) -> None:
     """
     settings, mirror = shared.settings, shared.mirror
     inner, cycles = settings.optimizer, settings.cycle_momentum
+    shared.averaging.refuse_exchanged("load_state_dict()")
     own = leftover.noted_settings(inner)
     with undone_on_error(inner, shared, mirror, shared.position):
         state_dict, saved_keys = without_our_entry(shallow_copy(state_dict))
@@ -85,6 +86,11 @@ def load(shared: Shared, state_dict: Any) -> None:
     if resumed:
         saved = [each.get(SCHEDULES) for each in keys]
         warned.append(warn_other_schedules(inner.param_groups, saved, "state_dict"))
+    if settings.average is None and any(AVERAGES in each for each in keys):
+        warned.append(
+            "state_dict has averages, and this optimizer has average=None: no step moves them. To "
+            "go on averaging, construct with average=..., as the checkpoint's optimizer was."
+        )
     warn_each(warned)
 
 
@@ -112,7 +118,7 @@ def _load_as_torch(
     state_dict["state"] = own_counters(state_dict["state"])
     with load_errors_as_value_errors(inner), without_load_pre_hooks(inner):
         inner.load_state_dict(state_dict)
-    restore_numbers(inner, state_dict)
+    restore_dtypes(inner, state_dict)
     return groups, keys
 
 

@@ -31,10 +31,12 @@ def save(shared: Shared) -> dict[str, Any]:
     """
     inner = shared.settings.optimizer
     state_dict: dict[str, Any] = {}
+    shared.averaging.refuse_exchanged("state_dict()")
     shared.position.warn_unread_bounds()
     for _ in range(_ATTEMPTS):
         shared.position.settle()  # asks the device, if only the device knows the position
         shared.position.overrule()
+        shared.averaging.note()
         state_dict = _read(inner)
         if len(shared.mirror.records) == len(inner.param_groups):
             break  # no other thread has added a group, which would lack our keys

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clr_optim.checks import check_int, check_number, item, shown
+from clr_optim.keys import AVERAGE
 from clr_optim.rules import NUMBERS, STATE_SLOTS, Shape, StateSlots
 from clr_optim.sharding import local_part
 
@@ -21,7 +22,7 @@ __all__ = [
     "check_state",
     "other_class",
     "own_counters",
-    "restore_numbers",
+    "restore_dtypes",
     "with_momentum",
 ]
 
@@ -111,9 +112,12 @@ def check_state(
         values = state[index]
         if type(values) is not dict:
             check_mapping(f"state_dict['state'][{index!r}]", values)
+        param, settings_of = owners[index]
+        average = values.get(AVERAGE)
+        if average is not None and not _is_plain(average, param, tuple(param.shape)):
+            _check_state_tensor(index, AVERAGE, average, param, tuple(param.shape), sparse=False)
         if slots is None or not values:
             continue
-        param, settings_of = owners[index]
         kind = (param.shape, None if slots.rule is None else slots.rule.kernel(settings_of))
         if kind not in forms:
             shape = tuple(param.shape)
@@ -242,8 +246,8 @@ def own_counters(state: Mapping[Any, Any]) -> dict[Any, Any]:
     return own
 
 
-def restore_numbers(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Give states of one element the dtype that they have in a checkpoint.
+def restore_dtypes(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Give averages, and states of one element, the dtype that they have in a checkpoint.
 
     torch's load casts all state but the step counter to the dtype of the parameter. A resumed
     training would then round otherwise than an uninterrupted one.
@@ -253,10 +257,10 @@ def restore_numbers(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None
             loaded, values = optimizer.state.get(param), state_dict["state"].get(index)
             if not isinstance(loaded, dict) or not isinstance(values, Mapping):
                 continue
-            for name in NUMBERS & loaded.keys() & values.keys():
-                number = values[name]
-                if name != "step" and isinstance(number, Tensor):
-                    loaded[name] = number.detach().to(loaded[name].device, copy=True)
+            for name in (NUMBERS | {AVERAGE}) & loaded.keys() & values.keys():
+                saved_tensor = values[name]
+                if name != "step" and isinstance(saved_tensor, Tensor):
+                    loaded[name] = saved_tensor.detach().to(loaded[name].device, copy=True)
 
 
 def _is_plain(value: object, param: Tensor, shape: Shape) -> bool:

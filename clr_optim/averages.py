@@ -1,0 +1,195 @@
+"""Averages of parameters: in which steps one falls due, and with which weight.
+
+An average is a state tensor beside a parameter. A step that falls due moves the average toward the
+new parameter by a weight: ``average + weight·(parameter − average)``. Steps and weights are closed
+forms of the position, so that graphs and resumed runs need no counter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from clr_optim.checks import check_int, check_number
+from clr_optim.keys import AVERAGES
+from clr_optim.rules import AverageSlot
+from clr_optim.schedule import Schedule
+
+__all__ = [
+    "Average", "CycleEnd", "Ema", "check_average", "done", "due", "offsets", "slot_of", "weights",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Average:
+    """When an average falls due, and with which weight.
+
+    Args:
+        start: steps before the first one that may take an average, an integer >= 0.
+        dtype: ``torch.float32`` keeps averages of float16 and bfloat16 parameters in float32. With
+            ``None`` each average has the dtype of its parameter.
+    """
+
+    start: int = 0
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", check_int("start", self.start, minimum=0))
+        if self.dtype not in (None, torch.float32):
+            raise ValueError(
+                f"dtype must be None or torch.float32, got {self.dtype!r}: None keeps the dtype of "
+                "each parameter"
+            )
+
+    def _done(self, schedule: Schedule, position: int) -> int:
+        """Return how many averages fall due in the steps before a position."""
+        raise NotImplementedError
+
+    def _weight(self, count: int) -> float:
+        """Return the weight of the next parameter, after ``count`` >= 1 averages."""
+        raise NotImplementedError
+
+    @property
+    def _slot(self) -> AverageSlot:
+        """The state tensor that holds the average."""
+        return AverageSlot(wide=self.dtype)
+
+
+@dataclass(frozen=True)
+class CycleEnd(Average):
+    """Average the parameters at the ends of cycles, with equal weights.
+
+    This is stochastic weight averaging: each cycle's end gives one point of the average.
+
+    Args:
+        start: steps before the first one that may take an average, an integer >= 0.
+        dtype: ``torch.float32`` keeps averages of float16 and bfloat16 parameters in float32. With
+            ``None`` each average has the dtype of its parameter.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what would be right.
+
+    Source: P. Izmailov et al., *Averaging Weights Leads to Wider Optima and Better Generalization*,
+    arXiv 1803.05407.
+
+    Example:
+        >>> swa = CycleEnd(start=1000)
+        >>> model = torch.nn.Linear(2, 1)
+        >>> opt = CyclicalOptimizer(torch.optim.SGD(model.parameters(), lr=0.4), average=swa)
+    """
+
+    def _done(self, schedule: Schedule, position: int) -> int:
+        if position <= self.start:
+            return 0
+        return schedule.cycle_ends(position) - schedule.cycle_ends(self.start)
+
+    def _weight(self, count: int) -> float:
+        return 1.0 / (count + 1)
+
+
+@dataclass(frozen=True)
+class Ema(Average):
+    """Average the parameters exponentially: ``decay·average + (1 − decay)·parameter``.
+
+    Args:
+        decay: the weight of the average before, in [0, 1].
+        every: the steps from one average to the next, an integer >= 1.
+        start: steps before the first one that may take an average, an integer >= 0.
+        dtype: ``torch.float32`` keeps averages of float16 and bfloat16 parameters in float32. With
+            ``None`` each average has the dtype of its parameter.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what would be right.
+
+    Source: :func:`torch.optim.swa_utils.get_ema_avg_fn`.
+
+    Example:
+        >>> ema = Ema(0.999, every=10)
+        >>> model = torch.nn.Linear(2, 1)
+        >>> opt = CyclicalOptimizer(torch.optim.SGD(model.parameters(), lr=0.4), average=ema)
+    """
+
+    decay: float
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "decay", check_number("decay", self.decay, maximum=1.0))
+        object.__setattr__(self, "every", check_int("every", self.every, minimum=1))
+
+    def _done(self, schedule: Schedule, position: int) -> int:
+        return max(position - self.start, 0) // self.every
+
+    def _weight(self, count: int) -> float:
+        return 1.0 - self.decay
+
+
+def check_average(average: object) -> Average | None:
+    """Return the constructor's ``average``, checked.
+
+    Raises:
+        TypeError, ValueError: for anything else.
+    """
+    if average is None or isinstance(average, (CycleEnd, Ema)):
+        return average
+    if isinstance(average, str) and average == "cycle_end":
+        return CycleEnd()
+    remedy = (
+        f"; for an exponential average, give Ema({average})" if isinstance(average, float) else ""
+    )
+    raise (ValueError if isinstance(average, str) else TypeError)(
+        f"average must be 'cycle_end', CycleEnd(...), Ema(decay) or None, got {average!r}{remedy}"
+    )
+
+
+def slot_of(average: Average | None) -> AverageSlot | None:
+    """Return the state tensor that holds an average, if any."""
+    return None if average is None else average._slot
+
+
+def done(average: Average, schedule: Schedule, position: int) -> int:
+    """Return how many averages fall due in the steps before a position."""
+    return average._done(schedule, position)
+
+
+def offsets(average: Average, schedule: Schedule, groups: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return for each group the number of averages due, less the number of those taken.
+
+    Args:
+        average: the average.
+        schedule: the policy.
+        groups: the groups, which hold ``[averages taken, position at that time]``.
+    """
+    pairs = (group[AVERAGES] for group in groups)
+    return [done(average, schedule, position) - taken for taken, position in pairs]
+
+
+def weights(
+    average: Average, schedule: Schedule, position: int, offsets: Sequence[int]
+) -> list[float]:
+    """Return the weight of each group's new parameters in a step; an empty list if none is due.
+
+    Args:
+        average: the average.
+        schedule: the policy.
+        position: the number of the step.
+        offsets: as :func:`offsets` returns them.
+    """
+    before = done(average, schedule, position)
+    if done(average, schedule, position + 1) == before:
+        return []
+    counts = (before - offset for offset in offsets)
+    return [average._weight(count) if count > 0 else 1.0 for count in counts]
+
+
+def due(
+    average: Average | None, schedule: Schedule, position: int, groups: Sequence[Mapping[str, Any]]
+) -> tuple[list[float], list[int]]:
+    """Return the :func:`weights` of a step and the :func:`offsets` of the groups, if any."""
+    if average is None:
+        return [], []
+    lacks = offsets(average, schedule, groups)
+    return weights(average, schedule, position, lacks), lacks
