@@ -56,6 +56,9 @@ _SHAPES = {8: Shape(512, 256), 4: Shape(1024, 256), 2: Shape(2048, 256)}
 # With so many state tensors, 16 bytes would need too many registers: 8 bytes at a time.
 _SHAPES_OF_MANY = {8: (2, Shape(256, 256)), 2: (3, Shape(1024, 256))}
 
+# Bytes of an average that the threads of a program read at once.
+_BYTES: tl.constexpr = tl.constexpr(16 * _SHAPES[4].threads)
+
 
 def shape_of(slots: int, itemsize: int) -> Shape:
     """Return the launch's shape for state tensors and bytes per element of so many."""
@@ -231,19 +234,24 @@ def _average(
     param = tl.load(row)
     average = tl.load(row + 1 + SLOTS)
     left = tl.minimum(tl.load(row + 7) - begin, blocks * BLOCK).to(tl.int32)
-    full = tl.where((param | average) & 15 == 0, left // BLOCK, 0)
-    lanes = tl.arange(0, BLOCK)
+    # If the average is wider than the parameter, each thread reads 16 bytes of the average.
+    UNIT: tl.constexpr = _BYTES * 8 // AVERAGE.primitive_bitwidth
+    full = tl.where((param | average) & 15 == 0, left // UNIT, 0)
+    # The compiler lays all accesses of one shape out alike: this shape is not that of the update.
+    lanes = tl.arange(0, UNIT)[None, :]
     # Other threads of the program may have written the parameters.
     tl.debug_barrier()
     if full > 0:
         p = _pointer(param, begin, DTYPE, True)
         a = _pointer(average, begin, AVERAGE, True)
         for i in range(0, full):
-            _average_block(p, a, i * BLOCK + lanes, left, weight, A, False)
+            _average_block(p, a, i * UNIT + lanes, left, weight, A, False)
+    PART: tl.constexpr = UNIT // 2
+    lanes = tl.arange(0, PART)[None, :]
     p = _pointer(param, begin, DTYPE, False)
     a = _pointer(average, begin, AVERAGE, False)
-    for i in range(full, tl.cdiv(left, BLOCK)):
-        _average_block(p, a, i * BLOCK + lanes, left, weight, A, True)
+    for i in range(2 * full, tl.cdiv(left, PART)):
+        _average_block(p, a, i * PART + lanes, left, weight, A, True)
 
 
 @triton.jit(

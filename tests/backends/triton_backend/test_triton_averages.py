@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 from test_triton_schedule import POWERS, SCHEDULES
-from triton_helpers import DEVICE, INTERPRETED, MARKS, RUNS, choose_triton
-
-from clr_optim import schedule
+from triton_helpers import DEVICE, MARKS, RUNS, choose_triton
 
 pytestmark = MARKS
 _backend = pytest.fixture(autouse=True)(choose_triton)
@@ -22,7 +20,14 @@ if RUNS:
 
     @triton.jit
     def _ends_and_weight(
-        ints, phases, control, averages, steps, ends, weights, BLOCK: tl.constexpr  # noqa: N803
+        ints,
+        phases,
+        control,
+        averages,
+        steps,
+        ends,
+        weights,
+        BLOCK: tl.constexpr,  # noqa: N803
     ):
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         step = tl.load(steps + at)
