@@ -30,8 +30,8 @@ GROUP = (
     "weight_decay", "shrinking", "sign",
 )  # fmt: skip
 #: The position in the schedule, the number of steps to add, and the programs that have ended. Then
-#: when the optimizer averages: every so many steps (0: at cycle ends), from a step on; and the
-#: weight of a new parameter, a float64 (0: equal weights).
+#: when averages fall due: every so many steps (0: at cycle ends with equal weights), after so many
+#: steps; and the weight of a new parameter otherwise, a float64.
 CONTROL = ("position", "moves", "tickets", "every", "start", "share")
 #: The first columns of the constants' table: whether the step updates the row, the factor of its
 #: gradient, the weight decay added to the gradient, the factor of decoupled weight decay, and the
@@ -110,7 +110,8 @@ def average_weight(averages, ints, phases, control, position):
     is_due = (_averages(control, ints, phases, position + 1) > done) & (tl.load(control + 1) != 0)
     share = tl.load((control + 5).to(tl.pointer_type(tl.float64)))
     taken = (done - averages.to(tl.int64)).to(tl.float64)
-    weight = tl.where(share != 0, share, 1.0 / (tl.maximum(taken, 0.0) + 1.0))
+    equal = 1.0 / (tl.maximum(taken, 0.0) + 1.0)
+    weight = tl.where(tl.load(control + 3) != 0, share, equal)
     return tl.where(is_due, tl.where(taken > 0, weight, 1.0), 0.0)
 
 
