@@ -19,7 +19,8 @@ from clr_optim.rules import AverageSlot
 from clr_optim.schedule import Schedule
 
 __all__ = [
-    "Average", "CycleEnd", "Ema", "check_average", "done", "due", "offsets", "slot_of", "weights",
+    "Average", "CycleEnd", "Ema", "check_average", "closed_form", "done", "due", "offsets",
+    "slot_of", "weights",
 ]  # fmt: skip
 
 
@@ -148,6 +149,18 @@ def check_average(average: object) -> Average | None:
 def slot_of(average: Average | None) -> AverageSlot | None:
     """Return the state tensor that holds an average, if any."""
     return None if average is None else average._slot
+
+
+def closed_form(average: Average) -> tuple[int, int, float]:
+    """Return the numbers from which kernels compute steps and weights.
+
+    Returns:
+        The steps from one average to the next, or 0 for averages at cycle ends with equal weights;
+        the steps before the first one that may take an average; and the weight of a new parameter.
+    """
+    if isinstance(average, Ema):
+        return average.every, average.start, average._weight(1)
+    return 0, average.start, 0.0
 
 
 def done(average: Average, schedule: Schedule, position: int) -> int:

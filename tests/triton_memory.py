@@ -7,6 +7,7 @@ The watch does the work of a GPU's sanitizer. Each launch must obey these rules:
 - Every address is a multiple of the element's size, and of the alignment promised to the compiler.
 - A launch writes each element at most once. Only the writing lane may read the element, and only
   before the write: a GPU runs programs and their threads at the same time, the interpreter in turn.
+- A barrier orders the threads of a program: what one writes before it, the others read after it.
 - Each program may take a ticket by an atomic operation. What the program with the last ticket does
   then comes after all that the others did before their tickets.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -68,8 +70,10 @@ class Launch:
     def __init__(self, name: str) -> None:
         self.name = name
         self.begins, self.ends = alive()
-        #: per access: whether it writes, program, size of an element, addresses, lanes
-        self.touched: list[tuple[bool, int, int, Addresses, Addresses]] = []
+        #: per access: whether it writes, program, size of an element, addresses, lanes, and how
+        #: many barriers the program has passed
+        self.touched: list[tuple[bool, int, int, Addresses, Addresses, int]] = []
+        self.barriers: Counter[int] = Counter()
         #: the programs that have taken a ticket, and whether each access came after its ticket
         self.tickets: list[int] = []
         self.late: list[bool] = []
@@ -95,7 +99,7 @@ class Launch:
                 f"{self.name}: program {program} {'writes' if writes else 'reads'} {size} bytes "
                 f"at {where:#x}, {tensor}; in all {int(outside.sum())} elements"
             )
-        self.touched.append((writes, program, size, at, lane))
+        self.touched.append((writes, program, size, at, lane, self.barriers[program]))
         self.late.append(program in self.tickets)
 
     def check(self) -> None:
@@ -105,14 +109,14 @@ class Launch:
         self._check([each for each, late in pairs if not (late and each[1] == last)])
         self._check([each for each, late in pairs if late])
 
-    def _check(self, touched: list[tuple[bool, int, int, Addresses, Addresses]]) -> None:
+    def _check(self, touched: list[tuple[bool, int, int, Addresses, Addresses, int]]) -> None:
         # The smallest element: the places that the check tells apart.
-        grain = min((size for _, _, size, _, _ in touched), default=1)
+        grain = min((size for _, _, size, *_ in touched), default=1)
         written, read = (_joined(touched, grain, writes=writes) for writes in (True, False))
         if (written[0, 1:] < written[0, :-1]).any():
             written = written[:, np.argsort(written[0], kind="stable")]
         for i in np.flatnonzero(written[0, 1:] == written[0, :-1])[:1]:
-            (place, _, *first), (_, _, *second) = written[:, i : i + 2].T.tolist()
+            (place, _, *first, _), (_, _, *second, _) = written[:, i : i + 2].T.tolist()
             raise MemoryFaultError(
                 f"{self.name}: {_program(*first)} and {_program(*second)} write to the same place, "
                 f"{place * grain:#x}"
@@ -121,9 +125,10 @@ class Launch:
         there = place < written.shape[1]
         read, write = read[:, there], written[:, place[there]]
         same = read[0] == write[0]
-        fine = (read[1] < write[1]) & (read[2:] == write[2:]).all(axis=0)
+        fine = (read[1] < write[1]) & (read[2:4] == write[2:4]).all(axis=0)
+        fine |= (read[2] == write[2]) & (read[4] != write[4])
         for i in np.flatnonzero(same & ~fine)[:1]:
-            (place, _, *reader), (_, _, *writer) = read[:, i].tolist(), write[:, i].tolist()
+            (place, _, *reader, _), (_, _, *writer, _) = read[:, i].tolist(), write[:, i].tolist()
             raise MemoryFaultError(
                 f"{self.name}: {_program(*reader)} reads what {_program(*writer)} writes, "
                 f"at {place * grain:#x}"
@@ -131,16 +136,16 @@ class Launch:
 
 
 def _joined(
-    touched: list[tuple[bool, int, int, Addresses, Addresses]], grain: int, *, writes: bool
+    touched: list[tuple[bool, int, int, Addresses, Addresses, int]], grain: int, *, writes: bool
 ) -> Addresses:
-    """Return places, order, programs and lanes of all reads or all writes."""
-    parts = [np.empty((4, 0), dtype=np.int64)]
-    for order, (writing, program, size, at, lane) in enumerate(touched):
+    """Return places, order, programs, lanes and barriers of all reads or all writes."""
+    parts = [np.empty((5, 0), dtype=np.int64)]
+    for order, (writing, program, size, at, lane, barriers) in enumerate(touched):
         if writing is writes:
             each = size // grain
-            part = np.empty((4, at.size * each), dtype=np.int64)
+            part = np.empty((5, at.size * each), dtype=np.int64)
             part[0] = (at[:, None] // grain + np.arange(each)).reshape(-1)
-            part[1], part[2], part[3] = order, program, lane.repeat(each)
+            part[1], part[2], part[3], part[4] = order, program, lane.repeat(each), barriers
             parts.append(part)
     return np.concatenate(parts, axis=1)
 
@@ -155,7 +160,7 @@ def watch() -> None:
 
     builder = interpreter.interpreter_builder
     load, store = builder.create_masked_load, builder.create_masked_store
-    atomic = builder.create_atomic_rmw
+    atomic, barrier = builder.create_atomic_rmw, builder.create_barrier
     set_attribute = interpreter.TensorHandle.set_attr
     call = interpreter.GridExecutor.__call__
     launches: list[Launch] = []
@@ -193,11 +198,16 @@ def watch() -> None:
         launches[-1].tickets.append(builder.grid_idx[0])
         return atomic(how, pointers, value, mask, *rest)
 
+    def passed() -> Any:
+        launches[-1].barriers[builder.grid_idx[0]] += 1
+        return barrier()
+
     def unknown(*args: Any) -> Any:
         raise NotImplementedError("the watch does not know this atomic operation")
 
     interpreter.TensorHandle.set_attr = told
     builder.create_atomic_cas, builder.create_atomic_rmw = unknown, ticket
+    builder.create_barrier = passed
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
     interpreter.GridExecutor.__call__ = watched
     freeze()

@@ -24,9 +24,10 @@ from clr_optim.kernels.triton.prepare import (
     WIDTH,
     advance_counters,
     advance_position,
+    average_weight,
     row_constants,
 )
-from clr_optim.kernels.triton.rules import KERNELS
+from clr_optim.kernels.triton.rules import KERNELS, lerp
 
 __all__ = [
     "PASSED", "Constants", "Shape", "constants_for", "multi_tensor", "shape_of", "whole_step",
@@ -55,6 +56,9 @@ _SHAPES = {8: Shape(512, 256), 4: Shape(1024, 256), 2: Shape(2048, 256)}
 # With so many state tensors, 16 bytes would need too many registers: 8 bytes at a time.
 _SHAPES_OF_MANY = {8: (2, Shape(256, 256)), 2: (3, Shape(1024, 256))}
 
+# Bytes of an average that the threads of a program read at once.
+_BYTES: tl.constexpr = tl.constexpr(16 * _SHAPES[4].threads)
+
 
 def shape_of(slots: int, itemsize: int) -> Shape:
     """Return the launch's shape for state tensors and bytes per element of so many."""
@@ -80,7 +84,12 @@ class Constants(NamedTuple):
 
 
 def constants_for(
-    kernel: str, slots: int, dtype: torch.dtype, numbers: Sequence[torch.dtype], warp: int
+    kernel: str,
+    slots: int,
+    dtype: torch.dtype,
+    numbers: Sequence[torch.dtype],
+    average: torch.dtype | None,
+    warp: int,
 ) -> Constants:
     """Return what the kernels are compiled for.
 
@@ -88,9 +97,10 @@ def constants_for(
 
     Args:
         kernel: the name of the kernel.
-        slots: the number of state tensors.
-        dtype: the dtype of parameters, gradients and state tensors.
+        slots: the number of the rule's state tensors.
+        dtype: the dtype of parameters, gradients and these state tensors.
         numbers: the dtypes of the step counter and the scalar state, as far as the rule has them.
+        average: the dtype of the parameters' averages, if any.
         warp: the threads of a warp.
     """
     counter, scalar = (*(_TYPES[number] for number in numbers), None, None)[:2]
@@ -100,7 +110,7 @@ def constants_for(
     options = {"num_warps": threads // warp, "enable_fp_fusion": False}
     of_rows = {
         "CONSTANTS": functions.constants, "FACTOR": functions.factor, "COUNTER": counter,
-        "SCALAR": scalar,
+        "SCALAR": scalar, "AVERAGE": None if average is None else _TYPES[average],
     }  # fmt: skip
     of_update = {
         "UPDATE": functions.update, "FLAGS": functions.flags, "SLOTS": slots,
@@ -109,10 +119,12 @@ def constants_for(
     few = {"num_warps": 128 // warp, "enable_fp_fusion": False}
     return Constants(
         prepare={**of_rows, "A": arithmetic, "LANES": 128, **few},
-        multi_tensor={"COUNT": functions.constant_count, **of_update},
+        multi_tensor={
+            "COUNT": functions.constant_count, "AVERAGE": of_rows["AVERAGE"], **of_update,
+        },
         whole_step={**of_rows, **of_update},
         sum_of_squares={"DTYPE": _TYPES[dtype], "BLOCK": block, **options},
-    )
+    )  # fmt: skip
 
 
 @triton.jit
@@ -169,13 +181,13 @@ def _update(
     """Update a chunk of a tensor, given the number of the chunk and its blocks."""
     A: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
     begin = chunk.to(tl.int64) * blocks * BLOCK
-    first = tl.load(row + 8) != 0
+    first = tl.load(row + 9) != 0
     param = tl.load(row)
     slots = (tl.load(row + 1), tl.load(row + 2), tl.load(row + 3))[:SLOTS]
     addresses = param | gradient
     for k in tl.static_range(SLOTS):
         addresses = addresses | slots[k]
-    left = tl.minimum(tl.load(row + 6) - begin, blocks * BLOCK).to(tl.int32)
+    left = tl.minimum(tl.load(row + 7) - begin, blocks * BLOCK).to(tl.int32)
     # Only tensors that begin at multiples of 16 bytes can be read 16 bytes at a time.
     full = tl.where(addresses & 15 == 0, left // BLOCK, 0)
     lanes = tl.arange(0, BLOCK)
@@ -201,6 +213,47 @@ def _update(
         )  # fmt: skip
 
 
+@triton.jit
+def _average_block(p, a, at, left, weight, A: tl.constexpr, MASKED: tl.constexpr):
+    mask = at < left
+    param = _load(p, at, mask, MASKED).to(A)
+    average = _load(a, at, mask, MASKED).to(A)
+    # The weight 1 copies, whatever the average holds.
+    average = tl.where(weight == 1, param, lerp(average, param, weight))
+    _store(a, at, average, mask, MASKED)
+
+
+@triton.jit
+def _average(
+    row, chunk, blocks, weight,
+    SLOTS: tl.constexpr, DTYPE: tl.constexpr, AVERAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Take the parameters of a chunk into their averages, given the weight of the parameters."""
+    A: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
+    begin = chunk.to(tl.int64) * blocks * BLOCK
+    param = tl.load(row)
+    average = tl.load(row + 1 + SLOTS)
+    left = tl.minimum(tl.load(row + 7) - begin, blocks * BLOCK).to(tl.int32)
+    # If the average is wider than the parameter, each thread reads 16 bytes of the average.
+    UNIT: tl.constexpr = _BYTES * 8 // AVERAGE.primitive_bitwidth
+    full = tl.where((param | average) & 15 == 0, left // UNIT, 0)
+    # The compiler lays all accesses of one shape out alike: this shape is not that of the update.
+    lanes = tl.arange(0, UNIT)[None, :]
+    # Other threads of the program may have written the parameters.
+    tl.debug_barrier()
+    if full > 0:
+        p = _pointer(param, begin, DTYPE, True)
+        a = _pointer(average, begin, AVERAGE, True)
+        for i in range(0, full):
+            _average_block(p, a, i * UNIT + lanes, left, weight, A, False)
+    PART: tl.constexpr = UNIT // 2
+    lanes = tl.arange(0, PART)[None, :]
+    p = _pointer(param, begin, DTYPE, False)
+    a = _pointer(average, begin, AVERAGE, False)
+    for i in range(2 * full, tl.cdiv(left, PART)):
+        _average_block(p, a, i * PART + lanes, left, weight, A, True)
+
+
 @triton.jit(
     do_not_specialize=["blocks"],
     do_not_specialize_on_alignment=["chunks", "rows", "gradients", "constants"],
@@ -208,7 +261,7 @@ def _update(
 def multi_tensor(
     chunks, rows, gradients, constants, blocks,
     COUNT: tl.constexpr, UPDATE: tl.constexpr, FLAGS: tl.constexpr, SLOTS: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr, AVERAGE: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk of one tensor with prepared constants.
 
@@ -218,9 +271,10 @@ def multi_tensor(
         blocks: blocks per chunk.
         COUNT: the number of constants of the rule.
         UPDATE, FLAGS: of :class:`clr_optim.kernels.triton.rules.Kernel`.
-        SLOTS: the number of state tensors.
-        DTYPE: the dtype of parameters, gradients and state.
+        SLOTS: the number of the rule's state tensors.
+        DTYPE: the dtype of parameters, gradients and these state tensors.
         BLOCK: elements per block.
+        AVERAGE: the dtype of the rows' averages, if any.
     """
     chunks += tl.program_id(0).to(tl.int64) * 2
     row = tl.load(chunks).to(tl.int64)
@@ -236,6 +290,12 @@ def multi_tensor(
             tl.load(constants + 1), tl.load(constants + 2), tl.load(constants + 3), c,
             UPDATE, FLAGS, SLOTS, DTYPE, BLOCK,
         )  # fmt: skip
+    if AVERAGE is not None:
+        weight = tl.load(constants + 4)
+        if weight != 0:
+            _average(
+                rows + row * _ROW, tl.load(chunks + 1), blocks, weight, SLOTS, DTYPE, AVERAGE, BLOCK
+            )
 
 
 @triton.jit
@@ -265,8 +325,8 @@ def whole_step(
     rates, kept, g0: tl.int64, g1: tl.int64, g2: tl.int64, g3: tl.int64, g4: tl.int64,
     g5: tl.int64, g6: tl.int64, g7: tl.int64, ARE_PASSED: tl.constexpr,
     CONSTANTS: tl.constexpr, FACTOR: tl.constexpr, COUNTER: tl.constexpr, SCALAR: tl.constexpr,
-    UPDATE: tl.constexpr, FLAGS: tl.constexpr, SLOTS: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    AVERAGE: tl.constexpr, UPDATE: tl.constexpr, FLAGS: tl.constexpr, SLOTS: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Take a whole step: update one chunk of one tensor; the last program advances the rest.
 
@@ -277,7 +337,7 @@ def whole_step(
         g0, g1, g2, g3, g4, g5, g6, g7: the addresses of the gradients if they are passed.
         ARE_PASSED: whether the addresses of the gradients are passed, at most eight. If not, they
             lie in ``gradients``.
-        CONSTANTS, FACTOR, COUNTER, SCALAR: as for
+        CONSTANTS, FACTOR, COUNTER, SCALAR, AVERAGE: as for
             :func:`~clr_optim.kernels.triton.prepare.prepare`.
         UPDATE, FLAGS, SLOTS, DTYPE, BLOCK: as for :func:`multi_tensor`.
     """
@@ -289,8 +349,8 @@ def whole_step(
     gradient = _gradients(
         gradients, index, index >= 0, g0, g1, g2, g3, g4, g5, g6, g7, ARE_PASSED
     )  # fmt: skip
+    row = rows + index.to(tl.int64) * _ROW
     if (gradient != 0) & happened:
-        row = rows + index.to(tl.int64) * _ROW
         scale, decay, shrink, c = row_constants(
             row, True, groups, width, ints, floats, phases, position, gate,
             CONSTANTS, COUNTER, SCALAR, A,
@@ -299,6 +359,11 @@ def whole_step(
             row, gradient, tl.load(chunks + 1), blocks, scale, decay, shrink, c,
             UPDATE, FLAGS, SLOTS, DTYPE, BLOCK,
         )  # fmt: skip
+    if AVERAGE is not None:  # rows without a gradient take part
+        averages = tl.load(groups + tl.load(row + 8) * width + 5)
+        weight = average_weight(averages, ints, phases, control, position).to(A)
+        if happened & (weight != 0):
+            _average(row, tl.load(chunks + 1), blocks, weight, SLOTS, DTYPE, AVERAGE, BLOCK)
     # All programs have read counters and position when the last one comes here.
     tl.debug_barrier()
     ticket = tl.atomic_add(control + 2, 1)

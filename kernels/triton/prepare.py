@@ -12,27 +12,31 @@ import triton
 import triton.language as tl
 
 from clr_optim.kernels.triton.rules import advanced, held
-from clr_optim.kernels.triton.schedule import rate_and_momentum
+from clr_optim.kernels.triton.schedule import cycle_ends, rate_and_momentum
 
 __all__ = [
     "COLUMNS", "COMMON", "CONTROL", "GROUP", "WIDTH", "advance", "advance_counters",
-    "advance_position", "prepare", "row_constants",
+    "advance_position", "average_weight", "prepare", "row_constants",
 ]  # fmt: skip
 
 #: Columns of the rows' table, int64: the fields of ``Row`` in native/kernels.h, in this order.
 COLUMNS = (
-    "param", "state0", "state1", "state2", "counter", "scalar", "numel", "group", "first",
+    "param", "state0", "state1", "state2", "state3", "counter", "scalar", "numel", "group", "first",
 )  # fmt: skip
-#: The first columns of the groups' table, float64. The kernel's own scalars follow.
+#: The first columns of the groups' table, float64. The kernel's own scalars follow. A group counts
+#: its averages from ``averages`` on, see :func:`average_weight`.
 GROUP = (
-    "base_lr", "max_lr", "base_momentum", "max_momentum", "cycle_momentum", "weight_decay",
-    "shrinking", "sign",
+    "base_lr", "max_lr", "base_momentum", "max_momentum", "cycle_momentum", "averages",
+    "weight_decay", "shrinking", "sign",
 )  # fmt: skip
-#: The position in the schedule, the number of steps to add, and the programs that have ended.
-CONTROL = ("position", "moves", "tickets")
+#: The position in the schedule, the number of steps to add, and the programs that have ended. Then
+#: when averages fall due: every so many steps (0: at cycle ends with equal weights), after so many
+#: steps; and the weight of a new parameter otherwise, a float64.
+CONTROL = ("position", "moves", "tickets", "every", "start", "share")
 #: The first columns of the constants' table: whether the step updates the row, the factor of its
-#: gradient, the weight decay added to the gradient, and the factor of decoupled weight decay.
-COMMON = ("happens", "scale", "decay", "shrink")
+#: gradient, the weight decay added to the gradient, the factor of decoupled weight decay, and the
+#: weight of the new parameter in its average (0: the step takes no average).
+COMMON = ("happens", "scale", "decay", "shrink", "average")
 #: The columns of the constants' table. Those of the rule come after ``COMMON``.
 WIDTH = len(COMMON) + 8
 
@@ -57,24 +61,58 @@ def row_constants(
         CONSTANTS, COUNTER, SCALAR: as for :func:`prepare`.
         A: the arithmetic type.
     """
-    group = groups + tl.load(row + 7, mask=active, other=0) * width
+    group = groups + tl.load(row + 8, mask=active, other=0) * width
     rate, momentum = rate_and_momentum(
         ints, floats, phases, position,
         tl.load(group), tl.load(group + 1), tl.load(group + 2), tl.load(group + 3),
     )  # fmt: skip
     step = rate
     if COUNTER is not None:
-        counter = tl.load(row + 4, mask=active, other=0).to(tl.pointer_type(COUNTER))
+        counter = tl.load(row + 5, mask=active, other=0).to(tl.pointer_type(COUNTER))
         step = tl.load(counter, mask=active, other=0).to(tl.float64) + 1.0
     scalar = rate
     if SCALAR is not None:
-        place = tl.load(row + 5, mask=active, other=0).to(tl.pointer_type(SCALAR))
+        place = tl.load(row + 6, mask=active, other=0).to(tl.pointer_type(SCALAR))
         scalar = tl.load(place, mask=active, other=0)
     cycles = tl.load(group + 4) != 0
     constants = CONSTANTS(group + _OWN, rate, step, scalar, momentum, cycles, A)
-    scale = tl.load(gate).to(A) * tl.load(group + 7).to(A)
-    shrink = held(1.0 - rate * tl.load(group + 6), A).to(A)
-    return scale, tl.load(group + 5).to(A), shrink, [constant.to(A) for constant in constants]
+    scale = tl.load(gate).to(A) * tl.load(group + 8).to(A)
+    shrink = held(1.0 - rate * tl.load(group + 7), A).to(A)
+    return scale, tl.load(group + 6).to(A), shrink, [constant.to(A) for constant in constants]
+
+
+@triton.jit
+def _averages(control, ints, phases, position):
+    """Return how many averages fall due in the steps before a position, but for a constant."""
+    start = tl.load(control + 4)
+    done = tl.maximum(position, start)
+    every = tl.load(control + 3)
+    if every != 0:
+        done = (done - start) // every
+    else:
+        done = cycle_ends(ints, phases, done)
+    return done
+
+
+@triton.jit
+def average_weight(averages, ints, phases, control, position):
+    """Return the weight of a group's new parameters in their averages, float64; 0 for no average.
+
+    ``average + weight·(parameter − average)`` is the new average.
+
+    Args:
+        averages: the group's column of that name, or a vector. The group's next average is the
+            first, a copy, up to this number of averages by the count of :func:`_averages`.
+        ints, phases, control: as for :func:`prepare`.
+        position: the number of the step.
+    """
+    done = _averages(control, ints, phases, position)
+    is_due = (_averages(control, ints, phases, position + 1) > done) & (tl.load(control + 1) != 0)
+    share = tl.load((control + 5).to(tl.pointer_type(tl.float64)))
+    taken = (done - averages.to(tl.int64)).to(tl.float64)
+    equal = 1.0 / (tl.maximum(taken, 0.0) + 1.0)
+    weight = tl.where(tl.load(control + 3) != 0, share, equal)
+    return tl.where(is_due, tl.where(taken > 0, weight, 1.0), 0.0)
 
 
 @triton.jit
@@ -89,16 +127,16 @@ def advance_counters(
         FACTOR, COUNTER, SCALAR: as for :func:`prepare`.
     """
     if COUNTER is not None:
-        counter = tl.load(row + 4, mask=active, other=0).to(tl.pointer_type(COUNTER))
+        counter = tl.load(row + 5, mask=active, other=0).to(tl.pointer_type(COUNTER))
         step = tl.load(counter, mask=active, other=0).to(tl.float64) + 1.0
         if SCALAR is not None:
-            group = groups + tl.load(row + 7, mask=active, other=0) * width
+            group = groups + tl.load(row + 8, mask=active, other=0) * width
             _, momentum = rate_and_momentum(
                 ints, floats, phases, position,
                 tl.load(group), tl.load(group + 1), tl.load(group + 2), tl.load(group + 3),
             )  # fmt: skip
             by = FACTOR(group + _OWN, step, momentum, tl.load(group + 4) != 0)
-            place = tl.load(row + 5, mask=active, other=0).to(tl.pointer_type(SCALAR))
+            place = tl.load(row + 6, mask=active, other=0).to(tl.pointer_type(SCALAR))
             scalar = tl.load(place, mask=active, other=0)
             tl.store(place, advanced(scalar, by), mask=active)
         tl.store(counter, step.to(COUNTER), mask=active)
@@ -137,7 +175,7 @@ def advance_position(rates, kept, groups, width, ints, floats, phases, control, 
 def prepare(
     rows, gradients, count, constants, groups, width, ints, floats, phases, control, gate, rates,
     kept, is_last, CONSTANTS: tl.constexpr, FACTOR: tl.constexpr, COUNTER: tl.constexpr,
-    SCALAR: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr,
+    SCALAR: tl.constexpr, AVERAGE: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Write the constants of a bucket's rows, and advance their counters.
 
@@ -159,6 +197,7 @@ def prepare(
         is_last: whether this is the step's last launch of this kernel.
         CONSTANTS, FACTOR: of :class:`clr_optim.kernels.triton.rules.Kernel`.
         COUNTER, SCALAR: the dtypes of step counters and of scalar states, if any.
+        AVERAGE: the dtype of the rows' averages, if any.
         A: the arithmetic type.
     """
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
@@ -166,7 +205,8 @@ def prepare(
     position = tl.load(control)
     happened = tl.load(gate + 1) == 0
     left = tl.where(happened, count, 0)
-    active = tl.load(gradients + lane, mask=lane < left, other=0) != 0
+    happens = lane < left
+    active = tl.load(gradients + lane, mask=happens, other=0) != 0
     row = rows + lane.to(tl.int64) * _ROW
     scale, decay, shrink, c = row_constants(
         row, active, groups, width, ints, floats, phases, position, gate,
@@ -179,6 +219,10 @@ def prepare(
     tl.store(constants + 3, shrink, mask=active)
     for k in tl.static_range(len(c)):
         tl.store(constants + _COMMON + k, c[k], mask=active)
+    if AVERAGE is not None:  # rows without a gradient take part
+        group = groups + tl.load(row + 8, mask=happens, other=0) * width
+        weight = average_weight(tl.load(group + 5), ints, phases, control, position)
+        tl.store(constants + 4, tl.where(happens, weight, 0.0).to(A), mask=exists)
     advance_counters(
         row, active, groups, width, ints, floats, phases, position, FACTOR, COUNTER, SCALAR
     )

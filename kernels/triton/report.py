@@ -128,7 +128,7 @@ def rows(target: str) -> Iterator[dict[str, Any]]:
     for (rule, (slots, numbers)), name in itertools.product(_kernels().items(), DTYPES):
         dtype: torch.dtype = getattr(torch, name)
         try:
-            compiled = _compile(rule, slots, dtype, [torch.float32] * numbers, gpu)
+            compiled = _compile(rule, slots, dtype, [torch.float32] * numbers, None, gpu)
         except Exception as error:  # each stage of Triton's has its own
             words = " ".join(str(error).partition("Repro command")[0].split())
             raise ReportError(
@@ -150,7 +150,12 @@ def _kernels() -> dict[str, tuple[int, int]]:
 
 
 def _compile(
-    rule: str, slots: int, dtype: torch.dtype, numbers: Sequence[torch.dtype], gpu: Any
+    rule: str,
+    slots: int,
+    dtype: torch.dtype,
+    numbers: Sequence[torch.dtype],
+    average: torch.dtype | None,
+    gpu: Any,
 ) -> Any:
     import triton
     from triton.compiler import ASTSource, make_backend
@@ -158,7 +163,7 @@ def _compile(
     from clr_optim.kernels.triton import multi_tensor
 
     kernel = multi_tensor.multi_tensor
-    compiled_for = multi_tensor.constants_for(rule, slots, dtype, numbers, gpu.warp_size)
+    compiled_for = multi_tensor.constants_for(rule, slots, dtype, numbers, average, gpu.warp_size)
     names = {parameter.name for parameter in kernel.params}
     constants = {k: v for k, v in compiled_for.multi_tensor.items() if k in names}
     options = {k: v for k, v in compiled_for.multi_tensor.items() if k not in names}

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-__all__ = ["KERNELS", "Kernel", "advanced", "held"]
+__all__ = ["KERNELS", "Kernel", "advanced", "held", "lerp"]
 
 # Triton would compute the logarithm of a number, other than that of a tensor, in float32.
 _LOG2_096: tl.constexpr = tl.constexpr(math.log2(0.96))
@@ -59,7 +59,7 @@ def _divide(a, b, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _lerp(start, end, weight):
+def lerp(start, end, weight):
     # As torch.lerp, start from the end that is nearer to the result: both ends are then exact.
     near = tl.abs(weight) < 0.5
     return tl.fma(tl.where(near, weight, weight - 1.0), end - start, tl.where(near, start, end))
@@ -125,7 +125,7 @@ def adam_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexpr):
 def adam(p, g, s, first, c, FLAGS: tl.constexpr, EXACT: tl.constexpr):
     weight, beta2, rest2, correction2, eps, step_size = c
     AMSGRAD: tl.constexpr = FLAGS[0]
-    m = _lerp(s[0], g, weight)
+    m = lerp(s[0], g, weight)
     v = tl.fma(rest2 * g, g, s[1] * beta2)
     if AMSGRAD:  # NaN wins, as in torch.maximum
         second = tl.where((s[2] > v) | (s[2] != s[2]), s[2], v)
@@ -182,7 +182,7 @@ def rmsprop(p, g, s, first, c, FLAGS: tl.constexpr, EXACT: tl.constexpr):
     square = tl.fma(rest * g, g, s[0] * alpha)
     spread = square
     if CENTERED:
-        mean = _lerp(s[2] if MOMENTUM else s[1], g, rest)
+        mean = lerp(s[2] if MOMENTUM else s[1], g, rest)
         # Round once, as torch's addcmul does: a square that is rounded alone may overflow, and
         # inf - inf is NaN.
         spread = tl.fma(-mean, mean, spread)
@@ -207,7 +207,7 @@ def adamax_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexpr)
 @triton.jit
 def adamax(p, g, s, first, c, FLAGS: tl.constexpr, EXACT: tl.constexpr):
     weight, beta2, eps, step_size = c
-    m = _lerp(s[0], g, weight)
+    m = lerp(s[0], g, weight)
     before = s[1] * beta2
     now = tl.abs(g) + eps
     norm = tl.where((before > now) | (before != before), before, now)  # NaN wins
@@ -239,7 +239,7 @@ def radam_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexpr):
 @triton.jit
 def radam(p, g, s, first, c, FLAGS: tl.constexpr, EXACT: tl.constexpr):
     weight, beta2, rest2, correction1, lr, correction2, eps, rectification = c
-    m = _lerp(s[0], g, weight)
+    m = lerp(s[0], g, weight)
     v = tl.fma(rest2 * g, g, s[1] * beta2)
     change = _divide(m, correction1, EXACT) * lr
     rate = _divide(1.0, _root(v, EXACT) + eps, EXACT) * correction2
@@ -274,7 +274,7 @@ def nadam_constants(own, rate, step, scalar, momentum, cycles, A: tl.constexpr):
 @triton.jit
 def nadam(p, g, s, first, c, FLAGS: tl.constexpr, EXACT: tl.constexpr):
     weight, beta2, rest2, correction2, eps, of_gradient, of_mean = c
-    m = _lerp(s[0], g, weight)
+    m = lerp(s[0], g, weight)
     v = tl.fma(rest2 * g, g, s[1] * beta2)
     spread = _root(_divide(v, correction2, EXACT), EXACT) + eps
     p = p + _divide(of_gradient * g, spread, EXACT)

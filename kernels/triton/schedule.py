@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import triton
 import triton.language as tl
 
-from clr_optim.schedule import Phase, Schedule
+from clr_optim.schedule import Phase, Schedule, fixed
+from clr_optim.schedule.timeline import Span
 
-__all__ = ["FLOATS", "FOLLOWED", "INTS", "follow_schedules", "phase_tables", "rate_and_momentum"]
+__all__ = [
+    "FLOATS", "FOLLOWED", "INTS", "cycle_ends", "follow_schedules", "held_tables", "phase_tables",
+    "rate_and_momentum",
+]  # fmt: skip
 
-#: Columns of the two tables, a row per phase.
+#: Columns of the two tables, a row per phase. The last four integers tell the cycle ends: those
+#: before the phase, the steps of the first cycle before it, the steps of a cycle, and at most how
+#: many cycles end in the phase.
 INTS = (
     "start", "step_size_up", "period", "window", "step_size_down", "stride", "first_step",
-    "first_cycle",
+    "first_cycle", "ended", "cycle_start", "cycle_steps", "most_ends",
 )  # fmt: skip
 FLOATS = (
     "log2_gamma", "log2_cycle_gamma", "log2_base_gamma", "has_bounds", "base_lr", "max_lr",
@@ -53,16 +60,40 @@ def phase_tables(schedule: Schedule) -> tuple[npt.NDArray[np.int64], npt.NDArray
     """
     if schedule.scale_fn is not None:
         raise ValueError(f"schedule {schedule.name!r} has a scale_fn: evaluate it on the host")
-    starts = np.cumsum([0, *(phase.steps or 0 for phase in schedule.phases[:-1])])
+    return _tables(schedule, schedule.phases)
+
+
+def held_tables(schedule: Schedule) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Return the tables of a schedule whose cycles end as these, and whose rate is ``max_lr``.
+
+    The host evaluates the rates of the steps that read these tables.
+    """
+    return _tables(schedule, fixed().phases * len(schedule.phases))
+
+
+def _tables(
+    schedule: Schedule, phases: Sequence[Phase]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Return the tables of these phases, with the starts and the cycle ends of a schedule."""
+    timeline = schedule._timeline
     ints = [
         (
             start, phase.step_size_up, phase.period, _WINDOWS[phase.window], phase.step_size_down,
-            phase.stride, phase.first_step, phase.first_cycle,
+            phase.stride, phase.first_step, phase.first_cycle, ended, *_ends(span),
         )
-        for start, phase in zip(starts, schedule.phases, strict=True)
+        for phase, start, ended, span in zip(
+            phases, timeline.starts, timeline.ended, timeline.spans, strict=True
+        )
     ]  # fmt: skip
-    floats = [_floats(phase) for phase in schedule.phases]
+    floats = [_floats(phase) for phase in phases]
     return np.array(ints, dtype=np.int64), np.array(floats, dtype=np.float64)
+
+
+def _ends(span: Span) -> tuple[int, int, int]:
+    """Return the columns from ``cycle_start`` on."""
+    if span.steps == 0:
+        return 0, 1, 0
+    return span.start, span.steps, np.iinfo(np.int64).max if span.repeats else 1
 
 
 def _floats(phase: Phase) -> tuple[float, ...]:
@@ -102,6 +133,26 @@ def _hann(x):
 
 
 @triton.jit
+def _phase_at(ints, phases, step):
+    index = 0
+    for i in range(1, phases):
+        index = tl.where(step >= tl.load(ints + i * _N_INTS), i, index)
+    return index
+
+
+@triton.jit
+def cycle_ends(ints, phases, step):
+    """Return how many cycles have ended up to a step, as ``Timeline.ends`` on the host.
+
+    Args:
+        ints, phases, step: as for :func:`rate_and_momentum`.
+    """
+    ints += _phase_at(ints, phases, step) * _N_INTS
+    done = (step - tl.load(ints) + tl.load(ints + 9)) // tl.load(ints + 10)
+    return tl.load(ints + 8) + tl.minimum(done, tl.load(ints + 11))
+
+
+@triton.jit
 def rate_and_momentum(ints, floats, phases, step, base_lr, max_lr, base_momentum, max_momentum):
     """Return ``(learning rate, momentum)`` at a step, both float64.
 
@@ -111,9 +162,7 @@ def rate_and_momentum(ints, floats, phases, step, base_lr, max_lr, base_momentum
         step: int64, counted from 0.
         base_lr, max_lr, base_momentum, max_momentum: the group's bounds, float64.
     """
-    index = 0
-    for i in range(1, phases):
-        index = tl.where(step >= tl.load(ints + i * _N_INTS), i, index)
+    index = _phase_at(ints, phases, step)
     ints += index * _N_INTS
     floats += index * _N_FLOATS
     local = step - tl.load(ints)

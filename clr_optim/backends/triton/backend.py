@@ -97,7 +97,7 @@ class TritonBackend:
         self.plan = Plan(
             optimizer, rule, library(), device, capturable=True, lock=lock, average=slot
         )
-        self._schedule = schedule
+        self._schedule, self._average = schedule, average
         self._momentum = rule.momentum
         self._launches: list[Launch] = []
         self._by_device: dict[torch.device, list[Launch]] = {}
@@ -314,7 +314,7 @@ class TritonBackend:
             if device not in self._clocks:
                 others = list(self._clocks.values())
                 with current.guard(device):
-                    self._clocks[device] = Clock(device, self._schedule, self.plan)
+                    self._clocks[device] = Clock(device, self._schedule, self.plan, self._average)
                 if others:
                     self._clocks[device].join(others[0])
         by_device: dict[torch.device, list[Launch]] = {}

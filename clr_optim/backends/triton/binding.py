@@ -75,9 +75,10 @@ class Binding:
         return self._place == self._place_of(course)
 
     def _place_of(self, course: Course) -> tuple[object, ...]:
-        """Return the bounds, and the position less the plan's count of steps.
+        """Return bounds, counts of averages, and the position less the plan's count of steps.
 
         Ordinary steps change neither.
         """
         momenta = None if course.momenta is None else list(course.momenta)
-        return course.position - self._plan.steps, list(course.bounds), momenta
+        place = course.position - self._plan.steps
+        return place, list(course.bounds), momenta, list(course.offsets)

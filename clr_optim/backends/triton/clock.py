@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from clr_optim.averages import Average, closed_form
 from clr_optim.backends import device as current
 from clr_optim.backends.base import Course, Gradients
 from clr_optim.backends.triton.launch import Launch
@@ -17,12 +18,18 @@ from clr_optim.backends.triton.mirror import Mirror
 from clr_optim.backends.triton.prebound import Call, launch
 from clr_optim.gate import NO_STATISTICS, Gate, Statistics
 from clr_optim.plan import Plan
-from clr_optim.schedule import Schedule, fixed
+from clr_optim.schedule import Schedule
 
 __all__ = ["OWN", "Clock", "fill_gate", "fill_open_gate"]
 
 #: Columns of the groups' table before the kernel's own scalars. A test compares it with ``GROUP``.
-OWN = 8
+OWN = 9
+
+# The column of a scalar in the groups' table, less its column in the plan's scalars.
+_SHIFT = 5
+_AVERAGES = 5  # the column of that name in the groups' table
+
+_INT64_MAX = np.iinfo(np.int64).max
 
 # One program adds all sums of squares, so it takes many at a time.
 _GATE_OPTIONS = {"BLOCK": 4096, "num_warps": 8, "enable_fp_fusion": False}
@@ -41,22 +48,34 @@ class Clock:
         schedule: the policy.
         plan: the plan, which counts the steps. The position minus this count changes only if the
             position is moved.
+        average: which average of the parameters the steps keep, if any.
     """
 
-    def __init__(self, device: torch.device, schedule: Schedule, plan: Plan) -> None:
-        from clr_optim.kernels.triton.schedule import phase_tables
+    def __init__(
+        self, device: torch.device, schedule: Schedule, plan: Plan, average: Average | None = None
+    ) -> None:
+        from clr_optim.kernels.triton.prepare import CONTROL
+        from clr_optim.kernels.triton.schedule import held_tables, phase_tables
 
         self.device = device
         self._plan = plan
         # The device's position minus the plan's count of steps, and the steps to add.
         self._expected: tuple[int, int] | None = None
-        self._control = torch.zeros(3, dtype=torch.int64, device=device)
+        self._control = torch.zeros(len(CONTROL), dtype=torch.int64, device=device)
         self._moving = schedule.scale_fn is None
         self._uploaded = upload = [Mirror(device) for _ in range(4)]
-        constant = phase_tables(fixed())
+        constant = held_tables(schedule)
         own = phase_tables(schedule) if self._moving else constant
         self._own = tuple(m.put(t) for m, t in zip(upload[:2], own, strict=True))
         self._constant = tuple(m.put(t) for m, t in zip(upload[2:], constant, strict=True))
+        # What the kernels count of averages more than the host: cycle ends before the start.
+        self._uncounted = 0
+        if average is not None:
+            every, start, share = closed_form(average)
+            self._uncounted = 0 if every else schedule.cycle_ends(start)
+            for i, number in enumerate((every, start), CONTROL.index("every")):
+                self._control[i].fill_(min(number, _INT64_MAX))
+            self._control[CONTROL.index("share") :].view(torch.float64).fill_(share)
         # Two tables: one with rates of the host, and one with bounds, which graphs read. A table
         # that grew too small for a new group stays, as a graph may read it.
         self._groups = [[Mirror(device)] for _ in range(2)]
@@ -211,7 +230,7 @@ class Clock:
         self._rows = self._followed_rows(course, len(scalars)) if on_device else []
         scalars = scalars.copy()
         for group, column, _ in self._rows:
-            scalars[group, column - 4] = 0.0  # a kernel writes it: no change needs an upload
+            scalars[group, column - _SHIFT] = 0.0  # a kernel writes it: no change needs an upload
         columns = tuple((group, column) for group, column, _ in self._rows)
         if on_device and columns != self._columns:
             self._columns = columns
@@ -219,12 +238,14 @@ class Clock:
                 mirror.forget()  # the kernel may have written a column that the host owns now
         made_of = (
             on_device, tuple(course.bounds if on_device else course.rates), course.momenta,
-            columns, scalars[:, 1:].tobytes(), len(scalars),
+            columns, scalars[:, 1:].tobytes(), len(scalars), tuple(course.offsets),
         )  # fmt: skip
         if made_of == self._groups_of:
             return cast("Tensor", mirrors[-1].table)
-        table = np.zeros((len(scalars), scalars.shape[1] + 4))
-        table[:, 5:] = scalars[:, 1:]  # all but the rate
+        table = np.zeros((len(scalars), scalars.shape[1] + _SHIFT))
+        table[:, 1 + _SHIFT :] = scalars[:, 1:]  # all but the rate
+        offsets = course.offsets[: len(table)]
+        table[: len(offsets), _AVERAGES] = [offset + self._uncounted for offset in offsets]
         # The course may have a group that the plan has not seen yet.
         rates = zip(course.rates, course.bounds, strict=True)
         for i, (rate, bounds) in zip(range(len(table)), rates, strict=False):
@@ -252,7 +273,7 @@ class Clock:
             if group < groups:  # another thread may just have added the group
                 columns, _ = self._plan.places_of(group, key, members)
                 pairs = zip(columns, schedules, strict=True)
-                rows += [(group, column + 4, each) for column, each in pairs if column >= 0]
+                rows += [(group, column + _SHIFT, each) for column, each in pairs if column >= 0]
         return rows
 
     def follow(self, tables: tuple[Any, ...]) -> list[Call]:

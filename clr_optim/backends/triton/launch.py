@@ -44,9 +44,10 @@ class Launch:
         self.bucket = bucket
         self._compiled_for = multi_tensor.constants_for(
             bucket.kernel,
-            len(bucket.slots),
+            len(bucket.slots) - (bucket.average is not None),
             bucket.dtype,
             bucket.number_dtypes,
+            bucket.average,
             current.warp(bucket.device),
         )
         self._lanes = self._compiled_for.prepare["LANES"]
