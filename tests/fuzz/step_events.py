@@ -160,6 +160,26 @@ class StepEvents(TensorEvents):
         self.expected.feed_rates(self.twin)  # a checkpoint of the twin must hold a rate in use
         return None
 
+    @event(1.5, seed=SEEDS, bad=("inf", "nan", "1e35"))
+    def try_a_step_that_is_skipped(self, seed: int, bad: str) -> bool | None:
+        """Step with a gradient that ``skip_above`` refuses: nothing moves."""
+        if self.skip is None or getattr(self.case, "closure", False):
+            return False
+        for i, p in enumerate(members(self.ours)):
+            p.grad = like(self.normal(p.shape, seed + i), p) if p.requires_grad else None
+        grads = [p.grad for p in members(self.ours) if p.grad is not None and p.grad.numel()]
+        if not grads:
+            return False
+        grad = grads[seed % len(grads)]
+        grad[(0,) * grad.dim()] = float(bad)
+        skipped = self.ours.skipped
+        self.ours.step()
+        assert self.ours.skipped == skipped + 1
+        for opt in self.pair():
+            for p in members(opt):
+                p.grad = None
+        return None
+
     @event(2.0, seed=SEEDS, overflow=(False, False, True), power=range(4), unscales=FLAG)
     def step_by_grad_scaler(self, seed: int, overflow: bool, power: int, unscales: bool) -> Any:
         """Step by a GradScaler, on the path that the optimizer asks for."""
