@@ -135,9 +135,9 @@ def test_classes_without_kernels_skip_too(case):
                 problem_with_a_bad_step(problem, opt, case, k)
             problem.step(opt, k, case.closure)
         runs.append((opt, problem))
-    (ours, mine), (twin, theirs) = runs
+    (ours, mine), (twin, others) = runs
     assert ours.skipped == 4
-    assert_same(mine.values(), theirs.values())
+    assert_same(mine.values(), others.values())
     assert ours.iteration == twin.iteration == 12
 
 
@@ -531,8 +531,8 @@ def test_a_resumed_run_decides_as_an_uninterrupted_one(how, backend):
         if k == 120:
             run = resumed(run, how, **options)
     assert run.opt.skipped == whole.opt.skipped > 10
-    ours, theirs = (each.opt.state_dict()["param_groups"] for each in (run, whole))
-    assert ours == theirs
+    ours, expected = (each.opt.state_dict()["param_groups"] for each in (run, whole))
+    assert ours == expected
     assert_identical(run.opt, whole.opt)
 
 

@@ -92,12 +92,12 @@ def _both(how: str, name: str, backend: str, skip_above: Any, clip: float | None
 )  # fmt: skip
 def test_what_one_rank_finds_is_skipped_by_all(ranks, how, name, backend, skip_above, clip):
     results = ranks.run(2, _both, how, name, backend, skip_above, clip)
-    for ((iteration, skipped, statistics, ours), (_, none, no_statistics, theirs)), bad in results:
+    for ((iteration, skipped, statistics, ours), (_, none, no_statistics, expected)), bad in results:
         assert iteration == STEPS
         assert skipped == bad > 30
         assert (none, no_statistics) == (0, None)
         assert statistics == results[0][0][0][2]
-        torch.testing.assert_close(ours, theirs, rtol=0.0, atol=0.0)
+        torch.testing.assert_close(ours, expected, rtol=0.0, atol=0.0)
 
 
 def _save_and_load(folder: str, name: str, backend: str, way: str) -> Any:
