@@ -92,7 +92,10 @@ def _both(how: str, name: str, backend: str, skip_above: Any, clip: float | None
 )  # fmt: skip
 def test_what_one_rank_finds_is_skipped_by_all(ranks, how, name, backend, skip_above, clip):
     results = ranks.run(2, _both, how, name, backend, skip_above, clip)
-    for ((iteration, skipped, statistics, ours), (_, none, no_statistics, expected)), bad in results:
+    for (
+        (iteration, skipped, statistics, ours),
+        (_, none, no_statistics, expected),
+    ), bad in results:
         assert iteration == STEPS
         assert skipped == bad > 30
         assert (none, no_statistics) == (0, None)

@@ -165,19 +165,17 @@ class StepEvents(TensorEvents):
         """Step with a gradient that ``skip_above`` refuses: nothing moves."""
         if self.skip is None or getattr(self.case, "closure", False):
             return False
-        for i, p in enumerate(members(self.ours)):
-            p.grad = like(self.normal(p.shape, seed + i), p) if p.requires_grad else None
-        grads = [p.grad for p in members(self.ours) if p.grad is not None and p.grad.numel()]
-        if not grads:
+        some = [p for p in members(self.ours) if p.requires_grad and p.numel()]
+        if not some:
             return False
-        grad = grads[seed % len(grads)]
+        self.zero_grad(True)
+        self.fill(self.ours, seed)
+        grad = some[seed % len(some)].grad
         grad[(0,) * grad.dim()] = float(bad)
         skipped = self.ours.skipped
         self.ours.step()
         assert self.ours.skipped == skipped + 1
-        for opt in self.pair():
-            for p in members(opt):
-                p.grad = None
+        self.zero_grad(True)
         return None
 
     @event(2.0, seed=SEEDS, overflow=(False, False, True), power=range(4), unscales=FLAG)
