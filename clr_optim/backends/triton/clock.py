@@ -67,14 +67,11 @@ class Clock:
         own = phase_tables(schedule) if self._moving else constant
         self._own = tuple(m.put(t) for m, t in zip(upload[:2], own, strict=True))
         self._constant = tuple(m.put(t) for m, t in zip(upload[2:], constant, strict=True))
-        # What the kernels count of averages more than the host: cycle ends before the start.
-        self._uncounted = 0
         if average is not None:
-            every, start, share = closed_form(average)
-            self._uncounted = 0 if every else schedule.cycle_ends(start)
-            for i, number in enumerate((every, start), CONTROL.index("every")):
+            *numbers, weight = closed_form(average, schedule)
+            for i, number in enumerate(numbers, CONTROL.index("every")):
                 self._control[i].fill_(min(number, _INT64_MAX))
-            self._control[CONTROL.index("share") :].view(torch.float64).fill_(share)
+            self._control[CONTROL.index("share") :].view(torch.float64).fill_(weight)
         # Two tables: one with rates of the host, and one with bounds, which graphs read. A table
         # that grew too small for a new group stays, as a graph may read it.
         self._groups = [[Mirror(device)] for _ in range(2)]
@@ -209,7 +206,7 @@ class Clock:
         table = np.zeros((len(scalars), scalars.shape[1] + _SHIFT))
         table[:, 1 + _SHIFT :] = scalars[:, 1:]  # all but the rate
         offsets = course.offsets[: len(table)]
-        table[: len(offsets), _AVERAGES] = [offset + self._uncounted for offset in offsets]
+        table[: len(offsets), _AVERAGES] = offsets
         # The course may have a group that the plan has not seen yet.
         rates = zip(course.rates, course.bounds, strict=True)
         for i, (rate, bounds) in zip(range(len(table)), rates, strict=False):
