@@ -7,6 +7,7 @@ line to change; :mod:`clr_optim.schedule` has every policy, and
 
 from clr_optim._version import __version__
 from clr_optim.averages import CycleEnd, Ema
+from clr_optim.gate import Spike
 from clr_optim.optimizer import CyclicalOptimizer, CyclicalScheduler
 from clr_optim.range_test import Bounds, RangeTest, lr_range_test
 from clr_optim.rules import register_rule
@@ -25,6 +26,7 @@ __all__ = [
     "RangeTest",
     "Schedule",
     "Snapshots",
+    "Spike",
     "__version__",
     "lr_range_test",
     "register_rule",

@@ -13,11 +13,14 @@ SCHEDULES = "clr_schedules"
 #: The bounds of the group's momentum, if momentum cycles.
 BASE_MOMENTUM, MAX_MOMENTUM = "clr_base_momentum", "clr_max_momentum"
 
+#: The statistics of ``skip_above``, if given, see :data:`clr_optim.gate.Statistics`.
+SKIPS = "clr_skips"
+
 #: The number of averages that a group's parameters have taken, and the position at that time.
 AVERAGES = "clr_averages"
 
 #: All keys of a group.
-KEYS = (STEP, BASE, MAX, SCHEDULE, SCHEDULES, BASE_MOMENTUM, MAX_MOMENTUM, AVERAGES)
+KEYS = (STEP, BASE, MAX, SCHEDULE, SCHEDULES, BASE_MOMENTUM, MAX_MOMENTUM, SKIPS, AVERAGES)
 
 #: The name of a parameter's average in the state, beside torch's names.
 AVERAGE = "clr_average"

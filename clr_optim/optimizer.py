@@ -24,6 +24,7 @@ from clr_optim.core.shared import alone
 from clr_optim.core.step import take_step
 from clr_optim.core.wrapper import OptimizerT
 from clr_optim.from_torch import read_scheduler
+from clr_optim.gate import Spike
 from clr_optim.keys import SCHEDULE, SCHEDULES
 from clr_optim.pictures import plot_optimizer
 from clr_optim.schedule import ScaleFn, Schedule
@@ -79,6 +80,10 @@ class CyclicalOptimizer(Averaged[OptimizerT]):
             A list has a schedule for each group, or ``None`` for a group whose setting stays.
         max_grad_norm: clip by the global norm, as :func:`torch.nn.utils.clip_grad_norm_` before
             each step; gradients in memory keep their values. See :attr:`grad_norm`.
+        skip_above: skip a step whose global norm before clipping is above this number, infinite or
+            NaN; ``math.inf`` skips only the last two; a :class:`Spike` follows the norms of the
+            run. A skipped step changes nothing: no parameter, state, counter or position. Step
+            hooks run, cycle-end hooks do not. See :attr:`skipped`.
         average: keep an average of each parameter, moved within the step: ``"cycle_end"`` or a
             :class:`~clr_optim.CycleEnd` for the mean at the ends of cycles, an
             :class:`~clr_optim.Ema` for an exponential mean. See :meth:`averaged`.
@@ -126,6 +131,7 @@ class CyclicalOptimizer(Averaged[OptimizerT]):
         max_momentum: Number = settings.HIGH_MOMENTUM,
         schedules: Mapping[str, Schedule | Sequence[Schedule | None]] | None = None,
         max_grad_norm: float | None = None,
+        skip_above: float | Spike | None = None,
         average: str | Average | None = None,
         backend: str = "auto",
     ) -> None:
@@ -151,10 +157,11 @@ class CyclicalOptimizer(Averaged[OptimizerT]):
             max_grad_norm=max_grad_norm,
             backend=backend,
             schedules=schedules,
+            skip_above=skip_above,
             average=average,
         )
         # From here on only a warning that the user turned into an error can raise.
-        self._set_up(start.settings, start.chosen)
+        self._set_up(start.settings, start.chosen, start.statistics)
         edits.begin(self._shared, start)
 
     @classmethod
@@ -165,6 +172,7 @@ class CyclicalOptimizer(Averaged[OptimizerT]):
         steps_per_epoch: int = 1,
         schedules: Mapping[str, Schedule | Sequence[Schedule | None]] | None = None,
         max_grad_norm: float | None = None,
+        skip_above: float | Spike | None = None,
         average: str | Average | None = None,
         backend: str = "auto",
     ) -> CyclicalOptimizer[Optimizer]:
@@ -197,7 +205,7 @@ class CyclicalOptimizer(Averaged[OptimizerT]):
             steps_per_epoch: the optimizer's steps between two calls of ``scheduler.step()``. If the
                 loop calls it once per epoch, the rate changes once per epoch here too: take the
                 scheduler over at the end of an epoch.
-            schedules, max_grad_norm, average, backend: as in the constructor.
+            schedules, max_grad_norm, skip_above, average, backend: as in the constructor.
 
         Returns:
             An optimizer around ``scheduler.optimizer``.
@@ -228,6 +236,7 @@ class CyclicalOptimizer(Averaged[OptimizerT]):
                 scheduler.optimizer,
                 schedules=schedules,
                 max_grad_norm=max_grad_norm,
+                skip_above=skip_above,
                 average=average,
                 backend=backend,
                 **edits.arguments_of(taken),
@@ -270,7 +279,8 @@ class CyclicalOptimizer(Averaged[OptimizerT]):
     def grad_norm(self) -> Tensor | None:
         """The global gradient norm of the last step before clipping, a 0-dim tensor.
 
-        ``None`` before the first step with ``max_grad_norm``.
+        A skipped step counts. ``None`` before the first step with ``max_grad_norm`` or
+        ``skip_above``.
         """
         norm = self._shared.grad_norm()
         traits = self._shared.serving.traits

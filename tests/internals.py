@@ -195,7 +195,7 @@ def bare_native_backend(optimizer: Optimizer) -> NativeBackend:
 def bare_step(backend: FusedBackend, rate: float, max_norm: float | None = None) -> Tensor | None:
     """Step a backend whose optimizer has one group, at a fixed rate; return the gradients' norm."""
     course = Course(0, [rate], [(rate, rate)], None, [], True)
-    return backend.step(course, Gradients(max_norm=max_norm))
+    return backend.step(course, Gradients(max_norm=max_norm)).norm
 
 
 # ---- ordinary steps
@@ -205,6 +205,7 @@ def outcome_of(opt: Wrapped) -> str:
     """Try to take a step in one call of native code, with a value ahead; return how it ended."""
     plan = plan_of(opt)
     names = ["TAKEN", "OUT_OF_VALUES", "OBSERVED", "REPLACED", "WRITTEN", "OUTDATED", "IN_USE"]
+    names.append("SKIPPED")
     outcomes = {getattr(plan.lib, name): name for name in names}
     return outcomes[plan.native.step(vars(opt))]
 

@@ -12,7 +12,7 @@ from places import ROOT, TESTS
 #: from the ground up: a module may import modules of its own floor and of lower floors
 FLOORS = (
     ("_version", "checks", "console", "keys", "options", "pictures"),
-    ("rules", "schedule", "sharding"),
+    ("gate", "rules", "schedule", "sharding"),
     ("averages", "from_torch", "kernels"),
     ("plan",),
     ("backends",),

@@ -22,6 +22,7 @@ sys.path += [
     str(TESTS / folder) for folder in ("backends", "core", "demo", "plotting", "range_test")
 ]
 
+import test_averages
 import test_cli
 import test_commands
 import test_from_any_scheduler
@@ -116,6 +117,8 @@ def attempts() -> Iterator[Attempt]:
             name,
             lambda s=schedules: CyclicalOptimizer(errors.adam(), schedules=s),
         )
+    for name, (make, *_) in test_averages.WRONG.items():
+        yield Attempt("CycleEnd, Ema", name, make)
     for name, (build, *_) in test_from_scheduler.REFUSED.items():
         yield Attempt(
             f"{where}.from_scheduler",

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clr_optim.averages import Average
+from clr_optim.gate import Gate
 from clr_optim.plan import Plan
 from clr_optim.rules import UpdateRule
 from clr_optim.schedule import Schedule
 
-__all__ = ["Course", "FusedBackend", "Gradients", "WhoKnows"]
+__all__ = ["Course", "FusedBackend", "Gradients", "Outcome", "WhoKnows"]
 
 
 class Course(NamedTuple):
@@ -56,11 +57,42 @@ class Gradients(NamedTuple):
         found_inf: the GradScaler's answer, a tensor of one element. If it is not 0, a gradient is
             infinite or NaN, and the step does nothing. None if the host has read the answer.
         max_norm: the largest norm over all gradients of all ranks; the step clips a larger one.
+        gate: decides by this norm whether the step happens.
+        waits: whether the host must know the gate's decision before any tensor changes.
     """
 
     scale: Tensor | None = None
     found_inf: Tensor | None = None
     max_norm: float | None = None
+    gate: Gate | None = None
+    waits: bool = False
+
+    @property
+    def fills_gate(self) -> bool:
+        """Whether the gate of this step may close, or its gradients have a factor."""
+        return self.needs_norm or self.scale is not None or self.found_inf is not None
+
+    @property
+    def leave_doubt(self) -> bool:
+        """Whether kernels may skip the step without the host's knowledge."""
+        return self.found_inf is not None or (self.gate is not None and not self.waits)
+
+    @property
+    def needs_norm(self) -> bool:
+        """Whether the step depends on the norm of all gradients."""
+        return self.max_norm is not None or self.gate is not None
+
+
+class Outcome(NamedTuple):
+    """The outcome of a step.
+
+    Args:
+        norm: the norm of all gradients, if the step depends on it.
+        happened: False if the host knows that the step was skipped.
+    """
+
+    norm: Tensor | None
+    happened: bool = True
 
 
 class WhoKnows(enum.Enum):
@@ -164,5 +196,10 @@ class FusedBackend(Protocol):
             has_begun: whether native code had begun to change tensors, and has counted the step.
         """
 
-    def step(self, course: Course, gradients: Gradients) -> Tensor | None:
-        """Update all tensors of the plan; return the gradients' norm if the step clips by it."""
+    def step(self, course: Course, gradients: Gradients) -> Outcome:
+        """Update all tensors of the plan, or none if the gate closes.
+
+        Args:
+            course: the place of this step in the schedule.
+            gradients: how the step changes its gradients, and the gate.
+        """

@@ -1,4 +1,4 @@
-"""Clips gradients for the length of one step of the wrapped optimizer."""
+"""Measures the gradients of the wrapped optimizer, and clips them for the length of one step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from clr_optim.sharding import global_norm, is_wide, local_part, spreads, whole
+from clr_optim.sharding import DTensor, global_norm, is_wide, local_part, spreads, whole
 
 __all__ = ["ClippedGradients", "check_clippable"]
 
@@ -21,10 +21,10 @@ class ClippedGradients:
 
     Args:
         max_norm: the largest norm over all gradients together, as in
-            :func:`torch.nn.utils.clip_grad_norm_`.
+            :func:`torch.nn.utils.clip_grad_norm_`; None leaves the user's gradients in place.
     """
 
-    def __init__(self, max_norm: float) -> None:
+    def __init__(self, max_norm: float | None) -> None:
         self._max_norm = max_norm
         self._originals: list[tuple[Tensor, Tensor]] = []
 
@@ -44,15 +44,19 @@ class ClippedGradients:
         for param in params:
             grad = param.grad
             if grad is not None:
-                self._originals.append((param, grad))
-                own = whole(grad)
+                is_read_only = self._max_norm is None and grad_scale is None
+                own = grad.detach() if is_read_only and type(grad) is not DTensor else whole(grad)
                 if grad_scale is not None:
                     local_part(own).mul_(grad_scale.to(own.device).reciprocal())
-                param.grad = own
+                if self._max_norm is not None:
+                    self._originals.append((param, grad))
+                    param.grad = own
                 copies.append(own)
         ways = spreads(params)
         if not any(ways):
             try:
+                if self._max_norm is None:
+                    return global_norm(copies, ways, is_wide(params))
                 return torch.nn.utils.clip_grad_norm_(
                     [p for p, _ in self._originals], self._max_norm
                 )
@@ -61,18 +65,28 @@ class ClippedGradients:
                 sparse = [p for p in params if p.grad is not None and p.grad.layout in _SPARSE]
                 if not sparse:
                     raise
-                raise NotImplementedError(
-                    f"max_grad_norm={self._max_norm} cannot clip sparse gradients, because torch "
-                    f"takes no norm of them: a parameter of shape {list(sparse[0].shape)} has one. "
-                    "Construct CyclicalOptimizer without max_grad_norm, or use dense gradients, as "
-                    "torch.nn.Embedding(..., sparse=False) does"
-                ) from error
+                raise self._no_norm(sparse[0]) from error
         # torch's function takes DTensors of one mesh only, and no other tensors beside them.
         norm = global_norm(copies, ways, is_wide(params))
+        if self._max_norm is None:
+            return norm
         factor = (self._max_norm / (norm + 1e-6)).clamp(max=1.0)
         for own in copies:
             local_part(own).mul_(factor.to(own.device))
         return norm
+
+    def _no_norm(self, param: Tensor) -> NotImplementedError:
+        """Return the error of a parameter whose gradient is sparse."""
+        name, verb = "skip_above", "measure"
+        asked = name
+        if self._max_norm is not None:
+            name, verb = "max_grad_norm", "clip"
+            asked = f"{name}={self._max_norm}"
+        return NotImplementedError(
+            f"{asked} cannot {verb} sparse gradients, because torch takes no norm of them: a "
+            f"parameter of shape {list(param.shape)} has one. Construct CyclicalOptimizer without "
+            f"{name}, or use dense gradients, as torch.nn.Embedding(..., sparse=False) does"
+        )
 
     def restore(self) -> None:
         """Put the user's gradients back, if copies are in their place."""
@@ -81,7 +95,7 @@ class ClippedGradients:
         self._originals.clear()
 
 
-def check_clippable(params: Iterable[Tensor], max_norm: float) -> None:
+def check_clippable(params: Iterable[Tensor], max_norm: float | None) -> None:
     """Raise if torch takes no norm of the gradients."""
     clipped = ClippedGradients(max_norm)
     try:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from clr_optim.averages import Average, slot_of
-from clr_optim.backends.base import Course, Gradients, WhoKnows
+from clr_optim.backends.base import Course, Gradients, Outcome, WhoKnows
 from clr_optim.backends.torch import has_own_step
 from clr_optim.kernels.native import NoKernelsError, load
 from clr_optim.keys import STEP
@@ -144,30 +144,35 @@ class NativeBackend:
         """Return False: the host writes the rates."""
         return False
 
-    def step(self, course: Course, gradients: Gradients) -> Tensor | None:
-        """Update all tensors of the plan; return the norm of the gradients if a norm limits them.
+    def step(self, course: Course, gradients: Gradients) -> Outcome:
+        """Update all tensors of the plan, or none if the gate closes.
 
         Args:
             course: the rates of the step.
-            gradients: how to scale and clip the gradients. The host has dealt with ``found_inf``.
+            gradients: how to scale and clip the gradients, and the gate. The host has dealt with
+                ``found_inf``.
         """
         plan = self.plan
         factor = 1.0 if gradients.scale is None else 1.0 / gradients.scale.item()
-        norm = None
+        length, norm = 0.0, None
         with plan.lock:
-            if gradients.max_norm is not None:
+            if gradients.needs_norm:
                 length = factor * self._norm()
+                norm = torch.tensor(length, dtype=plan.norm_dtype, device="cpu")
+                if gradients.gate is not None and gradients.gate.closes(norm.item()):
+                    plan.release()
+                    return Outcome(norm, happened=False)
+            if gradients.max_norm is not None:
                 clip = gradients.max_norm / (length + 1e-6)
                 # A NaN must stay NaN, as in clip_grad_norm_.
                 factor = factor if clip > 1.0 else factor * clip
-                norm = torch.tensor(length, dtype=plan.norm_dtype, device="cpu")
             try:
                 self._call_kernels(course, factor)
             except BaseException:
                 # Ctrl-C during a kernel is raised after the kernel, which has filled the new state.
                 plan.commit_if_called()
                 raise
-        return norm
+        return Outcome(norm)
 
     def _call_kernels(self, course: Course, factor: float) -> None:
         update = self.plan.native.update

@@ -36,6 +36,7 @@ from clr_optim.core.saved import (
 from clr_optim.core.scheduled import check_schedules
 from clr_optim.core.settings import Settings
 from clr_optim.core.warn import callers_level, warn_each
+from clr_optim.gate import Statistics, check_skip_above, saved_statistics
 from clr_optim.keys import BASE, MAX, SCHEDULE, SCHEDULES
 from clr_optim.schedule import POLICIES, SCALE_MODES, Schedule, check_growth, triangular
 
@@ -65,6 +66,7 @@ class Start:
         saved_policy: the policy in a checkpoint that the optimizer has loaded, if any.
         saved_schedules: the schedules of each group's settings in that checkpoint.
         warnings: messages for the user.
+        statistics: those of the gate in that checkpoint.
     """
 
     settings: Settings
@@ -79,6 +81,7 @@ class Start:
     saved_policy: object
     saved_schedules: list[object]
     warnings: list[str | None]
+    statistics: Statistics
 
 
 def check_arguments(
@@ -94,6 +97,7 @@ def check_arguments(
     backend: Any,
     schedules: object = None,
     average: object = None,
+    skip_above: object = None,
 ) -> Start:
     """Check the constructor's arguments; change nothing.
 
@@ -145,9 +149,11 @@ def check_arguments(
             f"average={average!r} needs cycles that end, and the schedule {schedule.name!r} has "
             "none: use Ema(decay), or another policy"
         )
+    skips = check_skip_above(skip_above)
+    statistics = saved_statistics(groups if resumed else [], "optimizer")
     schedule.rates(position, bounds)  # a scale_fn may raise
     chosen = backends.resolve(backend, optimizer)
-    settings = Settings(optimizer, schedule, cycles, max_grad_norm, backend, scheduled, kept)
+    settings = Settings(optimizer, schedule, cycles, max_grad_norm, backend, scheduled, skips, kept)
     if cycles:
         check_momentum_state(optimizer, range(len(groups)), "cycle_momentum=True")
     with_momentum = settings.with_momentum_schedule(len(groups))
@@ -175,6 +181,7 @@ def check_arguments(
         groups[0].get(SCHEDULE) if resumed and groups else None,
         [group.get(SCHEDULES) for group in groups] if resumed else [],
         warned,
+        statistics,
     )
 
 

@@ -44,7 +44,19 @@ class Course(Wrapper[OptimizerT]):
         if shared.position.is_certain:
             return shared.position.believed()
         with shared.lock:
-            return shared.position.ask()
+            position: int = shared.position.ask()
+            shared.warn_of_skips()
+            return position
+
+    @property
+    def skipped(self) -> int:
+        """Steps that ``skip_above`` has skipped, 0 without it; checkpoints carry the number.
+
+        If only the device knows the number, the host waits for the device. An overflow under a
+        GradScaler does not count.
+        """
+        skipped: int = self._shared.skipped()
+        return skipped
 
     @property
     def base_lr(self) -> float | list[float]:

@@ -66,12 +66,13 @@ def create_state(shared: Shared, fused: FusedBackend, borrowed: Borrowed) -> Non
     fused.plan.refresh()
     gradients = Gradients(max_norm=settings.max_grad_norm)
     if has_rest(shared, fused, capturing=False):
-        gradients = step_rest(shared, fused, amp.NO_SIGNALS, gradients, borrowed)
+        left = step_rest(shared, fused, amp.NO_SIGNALS, gradients, borrowed)
+        assert left is not None, "no gate was given"
+        gradients = left
         shared.averaging.put(fused.plan.unserved, {})
     course = position.course()
-    norm = fused.step(
-        course._replace(rates=[0.0] * len(course.rates), moves=False, weights=()), gradients
-    )
+    course = course._replace(rates=[0.0] * len(course.rates), moves=False, weights=())
+    norm, _ = fused.step(course, gradients)
     if norm is not None:
         shared.ordinary.norm = norm
 

@@ -20,6 +20,7 @@ from clr_optim.core.records import (
 from clr_optim.core.saved import found_bounds, written_position
 from clr_optim.core.settings import HIGH_MOMENTUM, LOW_MOMENTUM, Settings
 from clr_optim.core.values import Values, evaluate
+from clr_optim.gate import Gate, are_held, put_statistics
 from clr_optim.keys import (
     AVERAGES,
     BASE,
@@ -47,12 +48,16 @@ class GroupMirror:
     Args:
         settings: the optimizer and its policy.
         is_kept: returns whether the device keeps a group's ``lr`` current.
+        gate: whose statistics the groups hold, if any.
     """
 
-    def __init__(self, settings: Settings, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+    def __init__(
+        self, settings: Settings, is_kept: Callable[[dict[str, Any]], bool], gate: Gate | None
+    ) -> None:
         self._settings = settings
         self._optimizer: Any = settings.optimizer
         self._is_kept = is_kept
+        self._gate = gate
         self.records: list[Record] = []
         # The list of groups that was last written. Other code may append to it.
         self._groups: Sequence[dict[str, Any]] = ()
@@ -85,7 +90,7 @@ class GroupMirror:
         A step of a small model asks this question and little more, so the answer must be cheap.
         """
         records, groups = self.records, self._optimizer.param_groups
-        if len(records) != len(groups):
+        if len(records) != len(groups) or not are_held(self._gate, groups):
             return False
         for group, record, (base, top) in zip(groups, records, self.written.bounds, strict=False):
             rate = record.lr
@@ -105,7 +110,9 @@ class GroupMirror:
     def is_settled(self) -> bool:
         """Return whether the groups are ours and hold our bounds. Rates are not compared."""
         groups = self._optimizer.param_groups
-        return self.are_ours(groups) and all(
+        if not (self.are_ours(groups) and are_held(self._gate, groups)):
+            return False
+        return all(
             STEP in group
             and isinstance(group.get(BASE), float)
             and isinstance(group.get(MAX), float)
@@ -233,6 +240,8 @@ class GroupMirror:
         groups = list(self._optimizer.param_groups)
         for i, (group, bounds) in enumerate(zip(groups, self.bounds(groups), strict=True)):
             self.fill_in_bounds(i, group, bounds)
+        if self._gate is not None:
+            self._gate.adopt(groups)
 
     def write(self, position: int, is_driven: Callable[[Tensor], bool]) -> None:
         """Write position, policy, rates and settings of a step into all groups.
@@ -331,4 +340,5 @@ class GroupMirror:
             group.setdefault(AVERAGES, [0, position])
         else:
             group.pop(AVERAGES, None)
+        put_statistics(self._gate, group)
         return self._is_kept(group)

@@ -8,6 +8,7 @@ step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from clr_optim.core.records import Record
 from clr_optim.core.serving import Serving
 from clr_optim.core.settings import Settings
 from clr_optim.core.values import Values
-from clr_optim.keys import AVERAGES, BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM
+from clr_optim.gate import NO_STATISTICS, Gate
+from clr_optim.keys import AVERAGES, BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM, SKIPS
 from clr_optim.plan import Plan
 
 __all__ = ["OrdinarySteps"]
@@ -45,6 +47,7 @@ class OrdinarySteps:
         position: the position, and who knows it.
         serving: the backend.
         averaging: the averages.
+        gate: decides which steps are skipped, if any are.
     """
 
     def __init__(
@@ -54,16 +57,18 @@ class OrdinarySteps:
         position: Position,
         serving: Serving,
         averaging: Averaging,
+        gate: Gate | None,
     ) -> None:
         self._settings = settings
         self._mirror = mirror
         self._position = position
         self._serving = serving
         self._averaging = averaging
+        self._gate = gate
         # The number of steps that the next values are for. It doubles from 1 up to a block, so that
         # a loop whose steps are all unusual computes few values in vain.
         self._count = 1
-        #: the norm of all gradients in the last step that clipped by it
+        #: the norm of all gradients in the last step that depended on it
         self.norm: Tensor | None = None
 
     @property
@@ -81,9 +86,10 @@ class OrdinarySteps:
         if fused is None or plan is None or current_device.is_capturing():
             return False
         native, lib = plan.native, plan.lib
-        calls = native.calls
-        is_scaled = "found_inf" in attributes
-        if is_scaled and native.launches is not None:
+        calls, gate = native.calls, self._gate
+        before = NO_STATISTICS if gate is None else gate.statistics
+        may_skip = gate is not None or "found_inf" in attributes
+        if may_skip and native.launches is not None:
             fused.who_knows = WhoKnows.MAYBE  # the device may skip the step
         try:
             outcome = native.step(attributes)
@@ -91,12 +97,18 @@ class OrdinarySteps:
                 outcome = native.step(attributes)
         except BaseException:
             fused.doubt(has_begun=native.calls != calls)
+            if gate is not None and native.calls == calls:
+                gate.take_back(before)
             raise
-        # With a momentum of 0 the host must know whether a GradScaler's step happens.
-        waits = is_scaled and self._settings.momentum_vanishes
+        if outcome in (lib.TAKEN, lib.SKIPPED):
+            return True
+        if gate is not None:
+            gate.take_back(before)  # the general way asks the gate again
+        # With a momentum of 0 the host must know whether the step happens.
+        waits = may_skip and self._settings.momentum_vanishes
         if outcome == lib.UNSERVED and not waits and self._may_serve(plan):
             fused.bind_next()
-        return bool(outcome == lib.TAKEN)
+        return False
 
     def leave(self) -> None:
         """Forget the values: the general way takes the next step."""
@@ -129,7 +141,9 @@ class OrdinarySteps:
             return False
         position.catch_up()
         position.warn_unread_bounds()
-        if settings.max_grad_norm is not None and any(plan.spreads):
+        gate = self._gate
+        needs_norm = settings.max_grad_norm is not None or gate is not None
+        if needs_norm and any(plan.spreads):
             return False  # the norm is a sum over ranks
         number, written, records = position.number, mirror.written, mirror.records
         if written.position != number or len(plan.scalars) != len(records):
@@ -146,7 +160,12 @@ class OrdinarySteps:
         # One call, so that an interrupt finds the old course or the new one.
         plan.native.begin_course(
             [
-                (record.group, record.lr, _entries(written, record, i), _settings(plan, record, i))
+                (
+                    record.group,
+                    record.lr,
+                    _entries(written, record, i, gate),
+                    _settings(plan, record, i),
+                )
                 for i, record in enumerate(records)
             ],
             written.position,
@@ -154,6 +173,7 @@ class OrdinarySteps:
             [row.numbers for row in rows] if written.numbers else [],
             ends,
             settings.max_grad_norm,
+            None if gate is None else _closes(plan, gate),
             self._averages(rows[:-1]),
         )
         self._count = min(2 * self._count, _BLOCK)
@@ -205,9 +225,18 @@ class OrdinarySteps:
         )
 
 
-def _entries(written: Values, record: Record, group: int) -> list[tuple[str, object]]:
+def _closes(plan: Plan, gate: Gate) -> Callable[[float], bool]:
+    """Return what native code asks whether a step is skipped, given the norm of all gradients."""
+    return gate.closes if plan.norm_dtype is torch.float64 else gate.closes_rounded
+
+
+def _entries(
+    written: Values, record: Record, group: int, gate: Gate | None
+) -> list[tuple[str, object]]:
     """Return what a group must still hold in an ordinary step, beside rate and settings."""
     entries: list[tuple[str, object]] = [*zip((BASE, MAX), written.bounds[group], strict=True)]
+    if gate is not None:
+        entries.append((SKIPS, gate.held))
     if written.momentum_bounds:
         bounds = written.momentum_bounds[group]
         entries += zip((BASE_MOMENTUM, MAX_MOMENTUM), bounds, strict=True)

@@ -40,7 +40,7 @@ _REMEDIES = {
         (
             "policy", "step_size_up", "step_size_down", "gamma", "window", "scale_fn", "scale_mode",
             "cycle_momentum", "base_momentum", "max_momentum", "schedules", "max_grad_norm",
-            "backend",
+            "skip_above", "backend",
         ),
         _ANEW,
     ),
@@ -55,7 +55,7 @@ _REMEDIES = {
         ),
         _GROUPS,
     ),
-    **dict.fromkeys(("grad_norm", "scheduler"), _READ_ONLY),
+    **dict.fromkeys(("grad_norm", "scheduler", "skipped"), _READ_ONLY),
 }  # fmt: skip
 
 

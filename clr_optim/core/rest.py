@@ -28,7 +28,8 @@ def has_rest(shared: Shared, fused: FusedBackend, *, capturing: bool) -> bool:
     rest = [(p, why) for p, why in plan.rest if p.grad is not None]
     if not rest or not (capturing or backends.is_fused(settings.backend)):
         return bool(rest)
-    if settings.max_grad_norm is not None and not capturing:
+    needs_norm = settings.max_grad_norm is not None or settings.skip_above is not None
+    if needs_norm and not capturing:
         check_clippable(parameters_of(settings.optimizer), settings.max_grad_norm)
     plan.forget()  # the reason may be gone by the next step
     if capturing:
@@ -45,29 +46,32 @@ def step_rest(
     signals: amp.Signals,
     gradients: Gradients,
     borrowed: Borrowed,
-) -> Gradients:
+) -> Gradients | None:
     """Take torch's own step with the parameters that no kernel serves.
 
     Args:
         shared: the optimizer.
         fused: the backend.
         signals: what a GradScaler left on the wrapper.
-        gradients: how the step scales and clips gradients.
+        gradients: how the step scales and clips gradients, and the gate.
         borrowed: an empty list, see :data:`Borrowed`.
 
     Returns:
-        How the kernels still have to scale and clip the gradients.
+        How the kernels still have to scale and clip the gradients; None if the gate closes.
     """
     plan, inner = fused.plan, shared.settings.optimizer
-    if gradients.max_norm is not None:
+    is_clipped = gradients.max_norm is not None
+    if gradients.needs_norm:
         # One norm over all parameters: clipped copies, on which torch and the kernels then work.
         clipped = ClippedGradients(gradients.max_norm)
         borrowed.append(clipped)
-        shared.ordinary.norm = clipped.clip(parameters_of(inner), gradients.scale)
-        gradients = Gradients()
+        norm = shared.ordinary.norm = clipped.clip(parameters_of(inner), gradients.scale)
+        if gradients.gate is not None and gradients.gate.closes(norm.item()):
+            return None
+        # Clipping has divided the scale out.
+        gradients = Gradients() if is_clipped else gradients._replace(gate=None)
         plan.refresh()
     hidden = HiddenGradients(p for bucket in plan.buckets for p in bucket.params)
-    is_clipped = bool(borrowed)  # clipping has divided the scale out
     with amp.handed_down(signals, inner, scaled=not is_clipped):
         borrowed.append(hidden)
         hidden.hide()

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from clr_optim.averages import Average
 from clr_optim.core.followed import schedules_json
+from clr_optim.gate import Spike
 from clr_optim.keys import BASE_MOMENTUM, MAX_MOMENTUM
 from clr_optim.schedule import Schedule
 
@@ -31,6 +32,7 @@ class Settings:
         backend: the backend that the user asked for, ``"auto"`` included.
         schedules: the schedules of settings by name: one for all groups, or one per group, ``None``
             for a group whose setting stays.
+        skip_above: the norm above which a step is skipped, if any.
         average: which average of the parameters the steps keep, if any.
     """
 
@@ -40,6 +42,7 @@ class Settings:
     max_grad_norm: float | None
     backend: str
     schedules: Mapping[str, Schedule | Sequence[Schedule | None]] = field(default_factory=dict)
+    skip_above: float | Spike | None = None
     average: Average | None = None
     #: the policy as the groups hold it
     schedule_json: str = field(init=False)

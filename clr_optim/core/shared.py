@@ -17,6 +17,8 @@ from clr_optim.core.ordinary import OrdinarySteps
 from clr_optim.core.position import Position
 from clr_optim.core.serving import Serving
 from clr_optim.core.settings import Settings
+from clr_optim.core.warn import warn_each
+from clr_optim.gate import NO_STATISTICS, Gate, Statistics
 
 __all__ = ["Shared", "alone"]
 
@@ -32,20 +34,29 @@ class Shared:
     Args:
         settings: the optimizer and its policy.
         chosen: the backend's name, and why it was chosen.
+        statistics: those of a gate that a checkpoint has.
     """
 
-    def __init__(self, settings: Settings, chosen: tuple[str, str]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        chosen: tuple[str, str],
+        statistics: Statistics = NO_STATISTICS,
+    ) -> None:
         #: held by the thread that steps the optimizer, changes its course or copies its state
         self.lock = threading.RLock()
         self.settings = settings
         self.serving = Serving(settings, chosen)
-        self.mirror = GroupMirror(settings, self.serving.is_kept)
+        skip_above = settings.skip_above
+        #: decides which steps are skipped; None without ``skip_above``
+        self.gate = None if skip_above is None else Gate(skip_above, statistics)
+        self.mirror = GroupMirror(settings, self.serving.is_kept, self.gate)
         self.position = Position(settings, self.mirror, self.serving)
         #: bounds by the constructor's arguments; ``None`` stands for the default base_lr
         self.constructor_bounds: list[tuple[float | None, float]] = []
         self.averaging = Averaging(settings, self.position)
         self.ordinary = OrdinarySteps(
-            settings, self.mirror, self.position, self.serving, self.averaging
+            settings, self.mirror, self.position, self.serving, self.averaging, self.gate
         )
         _alive.add(self)
 
@@ -53,6 +64,26 @@ class Shared:
         """Return the norm of all gradients before clipping, of the last step."""
         with self.lock:
             return self.ordinary.last_norm()
+
+    def skipped(self) -> int:
+        """Return how many steps the gate has skipped; wait for the device if only it knows."""
+        if self.gate is None:
+            return 0
+        with self.lock:
+            self.position.catch_up()
+            self.position.ask()
+            self.warn_of_skips()
+            return int(self.gate.statistics[-1])
+
+    def warn_of_skips(self) -> None:
+        """Warn if the gate has skipped many steps, as far as the host knows."""
+        if self.gate is not None:
+            warn_each([self.gate.warning(self.position.number)])
+
+    def write_skips(self) -> None:
+        """Write the gate's statistics into the groups, for a checkpoint or a copy."""
+        if self.gate is not None:
+            self.gate.write(self.settings.optimizer.param_groups)
 
     def take_ordinary_step(self, attributes: dict[str, Any]) -> bool:
         """Take the next step in one call of native code; return False if nothing was done.

@@ -26,8 +26,22 @@ from clr_optim.core.rest import Borrowed, give_back, has_rest, step_rest
 from clr_optim.core.serving import parameters_of
 from clr_optim.core.shared import Shared
 from clr_optim.core.values import Values
+from clr_optim.gate import NO_STATISTICS
 
 __all__ = ["take_step"]
+
+
+class _ClosedError(Exception):
+    """The gate has closed in the middle of torch's own step.
+
+    Args:
+        loss: the loss of the closure, if there was one.
+    """
+
+    def __init__(self, loss: float | None) -> None:
+        super().__init__("skip_above has skipped the step")
+        self.loss = loss
+
 
 _UNCHANGED_GRADIENTS = Gradients()
 
@@ -44,7 +58,7 @@ class StepContext:
 
     __slots__ = (
         "ahead", "before", "capturing", "creates_state", "evaluates", "shared", "signals",
-        "wrapper",
+        "statistics", "wrapper",
     )  # fmt: skip
 
     def __init__(self, wrapper: Any) -> None:
@@ -62,6 +76,13 @@ class StepContext:
         self.before = (0, 0)
         #: what to write after the step, if other code has not touched the groups
         self.ahead: Values | None = None
+        #: the gate's statistics before the step
+        self.statistics = NO_STATISTICS
+
+    def forget_decision(self) -> None:
+        """Take the gate's decision back: the step did not happen."""
+        if self.shared.gate is not None:
+            self.shared.gate.take_back(self.statistics)
 
     def begin(self) -> None:
         """Compute the next values, and settle the groups if other code has touched them.
@@ -73,6 +94,8 @@ class StepContext:
         position.catch_up()
         shared.ordinary.leave()
         self.before = position.counted
+        if shared.gate is not None:
+            self.statistics = shared.gate.statistics
         if self.before[0] % _BLOCK == 0:
             position.warn_unread_bounds()
         if shared.mirror.is_untouched(self.before[0]):
@@ -212,6 +235,8 @@ def _fused_step(context: StepContext, fused: FusedBackend) -> int:
     except BaseException:
         give_back(borrowed)
         amp.forget(inner)
+        if fused.plan.steps == context.before[1]:
+            context.forget_decision()
         position.catch_up()
         fused.plan.release()
         if context.capturing:
@@ -235,11 +260,13 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: Borrowed) -> bo
     averages = settings.average is not None and averaging.left_to_host(plan.unserved)
     if averages and context.capturing:
         raise cannot_capture("a parameter without a gradient has an average, which the host moves")
-    found_inf = signals.found_inf
-    if (found_inf is not None or shared.position.is_on_device) and not context.capturing:
+    found_inf, gate = signals.found_inf, shared.gate
+    waits = False
+    may_skip = found_inf is not None or gate is not None
+    if (may_skip or shared.position.is_on_device) and not context.capturing:
         # The host waits for the device only if it acts on the answer. It acts for hooks, a
         # scale_fn, torch's own step, new state and the choice of the kernel.
-        acts = (
+        acts = bool(
             plan.pending
             or rest
             or averages
@@ -254,21 +281,26 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: Borrowed) -> bo
             found_inf = None
         if acts and shared.position.is_on_device:
             shared.position.settle()
+        waits = acts
     gradients = _UNCHANGED_GRADIENTS
-    if signals.scale is not None or found_inf is not None or settings.max_grad_norm is not None:
-        gradients = Gradients(signals.scale, found_inf, settings.max_grad_norm)
+    if may_skip or signals.scale is not None or settings.max_grad_norm is not None:
+        gradients = Gradients(signals.scale, found_inf, settings.max_grad_norm, gate, waits)
     copies: dict[Tensor, Tensor] = {}
     if rest:
         copies = averaging.copies(plan.unserved)
-        gradients = step_rest(shared, fused, signals, gradients, borrowed)
+        left = step_rest(shared, fused, signals, gradients, borrowed)
+        if left is None:
+            plan.release()
+            return False
+        gradients = left
     position = shared.position.number
-    norm = fused.step(shared.position.course(), gradients)
+    norm, happened = fused.step(shared.position.course(), gradients)
     if norm is not None:
         shared.ordinary.norm = norm
-    if copies or averages:
+    if happened and (copies or averages):
         averaging.put(plan.unserved, copies)
         averaging.take(position, only={*map(id, plan.unserved)})
-    return True
+    return happened
 
 
 # ---- the wrapped optimizer's own step
@@ -320,7 +352,13 @@ def _wrapped_step(
     try:
         if context.signals.overflowed():
             return None, 0
-        _run_wrapped_step(context, losses, borrowed, closure, args, kwargs)
+        known = set(shared.settings.optimizer.state) if closure is not None else None
+        try:
+            _run_wrapped_step(context, losses, borrowed, closure, args, kwargs)
+        except _ClosedError as closed:
+            give_back(borrowed)
+            _forget_new_state(shared, known)
+            return closed.loss, 0
         if context.creates_state:
             shared.averaging.put(parameters_of(shared.settings.optimizer), copies)
         return losses[0], advance() if moves else 0
@@ -329,7 +367,26 @@ def _wrapped_step(
         amp.forget(shared.settings.optimizer)
         if losses and moves:  # the step was taken
             advance()
+        elif not losses:
+            with shared.lock:
+                context.forget_decision()
         raise
+
+
+def _forget_new_state(shared: Shared, known: set[Any] | None) -> None:
+    """Remove the state that a skipped step has created, and send the statistics to the device.
+
+    Args:
+        shared: the optimizer.
+        known: the keys of the state before the step; None if the step cannot have created any.
+    """
+    state = shared.settings.optimizer.state
+    # LBFGS creates its counters before it calls the closure.
+    for key in [] if known is None else [key for key in state if key not in known]:
+        del state[key]
+    with shared.lock:
+        if shared.position.is_on_device:
+            shared.position.rewrite()
 
 
 def _run_wrapped_step(
@@ -342,6 +399,8 @@ def _run_wrapped_step(
 ) -> None:
     """Run the wrapped optimizer's own step, with clipped gradients if the user asked for them.
 
+    The gate decides by the first gradients: before the step, or after the closure's first call.
+
     Args:
         context: the step.
         losses: a list to which the loss is added as soon as the step was taken.
@@ -349,17 +408,27 @@ def _run_wrapped_step(
         closure: as in torch.
         args: for a ``step`` that takes more.
         kwargs: likewise.
+
+    Raises:
+        _ClosedError: if the gate closes.
     """
     shared = context.shared
     inner: Any = shared.settings.optimizer
-    max_norm = shared.settings.max_grad_norm
-    clipped = None if max_norm is None else ClippedGradients(max_norm)
+    max_norm, gate = shared.settings.max_grad_norm, shared.gate
+    clipped = None if max_norm is None and gate is None else ClippedGradients(max_norm)
     if clipped is not None:
         borrowed.append(clipped)
 
-    def clip() -> None:
-        if clipped is not None:
-            shared.ordinary.norm = clipped.clip(parameters_of(inner), context.signals.scale)
+    def clip(loss: float | None = None) -> None:
+        nonlocal gate
+        if clipped is None:
+            return
+        norm = shared.ordinary.norm = clipped.clip(parameters_of(inner), context.signals.scale)
+        if gate is not None:
+            with shared.lock:
+                closes, gate = gate.closes(norm.item()), None
+            if closes:
+                raise _ClosedError(loss)
 
     def reevaluate() -> float:
         assert closure is not None
@@ -368,11 +437,11 @@ def _run_wrapped_step(
         loss = closure()
         with shared.lock:
             shared.position.overrule()
-        clip()
+        clip(loss)
         return loss
 
     inner._opt_called = True  # a scheduler that was built on it looks at this
-    with amp.handed_down(context.signals, inner, scaled=clipped is None):
+    with amp.handed_down(context.signals, inner, scaled=max_norm is None):
         step = raw_step(inner)
         if closure is None:
             clip()

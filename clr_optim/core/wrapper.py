@@ -18,6 +18,7 @@ from clr_optim.core.saved import read_position
 from clr_optim.core.scheduler_view import CyclicalScheduler
 from clr_optim.core.settings import Settings
 from clr_optim.core.shared import Shared, alone
+from clr_optim.gate import NO_STATISTICS, Statistics
 
 __all__ = ["OptimizerT", "Wrapper"]
 
@@ -42,15 +43,21 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
     _scheduler: weakref.ref[CyclicalScheduler] | None
     _cycle_end_hooks: OrderedDict[int, Callable[[Any], None]]
 
-    def _set_up(self, settings: Settings, chosen: tuple[str, str]) -> None:
+    def _set_up(
+        self,
+        settings: Settings,
+        chosen: tuple[str, str],
+        statistics: Statistics = NO_STATISTICS,
+    ) -> None:
         """Make the attributes of a new object.
 
         Args:
             settings: the settings, with the wrapped optimizer.
             chosen: the backend's name, and why it was chosen.
+            statistics: those of a gate that a checkpoint has.
         """
         self._inner = settings.optimizer  # type: ignore[assignment]
-        self._shared = Shared(settings, chosen)
+        self._shared = Shared(settings, chosen, statistics)
         self._scheduler = None
         self._cycle_end_hooks = OrderedDict()
         for name in _HOOKS:
@@ -169,6 +176,7 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
         shared.averaging.refuse_exchanged("a copy")
         shared.position.settle()
         shared.averaging.note()
+        shared.write_skips()
         settings = shared.settings
         # Without hooks, as in torch.
         return {
@@ -179,6 +187,8 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
             "backend": settings.backend,
             "schedules": settings.schedules,
             "average": settings.average,
+            "skip_above": settings.skip_above,
+            "statistics": NO_STATISTICS if shared.gate is None else shared.gate.statistics,
             "own": leftover.noted_settings(self._inner),
             # Another thread may step before all groups are pickled.
             "position": shared.position.number,
@@ -204,9 +214,11 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
             state["max_grad_norm"],
             state["backend"],
             state.get("schedules", {}),
+            state.get("skip_above"),
             state.get("average"),
         )
-        self._set_up(settings, backends.resolve(settings.backend, optimizer))
+        statistics = state.get("statistics", NO_STATISTICS)
+        self._set_up(settings, backends.resolve(settings.backend, optimizer), statistics)
         position = state.get("position")
         if position is None:
             position = read_position(self.param_groups, "param_groups")[0]

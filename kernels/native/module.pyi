@@ -30,6 +30,7 @@ WRITTEN: int
 OUTDATED: int
 IN_USE: int
 UNSERVED: int
+SKIPPED: int
 
 class Bucket:
     """Tensors that one kernel updates, a row for each; see `kernels/native/bucket.h`."""
@@ -147,6 +148,7 @@ class Plan:
         numbers: Sequence[Sequence[float]],
         ends: Sequence[bool],
         max_norm: float | None,
+        closes: Callable[[float], bool] | None,
         averages: Sequence[Sequence[float]],
         /,
     ) -> None:
@@ -165,6 +167,8 @@ class Plan:
                 setting follows a schedule.
             ends: whether each step completes a cycle; empty if there are no hooks to call.
             max_norm: the largest norm of all gradients; steps clip a larger one.
+            closes: returns whether a step is skipped, given the norm of all gradients. If a device
+                runs the kernels, its gate decides instead.
             averages: for each step the weights of :meth:`update`; empty without averages.
         """
 

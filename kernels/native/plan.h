@@ -78,6 +78,7 @@ enum Outcome {
     OUTDATED = 5,       // a scan found a change
     IN_USE = 6,         // a finalizer or a signal handler has called a step within a step
     UNSERVED = 7,       // no launches are bound, or they cannot serve this step
+    SKIPPED = 8,        // the gate has closed: the step is done, and has changed nothing
 };
 
 class Plan {
@@ -88,6 +89,7 @@ public:
     Scalars scalars;
     Course course;
     Ref optimizer, own_step;   // the wrapped optimizer, and its class's step()
+    Ref closes;                // of Python: whether the gate closes at a norm; or null
     double max_norm = -1;      // the largest norm of all gradients; negative: do not clip
     double norm = 0;           // of all gradients in the last step, if Python has not taken it
     bool has_norm = false;
@@ -116,7 +118,7 @@ public:
         if (!is_current(answer)) return true;
         const size_t groups = std::min(rates.size(), size_t(scalars.groups()));
         for (size_t i = 0; i < groups; ++i) scalars.row(i)[0] = rates[i];
-        const bool ran = run(factor, weights, answer, moves, false, false);
+        const bool ran = run(factor, weights, answer, moves, false);
         const Raised raised;
         release();
         return ran;
@@ -146,11 +148,18 @@ public:
             release();
             return !raised;
         }
+        double factor = 1;
+        if (!launches && (max_norm >= 0 || closes)) factor = clip();
+        if (!launches && closes && !is_open(outcome, answer)) {
+            const Raised raised;
+            release();
+            return !raised;
+        }
         for (size_t i = 0; i < course.records.size(); ++i)
             scalars.row(i)[0] = course.records[i].rate;
         const bool ran = launches ? launch(answer)
-                                  : run(1, course.weights(), answer, true, course.has_tensors(),
-                                        max_norm >= 0);
+                                  : run(factor, course.weights(), answer, true,
+                                        course.has_tensors());
         const Raised raised;
         // Write the next values even if run() has failed after it has changed the parameters.
         if (ran || !launches || bound()->has_begun()) {
@@ -180,7 +189,7 @@ public:
     int visit(visitproc visit, void* arg) const {
         for (const Ref* each :
              {&sources.groups, &sources.members, &sources.keys, &sources.settings, &sources.state,
-              &sources.dicts, &sources.idle, &params, &optimizer, &own_step, &launches})
+              &sources.dicts, &sources.idle, &params, &optimizer, &own_step, &closes, &launches})
             Py_VISIT(each->get());
         for (const Ref& bucket : buckets) Py_VISIT(bucket.get());
         if (const int stop = scalars.visit(visit, arg)) return stop;
@@ -191,7 +200,8 @@ public:
         const Sources old = std::exchange(sources, Sources());
         const std::vector<Ref> old_buckets = std::exchange(buckets, {});
         const Ref old_params = std::move(params), old_optimizer = std::move(optimizer),
-                  old_step = std::move(own_step), old_launches = std::move(launches);
+                  old_step = std::move(own_step), old_closes = std::move(closes),
+                  old_launches = std::move(launches);
         scalars.leave();
     }
 
@@ -255,13 +265,25 @@ private:
         return int(std::max(number, 1L));
     }
 
+    // Asks the gate whether the step happens. If not, `outcome` tells why, or an exception is set.
+    // The gate is Python code, after which any tensor may have changed.
+    bool is_open(Outcome& outcome, Answer& answer) {
+        const Ref number(PyFloat_FromDouble(norm));
+        const Ref closed(
+            number ? PyObject_CallFunctionObjArgs(closes.get(), number.get(), nullptr) : nullptr);
+        if (!closed) return false;
+        if (closed.is(Py_True)) return outcome = SKIPPED, false;
+        if (!find_changes(answer)) return false;
+        if (!is_current(answer)) outcome = OUTDATED;
+        else if (!course.is_untouched(sources.groups.get())) outcome = WRITTEN;
+        PyErr_Clear();
+        return outcome == TAKEN;
+    }
+
     // Sums without the GIL if that takes long.
     std::vector<double> sums_of_squares() const {
         const int threads = threads_for(size());
         const WithoutGil without_gil(size() >= PARALLEL);
-        return sums_of_squares(threads);
-    }
-    std::vector<double> sums_of_squares(int threads) const {
         std::vector<double> sums;
         for (const Bucket* bucket : sources.buckets)
             sums.push_back(sum_of_squares(*kernels, *bucket, threads));
@@ -269,22 +291,22 @@ private:
     }
 
     // Finds the norm of all gradients, and returns by what factor a step clips them.
-    double clip(int threads) {
+    double clip() {
         double sum = 0;
-        for (const double square : sums_of_squares(threads)) sum += square;
+        for (const double square : sums_of_squares()) sum += square;
         norm = std::sqrt(sum), has_norm = true;
+        if (max_norm < 0) return 1;
         const double factor = max_norm / (norm + 1e-6);
         return factor > 1 ? 1 : factor;  // a NaN must stay NaN, as in clip_grad_norm_
     }
 
     // Runs the CPU's kernels, and counts the call.
     bool run(double factor, const std::vector<double>& weights, Answer answer, bool moves,
-             bool fills_rates, bool clips) {
+             bool fills_rates) {
         const int threads = threads_for(size());
         {
             // A shorter step takes less time than giving the GIL away and getting it back.
             const WithoutGil without_gil(size() >= PARALLEL);
-            if (clips) factor = clip(threads);
             for (const Bucket* bucket : sources.buckets)
                 if (bucket->active || bucket->averages())
                     clr::update(*kernels, *bucket, scalars.data(), scalars.width(), factor,
@@ -346,7 +368,7 @@ private:
         if (is_observed(attributes) || (signals && !needs_launches)) return OBSERVED;
         const bool has_hooks = !is_empty(item(attributes, names().cycle_end_hooks));
         // The host must know whether the step happens.
-        if (has_hooks && signals.found_inf) return OBSERVED;
+        if (has_hooks && (signals.found_inf || (closes && needs_launches))) return OBSERVED;
         if (!optimizer || is_replaced(optimizer.get(), own_step, sources)) return REPLACED;
         if (launches ? !bound()->is_unobserved() || !bound()->take(signals) : needs_launches)
             return UNSERVED;

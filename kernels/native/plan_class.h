@@ -169,13 +169,13 @@ inline bool is_complete(const Course& course) {
 
 inline PyObject* plan_begin_course(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     Plan& plan = PlanObject::of(self);
-    if (!expects("begin_course()", count, 7) || !is_free(plan)) return nullptr;
+    if (!expects("begin_course()", count, 8) || !is_free(plan)) return nullptr;
     Course course;
     const Items records(args[0]);
     std::vector<int64_t> ends;
     bool is_read = records.size() >= 0 && read_rows(args[2], course.rates) &&
                    read_rows(args[3], course.numbers) && read_ints(args[4], ends) &&
-                   read_rows(args[6], course.averages);
+                   read_rows(args[7], course.averages);
     for (Py_ssize_t i = 0; is_read && i < records.size(); ++i)
         is_read = read_record(records.get(i), course);
     course.ends.assign(ends.begin(), ends.end());
@@ -189,6 +189,7 @@ inline PyObject* plan_begin_course(PyObject* self, PyObject* const* args, Py_ssi
     if (!is_free(plan)) return nullptr;  // reading numbers may have run Python code
     if (!plan.sources.buckets.empty()) course.words = plan.sources.buckets.front()->words;
     plan.max_norm = max_norm;
+    const Ref closes = std::exchange(plan.closes, Ref::to(args[6] == Py_None ? nullptr : args[6]));
     std::swap(plan.course, course);
     return none();
 }

@@ -12,7 +12,7 @@ import torch
 from cases import BY_NAME, Problem
 from internals import is_next_step_ordinary
 
-from clr_optim import CyclicalOptimizer, CyclicalScheduler, Phase, Schedule, schedule
+from clr_optim import CyclicalOptimizer, CyclicalScheduler, Ema, Phase, Schedule, schedule
 from clr_optim.schedule import fixed, one_cycle, ramp, sequence, triangular, warm_restarts
 
 NAN = float("nan")
@@ -98,6 +98,13 @@ CONSTRUCTOR = {
     "max_momentum of wrong length": ({"max_momentum": [0.9, 0.9]}, ValueError, "max_momentum has 2 values"),
     "max_grad_norm 0": ({"max_grad_norm": 0}, ValueError, "max_grad_norm must be .* > 0, got 0"),
     "max_grad_norm a string": ({"max_grad_norm": "1"}, TypeError, "max_grad_norm must be a number"),
+    "average unknown": ({"average": "ema"}, ValueError, "average must be 'cycle_end'.*got 'ema'"),
+    "average a number": ({"average": 0.999}, TypeError, r"average must be .*got 0.999; .*give Ema\(0.999\)"),
+    "average a class": ({"average": Ema}, TypeError, "average must be .*got <class"),
+    "average True": ({"average": True}, TypeError, "average must be .*got True"),
+    "average without cycles": (
+        {"policy": fixed(), "average": "cycle_end"}, ValueError, "average='cycle_end' needs cycles .* use Ema",
+    ),
     "backend unknown": ({"backend": "cuda"}, ValueError, "backend='cuda' must be one of 'auto'"),
     "backend an array": ({"backend": np.array([1.5, 2.0])}, TypeError, r"backend=array\(.* must be one of 'auto'"),
     "backend None": ({"backend": None}, TypeError, "backend=None must be one of"),

@@ -100,7 +100,7 @@ def test_a_kernel_finds_no_memory_of_another_device(fake):
         torch.ones((), device="cuda:0"),
         torch.empty(2, dtype=torch.float64, device="cuda:1"),
     )
-    open_gate[(1,)](one, 0, one, one, one, one, gate, CLIPS=False, BLOCK=1024)
+    open_gate[(1,)](one, 0, one, one, one, one, gate, CLIPS=False, SKIPS=False, BLOCK=1024)
     assert fake.take_violations() == ["open_gate: receives memory of another device (1 times)"]
 
 
@@ -114,7 +114,9 @@ def test_threads_do_not_wait_for_one_another():
     def launch(gate: torch.Tensor) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(20):
-                open_gate[(1,)](one, 0, one, one, one, one, gate, CLIPS=False, BLOCK=1024)
+                open_gate[(1,)](
+                    one, 0, one, one, one, one, gate, CLIPS=False, SKIPS=False, BLOCK=1024
+                )
                 gate.mul_(3)
                 torch.cuda.synchronize()
 

@@ -32,7 +32,7 @@ def test_answers_have_different_numbers():
     lib = library()
     for names in (
         "ALL_ACTIVE SOME_IDLE CHANGED GROUPS_CHANGED SETTINGS_CHANGED STATE_CHANGED WOKEN NESTED",
-        "TAKEN OUT_OF_VALUES OBSERVED REPLACED WRITTEN OUTDATED IN_USE",
+        "TAKEN OUT_OF_VALUES OBSERVED REPLACED WRITTEN OUTDATED IN_USE UNSERVED SKIPPED",
     ):
         numbers = [getattr(lib, name) for name in names.split()]
         assert numbers == [*range(len(numbers))]

@@ -23,12 +23,12 @@ from torch.optim import Optimizer
 
 from clr_optim.averages import Average, slot_of
 from clr_optim.backends import device as current
-from clr_optim.backends.base import Course, Gradients, WhoKnows
+from clr_optim.backends.base import Course, Gradients, Outcome, WhoKnows
 from clr_optim.backends.native import library
 from clr_optim.backends.triton import here
 from clr_optim.backends.triton.binding import Binding
 from clr_optim.backends.triton.clock import Clock
-from clr_optim.backends.triton.gate import fill_gates
+from clr_optim.backends.triton.gate import DeviceStatistics, fill_gates
 from clr_optim.backends.triton.launch import Launch
 from clr_optim.backends.triton.prebound import Call
 from clr_optim.plan import Plan
@@ -93,14 +93,9 @@ class TritonBackend:
         lock: threading.RLock | None = None,
         average: Average | None = None,
     ) -> None:
+        slot = slot_of(average)
         self.plan = Plan(
-            optimizer,
-            rule,
-            library(),
-            device,
-            capturable=True,
-            lock=lock,
-            average=slot_of(average),
+            optimizer, rule, library(), device, capturable=True, lock=lock, average=slot
         )
         self._schedule, self._average = schedule, average
         self._momentum = rule.momentum
@@ -108,6 +103,7 @@ class TritonBackend:
         self._by_device: dict[torch.device, list[Launch]] = {}
         self._clocks: dict[torch.device, Clock] = {}
         self.who_knows = WhoKnows.HOST
+        self._statistics = DeviceStatistics(self._clocks)
         self._binding = Binding(self.plan)
         # Tables and tensors that captured graphs still read; three entries per captured step.
         self._given_up: list[Any] = []
@@ -115,6 +111,7 @@ class TritonBackend:
     def position(self) -> int:
         """Return the position that the device has counted; wait for the device."""
         found = max(clock.ask() for clock in self._clocks.values())  # all are equal
+        self._statistics.ask()
         self._believe_host()  # after asking: during a capture ask() raises
         return found
 
@@ -141,6 +138,7 @@ class TritonBackend:
                 with current.guard(clock.device):
                     if moves:
                         clock.move_to(course)
+                        self._statistics.send(clock)
                     clock.groups(course, self.plan.scalars, self._momentum)
                     # A graph may run next on a stream that does not wait for this one.
                     current.wait_for(clock.device)
@@ -168,23 +166,27 @@ class TritonBackend:
         if has_begun and self.who_knows is WhoKnows.HOST:
             self.who_knows = WhoKnows.MAYBE
 
-    def step(self, course: Course, gradients: Gradients) -> Tensor | None:
+    def step(self, course: Course, gradients: Gradients) -> Outcome:
         """Update all tensors of the plan, and advance the position: see :meth:`Launch.update`.
 
         Args:
             course: the place of this step in the schedule.
-            gradients: how the step changes its gradients. Scaling takes one launch more, clipping
-                one launch more per bucket and another.
+            gradients: how the step changes its gradients, and the gate. Scaling takes one launch
+                more; clipping and a gate take one launch more per bucket and another.
 
         Raises:
             RuntimeError: if the step is being captured and a changed table needs an upload.
         """
         with current.no_inference_mode():
-            norm = self._step(course, gradients)
+            try:
+                outcome = self._step(course, gradients)
+            except BaseException:
+                self._statistics.doubt(self.who_knows)
+                raise
         self.plan.release()
-        return norm
+        return outcome
 
-    def _step(self, course: Course, gradients: Gradients) -> Tensor | None:
+    def _step(self, course: Course, gradients: Gradients) -> Outcome:
         plan, capturing = self.plan, current.is_capturing()
         before = plan.native.calls
         if capturing:
@@ -195,7 +197,8 @@ class TritonBackend:
         if bound is not None:
             for launch in self._launches:
                 launch.note_uploads(bound)
-        by_device, clips = self._by_device, gradients.max_norm is not None
+        by_device, clips = self._by_device, gradients.needs_norm
+        self._statistics.follow(gradients.gate)
         calls: list[Call] = []
         for device, launches in by_device.items():
             with current.guard(device):
@@ -207,9 +210,13 @@ class TritonBackend:
                 if not capturing:  # what a graph reads is kept for good
                     self._clocks[device].enter_stream(launches)
                 _refresh(launches, clips=clips)
+                if gradients.gate is not None or not capturing:
+                    self._statistics.send(self._clocks[device])
         gates, norm = self._gates(by_device, gradients, calls)
-        # The kernels of a step with found_inf may skip it.
-        doubts = gradients.found_inf is not None and bool(by_device)
+        if not self._statistics.opens(gradients, norm):
+            self._binding.is_wanted = False
+            return Outcome(norm, happened=False)
+        doubts = gradients.leave_doubt and bool(by_device)
         afterwards = WhoKnows.MAYBE if doubts else self.who_knows
         if capturing or self.who_knows is WhoKnows.DEVICE:
             afterwards = WhoKnows.DEVICE
@@ -230,7 +237,8 @@ class TritonBackend:
             plan.native.steps += course.moves
         self.who_knows = afterwards
         if capturing:
-            self._keep_for_graph((list(plan.buckets), course.kept, gradients, gates))
+            read = gradients._replace(gate=None)
+            self._keep_for_graph((list(plan.buckets), course.kept, read, gates))
         created = plan.pending
         self._note_changes()
         if created:  # upload the rows with the new state now, as a capture could not
@@ -240,7 +248,7 @@ class TritonBackend:
         elif self._binding.is_wanted and not capturing and self._is_ordinary(course, gradients):
             self._bind(course, gradients, calls, before + 1)
         self._binding.is_wanted = False
-        return norm
+        return Outcome(norm)
 
     def _check_capture(self) -> None:
         """Raise a RuntimeError if a captured step would need more than launches."""
@@ -283,8 +291,8 @@ class TritonBackend:
         if len(self._clocks) != 1:
             return False
         (clock,) = self._clocks.values()
-        # With found_inf, kernels alone know whether a step happens, and bound launches go on so.
-        knows = (WhoKnows.HOST,) if gradients.found_inf is None else (WhoKnows.HOST, WhoKnows.MAYBE)
+        # Bound launches go on like this step, if kernels alone know whether a step happens.
+        knows = (WhoKnows.HOST, WhoKnows.MAYBE) if gradients.leave_doubt else (WhoKnows.HOST,)
         return (
             clock.device.type == "cuda"
             and clock.decides(course)
@@ -292,7 +300,7 @@ class TritonBackend:
             and clock.reads(gradients.scale)
             and clock.reads(gradients.found_inf)
             and not course.kept
-            and not (gradients.max_norm is not None and any(self.plan.spreads))
+            and not (gradients.needs_norm and any(self.plan.spreads))
         )
 
     def _note_changes(self) -> None:

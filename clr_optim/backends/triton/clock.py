@@ -12,10 +12,11 @@ from torch import Tensor
 
 from clr_optim.averages import Average, closed_form
 from clr_optim.backends import device as current
-from clr_optim.backends.base import Course
+from clr_optim.backends.base import Course, Gradients
 from clr_optim.backends.triton.launch import Launch
 from clr_optim.backends.triton.mirror import Mirror
 from clr_optim.backends.triton.prebound import Call, launch
+from clr_optim.gate import NO_STATISTICS, Gate, Statistics
 from clr_optim.plan import Plan
 from clr_optim.schedule import Schedule
 
@@ -77,7 +78,7 @@ class Clock:
         self._groups = [[Mirror(device)] for _ in range(2)]
         self._groups_of: tuple[Any, ...] = ()
         self._rates = Mirror(device)
-        self._limit = Mirror(device)
+        self._limits = Mirror(device)
         # The settings that follow schedules, and the phases of these.
         self._followed = [Mirror(device) for _ in range(3)]
         self._rows: list[tuple[int, int, Schedule]] = []
@@ -87,8 +88,10 @@ class Clock:
         self.zero = torch.zeros((), dtype=torch.float32, device=device)
         #: the gate of a step that always happens and leaves its gradients unscaled
         self.open = torch.empty(2, dtype=torch.float64, device=device)
-        #: the gate of a step that clips or has a GradScaler
-        self.gate = torch.empty_like(self.open)
+        #: the gate of a step that clips, may be skipped or has a GradScaler; statistics follow
+        self.gate = torch.zeros(2 + len(NO_STATISTICS), dtype=torch.float64, device=device)
+        # The statistics of the host from which those of the device have come.
+        self._statistics: Statistics | None = None
         # Launch the kernel here: a capture cannot load a kernel that was never launched.
         fill_open_gate(self.open, self.one, self.zero)
         #: the norm of the last step, eager or replayed
@@ -116,15 +119,48 @@ class Clock:
 
     def _tables(self) -> Iterator[Tensor | None]:
         """Return all tensors that live as long as the clock, or until a table is made anew."""
-        mirrors = [*self._uploaded, *self._followed, self._rates, self._limit]
+        mirrors = [*self._uploaded, *self._followed, self._rates, self._limits]
         mirrors += [mirror for both in self._groups for mirror in both]
         yield from (mirror.table for mirror in mirrors)
         yield from (self._control, self.one, self.zero, self.open, self.gate, self.norm)
 
     def join(self, other: Clock) -> None:
-        """Take over the position of another device, which the host may not know."""
+        """Take over position and statistics of another device, which the host may not know."""
         self._control.copy_(other._control)
         self._expected = other._expected
+        self.gate.copy_(other.gate)
+        self._statistics = other._statistics
+
+    # ---- the statistics of skip_above
+
+    def take_statistics(self, gate: Gate) -> None:
+        """Write the host's statistics to the device, if the host has others than it has told.
+
+        Raises:
+            RuntimeError: if a write is needed and the step is being captured.
+        """
+        if self._statistics is gate.statistics:
+            return
+        if current.is_capturing():
+            raise RuntimeError(
+                "step() cannot be captured now: the statistics of skip_above changed since the "
+                "last step; take a step and then capture"
+            )
+        self._statistics = None  # remains so if an interrupt ends the writes
+        for i, value in enumerate(gate.statistics):
+            self.gate[2 + i].fill_(value)
+        self._statistics = gate.statistics
+
+    def ask_gate(self) -> tuple[bool, Statistics]:
+        """Return whether the gate is closed, and the device's statistics; wait for the device."""
+        _, closed, count, mean, variance, in_a_row, skipped = self.gate.tolist()
+        return closed != 0.0, (count, mean, variance, in_a_row, skipped)
+
+    def note_statistics(self, statistics: Statistics | None) -> None:
+        """Note that the host knows the device's statistics; with None, write them again."""
+        self._statistics = statistics
+
+    # ---- the position
 
     def ask(self) -> int:
         """Return the position that the device has counted; wait for the device.
@@ -271,9 +307,11 @@ class Clock:
         table = np.array(lines, dtype=np.int64).reshape(-1, 3)
         return self._rates.put(table if lines else _NO_RATE), len(lines)
 
-    def limit(self, max_norm: float) -> Tensor:
-        """Return the largest norm that the step leaves unclipped, on the device."""
-        return self._limit.put(np.array([max_norm]))
+    def limits(self, gradients: Gradients) -> Tensor:
+        """Return the largest norm that the step leaves unclipped, and the gate's limits."""
+        max_norm = np.inf if gradients.max_norm is None else gradients.max_norm
+        of_gate = () if gradients.gate is None else gradients.gate.limits
+        return self._limits.put(np.array([max_norm, *of_gate]))
 
     def tables(
         self,
@@ -305,7 +343,7 @@ class Clock:
         return [
             self._rates.lend(),
             *(mirror.table for mirrors in self._groups for mirror in mirrors),
-            self._limit.table,
+            self._limits.table,
             *(mirror.lend() for mirror in self._followed),
         ]
 
@@ -313,19 +351,21 @@ class Clock:
 def fill_gate(
     sums: Tensor,
     count: int,
-    limit: Tensor,
+    limits: Tensor,
     grad_scale: Tensor,
     found_inf: Tensor,
     norm: Tensor,
     gate: Tensor,
     *,
     clips: bool,
+    skips: bool = False,
 ) -> Call:
     """Launch ``open_gate`` of :mod:`clr_optim.kernels.triton.gate` with its arguments."""
     from clr_optim.kernels.triton import gate as kernels
 
-    arguments = (sums, count, limit, grad_scale, found_inf, norm, gate)
-    return launch(kernels.open_gate, (1,), arguments, {"CLIPS": clips, **_GATE_OPTIONS})
+    arguments = (sums, count, limits, grad_scale, found_inf, norm, gate)
+    compiled_for = {"CLIPS": clips, "SKIPS": skips, **_GATE_OPTIONS}
+    return launch(kernels.open_gate, (1,), arguments, compiled_for)
 
 
 def fill_open_gate(gate: Tensor, one: Tensor, zero: Tensor) -> None:

@@ -1,6 +1,6 @@
 """The gate of a step on each device: the factor of its gradients, and whether the step happens.
 
-A GradScaler and clipping fill the gate by kernels, so the host need not wait for their answer.
+A GradScaler, clipping and ``skip_above`` fill the gate by kernels, so the host need not wait.
 """
 
 from __future__ import annotations
@@ -11,14 +11,77 @@ import torch
 from torch import Tensor
 
 from clr_optim.backends import device as current
-from clr_optim.backends.base import Gradients
+from clr_optim.backends.base import Gradients, WhoKnows
 from clr_optim.backends.triton.clock import Clock, fill_gate
 from clr_optim.backends.triton.launch import Launch
 from clr_optim.backends.triton.prebound import Call
+from clr_optim.gate import Gate
 from clr_optim.plan import Plan
 from clr_optim.sharding import no_sums, sum_over_ranks
 
-__all__ = ["fill_gates"]
+__all__ = ["DeviceStatistics", "fill_gates"]
+
+
+class DeviceStatistics:
+    """The statistics of ``skip_above`` on all devices, which are equal after each step.
+
+    The host's are up to date whenever the host knows the position.
+
+    Args:
+        clocks: the clock of each device.
+    """
+
+    def __init__(self, clocks: Mapping[torch.device, Clock]) -> None:
+        self._clocks = clocks
+        self._gate: Gate | None = None
+
+    def follow(self, gate: Gate | None) -> None:
+        """Remember the gate of the host, once a step has one."""
+        self._gate = gate or self._gate
+
+    def send(self, clock: Clock) -> None:
+        """Write the host's statistics to a device that has not heard of them.
+
+        Raises:
+            RuntimeError: if a write is needed and the step is being captured.
+        """
+        if self._gate is not None:
+            clock.take_statistics(self._gate)
+
+    def ask(self) -> bool:
+        """Have the host know the statistics; return whether the gate is closed."""
+        if self._gate is None:
+            return False
+        closed, statistics = next(iter(self._clocks.values())).ask_gate()
+        self._gate.take(statistics)
+        for clock in self._clocks.values():
+            clock.note_statistics(statistics)
+        return closed
+
+    def doubt(self, who_knows: WhoKnows) -> None:
+        """Have the next step write the host's statistics again, after a step that has raised.
+
+        Args:
+            who_knows: who knows the position. If the host does, no tensor has changed, but a gate
+                may have taken the norm into the statistics.
+        """
+        if who_knows is WhoKnows.HOST:
+            for clock in self._clocks.values():
+                clock.note_statistics(None)
+
+    def opens(self, gradients: Gradients, norm: Tensor | None) -> bool:
+        """Return False if the host knows that the gate is closed.
+
+        Args:
+            gradients: how the step changes its gradients. The gates are filled.
+            norm: the norm of all gradients.
+        """
+        gate = gradients.gate
+        if gate is None or norm is None:
+            return True
+        if not self._clocks:  # only other ranks have gradients
+            return not gate.closes(norm.item())
+        return not (gradients.waits and self.ask())
 
 
 def fill_gates(
@@ -28,7 +91,7 @@ def fill_gates(
     gradients: Gradients,
     calls: list[Call],
 ) -> tuple[dict[torch.device, Tensor], Tensor | None]:
-    """Return each device's gate, and the norm by which the step clips its gradients.
+    """Return each device's gate, and the norm of all gradients if the step depends on it.
 
     Args:
         plan: the plan of the optimizer.
@@ -38,11 +101,11 @@ def fill_gates(
         calls: receives the launches.
     """
     clocks = {device: clocks[device] for device in by_device}
-    if all(value is None for value in gradients):
+    if not gradients.fills_gate:
         return {device: clock.open for device, clock in clocks.items()}, None
     scales = {device: _on(gradients.scale, clock.one) for device, clock in clocks.items()}
     sums, count = None, 0
-    if gradients.max_norm is not None:
+    if gradients.needs_norm:
         by_launch: dict[Launch, Tensor] = {}
         of_devices: list[Tensor] = []
         for device, launches in by_device.items():
@@ -63,16 +126,17 @@ def fill_gates(
             if len(gates) > 1 and norm is not None:  # the first device has summed for all
                 clock.gate.copy_(next(iter(gates.values())))
                 continue
-            limit = clock.one
-            if sums is not None and gradients.max_norm is not None:
+            limits = clock.one
+            if sums is not None:
                 if clock.norm is None or clock.norm.dtype != dtype:
                     clock.norm = torch.empty((), dtype=dtype, device=device)
                 norm = clock.norm
-                limit = clock.limit(gradients.max_norm)
+                limits = clock.limits(gradients)
             call = fill_gate(
-                clock.one if sums is None else sums.to(device), count, limit,
+                clock.one if sums is None else sums.to(device), count, limits,
                 scales[device], _on(gradients.found_inf, clock.zero),
-                clock.one if norm is None else norm, clock.gate, clips=sums is not None,
+                clock.one if norm is None else norm, clock.gate,
+                clips=sums is not None, skips=gradients.gate is not None,
             )  # fmt: skip
             calls.append(call)
     return gates, norm

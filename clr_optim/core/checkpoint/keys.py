@@ -10,6 +10,7 @@ from clr_optim.checks import as_position, check_bounds, check_momenta, check_num
 from clr_optim.core.checkpoint.settings import are_groups
 from clr_optim.core.groups import GroupMirror
 from clr_optim.core.saved import BASE_FRACTION, are_close, bounds_shown, read_position
+from clr_optim.gate import saved_statistics
 from clr_optim.keys import (
     AVERAGES,
     BASE,
@@ -71,6 +72,7 @@ def checked_keys(
             check_bounds(base, top, f" in {name}[{i}]")
             keys.update({BASE: base, MAX: top})
     read_position(found, name)
+    saved_statistics(found, name)
     return found
 
 

@@ -30,6 +30,7 @@ from clr_optim.core.scheduled import warn_other_schedules
 from clr_optim.core.settings import Settings
 from clr_optim.core.shared import Shared
 from clr_optim.core.warn import callers_level, warn_each
+from clr_optim.gate import saved_statistics
 from clr_optim.keys import AVERAGES, ENTRY, KEYS, SCHEDULE, SCHEDULES
 
 __all__ = ["load", "shallow_copy", "warn_other_policy"]
@@ -48,7 +49,9 @@ def load(shared: Shared, state_dict: Any) -> None:
     inner, cycles = settings.optimizer, settings.cycle_momentum
     shared.averaging.refuse_exchanged("load_state_dict()")
     own = leftover.noted_settings(inner)
-    with undone_on_error(inner, shared, mirror, shared.position):
+    gate = shared.gate
+    objects = (shared, mirror, shared.position, *([] if gate is None else [gate]))
+    with undone_on_error(inner, *objects):
         state_dict, saved_keys = without_our_entry(shallow_copy(state_dict))
         before = keys_in_use(mirror, inner.param_groups)
         if loads_as_torch(inner):
@@ -77,6 +80,8 @@ def load(shared: Shared, state_dict: Any) -> None:
             if group is not None:
                 group.update({**(old or {}), **(new or {})})
                 mirror.fill_in_momentum_bounds(i, group)
+        if gate is not None:
+            gate.begin(saved_statistics(keys, _GROUPS))
         with load_errors_as_value_errors(inner):
             shared.position.go_to(position)
     loaded_at = position if resumed else None

@@ -37,9 +37,11 @@ def save(shared: Shared) -> dict[str, Any]:
         shared.position.settle()  # asks the device, if only the device knows the position
         shared.position.overrule()
         shared.averaging.note()
+        shared.write_skips()
         state_dict = _read(inner)
         if len(shared.mirror.records) == len(inner.param_groups):
             break  # no other thread has added a group, which would lack our keys
+    shared.warn_of_skips()
     has_groups = isinstance(state_dict, dict) and "param_groups" in state_dict
     if has_groups and any(isinstance(group["lr"], Tensor) for group in inner.param_groups):
         # Steps fill the group's tensor, and checkpointers fill that of a state dict.

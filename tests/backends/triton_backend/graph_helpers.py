@@ -150,7 +150,10 @@ class Run:
     """A wrapped optimizer, and gradients that depend only on the step's number."""
 
     def __init__(self, case: Case, *, shapes: Sequence[Any] = SHAPES, **options: Any) -> None:
-        names = ("average", "backend", "max_grad_norm", "policy", "schedules", "step_size_up")
+        names = (
+            "average", "backend", "max_grad_norm", "policy", "schedules", "skip_above",
+            "step_size_up",
+        )  # fmt: skip
         wrap = {name: options.pop(name) for name in names if name in options}
         generator = torch.Generator().manual_seed(3)
         self.params = [
