@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 from graph_helpers import Run, assert_together, nothing_waits, scaled
-from native_helpers import BY_NAME, KERNELS, held, members, parameters, unaligned, wrapped
+from native_helpers import (
+    BY_NAME,
+    KERNELS,
+    assert_identical,
+    held,
+    members,
+    parameters,
+    unaligned,
+    wrapped,
+)
 from test_triton_schedule import POWERS, SCHEDULES
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from triton_helpers import (
@@ -312,6 +321,32 @@ def test_an_overflow_takes_no_average(monkeypatch, average, way):
             scaled(plain, k, 4.0, False)
             plain.opt.step()
     assert_together(skipping, plain)
+
+
+@pytest.mark.parametrize("is_captured", [False, True])
+@pytest.mark.parametrize("average", [Ema(0.5), CycleEnd()], ids=str)
+def test_a_gate_that_skip_above_closes_takes_no_average(average, is_captured):
+    case = BY_NAME["adam"]
+    options = {"step_size_up": 1, "average": average, "skip_above": 100.0}
+    skipping, plain = (Run(case, **options) for _ in range(2))
+    for run in (skipping, plain):
+        run.eager(0)
+    graph = skipping.capture() if is_captured else None
+    for k, value in enumerate([0.0, float("nan"), 0.0, 1e9, float("inf"), 0.0, 0.0], 1):
+        if graph is None:
+            for p, grad in zip(skipping.params, skipping.draw(k), strict=True):
+                p.grad = grad + value
+            skipping.opt.step()
+        else:
+            for static, grad in zip(skipping.static, skipping.draw(k), strict=True):
+                static.copy_(grad + value)
+            graph.replay()
+        if value == 0.0:
+            plain.eager(k)
+    assert (skipping.opt.skipped, skipping.opt.iteration) == (3, 5)
+    assert_identical(skipping.opt, plain.opt)
+    counts = [run.opt.state_dict()["param_groups"][0][COUNT] for run in (skipping, plain)]
+    assert counts == [[5 if isinstance(average, Ema) else 2, 5]] * 2
 
 
 @pytest.mark.parametrize("average", [Ema(0.9), Ema(0.9, 3), CycleEnd()], ids=str)
