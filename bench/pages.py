@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from clr_optim.bench.features_report import NAMES, features_cells
 from clr_optim.bench.report import (
     best_of_torch,
     is_on_gpu,
@@ -141,6 +142,17 @@ def _training(results: Mapping[str, Any], dtype: str) -> str:
     return "\n\n".join(tables)
 
 
+def _features(results: Mapping[str, Any], dtype: str) -> str:
+    """Return a table of what features add to the step, and of the memory that they move."""
+    heads = ["plain step", *NAMES.values(), "torch", "torch and AveragedModel"]
+    lines = [
+        f"| {_WORKLOADS[row['workload']]} | {' | '.join(features_cells(row))} |"
+        for row in results["features"]
+    ]
+    rule = "| --- " * (len(heads) + 1) + "|"
+    return "\n".join([f"| Adam | {' | '.join(heads)} |", rule, *lines])
+
+
 def _calls(results: Mapping[str, Any], dtype: str) -> str:
     """Return a table of the times of single calls."""
     lines = [f"| {name} | {time_in_words(results['calls'][key])} |" for key, name in CALLS.items()]
@@ -153,6 +165,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "iterations": _iterations,
     "training": _training,
     "calls": _calls,
+    "features": _features,
 }
 
 

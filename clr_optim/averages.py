@@ -20,7 +20,7 @@ from clr_optim.schedule import Schedule
 
 __all__ = [
     "Average", "CycleEnd", "Ema", "check_average", "closed_form", "done", "due", "offsets",
-    "slot_of", "weights",
+    "slot_of", "weights", "weights_ahead",
 ]  # fmt: skip
 
 
@@ -47,6 +47,10 @@ class Average:
 
     def _done(self, schedule: Schedule, position: int) -> int:
         """Return how many averages fall due in the steps before a position."""
+        raise NotImplementedError
+
+    def _next(self, schedule: Schedule, position: int) -> int | None:
+        """Return the first step from a position on that takes an average; None if none does."""
         raise NotImplementedError
 
     def _weight(self, count: int) -> float:
@@ -87,6 +91,11 @@ class CycleEnd(Average):
             return 0
         return schedule.cycle_ends(position) - schedule.cycle_ends(self.start)
 
+    def _next(self, schedule: Schedule, position: int) -> int | None:
+        position = max(position, self.start)
+        steps = schedule.steps_to_cycle_end(position)
+        return None if steps is None else position + steps - 1
+
     def _weight(self, count: int) -> float:
         return 1.0 / (count + 1)
 
@@ -123,6 +132,10 @@ class Ema(Average):
 
     def _done(self, schedule: Schedule, position: int) -> int:
         return max(position - self.start, 0) // self.every
+
+    def _next(self, schedule: Schedule, position: int) -> int | None:
+        passed = max(position - self.start, 0)
+        return self.start + (passed // self.every + 1) * self.every - 1
 
     def _weight(self, count: int) -> float:
         return 1.0 - self.decay
@@ -192,11 +205,32 @@ def weights(
         position: the number of the step.
         offsets: as :func:`offsets` returns them.
     """
-    before = done(average, schedule, position)
-    if done(average, schedule, position + 1) == before:
+    if average._next(schedule, position) != position:
         return []
+    before = done(average, schedule, position)
     counts = (before - offset for offset in offsets)
     return [average._weight(count) if count > 0 else 1.0 for count in counts]
+
+
+def weights_ahead(
+    average: Average | None,
+    schedule: Schedule,
+    steps: range,
+    groups: Sequence[Mapping[str, Any]],
+) -> list[list[float]]:
+    """Return the :func:`weights` of consecutive steps; an empty list without averages.
+
+    Steps that take no average cost nothing.
+    """
+    if average is None:
+        return []
+    found: list[list[float]] = [[] for _ in steps]
+    lacks = offsets(average, schedule, groups)
+    step = average._next(schedule, steps.start)
+    while step is not None and step < steps.stop:
+        found[step - steps.start] = weights(average, schedule, step, lacks)
+        step = average._next(schedule, step + 1)
+    return found
 
 
 def due(

@@ -121,7 +121,7 @@ class Gate:
         A norm of 0 tells nothing: no gradient was there, or all were 0.
         """
         limit, sigmas, window, warmup = self.limits
-        count, mean, variance, in_a_row, skipped = self.statistics
+        before = count, mean, variance, in_a_row, skipped = self.statistics
         if norm == 0.0:
             return False
         after: Statistics
@@ -140,7 +140,8 @@ class Gate:
             mean += weight * distance
             variance = (1.0 - weight) * (variance + weight * (distance * distance))
             after, closes = (count, mean, variance, 0.0, skipped), False
-        self.take(after)
+        self._last = before, after  # as take(), without a call
+        self.statistics = after
         return closes
 
     def take(self, statistics: Statistics) -> None:

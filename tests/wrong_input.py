@@ -34,11 +34,12 @@ import test_range_test_arguments as range_test_arguments
 import test_range_test_result as range_test_result
 import test_register_rule
 import test_setting_schedules
+import test_skipping
 import test_snapshots
 from cases import BY_NAME
 from torch import Tensor
 
-from clr_optim import CyclicalOptimizer, RangeTest, lr_range_test, plotting, register_rule
+from clr_optim import CyclicalOptimizer, RangeTest, Spike, lr_range_test, plotting, register_rule
 from clr_optim.cli import main
 from clr_optim.schedule import triangular
 
@@ -111,6 +112,8 @@ def attempts() -> Iterator[Attempt]:
         yield Attempt(where, f"optimizer: {name}", lambda m=make: CyclicalOptimizer(m()))
     for name, (options, *_) in errors.CONSTRUCTOR.items():
         yield Attempt(where, name, lambda o=options: CyclicalOptimizer(errors.adam(), **o))
+    for options, _ in test_skipping.WRONG_SPIKES:
+        yield Attempt("Spike", f"{options!r}", lambda o=options: Spike(**o))
     for name, (schedules, *_) in test_setting_schedules.REFUSED.items():
         yield Attempt(
             f"{where}, schedules of settings",
@@ -146,6 +149,11 @@ def attempts() -> Iterator[Attempt]:
             f"{where}.load_state_dict",
             f"bounds of momentum: {name}",
             lambda k=keys: _loaded(checkpoints.set_group(**k), cycle_momentum=True),
+        )
+    for name, value in test_skipping.HOSTILE.items():
+        attack = checkpoints.set_group(clr_skips=value)
+        yield Attempt(
+            f"{where}.load_state_dict", f"statistics: {name}", lambda a=attack: _loaded(a)
         )
     for name, (cls, rule, *_) in test_register_rule.REFUSED.items():
         yield Attempt("register_rule", name, lambda c=cls, r=rule: register_rule(c, r))

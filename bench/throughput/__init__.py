@@ -15,7 +15,8 @@ place.
 The files: ``tensors`` (parameters and gradients), ``variants`` and ``graphs`` (the steps),
 ``timing`` (turns), ``cells`` (one cell), ``overhead`` and ``processes`` (measurements beside the
 cells), ``iterations`` (with forward and backward), ``training`` (the step of a small model in
-training), ``one_model`` (the user's parameters), ``options`` and ``command`` (the command line).
+training), ``features`` (clipping, skipping, averages), ``one_model`` (the user's parameters),
+``options`` and ``command`` (the command line).
 """
 
 from clr_optim.bench.throughput.command import DESCRIPTION, EXAMPLES, exit_code, main, run

@@ -14,18 +14,21 @@ from typing import Any
 import torch
 
 from clr_optim import plotting
+from clr_optim.bench.features_report import features_table
 from clr_optim.bench.gpu import Gpu, Stopwatch
 from clr_optim.bench.machine import Limit, describe_machine
 from clr_optim.bench.model_report import model_table
 from clr_optim.bench.models import MODELS
 from clr_optim.bench.report import table
 from clr_optim.bench.throughput.cells import Row, measure_cell, measure_cell_on_gpu
+from clr_optim.bench.throughput.features import measure_features
 from clr_optim.bench.throughput.iterations import measure_workload_iterations
 from clr_optim.bench.throughput.one_model import measure_model
 from clr_optim.bench.throughput.options import (
     EXAMPLES,
     Cell,
     add_arguments,
+    check_features_options,
     check_model_options,
     check_training_options,
     chosen_cells,
@@ -53,7 +56,8 @@ DESCRIPTION = (
     "share of the memory's bandwidth. A whole run takes about half an hour. With --device cuda it "
     "measures a GPU: device and host apart, and captured graphs too. With --model it measures your "
     "parameters in a minute: time and memory of each variant, and the time that ours saves. With "
-    "--training it measures the step between the passes of small models."
+    "--training it measures the step between the passes of small models, and with --features what "
+    "clipping, skipping and averages add."
 )
 
 #: The length of the arrays that measure a GPU's bandwidth: 3 GiB in all.
@@ -75,6 +79,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         check_model_options(args)
     elif args.training:
         check_training_options(args)
+    elif args.features:
+        check_features_options(args)
     args.device = args.device or "cpu"
     measure, text = _measurement(args)
     check_json(args.json)
@@ -101,6 +107,8 @@ def _measurement(
         return measure_model, model_table
     if args.training:
         return measure_training, training_table
+    if args.features:
+        return measure_features, features_table
     return partial(_measure, chosen_cells(args)), table
 
 

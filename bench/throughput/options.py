@@ -13,8 +13,8 @@ from clr_optim.bench.workloads import DTYPES, IN_TRAINING, ONLY_ON_GPU, RULES, W
 from clr_optim.options import add_json, flag, spelled, whole
 
 __all__ = [
-    "EXAMPLES", "Cell", "add_arguments", "check_model_options", "check_training_options",
-    "chosen_cells", "seconds_per_cell",
+    "EXAMPLES", "Cell", "add_arguments", "check_features_options", "check_model_options",
+    "check_training_options", "chosen_cells", "seconds_per_cell",
 ]  # fmt: skip
 
 Cell = tuple[str, str, str]  # workload, dtype, rule
@@ -24,6 +24,7 @@ _ONLY_OF_CELLS = (
     "workloads", "dtypes", "device", "filter", "plot", "at_most", "iterations",
 )  # fmt: skip
 _QUICK = ("mlp", "1000x256", "resnet50")
+_WITH_FEATURES = ("mlp", "1000x256", "resnet50", "gpt2")
 #: The largest first, so that a run that is short of time measures them.
 _WORKLOADS_ON_GPU = ("1b", "gpt2", "resnet50", "1000x256", "mlp")
 
@@ -33,6 +34,7 @@ EXAMPLES = """examples:
   clr-optim bench --rules AdamW --workloads gpt2 --dtypes float32 --cells-only
   clr-optim bench --iterations --workloads mlp --rules adamw --cells-only
   clr-optim bench --training --rules adam,adamw
+  clr-optim bench --features mlp,gpt2
   clr-optim bench --model mine:task
 
 --model takes MODULE:FUNCTION. The function takes no arguments and returns an nn.Module, or an
@@ -105,6 +107,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"thread, and single calls: {', '.join(IN_TRAINING)}; 4 minutes, or 2 with "
         "--quick",
     )
+    add(
+        "--features",
+        nargs="?",
+        const=list(_WITH_FEATURES),
+        type=_names([name for name in WORKLOADS if name not in ONLY_ON_GPU]),
+        metavar="A,B",
+        help="measure instead what clipping, skip_above and averages add to the step: "
+        f"{', '.join(_WITH_FEATURES)}; by Adam or --rules, in float32",
+    )
     add("--seed", type=whole(0), default=0, metavar="N", help="of values, order and weights (0)")
     add(
         "--threads",
@@ -165,7 +176,7 @@ def check_model_options(args: argparse.Namespace) -> None:
         argparse.ArgumentError: naming the option.
     """
     words = "--model: the parameters are those of your function"
-    _refuse_options(args, (*_ONLY_OF_CELLS, "training"), words)
+    _refuse_options(args, (*_ONLY_OF_CELLS, "training", "features"), words)
 
 
 def check_training_options(args: argparse.Namespace) -> None:
@@ -175,6 +186,16 @@ def check_training_options(args: argparse.Namespace) -> None:
         argparse.ArgumentError: naming the option.
     """
     words = "--training: its models are small, in float32, on the CPU"
+    _refuse_options(args, (*_ONLY_OF_CELLS, "compile", "features"), words)
+
+
+def check_features_options(args: argparse.Namespace) -> None:
+    """Raise if an option has no effect with ``--features``.
+
+    Raises:
+        argparse.ArgumentError: naming the option.
+    """
+    words = "--features: it measures few workloads, in float32, on the CPU"
     _refuse_options(args, (*_ONLY_OF_CELLS, "compile"), words)
 
 

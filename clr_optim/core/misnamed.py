@@ -56,6 +56,7 @@ _WARM_UP = (
     "a schedule of clr_optim.schedule has its warm-up: give "
     "policy=cosine(total_steps - warmup).with_warmup(warmup), or another schedule"
 )
+_SKIP = "give skip_above=math.inf, or the largest norm, or clr_optim.Spike()"
 _POSITION = "call opt.set_iteration(...) afterwards; a checkpoint brings the position"
 
 #: What would work in place of arguments that have no equal here.
@@ -76,6 +77,7 @@ _REMEDIES = {
     **dict.fromkeys(("last_epoch", "last_step", "iteration", "start_step"), _POSITION),
     **dict.fromkeys(("lr_min", "min_lr", "min_learning_rate", "eta_min", "end_lr"), _END),
     **dict.fromkeys(("scheduler", "lr_scheduler"), _OF_TORCH),
+    **dict.fromkeys(("skip_nonfinite", "skip_nan", "skip_step", "skip_steps"), _SKIP),
     **dict.fromkeys(
         ("on_cycle_end", "cycle_end_hook"), "call opt.register_cycle_end_hook(hook) afterwards"
     ),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clr_optim.averages import offsets, weights
+from clr_optim.averages import weights_ahead
 from clr_optim.backends import current_device
 from clr_optim.backends.base import FusedBackend, WhoKnows
 from clr_optim.checks import LAST_STEP
@@ -157,6 +157,8 @@ class OrdinarySteps:
         if attributes.get("_cycle_end_hooks"):
             ends = [settings.schedule.is_cycle_end(each.position) for each in values]
         rows = [written, *values]
+        steps = range(number, number + len(values))
+        groups = [record.group for record in records]
         # One call, so that an interrupt finds the old course or the new one.
         plan.native.begin_course(
             [
@@ -174,18 +176,10 @@ class OrdinarySteps:
             ends,
             settings.max_grad_norm,
             None if gate is None else _closes(plan, gate),
-            self._averages(rows[:-1]),
+            weights_ahead(settings.average, settings.schedule, steps, groups),
         )
         self._count = min(2 * self._count, _BLOCK)
         return True
-
-    def _averages(self, rows: list[Values]) -> list[list[float]]:
-        """Return the weights of the averages in the steps from these positions on."""
-        average, schedule = self._settings.average, self._settings.schedule
-        if average is None:
-            return []
-        lacks = offsets(average, schedule, [record.group for record in self._mirror.records])
-        return [weights(average, schedule, row.position, lacks) for row in rows]
 
     def _may_serve(self, plan: Plan) -> bool:
         """Return whether native code may take steps, as far as settings and groups tell."""

@@ -72,6 +72,7 @@ class Shared:
         with self.lock:
             self.position.catch_up()
             self.position.ask()
+            self.gate.adopt(self.settings.optimizer.param_groups)
             self.warn_of_skips()
             return int(self.gate.statistics[-1])
 

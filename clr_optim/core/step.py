@@ -336,10 +336,11 @@ def _wrapped_step(
         """Count the step and return the position. A second call, after an interrupt, returns."""
         nonlocal start
         with shared.lock:
-            if start is None:
-                shared.averaging.put(parameters_of(shared.settings.optimizer), copies)
-                shared.averaging.take(position.number)
+            is_first = start is None
             start = start or position.counted  # other threads step, too
+            if is_first:
+                shared.averaging.put(parameters_of(shared.settings.optimizer), copies)
+                shared.averaging.take(start[0])
             is_as_before = start is context.before and serving.fused is None
             if position.number != start[0]:
                 pass  # the first call has counted the step, or a signal handler went elsewhere

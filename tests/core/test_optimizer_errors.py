@@ -12,7 +12,7 @@ import torch
 from cases import BY_NAME, Problem
 from internals import is_next_step_ordinary
 
-from clr_optim import CyclicalOptimizer, CyclicalScheduler, Ema, Phase, Schedule, schedule
+from clr_optim import CyclicalOptimizer, CyclicalScheduler, Ema, Phase, Schedule, Spike, schedule
 from clr_optim.schedule import fixed, one_cycle, ramp, sequence, triangular, warm_restarts
 
 NAN = float("nan")
@@ -105,6 +105,11 @@ CONSTRUCTOR = {
     "average without cycles": (
         {"policy": fixed(), "average": "cycle_end"}, ValueError, "average='cycle_end' needs cycles .* use Ema",
     ),
+    "skip_above 0": ({"skip_above": 0}, ValueError, "skip_above must be a number > 0, got 0"),
+    "skip_above NaN": ({"skip_above": NAN}, ValueError, "skip_above must be a number > 0, got nan"),
+    "skip_above True": ({"skip_above": True}, TypeError, r"skip_above must be a number.*math\.inf or Spike\(\)$"),
+    "skip_above a string": ({"skip_above": "inf"}, TypeError, "skip_above must be a number.*give the largest norm"),
+    "skip_above the class": ({"skip_above": Spike}, TypeError, "skip_above must be .*the class .*call it$"),
     "backend unknown": ({"backend": "cuda"}, ValueError, "backend='cuda' must be one of 'auto'"),
     "backend an array": ({"backend": np.array([1.5, 2.0])}, TypeError, r"backend=array\(.* must be one of 'auto'"),
     "backend None": ({"backend": None}, TypeError, "backend=None must be one of"),
@@ -138,6 +143,7 @@ CONSTRUCTOR = {
     "step_size": ({"step_size": 50}, TypeError, "^step_size=50 is no argument of .*: give step_size_up=50$"),
     "lr": ({"lr": 0.1}, TypeError, r"^lr=0\.1 is no argument of CyclicalOptimizer: give max_lr=0\.1$"),
     "min_lr": ({"min_lr": 0.1}, TypeError, r"give min_lr as base_lr=0\.1, or, .* as end= of the schedule$"),
+    "skip_nonfinite": ({"skip_nonfinite": True}, TypeError, r"^skip_nonfinite=True is no argument .*skip_above=math\.inf"),
     "max_norm": ({"max_norm": 1.0}, TypeError, r"give max_grad_norm=1\.0$"),
     "total_steps": ({"total_steps": 9}, TypeError, r"^total_steps=9 is no .*one_cycle\(total_steps.*from_scheduler"),
     "T_max": ({"T_max": 9}, TypeError, r"^T_max=9 is no argument .*cosine\(steps\).*from_scheduler"),

@@ -18,7 +18,7 @@ from internals import fail_native_launches, outcome_of
 from native_helpers import BY_NAME, KERNELS, assert_identical, drawn, parameters
 from torch import Tensor
 
-from clr_optim import CyclicalOptimizer, Spike
+from clr_optim import CyclicalOptimizer, Spike, lr_range_test
 from clr_optim.gate import Gate
 
 SHAPES = [(4, 3), (7,), ()]
@@ -135,9 +135,9 @@ def test_classes_without_kernels_skip_too(case):
                 problem_with_a_bad_step(problem, opt, case, k)
             problem.step(opt, k, case.closure)
         runs.append((opt, problem))
-    (ours, mine), (twin, theirs) = runs
+    (ours, mine), (twin, others) = runs
     assert ours.skipped == 4
-    assert_same(mine.values(), theirs.values())
+    assert_same(mine.values(), others.values())
     assert ours.iteration == twin.iteration == 12
 
 
@@ -161,6 +161,23 @@ def problem_with_a_bad_step(problem: Problem, opt: Any, case: Case, k: int) -> N
 
 
 # ---- Spike
+
+
+WRONG_SPIKES: list[tuple[dict[str, Any], str]] = [
+    ({"sigmas": 0}, "sigmas must be a finite number > 0, got 0"),
+    ({"sigmas": math.inf}, "sigmas must be a finite number > 0, got inf"),
+    ({"sigmas": "6"}, "sigmas must be a number, got '6'"),
+    ({"window": 1}, "window must be an integer >= 2, got 1"),
+    ({"window": 1.5}, r"window must be a whole number of steps, got 1\.5"),
+    ({"warmup": 0}, "warmup must be an integer >= 1, got 0"),
+    ({"warmup": "long"}, "warmup must be an integer >= 1, got 'long'"),
+]
+
+
+@pytest.mark.parametrize(("options", "pattern"), WRONG_SPIKES)
+def test_a_wrong_spike_is_refused(options, pattern):
+    with pytest.raises((TypeError, ValueError), match=f"^{pattern}"):
+        Spike(**options)
 
 
 def reference(norms: Any, spike: Spike) -> tuple[list[bool], tuple[float, ...]]:
@@ -514,8 +531,8 @@ def test_a_resumed_run_decides_as_an_uninterrupted_one(how, backend):
         if k == 120:
             run = resumed(run, how, **options)
     assert run.opt.skipped == whole.opt.skipped > 10
-    ours, theirs = (each.opt.state_dict()["param_groups"] for each in (run, whole))
-    assert ours == theirs
+    ours, expected = (each.opt.state_dict()["param_groups"] for each in (run, whole))
+    assert ours == expected
     assert_identical(run.opt, whole.opt)
 
 
@@ -596,6 +613,27 @@ def test_hostile_statistics_are_refused_and_change_nothing(value, skip_above):
         CyclicalOptimizer(plain, skip_above=skip_above)
 
 
+def test_a_range_test_leaves_the_statistics_alone():
+    model = torch.nn.Linear(3, 1)
+    inner = torch.optim.Adam(model.parameters(), lr=0.01)
+    opt = CyclicalOptimizer(inner, skip_above=Spike(window=4))
+    data = [(torch.randn(8, 3), torch.randn(8, 1)) for _ in range(9)]
+
+    def train() -> list[float]:
+        for x, y in data:
+            opt.zero_grad()
+            (model(x) - y).square().mean().backward()
+            opt.step()
+        skips: list[float] = opt.state_dict()["param_groups"][0]["clr_skips"]
+        return skips
+
+    before = train()
+    lr_range_test(model, opt, data, torch.nn.functional.mse_loss, epochs=1)
+    assert opt.state_dict()["param_groups"][0]["clr_skips"] == before
+    train()
+    assert sum(opt._shared.gate.statistics[::4]) > 12
+
+
 def test_groups_must_agree():
     run = Run(BY_NAME["adam"], skip_above=500.0)
     run.opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
@@ -603,3 +641,19 @@ def test_groups_must_agree():
     saved["param_groups"][1]["clr_skips"] = [1.0, 1.0, 0.0, 0.0, 0.0]
     with pytest.raises(ValueError, match="disagree on clr_skips"):
         run.opt.load_state_dict(saved)
+
+
+def test_a_load_beneath_the_wrapper_shows_at_once():
+    run, plain = Run(BY_NAME["adam"], skip_above=500.0), Run(BY_NAME["adam"])
+    run.step(0)
+    run.step(1, "spike")
+    saved = run.opt.state_dict()
+    plain.step(0)
+    run.opt.optimizer.load_state_dict(plain.opt.optimizer.state_dict())
+    assert run.opt.skipped == 0
+    run.step(1, "spike")
+    assert run.opt.skipped == 1
+    run.opt.optimizer.load_state_dict(saved)
+    assert run.opt.skipped == 1
+    run.step(1, "spike")
+    assert run.opt.skipped == 2

@@ -63,11 +63,11 @@ def _start(name: str, backend: str, sharded: bool = True, **wrap: Any) -> tuple[
     return model, wrap_case(_case(name), _groups(model), backend, **wrap)
 
 
-def _other_start(name: str, backend: str, sharded: bool = True) -> tuple[Any, Any]:
+def _other_start(name: str, backend: str, sharded: bool = True, **wrap: Any) -> tuple[Any, Any]:
     """Change values and bounds, which the checkpoint must replace."""
     warnings.filterwarnings("ignore", "state_dict has (the bounds|base_momentum)", UserWarning)
     bounds = {"base_lr": 0.5, "max_lr": [0.7, 0.9], "base_momentum": 0.1, "max_momentum": 0.2}
-    model, opt = _start(name, backend, sharded, **bounds)
+    model, opt = _start(name, backend, sharded, **bounds, **wrap)
     _forget(model)
     return model, opt
 

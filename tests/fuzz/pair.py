@@ -47,7 +47,7 @@ class Pair:
         backend: the backend under test. torch's own step serves what its kernels cannot.
         case: the name of a row in the table of cases.
         seed, count, big: choose the parameters.
-        clip: ``max_grad_norm``.
+        clip, skip: ``max_grad_norm`` and ``skip_above``.
         dtype, policy: names of :data:`DTYPES` and :data:`POLICIES`.
         flag: a flag of the wrapped optimizer; with backend ``"torch"`` of the twin too.
         tensor_lr: whether ``lr`` is a tensor.
@@ -62,13 +62,14 @@ class Pair:
         count: int = 3,
         big: bool = False,
         clip: float | None = None,
+        skip: float | None = None,
         dtype: str = "float64",
         policy: str = "triangular",
         flag: str | None = None,
         tensor_lr: bool = False,
         hook: bool = False,
     ) -> None:
-        self.backend, self.clip, self.hook = backend, clip, hook
+        self.backend, self.clip, self.skip, self.hook = backend, clip, skip, hook
         known: Any = BY_NAME.get(case) or OTHERS[case]
         self.case = known
         if case not in BY_NAME:
@@ -112,6 +113,7 @@ class Pair:
         self.wrap = {
             **POLICIES[policy].options,
             "max_grad_norm": clip,
+            "skip_above": skip,
             **getattr(known, "wrap", {}),
         }
         self.ours: Any = CyclicalOptimizer(make(options), **self.wrap)

@@ -95,6 +95,7 @@ def setups(backend: str) -> dict[str, Sequence[Any]]:
         "count": range(1, 6 if backend != "triton" else 3),
         "big": (False,) * (9 if backend != "triton" else 29) + (True,),
         "clip": (None, None, 0.5),
+        "skip": (None, None, 1e30),
         "dtype": ("float64",) * 4 + ("float32",) * 2 + ("mixed", "bfloat16", "float16"),
         "policy": ["triangular"] * 4 + list(POLICIES),
         "flag": flags,

@@ -160,6 +160,24 @@ class StepEvents(TensorEvents):
         self.expected.feed_rates(self.twin)  # a checkpoint of the twin must hold a rate in use
         return None
 
+    @event(1.5, seed=SEEDS, bad=("inf", "nan", "1e35"))
+    def try_a_step_that_is_skipped(self, seed: int, bad: str) -> bool | None:
+        """Step with a gradient that ``skip_above`` refuses: nothing moves."""
+        if self.skip is None or getattr(self.case, "closure", False):
+            return False
+        some = [p for p in members(self.ours) if p.requires_grad and p.numel()]
+        if not some:
+            return False
+        self.zero_grad(True)
+        self.fill(self.ours, seed)
+        grad = some[seed % len(some)].grad
+        grad[(0,) * grad.dim()] = float(bad)
+        skipped = self.ours.skipped
+        self.ours.step()
+        assert self.ours.skipped == skipped + 1
+        self.zero_grad(True)
+        return None
+
     @event(2.0, seed=SEEDS, overflow=(False, False, True), power=range(4), unscales=FLAG)
     def step_by_grad_scaler(self, seed: int, overflow: bool, power: int, unscales: bool) -> Any:
         """Step by a GradScaler, on the path that the optimizer asks for."""

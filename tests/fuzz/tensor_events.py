@@ -89,7 +89,8 @@ class TensorEvents(Pair):
 
         With weight decay torch refuses in mid-step.
         """
-        if self.only_kernels or self.clip is not None or self.case.cls not in HAVE_SPARSE:
+        needs_norm = self.clip is not None or self.skip is not None
+        if self.only_kernels or needs_norm or self.case.cls not in HAVE_SPARSE:
             return False
         for opt, p in self.pick(i):
             if p.dim() == 2 and p.shape[0] and not opt.param_groups[0]["weight_decay"]:

@@ -71,11 +71,11 @@ def assert_never_was(run: Run, plain: Run, steps: int, seed: int, *, amp: bool =
 def assert_same_tensors(run: Run, plain: Run) -> None:
     for param, other in zip(run.params, plain.params, strict=True):
         assert torch.equal(param, other)
-        ours, theirs = run.opt.state.get(param, {}), plain.opt.state.get(other, {})
-        assert ours.keys() == theirs.keys()
+        ours, twins = run.opt.state.get(param, {}), plain.opt.state.get(other, {})
+        assert ours.keys() == twins.keys()
         for key, value in ours.items():
-            equal = torch.equal(value, theirs[key]) if torch.is_tensor(value) else False
-            assert equal or value == theirs[key], key
+            equal = torch.equal(value, twins[key]) if torch.is_tensor(value) else False
+            assert equal or value == twins[key], key
 
 
 @pytest.mark.parametrize("amp", [False, True], ids=["", "amp"])
@@ -199,10 +199,10 @@ def test_what_no_kernel_serves_is_skipped_together_with_the_rest(monkeypatch):
                 p.grad = torch.ones_like(p) * (k + 1)
             opt.step()
         runs.append((opt, params))
-    (ours, mine), (_, theirs) = runs
+    (ours, mine), (_, twins) = runs
     assert "triton: 1 parameter" in ours.explain()
     assert ours.skipped == 3
-    assert all(map(torch.equal, mine, theirs))
+    assert all(map(torch.equal, mine, twins))
 
 
 def test_an_interrupt_between_gate_and_update_leaves_no_norm(monkeypatch):
