@@ -164,16 +164,17 @@ def slot_of(average: Average | None) -> AverageSlot | None:
     return None if average is None else average._slot
 
 
-def closed_form(average: Average) -> tuple[int, int, float]:
+def closed_form(average: Average, schedule: Schedule) -> tuple[int, int, int, float]:
     """Return the numbers from which kernels compute steps and weights.
 
     Returns:
         The steps from one average to the next, or 0 for averages at cycle ends with equal weights;
-        the steps before the first one that may take an average; and the weight of a new parameter.
+        the steps before the first one that may take an average; the cycles that end in these; and
+        the weight of a new parameter, if weights are not equal.
     """
     if isinstance(average, Ema):
-        return average.every, average.start, average._weight(1)
-    return 0, average.start, 0.0
+        return average.every, average.start, 0, average._weight(1)
+    return 0, average.start, schedule.cycle_ends(average.start), 0.0
 
 
 def done(average: Average, schedule: Schedule, position: int) -> int:

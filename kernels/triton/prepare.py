@@ -23,16 +23,16 @@ __all__ = [
 COLUMNS = (
     "param", "state0", "state1", "state2", "state3", "counter", "scalar", "numel", "group", "first",
 )  # fmt: skip
-#: The first columns of the groups' table, float64. The kernel's own scalars follow. A group counts
-#: its averages from ``averages`` on, see :func:`average_weight`.
+#: The first columns of the groups' table, float64. The kernel's own scalars follow. ``averages`` is
+#: what the group's count of averages lacks, see :func:`average_weight`.
 GROUP = (
     "base_lr", "max_lr", "base_momentum", "max_momentum", "cycle_momentum", "averages",
     "weight_decay", "shrinking", "sign",
 )  # fmt: skip
 #: The position in the schedule, the number of steps to add, and the programs that have ended. Then
-#: when averages fall due: every so many steps (0: at cycle ends with equal weights), after so many
-#: steps; and the weight of a new parameter otherwise, a float64.
-CONTROL = ("position", "moves", "tickets", "every", "start", "share")
+#: when averages fall due: every so many steps (0: at cycle ends, with equal weights), after so many
+#: steps, up to which so many cycles end; and the weight of a new parameter, a float64.
+CONTROL = ("position", "moves", "tickets", "every", "start", "ended", "share")
 #: The first columns of the constants' table: whether the step updates the row, the factor of its
 #: gradient, the weight decay added to the gradient, the factor of decoupled weight decay, and the
 #: weight of the new parameter in its average (0: the step takes no average).
@@ -83,14 +83,14 @@ def row_constants(
 
 @triton.jit
 def _averages(control, ints, phases, position):
-    """Return how many averages fall due in the steps before a position, but for a constant."""
+    """Return how many averages fall due in the steps before a position."""
     start = tl.load(control + 4)
     done = tl.maximum(position, start)
     every = tl.load(control + 3)
     if every != 0:
         done = (done - start) // every
     else:
-        done = cycle_ends(ints, phases, done)
+        done = cycle_ends(ints, phases, done) - tl.load(control + 5)
     return done
 
 
@@ -101,14 +101,13 @@ def average_weight(averages, ints, phases, control, position):
     ``average + weight·(parameter − average)`` is the new average.
 
     Args:
-        averages: the group's column of that name, or a vector. The group's next average is the
-            first, a copy, up to this number of averages by the count of :func:`_averages`.
+        averages: the group's column of that name, or a vector: the averages due, less those taken.
         ints, phases, control: as for :func:`prepare`.
         position: the number of the step.
     """
     done = _averages(control, ints, phases, position)
     is_due = (_averages(control, ints, phases, position + 1) > done) & (tl.load(control + 1) != 0)
-    share = tl.load((control + 5).to(tl.pointer_type(tl.float64)))
+    share = tl.load((control + 6).to(tl.pointer_type(tl.float64)))
     taken = (done - averages.to(tl.int64)).to(tl.float64)
     equal = 1.0 / (tl.maximum(taken, 0.0) + 1.0)
     weight = tl.where(tl.load(control + 3) != 0, share, equal)

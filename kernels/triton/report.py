@@ -1,8 +1,9 @@
 """Registers, stack and memory accesses of the compiled kernels, on a machine without a GPU.
 
-    python -m clr_optim.kernels.triton.report --target sm_90 [--json FILE]
+    python -m clr_optim.kernels.triton.report --target sm_90 [--average own] [--json FILE]
 
-The report compiles every kernel for every dtype, as a launch of ``multi_tensor`` does. Registers
+The report compiles every kernel for every dtype, as a launch of ``multi_tensor`` does, without
+averages or with averages in the dtype of the parameters (``own``) or in another one. Registers
 and stack come from cuobjdump's resource usage (NVIDIA) or from the code object's metadata (AMD).
 
 **The accesses** are the loads and stores of full blocks, which have no mask and update nearly all
@@ -20,7 +21,8 @@ The columns, as in the JSON's rows:
 - ``loads_16b``, ``stores_16b``: instructions of the full width, 16 bytes per thread, or 8 bytes
   where that would need too many registers. ``loads_narrow``, ``stores_narrow``: all others.
 - ``float64``: instructions that compute in float64. Many GPUs compute that slowly.
-- ``per_element``: instructions of the loop over full blocks, per element of the parameter.
+- ``per_element``: instructions of the loop over full blocks, per element of the parameter. For a
+  rule without state that is the shorter of two loops: the update's, or the one over the averages.
 """
 
 from __future__ import annotations
@@ -97,11 +99,13 @@ class _Access(NamedTuple):
     width: int  # 0 if unknown
 
 
-def rows(target: str) -> Iterator[dict[str, Any]]:
+def rows(target: str, average: str | None = None) -> Iterator[dict[str, Any]]:
     """Yield a row per rule and dtype, each as soon as its kernel is compiled.
 
     Args:
         target: ``sm_NN`` or ``gfxNNN``.
+        average: the dtype of averages, by torch's name, or ``"own"`` for that of the parameters;
+            None for kernels without averages.
 
     Raises:
         ReportError: the target is neither, Triton is missing or interprets, or a kernel does not
@@ -127,8 +131,10 @@ def rows(target: str) -> Iterator[dict[str, Any]]:
         gpu = GPUTarget("hip", target, 64 if int(target[3:-2]) < 10 else 32)
     for (rule, (slots, numbers)), name in itertools.product(_kernels().items(), DTYPES):
         dtype: torch.dtype = getattr(torch, name)
+        averages: torch.dtype | None = getattr(torch, average) if average in DTYPES else None
+        averages = dtype if average == "own" else averages
         try:
-            compiled = _compile(rule, slots, dtype, [torch.float32] * numbers, None, gpu)
+            compiled = _compile(rule, slots, dtype, [torch.float32] * numbers, averages, gpu)
         except Exception as error:  # each stage of Triton's has its own
             words = " ".join(str(error).partition("Repro command")[0].split())
             raise ReportError(
@@ -317,12 +323,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--target", required=True, metavar="ARCH", help="sm_80, sm_90, gfx942 or a similar name"
     )
+    parser.add_argument(
+        "--average", choices=("own", *DTYPES), help="the dtype of averages, if kernels keep them"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
     args = parser.parse_args(argv)
     width = max(map(len, KERNELS))
     done: list[dict[str, Any]] = []
     try:
-        for row in rows(args.target):
+        for row in rows(args.target, args.average):
             if not done:
                 print(f"{'rule':{width}}  {'dtype':8}", *_COLUMNS, sep="  ")
             cells = (f"{row[column]:>{len(column)}}" for column in _COLUMNS)

@@ -275,16 +275,13 @@ class TritonBackend:
         """Have native code repeat the launches of a step, see :meth:`Binding.bind`."""
         (clock,) = self._clocks.values()
         signals = {"grad_scale": gradients.scale, "found_inf": gradients.found_inf}
+        names = [name for name, tensor in signals.items() if tensor is not None]
+        tables = [launch.address_table() for launch in self._launches]
         with current.guard(clock.device):
             self._binding.bind(
-                clock.device,
-                [launch.address_table() for launch in self._launches],
-                calls,
-                course,
-                clips=gradients.max_norm is not None,
-                signals=[name for name, tensor in signals.items() if tensor is not None],
-                counted=counted,
-            )
+                clock.device, tables, calls, course,
+                clips=gradients.max_norm is not None, signals=names, counted=counted,
+            )  # fmt: skip
 
     def _is_ordinary(self, course: Course, gradients: Gradients) -> bool:
         """Return whether native code may repeat this step's launches with the next gradients."""

@@ -54,28 +54,19 @@ class Clock:
     def __init__(
         self, device: torch.device, schedule: Schedule, plan: Plan, average: Average | None = None
     ) -> None:
-        from clr_optim.kernels.triton.prepare import CONTROL
         from clr_optim.kernels.triton.schedule import held_tables, phase_tables
 
         self.device = device
         self._plan = plan
         # The device's position minus the plan's count of steps, and the steps to add.
         self._expected: tuple[int, int] | None = None
-        self._control = torch.zeros(len(CONTROL), dtype=torch.int64, device=device)
+        self._control = _new_control(device, schedule, average)
         self._moving = schedule.scale_fn is None
         self._uploaded = upload = [Mirror(device) for _ in range(4)]
         constant = held_tables(schedule)
         own = phase_tables(schedule) if self._moving else constant
         self._own = tuple(m.put(t) for m, t in zip(upload[:2], own, strict=True))
         self._constant = tuple(m.put(t) for m, t in zip(upload[2:], constant, strict=True))
-        # What the kernels count of averages more than the host: cycle ends before the start.
-        self._uncounted = 0
-        if average is not None:
-            every, start, share = closed_form(average)
-            self._uncounted = 0 if every else schedule.cycle_ends(start)
-            for i, number in enumerate((every, start), CONTROL.index("every")):
-                self._control[i].fill_(min(number, _INT64_MAX))
-            self._control[CONTROL.index("share") :].view(torch.float64).fill_(share)
         # Two tables: one with rates of the host, and one with bounds, which graphs read. A table
         # that grew too small for a new group stays, as a graph may read it.
         self._groups = [[Mirror(device)] for _ in range(2)]
@@ -245,7 +236,7 @@ class Clock:
         table = np.zeros((len(scalars), scalars.shape[1] + _SHIFT))
         table[:, 1 + _SHIFT :] = scalars[:, 1:]  # all but the rate
         offsets = course.offsets[: len(table)]
-        table[: len(offsets), _AVERAGES] = [offset + self._uncounted for offset in offsets]
+        table[: len(offsets), _AVERAGES] = offsets
         # The course may have a group that the plan has not seen yet.
         rates = zip(course.rates, course.bounds, strict=True)
         for i, (rate, bounds) in zip(range(len(table)), rates, strict=False):
@@ -339,6 +330,19 @@ class Clock:
             self._limits.table,
             *(mirror.lend() for mirror in self._followed),
         ]
+
+
+def _new_control(device: torch.device, schedule: Schedule, average: Average | None) -> Tensor:
+    """Return the ``CONTROL`` of prepare.py at position 0."""
+    from clr_optim.kernels.triton.prepare import CONTROL
+
+    control = torch.zeros(len(CONTROL), dtype=torch.int64, device=device)
+    if average is not None:
+        *numbers, weight = closed_form(average, schedule)
+        for i, number in enumerate(numbers, CONTROL.index("every")):
+            control[i].fill_(min(number, _INT64_MAX))
+        control[CONTROL.index("share") :].view(torch.float64).fill_(weight)
+    return control
 
 
 def fill_gate(

@@ -150,11 +150,11 @@ class Run:
     """A wrapped optimizer, and gradients that depend only on the step's number."""
 
     def __init__(self, case: Case, *, shapes: Sequence[Any] = SHAPES, **options: Any) -> None:
-        wrap = {
-            k: options.pop(k)
-            for k in list(options)
-            if k in ("backend", "max_grad_norm", "policy", "schedules", "skip_above")
-        }
+        names = (
+            "average", "backend", "max_grad_norm", "policy", "schedules", "skip_above",
+            "step_size_up",
+        )  # fmt: skip
+        wrap = {name: options.pop(name) for name in names if name in options}
         generator = torch.Generator().manual_seed(3)
         self.params = [
             torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE))

@@ -71,6 +71,34 @@ def test_registers_suffice_and_accesses_are_wide(compiled, rule, dtype):
 
 
 @needs_triton
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_averages_take_no_stack_and_wide_accesses(target):
+    """The rules with the fewest and the most state, which need the fewest and most registers."""
+    code = f"""
+        import json
+        from clr_optim.kernels.triton import report
+        names = ("sgd", "adam_amsgrad")
+        report.KERNELS = {{name: report.KERNELS[name] for name in names}}
+        rows = list(report.rows({target!r}, "own"))
+        report.DTYPES = ("bfloat16", "float16")
+        print(json.dumps([rows, list(report.rows({target!r}, "float32"))]))
+    """
+    done = run("-c", "if True:" + code)
+    assert not done.returncode, done.stderr
+    for wide, rows in enumerate(json.loads(done.stdout)):
+        assert len(rows) == (4 if wide else 8)
+        for row in rows:
+            assert row["stack"] == row["spills"] == 0
+            if target.startswith("sm"):
+                assert row["registers"] <= 80  # three programs of 256 threads at a time
+                assert (row["float64"] > 0) == (row["dtype"] == "float64")
+            # A 16-bit parameter takes half the bytes of its float32 average.
+            assert row["stores_narrow"] == 0
+            assert row["loads_narrow"] <= wide
+            assert row["stores_16b"] >= 2 + SLOTS[row["rule"]]
+
+
+@needs_triton
 def test_every_kernel_is_in_the_table(compiled):
     _, rows, printed = compiled
     assert list(rows) == [(rule, dtype) for rule in KERNELS for dtype in report.DTYPES]

@@ -50,6 +50,14 @@ def _write_then_read(pointer, target, BLOCK: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
+def _write_wait_read(pointer, target, BLOCK: tl.constexpr):  # noqa: N803
+    at = tl.arange(0, BLOCK)
+    tl.store(pointer + at, at)
+    tl.debug_barrier()
+    tl.store(target + at, tl.load(pointer + BLOCK - 1 - at))
+
+
+@triton.jit
 def _write_all_to_one(pointer, BLOCK: tl.constexpr):  # noqa: N803
     at = tl.arange(0, BLOCK)
     tl.store(pointer + at * 0, at)
@@ -72,6 +80,14 @@ def test_the_last_program_may_write_what_the_others_have_read():
     assert (counter[0], tickets[0], target.sum()) == (1, 8, 0)
     with pytest.raises(MemoryFaultError, match=r"program 0 reads what .* program 4 writes"):
         _count_at_the_end[8,](counter, tickets, target, 4)
+
+
+def test_a_barrier_orders_the_lanes_of_a_program_and_no_others():
+    pointer, target = torch.zeros(8), torch.zeros(8)
+    _write_wait_read[1,](pointer, target, BLOCK=8)
+    assert target.tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
+    with pytest.raises(MemoryFaultError, match=r"program 0 and .* program 1 write"):
+        _write_wait_read[2,](pointer, target, BLOCK=8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.int64])
