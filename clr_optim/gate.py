@@ -6,7 +6,6 @@ The formula of the device is ``open_gate`` in ``kernels/triton/gate.py``; a test
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,44 +114,58 @@ class Gate:
 
     # ---- a step
 
+    @property
+    def _spike_limit(self) -> float:
+        """The norm above which a norm is a spike, by the statistics so far."""
+        _, sigmas, _, warmup = self.limits
+        count, mean, variance, *_ = self.statistics
+        if count < warmup:
+            return math.inf
+        return mean + sigmas * max(math.sqrt(variance), mean * FLOOR)
+
+    @property
+    def threshold(self) -> float:
+        """The largest norm of a step that happens."""
+        limit, _, window, _ = self.limits
+        spike = self._spike_limit if self.statistics[3] < window else math.inf
+        return min(limit, LARGEST, spike)
+
     def closes(self, norm: float) -> bool:
         """Return whether the step of a norm is skipped, and take the norm into the statistics.
 
         A norm of 0 tells nothing: no gradient was there, or all were 0.
         """
-        limit, sigmas, window, warmup = self.limits
-        before = count, mean, variance, in_a_row, skipped = self.statistics
         if norm == 0.0:
             return False
+        limit, _, window, _ = self.limits
+        count, mean, variance, in_a_row, skipped = self.statistics
+        is_spike = self._spike_limit < norm <= min(limit, LARGEST)
+        closes = not norm <= self.threshold
         after: Statistics
-        closes = True
-        if not norm <= LARGEST or norm > limit:
-            after = (count, mean, variance, in_a_row, skipped + 1.0)
-        elif count >= warmup and norm > mean + sigmas * max(math.sqrt(variance), mean * FLOOR):
-            if in_a_row < window:
-                after = (count, mean, variance, in_a_row + 1.0, skipped + 1.0)
-            else:
-                after, closes = (1.0, norm, 0.0, 0.0, skipped), False
+        if closes:
+            after = (count, mean, variance, in_a_row + is_spike, skipped + 1.0)
+        elif is_spike:  # the last of too many in a row
+            after = (1.0, norm, 0.0, 0.0, skipped)
         else:
             count += 1.0
             weight = max(1.0 / count, 1.0 / window)
             distance = norm - mean
             mean += weight * distance
             variance = (1.0 - weight) * (variance + weight * (distance * distance))
-            after, closes = (count, mean, variance, 0.0, skipped), False
-        self._last = before, after  # as take(), without a call
-        self.statistics = after
+            after = (count, mean, variance, 0.0, skipped)
+        self.take(after)
         return closes
+
+    def judge(self, norm: float) -> float:
+        """Take the norm of a step into the statistics; return the threshold of the next step."""
+        self.closes(norm)
+        return self.threshold
 
     def take(self, statistics: Statistics) -> None:
         """Take in the statistics after a decision of the device."""
         # An interrupt between the two lines finds the old statistics.
         self._last = self.statistics, statistics
         self.statistics = statistics
-
-    def closes_rounded(self, norm: float) -> bool:
-        """Return :meth:`closes` of a norm that ``grad_norm`` shows as a float32."""
-        return self.closes(ctypes.c_float(norm).value)
 
     def take_back(self, before: Statistics) -> None:
         """Forget the decision about a step that did not happen after all.

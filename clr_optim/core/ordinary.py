@@ -8,7 +8,6 @@ step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,8 +101,6 @@ class OrdinarySteps:
             raise
         if outcome in (lib.TAKEN, lib.SKIPPED):
             return True
-        if gate is not None:
-            gate.take_back(before)  # the general way asks the gate again
         # With a momentum of 0 the host must know whether the step happens.
         waits = may_skip and self._settings.momentum_vanishes
         if outcome == lib.UNSERVED and not waits and self._may_serve(plan):
@@ -175,7 +172,7 @@ class OrdinarySteps:
             [row.numbers for row in rows] if written.numbers else [],
             ends,
             settings.max_grad_norm,
-            None if gate is None else _closes(plan, gate),
+            gate and (gate.threshold, plan.norm_dtype is torch.float64, gate.judge),
             weights_ahead(settings.average, settings.schedule, steps, groups),
         )
         self._count = min(2 * self._count, _BLOCK)
@@ -217,11 +214,6 @@ class OrdinarySteps:
             for record, of_group in zip(self._mirror.records, found, strict=True)
             for setting, numbers in zip(record.followed, of_group, strict=True)
         )
-
-
-def _closes(plan: Plan, gate: Gate) -> Callable[[float], bool]:
-    """Return what native code asks whether a step is skipped, given the norm of all gradients."""
-    return gate.closes if plan.norm_dtype is torch.float64 else gate.closes_rounded
 
 
 def _entries(

@@ -148,7 +148,7 @@ class Plan:
         numbers: Sequence[Sequence[float]],
         ends: Sequence[bool],
         max_norm: float | None,
-        closes: Callable[[float], bool] | None,
+        gate: tuple[float, bool, Callable[[float], float]] | None,
         averages: Sequence[Sequence[float]],
         /,
     ) -> None:
@@ -167,8 +167,9 @@ class Plan:
                 setting follows a schedule.
             ends: whether each step completes a cycle; empty if there are no hooks to call.
             max_norm: the largest norm of all gradients; steps clip a larger one.
-            closes: returns whether a step is skipped, given the norm of all gradients. If a device
-                runs the kernels, its gate decides instead.
+            gate: the largest norm of a step that happens; whether norms are float64, not float32;
+                and a function that takes the norm of a step and returns the next largest norm. If
+                a device runs the kernels, its gate decides instead.
             averages: for each step the weights of :meth:`update`; empty without averages.
         """
 

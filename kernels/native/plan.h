@@ -68,6 +68,29 @@ private:
     PyObject *type_, *value_, *trace_;
 };
 
+// The gate of the host: the largest norm of a step that happens. Python keeps the statistics.
+struct Gate {
+    double threshold = 0;
+    bool is_wide = false;  // whether norms are float64, and not float32
+    Ref judge;  // takes the norm of a step in, and returns the next threshold; null without a gate
+
+    explicit operator bool() const { return bool(judge); }
+    double rounded(double norm) const { return is_wide ? norm : double(float(norm)); }
+    // A norm of 0 tells nothing. NaN closes the gate.
+    bool closes(double norm) const { return rounded(norm) != 0 && !(rounded(norm) <= threshold); }
+
+    // Called after a step, since Python code may change any tensor. Returns false with an exception
+    // set on failure.
+    bool take(double norm) {
+        const Ref number(PyFloat_FromDouble(rounded(norm)));
+        const Ref judging = Ref::to(judge.get());
+        const Ref next(number ? PyObject_CallFunctionObjArgs(judging.get(), number.get(), nullptr)
+                              : nullptr);
+        if (next) threshold = PyFloat_AsDouble(next.get());
+        return next && !PyErr_Occurred();
+    }
+};
+
 // How a call of step() ended. Nothing has changed unless the step was taken.
 enum Outcome {
     TAKEN = 0,
@@ -89,7 +112,7 @@ public:
     Scalars scalars;
     Course course;
     Ref optimizer, own_step;   // the wrapped optimizer, and its class's step()
-    Ref closes;                // of Python: whether the gate closes at a norm; or null
+    Gate gate;                 // of the host
     double max_norm = -1;      // the largest norm of all gradients; negative: do not clip
     double norm = 0;           // of all gradients in the last step, if Python has not taken it
     bool has_norm = false;
@@ -149,26 +172,29 @@ public:
             return !raised;
         }
         double factor = 1;
-        if (!launches && (max_norm >= 0 || closes)) factor = clip();
-        if (!launches && closes && !is_open(outcome, answer)) {
-            const Raised raised;
+        const bool judges = gate && !launches;
+        if (!launches && (max_norm >= 0 || judges)) factor = clip();
+        if (judges && gate.closes(norm)) {
+            outcome = SKIPPED;
             release();
-            return !raised;
+            return gate.take(norm);
         }
         for (size_t i = 0; i < course.records.size(); ++i)
             scalars.row(i)[0] = course.records[i].rate;
         const bool ran = launches ? launch(answer)
                                   : run(factor, course.weights(), answer, true,
                                         course.has_tensors());
-        const Raised raised;
-        // Write the next values even if run() has failed after it has changed the parameters.
-        if (ran || !launches || bound()->has_begun()) {
-            course.write();
-            take_settings();
+        {
+            const Raised raised;
+            // Write the next values even if run() has failed after it has changed the parameters.
+            if (ran || !launches || bound()->has_begun()) {
+                course.write();
+                take_settings();
+            }
+            if (!ran) unbind();
+            release();
         }
-        if (!ran) unbind();
-        release();
-        return ran;
+        return ran && (!judges || gate.take(norm));
     }
 
     // ---- the launches of a GPU's step
@@ -189,7 +215,7 @@ public:
     int visit(visitproc visit, void* arg) const {
         for (const Ref* each :
              {&sources.groups, &sources.members, &sources.keys, &sources.settings, &sources.state,
-              &sources.dicts, &sources.idle, &params, &optimizer, &own_step, &closes, &launches})
+              &sources.dicts, &sources.idle, &params, &optimizer, &own_step, &gate.judge, &launches})
             Py_VISIT(each->get());
         for (const Ref& bucket : buckets) Py_VISIT(bucket.get());
         if (const int stop = scalars.visit(visit, arg)) return stop;
@@ -200,7 +226,7 @@ public:
         const Sources old = std::exchange(sources, Sources());
         const std::vector<Ref> old_buckets = std::exchange(buckets, {});
         const Ref old_params = std::move(params), old_optimizer = std::move(optimizer),
-                  old_step = std::move(own_step), old_closes = std::move(closes),
+                  old_step = std::move(own_step), old_judge = std::move(gate.judge),
                   old_launches = std::move(launches);
         scalars.leave();
     }
@@ -263,21 +289,6 @@ private:
         const long number = count ? PyLong_AsLong(count.get()) : 1;
         if (PyErr_Occurred()) PyErr_Clear();
         return int(std::max(number, 1L));
-    }
-
-    // Asks the gate whether the step happens. If not, `outcome` tells why, or an exception is set.
-    // The gate is Python code, after which any tensor may have changed.
-    bool is_open(Outcome& outcome, Answer& answer) {
-        const Ref number(PyFloat_FromDouble(norm));
-        const Ref closed(
-            number ? PyObject_CallFunctionObjArgs(closes.get(), number.get(), nullptr) : nullptr);
-        if (!closed) return false;
-        if (closed.is(Py_True)) return outcome = SKIPPED, false;
-        if (!find_changes(answer)) return false;
-        if (!is_current(answer)) outcome = OUTDATED;
-        else if (!course.is_untouched(sources.groups.get())) outcome = WRITTEN;
-        PyErr_Clear();
-        return outcome == TAKEN;
     }
 
     // Sums without the GIL if that takes long.
@@ -368,7 +379,7 @@ private:
         if (is_observed(attributes) || (signals && !needs_launches)) return OBSERVED;
         const bool has_hooks = !is_empty(item(attributes, names().cycle_end_hooks));
         // The host must know whether the step happens.
-        if (has_hooks && (signals.found_inf || (closes && needs_launches))) return OBSERVED;
+        if (has_hooks && (signals.found_inf || (gate && needs_launches))) return OBSERVED;
         if (!optimizer || is_replaced(optimizer.get(), own_step, sources)) return REPLACED;
         if (launches ? !bound()->is_unobserved() || !bound()->take(signals) : needs_launches)
             return UNSERVED;

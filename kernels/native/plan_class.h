@@ -167,6 +167,15 @@ inline bool is_complete(const Course& course) {
            (course.averages.empty() || course.averages.size() + 1 == course.rates.size());
 }
 
+// Reads the gate: (threshold, is_wide, judge).
+inline bool read_gate(PyObject* tuple, Gate& gate) {
+    PyObject* judge;
+    int is_wide;
+    if (!PyArg_ParseTuple(tuple, "dpO", &gate.threshold, &is_wide, &judge)) return false;
+    gate.is_wide = is_wide, gate.judge = Ref::to(judge);
+    return true;
+}
+
 inline PyObject* plan_begin_course(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     Plan& plan = PlanObject::of(self);
     if (!expects("begin_course()", count, 8) || !is_free(plan)) return nullptr;
@@ -180,6 +189,8 @@ inline PyObject* plan_begin_course(PyObject* self, PyObject* const* args, Py_ssi
         is_read = read_record(records.get(i), course);
     course.ends.assign(ends.begin(), ends.end());
     const double max_norm = args[5] == Py_None ? -1 : PyFloat_AsDouble(args[5]);
+    Gate gate;
+    if (args[6] != Py_None && !read_gate(args[6], gate)) return nullptr;
     if (PyErr_Occurred()) return nullptr;
     if (!is_read || !is_complete(course)) {
         PyErr_SetString(PyExc_ValueError, "a course has values for each group and step");
@@ -189,7 +200,7 @@ inline PyObject* plan_begin_course(PyObject* self, PyObject* const* args, Py_ssi
     if (!is_free(plan)) return nullptr;  // reading numbers may have run Python code
     if (!plan.sources.buckets.empty()) course.words = plan.sources.buckets.front()->words;
     plan.max_norm = max_norm;
-    const Ref closes = std::exchange(plan.closes, Ref::to(args[6] == Py_None ? nullptr : args[6]));
+    std::swap(plan.gate, gate);
     std::swap(plan.course, course);
     return none();
 }
