@@ -10,13 +10,12 @@ from clr_optim.bench.report import aligned, best_of_torch, labels, short_labels,
 
 __all__ = ["CALLS", "training_table"]
 
-#: The names of the measured calls. The four settings are those of the plain SGD, and one more.
+#: The names of the measured calls. The three settings are those of the plain SGD, and one more.
 CALLS = {
     "noop_s": "no-op Optimizer.step()",
     "plain_s": "SGD with momentum",
     "cycled_momentum_s": "SGD, momentum cycled",
     "clipping_s": "SGD, gradients clipped",
-    "skipping_s": "SGD, spikes skipped",
     "tensor_rate_s": "SGD, rate in a tensor",
     "noop_one_of_1000_s": "one of 1,000 no-op optimizers",
     "one_of_1000_s": "one of 1,000 Adams",
@@ -51,7 +50,7 @@ def training_table(results: Mapping[str, Any]) -> str:
     lines_of_calls = [
         [name, time_in_words(results["calls"][key]), ""]
         for key, name in CALLS.items()
-        if key in results.get("calls", {})  # results of older versions lack some
+        if "calls" in results
     ]
     return "\n".join(
         [

@@ -146,14 +146,16 @@ def act_before_triton_launch(
     patch: pytest.MonkeyPatch, opt: Wrapped, action: Callable[[], object]
 ) -> None:
     """Have every step of a Triton backend run ``action`` between its scan and its launch."""
-    backend: Any = backend_of(opt)
-    gates = backend._gates
+    import clr_optim.backends.triton.backend as module
+
+    assert backend_of(opt) is not None
+    gates = module.fill_gates
 
     def acting(*args: Any) -> Any:
         action()
         return gates(*args)
 
-    patch.setattr(backend, "_gates", acting)
+    patch.setattr(module, "fill_gates", acting)
 
 
 # ---- plans and backends without a wrapper

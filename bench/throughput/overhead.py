@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clr_optim import CyclicalOptimizer, Spike
+from clr_optim import CyclicalOptimizer
 from clr_optim.bench.throughput.tensors import Tensors
 from clr_optim.bench.throughput.timing import Step, interleave
 from clr_optim.bench.throughput.variants import LR, our_optimizer
@@ -58,7 +58,7 @@ def measure_calls(seconds: float) -> dict[str, float]:
     """Measure SGD's step of one tensor of one value, many in a row, with various settings.
 
     Returns:
-        Seconds: ``plain_s``, four settings beside it, and ``noop_s`` for a step that does nothing.
+        Seconds: ``plain_s``, three settings beside it, and ``noop_s`` for a step that does nothing.
     """
     tensors = Tensors([(1,)], torch.float32)
     rule, params = RULES["sgd_momentum"], tensors.params
@@ -67,7 +67,6 @@ def measure_calls(seconds: float) -> dict[str, float]:
         "plain": our_optimizer(rule, params),
         "cycled_momentum": our_optimizer(rule, params, cycle_momentum=True),
         "clipping": our_optimizer(rule, params, max_grad_norm=1.0),
-        "skipping": our_optimizer(rule, params, skip_above=Spike()),
         "tensor_rate": our_optimizer(rule, params, lr=torch.tensor(LR)),
     }
     steps = {name: _each_step([each] * _IN_A_ROW) for name, each in optimizers.items()}

@@ -8,29 +8,21 @@ from typing import Any
 
 from torch import Tensor
 
-from clr_optim.core.followed import followed_by, held_by, schedules_json
+from clr_optim.core.followed import followed_by, held_by
 from clr_optim.core.rates import momentum_bounds, never_driven, write_rate, written_rate
 from clr_optim.core.records import (
     Record,
     are_untouched,
     hold_ours,
     schedules_of,
+    write_keys,
     write_settings,
 )
 from clr_optim.core.saved import found_bounds, written_position
 from clr_optim.core.settings import HIGH_MOMENTUM, LOW_MOMENTUM, Settings
 from clr_optim.core.values import Values, evaluate
 from clr_optim.gate import Gate, are_held, put_statistics
-from clr_optim.keys import (
-    AVERAGES,
-    BASE,
-    BASE_MOMENTUM,
-    MAX,
-    MAX_MOMENTUM,
-    SCHEDULE,
-    SCHEDULES,
-    STEP,
-)
+from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM, STEP
 from clr_optim.schedule import Schedule
 
 __all__ = ["GroupMirror"]
@@ -330,15 +322,6 @@ class GroupMirror:
         self, group: dict[str, Any], position: int, schedules: Mapping[str, Schedule]
     ) -> bool:
         """Write our keys, apart from bounds; return whether the device keeps the group's rate."""
-        group[STEP] = position
-        group[SCHEDULE] = self._settings.schedule_json
-        if self._settings.schedules:
-            group[SCHEDULES] = schedules_json(schedules)
-        else:
-            group.pop(SCHEDULES, None)
-        if self._settings.average is not None:
-            group.setdefault(AVERAGES, [0, position])
-        else:
-            group.pop(AVERAGES, None)
+        write_keys(self._settings, group, position, schedules)
         put_statistics(self._gate, group)
         return self._is_kept(group)

@@ -8,9 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from clr_optim.checks import shown
-from clr_optim.core.followed import Followed, held_by, number_of, numbers_of, write_setting
+from clr_optim.core.followed import (
+    Followed,
+    held_by,
+    number_of,
+    numbers_of,
+    schedules_json,
+    write_setting,
+)
 from clr_optim.core.settings import Settings
-from clr_optim.keys import BASE_MOMENTUM, MAX_MOMENTUM, SCHEDULES
+from clr_optim.keys import AVERAGES, BASE_MOMENTUM, MAX_MOMENTUM, SCHEDULE, SCHEDULES, STEP
 from clr_optim.plan import Plan
 from clr_optim.schedule import Schedule
 
@@ -22,6 +29,7 @@ __all__ = [
     "have_plan_take",
     "hold_ours",
     "schedules_of",
+    "write_keys",
     "write_settings",
 ]
 
@@ -173,6 +181,25 @@ def changed_settings(
                 if schedule is not None and now != number:
                     found.append((i, name, shown(now)))
     return found
+
+
+def write_keys(
+    settings: Settings, group: dict[str, Any], position: int, schedules: Mapping[str, Schedule]
+) -> None:
+    """Write position, policy, schedules and the count of averages into a group.
+
+    A count that the group already has stays.
+    """
+    group[STEP] = position
+    group[SCHEDULE] = settings.schedule_json
+    if settings.schedules:
+        group[SCHEDULES] = schedules_json(schedules)
+    else:
+        group.pop(SCHEDULES, None)
+    if settings.average is not None:
+        group.setdefault(AVERAGES, [0, position])
+    else:
+        group.pop(AVERAGES, None)
 
 
 def write_settings(

@@ -212,7 +212,7 @@ class TritonBackend:
                 _refresh(launches, clips=clips)
                 if gradients.gate is not None or not capturing:
                     self._statistics.send(self._clocks[device])
-        gates, norm = self._gates(by_device, gradients, calls)
+        gates, norm = fill_gates(plan, self._clocks, by_device, gradients, calls)
         if not self._statistics.opens(gradients, norm):
             self._binding.is_wanted = False
             return Outcome(norm, happened=False)
@@ -320,11 +320,6 @@ class TritonBackend:
         for device in self._clocks:  # a device without launches advances too
             by_device.setdefault(device, [])
         self._launches, self._by_device = launches, by_device
-
-    def _gates(
-        self, by_device: dict[torch.device, list[Launch]], gradients: Gradients, calls: list[Call]
-    ) -> tuple[dict[torch.device, Tensor], Tensor | None]:
-        return fill_gates(self.plan, self._clocks, by_device, gradients, calls)
 
     def _step_on(
         self, clock: Clock, launches: list[Launch], course: Course, gate: Tensor

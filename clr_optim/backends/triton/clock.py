@@ -218,7 +218,7 @@ class Clock:
         """
         on_device = self.decides(course)
         mirrors = self._groups[on_device]
-        self._rows = self._followed_rows(course, len(scalars)) if on_device else []
+        self._rows = _followed_rows(self._plan, course, len(scalars)) if on_device else []
         scalars = scalars.copy()
         for group, column, _ in self._rows:
             scalars[group, column - _SHIFT] = 0.0  # a kernel writes it: no change needs an upload
@@ -256,16 +256,6 @@ class Clock:
         found = mirrors[-1].put(table)
         self._groups_of = made_of
         return found
-
-    def _followed_rows(self, course: Course, groups: int) -> list[tuple[int, int, Schedule]]:
-        """Return group, column of the groups' table and schedule of settings that kernels read."""
-        rows = []
-        for group, key, members, schedules in course.followed:
-            if group < groups:  # another thread may just have added the group
-                columns, _ = self._plan.places_of(group, key, members)
-                pairs = zip(columns, schedules, strict=True)
-                rows += [(group, column + _SHIFT, each) for column, each in pairs if column >= 0]
-        return rows
 
     def follow(self, tables: tuple[Any, ...]) -> list[Call]:
         """Write the settings that follow schedules into the groups' table, for this step.
@@ -378,3 +368,14 @@ def fill_gate(
 def fill_open_gate(gate: Tensor, one: Tensor, zero: Tensor) -> None:
     """Fill the gate of a step that always happens and leaves its gradients unscaled."""
     fill_gate(one, 0, one, one, zero, one, gate, clips=False)
+
+
+def _followed_rows(plan: Plan, course: Course, groups: int) -> list[tuple[int, int, Schedule]]:
+    """Return group, column of the groups' table and schedule of settings that kernels read."""
+    rows = []
+    for group, key, members, schedules in course.followed:
+        if group < groups:  # another thread may just have added the group
+            columns, _ = plan.places_of(group, key, members)
+            pairs = zip(columns, schedules, strict=True)
+            rows += [(group, column + _SHIFT, each) for column, each in pairs if column >= 0]
+    return rows
