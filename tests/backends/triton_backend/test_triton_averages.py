@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from graph_helpers import Run, assert_together, nothing_waits, scaled
+from internals import plan_of
 from native_helpers import (
     BY_NAME,
     KERNELS,
@@ -23,13 +24,16 @@ from test_triton_schedule import POWERS, SCHEDULES
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from triton_helpers import (
     DEVICE,
+    INTERPRETED,
     MARKS,
     RUNS,
+    SLOW,
     WAYS,
     choose_triton,
     drawn,
     in_both_ways,
     named,
+    on_gpus,
     take_way,
 )
 
@@ -53,25 +57,33 @@ if RUNS:
 
     @triton.jit
     def _ends(ints, phases, steps, ends, BLOCK: tl.constexpr):  # noqa: N803
-        at = tl.arange(0, BLOCK)
+        at = tl.program_id(0)
+        if BLOCK > 0:
+            at = at * BLOCK + tl.arange(0, BLOCK)
         tl.store(ends + at, cycle_ends(ints, phases, tl.load(steps + at)))
 
     @triton.jit
     def _weights(groups, width, ints, phases, control, steps, found, BLOCK: tl.constexpr):  # noqa: N803
-        at = tl.arange(0, BLOCK)
-        group = tl.program_id(0)
-        averages = tl.load(groups + group * width + 5)
-        weight = average_weight(averages, ints, phases, control, tl.load(steps + at))
-        tl.store(found + group * BLOCK + at, weight)
+        at = tl.program_id(0)
+        if BLOCK > 0:
+            at = at * BLOCK + tl.arange(0, BLOCK)
+        for group in range(0, 4):
+            averages = tl.load(groups + group * width + 5)
+            weight = average_weight(averages, ints, phases, control, tl.load(steps + at))
+            tl.store(found + at * 4 + group, weight)
 
 
 # ---- steps and weights
 
 
-def padded(steps):
-    """Return steps on the device, up to a power of two."""
-    block = 1 << (len(steps) - 1).bit_length()
-    return torch.tensor([*steps, *[0] * (block - len(steps))], device=DEVICE)
+def on_device(steps):
+    """Return steps on the device, the grid and the block of a launch that evaluates each.
+
+    A GPU runs a program per step, as in the kernels. The interpreter computes all steps at once.
+    """
+    block = 1 << (len(steps) - 1).bit_length() if INTERPRETED else 0
+    there = torch.tensor([*steps, *[0] * (block - len(steps))], device=DEVICE)
+    return there, (1 if INTERPRETED else len(steps),), block
 
 
 def steps_of(curve):
@@ -80,19 +92,24 @@ def steps_of(curve):
     for start in curve._timeline.starts:
         near |= {start + i for i in range(-3, 4)}
     far = {2**k + i for k in (24, 31, 32, 53, 62) for i in range(-8, 9)}
-    return sorted(step for step in near | far if 0 <= step < 2**62 + 8)
+    return sorted(step for step in near | far if step >= 0)[::EVERY]
 
 
-@pytest.mark.parametrize("name", [*SCHEDULES, *POWERS])
+# The fake device takes each step by itself.
+EVERY = 8 if SLOW and not INTERPRETED else 1
+
+
+@pytest.mark.parametrize("name", [*SCHEDULES, *POWERS][::EVERY])
 def test_cycle_ends_on_the_device(name):
     curve = (SCHEDULES | POWERS)[name]
     for warm in (curve, curve.with_warmup(5)):
         steps = steps_of(warm)
         counted = [warm._timeline.ends(step) for step in steps]
         for table, _ in (phase_tables(warm), held_tables(warm)):
-            ints, there = torch.from_numpy(table).to(DEVICE), padded(steps)
+            ints = torch.from_numpy(table).to(DEVICE)
+            there, grid, block = on_device(steps)
             ends = torch.zeros_like(there)
-            _ends[1,](ints, len(ints), there, ends, BLOCK=len(there))
+            _ends[grid](ints, len(ints), there, ends, BLOCK=block)
             assert ends[: len(steps)].tolist() == counted
 
 
@@ -128,10 +145,10 @@ def assert_weights(curve, average):
     for moves in (True, False):
         tables = clock.tables(course._replace(moves=moves), np.zeros((groups, 5)), None, clock.open)
         table, width, ints, _, phases, control, *_ = tables
-        there = padded(steps)
-        found = torch.zeros((groups, len(there)), dtype=torch.float64, device=DEVICE)
-        _weights[groups,](table, width, ints, phases, control, there, found, BLOCK=len(there))
-        for row, offset in zip(found.tolist(), OFFSETS, strict=True):
+        there, grid, block = on_device(steps)
+        found = torch.zeros((len(there), groups), dtype=torch.float64, device=DEVICE)
+        _weights[grid](table, width, ints, phases, control, there, found, BLOCK=block)
+        for row, offset in zip(found.T.tolist(), OFFSETS, strict=True):
             wanted = [(weights(average, curve, step, [offset]) or [0.0])[0] for step in steps]
             assert row[: len(steps)] == (wanted if moves else [0.0] * len(steps))
 
@@ -193,7 +210,7 @@ class Reference:
 def grads_for(params, k, idle=()):
     """Set the gradients of a step; none for the parameters at these places."""
     for i, (p, grad) in enumerate(zip(params, drawn_like(params, k), strict=True)):
-        p.grad = None if i in idle else grad
+        p.grad = None if i in idle else grad.to(p.device)
 
 
 def drawn_like(params, seed):
@@ -284,10 +301,12 @@ def test_a_graph_keeps_averaging(name, average):
     graph = mixed.capture()
     for k in range(1, 16):
         if k in (5, 9):
-            mixed.eager(k)
-        else:
+            for p, grad in zip(mixed.params, mixed.draw(k), strict=True):
+                p.grad = grad
             with nothing_waits():
-                mixed.replay(graph, k)
+                mixed.opt.step()
+        else:
+            mixed.replay(graph, k)
     for k in range(16):
         eager.eager(k)
     assert_together(mixed, eager)
@@ -296,8 +315,10 @@ def test_a_graph_keeps_averaging(name, average):
     assert mixed.opt.state_dict()["param_groups"][0][COUNT] == [taken, 16]
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_a_capture_creates_no_average():
-    before, run = Run(BY_NAME["adam-wd"]), Run(BY_NAME["adam-wd"], average=Ema(0.9))
+    case = BY_NAME["sgd-nest-wd"]
+    before, run = Run(case), Run(case, average=Ema(0.9))
     before.eager(0)
     run.opt.load_state_dict(copy.deepcopy(before.opt.state_dict()))
     with pytest.raises(RuntimeError, match="it would create the optimizer's state"):
@@ -411,3 +432,47 @@ def test_steps_without_any_gradient_take_averages():
         opt.step()
         twin.take()
         twin.compare()
+
+
+# ---- GPUs only
+
+
+@on_gpus
+@pytest.mark.parametrize("average", [Ema(0.9, 2), CycleEnd()], ids=str)
+def test_native_code_averages_in_ordinary_steps(average):
+    """It repeats Triton's launches, and does so after a jump and a checkpoint again."""
+    run = Run(BY_NAME["adam"], step_size_up=1, average=average)
+    twin = Reference(run.opt, average, torch.float32)
+    outcomes = []
+    for k in range(24):
+        if k == 12:
+            run.opt.load_state_dict(copy.deepcopy(run.opt.state_dict()))
+        ordinary = plan_of(run.opt).native.launches
+        run.eager(k)
+        outcomes.append(ordinary is not None and plan_of(run.opt).native.launches is ordinary)
+        if twin.take() or k > 2:
+            twin.compare()
+    assert sum(outcomes) >= 16
+    run.opt.set_iteration(101)
+    run.eager(0)
+    assert all(
+        torch.equal(run.opt.state[p][KEY], p) or isinstance(average, Ema) for p in run.params
+    )
+
+
+@on_gpus
+@pytest.mark.parametrize("average", [Ema(0.9, 2), CycleEnd()], ids=str)
+def test_two_devices_average_at_the_same_steps(average):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    values = drawn([(5, 3), (1100,), (7,)], torch.float32)
+    params = [torch.nn.Parameter(v.to(f"cuda:{i}")) for i, v in zip((0, 1, 1), values, strict=True)]
+    opt = wrapped(torch.optim.Adam(params), step_size_up=1, average=average, backend="triton")
+    twin = Reference(opt, average, torch.float32)
+    for k in range(8):
+        # The second device joins late, at a position that it takes over.
+        grads_for(params, k, idle=(1, 2) if k < 3 else ())
+        opt.step()
+        if twin.take() or k > 1:
+            twin.compare()
+    assert {opt.state[p][KEY].device for p in params} == {p.device for p in params}
