@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 
-from clr_optim.checks import check_int, check_number
+from clr_optim.checks import as_position, check_int, check_number, item, shown
 from clr_optim.keys import AVERAGES
 from clr_optim.rules import AverageSlot
 from clr_optim.schedule import Schedule
 
 __all__ = [
-    "Average", "CycleEnd", "Ema", "check_average", "closed_form", "done", "due", "offsets",
-    "slot_of", "weights", "weights_ahead",
+    "Average", "CycleEnd", "Ema", "are_counted", "check_average", "check_count", "check_counts",
+    "closed_form", "done", "due", "offsets", "put_count", "slot_of", "unmoved_averages_warning",
+    "weights", "weights_ahead",
 ]  # fmt: skip
 
 
@@ -156,6 +157,54 @@ def check_average(average: object) -> Average | None:
     )
     raise (ValueError if isinstance(average, str) else TypeError)(
         f"average must be 'cycle_end', CycleEnd(...), Ema(decay) or None, got {average!r}{remedy}"
+    )
+
+
+def check_count(value: object, name: str) -> list[int]:
+    """Return the averages taken and the position at that time, as a group holds them, checked.
+
+    Raises:
+        TypeError, ValueError: for what no optimizer here writes.
+    """
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise TypeError(
+            f"{name} must be a list of two integers, got {shown(value)}: delete that key from the "
+            "groups to load the rest"
+        )
+    taken, position = (as_position(item(each), name) for each in value)
+    return [taken, position]
+
+
+def check_counts(groups: Sequence[Mapping[str, Any]], name: str) -> bool:
+    """Check the averages taken in each group; return whether a group holds their number.
+
+    Raises:
+        TypeError, ValueError: for what no optimizer here writes.
+    """
+    held = [(i, group[AVERAGES]) for i, group in enumerate(groups) if AVERAGES in group]
+    for i, count in held:
+        check_count(count, f"{name}[{i}][{AVERAGES!r}]")
+    return bool(held)
+
+
+def are_counted(average: Average | None, groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether all groups hold the number of averages taken, if there is an average."""
+    return average is None or all(AVERAGES in group for group in groups)
+
+
+def put_count(average: Average | None, group: dict[str, Any], position: int) -> None:
+    """Begin to count the averages of a group that has no count; without an average, remove it."""
+    if average is not None:
+        group.setdefault(AVERAGES, [0, position])
+    else:
+        group.pop(AVERAGES, None)
+
+
+def unmoved_averages_warning(source: str) -> str:
+    """Return the warning that a source has averages, and that the optimizer moves none."""
+    return (
+        f"{source} has averages, and this optimizer has average=None: no step moves them. To go on "
+        "averaging, construct with average=..., as the checkpoint's optimizer was."
     )
 
 

@@ -74,6 +74,19 @@ class AverageSlot(Slot):
         """Return the dtype of a parameter's average."""
         return self.wide if self.wide is not None and param.itemsize < 4 else param.dtype
 
+    def find(self, state: dict[str, Any], param: Tensor) -> Tensor | None:
+        """Return the average in a parameter's state, or None without one; mend its dtype.
+
+        torch's load_state_dict casts the average to the dtype of the parameter.
+        """
+        average = state.get(self.name)
+        if not isinstance(average, Tensor) or average.shape != param.shape:
+            return None
+        dtype = self.dtype_for(param)
+        if average.dtype != dtype:
+            average = state[self.name] = average.to(dtype)
+        return average
+
 
 @dataclass(frozen=True)
 class UpdateRule:

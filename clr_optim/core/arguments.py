@@ -13,7 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clr_optim import backends
-from clr_optim.averages import CycleEnd, check_average
+from clr_optim.averages import (
+    CycleEnd,
+    check_average,
+    check_counts,
+    unmoved_averages_warning,
+)
 from clr_optim.checks import (
     check_bool,
     check_choice,
@@ -151,6 +156,7 @@ def check_arguments(
         )
     skips = check_skip_above(skip_above)
     statistics = saved_statistics(groups if resumed else [], "optimizer")
+    has_averages = check_counts(groups if resumed else [], "optimizer.param_groups")
     schedule.rates(position, bounds)  # a scale_fn may raise
     chosen = backends.resolve(backend, optimizer)
     settings = Settings(optimizer, schedule, cycles, max_grad_norm, backend, scheduled, skips, kept)
@@ -168,6 +174,8 @@ def check_arguments(
             if arguments
             else edited_rates_warning(groups, schedule)
         ]
+    if kept is None and has_averages:
+        warned.append(unmoved_averages_warning("the wrapped optimizer"))
     return Start(
         settings,
         chosen,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clr_optim.averages import Average, done, due, offsets
+from clr_optim.averages import Average, done, due, offsets, slot_of
 from clr_optim.core.position import Position
 from clr_optim.core.settings import Settings
 from clr_optim.keys import AVERAGE, AVERAGES
@@ -31,12 +33,17 @@ class Averaging:
     def __init__(self, settings: Settings, position: Position) -> None:
         self._settings = settings
         self._position = position
-        #: whether the parameters hold their averages, see :meth:`exchanged`
-        self.is_exchanged = False
+        # The parameters that hold their averages now, see _exchange().
+        self._places: list[list[Tensor]] = []
 
     @property
     def _state(self) -> Any:
         return self._settings.optimizer.state
+
+    @property
+    def is_exchanged(self) -> bool:
+        """Whether parameters hold their averages, see :meth:`exchanged`."""
+        return bool(self._places)
 
     def refuse_exchanged(self, what: str) -> None:
         """Raise if the parameters hold their averages.
@@ -59,25 +66,28 @@ class Averaging:
         """Return whether one of these parameters has an average."""
         return any(self._of(param) is not None for param in params)
 
-    def copies(self, params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-        """Return copies of parameters that have no average, from before a step.
+    def copy(self, params: Iterable[Tensor], copies: dict[Tensor, Tensor]) -> None:
+        """Copy parameters that have a gradient and no average, before a step.
 
         Args:
             params: the parameters that the step updates by torch's own code.
+            copies: a dictionary to which copies are added. A closure may give gradients to further
+                parameters, so there may be a second call.
 
         Raises:
             RuntimeError: if the optimizer keeps state that is no dictionary.
         """
         average = self._settings.average
-        return {} if average is None else {p: _copy(p, average) for p in self._without(params)}
+        if average is not None:
+            found = self._without(params)
+            copies.update({p: _copy(p, average) for p in found if p not in copies})
 
     def put(self, params: Iterable[Tensor], copies: Mapping[Tensor, Tensor]) -> None:
         """Create averages after a step, in which the optimizer has made its own state.
 
         Args:
             params: the parameters that the step has updated by torch's own code.
-            copies: what :meth:`copies` returned before the step. A closure may have given gradients
-                to further parameters.
+            copies: what :meth:`copy` copied before the step.
         """
         average = self._settings.average
         if average is not None:
@@ -96,33 +106,46 @@ class Averaging:
                     f"parameter, and {type(self._settings.optimizer).__name__} keeps a "
                     f"{type(values).__name__}: leave average out"
                 )
-            if param.grad is not None and AVERAGE not in values:
+            if param.grad is not None and self._of(param) is None:
                 found.append(param)
         return found
 
-    def take(self, position: int, only: Collection[int] | None = None) -> None:
+    def take(self, position: int, moved: list[Any], only: Collection[int] | None = None) -> None:
         """Move the averages that fall due in a step, once its parameters are new.
 
         Args:
             position: the number of the step.
+            moved: an empty list, to which something is added as soon as averages have moved.
             only: ids of the parameters whose averages no kernel moves; None if no kernel serves.
         """
         settings = self._settings
         groups = settings.optimizer.param_groups
         found, _ = due(settings.average, settings.schedule, position, groups)
-        for group, weight in zip(groups, found, strict=False):
-            pairs = [
-                (average, param)
-                for param in group["params"]
-                if (only is None or id(param) in only) and (average := self._of(param)) is not None
-            ]
+        calls = [
             _move(pairs, weight)
+            for group, weight in zip(groups, found, strict=False)
+            if (pairs := self._pairs(group, only))
+        ]
+        with torch.no_grad():
+            # No Python code runs between the calls, so that an interrupt finds all or none.
+            moved.extend(itertools.starmap(operator.call, calls))
+
+    def _pairs(
+        self, group: Mapping[str, Any], only: Collection[int] | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return the averages of a group's parameters, each with its parameter."""
+        return [
+            (average, param)
+            for param in dict.fromkeys(group["params"])
+            if (only is None or id(param) in only) and (average := self._of(param)) is not None
+        ]
 
     def _of(self, param: Tensor) -> Tensor | None:
         """Return the average of a parameter, or None without one."""
-        values = self._state.get(param)
-        average = values.get(AVERAGE) if isinstance(values, dict) else None
-        return average if isinstance(average, Tensor) else None
+        values, slot = self._state.get(param), slot_of(self._settings.average)
+        if slot is None or not isinstance(values, dict):
+            return None
+        return slot.find(values, param)
 
     # ---- counts
 
@@ -163,8 +186,7 @@ class Averaging:
             (param, average)
             for group in settings.optimizer.param_groups
             if group[AVERAGES][0] > 0
-            for param in group["params"]
-            if (average := self._of(param)) is not None
+            for average, param in self._pairs(group)
         ]
         if not found:
             raise RuntimeError(
@@ -183,16 +205,12 @@ class Averaging:
         self.refuse_exchanged("averaged()")
         pairs = self.averages()
         let_go()
-        done: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        self.is_exchanged = True
         try:
-            for param, average in pairs:
-                done.append((param, average, _exchange(param, average)))
+            for pair in pairs:
+                _exchange(pair, self._places)
             yield
         finally:
-            for param, average, own in done:
-                _restore(param, average, own)
-            self.is_exchanged = False
+            _put_back(self._places)
 
 
 def _copy(param: Tensor, average: Average) -> Tensor:
@@ -200,40 +218,53 @@ def _copy(param: Tensor, average: Average) -> Tensor:
     return param.detach().to(average._slot.dtype_for(param), copy=True)
 
 
-@torch.no_grad()
-def _move(pairs: Sequence[tuple[Tensor, Tensor]], weight: float) -> None:
-    """Move averages toward their parameters by a weight; 1 copies."""
+def _move(pairs: Sequence[tuple[Tensor, Tensor]], weight: float) -> tuple[Any, ...]:
+    """Return the call that moves averages toward their parameters by a weight; 1 copies."""
     averages = [local_part(average) for average, _ in pairs]
     params = [
-        local_part(p).to(average.dtype) for average, (_, p) in zip(averages, pairs, strict=True)
+        local_part(p.detach()).to(average.dtype)
+        for average, (_, p) in zip(averages, pairs, strict=True)
     ]
-    if not pairs:
-        return
     if weight == 1.0:
-        torch._foreach_copy_(averages, params)
-    else:
-        torch._foreach_lerp_(averages, params, weight)
+        return torch._foreach_copy_, averages, params
+    return torch._foreach_lerp_, averages, params, weight
 
 
 @torch.no_grad()
-def _exchange(param: Tensor, average: Tensor) -> Tensor | None:
+def _exchange(pair: tuple[Tensor, Tensor], places: list[list[Tensor]]) -> None:
     """Exchange the contents of a parameter and of its average.
 
-    Returns:
-        The parameter's own values, if the average cannot hold them beside its own precision.
+    Args:
+        pair: the parameter and its average.
+        places: a list to which an entry is added: the parameter, the average, and the tensor that
+            holds the parameter's own values. That is the average, if the average can hold them.
     """
-    own = param.detach().clone()
+    param, average = pair
+    place = [param, average, param.detach().clone()]
+    places.append(place)
     param.copy_(average)
-    if average.dtype != param.dtype:
-        return own
-    average.copy_(own)
-    return None
+    if average.dtype == param.dtype:
+        # No Python code runs between the copy and its note: an interrupt finds both or none.
+        place[2:] = map(average.copy_, place[2:])
+
+
+def _put_back(places: list[list[Tensor]]) -> None:
+    """Undo each :func:`_exchange`, the last first, as parameters may share memory."""
+    try:
+        while places:
+            _restore(places[-1])
+            places.pop()
+    except KeyboardInterrupt:
+        _put_back(places)
+        raise
 
 
 @torch.no_grad()
-def _restore(param: Tensor, average: Tensor, own: Tensor | None) -> None:
-    """Undo :func:`_exchange`."""
-    if own is None:
-        _exchange(param, average)
+def _restore(place: list[Tensor]) -> None:
+    """Undo an :func:`_exchange`. A second call changes nothing."""
+    param, average, own, *_ = place
+    if own is average:
+        mean = param.detach().clone()
+        place[2:] = map(Tensor.copy_, (param, average), (average, mean))
     else:
         param.copy_(own)

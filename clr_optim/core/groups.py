@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from clr_optim.averages import check_counts
 from clr_optim.core.followed import followed_by, held_by
 from clr_optim.core.rates import momentum_bounds, never_driven, write_rate, written_rate
 from clr_optim.core.records import (
     Record,
     are_untouched,
+    have_counts,
     hold_ours,
     schedules_of,
     write_keys,
@@ -21,7 +23,7 @@ from clr_optim.core.records import (
 from clr_optim.core.saved import found_bounds, written_position
 from clr_optim.core.settings import HIGH_MOMENTUM, LOW_MOMENTUM, Settings
 from clr_optim.core.values import Values, evaluate
-from clr_optim.gate import Gate, are_held, put_statistics
+from clr_optim.gate import Gate, put_statistics
 from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM, STEP
 from clr_optim.schedule import Schedule
 
@@ -82,7 +84,7 @@ class GroupMirror:
         A step of a small model asks this question and little more, so the answer must be cheap.
         """
         records, groups = self.records, self._optimizer.param_groups
-        if len(records) != len(groups) or not are_held(self._gate, groups):
+        if len(records) != len(groups) or not have_counts(groups, self._settings, self._gate):
             return False
         for group, record, (base, top) in zip(groups, records, self.written.bounds, strict=False):
             rate = record.lr
@@ -102,9 +104,8 @@ class GroupMirror:
     def is_settled(self) -> bool:
         """Return whether the groups are ours and hold our bounds. Rates are not compared."""
         groups = self._optimizer.param_groups
-        if not (self.are_ours(groups) and are_held(self._gate, groups)):
-            return False
-        return all(
+        known = self.are_ours(groups) and have_counts(groups, self._settings, self._gate)
+        return known and all(
             STEP in group
             and isinstance(group.get(BASE), float)
             and isinstance(group.get(MAX), float)
@@ -230,6 +231,7 @@ class GroupMirror:
     def adopt(self) -> None:
         """Take over the bounds that other code wrote; write the bounds of groups without."""
         groups = list(self._optimizer.param_groups)
+        check_counts(groups, "param_groups")
         for i, (group, bounds) in enumerate(zip(groups, self.bounds(groups), strict=True)):
             self.fill_in_bounds(i, group, bounds)
         if self._gate is not None:

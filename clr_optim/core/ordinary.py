@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clr_optim.averages import weights_ahead
+from clr_optim.averages import are_counted, weights_ahead
 from clr_optim.backends import current_device
 from clr_optim.backends.base import FusedBackend, WhoKnows
 from clr_optim.checks import LAST_STEP
@@ -180,9 +180,11 @@ class OrdinarySteps:
 
     def _may_serve(self, plan: Plan) -> bool:
         """Return whether native code may take steps, as far as settings and groups tell."""
-        averages = self._settings.average is not None
-        if averages and (
-            self._averaging.is_exchanged or self._averaging.left_to_host(plan.unserved)
+        average, groups = self._settings.average, self._settings.optimizer.param_groups
+        if average is not None and (
+            self._averaging.is_exchanged
+            or self._averaging.left_to_host(plan.unserved)
+            or not are_counted(average, groups)
         ):
             return False
         return not (self._settings.has_scale_fn or plan.needs_python) and all(

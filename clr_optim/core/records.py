@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from clr_optim.averages import are_counted, put_count
 from clr_optim.checks import shown
 from clr_optim.core.followed import (
     Followed,
@@ -17,7 +18,8 @@ from clr_optim.core.followed import (
     write_setting,
 )
 from clr_optim.core.settings import Settings
-from clr_optim.keys import AVERAGES, BASE_MOMENTUM, MAX_MOMENTUM, SCHEDULE, SCHEDULES, STEP
+from clr_optim.gate import Gate, are_held
+from clr_optim.keys import BASE_MOMENTUM, MAX_MOMENTUM, SCHEDULE, SCHEDULES, STEP
 from clr_optim.plan import Plan
 from clr_optim.schedule import Schedule
 
@@ -26,6 +28,7 @@ __all__ = [
     "are_untouched",
     "changed_settings",
     "course_of",
+    "have_counts",
     "have_plan_take",
     "hold_ours",
     "schedules_of",
@@ -87,6 +90,11 @@ def hold_ours(groups: Sequence[Mapping[str, Any]], records: Sequence[Record]) ->
         for group, record in zip(groups, records, strict=False)
         for each, held in zip(record.followed, record.settings, strict=True)
     )
+
+
+def have_counts(groups: Sequence[Mapping[str, Any]], settings: Settings, gate: Gate | None) -> bool:
+    """Return whether groups hold the gate's statistics, and the number of averages taken."""
+    return are_held(gate, groups) and are_counted(settings.average, groups)
 
 
 def schedules_of(
@@ -196,10 +204,7 @@ def write_keys(
         group[SCHEDULES] = schedules_json(schedules)
     else:
         group.pop(SCHEDULES, None)
-    if settings.average is not None:
-        group.setdefault(AVERAGES, [0, position])
-    else:
-        group.pop(AVERAGES, None)
+    put_count(settings.average, group, position)
 
 
 def write_settings(

@@ -221,6 +221,8 @@ def _fused_step(context: StepContext, fused: FusedBackend) -> int:
             happened = False
         else:
             happened = _launch(context, fused, borrowed)
+            if not happened and shared.settings.average is not None and fused.plan.pending:
+                fused.plan.forget()  # new averages copy the parameters as of the next step
         if borrowed:
             give_back(borrowed)
         # The device counts a graph's replays.
@@ -287,7 +289,7 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: Borrowed) -> bo
         gradients = Gradients(signals.scale, found_inf, settings.max_grad_norm, gate, waits)
     copies: dict[Tensor, Tensor] = {}
     if rest:
-        copies = averaging.copies(plan.unserved)
+        averaging.copy(plan.unserved, copies)
         left = step_rest(shared, fused, signals, gradients, borrowed)
         if left is None:
             plan.release()
@@ -299,7 +301,7 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: Borrowed) -> bo
         shared.ordinary.norm = norm
     if happened and (copies or averages):
         averaging.put(plan.unserved, copies)
-        averaging.take(position, only={*map(id, plan.unserved)})
+        averaging.take(position, [], only={*map(id, plan.unserved)})
     return happened
 
 
@@ -321,26 +323,27 @@ def _wrapped_step(
     """
     shared = context.shared
     position, serving = shared.position, shared.serving
+    copies: dict[Tensor, Tensor] = {}
     with shared.lock:
         context.begin()
         # The device will not notice this step.
         if position.is_on_device and not context.creates_state:
             position.settle()
-        copies = shared.averaging.copies(parameters_of(shared.settings.optimizer))
+        shared.averaging.copy(parameters_of(shared.settings.optimizer), copies)
     moves = not (context.creates_state or context.capturing)
     borrowed: Borrowed = []
     losses: list[float | None] = []
+    moved: list[Any] = []
     start: tuple[int, int] | None = None
 
     def advance() -> int:
         """Count the step and return the position. A second call, after an interrupt, returns."""
         nonlocal start
         with shared.lock:
-            is_first = start is None
-            start = start or position.counted  # other threads step, too
-            if is_first:
+            if start is None and not moved:
                 shared.averaging.put(parameters_of(shared.settings.optimizer), copies)
-                shared.averaging.take(start[0])
+                shared.averaging.take(position.number, moved)
+            start = start or position.counted  # other threads step, too
             is_as_before = start is context.before and serving.fused is None
             if position.number != start[0]:
                 pass  # the first call has counted the step, or a signal handler went elsewhere
@@ -355,7 +358,7 @@ def _wrapped_step(
             return None, 0
         known = set(shared.settings.optimizer.state) if closure is not None else None
         try:
-            _run_wrapped_step(context, losses, borrowed, closure, args, kwargs)
+            _run_wrapped_step(context, losses, borrowed, copies, closure, args, kwargs)
         except _ClosedError as closed:
             give_back(borrowed)
             _forget_new_state(shared, known)
@@ -394,6 +397,7 @@ def _run_wrapped_step(
     context: StepContext,
     losses: list[float | None],
     borrowed: Borrowed,
+    copies: dict[Tensor, Tensor],
     closure: Callable[[], float] | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -406,6 +410,7 @@ def _run_wrapped_step(
         context: the step.
         losses: a list to which the loss is added as soon as the step was taken.
         borrowed: an empty list, see :data:`Borrowed`.
+        copies: see :meth:`Averaging.copy`.
         closure: as in torch.
         args: for a ``step`` that takes more.
         kwargs: likewise.
@@ -438,6 +443,7 @@ def _run_wrapped_step(
         loss = closure()
         with shared.lock:
             shared.position.overrule()
+            shared.averaging.copy(parameters_of(inner), copies)
         clip(loss)
         return loss
 

@@ -89,7 +89,7 @@ def make_row(
     for slot in reading.slots:
         tensor: Any = state.get(slot.name)
         if isinstance(slot, AverageSlot):
-            found = _average_in(state, slot, param)
+            found = slot.find(state, param)
             if found is None:
                 found = pending[slot.name] = param.detach().to(slot.dtype_for(param), copy=True)
             if not is_plain(found, param, slot.dtype_for(param)):
@@ -108,20 +108,6 @@ def make_row(
     order = (*rule.state_order, AVERAGE)
     ordered = {name: pending[name] for name in order if name in pending}
     return Row(param, group, slots, numbers, ordered, first)
-
-
-def _average_in(state: dict[str, Any], slot: AverageSlot, param: Tensor) -> Tensor | None:
-    """Return the average in a state, or None without one; change its dtype to that of the slot.
-
-    torch's load_state_dict casts the average to the dtype of the parameter.
-    """
-    average = state.get(slot.name)
-    if not isinstance(average, Tensor) or average.shape != param.shape:
-        return None
-    dtype = slot.dtype_for(param)
-    if average.dtype != dtype:
-        average = state[slot.name] = average.to(dtype)
-    return average
 
 
 def _new_number(value: float, param: Tensor, reading: Reading) -> Tensor:

@@ -250,7 +250,7 @@ def train(opt, steps):
     for k in steps:
         for i, p in enumerate(members(opt)):
             generator = torch.Generator().manual_seed(100 * k + i)
-            p.grad = torch.randn(p.shape, generator=generator)
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
         opt.step()
 
 
@@ -387,7 +387,130 @@ def test_an_average_that_fits_no_parameter(value):
         opt.load_state_dict(saved)
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_averages_that_torch_has_cast_become_float32_again(backend):
+    param = torch.nn.Parameter(torch.randn(5).bfloat16())
+    average = Ema(0.9, dtype=torch.float32)
+    opt = CyclicalOptimizer(torch.optim.SGD([param]), average=average, backend=backend)
+    train(opt, range(3))
+    opt.optimizer.load_state_dict(copy.deepcopy(opt.state_dict()))
+    cast = opt.state[param][KEY].float()
+    assert opt.state[param][KEY].dtype == torch.bfloat16
+    train(opt, range(3, 4))
+    assert torch.equal(opt.state[param][KEY], torch.lerp(cast, param.detach().float(), 1 - 0.9))
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("value", ["x", None, [1], [-1, 0], [1.5, 2]])
+def test_a_hostile_count_beneath_the_wrapper_raises_before_anything_has_changed(value, backend):
+    opt = trained(steps=5, backend=backend)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["param_groups"][0][COUNT] = value
+    opt.optimizer.load_state_dict(saved)
+    before = everything(opt)
+    with pytest.raises((TypeError, ValueError), match=f"param_groups.*{COUNT}"):
+        train(opt, range(5, 6))
+    assert all_equal(everything(opt), before)
+    assert opt.param_groups[0]["clr_step"] == 5
+    fresh = trained(average=None, steps=0).optimizer
+    fresh.load_state_dict(saved)
+    with pytest.raises((TypeError, ValueError), match=COUNT):
+        CyclicalOptimizer(fresh, average="cycle_end")
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_a_count_that_other_code_removes_begins_anew(backend):
+    opt = trained(steps=70, backend=backend)
+    for group in opt.param_groups:
+        del group[COUNT]
+    train(opt, range(70, 71))
+    assert all_equal(averages_of(opt), [p.detach() for p in members(opt)])
+    train(opt, range(71, 140))
+    assert opt.state_dict()["param_groups"][0][COUNT] == [70, 140]
+
+
+def test_averages_of_a_loaded_optimizer_that_nothing_moves_warn():
+    saved = copy.deepcopy(trained(steps=5).state_dict())
+    inner = trained(average=None, steps=0).optimizer
+    inner.load_state_dict(saved)
+    with pytest.warns(UserWarning, match="has averages, and this optimizer has average=None"):
+        CyclicalOptimizer(inner, step_size_up=2)
+    inner.load_state_dict(saved)
+    opt = CyclicalOptimizer(inner, step_size_up=2, average=Ema(0.9))
+    assert opt.state_dict()["param_groups"][0][COUNT] == [5, 5]
+
+
+# ---- parameters that begin late, or stand twice
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_an_average_begins_with_the_parameter_before_its_first_step(backend):
+    one, other = torch.nn.Parameter(torch.randn(3)), torch.nn.Parameter(torch.zeros(3))
+    opt = CyclicalOptimizer(
+        torch.optim.Adam([one, other], lr=1.0), fixed(1.0), average=Ema(0.5), skip_above=100.0,
+        backend=backend,
+    )  # fmt: skip
+    for _ in range(3):
+        one.grad = torch.ones(3)
+        opt.step()
+    # Other code changes the parameter between a skipped step and the next one.
+    other.grad = torch.full((3,), torch.nan)
+    opt.step()
+    with torch.no_grad():
+        other.fill_(7.0)
+    other.grad = torch.ones(3)
+    opt.step()
+    torch.testing.assert_close(opt.state[other][KEY], torch.full((3,), 6.5))
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_a_closure_gives_a_parameter_its_first_gradient(backend):
+    one, other = torch.nn.Parameter(torch.randn(3)), torch.nn.Parameter(torch.zeros(3))
+    inner = torch.optim.Adam([one, other], lr=1.0)
+    opt = CyclicalOptimizer(inner, fixed(1.0), average=Ema(0.5), backend=backend)
+    for _ in range(3):
+        one.grad = torch.ones(3)
+        opt.step()
+
+    def closure():
+        other.grad = torch.ones(3)
+        return 1.0
+
+    opt.step(closure)
+    torch.testing.assert_close(opt.state[other][KEY], torch.full((3,), -0.5))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_stands_twice_has_one_average(backend):
+    param = torch.nn.Parameter(torch.randn(3))
+    inner = torch.optim.SGD([param, param], lr=0.1)
+    opt = CyclicalOptimizer(inner, average=Ema(0.5), backend=backend)
+    mean = None
+    for _ in range(4):
+        param.grad = torch.randn(3)
+        opt.step()
+        mean = param.detach().clone() if mean is None else torch.lerp(mean, param.detach(), 0.5)
+    assert torch.equal(opt.state[param][KEY], mean)
+    own = param.detach().clone()
+    with opt.averaged():
+        assert torch.equal(param, mean)
+    assert torch.equal(param, own)
+
+
 # ---- averaged()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_the_block_restores_parameters_that_share_memory(backend):
+    memory = torch.randn(6)
+    params = [torch.nn.Parameter(memory), torch.nn.Parameter(memory[1:4])]
+    opt = CyclicalOptimizer(torch.optim.SGD(params), average=Ema(0.5), backend=backend)
+    train(opt, range(4))
+    own = everything(opt)
+    with opt.averaged():
+        pass
+    assert all_equal(everything(opt), own)
 
 
 def test_the_block_exchanges_and_restores_bit_for_bit():

@@ -26,6 +26,7 @@ from internals import (
 from native_helpers import BY_NAME, assert_identical, drawn, members, parameters
 
 import clr_optim
+from clr_optim import CyclicalOptimizer, Ema, Spike
 from clr_optim.plan.placement import Placement
 
 OURS = str(Path(clr_optim.__file__).parent)
@@ -34,6 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipped": {"max_grad_norm": 0.5},
     "cycled momentum": {"cycle_momentum": True},
+    "gated and averaged": {"skip_above": Spike(1e6, window=4), "average": Ema(0.5)},
 }
 
 
@@ -134,6 +136,87 @@ def test_ctrl_c_at_any_line_finds_the_step_done_or_not_begun(name, started, sett
         assert opt.param_groups[0]["lr"] == twin.param_groups[0]["lr"]
     # After the one call of an ordinary step hardly a line is left.
     assert min(done.values()) > (0 if started and way == "ordinary" else 10), done
+
+
+@pytest.mark.parametrize("take", ["step", "closure"])
+@pytest.mark.parametrize("started", [True, False], ids=["", "first step"])
+def test_ctrl_c_moves_averages_of_torchs_own_step_once(started, take):
+    done = {False: 0, True: 0}
+    for number in range(10**6):
+        opt, twin = (make("adam-wd", backend="torch", average=Ema(0.5)) for _ in range(2))
+        for each in (opt, twin) if started else ():
+            gradients(each, 1)
+            each.step()
+        before = opt.iteration
+        gradients(opt, 2)
+        gradients(twin, 2)
+
+        def act(opt=opt):
+            return opt.step() if take == "step" else opt.step(lambda: 0.0)
+
+        if not interrupted(number, act):
+            break
+        done[opt.iteration > before] += 1
+        if opt.iteration > before:
+            twin.step()
+        assert_identical(opt, twin)
+        for each in (opt, twin):
+            gradients(each, 3)
+            each.step()
+        assert_identical(opt, twin)
+    assert min(done.values()) > 10, done
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ctrl_c_within_the_exchange_with_averages_loses_nothing(dtype):
+    memory = torch.randn(6).to(dtype)
+    weights = [torch.nn.Parameter(memory), torch.nn.Parameter(memory[2:4])]
+    average = Ema(0.5, dtype=torch.float32)
+    opt = CyclicalOptimizer(torch.optim.SGD(weights, lr=0.1), average=average)
+    for _ in range(3):
+        for p in weights:
+            p.grad = torch.randn_like(p)
+        opt.step()
+
+    def tensors() -> list[torch.Tensor]:
+        found = [*weights, *(opt.state[p]["clr_average"] for p in weights)]
+        return [each.detach().clone() for each in found]
+
+    own = tensors()
+
+    def enter() -> None:
+        block = opt.averaged()
+        block.__enter__()
+        sys.settrace(None)  # the next test interrupts the way back
+        block.__exit__(None, None, None)
+
+    for number in range(10**6):
+        was_interrupted = interrupted(number, enter)
+        assert all(map(torch.equal, tensors(), own)), number
+        if not was_interrupted:
+            break
+    assert number > 20
+
+
+def test_ctrl_c_while_parameters_come_back_is_raised_after_all_are_back():
+    opt = make("adam-wd", average=Ema(0.5))
+    for seed in (1, 2, 3):
+        gradients(opt, seed)
+        opt.step()
+    own = [p.detach().clone() for p in members(opt)]
+    copies, calls = torch.Tensor.clone, []
+
+    def failing(tensor, *args, **kwargs):
+        calls.append(tensor)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return copies(tensor, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt), opt.averaged():
+        patch.setattr(torch.Tensor, "clone", failing)
+    assert len(calls) == 1 + len(own)
+    assert all(map(torch.equal, own, members(opt)))
+    opt.step()
 
 
 @pytest.mark.usefixtures("way")

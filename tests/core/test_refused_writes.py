@@ -24,7 +24,8 @@ REFUSED = {
         name: ANEW.format(name)
         for name in (
             "policy", "step_size_up", "step_size_down", "gamma", "window", "scale_fn", "scale_mode",
-            "cycle_momentum", "base_momentum", "max_momentum", "max_grad_norm", "backend",
+            "cycle_momentum", "base_momentum", "max_momentum", "max_grad_norm", "skip_above",
+            "average", "backend",
         )
     },
     "schedule": ANEW.format("policy"),

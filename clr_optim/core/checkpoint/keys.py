@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clr_optim.checks import as_position, check_bounds, check_momenta, check_number, item, shown
+from clr_optim.averages import check_count
+from clr_optim.checks import check_bounds, check_momenta, check_number, item, shown
 from clr_optim.core.checkpoint.settings import are_groups
 from clr_optim.core.groups import GroupMirror
 from clr_optim.core.saved import BASE_FRACTION, are_close, bounds_shown, read_position
@@ -62,7 +63,7 @@ def checked_keys(
                 f"{shown(keys[SCHEDULES])}: delete that key from the groups to load the rest"
             )
         if AVERAGES in keys:
-            keys[AVERAGES] = _checked_averages(f"{name}[{i}][{AVERAGES!r}]", keys[AVERAGES])
+            keys[AVERAGES] = check_count(keys[AVERAGES], f"{name}[{i}][{AVERAGES!r}]")
         base, top = keys.get(BASE), keys.get(MAX)
         if type(base) is type(top) is float and 0.0 <= base <= top < math.inf:
             continue
@@ -74,17 +75,6 @@ def checked_keys(
     read_position(found, name)
     saved_statistics(found, name)
     return found
-
-
-def _checked_averages(where: str, value: object) -> list[int]:
-    """Return the number of averages taken and the position at that time, checked."""
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise TypeError(
-            f"{where} must be a list of two integers, got {shown(value)}: delete that key from the "
-            "groups to load the rest"
-        )
-    taken, position = (as_position(item(each), where) for each in value)
-    return [taken, position]
 
 
 def keys_in_use(mirror: GroupMirror, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

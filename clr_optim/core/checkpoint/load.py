@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
+from clr_optim.averages import unmoved_averages_warning
 from clr_optim.core import leftover
 from clr_optim.core.checkpoint.keys import (
     checked_keys,
@@ -92,10 +93,7 @@ def load(shared: Shared, state_dict: Any) -> None:
         saved = [each.get(SCHEDULES) for each in keys]
         warned.append(warn_other_schedules(inner.param_groups, saved, "state_dict"))
     if settings.average is None and any(AVERAGES in each for each in keys):
-        warned.append(
-            "state_dict has averages, and this optimizer has average=None: no step moves them. To "
-            "go on averaging, construct with average=..., as the checkpoint's optimizer was."
-        )
+        warned.append(unmoved_averages_warning("state_dict"))
     warn_each(warned)
 
 
