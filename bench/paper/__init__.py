@@ -18,9 +18,10 @@ Table 4 trains residual networks, the same with stochastic depth, and a DenseNet
 images; ``resnet`` has its settings and their sources. Its tests normalize by running averages.
 
 On a GPU one captured graph holds the whole iteration: sampling, forward, backward, step. This works
-because the positions of batches and cycle, and of all random draws, are on the device. A network of this size does not fill a
-GPU, so ``--together`` trains several rows beside each other, each on its own stream. On a CPU with
-the same number of threads, a resumed run equals an uninterrupted one bit for bit.
+because the positions of batches, of random draws and of the cycle are on the device. A network of
+Caffe's size does not fill a GPU, so ``--together`` trains several rows beside each other, each on
+its own stream. On a CPU with the same number of threads, a resumed run equals an uninterrupted one
+bit for bit.
 
 The files: ``rows``, ``figure_6``, ``resnet``, ``known``, ``networks``, ``deep_networks`` and
 ``optimizers`` (tables and figure as data), ``augmentation`` and ``noise`` (random crops),

@@ -85,8 +85,10 @@ def _speed(args: argparse.Namespace) -> int:
 
 
 def _run(rows: Sequence[Row], args: argparse.Namespace) -> int:
-    classes = DATASETS.get(rows[0].table, 10)
-    data = read(args.data, args.device, SIGMOID.batch_size if args.figure else None, classes)
+    batch_size = SIGMOID.batch_size if args.figure else None
+    if rows[0].table in DATASETS:
+        batch_size = max(row.network.batch_size for row in rows)
+    data = read(args.data, args.device, batch_size, DATASETS.get(rows[0].table, 10))
     store = Store(args.out)
     if not args.resume and not store.is_empty():
         raise argparse.ArgumentError(
