@@ -65,7 +65,7 @@ _EVALUATIONS = _CYCLES
 
 @dataclass(frozen=True)
 class DeepNetwork(Network):
-    """A network that trains on augmented images, in batches of its own size.
+    """A network that trains on augmented images, in batches whose size the network decides.
 
     Args:
         share: the part of the training images to train on, from the first one.
