@@ -63,6 +63,7 @@ OTHERS = (
     "tests/bench/test_throughput.py",
     "tests/bench/test_throughput_gpu.py",
     "tests/bench/test_training.py",
+    "tests/bench/test_whole_curve.py",
 )
 
 # Between two words: spaces, or a line break with the signs of comments and split strings around it.
