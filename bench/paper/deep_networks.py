@@ -21,6 +21,8 @@ __all__ = ["DenseNet", "ResNet", "densenet", "resnet", "stochastic_resnet"]
 #: are 5 to 8 % larger, and batch normalization makes up for that.
 _DEVIATIONS = (63.0, 62.1, 66.7)
 _WIDTHS = (16, 32, 64)
+#: the paper's p_L
+_LAST_SURVIVAL = 0.5
 
 
 class _Scaled(nn.Module):
@@ -229,10 +231,8 @@ def resnet(depth: int, classes: int = 10, seed: int = 0) -> nn.Module:
     return _begun(ResNet(depth, classes), seed, "fan_out")
 
 
-def stochastic_resnet(
-    depth: int, classes: int = 10, seed: int = 0, last_survival: float = 0.5
-) -> nn.Module:
-    """Build a residual network with stochastic depth.
+def stochastic_resnet(depth: int, classes: int = 10, seed: int = 0) -> nn.Module:
+    """Build a residual network with stochastic depth, whose last block survives half of the time.
 
     Weights of convolutions are normal with the variance 2 / (inputs·size²). The rest begins as in
     :func:`resnet`.
@@ -240,11 +240,10 @@ def stochastic_resnet(
     Args:
         depth, classes: as for :class:`ResNet`.
         seed: of weights and draws.
-        last_survival: as for :class:`ResNet`; 0.5 in the paper.
 
     Source: Stochastic_Depth, ``main.lua`` and ``ResidualDrop.lua``, with ``-deathRate 0.5``.
     """
-    return _begun(ResNet(depth, classes, last_survival, seed), seed, "fan_in")
+    return _begun(ResNet(depth, classes, _LAST_SURVIVAL, seed), seed, "fan_in")
 
 
 def densenet(depth: int, growth: int = 12, classes: int = 10, seed: int = 0) -> nn.Module:

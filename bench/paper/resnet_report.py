@@ -106,7 +106,7 @@ def _imagenet() -> list[str]:
     return [
         "**Section 4.2: ImageNet**",
         "",
-        "No data here, and no loader: these networks need images of other sizes.",
+        "No data here, and neither networks nor a loader for images of this size.",
         "",
         "| row | gain in the paper, points | measured, % |",
         "| --- | --- | --- |",
