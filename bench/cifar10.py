@@ -1,4 +1,4 @@
-"""Read CIFAR-10 and build the network of the paper's tables, Caffe's ``cifar10_full``, in torch.
+"""Read CIFAR-10 and CIFAR-100, and build the network of the paper's tables, ``cifar10_full``.
 
 Sources: A. Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009; Caffe's
 ``examples/cifar10/cifar10_full_train_test.prototxt``.
@@ -26,18 +26,60 @@ __all__ = [
     "mean_image",
     "parameter_groups",
     "read_cifar10",
+    "read_cifar100",
 ]
 
-_TRAINING = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
-_TEST = "test_batch.bin"
 _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32
-_RECORD = 1 + _PIXELS
 _CLASSES = 10
-_EXPECTED = (
-    'the "CIFAR-10 binary version" of https://www.cs.toronto.edu/~kriz/cifar.html, unpacked: '
-    f"{_TRAINING[0]} to {_TRAINING[-1]} and {_TEST}, each a row of records of a label byte from 0 "
-    f"to 9 and {_PIXELS:,} bytes of pixels"
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The official files of a data set.
+
+    Args:
+        name: of the data set.
+        training, test: names of the files.
+        classes: how many; the last label byte of a record is from 0 to ``classes - 1``.
+        label_bytes: before the pixels of each record.
+        expected: the records in words.
+    """
+
+    name: str
+    training: tuple[str, ...]
+    test: str
+    classes: int
+    label_bytes: int
+    expected: str
+
+    @property
+    def description(self) -> str:
+        """Say what the files are and have."""
+        first, last = self.training[0], self.training[-1]
+        files = first if first == last else f"{first} to {last}"
+        return (
+            f'the "{self.name} binary version" of https://www.cs.toronto.edu/~kriz/cifar.html, '
+            f"unpacked: {files} and {self.test}, each a row of records of {self.expected} and "
+            f"{_PIXELS:,} bytes of pixels"
+        )
+
+
+_CIFAR10 = _Layout(
+    "CIFAR-10",
+    tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
+    "test_batch.bin",
+    10,
+    1,
+    "a label byte from 0 to 9",
+)
+_CIFAR100 = _Layout(
+    "CIFAR-100",
+    ("train.bin",),
+    "test.bin",
+    100,
+    2,
+    "a byte of the coarse label, a byte of the fine label from 0 to 99",
 )
 
 #: The learning rates of the groups of :func:`parameter_groups`, as multiples of the network's.
@@ -46,7 +88,7 @@ RATE_RATIOS = (1.0, 2.0, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Images:
-    """Images: pixels, uint8 of shape (n, 3, 32, 32), and labels 0 to 9, int64 of shape (n,)."""
+    """Images: pixels, uint8 of shape (n, 3, 32, 32), and labels, int64 of shape (n,)."""
 
     pixels: Tensor
     labels: Tensor
@@ -75,35 +117,59 @@ def read_cifar10(folder: str | Path) -> tuple[Images, Images]:
         FileNotFoundError: if files are missing; the message names them.
         ValueError: if a file is empty, cut off or no CIFAR-10.
     """
+    return _read(folder, _CIFAR10)
+
+
+def read_cifar100(folder: str | Path) -> tuple[Images, Images]:
+    """Read the official binary layout of CIFAR-100, with its fine labels, 0 to 99.
+
+    A record is a byte of the coarse label, a byte of the fine label, then pixels as in CIFAR-10.
+
+    Args:
+        folder: with ``train.bin`` and ``test.bin``.
+
+    Returns:
+        Training and test images, in the files' order.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_cifar10`.
+    """
+    return _read(folder, _CIFAR100)
+
+
+def _read(folder: str | Path, layout: _Layout) -> tuple[Images, Images]:
     folder = Path(folder)
-    missing = [name for name in (*_TRAINING, _TEST) if not (folder / name).is_file()]
+    missing = [name for name in (*layout.training, layout.test) if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"{folder}: there is no {', '.join(missing)}; expected {_EXPECTED}")
-    parts = [_read(folder / name) for name in _TRAINING]
+        raise FileNotFoundError(
+            f"{folder}: there is no {', '.join(missing)}; expected {layout.description}"
+        )
+    parts = [_read_file(folder / name, layout) for name in layout.training]
     training = Images(
         torch.cat([part.pixels for part in parts]), torch.cat([part.labels for part in parts])
     )
-    return training, _read(folder / _TEST)
+    return training, _read_file(folder / layout.test, layout)
 
 
-def _read(path: Path) -> Images:
-    size = path.stat().st_size
-    if size == 0 or size % _RECORD:
-        whole, rest = divmod(size, _RECORD)
+def _read_file(path: Path, layout: _Layout) -> Images:
+    size, record = path.stat().st_size, layout.label_bytes + _PIXELS
+    if size == 0 or size % record:
+        whole, rest = divmod(size, record)
         raise ValueError(
-            f"{path} has {size:,} bytes, {whole:,} records of {_RECORD:,} and {rest:,} bytes over: "
-            f"the file is cut off, or no CIFAR-10; expected {_EXPECTED}"
+            f"{path} has {size:,} bytes, {whole:,} records of {record:,} and {rest:,} bytes over: "
+            f"the file is cut off, or no {layout.name}; expected {layout.description}"
         )
-    records = torch.from_numpy(np.fromfile(path, dtype=np.uint8)).view(-1, _RECORD)
-    labels = records[:, 0].to(torch.int64)
-    wrong = torch.nonzero(labels >= _CLASSES).flatten()
+    records = torch.from_numpy(np.fromfile(path, dtype=np.uint8)).view(-1, record)
+    labels = records[:, layout.label_bytes - 1].to(torch.int64)
+    wrong = torch.nonzero(labels >= layout.classes).flatten()
     if len(wrong):
         first = int(wrong[0])
         raise ValueError(
             f"{path}: record {first} has the label {int(labels[first])}, and {len(wrong):,} of "
-            f"{len(labels):,} labels are above {_CLASSES - 1}: no CIFAR-10; expected {_EXPECTED}"
+            f"{len(labels):,} labels are above {layout.classes - 1}: no {layout.name}; expected "
+            f"{layout.description}"
         )
-    return Images(records[:, 1:].reshape(-1, *_SHAPE), labels)
+    return Images(records[:, layout.label_bytes :].reshape(-1, *_SHAPE), labels)
 
 
 def mean_image(images: Images) -> Tensor:
@@ -157,6 +223,11 @@ class Batches:
         self._order = torch.randperm(len(images), generator=generator).to(device)
         self._offsets = torch.arange(batch_size, device=device)
         self._position = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def images(self) -> int:
+        """How many images the batches are drawn from."""
+        return len(self._order)
 
     @property
     def position(self) -> int:

@@ -10,7 +10,7 @@ import pytest
 from places import ROOT
 
 import clr_optim
-from clr_optim.bench import pages, paper
+from clr_optim.bench import pages, paper, whole_curve
 from clr_optim.bench.paper.readme import BEGIN, END
 from clr_optim.bench.report import time_in_words, whole_iterations
 
@@ -127,6 +127,17 @@ def test_the_readmes_figures_of_training_stand_in_the_results():
     for gain, shown in (("2.2", "+2.2 points"), ("1.4", "-1.4 points")):
         assert gain in section
         assert shown in TEXTS["docs/paper.md"]
+
+
+def test_the_figures_of_growing_cycles_stand_in_the_results():
+    section = TEXTS["docs/schedules.md"].partition("### Cycles that grow")[2].partition("### ")[0]
+    results = json.loads((ROOT / "bench/results/whole-curve/digits/curve.json").read_text("utf-8"))
+    text = (ROOT / "bench/results/whole-curve/digits/curve.md").read_text("utf-8")
+    assert text == whole_curve.report(results)
+    differences = [row["difference"] for row in whole_curve.compare(results)[1:]]
+    assert f"{-min(differences):.2f} to {-max(differences):.2f} points less accurate" in section
+    assert "46% of the iterations" in " ".join(section.split())
+    assert "(46% saved)" in text
 
 
 def test_the_readmes_iterations_and_memory_stand_in_the_results():

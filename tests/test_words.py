@@ -55,12 +55,15 @@ OTHERS = (
     "tests/demo/test_demo.py",
     "tests/bench/test_paper.py",
     "tests/bench/test_paper_figure.py",
+    "tests/bench/test_paper_networks.py",
     "tests/bench/test_paper_report.py",
+    "tests/bench/test_paper_resnet.py",
     "tests/bench/test_paper_rows.py",
     "tests/bench/test_paper_runs.py",
     "tests/bench/test_throughput.py",
     "tests/bench/test_throughput_gpu.py",
     "tests/bench/test_training.py",
+    "tests/bench/test_whole_curve.py",
 )
 
 # Between two words: spaces, or a line break with the signs of comments and split strings around it.

@@ -1,4 +1,4 @@
-"""Rerun the paper's tables and Figure 6: CIFAR-10, a network of Caffe, one schedule per row.
+"""Rerun the paper's tables and Figure 6: CIFAR-10, one network and one schedule per row.
 
 All rows, the fixed ones too, train through :class:`~clr_optim.CyclicalOptimizer`. A row's result is
 the accuracy after the last iteration, not the best accuracy on the way. Nothing is tuned. Settings
@@ -14,20 +14,25 @@ Figure 6 trains Caffe's sigmoid network with batch normalization, at constant ra
 Its tests normalize each batch of 1,000 test images by their own statistics, as Caffe's layer does.
 The results have the accuracy with torch's running averages too.
 
-On a GPU one captured graph holds the whole iteration: sampling, forward, backward, step. This works
-because the positions of batches and cycle are on the device. A network of this size does not fill a
-GPU, so ``--together`` trains several rows beside each other, each on its own stream. On a CPU with
-the same number of threads, a resumed run equals an uninterrupted one bit for bit.
+Table 4 trains residual networks, the same with stochastic depth, and a DenseNet, on augmented
+images; ``resnet`` has its settings and their sources. Its tests normalize by running averages.
 
-The files: ``rows``, ``figure_6``, ``networks`` and ``optimizers`` (tables and figure as data),
+On a GPU one captured graph holds the whole iteration: sampling, forward, backward, step. This works
+because the positions of batches, of random draws and of the cycle are on the device. A network of
+Caffe's size does not fill a GPU, so ``--together`` trains several rows beside each other, each on
+its own stream. On a CPU with the same number of threads, a resumed run equals an uninterrupted one
+bit for bit.
+
+The files: ``rows``, ``figure_6``, ``resnet``, ``known``, ``networks``, ``deep_networks`` and
+``optimizers`` (tables and figure as data), ``augmentation`` and ``noise`` (random crops),
 ``data``, ``one_run`` (one row at one seed), ``found_bounds`` (its range test), ``training``
 (several runs in turns), ``store`` (results and checkpoints), ``unattended`` (all runs, with
 signals) and ``progress``, ``comparison``, ``report`` and ``readme`` (the results in words),
-``quarters`` and ``figure_report`` (those of the figure), ``settings_lines``, ``speed``, ``options``
-and ``command`` (the command line).
+``quarters`` and ``figure_report`` (those of the figure), ``resnet_report`` (those of Table 4),
+``table_lines``, ``settings_lines``, ``speed``, ``options`` and ``command`` (the command line).
 
 Source: L. N. Smith, *Cyclical Learning Rates for Training Neural Networks*, arXiv 1506.01186,
-Tables 1 to 3 and Figure 6.
+Tables 1 to 4 and Figure 6.
 """
 
 from clr_optim.bench.paper.command import DESCRIPTION, run
@@ -37,11 +42,13 @@ from clr_optim.bench.paper.one_run import Run
 from clr_optim.bench.paper.optimizers import CaffeSGD
 from clr_optim.bench.paper.options import add_arguments
 from clr_optim.bench.paper.readme import readme_table
+from clr_optim.bench.paper.resnet import RESNET
 from clr_optim.bench.paper.rows import ROWS, Row, Scale
 
 __all__ = [
     "DESCRIPTION",
     "FIGURE_6",
+    "RESNET",
     "ROWS",
     "CaffeSGD",
     "Row",

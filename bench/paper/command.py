@@ -10,10 +10,12 @@ from contextlib import contextmanager
 import torch
 
 from clr_optim.bench.paper.data import read
+from clr_optim.bench.paper.known import KNOWN
 from clr_optim.bench.paper.networks import SIGMOID
 from clr_optim.bench.paper.options import chosen_rows
 from clr_optim.bench.paper.readme import write_readme
 from clr_optim.bench.paper.report import report
+from clr_optim.bench.paper.resnet import DATASETS
 from clr_optim.bench.paper.rows import Row, stages
 from clr_optim.bench.paper.speed import measure_speed
 from clr_optim.bench.paper.store import Store
@@ -23,7 +25,8 @@ __all__ = ["DESCRIPTION", "run"]
 
 DESCRIPTION = (
     "Reruns the tables of the paper on cyclical learning rates (arXiv 1506.01186): cifar10_full on "
-    "CIFAR-10. --figure 6 reruns its Figure 6: constant rates and cycles on a sigmoid network. "
+    "CIFAR-10. --table resnet reruns its Table 4: residual networks, stochastic depth and a "
+    "DenseNet. --figure 6 reruns its Figure 6: constant rates and cycles on a sigmoid network. "
     "Runs unattended: progress goes to stderr, each finished row goes to a file, and --resume "
     "continues after an interruption."
 )
@@ -82,13 +85,21 @@ def _speed(args: argparse.Namespace) -> int:
 
 
 def _run(rows: Sequence[Row], args: argparse.Namespace) -> int:
-    data = read(args.data, args.device, SIGMOID.batch_size if args.figure else None)
+    batch_size = SIGMOID.batch_size if args.figure else None
+    if rows[0].table in DATASETS:
+        batch_size = max(row.network.batch_size for row in rows)
+    data = read(args.data, args.device, batch_size, DATASETS.get(rows[0].table, 10))
     store = Store(args.out)
     if not args.resume and not store.is_empty():
         raise argparse.ArgumentError(
             None,
             f"--out {args.out}: there are results; add --resume to continue them, or give another "
             "folder",
+        )
+    kept = {KNOWN[run["row"]].table for run in store.read()}
+    if kept and (kept <= DATASETS.keys()) != (rows[0].table in DATASETS):
+        raise argparse.ArgumentError(
+            None, f"--out {args.out}: there are results of table {min(kept)}; give another folder"
         )
     if args.table and "2" in args.table:
         print(stages(args.scale) + "\n", flush=True)

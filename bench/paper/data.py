@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clr_optim.bench.cifar10 import Images, mean_image, read_cifar10
+from clr_optim.bench.cifar10 import Images, mean_image, read_cifar10, read_cifar100
 
 __all__ = ["Data", "digest", "read"]
 
@@ -38,21 +38,25 @@ class Data:
 
 
 def read(
-    folder: str | Path, device: torch.device | str = "cpu", batch_size: int | None = None
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    batch_size: int | None = None,
+    classes: int = 10,
 ) -> Data:
-    """Read CIFAR-10 from its official binary layout.
+    """Read CIFAR-10 or CIFAR-100 from its official binary layout.
 
     Args:
         folder: with the official files.
         device: of the images.
         batch_size: images per batch; ``None`` is that of the paper's tables.
+        classes: 10, or 100 for CIFAR-100.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`~clr_optim.bench.cifar10.read_cifar10`, and if
+        FileNotFoundError, ValueError: as the readers of :mod:`clr_optim.bench.cifar10`, and if
             there are fewer training images than a batch has.
     """
     batch_size = batch_size or BATCH_SIZE
-    training, test = read_cifar10(folder)
+    training, test = (read_cifar10 if classes == 10 else read_cifar100)(folder)
     if len(training) < batch_size:
         raise ValueError(
             f"{folder}: {len(training)} training images, fewer than a batch of {batch_size}"

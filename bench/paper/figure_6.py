@@ -46,6 +46,7 @@ def _row(
         references,
         SIGMOID,
         quarters=True,
+        evaluations=24,
     )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from clr_optim.bench.cifar10 import RATE_RATIOS, cifar10_full, parameter_groups
+from clr_optim.bench.cifar10 import RATE_RATIOS, Batches, cifar10_full, parameter_groups
+from clr_optim.bench.paper.data import Data
 
 __all__ = [
     "FULL",
@@ -30,10 +31,10 @@ Groups = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Network:
-    """A network of Caffe's examples, with its training settings.
+    """A network, with its training settings.
 
     Args:
-        name: as in Caffe.
+        name: as in its source.
         build: makes the network from a seed.
         groups: returns the parameter groups of a network for a rate.
         ratios: the rates of the groups, as multiples of the network's rate.
@@ -48,6 +49,20 @@ class Network:
     ratios: tuple[float, ...]
     batch_size: int
     test_batch: int | None = None
+
+    def batch_size_on(self, data: Data) -> int:
+        """Return the images per batch of a run: the data decide, for the networks of Caffe."""
+        return data.batch_size
+
+    def batches(self, data: Data, seed: int, device: torch.device) -> Batches:
+        """Make the batches of a run."""
+        return Batches(
+            data.training,
+            data.mean,
+            batch_size=self.batch_size_on(data),
+            seed=seed,
+            device=device,
+        )
 
 
 def cifar10_sigmoid(seed: int | None = None) -> nn.Module:

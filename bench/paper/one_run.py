@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from clr_optim import CyclicalOptimizer
-from clr_optim.bench.cifar10 import Batches, Images, accuracy
+from clr_optim.bench.cifar10 import Images, accuracy
 from clr_optim.bench.gpu import Gpu
 from clr_optim.bench.paper.data import Data, digest
 from clr_optim.bench.paper.found_bounds import find_bounds
@@ -22,7 +22,6 @@ from clr_optim.bench.paper.rows import Row, Scale
 
 __all__ = ["WARM_UP", "Run", "check_settings"]
 
-_EVALUATIONS = 28
 #: Test images for an accuracy before the last iteration.
 _ON_THE_WAY = 2_000
 
@@ -68,9 +67,7 @@ class Run:
         self.optimizer: Any = None
         if row.bounds is not None:
             self._wrap(row.bounds)
-        self.batches = Batches(
-            data.training, data.mean, batch_size=data.batch_size, seed=seed, device=self.device
-        )
+        self.batches = row.network.batches(data, seed, self.device)
         self.settings = {
             "row": row.name,
             "seed": seed,
@@ -80,13 +77,13 @@ class Run:
             "schedule": self._schedule.to_dict(),
             "optimizer": type(self._inner).__name__,
             "momentum": "caffe" if caffe else "torch",
-            "batch_size": data.batch_size,
-            "training_images": len(data.training),
+            "batch_size": self.batches.batch_size,
+            "training_images": self.batches.images,
             "test_images": len(data.test),
             "data": data.digest,
             "device": self.device.type,
         }
-        self.every = math.ceil(self.iterations / (24 if row.quarters else _EVALUATIONS))
+        self.every = math.ceil(self.iterations / row.evaluations)
         #: iterations before an accuracy on all test images
         self.milestones = [self.iterations]
         if row.quarters:

@@ -10,23 +10,26 @@ import torch
 
 from clr_optim.bench.arguments import device, duration
 from clr_optim.bench.paper.figure_6 import FIGURE, FIGURE_6
+from clr_optim.bench.paper.known import KNOWN
+from clr_optim.bench.paper.resnet import DATASETS, RESNET
 from clr_optim.bench.paper.rows import ROWS, Row, Scale
 
 __all__ = ["add_arguments", "chosen_rows"]
 
 
-_KNOWN = {**ROWS, **FIGURE_6}
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``clr-optim bench paper``."""
     add = parser.add_argument
-    add("--data", metavar="DIR", help="folder of CIFAR-10's binary version, unpacked")
+    add(
+        "--data",
+        metavar="DIR",
+        help="folder of CIFAR-10's binary version, unpacked; for table resnet-100, CIFAR-100's",
+    )
     add(
         "--table",
         type=_tables,
-        metavar="1|2|3|beyond",
-        help="one or several, as 1,3; 2 is a row of 1",
+        metavar="1|2|3|beyond|resnet|resnet-100",
+        help="one or several, as 1,3; 2 is a row of 1; resnet is Table 4, alone",
     )
     add(
         "--figure",
@@ -37,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows",
         type=_row_names,
         metavar="A,B",
-        help=f"only these rows: {', '.join(ROWS)}; of figure 6: {', '.join(FIGURE_6)}",
+        help=f"only these rows: {', '.join(ROWS)}; of figure 6: {', '.join(FIGURE_6)}; "
+        f"of resnet and resnet-100: {', '.join(RESNET)}",
     )
     add(
         "--scale",
@@ -96,19 +100,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _tables(text: str) -> list[str]:
-    known = ("1", "2", "3", "beyond")
+    known = ("1", "2", "3", "beyond", *DATASETS)
     tables = text.split(",")
     for table in tables:
         if table not in known:
             raise argparse.ArgumentTypeError(f"no table {table!r}; there are {', '.join(known)}")
+        if table in DATASETS and len(tables) > 1:
+            raise argparse.ArgumentTypeError(f"{table} stands alone: it has a report for itself")
     return tables
 
 
 def _row_names(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
-        if name not in _KNOWN:
-            raise argparse.ArgumentTypeError(f"no row {name!r}; there are {', '.join(_KNOWN)}")
+        if name not in KNOWN:
+            raise argparse.ArgumentTypeError(f"no row {name!r}; there are {', '.join(KNOWN)}")
     return names
 
 
@@ -133,7 +139,8 @@ def chosen_rows(args: argparse.Namespace) -> list[Row]:
     """
     if args.table is None and args.rows is None and args.figure is None:
         raise argparse.ArgumentError(
-            None, "give --table 1, 2, 3 or beyond, or --rows, or --figure 6"
+            None,
+            "give --table 1, 2, 3 or beyond, or --rows, or --figure 6, or --table resnet",
         )
     if args.figure and args.table:
         raise argparse.ArgumentError(
@@ -142,15 +149,17 @@ def chosen_rows(args: argparse.Namespace) -> list[Row]:
     tables = args.table or ([FIGURE] if args.figure else ["1", "3", "beyond"])
     rows = [
         row
-        for row in _KNOWN.values()
+        for row in KNOWN.values()
         if row.table in tables or ("2" in tables and row.name == "triangular2")
     ]
     if args.rows is not None:
         for name in args.rows:
-            if _KNOWN[name] not in rows:
+            if KNOWN[name] not in rows:
                 where = FIGURE if args.figure else f"table {', '.join(tables)}"
                 if name in FIGURE_6:
                     where += "; add --figure 6"
+                elif name in RESNET:
+                    where += f"; add --table {RESNET[name].table}"
                 raise argparse.ArgumentError(None, f"--rows {name}: not in {where}")
         rows = [row for row in rows if row.name in args.rows]
     for row in rows:

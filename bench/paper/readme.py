@@ -10,8 +10,9 @@ from clr_optim.bench.paper.comparison import summarize
 from clr_optim.bench.paper.figure_6 import FIGURE_6
 from clr_optim.bench.paper.figure_report import figure_table
 from clr_optim.bench.paper.quarters import summarize_quarters
+from clr_optim.bench.paper.resnet import RESNET
 
-__all__ = ["BEGIN", "END", "figure_mark", "readme_table", "write_readme"]
+__all__ = ["BEGIN", "END", "figure_mark", "readme_table", "resnet_mark", "write_readme"]
 
 BEGIN, END = "<!-- made by clr-optim bench paper --report --readme -->", "<!-- /made -->"
 
@@ -19,7 +20,8 @@ BEGIN, END = "<!-- made by clr-optim bench paper --report --readme -->", "<!-- /
 def write_readme(path: str | Path, results: Sequence[Mapping[str, Any]]) -> None:
     """Replace the text between a Markdown file's two marks by a table of all rows.
 
-    Figure 6 has a table, and a first mark, for each length of its runs.
+    Figure 6 has a table, and a first mark, for each length of its runs. So has Table 4, for each
+    data set and scale.
 
     Raises:
         OSError: if the file cannot be read or written.
@@ -30,6 +32,10 @@ def write_readme(path: str | Path, results: Sequence[Mapping[str, Any]]) -> None
     if results and results[0]["row"] in FIGURE_6:
         mark = figure_mark(results[0]["iterations"])
         table = figure_table(summarize_quarters(results))
+    elif results and results[0]["row"] in RESNET:
+        table_4 = RESNET[results[0]["row"]].table
+        mark = resnet_mark(table_4, results[0]["scale"])
+        table = readme_table([row for row in summarize(results) if row["table"] == table_4])
     else:
         mark = BEGIN
         table = readme_table(summarize(results))
@@ -45,6 +51,11 @@ def figure_mark(iterations: int) -> str:
     """Return the mark before the table of Figure 6 at a length."""
     words = f"made by clr-optim bench paper --report --readme: figure 6, {iterations:,} iterations"
     return f"<!-- {words} -->"
+
+
+def resnet_mark(table: str, scale: str) -> str:
+    """Return the mark before the table of Table 4 at a scale."""
+    return f"<!-- made by clr-optim bench paper --report --readme: table {table}, scale {scale} -->"
 
 
 def readme_table(summaries: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -12,11 +12,13 @@ from clr_optim import plotting
 from clr_optim.bench.paper.comparison import summarize
 from clr_optim.bench.paper.figure_6 import FIGURE_6
 from clr_optim.bench.paper.figure_report import report_on_figure
-from clr_optim.bench.paper.progress import duration
 from clr_optim.bench.paper.report_files import write_report
+from clr_optim.bench.paper.resnet import RESNET
+from clr_optim.bench.paper.resnet_report import report_on_resnet
 from clr_optim.bench.paper.rows import ROWS
 from clr_optim.bench.paper.settings_lines import settings_lines
 from clr_optim.bench.paper.store import Store
+from clr_optim.bench.paper.table_lines import table_lines
 
 __all__ = ["markdown", "report"]
 
@@ -42,9 +44,7 @@ def markdown(results: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] | No
         lines += [
             f"**{_TITLES[table]}**",
             "",
-            "| row | published, % | measured, % | iterations | seeds | time |",
-            "| --- | --- | --- | --- | --- | --- |",
-            *map(_line, rows),
+            *table_lines(rows),
             "",
             *(f"- {row['relation']}" for row in rows if "relation" in row),
             "",
@@ -70,28 +70,11 @@ def _preamble(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*lines, *settings_lines(results)]
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    published = "–"
-    if row["published"] is not None:
-        published = f"{row['published']} at {row['published_iterations']:,}"
-    if "accuracy" not in row:
-        return f"| {row['row']} | {published} | not run | | | |"
-    measured = f"{row['accuracy']:.2f}"
-    if row["spread"] is not None:
-        measured += f" ± {row['spread']:.2f}"
-    iterations = f"{row['iterations']:,}"
-    if row["cycles"]:
-        iterations += f" ({row['cycles']:g} cycles)"
-    return (
-        f"| {row['row']} | {published} | {measured} | {iterations} | {row['seeds']} | "
-        f"{duration(row['training_s'])} |"
-    )
-
-
 def report(folder: str | Path) -> str:
     """Write ``paper.md``, ``paper.json`` and the pictures into a folder of results.
 
-    Results of Figure 6 have other files, see :func:`report_on_figure`.
+    Results of Figure 6 and of Table 4 have other files, see :func:`report_on_figure` and
+    :func:`report_on_resnet`.
 
     Returns:
         The Markdown.
@@ -105,6 +88,8 @@ def report(folder: str | Path) -> str:
         raise ValueError(f"{store.results}: no finished run to report on")
     if results[0]["row"] in FIGURE_6:
         return report_on_figure(store.folder, results)
+    if results[0]["row"] in RESNET:
+        return report_on_resnet(store.folder, results)
     speed_file = store.folder / "speed.json"
     speed = json.loads(speed_file.read_text()) if speed_file.exists() else None
     summaries = summarize(results)

@@ -21,7 +21,7 @@ from clr_optim.schedule import (
     warm_restarts,
 )
 
-__all__ = ["BOUNDS", "FIXED", "ROWS", "Row", "Scale", "stages"]
+__all__ = ["BOUNDS", "FIXED", "ROWS", "Row", "Scale", "stages", "times"]
 
 _GAMMA = 0.99994
 
@@ -56,7 +56,8 @@ class Row:
     """A row of a table.
 
     Args:
-        table: ``"1"``, ``"3"``, ``"beyond"`` the paper, or ``"figure 6"``.
+        table: ``"1"``, ``"3"``, ``"beyond"`` the paper, ``"figure 6"``, ``"resnet"`` or
+            ``"resnet-100"``.
         name: unique among all tables.
         rule: the optimizer, a key of :data:`~clr_optim.bench.paper.optimizers.RULES`.
         bounds: ``(base_lr, max_lr)`` of the groups with the network's rate; others have a multiple.
@@ -67,6 +68,7 @@ class Row:
         references: the names of the rows to compare this row with.
         network: the network to train.
         quarters: whether a run measures its accuracy on all test images after each quarter.
+        evaluations: how many accuracies a run measures, at equal distances.
     """
 
     table: str
@@ -79,6 +81,7 @@ class Row:
     references: tuple[str, ...] = ()
     network: Network = FULL
     quarters: bool = False
+    evaluations: int = 28
 
     @property
     def label(self) -> str:
@@ -86,15 +89,15 @@ class Row:
         return self.name.removeprefix(f"{self.rule}-")
 
 
-def _times(factor: float, schedule: Schedule) -> Schedule:
+def times(factor: float, schedule: Schedule) -> Schedule:
     """Multiply all rates of a schedule by a factor, for any bounds."""
 
-    def times(end: tuple[float, float]) -> tuple[float, float]:
+    def multiply(end: tuple[float, float]) -> tuple[float, float]:
         return (factor * end[0], factor * end[1])
 
     return Schedule(
         schedule.name,
-        [replace(p, lower=times(p.lower), upper=times(p.upper)) for p in schedule.phases],
+        [replace(p, lower=multiply(p.lower), upper=multiply(p.upper)) for p in schedule.phases],
     )
 
 
@@ -103,8 +106,8 @@ def _stepped(scale: Scale) -> Schedule:
     return sequence(
         [
             (fixed(), scale.steps(60_000)),
-            (_times(0.1, fixed()), scale.steps(5_000)),
-            (_times(0.01, fixed()), scale.steps(5_000)),
+            (times(0.1, fixed()), scale.steps(5_000)),
+            (times(0.01, fixed()), scale.steps(5_000)),
         ]
     )
 
@@ -117,7 +120,7 @@ def _table2(scale: Scale) -> Schedule:
     # Factors of each group's bounds: with absolute bounds, biases would not have twice the rate.
     return sequence(
         [
-            (_times(factor, triangular2(scale.steps(size))), scale.steps(end - start))
+            (times(factor, triangular2(scale.steps(size))), scale.steps(end - start))
             for factor, size, start, end in STAGES
         ]
     )

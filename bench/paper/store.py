@@ -11,14 +11,10 @@ from typing import Any
 
 import torch
 
-from clr_optim.bench.paper.figure_6 import FIGURE_6
+from clr_optim.bench.paper.known import KNOWN
 from clr_optim.bench.paper.one_run import Run
-from clr_optim.bench.paper.rows import ROWS
 
 __all__ = ["Store", "key"]
-
-
-_KNOWN = {**ROWS, **FIGURE_6}
 
 
 class Store:
@@ -54,7 +50,7 @@ class Store:
         for number, line in enumerate(lines, 1):
             try:
                 run = json.loads(line)
-                _KNOWN[key(run)[0]]
+                KNOWN[key(run)[0]]
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{self.results}, line {number}: no result of a run") from error
             runs.append(run)

@@ -14,6 +14,7 @@ import torch
 from clr_optim.bench.gpu import Gpu
 from clr_optim.bench.machine import describe_machine
 from clr_optim.bench.paper.data import Data
+from clr_optim.bench.paper.known import KNOWN
 from clr_optim.bench.paper.one_run import Run, check_settings
 from clr_optim.bench.paper.progress import Progress
 from clr_optim.bench.paper.rows import Row, Scale
@@ -64,13 +65,13 @@ def train_all(
     common = {
         "scale": str(scale.factor),
         "momentum": "caffe" if args.caffe_momentum else "torch",
-        "batch_size": data.batch_size,
         "data": data.digest,
         "device": args.device,
     }
     finished = set()
     for result in store.read():
-        check_settings(common, result, str(store.results))
+        batch_size = KNOWN[result["row"]].network.batch_size_on(data)
+        check_settings({**common, "batch_size": batch_size}, result, str(store.results))
         finished.add(key(result))
         store.drop_checkpoint(*key(result))  # left over if a process ended between the two writes
     # Seeds outermost, so that an early stop leaves all rows at as many seeds as possible.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clr_optim._version import __version__
-from clr_optim.bench import bounds, long_run, paper, throughput
+from clr_optim.bench import bounds, long_run, paper, throughput, whole_curve
 from clr_optim.cli.info import add_info
 from clr_optim.cli.outcome import Outcome
 from clr_optim.cli.plot import add_plot
@@ -95,6 +95,7 @@ def _add_bench(commands: Any) -> None:
         return other
 
     add("bounds", "train with suggested bounds and at ten fixed rates", bounds, _bounds)
+    add("curve", "one run with growing cycles beside separate runs", whole_curve, _curve)
     add_json(add("paper", "rerun the paper's tables and Figure 6", paper, _paper))
     add("long", "take millions of steps: drift, memory, speed", long_run, _long)
 
@@ -108,6 +109,11 @@ def _throughput(args: argparse.Namespace) -> Outcome:
 def _bounds(args: argparse.Namespace) -> Outcome:
     with library_errors(args):
         return Outcome(bounds.run(args))
+
+
+def _curve(args: argparse.Namespace) -> Outcome:
+    with library_errors(args):
+        return Outcome(whole_curve.run(args))
 
 
 def _long(args: argparse.Namespace) -> Outcome:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import numpy as np
 
-from clr_optim.bench.paper import ROWS
+from clr_optim.bench.paper import ROWS, Run
 from clr_optim.cli import main
 
 FILES = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
@@ -66,3 +67,27 @@ def result_of(
         "finite": finite, "training_s": 3700.0, "data_note": note,
         "machine": {"cpu": "abacus", "threads": 2, "torch": "2", "clr_optim": "0"},
     }  # fmt: skip
+
+
+def stop_at(monkeypatch, *iterations, signals=(signal.SIGTERM,)):
+    """Raise signals during these iterations."""
+    real = Run.iterate
+    left = list(iterations)
+
+    def iterate(run):
+        real(run)
+        if left and run.iteration == left[0]:
+            left.pop(0)
+            for number in signals:
+                signal.raise_signal(number)
+
+    monkeypatch.setattr(Run, "iterate", iterate)
+
+
+class FakeGraphs:
+    """A fake GPU on a CPU: its graph calls the step, and keeps the step alive."""
+
+    def capture(self, step, warm_up):
+        for _ in range(warm_up):
+            step()
+        return lambda: step()

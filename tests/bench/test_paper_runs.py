@@ -10,27 +10,12 @@ from fractions import Fraction
 
 import pytest
 import torch
-from paper_helpers import TWO_HUNDRED, results_of, run_paper
+from paper_helpers import TWO_HUNDRED, FakeGraphs, results_of, run_paper, stop_at
 
 from clr_optim.bench.paper import ROWS, Run, Scale, one_run
 from clr_optim.bench.paper import data as images
 from clr_optim.bench.paper.store import Store
 from clr_optim.bench.paper.training import train
-
-
-def _stop_at(monkeypatch, *iterations, signals=(signal.SIGTERM,)):
-    """Raise signals during these iterations."""
-    real = Run.iterate
-    left = list(iterations)
-
-    def iterate(run):
-        real(run)
-        if left and run.iteration == left[0]:
-            left.pop(0)
-            for number in signals:
-                signal.raise_signal(number)
-
-    monkeypatch.setattr(Run, "iterate", iterate)
 
 
 @pytest.mark.parametrize("row", ["nesterov-triangular", "adam-triangular"])
@@ -45,7 +30,7 @@ def test_interrupted_and_resumed_gives_the_same_weights(
     assert max(value for _, value in expected["curve"]) > 20  # it learns; chance is 10
     assert [point[0] for point in expected["curve"]] == [*range(8, 200, 8), 200]
 
-    _stop_at(monkeypatch, 83, 160)
+    stop_at(monkeypatch, 83, 160)
     assert run_paper(folder, parts, *options) == 128 + signal.SIGTERM
     assert "stopped after 83 of 200" in capsys.readouterr().err
     assert os.listdir(parts) == [f"checkpoint-{row}-0.pt"]
@@ -60,7 +45,7 @@ def test_interrupted_and_resumed_gives_the_same_weights(
 
 def test_resume_does_what_is_left(folder, tmp_path, small, monkeypatch, capsys):
     options = ("--rows", "window-welch,window-hann", "--scale", "1/400")
-    _stop_at(monkeypatch, 30, signals=(signal.SIGINT,))
+    stop_at(monkeypatch, 30, signals=(signal.SIGINT,))
     assert run_paper(folder, tmp_path, *options) == 128 + signal.SIGINT
     assert run_paper(folder, tmp_path, *options, "--resume", "--seeds", "2") == 0
     done = [(run["row"], run["seed"]) for run in results_of(tmp_path)]
@@ -77,7 +62,7 @@ def test_resume_does_what_is_left(folder, tmp_path, small, monkeypatch, capsys):
 
 @pytest.mark.usefixtures("ctrl_c")
 def test_a_second_signal_ends_it_at_once(folder, tmp_path, small, monkeypatch):
-    _stop_at(monkeypatch, 3, signals=(signal.SIGINT, signal.SIGINT))
+    stop_at(monkeypatch, 3, signals=(signal.SIGINT, signal.SIGINT))
     options = ("--rows", "window-hann", "--scale", "1/400")
     assert run_paper(folder, tmp_path, *options) == 130
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -85,7 +70,7 @@ def test_a_second_signal_ends_it_at_once(folder, tmp_path, small, monkeypatch):
 
 def test_a_request_to_end_may_come_twice(folder, tmp_path, small, monkeypatch):
     """``timeout`` sends SIGTERM to the process and to its group."""
-    _stop_at(monkeypatch, 3, signals=(signal.SIGTERM, signal.SIGTERM))
+    stop_at(monkeypatch, 3, signals=(signal.SIGTERM, signal.SIGTERM))
     options = ("--rows", "window-hann", "--scale", "1/400")
     assert run_paper(folder, tmp_path, *options) == 128 + signal.SIGTERM
     assert os.listdir(tmp_path) == ["checkpoint-window-hann-0.pt"]
@@ -158,15 +143,6 @@ def test_all_runs_under_way_are_saved_and_gone_on_with(data, tmp_path):
     assert train([alone], store.save, lambda: 0, show, 1e9) == []
     (resumed,) = (run for run in finished if run.row.name == "one_cycle")
     assert resumed.result()["weights"] == alone.result()["weights"]
-
-
-class FakeGraphs:
-    """A fake GPU on a CPU: its graph calls the step, and keeps the step alive."""
-
-    def capture(self, step, warm_up):
-        for _ in range(warm_up):
-            step()
-        return lambda: step()
 
 
 def test_a_captured_iteration_is_counted_as_any_other(data, monkeypatch):

@@ -125,7 +125,7 @@ def test_every_command_has_json():
     parser = cli.command.make_parser()
     lines = [
         ["demo"], ["range-test"], ["train"], ["plot"], ["info"], ["bench"],
-        ["bench", "bounds"], ["bench", "paper"], ["bench", "long"],
+        ["bench", "bounds"], ["bench", "curve"], ["bench", "paper"], ["bench", "long"],
     ]  # fmt: skip
     for line in lines:
         assert parser.parse_args([*line, "--json"]).json == "-", line
