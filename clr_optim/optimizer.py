@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from clr_optim.averages import Average
+from clr_optim.averages import CycleEnd, Ema
 from clr_optim.backends.torch import is_wrapped_by_torch
 from clr_optim.core import arguments, checkpoint, edits, settings
 from clr_optim.core.averaged import Averaged
@@ -132,7 +132,7 @@ class CyclicalOptimizer(Averaged[OptimizerT]):
         schedules: Mapping[str, Schedule | Sequence[Schedule | None]] | None = None,
         max_grad_norm: float | None = None,
         skip_above: float | Spike | None = None,
-        average: str | Average | None = None,
+        average: str | CycleEnd | Ema | None = None,
         backend: str = "auto",
     ) -> None:
         arguments.check_optimizer(optimizer, CyclicalOptimizer)
@@ -173,7 +173,7 @@ class CyclicalOptimizer(Averaged[OptimizerT]):
         schedules: Mapping[str, Schedule | Sequence[Schedule | None]] | None = None,
         max_grad_norm: float | None = None,
         skip_above: float | Spike | None = None,
-        average: str | Average | None = None,
+        average: str | CycleEnd | Ema | None = None,
         backend: str = "auto",
     ) -> CyclicalOptimizer[Optimizer]:
         """Take over a scheduler of torch and its optimizer, in mid-run or before.
