@@ -8,7 +8,7 @@ forms of the position, so that graphs and resumed runs need no counter.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Average:
     """When an average falls due, and with which weight.
 
@@ -46,6 +46,14 @@ class Average:
                 "each parameter"
             )
 
+    def __repr__(self) -> str:
+        given = (
+            f"{each.name}={getattr(self, each.name)!r}"
+            for each in sorted(fields(self), key=lambda each: each.kw_only)
+            if getattr(self, each.name) != each.default
+        )
+        return f"{type(self).__name__}({', '.join(given)})"
+
     def _done(self, schedule: Schedule, position: int) -> int:
         """Return how many averages fall due in the steps before a position."""
         raise NotImplementedError
@@ -64,7 +72,7 @@ class Average:
         return AverageSlot(wide=self.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CycleEnd(Average):
     """Average the parameters at the ends of cycles, with equal weights.
 
@@ -101,7 +109,7 @@ class CycleEnd(Average):
         return 1.0 / (count + 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ema(Average):
     """Average the parameters exponentially: ``decay·average + (1 − decay)·parameter``.
 
