@@ -49,7 +49,7 @@ class Average:
     def __repr__(self) -> str:
         given = (
             f"{each.name}={getattr(self, each.name)!r}"
-            for each in sorted(fields(self), key=lambda each: each.kw_only)
+            for each in sorted(fields(self), key=lambda each: each.kw_only is True)
             if getattr(self, each.name) != each.default
         )
         return f"{type(self).__name__}({', '.join(given)})"
