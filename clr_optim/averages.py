@@ -86,7 +86,8 @@ class CycleEnd(Average):
     def _done(self, schedule: Schedule, position: int) -> int:
         if position <= self.start:
             return 0
-        return schedule.cycle_ends(position) - schedule.cycle_ends(self.start)
+        before = schedule.cycle_ends(self.start) if self.start else 0
+        return schedule.cycle_ends(position) - before
 
     def _weight(self, count: int) -> float:
         return 1.0 / (count + 1)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clr_optim.averages import are_counted, offsets, weights
+from clr_optim.averages import are_counted, done, offsets, weights
 from clr_optim.backends import current_device
 from clr_optim.backends.base import FusedBackend, WhoKnows
 from clr_optim.checks import LAST_STEP
@@ -184,6 +184,9 @@ class OrdinarySteps:
         average, schedule = self._settings.average, self._settings.schedule
         if average is None:
             return []
+        first, last = rows[0].position, rows[-1].position
+        if done(average, schedule, first) == done(average, schedule, last + 1):
+            return [[]] * len(rows)  # most blocks of steps have no cycle end
         lacks = offsets(average, schedule, [record.group for record in self._mirror.records])
         return [weights(average, schedule, row.position, lacks) for row in rows]
 
