@@ -98,7 +98,8 @@ class CycleEnd(Average):
     def _done(self, schedule: Schedule, position: int) -> int:
         if position <= self.start:
             return 0
-        return schedule.cycle_ends(position) - schedule.cycle_ends(self.start)
+        before = schedule.cycle_ends(self.start) if self.start else 0
+        return schedule.cycle_ends(position) - before
 
     def _next(self, schedule: Schedule, position: int) -> int | None:
         position = max(position, self.start)

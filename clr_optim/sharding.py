@@ -145,7 +145,14 @@ def global_norm(grads: Sequence[Tensor], ways: Sequence[Spread | None], wide: bo
         wide: whether all parameters are float64, so that the norm of DTensors is float64 too.
     """
     if not any(ways):
-        return torch.nn.utils.get_total_norm(grads)
+        # The norm of 16-bit values in float32: float16 has no number above 65504.
+        measured = [
+            torch.linalg.vector_norm(grad, dtype=torch.float32)
+            if grad.is_floating_point() and grad.itemsize < 4
+            else grad
+            for grad in grads
+        ]
+        return torch.nn.utils.get_total_norm(measured)
     parts: dict[Spread | None, list[Tensor]] = {way: [] for way in ways}
     for grad in grads:
         parts.setdefault(spread_of(grad), []).append(local_part(grad))

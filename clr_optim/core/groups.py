@@ -104,13 +104,16 @@ class GroupMirror:
     def is_settled(self) -> bool:
         """Return whether the groups are ours and hold our bounds. Rates are not compared."""
         groups = self._optimizer.param_groups
-        known = self.are_ours(groups) and have_counts(groups, self._settings, self._gate)
-        return known and all(
-            STEP in group
-            and isinstance(group.get(BASE), float)
-            and isinstance(group.get(MAX), float)
-            and (group[BASE], group[MAX]) == bounds
-            for group, bounds in zip(groups, self.written.bounds, strict=False)
+        return (
+            self.are_ours(groups)
+            and have_counts(groups, self._settings, self._gate)
+            and all(
+                STEP in group
+                and isinstance(group.get(BASE), float)
+                and isinstance(group.get(MAX), float)
+                and (group[BASE], group[MAX]) == bounds
+                for group, bounds in zip(groups, self.written.bounds, strict=False)
+            )
         )
 
     def is_known(self, position: int) -> bool:

@@ -312,6 +312,20 @@ def test_grad_norm_is_the_number_that_the_gate_compares(backend):
         assert exact.opt.skipped == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_norm_beyond_the_largest_float16_is_no_infinity(backend, dtype):
+    param = torch.nn.Parameter(torch.zeros(400, dtype=dtype))
+    opt = CyclicalOptimizer(torch.optim.SGD([param], lr=1e-6), skip_above=math.inf, backend=backend)
+    param.grad = torch.full((400,), 4000.0, dtype=dtype)
+    opt.step()
+    assert (opt.iteration, opt.skipped) == (1, 0)
+    assert opt.grad_norm.item() == 80000.0
+    param.grad[7] = math.inf
+    opt.step()
+    assert (opt.iteration, opt.skipped) == (1, 1)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_without_gradients_happens_and_tells_nothing(backend):
     weight = torch.ones(3, requires_grad=True)
