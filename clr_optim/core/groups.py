@@ -98,22 +98,18 @@ class GroupMirror:
                 or group.get(MAX) is not top
             ):
                 return False
-        written = self.written
-        return not written.numbers or are_untouched(self.records, written.momentum_bounds)
+        return not self.written.numbers or are_untouched(records, self.written.momentum_bounds)
 
     def is_settled(self) -> bool:
         """Return whether the groups are ours and hold our bounds. Rates are not compared."""
         groups = self._optimizer.param_groups
-        return (
-            self.are_ours(groups)
-            and have_counts(groups, self._settings, self._gate)
-            and all(
-                STEP in group
-                and isinstance(group.get(BASE), float)
-                and isinstance(group.get(MAX), float)
-                and (group[BASE], group[MAX]) == bounds
-                for group, bounds in zip(groups, self.written.bounds, strict=False)
-            )
+        known = self.are_ours(groups) and have_counts(groups, self._settings, self._gate)
+        return known and all(
+            STEP in group
+            and isinstance(group.get(BASE), float)
+            and isinstance(group.get(MAX), float)
+            and (group[BASE], group[MAX]) == bounds
+            for group, bounds in zip(groups, self.written.bounds, strict=False)
         )
 
     def is_known(self, position: int) -> bool:
