@@ -33,6 +33,8 @@ public:
     std::vector<size_t> begins;  // where the row's layout begins
     std::vector<int64_t> layout;  // number of dimensions, sizes, strides; one after the other
 
+    // Whether the next step may move averages, so that a scan must look at them.
+    bool reads_averages = false;
     // How many rows have a gradient, and the number of values in these. Written by a scan.
     int64_t active = 0, values = 0;
     int64_t groups = 0;  // a number above those of the rows' groups
@@ -41,9 +43,8 @@ public:
 
     size_t width() const { return keys.size(); }
     // The dtype of a slot, or of the parameter (-1).
-    int64_t dtype_of(int64_t slot) const {
-        return averages() && slot == slots - 1 ? average_dtype : dtype;
-    }
+    int64_t dtype_of(int64_t slot) const { return is_average(slot) ? average_dtype : dtype; }
+    bool is_average(int64_t slot) const { return averages() && slot == slots - 1; }
     // The names that DLPack has for a dtype.
     static int64_t code(int64_t dtype) { return dtype == BFLOAT16 ? 4 : 2; }
     static int64_t bits(int64_t dtype) { return dtype == FLOAT64 ? 64 : dtype == FLOAT32 ? 32 : 16; }

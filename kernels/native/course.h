@@ -109,7 +109,7 @@ public:
     // The weights of the averages in the next step; none if no average falls due.
     const std::vector<double>& weights() const {
         static const std::vector<double> none;
-        return averages.empty() ? none : averages[row];
+        return row < averages.size() ? averages[row] : none;
     }
 
     // Makes the objects of the next step, so that write() cannot fail. Returns false with an exception

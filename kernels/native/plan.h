@@ -248,12 +248,12 @@ private:
     };
 
     // Scans. An exception of Python code counts as a change, but Ctrl-C fails.
-    bool find_changes(Answer& answer) {
+    bool find_changes(Answer& answer, bool averages = true) {
         answer = GROUPS_CHANGED;
         if (!sources.groups) return true;
         for (const Bucket* bucket : sources.buckets)
             if (bucket->groups > scalars.groups()) return true;
-        answer = scan(sources);
+        answer = scan(sources, averages);
         if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return false;
         PyErr_Clear();
         return true;
@@ -265,7 +265,9 @@ private:
                      Answer& answer) {
         outcome = why_not(attributes, signals);
         PyErr_Clear();
-        if (outcome != TAKEN || !find_changes(answer)) return false;
+        // A device decides itself whether an average falls due.
+        const bool averages = needs_launches || !course.weights().empty();
+        if (outcome != TAKEN || !find_changes(answer, averages)) return false;
         // After the scan, which may run Python code.
         if (!is_current(answer)) outcome = OUTDATED;
         else if (!course.is_untouched(sources.groups.get())) outcome = WRITTEN;

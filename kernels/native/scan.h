@@ -162,7 +162,7 @@ inline bool any_is_negated_says_torch(const Bucket& bucket, int64_t i) {
 
 // Returns whether kernels may touch a row: no kernel touches a row that has neither gradient nor average.
 inline bool is_read(const Bucket& bucket, PyObject* grad) {
-    return grad != Py_None || bucket.averages();
+    return grad != Py_None || bucket.reads_averages;
 }
 
 // Returns whether row i needs a question that may run Python code. Torch is asked about tensors of
@@ -240,6 +240,7 @@ inline bool same_row(Bucket& bucket, int64_t i, PyObject* grad) {
 
     PyObject* const dict = bucket.width() ? bucket.dicts[size_t(i)].get() : nullptr;
     for (size_t k = 0; k < bucket.width(); ++k) {
+        if (bucket.is_average(int64_t(k)) && !bucket.reads_averages) continue;
         PyObject* const held = PyDict_GetItemWithError(dict, bucket.keys[k].get());
         if (!held || held != bucket.tensor(i, k)) return false;
         const bool same = int64_t(k) < bucket.slots    ? reads(held, int64_t(k)) && t.data == row.state[k]
@@ -280,9 +281,12 @@ inline int64_t changed_row(Bucket& bucket, bool every) {
 // ---- both parts, for all buckets
 
 // Answers whether anything has changed that the plan was built from. If not, the gradients'
-// addresses are up to date. An exception (a sparse gradient has no strides) counts as a change.
-inline Answer scan(Sources& sources) {
-    for (Bucket* bucket : sources.buckets) bucket->release();
+// addresses are up to date. `averages` tells whether the step may move averages. An exception (a sparse gradient has no strides) counts as a change.
+inline Answer scan(Sources& sources, bool averages) {
+    for (Bucket* bucket : sources.buckets) {
+        bucket->release();
+        bucket->reads_averages = averages && bucket->averages();
+    }
     if (!still_idle(sources)) return WOKEN;
     const bool every = has_mode();
     const auto stops = [&sources](size_t bucket, int64_t row) {
