@@ -110,6 +110,7 @@ class Averaging:
                 found.append(param)
         return found
 
+    @torch.no_grad()
     def take(self, position: int, moved: list[Any], only: Collection[int] | None = None) -> None:
         """Move the averages that fall due in a step, once its parameters are new.
 
@@ -126,9 +127,8 @@ class Averaging:
             for group, weight in zip(groups, found, strict=False)
             if (pairs := self._pairs(group, only))
         ]
-        with torch.no_grad():
-            # No Python code runs between the calls, so that an interrupt finds all or none.
-            moved.extend(itertools.starmap(operator.call, calls))
+        # No Python code runs between the calls, so that an interrupt finds all or none.
+        moved.extend(itertools.starmap(operator.call, calls))
 
     def _pairs(
         self, group: Mapping[str, Any], only: Collection[int] | None = None

@@ -131,8 +131,7 @@ def rows(target: str, average: str | None = None) -> Iterator[dict[str, Any]]:
         gpu = GPUTarget("hip", target, 64 if int(target[3:-2]) < 10 else 32)
     for (rule, (slots, numbers)), name in itertools.product(_kernels().items(), DTYPES):
         dtype: torch.dtype = getattr(torch, name)
-        averages: torch.dtype | None = getattr(torch, average) if average in DTYPES else None
-        averages = dtype if average == "own" else averages
+        averages = dtype if average == "own" else getattr(torch, average or "", None)
         try:
             compiled = _compile(rule, slots, dtype, [torch.float32] * numbers, averages, gpu)
         except Exception as error:  # each stage of Triton's has its own

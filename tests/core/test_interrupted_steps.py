@@ -86,6 +86,8 @@ def interrupted(number: int, step: Callable[[], object]) -> bool:
         return at_line(number, interrupt, step)
     except KeyboardInterrupt:
         return True
+    finally:
+        assert torch.is_grad_enabled()
 
 
 def counters(opt: Any) -> set[float]:
