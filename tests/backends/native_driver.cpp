@@ -76,7 +76,7 @@ int64_t count_kernels() {
     return count;
 }
 
-// bfloat16 has averages of its own dtype here, float16 those in float32.
+// Here float16 has averages in float32. Each other dtype has averages in the same dtype.
 int64_t average_of(int64_t dtype) { return dtype == FLOAT16 ? int64_t(FLOAT32) : dtype; }
 
 void* averages(int64_t i, int64_t dtype, std::vector<Bytes>& memory) {
