@@ -219,6 +219,7 @@ class Batches:
         rows = images.pixels.permute(0, 2, 3, 1).reshape(len(images), _PIXELS)
         self._rows, self._labels = rows.to(device), images.labels.to(device)
         self._mean = mean.to(device).permute(1, 2, 0).reshape(_PIXELS)
+        self._seed = seed
         generator = torch.Generator().manual_seed(seed)
         self._order = torch.randperm(len(images), generator=generator).to(device)
         self._offsets = torch.arange(batch_size, device=device)

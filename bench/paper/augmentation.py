@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from clr_optim.bench.cifar10 import Batches, Images
+from clr_optim.bench.cifar10 import Batches
 from clr_optim.bench.paper.noise import CROPS, draw
 
 __all__ = ["AugmentedBatches"]
@@ -28,18 +28,6 @@ class AugmentedBatches(Batches):
     Source: fb.resnet.torch and DenseNet, ``datasets/cifar10.lua``: ``HorizontalFlip(0.5)`` and
     ``RandomCrop(32, 4)``; Stochastic_Depth, ``cifar-dataset.lua``, has the same.
     """
-
-    def __init__(
-        self,
-        images: Images,
-        mean: Tensor,
-        *,
-        batch_size: int = 100,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(images, mean, batch_size=batch_size, seed=seed, device=device)
-        self._seed = seed
 
     def sample(self) -> tuple[Tensor, Tensor]:
         """Return the next batch, augmented; shapes and layout as without augmentation."""
