@@ -265,7 +265,11 @@ def weights(
     """
     if average._next(schedule, position) != position:
         return []
-    before = done(average, schedule, position)
+    return _weights_of(average, done(average, schedule, position), offsets)
+
+
+def _weights_of(average: Average, before: int, offsets: Sequence[int]) -> list[float]:
+    """Return the weight of each group in a step that takes an average, after ``before`` others."""
     counts = (before - offset for offset in offsets)
     return [average._weight(count) if count > 0 else 1.0 for count in counts]
 
@@ -284,10 +288,10 @@ def weights_ahead(
         return []
     found: list[list[float]] = [[] for _ in steps]
     lacks = offsets(average, schedule, groups)
-    step = average._next(schedule, steps.start)
+    step, before = average._next(schedule, steps.start), done(average, schedule, steps.start)
     while step is not None and step < steps.stop:
-        found[step - steps.start] = weights(average, schedule, step, lacks)
-        step = average._next(schedule, step + 1)
+        found[step - steps.start] = _weights_of(average, before, lacks)
+        step, before = average._next(schedule, step + 1), before + 1
     return found
 
 
