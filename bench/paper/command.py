@@ -9,10 +9,11 @@ from contextlib import contextmanager
 
 import torch
 
-from clr_optim.bench.paper.data import read
+from clr_optim.bench.paper.data import Data, read
 from clr_optim.bench.paper.known import KNOWN
 from clr_optim.bench.paper.networks import SIGMOID
 from clr_optim.bench.paper.options import chosen_rows
+from clr_optim.bench.paper.range_tests import measure_range
 from clr_optim.bench.paper.readme import write_readme
 from clr_optim.bench.paper.report import report
 from clr_optim.bench.paper.resnet import DATASETS
@@ -70,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
             words = "only on a GPU; on a CPU start a process for each, with --rows and --threads 1"
             raise argparse.ArgumentError(None, f"--together {args.together}: {words}")
         with _torch_settings(args.threads):
+            if args.range_test:
+                return _test_ranges(chosen_rows(args), args)
             return _speed(args) if args.speed else _run(chosen_rows(args), args)
     except ValueError as error:
         raise argparse.ArgumentError(None, str(error)) from error
@@ -84,11 +87,26 @@ def _speed(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run(rows: Sequence[Row], args: argparse.Namespace) -> int:
+def _test_ranges(rows: Sequence[Row], args: argparse.Namespace) -> int:
+    if rows[0].table not in DATASETS:
+        words = "only with --table resnet; clr-optim range-test --data DIR serves cifar10_full"
+        raise argparse.ArgumentError(None, f"--range-test {args.range_test}: {words}")
+    data, folder = _read(rows, args), Store(args.out).folder
+    # The last row of a network has a range.
+    for row in {row.network.name: row for row in rows}.values():
+        print(measure_range(row, data, folder, args.range_test, args.device, args.data_note))
+    return 0
+
+
+def _read(rows: Sequence[Row], args: argparse.Namespace) -> Data:
     batch_size = SIGMOID.batch_size if args.figure else None
     if rows[0].table in DATASETS:
         batch_size = max(row.network.batch_size for row in rows)
-    data = read(args.data, args.device, batch_size, DATASETS.get(rows[0].table, 10))
+    return read(args.data, args.device, batch_size, DATASETS.get(rows[0].table, 10))
+
+
+def _run(rows: Sequence[Row], args: argparse.Namespace) -> int:
+    data = _read(rows, args)
     store = Store(args.out)
     if not args.resume and not store.is_empty():
         raise argparse.ArgumentError(

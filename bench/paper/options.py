@@ -97,6 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="train nothing, only measure iterations per second over N iterations",
     )
+    add(
+        "--range-test",
+        type=_count,
+        metavar="N",
+        help="only find the bounds of the chosen networks of table resnet, in N iterations",
+    )
 
 
 def _tables(text: str) -> list[str]:

@@ -393,3 +393,36 @@ def test_the_report_of_a_run_stands_in_its_folder(folder, tmp_path, small_networ
     with pytest.raises(SystemExit):
         run_paper(tmp_path / "other", tmp_path, *options, "--resume", "--seeds", "2")
     assert "has data" in capsys.readouterr().err
+
+
+# ---- range tests
+
+
+def test_range_test_of_a_network(small_networks, tmp_path, capsys):
+    write_slice(tmp_path / "data")
+    out = tmp_path / "out"
+    options = ("--table", "resnet", "--rows", "resnet-20-0.1,resnet-20-clr", "--range-test", "40")
+    assert run_paper(tmp_path / "data", out, *options, "--data-note", "made up") == 0
+    whole = json.loads((out / "range-test-resnet-20.json").read_text())
+    rates = whole["test"]["lrs"]
+    assert len(rates) == 40
+    assert rates[0] == 0
+    assert rates[-1] == pytest.approx(1)
+    assert np.diff(rates) == pytest.approx(1 / 39)
+    text = (out / "range-test-resnet-20.md").read_text()
+    assert "made up" in text
+    assert "| the paper | 0.1 | 0.3 |" in text
+    bounds = whole["bounds"]
+    cells = f"{bounds['base_lr']:.2g} | {bounds['max_lr']:.2g}" if bounds else "none | none"
+    assert f"| suggested | {cells} |" in text
+    with Image.open(out / "range-test-resnet-20.png") as picture:
+        assert picture.size[0] > 500
+    assert text in capsys.readouterr().out
+    assert not (out / "results.jsonl").exists()
+
+
+def test_range_test_of_other_tables_is_refused(tmp_path, capsys):
+    write_slice(tmp_path / "data")
+    with pytest.raises(SystemExit):
+        run_paper(tmp_path / "data", tmp_path, "--table", "1", "--range-test", "40")
+    assert "--range-test 40: only with --table resnet" in capsys.readouterr().err
