@@ -19,6 +19,10 @@ import triton
 import triton.language as tl
 
 from clr_optim.kernels.triton.prepare import (
+    AT_FIRST,
+    AT_GROUP,
+    AT_NUMEL,
+    AT_STATE,
     COLUMNS,
     COMMON,
     WIDTH,
@@ -181,13 +185,14 @@ def _update(
     """Update a chunk of a tensor, given the number of the chunk and its blocks."""
     A: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
     begin = chunk.to(tl.int64) * blocks * BLOCK
-    first = tl.load(row + 9) != 0
+    first = tl.load(row + AT_FIRST) != 0
     param = tl.load(row)
-    slots = (tl.load(row + 1), tl.load(row + 2), tl.load(row + 3))[:SLOTS]
+    state = row + AT_STATE
+    slots = (tl.load(state), tl.load(state + 1), tl.load(state + 2))[:SLOTS]
     addresses = param | gradient
     for k in tl.static_range(SLOTS):
         addresses = addresses | slots[k]
-    left = tl.minimum(tl.load(row + 7) - begin, blocks * BLOCK).to(tl.int32)
+    left = tl.minimum(tl.load(row + AT_NUMEL) - begin, blocks * BLOCK).to(tl.int32)
     # Only tensors that begin at multiples of 16 bytes can be read 16 bytes at a time.
     full = tl.where(addresses & 15 == 0, left // BLOCK, 0)
     lanes = tl.arange(0, BLOCK)
@@ -232,8 +237,8 @@ def _average(
     A: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
     begin = chunk.to(tl.int64) * blocks * BLOCK
     param = tl.load(row)
-    average = tl.load(row + 1 + SLOTS)
-    left = tl.minimum(tl.load(row + 7) - begin, blocks * BLOCK).to(tl.int32)
+    average = tl.load(row + AT_STATE + SLOTS)
+    left = tl.minimum(tl.load(row + AT_NUMEL) - begin, blocks * BLOCK).to(tl.int32)
     # If the average is wider than the parameter, each thread reads 16 bytes of the average.
     UNIT: tl.constexpr = _BYTES * 8 // AVERAGE.primitive_bitwidth
     full = tl.where((param | average) & 15 == 0, left // UNIT, 0)
@@ -360,7 +365,7 @@ def whole_step(
             UPDATE, FLAGS, SLOTS, DTYPE, BLOCK,
         )  # fmt: skip
     if AVERAGE is not None:  # rows without a gradient take part
-        averages = tl.load(groups + tl.load(row + 8) * width + 5)
+        averages = tl.load(groups + tl.load(row + AT_GROUP) * width + 5)
         weight = average_weight(averages, ints, phases, control, position).to(A)
         if happened & (weight != 0):
             _average(row, tl.load(chunks + 1), blocks, weight, SLOTS, DTYPE, AVERAGE, BLOCK)
