@@ -19,7 +19,7 @@ from clr_optim.backends.base import Course, Gradients, Outcome, WhoKnows
 from clr_optim.backends.torch import has_own_step
 from clr_optim.kernels.native import NoKernelsError, load
 from clr_optim.keys import STEP
-from clr_optim.plan import Plan
+from clr_optim.plan import Extras, Plan
 from clr_optim.rules import RULES, UpdateRule, class_name
 from clr_optim.schedule import Schedule
 from clr_optim.sharding import DTensor, no_sums, sum_over_ranks
@@ -87,8 +87,8 @@ class NativeBackend:
         lock: threading.RLock | None = None,
         average: Average | None = None,
     ) -> None:
-        slot = slot_of(average)
-        self.plan = Plan(optimizer, rule, library(), "cpu", lock=lock, average=slot)
+        extras = Extras(slot_of(average))
+        self.plan = Plan(optimizer, rule, library(), "cpu", lock=lock, extras=extras)
 
     name: ClassVar[str] = "native"
     capturable: ClassVar[bool] = False

@@ -15,8 +15,8 @@ from clr_optim.plan.bucket import Bucket, BucketKey
 from clr_optim.plan.eligible import why_not
 from clr_optim.plan.overlap import Memory, sharing
 from clr_optim.plan.reading import GroupReadings
-from clr_optim.plan.row import Row, make_row
-from clr_optim.rules import AverageSlot, UpdateRule
+from clr_optim.plan.row import NO_EXTRAS, Extras, Row, make_row
+from clr_optim.rules import UpdateRule
 from clr_optim.sharding import local_part, spread_of
 
 __all__ = ["Placement", "Target"]
@@ -35,7 +35,7 @@ class Target:
         lib: the compiled extension.
         device: the type of the devices whose tensors kernels update.
         capturable: whether the kernels can be captured into a graph.
-        average: the slot of the averages, if the optimizer averages its parameters.
+        extras: the state that steps keep beside torch's.
     """
 
     optimizer: Optimizer
@@ -43,7 +43,7 @@ class Target:
     lib: ModuleType
     device: str
     capturable: bool = False
-    average: AverageSlot | None = None
+    extras: Extras = NO_EXTRAS
 
 
 class Placement:
@@ -243,6 +243,7 @@ class Placement:
                 optimizer=target.optimizer,
                 rule=target.rule,
                 device=target.device,
+                extras=target.extras,
             )
             if isinstance(row, Row):
                 return row
@@ -256,8 +257,8 @@ class Placement:
         key = self._key_of(row)
         bucket = self._by_key.get(key)
         if bucket is None:
-            slots, numbers = self._groups.readings[row.group].slots, self._target.rule.numbers
-            bucket = self._by_key[key] = Bucket(*key, slots, tuple(numbers))
+            numbers = tuple(self._target.rule.numbers)
+            bucket = self._by_key[key] = Bucket(*key, row.kinds, numbers)
             bucket.begin(row, self._target.lib)
             self.buckets.append(bucket)
         self._note_pending(row, bucket, len(bucket.rows))
@@ -266,11 +267,9 @@ class Placement:
 
     def _key_of(self, row: Row) -> BucketKey:
         param = row.param
-        numbers = tuple(number.dtype for number in row.numbers)
+        slots, numbers = (tuple(t.dtype for t in each) for each in (row.slots, row.numbers))
         kernel = self._groups.readings[row.group].kernel
-        slot = self._target.average
-        average = None if slot is None else slot.dtype_for(param)
-        return BucketKey(kernel, param.dtype, numbers, param.device, spread_of(param), average)
+        return BucketKey(kernel, param.dtype, slots, numbers, param.device, spread_of(param))
 
     def _entry_of(self, row: Row) -> dict[str, Any]:
         """Return the dictionary of a row's state, or a draft of it while state is pending."""

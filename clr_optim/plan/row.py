@@ -9,14 +9,43 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clr_optim.keys import AVERAGE
+from clr_optim.keys import AVERAGE, REST
 from clr_optim.plan.eligible import is_plain
 from clr_optim.plan.reading import Reading
-from clr_optim.rules import AverageSlot, UpdateRule
+from clr_optim.rules import AverageSlot, RestSlot, Slot, UpdateRule
 
-__all__ = ["Row", "make_row"]
+__all__ = ["NO_EXTRAS", "Extras", "Row", "make_row"]
 
 _WIDE, _NARROW = (torch.float32, torch.float64), (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Extras:
+    """The state that steps keep beside torch's.
+
+    Args:
+        average: the slot of the averages, if the optimizer averages its parameters.
+        masters: whether bfloat16 parameters have float32 masters.
+    """
+
+    average: AverageSlot | None = None
+    masters: bool = False
+
+    def slots_for(self, param: Tensor) -> tuple[Slot, ...]:
+        """Return the slots of a parameter after those of its rule, in a row's order."""
+        rest = (RestSlot(),) if self.has_master(param) else ()
+        return rest if self.average is None else (*rest, self.average)
+
+    def has_master(self, param: Tensor) -> bool:
+        """Return whether a parameter has a float32 master."""
+        return self.masters and param.dtype == torch.bfloat16
+
+    def rule_dtype(self, param: Tensor) -> torch.dtype:
+        """Return the dtype of a parameter's state that belongs to its rule."""
+        return torch.float32 if self.has_master(param) else param.dtype
+
+
+NO_EXTRAS = Extras()
 
 
 @dataclass(eq=False)
@@ -26,7 +55,9 @@ class Row:
     Args:
         param: the parameter.
         group: the number of its group.
-        slots: its state tensors, in the kernel's order, the average last.
+        kinds: what its state tensors are: the slots of the rule in the kernel's order, then the
+            rest of the master, then the average.
+        slots: its state tensors, in this order.
         numbers: its state of one element, in the order of :attr:`UpdateRule.numbers`.
         pending: state that torch would create in this step, by name.
         first: whether the first slot holds nothing yet.
@@ -34,6 +65,7 @@ class Row:
 
     param: Tensor
     group: int
+    kinds: tuple[Slot, ...]
     slots: list[Tensor]
     numbers: list[Tensor]
     pending: dict[str, Tensor]
@@ -53,6 +85,7 @@ def make_row(
     optimizer: Optimizer,
     rule: UpdateRule,
     device: str,
+    extras: Extras = NO_EXTRAS,
 ) -> Row | str:
     """Return the row of a parameter that has a gradient, or why a kernel cannot use its state.
 
@@ -66,6 +99,7 @@ def make_row(
         optimizer: the wrapped optimizer.
         rule: its update rule.
         device: the type of the devices that the kernels serve.
+        extras: the state that steps keep beside torch's.
     """
     # optimizer.state[param] would create an entry earlier than torch does.
     state = optimizer.state.get(param, {})
@@ -84,9 +118,10 @@ def make_row(
                 return f"{what} that is no float tensor on the CPU"
             number = found
         numbers.append(number)
+    kinds = (*reading.slots, *extras.slots_for(param))
     slots: list[Tensor] = []
     first = False
-    for slot in reading.slots:
+    for slot in kinds:
         tensor: Any = state.get(slot.name)
         if isinstance(slot, AverageSlot):
             found = slot.find(state, param)
@@ -105,9 +140,9 @@ def make_row(
         elif not is_plain(tensor, param):
             return f"state[{slot.name!r}] of another layout, dtype or type than its parameter"
         slots.append(tensor)
-    order = (*rule.state_order, AVERAGE)
+    order = (*rule.state_order, REST, AVERAGE)
     ordered = {name: pending[name] for name in order if name in pending}
-    return Row(param, group, slots, numbers, ordered, first)
+    return Row(param, group, kinds, slots, numbers, ordered, first)
 
 
 def _new_number(value: float, param: Tensor, reading: Reading) -> Tensor:

@@ -14,14 +14,14 @@ enum Dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 // gradient, which lies in a table beside the rows.
 struct Row {
     void* param;
-    void* state[4];  // those of the rule, then the average
+    void* state[5];  // those of the rule, then the rest of the master, then the average
     void* counter;   // torch's step counter of this parameter, or null
     void* scalar;    // the scalar state of this parameter, or null
     int64_t numel;
     int64_t group;   // the number of the group that has its scalars
     int64_t first;   // 1 if its state holds nothing yet
 };
-static_assert(sizeof(Row) == 10 * 8, "a field of Row has other than 8 bytes");
+static_assert(sizeof(Row) == 11 * 8, "a field of Row has other than 8 bytes");
 
 // What a rule reads of a step beside the scalars of the group.
 struct Step {

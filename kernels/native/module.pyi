@@ -42,12 +42,12 @@ class Bucket:
         kernel: int,
         dtype: int,
         keys: tuple[str, ...],
-        slots: int,
+        slot_dtypes: tuple[int, ...],
+        masters: bool,
         number_sizes: tuple[int, int],
         device: tuple[int, int],
         divides: bool,
         words: tuple[int, int, int, int],
-        average_dtype: int,
     ) -> Bucket: ...
     def append(
         self,

@@ -229,7 +229,7 @@ inline bool same_row(Bucket& bucket, int64_t i, PyObject* grad) {
         const int64_t dtype = bucket.dtype_of(slot);
         const Ref part = local_part(tensor, bucket.divides);
         return part && view(part.get(), t) && here() && t.code == Bucket::code(dtype) &&
-               t.bits == Bucket::bits(dtype) && t.lanes == 1 && has_layout(t, bucket.layout_of(i)) &&
+               t.bits == 8 * size_of(dtype) && t.lanes == 1 && has_layout(t, bucket.layout_of(i)) &&
                !is_negated(bucket.words, part.get());
     };
     const auto same_number = [&](PyObject* tensor, const void* data, int64_t bits) {

@@ -15,7 +15,7 @@ namespace {
 
 template <class Rule> void build(AnyRule& to, const double* scalars, const Step& step) {
     static_assert(sizeof(Rule) <= sizeof(AnyRule) && std::is_trivially_copyable<Rule>::value, "");
-    static_assert(Rule::slots <= 3, "the fourth in Row is the average");
+    static_assert(Rule::slots <= 3, "two in Row are the rest and the average");
     const Rule rule(scalars, step);
     std::memcpy(&to, &rule, sizeof rule);
 }

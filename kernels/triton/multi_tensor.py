@@ -20,6 +20,10 @@ import triton.language as tl
 
 from clr_optim.kernels.triton.masters import join, split
 from clr_optim.kernels.triton.prepare import (
+    AT_FIRST,
+    AT_GROUP,
+    AT_NUMEL,
+    AT_STATE,
     COLUMNS,
     COMMON,
     WIDTH,
@@ -211,15 +215,16 @@ def _update(
     PARAM: tl.constexpr = tl.int16 if MASTER else DTYPE
     SLOT: tl.constexpr = tl.float32 if MASTER else DTYPE
     begin = chunk.to(tl.int64) * blocks * BLOCK
-    first = tl.load(row + 9) != 0
+    first = tl.load(row + AT_FIRST) != 0
     param = tl.load(row)
-    slots = (tl.load(row + 1), tl.load(row + 2), tl.load(row + 3))[:SLOTS]
+    state = row + AT_STATE
+    slots = (tl.load(state), tl.load(state + 1), tl.load(state + 2))[:SLOTS]
     addresses = param | gradient
     for k in tl.static_range(SLOTS):
         addresses = addresses | slots[k]
-    rest = tl.load(row + 1 + SLOTS) if MASTER else param
+    rest = tl.load(state + SLOTS) if MASTER else param
     addresses = addresses | rest
-    left = tl.minimum(tl.load(row + 7) - begin, blocks * BLOCK).to(tl.int32)
+    left = tl.minimum(tl.load(row + AT_NUMEL) - begin, blocks * BLOCK).to(tl.int32)
     # Only tensors that begin at multiples of 16 bytes can be read 16 bytes at a time.
     full = tl.where(addresses & 15 == 0, left // BLOCK, 0)
     lanes = tl.arange(0, BLOCK)
@@ -270,9 +275,9 @@ def _average(
     PARAM: tl.constexpr = tl.int16 if MASTER else DTYPE
     begin = chunk.to(tl.int64) * blocks * BLOCK
     param = tl.load(row)
-    rest = tl.load(row + 1 + SLOTS) if MASTER else param
-    average = tl.load(row + 1 + SLOTS + MASTER)
-    left = tl.minimum(tl.load(row + 7) - begin, blocks * BLOCK).to(tl.int32)
+    rest = tl.load(row + AT_STATE + SLOTS) if MASTER else param
+    average = tl.load(row + AT_STATE + SLOTS + MASTER)
+    left = tl.minimum(tl.load(row + AT_NUMEL) - begin, blocks * BLOCK).to(tl.int32)
     # If the average is wider than the parameter, each thread reads 16 bytes of the average.
     UNIT: tl.constexpr = _BYTES * 8 // AVERAGE.primitive_bitwidth
     full = tl.where((param | rest | average) & 15 == 0, left // UNIT, 0)
@@ -403,7 +408,7 @@ def whole_step(
             UPDATE, FLAGS, SLOTS, DTYPE, MASTER, BLOCK,
         )  # fmt: skip
     if AVERAGE is not None:  # rows without a gradient take part
-        averages = tl.load(groups + tl.load(row + 8) * width + 5)
+        averages = tl.load(groups + tl.load(row + AT_GROUP) * width + 5)
         weight = average_weight(averages, ints, phases, control, position).to(A)
         if happened & (weight != 0):
             _average(

@@ -134,7 +134,9 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
     }
     run.rows.kernel = kernel, run.rows.dtype = dtype;
     run.rows.counter_bits = run.rows.scalar_bits = wide ? 64 : 32;
-    run.rows.average_dtype = average_of(dtype);
+    run.rows.slot_dtypes.assign(size_t(slots_of(kernel)), dtype);
+    run.rows.slot_dtypes.push_back(average_of(dtype));
+    run.rows.average_slot = slots_of(kernel);
     for (int step = 0; step < 3; ++step) {
         require(sum_of_squares(*clr::kernels, run.rows, int(threads)) > 0, "sums of nothing", kernel,
                 dtype);

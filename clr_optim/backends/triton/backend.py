@@ -31,7 +31,7 @@ from clr_optim.backends.triton.clock import Clock
 from clr_optim.backends.triton.gate import DeviceStatistics, fill_gates
 from clr_optim.backends.triton.launch import Launch
 from clr_optim.backends.triton.prebound import Call
-from clr_optim.plan import Plan
+from clr_optim.plan import Extras, Plan
 from clr_optim.rules import UpdateRule
 from clr_optim.schedule import Schedule
 
@@ -93,9 +93,9 @@ class TritonBackend:
         lock: threading.RLock | None = None,
         average: Average | None = None,
     ) -> None:
-        slot = slot_of(average)
+        extras = Extras(slot_of(average))
         self.plan = Plan(
-            optimizer, rule, library(), device, capturable=True, lock=lock, average=slot
+            optimizer, rule, library(), device, capturable=True, lock=lock, extras=extras
         )
         self._schedule, self._average = schedule, average
         self._momentum = rule.momentum

@@ -44,7 +44,7 @@ class Launch:
         self.bucket = bucket
         self._compiled_for = multi_tensor.constants_for(
             bucket.kernel,
-            len(bucket.slots) - (bucket.average is not None),
+            bucket.rule_slots,
             bucket.dtype,
             bucket.number_dtypes,
             bucket.average,
