@@ -68,7 +68,7 @@ _SHAPES_OF_MASTERS = (2, Shape(1024, 256))
 _BYTES: tl.constexpr = tl.constexpr(16 * _SHAPES[4].threads)
 
 
-def shape_of(slots: int, itemsize: int, *, masters: bool = False) -> Shape:
+def shape_of(slots: int, itemsize: int, masters: bool = False) -> Shape:
     """Return the launch's shape for state tensors and bytes per element of so many.
 
     Args:
@@ -105,9 +105,8 @@ def constants_for(
     dtype: torch.dtype,
     numbers: Sequence[torch.dtype],
     average: torch.dtype | None,
+    masters: bool,
     warp: int,
-    *,
-    masters: bool = False,
 ) -> Constants:
     """Return what the kernels are compiled for.
 
@@ -119,12 +118,12 @@ def constants_for(
         dtype: the dtype of parameters, gradients and, without masters, these state tensors.
         numbers: the dtypes of the step counter and the scalar state, as far as the rule has them.
         average: the dtype of the parameters' averages, if any.
-        warp: the threads of a warp.
         masters: whether the rows have masters.
+        warp: the threads of a warp.
     """
     counter, scalar = (*(_TYPES[number] for number in numbers), None, None)[:2]
     functions = KERNELS[kernel]
-    block, threads = shape_of(slots, dtype.itemsize, masters=masters)
+    block, threads = shape_of(slots, dtype.itemsize, masters)
     arithmetic = tl.float64 if dtype == torch.float64 else tl.float32
     options = {"num_warps": threads // warp, "enable_fp_fusion": False}
     of_rows = {

@@ -48,6 +48,7 @@ class Launch:
             bucket.dtype,
             bucket.number_dtypes,
             bucket.average,
+            bucket.has_masters,
             current.warp(bucket.device),
         )
         self._lanes = self._compiled_for.prepare["LANES"]
