@@ -262,9 +262,7 @@ class InBackward:
         plan = fused.plan
         plan.commit_done()
         is_done = plan.native.is_done
-        with_gradient = [
-            p for p in parameters_of(self._settings.optimizer) if p.grad is not None
-        ]
+        with_gradient = [p for p in parameters_of(self._settings.optimizer) if p.grad is not None]
         for param in with_gradient:
             if is_done(param):
                 raise _second_gradient(param)
@@ -302,7 +300,7 @@ class InBackward:
             if native.has_row(param):
                 if not plan.pending:
                     return True
-                again = native.update_one(param) == lib.NOT_READY
+                again = native.update_one(param) == lib.NO_ROW
                 plan.commit_done()
         except BaseException:
             # Ctrl-C during the kernel is raised after the kernel, which has filled the new state.

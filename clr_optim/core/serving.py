@@ -115,7 +115,11 @@ class Serving:
 
     def reasons(self) -> list[tuple[Tensor, str | None]]:
         """Return each parameter, and why torch's own step serves it; None if a kernel does."""
-        optimizer, rule, traits = self._settings.optimizer, rule_for(self._settings.optimizer), self.traits
+        optimizer, rule, traits = (
+            self._settings.optimizer,
+            rule_for(self._settings.optimizer),
+            self.traits,
+        )
         if traits is None or isinstance(rule, str):
             why = self.reason if traits is None else str(rule)
             return [(param, why) for param in parameters_of(optimizer)]
@@ -125,7 +129,9 @@ class Serving:
         fused = self.fused
         found = {} if fused is None else {id(p): why for p, why in fused.plan.rest}
         return [
-            (param, why or found.get(id(param))) for why, params in classes.items() for param in params
+            (param, why or found.get(id(param)))
+            for why, params in classes.items()
+            for param in params
         ]
 
     def explain(self) -> str:

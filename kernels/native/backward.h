@@ -15,7 +15,7 @@ enum Updated {
     UPDATED = 0,
     WITHOUT_GRADIENT = 1,
     SECOND_GRADIENT = 2,  // the pass has updated the parameter before
-    NOT_READY = 3,        // no pass is open, or the parameter's row has changed: Python must mend it
+    NO_ROW = 3,        // no pass is open, or the parameter's row has changed: Python must mend it
     WITHIN_STEP = 4,      // a finalizer or a signal handler runs a backward pass within a step
 };
 

@@ -119,7 +119,7 @@ int fill_module(PyObject* module) {
         {"STATE_CHANGED", STATE_CHANGED}, {"WOKEN", WOKEN}, {"NESTED", NESTED},
         {"TAKEN", TAKEN}, {"OUT_OF_VALUES", OUT_OF_VALUES}, {"OBSERVED", OBSERVED},
         {"REPLACED", REPLACED}, {"WRITTEN", WRITTEN}, {"OUTDATED", OUTDATED}, {"IN_USE", IN_USE},
-        {"UNSERVED", UNSERVED}, {"SKIPPED", SKIPPED}, {"NOT_READY", NOT_READY},
+        {"UNSERVED", UNSERVED}, {"SKIPPED", SKIPPED}, {"NO_ROW", NO_ROW},
     };
     for (const auto& each : numbers)
         if (PyModule_AddIntConstant(module, each.name, each.value)) return -1;

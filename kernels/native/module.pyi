@@ -34,7 +34,7 @@ UNSERVED: int
 SKIPPED: int
 
 #: The answer of `Plan.update_one` if no pass is open or the row has changed.
-NOT_READY: int
+NO_ROW: int
 
 class Bucket:
     """Tensors that one kernel updates, a row for each; see `kernels/native/bucket.h`."""

@@ -189,7 +189,7 @@ public:
         if (!grad) return false;
         if (grad.is(Py_None)) return answer = WITHOUT_GRADIENT, true;
         if (is_done(param)) return answer = SECOND_GRADIENT, true;
-        answer = NOT_READY;
+        answer = NO_ROW;
         const Pass::Place* const found = pass.find(param, sources.buckets);
         if (!pass.is_open || pass.steps != steps || !found) return true;
         const Pass::Place place = *found;
