@@ -15,7 +15,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from clr_optim.averages import CycleEnd, Ema
 from clr_optim.backends.torch import is_wrapped_by_torch
 from clr_optim.core import arguments, checkpoint, edits, settings
-from clr_optim.core.averaged import Averaged
+from clr_optim.core.backward_steps import BackwardSteps
 from clr_optim.core.course import Number
 from clr_optim.core.misnamed import refuse_misnamed
 from clr_optim.core.refused_writes import refuse_writes
@@ -33,7 +33,7 @@ __all__ = ["CyclicalOptimizer", "CyclicalScheduler"]
 
 
 @refuse_writes
-class CyclicalOptimizer(Averaged[OptimizerT]):
+class CyclicalOptimizer(BackwardSteps[OptimizerT]):
     """Wrap a torch optimizer and cycle its learning rate, with nothing else to step or save.
 
     For the ``t``-th ``step()``, counted from 0 (see :mod:`clr_optim.schedule`)::
@@ -295,7 +295,8 @@ class CyclicalOptimizer(Averaged[OptimizerT]):
             >>> print(opt.explain())
             torch: 2 parameter tensors, 10 values, SGD: asked for by backend='torch'
         """
-        return self._shared.serving.explain()
+        shared = self._shared
+        return "\n".join([shared.serving.explain(), *shared.in_backward.explain()])
 
     plot = plot_optimizer
 

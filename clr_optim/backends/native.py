@@ -97,6 +97,7 @@ class NativeBackend:
     reuses_norm: ClassVar[bool] = False
     steps_alone: ClassVar[bool] = True
     sees_overflows: ClassVar[bool] = False
+    steps_in_backward: ClassVar[bool] = True
 
     who_knows = WhoKnows.HOST
 
@@ -143,6 +144,9 @@ class NativeBackend:
     def keeps(self, lr: Tensor) -> bool:
         """Return False: the host writes the rates."""
         return False
+
+    def open_pass(self, course: Course) -> None:
+        """Return None: native code updates each row itself."""
 
     def step(self, course: Course, gradients: Gradients) -> Outcome:
         """Update all tensors of the plan, or none if the gate closes.

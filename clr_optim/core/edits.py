@@ -151,6 +151,7 @@ def add_param_group(shared: Shared, param_group: Any) -> None:
             ) from error
         raise
     groups = inner.param_groups
+    shared.in_backward.add_hooks(groups[-1]["params"])
     leftover.note_group(inner, groups[-1])
     mirror.fill_in_bounds(len(groups) - 1, groups[-1], bounds)
     if known:

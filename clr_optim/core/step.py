@@ -211,6 +211,7 @@ def _fused_step(context: StepContext, fused: FusedBackend) -> int:
     """
     shared = context.shared
     position = shared.position
+    shared.in_backward.check_step()
     context.begin()
     inner: Any = shared.settings.optimizer
     inner._opt_called = True  # a scheduler that was built on it looks at this
@@ -301,7 +302,9 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: Borrowed) -> bo
         shared.ordinary.norm = norm
     if happened and (copies or averages):
         averaging.put(plan.unserved, copies)
-        averaging.take(position, [], only={*map(id, plan.unserved)})
+        is_done = shared.in_backward.is_done
+        left = {id(param) for param in plan.unserved if not is_done(param)}
+        averaging.take(position, [], only=left)
     return happened
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -213,15 +213,21 @@ class Placement:
         """Return whether a kernel was called since the first of the ``unfilled`` rows came."""
         return bool(self._native.calls != self._calls_before_unfilled)
 
-    def hand_over_state(self, state: Any) -> None:
-        """Put the state that a step has filled into ``optimizer.state``, under torch's names."""
+    def hand_over_state(self, state: Any, is_done: Callable[[Tensor], bool] | None = None) -> None:
+        """Put the state that a step has filled into ``optimizer.state``, under torch's names.
+
+        Args:
+            state: ``optimizer.state``.
+            is_done: tells which parameters a backward pass has updated, and no step.
+        """
         gradients = {id(bucket): bucket.gradients for bucket, _ in self.unfilled}
         left: list[tuple[Bucket, int]] = []
         for bucket, index in self.unfilled:
-            if not gradients[id(bucket)][index]:
-                left.append((bucket, index))  # another thread took the gradient away
-                continue
             row = bucket.rows[index]
+            # Another thread may have taken the gradient away.
+            if not (gradients[id(bucket)][index] if is_done is None else is_done(row.param)):
+                left.append((bucket, index))
+                continue
             entry = state[row.param]
             entry.update(row.pending)
             bucket.note_filled(index, entry)

@@ -192,7 +192,7 @@ class Plan:
     def after_fork(self, lock: threading.RLock) -> None:
         """Start anew, with a new lock, in a forked process: it lacks the other threads."""
         self.lock = lock
-        self.native.after_fork()
+        self.native.after_fork(lock)
         self.forget()
 
     def _are_planned(self, groups: Any) -> bool:
@@ -328,6 +328,15 @@ class Plan:
             self._placement.hand_over_state(state)
             self._note_state(state)
             self.release()
+
+    def commit_done(self) -> None:
+        """Put the state that a backward pass has filled into the optimizer."""
+        if not self._placement.unfilled:
+            return
+        with self.lock:
+            state = self._optimizer.state
+            self._placement.hand_over_state(state, self.native.is_done)
+            self._note_state(state)
 
     def commit_if_called(self) -> None:
         """Call :meth:`commit` after an exception, if the kernel was called before it."""

@@ -3,6 +3,7 @@
 Every class and function needs the GIL. A long step gives it away while its kernels run.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,9 @@ OUTDATED: int
 IN_USE: int
 UNSERVED: int
 SKIPPED: int
+
+#: The answer of `Plan.update_one` if no pass is open or the row has changed.
+NO_ROW: int
 
 class Bucket:
     """Tensors that one kernel updates, a row for each; see `kernels/native/bucket.h`."""
@@ -94,6 +98,8 @@ class Plan:
     steps: int
     #: whether a step or a scan uses the plan at this moment
     busy: bool
+    #: whether a backward pass has updated a parameter, and no step has followed
+    in_pass: bool
     #: the numbers of the bucket and of the row at which the last scan stopped
     place: tuple[int, int]
     groups: Sequence[dict[str, Any]]
@@ -204,8 +210,59 @@ class Plan:
     def release(self) -> None:
         """Let go of the gradients."""
 
-    def after_fork(self) -> None:
-        """Forget a step of another thread, which this forked process lacks."""
+    def open_pass(
+        self,
+        rates: Sequence[float],
+        weights: Sequence[float],
+        launch: Callable[[int, int], object] | None,
+        /,
+    ) -> None:
+        """Have `update_one` serve the parameters of the buckets. The plan must be up to date.
+
+        A change of the plan closes the pass. The done parameters stay so until the next step.
+
+        Args:
+            rates: the rate of each group.
+            weights: the weight of each group in the average that falls due; empty if none does.
+            launch: updates a row on a device, by the numbers of its bucket and row; None: the CPU's
+                kernels do.
+        """
+
+    def close_pass(self) -> None:
+        """Have the next gradient need Python."""
+
+    def drop_pass(self) -> None:
+        """Close the pass, and forget which parameters are done."""
+
+    def has_row(self, param: Tensor, /) -> bool:
+        """Return whether `update_one` knows a parameter's row."""
+
+    def is_done(self, param: Tensor, /) -> bool:
+        """Return whether the pass has updated a parameter."""
+
+    def update_one(self, param: Tensor, /) -> int:
+        """Update a parameter by its gradient, and set that to None; or return why not."""
+
+    def after_fork(self, lock: object, /) -> None:
+        """Forget a step of another thread, which this forked process lacks; use another lock."""
+
+class Hook:
+    """Updates each parameter that it is called with, see `kernels/native/backward.h`.
+
+    A hook does not keep its plan alive. Without a plan, and for a parameter without a gradient, it
+    does nothing.
+
+    Args:
+        plan: the plan, which has one hook at a time.
+        mend: called with a parameter, and whether its gradient is a second one, if `update_one`
+            cannot serve it. Returns whether to try again.
+        lock: the optimizer's lock, which the hook holds while it works.
+    """
+
+    def __new__(
+        cls, plan: Plan, mend: Callable[[Tensor, bool], bool], lock: threading.RLock
+    ) -> Hook: ...
+    def __call__(self, param: Tensor, /) -> None: ...
 
 class Launches:
     """The kernels of one device's step, launched without Triton; see `kernels/native/launches.h`.

@@ -18,19 +18,33 @@ const void* const NO_DATA = reinterpret_cast<const void*>(16);
 // The bytes of a value.
 inline int64_t size_of(int64_t dtype) { return dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2; }
 
-// Tensors that one kernel updates, a row for each.
-struct Rows {
+// What all rows of a bucket have in common.
+struct Kind {
     int64_t kernel = 0, dtype = 0;              // by number
     int64_t counter_bits = 0, scalar_bits = 0;  // the widths of the states of one element, or 0
     std::vector<int64_t> slot_dtypes;           // by number, in the order of Row::state
     int64_t average_slot = -1;                  // the last slot; -1 for rows without an average
     bool masters = false;                       // whether the slot after the rule's is a rest
-    std::vector<Row> rows;
-    std::vector<const void*> gradients;  // addresses; null for a row without a gradient
 
-    int64_t count() const { return int64_t(rows.size()); }
     bool averages() const { return average_slot >= 0; }
     int64_t average_dtype() const { return slot_dtypes[size_t(average_slot)]; }
+};
+
+// Tensors that one kernel updates, a row for each.
+struct Rows : Kind {
+    std::vector<Row> rows;
+    std::vector<const void*> gradients;  // addresses; null for a row without a gradient
+    // Whether a backward pass has updated the row, so that its average stays; empty: none.
+    std::vector<bool> done;
+
+    int64_t count() const { return int64_t(rows.size()); }
+    bool is_done(int64_t i) const { return !done.empty() && done[size_t(i)]; }
+
+    // Takes over one row of others.
+    void take(const Rows& from, int64_t i) {
+        static_cast<Kind&>(*this) = from;
+        rows.assign(1, from.rows[size_t(i)]), gradients.assign(1, from.gradients[size_t(i)]);
+    }
 };
 
 // The least size of a piece, but for the last one. With less than one piece for each thread, one
@@ -147,7 +161,9 @@ inline void update(const KernelSet& kernels, const Rows& b, const double* scalar
         return;
     }
     const int64_t size = size_of(b.average_dtype());
-    const auto weight_of = [&](int64_t i) { return weights[size_t(b.rows[size_t(i)].group)]; };
+    const auto weight_of = [&](int64_t i) {
+        return b.is_done(i) ? 0 : weights[size_t(b.rows[size_t(i)].group)];
+    };
     const auto is_due = [&](int64_t i) { return is_active(i) || weight_of(i) != 0; };
     for_pieces(b, threads, is_due, [&](int64_t i, int64_t begin, int64_t end) {
         const Row& row = b.rows[size_t(i)];

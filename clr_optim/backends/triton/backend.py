@@ -60,6 +60,7 @@ class TritonBackend:
     reuses_norm: ClassVar[bool] = True
     steps_alone: ClassVar[bool] = True
     sees_overflows: ClassVar[bool] = True
+    steps_in_backward: ClassVar[bool] = False
 
     @classmethod
     def device_types(cls) -> tuple[str, ...]:
@@ -165,6 +166,10 @@ class TritonBackend:
             launch.doubt_uploads()
         if has_begun and self.who_knows is WhoKnows.HOST:
             self.who_knows = WhoKnows.MAYBE
+
+    def open_pass(self, course: Course) -> None:
+        """Raise: the kernels update all parameters at once."""
+        raise AssertionError("no backward pass asks this backend")
 
     def step(self, course: Course, gradients: Gradients) -> Outcome:
         """Update all tensors of the plan, and advance the position: see :meth:`Launch.update`.

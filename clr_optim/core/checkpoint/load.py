@@ -85,6 +85,7 @@ def load(shared: Shared, state_dict: Any) -> None:
             gate.begin(saved_statistics(keys, _GROUPS))
         with load_errors_as_value_errors(inner):
             shared.position.go_to(position)
+    shared.in_backward.drop_pass()
     loaded_at = position if resumed else None
     leftover.take_note(inner, own, settings.schedule, loaded_at, settings.schedules)
     if resumed and SCHEDULE in keys[0]:
