@@ -6,7 +6,7 @@ changes from step to step: neither for the rate nor for the number of tensors.
 There are two ways to take a step. :func:`multi_tensor` reads the constants that an earlier launch
 of :func:`~clr_optim.kernels.triton.prepare.prepare` has written. :func:`whole_step` does all in one
 launch, and each of its programs computes the constants anew: for few programs this takes less time
-than a second launch.
+than a second launch. In the backward pass, :func:`~.row_step.row_step` updates one tensor alone.
 """
 
 from __future__ import annotations
@@ -35,8 +35,13 @@ from clr_optim.kernels.triton.prepare import (
 from clr_optim.kernels.triton.rules import KERNELS, lerp
 
 __all__ = [
-    "PASSED", "Constants", "Shape", "constants_for", "multi_tensor", "shape_of", "whole_step",
+    "DONE", "PASSED", "Constants", "Shape", "constants_for", "multi_tensor", "shape_of",
+    "update_row", "whole_step",
 ]  # fmt: skip
+
+#: Stands for the address of a gradient that a backward pass has already taken: the step leaves the
+#: row and its average alone.
+DONE = -1
 
 #: The largest number of gradients whose addresses travel as arguments of :func:`whole_step`.
 PASSED = 8
@@ -358,6 +363,31 @@ def _gradients(
         return tl.load(gradients + row, mask=exists, other=0)
 
 
+@triton.jit
+def update_row(
+    row, gradient, chunk, blocks, groups, width, ints, floats, phases, control, gate, position,
+    CONSTANTS: tl.constexpr, COUNTER: tl.constexpr, SCALAR: tl.constexpr, AVERAGE: tl.constexpr,
+    UPDATE: tl.constexpr, FLAGS: tl.constexpr, SLOTS: tl.constexpr, DTYPE: tl.constexpr,
+    MASTER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Update a chunk of a tensor with constants computed here, and its average, if that is due."""
+    A: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
+    if gradient > 0:
+        scale, decay, shrink, c = row_constants(
+            row, True, groups, width, ints, floats, phases, position, gate,
+            CONSTANTS, COUNTER, SCALAR, A,
+        )  # fmt: skip
+        _update(
+            row, gradient, chunk, blocks, scale, decay, shrink, c,
+            UPDATE, FLAGS, SLOTS, DTYPE, MASTER, BLOCK,
+        )  # fmt: skip
+    if AVERAGE is not None:  # rows without a gradient take part
+        averages = tl.load(groups + tl.load(row + AT_GROUP) * width + 5)
+        weight = average_weight(averages, ints, phases, control, position).to(A)
+        if (gradient >= 0) & (weight != 0):
+            _average(row, chunk, blocks, weight, SLOTS, DTYPE, MASTER, AVERAGE, BLOCK)
+
+
 @triton.jit(
     do_not_specialize=[
         "blocks", "count", "width", "phases", "kept",
@@ -388,7 +418,6 @@ def whole_step(
             :func:`~clr_optim.kernels.triton.prepare.prepare`.
         UPDATE, FLAGS, SLOTS, DTYPE, MASTER, BLOCK: as for :func:`multi_tensor`.
     """
-    A: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
     chunks += tl.program_id(0).to(tl.int64) * 2
     position = tl.load(control)
     happened = tl.load(gate + 1) == 0
@@ -397,22 +426,12 @@ def whole_step(
         gradients, index, index >= 0, g0, g1, g2, g3, g4, g5, g6, g7, ARE_PASSED
     )  # fmt: skip
     row = rows + index.to(tl.int64) * _ROW
-    if (gradient != 0) & happened:
-        scale, decay, shrink, c = row_constants(
-            row, True, groups, width, ints, floats, phases, position, gate,
-            CONSTANTS, COUNTER, SCALAR, A,
+    if happened:
+        update_row(
+            row, gradient, tl.load(chunks + 1), blocks,
+            groups, width, ints, floats, phases, control, gate, position,
+            CONSTANTS, COUNTER, SCALAR, AVERAGE, UPDATE, FLAGS, SLOTS, DTYPE, MASTER, BLOCK,
         )  # fmt: skip
-        _update(
-            row, gradient, tl.load(chunks + 1), blocks, scale, decay, shrink, c,
-            UPDATE, FLAGS, SLOTS, DTYPE, MASTER, BLOCK,
-        )  # fmt: skip
-    if AVERAGE is not None:  # rows without a gradient take part
-        averages = tl.load(groups + tl.load(row + AT_GROUP) * width + 5)
-        weight = average_weight(averages, ints, phases, control, position).to(A)
-        if happened & (weight != 0):
-            _average(
-                row, tl.load(chunks + 1), blocks, weight, SLOTS, DTYPE, MASTER, AVERAGE, BLOCK
-            )
     # All programs have read counters and position when the last one comes here.
     tl.debug_barrier()
     ticket = tl.atomic_add(control + 2, 1)
@@ -425,7 +444,7 @@ def whole_step(
                 gradients, lane, exists, g0, g1, g2, g3, g4, g5, g6, g7, ARE_PASSED
             )  # fmt: skip
             advance_counters(
-                rows + lane.to(tl.int64) * _ROW, exists & (address != 0), groups, width, ints,
+                rows + lane.to(tl.int64) * _ROW, exists & (address > 0), groups, width, ints,
                 floats, phases, position, FACTOR, COUNTER, SCALAR,
             )  # fmt: skip
         advance_position(

@@ -192,7 +192,8 @@ def prepare(
 
     Args:
         rows: the rows' table, int64.
-        gradients: int64, the address of each row's gradient; 0 for a row without one.
+        gradients: int64, the address of each row's gradient; 0 for a row without one, negative
+            for a row that a backward pass has updated, whose average stays too.
         count: the number of rows. Each program takes ``LANES`` of them.
         constants: the constants' table, of the arithmetic type, a row of ``WIDTH`` per row.
         groups: the groups' table, float64, ``width`` columns.
@@ -215,7 +216,8 @@ def prepare(
     happened = tl.load(gate + 1) == 0
     left = tl.where(happened, count, 0)
     happens = lane < left
-    active = tl.load(gradients + lane, mask=happens, other=0) != 0
+    gradient = tl.load(gradients + lane, mask=happens, other=0)
+    active = gradient > 0
     row = rows + lane.to(tl.int64) * _ROW
     scale, decay, shrink, c = row_constants(
         row, active, groups, width, ints, floats, phases, position, gate,
@@ -231,7 +233,8 @@ def prepare(
     if AVERAGE is not None:  # rows without a gradient take part
         group = groups + tl.load(row + AT_GROUP, mask=happens, other=0) * width
         weight = average_weight(tl.load(group + 5), ints, phases, control, position)
-        tl.store(constants + 4, tl.where(happens, weight, 0.0).to(A), mask=exists)
+        takes_part = happens & (gradient >= 0)
+        tl.store(constants + 4, tl.where(takes_part, weight, 0.0).to(A), mask=exists)
     advance_counters(
         row, active, groups, width, ints, floats, phases, position, FACTOR, COUNTER, SCALAR
     )

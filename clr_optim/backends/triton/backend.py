@@ -14,7 +14,8 @@ from memory that the graph keeps.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +32,7 @@ from clr_optim.backends.triton.clock import Clock
 from clr_optim.backends.triton.gate import DeviceStatistics, fill_gates
 from clr_optim.backends.triton.launch import Launch
 from clr_optim.backends.triton.prebound import Call
+from clr_optim.backends.triton.row_updates import RowUpdates
 from clr_optim.plan import Extras, Plan
 from clr_optim.rules import UpdateRule
 from clr_optim.schedule import Schedule
@@ -60,7 +62,7 @@ class TritonBackend:
     reuses_norm: ClassVar[bool] = True
     steps_alone: ClassVar[bool] = True
     sees_overflows: ClassVar[bool] = True
-    steps_in_backward: ClassVar[bool] = False
+    steps_in_backward: ClassVar[bool] = True
 
     @classmethod
     def device_types(cls) -> tuple[str, ...]:
@@ -106,6 +108,7 @@ class TritonBackend:
         self.who_knows = WhoKnows.HOST
         self._statistics = DeviceStatistics(self._clocks)
         self._binding = Binding(self.plan)
+        self._row_updates: RowUpdates | None = None
         # Tables and tensors that captured graphs still read; three entries per captured step.
         self._given_up: list[Any] = []
 
@@ -167,9 +170,19 @@ class TritonBackend:
         if has_begun and self.who_knows is WhoKnows.HOST:
             self.who_knows = WhoKnows.MAYBE
 
-    def open_pass(self, course: Course) -> None:
-        """Raise: the kernels update all parameters at once."""
-        raise AssertionError("no backward pass asks this backend")
+    def open_pass(self, course: Course) -> Callable[[int, int], object]:
+        """Return the function that updates a row in the backward pass: see :class:`RowUpdates`.
+
+        Args:
+            course: the place of the coming step in the schedule.
+        """
+        with current.no_inference_mode():
+            self._arrange()
+            self._row_updates = RowUpdates(
+                self._launches, self._clocks, course, self.plan.scalars, self._momentum
+            )
+        # Native code belongs to the plan, which the clocks keep alive.
+        return weakref.proxy(self._row_updates)
 
     def step(self, course: Course, gradients: Gradients) -> Outcome:
         """Update all tensors of the plan, and advance the position: see :meth:`Launch.update`.
@@ -194,10 +207,11 @@ class TritonBackend:
     def _step(self, course: Course, gradients: Gradients) -> Outcome:
         plan, capturing = self.plan, current.is_capturing()
         before = plan.native.calls
+        # A pass in backward belongs to the count of steps, which moves with this step.
+        is_done = plan.native.is_done if plan.native.in_pass else None
         if capturing:
             self._check_capture()
-        if [id(launch.bucket) for launch in self._launches] != [id(b) for b in plan.buckets]:
-            self._arrange([Launch(bucket) for bucket in plan.buckets])
+        self._arrange()
         bound = self._binding.end()
         if bound is not None:
             for launch in self._launches:
@@ -214,7 +228,7 @@ class TritonBackend:
                     )
                 if not capturing:  # what a graph reads is kept for good
                     self._clocks[device].enter_stream(launches)
-                _refresh(launches, clips=clips)
+                _refresh(launches, clips=clips, is_done=is_done)
                 if gradients.gate is not None or not capturing:
                     self._statistics.send(self._clocks[device])
         gates, norm = fill_gates(plan, self._clocks, by_device, gradients, calls)
@@ -249,8 +263,13 @@ class TritonBackend:
         if created:  # upload the rows with the new state now, as a capture could not
             for device, launches in by_device.items():
                 with current.guard(device):
-                    _refresh(launches, clips=clips)
-        elif self._binding.is_wanted and not capturing and self._is_ordinary(course, gradients):
+                    _refresh(launches, clips=clips, is_done=is_done)
+        elif (
+            is_done is None
+            and self._binding.is_wanted
+            and not capturing
+            and self._is_ordinary(course, gradients)
+        ):
             self._bind(course, gradients, calls, before + 1)
         self._binding.is_wanted = False
         return Outcome(norm)
@@ -261,6 +280,11 @@ class TritonBackend:
             raise RuntimeError(
                 "step() cannot be captured now: no parameter has had a gradient yet; take a step "
                 "with all gradients and then capture"
+            )
+        if self.plan.native.in_pass:
+            raise RuntimeError(
+                "step() cannot be captured now: step_in_backward() has updated a part of the "
+                "parameters; call step(), remove the handle and then capture"
             )
         if self.plan.pending:
             raise RuntimeError(
@@ -311,7 +335,12 @@ class TritonBackend:
         torch.autograd.graph.increment_version(self.plan.active_params())
         self.plan.commit()
 
-    def _arrange(self, launches: list[Launch]) -> None:
+    def _arrange(self) -> None:
+        """Have a launch for each bucket of the plan, and a clock for each device."""
+        buckets = self.plan.buckets
+        if [id(launch.bucket) for launch in self._launches] == [id(bucket) for bucket in buckets]:
+            return
+        launches = [Launch(bucket) for bucket in buckets]
         for device in dict.fromkeys(launch.bucket.device for launch in launches):
             if device not in self._clocks:
                 others = list(self._clocks.values())
@@ -340,7 +369,9 @@ class TritonBackend:
         return [*follows, *(call for each in updates for call in each)]
 
 
-def _refresh(launches: list[Launch], *, clips: bool) -> None:
-    """Bring the tables of all launches on one device up to date."""
+def _refresh(
+    launches: list[Launch], *, clips: bool, is_done: Callable[[Tensor], bool] | None
+) -> None:
+    """Bring the tables of all launches on one device up to date, see :meth:`Launch.refresh`."""
     for launch in launches:
-        launch.refresh(is_alone=len(launches) == 1, clips=clips)
+        launch.refresh(is_alone=len(launches) == 1, clips=clips, is_done=is_done)

@@ -107,6 +107,17 @@ class Clock:
             if table is not None and table.is_cuda:
                 table.record_stream(stream)
 
+    def follow_stream(self, launches: Sequence[Launch]) -> None:
+        """Have the current stream come after the stream before, and call :meth:`enter_stream`.
+
+        Autograd may run the hooks of a backward pass on several streams. Their launches read and
+        write the same tables.
+        """
+        stream, before = current.stream(self.device), self._stream
+        if before is not None and stream != before:
+            stream.wait_stream(before)
+        self.enter_stream(launches)
+
     def leave_stream(self) -> None:
         """Note that tables may have been made outside of a step, perhaps on another stream."""
         self._stream = None
