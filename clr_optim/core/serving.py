@@ -95,9 +95,10 @@ class Serving:
                 lock,
                 asked=asked,
                 average=self._settings.average,
+                masters=self._settings.master_weights,
             )
         except NoKernelsError as error:
-            if asked:
+            if asked or self._settings.master_weights:
                 raise
             self.name = "torch"
             self.reason = f"the fused kernels cannot serve: {error}"
@@ -120,23 +121,25 @@ class Serving:
         traits = self.traits
         if traits is not None and not isinstance(rule, str):
             device = backends.plan_device(name, optimizer)
-            classes = classify(optimizer, rule, device, capturable=traits.capturable)
+            classes = classify(optimizer.param_groups, rule, device, capturable=traits.capturable)
             # Only a step finds shared memory and state that no kernel takes.
             fused = self.fused
             found = {} if fused is None else {id(p): why for p, why in fused.plan.rest}
-            served: dict[tuple[str, str], list[Tensor]] = {}
+            served: dict[tuple[str, str, str], list[Tensor]] = {}
             for why, params in classes.items():
                 for param in params:
                     known = why or found.get(id(param))
-                    by = ("torch", known) if known else (name, reason)
+                    has_master = self._settings.has_master(param)
+                    kind = ", bfloat16 with float32 masters" if has_master else ""
+                    by = ("torch", "", known) if known else (name, kind, reason)
                     served.setdefault(by, []).append(param)
         else:
             why = reason if traits is None else str(rule)
-            served = {("torch", why): list(parameters_of(optimizer))}
+            served = {("torch", "", why): list(parameters_of(optimizer))}
         of_class = class_name(type(optimizer))
         return "\n".join(
-            f"{by}: {len(params)} parameter tensors, {_values_in(params)}, {of_class}: {why}"
-            for (by, why), params in served.items()
+            f"{by}: {len(params)} parameter tensors, {_values_in(params)}, {of_class}{kind}: {why}"
+            for (by, kind, why), params in served.items()
         )
 
 
