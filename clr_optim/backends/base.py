@@ -148,6 +148,7 @@ class FusedBackend(Protocol):
         *,
         asked: bool,
         average: Average | None = None,
+        masters: bool = False,
     ) -> FusedBackend:
         """Return a backend for one optimizer.
 
@@ -160,6 +161,7 @@ class FusedBackend(Protocol):
             asked: whether the user named the backend. If not, a missing extension must raise here,
                 so that torch's step can serve.
             average: which average of the parameters the steps keep, if any.
+            masters: whether bfloat16 parameters have float32 masters.
 
         Raises:
             NoKernelsError: if the kernels cannot serve here.

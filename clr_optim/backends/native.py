@@ -75,6 +75,7 @@ class NativeBackend:
         rule: its update rule.
         lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
         average: which average of the parameters the steps keep, if any.
+        masters: whether bfloat16 parameters have float32 masters.
 
     Raises:
         NoKernelsError: if the compiled kernels cannot serve here.
@@ -86,8 +87,9 @@ class NativeBackend:
         rule: UpdateRule,
         lock: threading.RLock | None = None,
         average: Average | None = None,
+        masters: bool = False,
     ) -> None:
-        extras = Extras(slot_of(average))
+        extras = Extras(slot_of(average, masters=masters), masters)
         self.plan = Plan(optimizer, rule, library(), "cpu", lock=lock, extras=extras)
 
     name: ClassVar[str] = "native"
@@ -117,9 +119,10 @@ class NativeBackend:
         *,
         asked: bool,
         average: Average | None = None,
+        masters: bool = False,
     ) -> NativeBackend:
         """Return a backend for one optimizer; the host evaluates the schedule."""
-        return cls(optimizer, rule, lock, average)
+        return cls(optimizer, rule, lock, average, masters)
 
     def position(self) -> int:
         """Raise: the host counts the steps, so no caller asks the backend."""

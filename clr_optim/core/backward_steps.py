@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from clr_optim.core.averaged import Averaged
 from clr_optim.core.in_backward import BackwardHandle
+from clr_optim.core.mastered import Mastered
 from clr_optim.core.shared import alone
 from clr_optim.core.wrapper import OptimizerT
 
 __all__ = ["BackwardSteps"]
 
 
-class BackwardSteps(Averaged[OptimizerT]):
+class BackwardSteps(Mastered[OptimizerT]):
     """A wrapper whose steps may begin within the backward pass."""
 
     @alone

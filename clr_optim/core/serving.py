@@ -95,9 +95,10 @@ class Serving:
                 lock,
                 asked=asked,
                 average=self._settings.average,
+                masters=self._settings.master_weights,
             )
         except NoKernelsError as error:
-            if asked:
+            if asked or self._settings.master_weights:
                 raise
             self.name = "torch"
             self.reason = f"the fused kernels cannot serve: {error}"
@@ -124,7 +125,7 @@ class Serving:
             why = self.reason if traits is None else str(rule)
             return [(param, why) for param in parameters_of(optimizer)]
         device = backends.plan_device(self.name, optimizer)
-        classes = classify(optimizer, rule, device, capturable=traits.capturable)
+        classes = classify(optimizer.param_groups, rule, device, capturable=traits.capturable)
         # Only a step finds shared memory and state that no kernel takes.
         fused = self.fused
         found = {} if fused is None else {id(p): why for p, why in fused.plan.rest}
@@ -136,14 +137,15 @@ class Serving:
 
     def explain(self) -> str:
         """Return a line for each backend and reason: which parameters it serves, and why."""
-        served: dict[tuple[str, str], list[Tensor]] = {}
+        served: dict[tuple[str, str, str], list[Tensor]] = {}
         for param, why in self.reasons():
-            by = (self.name, self.reason) if why is None else ("torch", why)
+            kind = ", bfloat16 with float32 masters" if self._settings.has_master(param) else ""
+            by = (self.name, kind, self.reason) if why is None else ("torch", "", why)
             served.setdefault(by, []).append(param)
         of_class = class_name(type(self._settings.optimizer))
         return "\n".join(
-            f"{by}: {len(params)} parameter tensors, {_values_in(params)}, {of_class}: {why}"
-            for (by, why), params in served.items()
+            f"{by}: {len(params)} parameter tensors, {_values_in(params)}, {of_class}{kind}: {why}"
+            for (by, kind, why), params in served.items()
         )
 
 

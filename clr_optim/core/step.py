@@ -22,6 +22,7 @@ from clr_optim.checks import shown
 from clr_optim.core import amp
 from clr_optim.core.capture import cannot_capture, check_capture
 from clr_optim.core.creation import asks_for_state, create_state
+from clr_optim.core.mastering import refuse_torchs_step
 from clr_optim.core.rest import Borrowed, give_back, has_rest, step_rest
 from clr_optim.core.serving import parameters_of
 from clr_optim.core.shared import Shared
@@ -222,8 +223,10 @@ def _fused_step(context: StepContext, fused: FusedBackend) -> int:
             happened = False
         else:
             happened = _launch(context, fused, borrowed)
-            if not happened and shared.settings.average is not None and fused.plan.pending:
-                fused.plan.forget()  # new averages copy the parameters as of the next step
+            settings = shared.settings
+            copies = settings.average is not None or settings.master_weights
+            if not happened and copies and fused.plan.pending:
+                fused.plan.forget()  # new state copies the parameters as of the next step
         if borrowed:
             give_back(borrowed)
         # The device counts a graph's replays.
@@ -327,6 +330,7 @@ def _wrapped_step(
     shared = context.shared
     position, serving = shared.position, shared.serving
     copies: dict[Tensor, Tensor] = {}
+    refuse_torchs_step(shared, has_arguments=bool(args or kwargs))
     with shared.lock:
         context.begin()
         # The device will not notice this step.

@@ -194,6 +194,7 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
             "backend": settings.backend,
             "schedules": settings.schedules,
             "average": settings.average,
+            "master_weights": settings.master_weights,
             "skip_above": settings.skip_above,
             "statistics": NO_STATISTICS if shared.gate is None else shared.gate.statistics,
             "own": leftover.noted_settings(self._inner),
@@ -223,6 +224,7 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
             state.get("schedules", {}),
             state.get("skip_above"),
             state.get("average"),
+            state.get("master_weights", False),
         )
         statistics = state.get("statistics", NO_STATISTICS)
         self._set_up(settings, backends.resolve(settings.backend, optimizer), statistics)

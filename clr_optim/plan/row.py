@@ -13,6 +13,7 @@ from clr_optim.keys import AVERAGE, REST
 from clr_optim.plan.eligible import is_plain
 from clr_optim.plan.reading import Reading
 from clr_optim.rules import AverageSlot, RestSlot, Slot, UpdateRule
+from clr_optim.sharding import local_part
 
 __all__ = ["NO_EXTRAS", "Extras", "Row", "make_row"]
 
@@ -105,7 +106,7 @@ def make_row(
     state = optimizer.state.get(param, {})
     if not isinstance(state, dict):
         return "state that is no dictionary"
-    fresh = len(state) == 0
+    fresh = state.keys() <= {REST}  # the user may have loaded masters before the first step
     pending: dict[str, Tensor] = {}
     numbers: list[Tensor] = []
     for name, value in rule.numbers.items():
@@ -119,6 +120,7 @@ def make_row(
             number = found
         numbers.append(number)
     kinds = (*reading.slots, *extras.slots_for(param))
+    of_rule = extras.rule_dtype(param)
     slots: list[Tensor] = []
     first = False
     for slot in kinds:
@@ -130,19 +132,56 @@ def make_row(
             if not is_plain(found, param, slot.dtype_for(param)):
                 return "an average of another layout or type than its parameter"
             tensor = found
+        elif isinstance(slot, RestSlot):
+            if tensor is None:
+                tensor = pending[slot.name] = torch.zeros_like(param, requires_grad=False)
+            elif not is_plain(tensor, param):
+                return _other_than(slot.name, tensor, param.dtype)
         elif tensor is None and (fresh or slot.fill is None):
             if slot.fill is None:
-                tensor, first = torch.empty_like(param, requires_grad=False), True
+                tensor, first = torch.empty_like(param, dtype=of_rule, requires_grad=False), True
             else:
                 value = slot.fill(optimizer.defaults)
-                tensor = torch.full_like(param, value, requires_grad=False)
+                tensor = torch.full_like(param, value, dtype=of_rule, requires_grad=False)
             pending[slot.name] = tensor
-        elif not is_plain(tensor, param):
-            return f"state[{slot.name!r}] of another layout, dtype or type than its parameter"
+        elif not is_plain(tensor, param, of_rule):
+            if not extras.has_master(param):
+                return f"state[{slot.name!r}] of another layout, dtype or type than its parameter"
+            if REST in state or not is_plain(tensor, param):
+                return _other_than(slot.name, tensor, of_rule)
+            # Without a rest the optimizer has stepped without masters, or not yet.
+            step = numbers[0] if rule.has_step else None
+            fill = None if slot.fill is None else slot.fill(optimizer.defaults)
+            tensor = pending[slot.name] = _widened(tensor, step, fill)
         slots.append(tensor)
     order = (*rule.state_order, REST, AVERAGE)
     ordered = {name: pending[name] for name in order if name in pending}
     return Row(param, group, kinds, slots, numbers, ordered, first)
+
+
+def _other_than(name: str, tensor: Any, dtype: torch.dtype) -> str:
+    """Return why a master's rest or the state beside a rest cannot be used."""
+    found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+    return (
+        f"state[{name!r}] is {found}, and beside a float32 master it must be {dtype} in the "
+        "layout of its parameter; load checkpoints through the CyclicalOptimizer, since the "
+        "load_state_dict() of the wrapped optimizer casts state"
+    )
+
+
+def _widened(tensor: Tensor, step: Tensor | None, fill: float | None) -> Tensor:
+    """Return a slot in float32; filled anew if no step has changed the slot.
+
+    Args:
+        tensor: the slot in bfloat16, in which a first value such as 0.1 is rounded.
+        step: the step counter, on the device of the slot; None if the rule has none.
+        fill: the first value; None if the slot starts as the first gradient.
+    """
+    wide = tensor.to(torch.float32)
+    if step is not None and fill is not None:
+        # Without an answer of the device: a step must not wait.
+        local_part(wide).copy_(torch.where(step == 0, fill, local_part(wide)))
+    return wide
 
 
 def _new_number(value: float, param: Tensor, reading: Reading) -> Tensor:

@@ -31,13 +31,19 @@ inline PyObject* new_bucket(PyTypeObject* type, PyObject* args, PyObject*) {
     std::vector<int64_t> dtypes, bytes, place;
     if (!read_ints(slot_dtypes, dtypes) || !read_ints(sizes, bytes) || !read_ints(device, place))
         return nullptr;
-    const Kernel found = kernels->kernel(kernel, dtype);
+    const int64_t format = masters ? MASTERS : dtype, of_rule = masters ? FLOAT32 : dtype;
+    const Kernel found = kernels->kernel(kernel, format);
     const int64_t slots = int64_t(dtypes.size()), extras = slots - found.slots - masters;
     if (!found.update || bytes.size() != 2 || place.size() != 2 || extras < 0 || extras > 1 ||
         (found.factor && PyTuple_Size(keys) != slots + 2) || PyTuple_Size(keys) < slots || PyTuple_Size(keys) > slots + 2) {
         PyErr_SetString(PyExc_ValueError, "no kernel has this number, dtype or state");
         return nullptr;
     }
+    for (int64_t k = 0; k < slots; ++k)
+        if ((k < found.slots && dtypes[size_t(k)] != of_rule) || (masters && dtype != BFLOAT16)) {
+            PyErr_SetString(PyExc_ValueError, "no kernel has state of these dtypes");
+            return nullptr;
+        }
     Ref self(BucketObject::make(type));
     if (!self) return nullptr;
     Bucket& bucket = BucketObject::of(self.get());

@@ -10,6 +10,10 @@ namespace clr {
 // compares.
 enum Dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
+// A storage format that is no dtype: float32 masters, each in a bfloat16 parameter and a rest of 16
+// bits. Gradients are bfloat16, and the slots of the rule float32.
+constexpr int64_t MASTERS = FLOAT16 + 1;
+
 // A tensor of a bucket. A scan writes no row: what changes from step to step is the address of the
 // gradient, which lies in a table beside the rows.
 struct Row {
@@ -49,13 +53,14 @@ struct Kernel {
 // All kernels, compiled for one instruction set.
 struct KernelSet {
     const char* name;
-    // Returns a kernel without functions if the number of the kernel or of the dtype is unknown.
-    Kernel (*kernel)(int64_t kernel, int64_t dtype);
+    // Returns a kernel without functions if the number of the kernel or of the format is unknown.
+    Kernel (*kernel)(int64_t kernel, int64_t format);
     // Returns the sum of the squares of values [begin, end), in double and in a fixed order.
     double (*sum_of_squares)(int64_t dtype, const void* grad, int64_t begin, int64_t end);
     // Moves values [begin, end) of an average toward those of a parameter, by a weight: 1 copies.
-    void (*average)(int64_t dtype, int64_t average_dtype, const void* param, void* average,
-                    int64_t begin, int64_t end, double weight);
+    // `rest` is null unless the format is MASTERS.
+    void (*average)(int64_t format, int64_t average_dtype, const void* param, const void* rest,
+                    void* average, int64_t begin, int64_t end, double weight);
     // Rounds floats to a storage format and back, for the tests.
     void (*round)(int64_t dtype, const float* from, float* to, int64_t count);
 };

@@ -26,6 +26,7 @@ struct Kind {
     int64_t average_slot = -1;                  // the last slot; -1 for rows without an average
     bool masters = false;                       // whether the slot after the rule's is a rest
 
+    int64_t format() const { return masters ? MASTERS : dtype; }
     bool averages() const { return average_slot >= 0; }
     int64_t average_dtype() const { return slot_dtypes[size_t(average_slot)]; }
 };
@@ -129,7 +130,7 @@ inline void fetch(void* memory, int64_t begin, int64_t end) {
 // if all averages stay.
 inline void update(const KernelSet& kernels, const Rows& b, const double* scalars, int64_t width,
                    double grad_scale, const std::vector<double>& weights, int threads) {
-    const Kernel kernel = kernels.kernel(b.kernel, b.dtype);
+    const Kernel kernel = kernels.kernel(b.kernel, b.format());
     const int64_t count = b.count();
     // One rule object per group and step, which most tensors share: a rule may compute two powers.
     std::vector<size_t> which(static_cast<size_t>(count));
@@ -175,8 +176,9 @@ inline void update(const KernelSet& kernels, const Rows& b, const double* scalar
                 update_values(i, at, stop);
             }
             if (weight)
-                kernels.average(b.dtype, b.average_dtype(), row.param, row.state[b.average_slot],
-                                at, stop, weight);
+                kernels.average(b.format(), b.average_dtype(), row.param,
+                                b.masters ? row.state[kernel.slots] : nullptr,
+                                row.state[b.average_slot], at, stop, weight);
         }
     });
 }

@@ -50,6 +50,7 @@ class TritonBackend:
         device: the type of the devices whose tensors the kernels update.
         lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
         average: which average of the parameters the steps keep, if any.
+        masters: whether bfloat16 parameters have float32 masters.
 
     Raises:
         NoKernelsError: if the extension, which scans the tensors, cannot serve here.
@@ -80,12 +81,13 @@ class TritonBackend:
         *,
         asked: bool,
         average: Average | None = None,
+        masters: bool = False,
     ) -> TritonBackend:
         """Return a backend for one optimizer; try a kernel out if the user did not name Triton."""
         if not asked and not current.is_capturing():
             params = (p for group in optimizer.param_groups for p in group["params"])
             here.try_out(next(p.device for p in params if p.device.type == device))
-        return cls(optimizer, rule, schedule, device, lock, average)
+        return cls(optimizer, rule, schedule, device, lock, average, masters)
 
     def __init__(
         self,
@@ -95,8 +97,9 @@ class TritonBackend:
         device: str,
         lock: threading.RLock | None = None,
         average: Average | None = None,
+        masters: bool = False,
     ) -> None:
-        extras = Extras(slot_of(average))
+        extras = Extras(slot_of(average, masters=masters), masters)
         self.plan = Plan(
             optimizer, rule, library(), device, capturable=True, lock=lock, extras=extras
         )
