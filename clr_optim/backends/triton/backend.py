@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -213,7 +213,7 @@ class TritonBackend:
         # A pass in backward belongs to the count of steps, which moves with this step.
         is_done = plan.native.is_done if plan.native.in_pass else None
         if capturing:
-            self._check_capture()
+            _check_capture(plan, self._clocks)
         self._arrange()
         bound = self._binding.end()
         if bound is not None:
@@ -271,29 +271,11 @@ class TritonBackend:
             is_done is None
             and self._binding.is_wanted
             and not capturing
-            and self._is_ordinary(course, gradients)
+            and _is_ordinary(plan, self._clocks, self.who_knows, course, gradients)
         ):
             self._bind(course, gradients, calls, before + 1)
         self._binding.is_wanted = False
         return Outcome(norm)
-
-    def _check_capture(self) -> None:
-        """Raise a RuntimeError if a captured step would need more than launches."""
-        if not self.plan.buckets and not self._clocks:
-            raise RuntimeError(
-                "step() cannot be captured now: no parameter has had a gradient yet; take a step "
-                "with all gradients and then capture"
-            )
-        if self.plan.native.in_pass:
-            raise RuntimeError(
-                "step() cannot be captured now: step_in_backward() has updated a part of the "
-                "parameters; call step(), remove the handle and then capture"
-            )
-        if self.plan.pending:
-            raise RuntimeError(
-                "step() cannot be captured now: it would create the optimizer's state; take a step "
-                "with all gradients and then capture"
-            )
 
     def _keep_for_graph(self, tensors: object) -> None:
         """Keep all that the graph reads: tables, and tensors, which a checkpoint may replace."""
@@ -314,23 +296,6 @@ class TritonBackend:
                 clock.device, tables, calls, course,
                 clips=gradients.max_norm is not None, signals=names, counted=counted,
             )  # fmt: skip
-
-    def _is_ordinary(self, course: Course, gradients: Gradients) -> bool:
-        """Return whether native code may repeat this step's launches with the next gradients."""
-        if len(self._clocks) != 1:
-            return False
-        (clock,) = self._clocks.values()
-        # Bound launches go on like this step, if kernels alone know whether a step happens.
-        knows = (WhoKnows.HOST, WhoKnows.MAYBE) if gradients.leave_doubt else (WhoKnows.HOST,)
-        return (
-            clock.device.type == "cuda"
-            and clock.decides(course)
-            and self.who_knows in knows
-            and clock.reads(gradients.scale)
-            and clock.reads(gradients.found_inf)
-            and not course.kept
-            and not (gradients.needs_norm and any(self.plan.spreads))
-        )
 
     def _note_changes(self) -> None:
         """Mark the parameters as changed, and put new state into the optimizer, after a step."""
@@ -370,6 +335,46 @@ class TritonBackend:
             return [*follows, clock.advance(tables)]
         updates = [launch.update(tables, is_last=launch is launches[-1]) for launch in launches]
         return [*follows, *(call for each in updates for call in each)]
+
+
+def _check_capture(plan: Plan, clocks: Mapping[torch.device, Clock]) -> None:
+    """Raise a RuntimeError if a captured step would need more than launches."""
+    if not plan.buckets and not clocks:
+        raise RuntimeError(
+            "step() cannot be captured now: no parameter has had a gradient yet; take a step "
+            "with all gradients and then capture"
+        )
+    if plan.native.in_pass:
+        raise RuntimeError(
+            "step() cannot be captured now: step_in_backward() has updated a part of the "
+            "parameters; call step(), remove the handle and then capture"
+        )
+    if plan.pending:
+        raise RuntimeError(
+            "step() cannot be captured now: it would create the optimizer's state; take a step "
+            "with all gradients and then capture"
+        )
+
+
+def _is_ordinary(
+    plan: Plan, clocks: Mapping[torch.device, Clock], who_knows: WhoKnows, course: Course,
+    gradients: Gradients,
+) -> bool:  # fmt: skip
+    """Return whether native code may repeat this step's launches with the next gradients."""
+    if len(clocks) != 1:
+        return False
+    (clock,) = clocks.values()
+    # Bound launches go on like this step, if kernels alone know whether a step happens.
+    knows = (WhoKnows.HOST, WhoKnows.MAYBE) if gradients.leave_doubt else (WhoKnows.HOST,)
+    return (
+        clock.device.type == "cuda"
+        and clock.decides(course)
+        and who_knows in knows
+        and clock.reads(gradients.scale)
+        and clock.reads(gradients.found_inf)
+        and not course.kept
+        and not (gradients.needs_norm and any(plan.spreads))
+    )
 
 
 def _refresh(

@@ -48,7 +48,7 @@ class RowUpdates:
         for device, own in self._by_device.items():
             clock = clocks[device]
             with current.guard(device):
-                clock.follow_stream(own)
+                _follow_stream(clock, own)
                 for launch in own:
                     launch.refresh_rows()
                 tables = clock.tables(course, scalars, momentum, clock.open)
@@ -65,5 +65,16 @@ class RowUpdates:
         launch = self._launches[bucket]
         device = launch.bucket.device
         with current.no_inference_mode(), current.guard(device):
-            self._clocks[device].follow_stream(self._by_device[device])
+            _follow_stream(self._clocks[device], self._by_device[device])
             launch.update_row(row, int(launch.bucket.gradients[row]), self._tables[device])
+
+
+def _follow_stream(clock: Clock, launches: Sequence[Launch]) -> None:
+    """Have the current stream come after the stream before, on which launches use the same tables.
+
+    Autograd may run the hooks of one backward pass on several streams.
+    """
+    stream, before = current.stream(clock.device), clock.stream
+    if before is not None and stream != before:
+        stream.wait_stream(before)
+    clock.enter_stream(launches)
