@@ -120,7 +120,7 @@ def refuse_rest(shared: Shared, plan: Plan, rest: Iterable[tuple[Tensor, str]]) 
     Raises:
         RuntimeError: with the reason. Nothing has changed.
     """
-    reasons = [why for param, why in rest if shared.settings.has_master(param)]
+    reasons = [why for param, why in rest if shared.settings.extras.has_master(param)]
     if reasons:
         plan.forget()
         raise RuntimeError(
@@ -140,7 +140,7 @@ def refuse_torchs_step(shared: Shared, *, has_arguments: bool) -> None:
         RuntimeError: with the reason. Nothing has changed.
     """
     settings, serving = shared.settings, shared.serving
-    if not any(map(settings.has_master, parameters_of(settings.optimizer))):
+    if not any(map(settings.extras.has_master, parameters_of(settings.optimizer))):
         return
     rule = rule_for(settings.optimizer)
     if has_arguments:

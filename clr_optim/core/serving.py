@@ -129,7 +129,7 @@ class Serving:
             for why, params in classes.items():
                 for param in params:
                     known = why or found.get(id(param))
-                    has_master = self._settings.has_master(param)
+                    has_master = self._settings.extras.has_master(param)
                     kind = ", bfloat16 with float32 masters" if has_master else ""
                     by = ("torch", "", known) if known else (name, kind, reason)
                     served.setdefault(by, []).append(param)
