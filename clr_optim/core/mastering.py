@@ -16,13 +16,16 @@ from clr_optim.backends import NoKernelsError, rule_for
 from clr_optim.backends.native import library
 from clr_optim.checks import check_bool
 from clr_optim.core.serving import parameters_of
+from clr_optim.core.settings import Settings
 from clr_optim.core.shared import Shared
 from clr_optim.core.warn import callers_level
 from clr_optim.keys import REST
-from clr_optim.plan import Plan, classify
+from clr_optim.plan import Plan, classify, state_with_rest
 from clr_optim.rules import class_name
 
-__all__ = ["check_master_weights", "check_params", "refuse_rest", "refuse_torchs_step"]
+__all__ = [
+    "check_master_weights", "check_params", "create_rests", "refuse_rest", "refuse_torchs_step",
+]  # fmt: skip
 
 _LEAVE_OUT = "leave master_weights out"
 
@@ -107,6 +110,22 @@ def check_params(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], back
             f"master_weights=True cannot keep masters of all parameters: {reasons}: change these "
             f"parameters, or {_LEAVE_OUT}"
         )
+
+
+def create_rests(settings: Settings) -> None:
+    """Create the rests of parameters that have state already, and widen that state to float32.
+
+    torch's checkpointers load only what is there. If there is any state, they take no step that
+    creates the rest.
+    """
+    optimizer, rule = settings.optimizer, rule_for(settings.optimizer)
+    if not settings.master_weights or isinstance(rule, str):
+        return
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            values = optimizer.state.get(param)
+            if settings.extras.has_master(param) and values and REST not in values:
+                values.update(state_with_rest(param, group, optimizer, rule, settings.extras))
 
 
 def refuse_rest(shared: Shared, plan: Plan, rest: Iterable[tuple[Tensor, str]]) -> None:

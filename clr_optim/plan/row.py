@@ -211,9 +211,10 @@ def state_with_rest(
         tensor = state.get(slot.name)
         if is_new:
             state[slot.name] = _filled(slot, param, dtype, optimizer.defaults)
-        elif tensor is not None and tensor.dtype == param.dtype:
-            step = state["step"].to(local_part(tensor).device) if rule.has_step else None
-            state[slot.name] = _widened(tensor, slot, step, optimizer.defaults)
+        elif isinstance(tensor, Tensor) and tensor.dtype == param.dtype:
+            step = state.get("step")
+            here = step.to(local_part(tensor).device) if isinstance(step, Tensor) else None
+            state[slot.name] = _widened(tensor, slot, here, optimizer.defaults)
     state[REST] = torch.zeros_like(param, requires_grad=False)
     return state
 
