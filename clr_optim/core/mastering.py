@@ -101,7 +101,7 @@ def check_params(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], back
             if is_lazy(param) or param.dtype not in (torch.bfloat16, torch.float16):
                 continue
             if param.dtype == torch.float16:
-                why = "float16 has no master; train in bfloat16"
+                why = "float16 has no master, so train in bfloat16"
             if why is not None:
                 found[why] = found.get(why, 0) + 1
     if found:
@@ -115,8 +115,8 @@ def check_params(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], back
 def create_rests(settings: Settings) -> None:
     """Create the rests of parameters that have state already, and widen that state to float32.
 
-    torch's checkpointers load only what is there. If there is any state, they take no step that
-    creates the rest.
+    torch's checkpointers load only keys that the state has, and have a step create the state only
+    if the optimizer has none.
     """
     optimizer, rule = settings.optimizer, rule_for(settings.optimizer)
     if not settings.master_weights or isinstance(rule, str):
@@ -133,7 +133,7 @@ def refuse_rest(shared: Shared, plan: Plan, rest: Iterable[tuple[Tensor, str]]) 
 
     Args:
         shared: the optimizer.
-        plan: the plan, which is built anew at the next step: the reason may be gone by then.
+        plan: the plan. The next step builds it anew, since the reason may have vanished.
         rest: the parameters that no kernel serves, and why.
 
     Raises:
