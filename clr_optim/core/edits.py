@@ -14,7 +14,7 @@ from clr_optim.core import leftover
 from clr_optim.core.arguments import Start, separate_defaults
 from clr_optim.core.checkpoint import warn_other_policy
 from clr_optim.core.followed import schedules_json
-from clr_optim.core.mastering import check_params
+from clr_optim.core.mastering import check_params, create_rests
 from clr_optim.core.per_group import optional_number, optional_per_group
 from clr_optim.core.rates import check_tensor_lr
 from clr_optim.core.saved import initial_bounds, unread_base_warning
@@ -31,6 +31,7 @@ def begin(shared: Shared, start: Start) -> None:
     """Write the start of a new optimizer into its groups, and give the warnings about it."""
     settings, optimizer = start.settings, start.settings.optimizer
     separate_defaults(optimizer)
+    create_rests(settings)
     if start.note is not None:
         leftover.clear(optimizer.param_groups, start.own)
     for group, (base, top), (low, high) in zip(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clr_optim.backends import rule_for
 from clr_optim.checks import shown
 from clr_optim.core.averaged import Averaged
 from clr_optim.core.serving import parameters_of
@@ -15,6 +16,7 @@ from clr_optim.core.shared import alone
 from clr_optim.core.wrapper import OptimizerT
 from clr_optim.keys import REST
 from clr_optim.masters import master_of, split
+from clr_optim.plan import state_with_rest
 from clr_optim.sharding import local_part, same_spread
 
 __all__ = ["Mastered"]
@@ -49,15 +51,13 @@ class Mastered(Averaged[OptimizerT]):
         """
         found = self._find_mastered(model, "master_state_dict()")
         copies: dict[str, Any] = model.state_dict()
-        with torch.no_grad():
-            for name, value in copies.items():
-                if isinstance(value, Tensor):
-                    is_mastered = name in found
-                    dtype = torch.float32 if is_mastered else value.dtype
-                    copies[name] = copied = value.detach().to(dtype, copy=True)
-                    if is_mastered:
-                        param = found[name]
-                        local_part(copied).copy_(master_of(param, self.state.get(param) or {}))
+        for name, value in copies.items():
+            if isinstance(value, Tensor):
+                param = found.get(name)
+                dtype = value.dtype if param is None else torch.float32
+                copies[name] = copied = value.detach().to(dtype, copy=True)
+                if param is not None:
+                    local_part(copied).copy_(master_of(param, self.state.get(param) or {}))
         return copies
 
     @alone
@@ -84,15 +84,21 @@ class Mastered(Averaged[OptimizerT]):
         """
         found = self._find_mastered(model, "load_master_state_dict()")
         _check_masters(model, state_dict, found)
+        settings = self._shared.settings
+        rule = rule_for(settings.optimizer)
+        if isinstance(rule, str):
+            raise RuntimeError(f"load_master_state_dict() needs the fused kernels: {rule}")
         self._shared.ordinary.leave()
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
         model.load_state_dict(state_dict)
-        with torch.no_grad():
-            for name, param in found.items():
-                values = self.state[param]
-                if not isinstance(values.get(REST), Tensor):
-                    values[REST] = torch.zeros_like(param, requires_grad=False)
-                master = local_part(state_dict[name]).to(local_part(param).device)
-                split(master, local_part(param), local_part(values[REST]))
+        for name, param in found.items():
+            if REST not in (self.state.get(param) or {}):
+                whole = state_with_rest(
+                    param, groups[id(param)], settings.optimizer, rule, settings.extras
+                )
+                self.state[param].update(whole)
+            master = local_part(state_dict[name]).to(local_part(param).device)
+            split(master, local_part(param), local_part(self.state[param][REST]))
 
     def _find_mastered(self, model: torch.nn.Module, what: str) -> dict[str, Tensor]:
         """Return the parameters of a model that have masters here, by their names.
@@ -114,7 +120,7 @@ class Mastered(Averaged[OptimizerT]):
         found = {
             name: value
             for name, value in values.items()
-            if id(value) in own and settings.has_master(value)
+            if id(value) in own and settings.extras.has_master(value)
         }
         if not found:
             raise ValueError(

@@ -16,13 +16,16 @@ from clr_optim.backends import NoKernelsError, rule_for
 from clr_optim.backends.native import library
 from clr_optim.checks import check_bool
 from clr_optim.core.serving import parameters_of
+from clr_optim.core.settings import Settings
 from clr_optim.core.shared import Shared
 from clr_optim.core.warn import callers_level
 from clr_optim.keys import REST
-from clr_optim.plan import Plan, classify
+from clr_optim.plan import Plan, classify, state_with_rest
 from clr_optim.rules import class_name
 
-__all__ = ["check_master_weights", "check_params", "refuse_rest", "refuse_torchs_step"]
+__all__ = [
+    "check_master_weights", "check_params", "create_rests", "refuse_rest", "refuse_torchs_step",
+]  # fmt: skip
 
 _LEAVE_OUT = "leave master_weights out"
 
@@ -98,7 +101,7 @@ def check_params(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], back
             if is_lazy(param) or param.dtype not in (torch.bfloat16, torch.float16):
                 continue
             if param.dtype == torch.float16:
-                why = "float16 has no master; train in bfloat16"
+                why = "float16 has no master, so train in bfloat16"
             if why is not None:
                 found[why] = found.get(why, 0) + 1
     if found:
@@ -109,18 +112,34 @@ def check_params(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], back
         )
 
 
+def create_rests(settings: Settings) -> None:
+    """Create the rests of parameters that have state already, and widen that state to float32.
+
+    torch's checkpointers load only keys that the state has, and have a step create the state only
+    if the optimizer has none.
+    """
+    optimizer, rule = settings.optimizer, rule_for(settings.optimizer)
+    if not settings.master_weights or isinstance(rule, str):
+        return
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            values = optimizer.state.get(param)
+            if settings.extras.has_master(param) and values and REST not in values:
+                values.update(state_with_rest(param, group, optimizer, rule, settings.extras))
+
+
 def refuse_rest(shared: Shared, plan: Plan, rest: Iterable[tuple[Tensor, str]]) -> None:
     """Raise if torch's own step would have to update a parameter that has a master.
 
     Args:
         shared: the optimizer.
-        plan: the plan, which is built anew at the next step: the reason may be gone by then.
+        plan: the plan. The next step builds it anew, since the reason may have vanished.
         rest: the parameters that no kernel serves, and why.
 
     Raises:
         RuntimeError: with the reason. Nothing has changed.
     """
-    reasons = [why for param, why in rest if shared.settings.has_master(param)]
+    reasons = [why for param, why in rest if shared.settings.extras.has_master(param)]
     if reasons:
         plan.forget()
         raise RuntimeError(
@@ -140,7 +159,7 @@ def refuse_torchs_step(shared: Shared, *, has_arguments: bool) -> None:
         RuntimeError: with the reason. Nothing has changed.
     """
     settings, serving = shared.settings, shared.serving
-    if not any(map(settings.has_master, parameters_of(settings.optimizer))):
+    if not any(map(settings.extras.has_master, parameters_of(settings.optimizer))):
         return
     rule = rule_for(settings.optimizer)
     if has_arguments:

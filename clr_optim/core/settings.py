@@ -6,15 +6,13 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from clr_optim.averages import Average, slot_of
 from clr_optim.core.followed import schedules_json
 from clr_optim.gate import Spike
 from clr_optim.keys import BASE_MOMENTUM, MAX_MOMENTUM
-from clr_optim.rules import AverageSlot
+from clr_optim.plan import Extras
 from clr_optim.schedule import Schedule
 
 __all__ = ["HIGH_MOMENTUM", "LOW_MOMENTUM", "Settings"]
@@ -59,13 +57,9 @@ class Settings:
         object.__setattr__(self, "has_scale_fn", self.schedule.scale_fn is not None)
 
     @functools.cached_property
-    def average_slot(self) -> AverageSlot | None:
-        """The state tensor that holds an average, if any."""
-        return slot_of(self.average, masters=self.master_weights)
-
-    def has_master(self, param: Tensor) -> bool:
-        """Return whether a parameter has a float32 master."""
-        return self.master_weights and param.dtype == torch.bfloat16
+    def extras(self) -> Extras:
+        """The state that steps keep beside torch's."""
+        return Extras(slot_of(self.average, masters=self.master_weights), self.master_weights)
 
     def schedules_of(self, index: int) -> dict[str, Schedule]:
         """Return the schedules of a group's settings by name, as the constructor was given."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from clr_optim.plan.reading import Reading
 from clr_optim.rules import AverageSlot, RestSlot, Slot, UpdateRule
 from clr_optim.sharding import local_part
 
-__all__ = ["NO_EXTRAS", "Extras", "Row", "make_row"]
+__all__ = ["NO_EXTRAS", "Extras", "Row", "make_row", "state_with_rest"]
 
 _WIDE, _NARROW = (torch.float32, torch.float64), (torch.bfloat16, torch.float16)
 
@@ -106,12 +107,12 @@ def make_row(
     state = optimizer.state.get(param, {})
     if not isinstance(state, dict):
         return "state that is no dictionary"
-    fresh = state.keys() <= {REST}  # the user may have loaded masters before the first step
+    fresh = len(state) == 0
     pending: dict[str, Tensor] = {}
     numbers: list[Tensor] = []
     for name, value in rule.numbers.items():
         if fresh:
-            number = pending[name] = _new_number(value, param, reading)
+            number = pending[name] = _new_number(value, param, fused=reading.fused)
         else:
             found = _number_in(state, name, param, device)
             if found is None:
@@ -138,12 +139,11 @@ def make_row(
             elif not is_plain(tensor, param):
                 return _other_than(slot.name, tensor, param.dtype)
         elif tensor is None and (fresh or slot.fill is None):
-            if slot.fill is None:
-                tensor, first = torch.empty_like(param, dtype=of_rule, requires_grad=False), True
-            else:
-                value = slot.fill(optimizer.defaults)
-                tensor = torch.full_like(param, value, dtype=of_rule, requires_grad=False)
-            pending[slot.name] = tensor
+            first = slot.fill is None
+            filled = _filled(slot, param, of_rule, optimizer.defaults)
+            if filled is None:
+                filled = torch.empty_like(param, dtype=of_rule, requires_grad=False)
+            tensor = pending[slot.name] = filled
         elif not is_plain(tensor, param, of_rule):
             if not extras.has_master(param):
                 return f"state[{slot.name!r}] of another layout, dtype or type than its parameter"
@@ -151,8 +151,7 @@ def make_row(
                 return _other_than(slot.name, tensor, of_rule)
             # Without a rest the optimizer has stepped without masters, or not yet.
             step = numbers[0] if rule.has_step else None
-            fill = None if slot.fill is None else slot.fill(optimizer.defaults)
-            tensor = pending[slot.name] = _widened(tensor, step, fill)
+            tensor = pending[slot.name] = _widened(tensor, slot, step, optimizer.defaults)
         slots.append(tensor)
     order = (*rule.state_order, REST, AVERAGE)
     ordered = {name: pending[name] for name in order if name in pending}
@@ -169,24 +168,69 @@ def _other_than(name: str, tensor: Any, dtype: torch.dtype) -> str:
     )
 
 
-def _widened(tensor: Tensor, step: Tensor | None, fill: float | None) -> Tensor:
-    """Return a slot in float32; filled anew if no step has changed the slot.
+def _widened(
+    tensor: Tensor, slot: Slot, step: Tensor | None, defaults: Mapping[str, Any]
+) -> Tensor:
+    """Return a slot's tensor in float32; filled anew if no step has changed the tensor.
 
     Args:
-        tensor: the slot in bfloat16, in which a first value such as 0.1 is rounded.
-        step: the step counter, on the device of the slot; None if the rule has none.
-        fill: the first value; None if the slot starts as the first gradient.
+        tensor: the tensor in bfloat16, in which a first value such as 0.1 is rounded.
+        slot: the slot.
+        step: the step counter, on the device of the tensor; None if the rule has none.
+        defaults: those of the optimizer.
     """
     wide = tensor.to(torch.float32)
-    if step is not None and fill is not None:
+    if step is not None and slot.fill is not None:
         # Without an answer of the device: a step must not wait.
-        local_part(wide).copy_(torch.where(step == 0, fill, local_part(wide)))
+        part = local_part(wide)
+        part.copy_(torch.where(step == 0, slot.fill(defaults), part))
     return wide
 
 
-def _new_number(value: float, param: Tensor, reading: Reading) -> Tensor:
+def state_with_rest(
+    param: Tensor,
+    group: Mapping[str, Any],
+    optimizer: Optimizer,
+    rule: UpdateRule,
+    extras: Extras,
+) -> dict[str, Any]:
+    """Return a parameter's state with the rest of its master, as a step would find it.
+
+    Args:
+        param: a parameter that has a master, and no rest yet.
+        group: its group.
+        optimizer: the wrapped optimizer.
+        rule: its update rule.
+        extras: the state that steps keep beside torch's.
+    """
+    state: dict[str, Any] = dict(optimizer.state.get(param) or {})
+    is_new, dtype = not state, extras.rule_dtype(param)
+    for name, value in rule.numbers.items() if is_new else ():
+        state[name] = _new_number(value, param, fused=bool(group.get("fused")))
+    for slot in rule.slots(group):
+        tensor = state.get(slot.name)
+        if is_new:
+            state[slot.name] = _filled(slot, param, dtype, optimizer.defaults)
+        elif isinstance(tensor, Tensor) and tensor.dtype == param.dtype:
+            step = state.get("step")
+            here = step.to(local_part(tensor).device) if isinstance(step, Tensor) else None
+            state[slot.name] = _widened(tensor, slot, here, optimizer.defaults)
+    state[REST] = torch.zeros_like(param, requires_grad=False)
+    return state
+
+
+def _filled(
+    slot: Slot, param: Tensor, dtype: torch.dtype, defaults: Mapping[str, Any]
+) -> Tensor | None:
+    """Return a new slot; None if the slot starts as the first gradient."""
+    if slot.fill is None:
+        return None
+    return torch.full_like(param, slot.fill(defaults), dtype=dtype, requires_grad=False)
+
+
+def _new_number(value: float, param: Tensor, *, fused: bool) -> Tensor:
     """Return a tensor of the dtype of torch's ``_get_scalar_dtype``, beside its parameter."""
-    wide = torch.get_default_dtype() == torch.float64 and not reading.fused
+    wide = torch.get_default_dtype() == torch.float64 and not fused
     dtype = torch.float64 if wide else torch.float32
     return torch.full((), value, dtype=dtype, device=param.device)
 

@@ -12,15 +12,7 @@ from torch.optim import Optimizer
 from clr_optim.checks import shown
 from clr_optim.keys import REST
 
-__all__ = ["check_rest", "has_state", "without_rests"]
-
-
-def has_state(values: Mapping[str, Any]) -> bool:
-    """Return whether the state of a parameter holds more than a rest.
-
-    The user may have loaded masters before the first step.
-    """
-    return not values.keys() <= {REST}
+__all__ = ["check_rest", "without_rests"]
 
 
 def check_rest(

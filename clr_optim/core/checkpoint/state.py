@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clr_optim.checks import check_int, check_number, item, shown
-from clr_optim.core.checkpoint.rests import check_rest, has_state
+from clr_optim.core.checkpoint.rests import check_rest
 from clr_optim.keys import AVERAGE, REST
 from clr_optim.rules import NUMBERS, STATE_SLOTS, Shape, StateSlots
 from clr_optim.sharding import local_part
@@ -127,7 +127,7 @@ def check_state(
         average = values.get(AVERAGE)
         if average is not None and not _is_plain(average, param, tuple(param.shape)):
             _check_state_tensor(index, AVERAGE, average, param, tuple(param.shape), sparse=False)
-        if slots is None or not has_state(values):
+        if slots is None or not values:
             check_rest(index, values, param, (), masters=masters)
             continue
         kind = (param.shape, None if slots.rule is None else slots.rule.kernel(settings_of))
