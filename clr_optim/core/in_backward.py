@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from clr_optim.backends import current_device
-from clr_optim.backends.base import Course, FusedBackend
+from clr_optim.backends.base import FusedBackend
 from clr_optim.backends.torch import is_profiled
 from clr_optim.checks import check_bool
 from clr_optim.core.averaging import Averaging
@@ -93,8 +93,6 @@ class InBackward:
         self._hook: Any = None
         # The parameters that have the hook by their id, each with torch's handle.
         self._handles: dict[int, tuple[Tensor, RemovableHandle]] = {}
-        # The values of the present pass.
-        self._course: Course | None = None
 
     # ---- questions
 
@@ -187,7 +185,8 @@ class InBackward:
             return
         for param in params:
             if param.requires_grad and id(param) not in self._handles:
-                handle = param.register_post_accumulate_grad_hook(self._hook)
+                register: Any = param.register_post_accumulate_grad_hook
+                handle = register(self._hook)
                 self._handles[id(param)] = (param, handle)
 
     def _refuse_second_call(self) -> None:
@@ -213,7 +212,7 @@ class InBackward:
         serving = self._serving
         fused = None
         traits = serving.traits
-        why = serving.reason
+        why: str | None = serving.reason
         if traits is not None and not traits.steps_in_backward:
             why = f"the backend {serving.name!r} updates all parameters at once"
         elif traits is not None:
@@ -236,7 +235,7 @@ class InBackward:
         plain = [p for p in parameters_of(self._settings.optimizer) if type(p) is not DTensor]
         if plain:
             raise ValueError(
-                f"gradients_are_reduced=False: a hook sees the gradient of its own rank alone, and "
+                f"gradients_are_reduced=False: a hook sees one rank's gradient alone, and "
                 f"the {dist.get_world_size()} ranks would part ({len(plain)} parameters are no "
                 "DTensors); shard the model by fully_shard, or give gradients_are_reduced=True if "
                 "each rank's gradients are already the same"
@@ -260,7 +259,8 @@ class InBackward:
         if fused is None or not self.takes_part:
             return
         plan = fused.plan
-        plan.commit_done()
+        if plan.native.in_pass:
+            plan.commit()  # an interrupt may have come between kernel and commit
         is_done = plan.native.is_done
         with_gradient = [p for p in parameters_of(self._settings.optimizer) if p.grad is not None]
         for param in with_gradient:
@@ -284,15 +284,14 @@ class InBackward:
             return False  # other code has replaced the step
         plan, lib = fused.plan, fused.plan.lib
         native = plan.native
-        plan.commit_done()
-        course = self._course if native.in_pass else None
-        if course is None:
+        if native.in_pass:
+            plan.commit()
+        else:
             self._begin()
         plan.refresh()
-        if course is None:
-            if len(plan.scalars) != len(self._mirror.records):
-                self._position.overrule()  # another thread has just added a group
-            course = self._course = self._position.course()
+        if len(plan.scalars) != len(self._mirror.records):
+            self._position.overrule()  # other code has just added a group
+        course = self._position.course()
         again = False
         try:
             native.open_pass(course.rates, course.weights, fused.open_pass(course))
@@ -301,10 +300,12 @@ class InBackward:
                 if not plan.pending:
                     return True
                 again = native.update_one(param) == lib.NO_ROW
-                plan.commit_done()
+                if not again:
+                    plan.commit()
         except BaseException:
             # Ctrl-C during the kernel is raised after the kernel, which has filled the new state.
-            plan.commit_done()
+            if native.in_pass:
+                plan.commit()
             native.close_pass()
             raise
         native.close_pass()  # native code creates no state, so the next gradient comes here too

@@ -219,6 +219,7 @@ def _fused_step(context: StepContext, fused: FusedBackend) -> int:
     borrowed: Borrowed = []
     try:
         if context.creates_state:
+            shared.in_backward.refuse_in_pass("a step that creates state")
             create_state(shared, fused, borrowed)
             happened = False
         else:
@@ -300,14 +301,14 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: Borrowed) -> bo
             return False
         gradients = left
     position = shared.position.number
+    is_done = shared.in_backward.is_done
+    idle = {id(p) for p in plan.unserved if not is_done(p)} if copies or averages else set()
     norm, happened = fused.step(shared.position.course(), gradients)
     if norm is not None:
         shared.ordinary.norm = norm
     if happened and (copies or averages):
         averaging.put(plan.unserved, copies)
-        is_done = shared.in_backward.is_done
-        left = {id(param) for param in plan.unserved if not is_done(param)}
-        averaging.take(position, [], only=left)
+        averaging.take(position, [], only=idle)
     return happened
 
 

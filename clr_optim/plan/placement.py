@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -213,20 +213,19 @@ class Placement:
         """Return whether a kernel was called since the first of the ``unfilled`` rows came."""
         return bool(self._native.calls != self._calls_before_unfilled)
 
-    def hand_over_state(self, state: Any, is_done: Callable[[Tensor], bool] | None = None) -> None:
-        """Put the state that a step has filled into ``optimizer.state``, under torch's names.
+    def hand_over_state(self, state: Any) -> None:
+        """Put the state that was filled into ``optimizer.state``, under torch's names.
 
-        Args:
-            state: ``optimizer.state``.
-            is_done: tells which parameters a backward pass has updated, and no step.
+        A step fills the state of each row with a gradient, and a backward pass that of one row.
         """
         gradients = {id(bucket): bucket.gradients for bucket, _ in self.unfilled}
         left: list[tuple[Bucket, int]] = []
         for bucket, index in self.unfilled:
             row = bucket.rows[index]
-            # Another thread may have taken the gradient away.
-            if not (gradients[id(bucket)][index] if is_done is None else is_done(row.param)):
-                left.append((bucket, index))
+            in_pass = self._native.in_pass
+            is_filled = self._native.is_done(row.param) if in_pass else gradients[id(bucket)][index]
+            if not is_filled:
+                left.append((bucket, index))  # another thread may have taken the gradient away
                 continue
             entry = state[row.param]
             entry.update(row.pending)
@@ -267,9 +266,9 @@ class Placement:
             bucket = self._by_key[key] = Bucket(*key, row.kinds, numbers)
             bucket.begin(row, self._target.lib)
             self.buckets.append(bucket)
-        self._note_pending(row, bucket, len(bucket.rows))
         self.params.append(row.param)
         bucket.add(row, grad, self._entry_of(row))
+        self._note_pending(row, bucket, len(bucket.rows) - 1)
 
     def _key_of(self, row: Row) -> BucketKey:
         param = row.param

@@ -329,15 +329,6 @@ class Plan:
             self._note_state(state)
             self.release()
 
-    def commit_done(self) -> None:
-        """Put the state that a backward pass has filled into the optimizer."""
-        if not self._placement.unfilled:
-            return
-        with self.lock:
-            state = self._optimizer.state
-            self._placement.hand_over_state(state, self.native.is_done)
-            self._note_state(state)
-
     def commit_if_called(self) -> None:
         """Call :meth:`commit` after an exception, if the kernel was called before it."""
         if self._placement.was_called():

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from internals import steps_in_backward
 from native_helpers import (
     BY_NAME,
     HALF,
@@ -121,6 +122,8 @@ class Pair:
         if self.wrap.get("cycle_momentum"):
             momenta = [(self.wrap["base_momentum"], self.wrap["max_momentum"])]
         self.expected = Expected(policy, [(known.lr / 4, known.lr)], momenta)
+        #: undoes step_in_backward() of the present optimizer or of an earlier one
+        self.handle: Any = None
         self.ended: list[int] = []
         self.listen()
         self.others: list[Any] = []
@@ -154,6 +157,17 @@ class Pair:
 
     def pair(self) -> tuple[Any, Any]:
         return self.ours, self.twin
+
+    @property
+    def in_backward(self) -> bool:
+        """Whether hooks update our parameters in the backward pass.
+
+        An earlier optimizer may live on in a cycle of references; its hooks are removed.
+        """
+        is_active = steps_in_backward(self.ours)
+        if self.handle is not None and not is_active:
+            self.handle.remove()
+        return is_active
 
     def pick(self, i: int) -> list[tuple[Any, Any]]:
         """Return the same parameter of both."""

@@ -181,6 +181,8 @@ class StepEvents(TensorEvents):
     @event(2.0, seed=SEEDS, overflow=(False, False, True), power=range(4), unscales=FLAG)
     def step_by_grad_scaler(self, seed: int, overflow: bool, power: int, unscales: bool) -> Any:
         """Step by a GradScaler, on the path that the optimizer asks for."""
+        if self.in_backward:
+            return False
         whole = getattr(self.ours, "_step_supports_amp_scaling", False)
         if torch.float16 in self.dtypes and (unscales or not whole):
             return False  # a GradScaler refuses to unscale float16

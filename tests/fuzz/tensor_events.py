@@ -31,6 +31,8 @@ class TensorEvents(Pair):
     @event(2.0, seed=SEEDS)
     def backward_by_autograd(self, seed: int) -> bool | None:
         """Add to the gradients by autograd, which decides about their memory."""
+        if self.in_backward:
+            return False
         for opt in self.pair():
             self.own_memory(opt)
             terms = [
