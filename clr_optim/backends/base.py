@@ -216,8 +216,9 @@ class FusedBackend(Protocol):
         Returns:
             A function of the numbers of a bucket and of a row, which updates this one row and moves
             its average if that is due. ``plan.buckets[b].gradients[row]`` has the address of the
-            gradient. The call comes on the thread and the stream of the backward pass. None: native
-            code updates the row with the CPU's kernels.
+            gradient. The call comes on the thread and the stream of the backward pass. The answer
+            False tells that nothing was done, and that the core must open the pass again. None:
+            native code updates the row with the CPU's kernels.
         """
 
     def step(self, course: Course, gradients: Gradients) -> Outcome:

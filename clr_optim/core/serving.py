@@ -139,7 +139,9 @@ class Serving:
         """Return a line for each backend and reason: which parameters it serves, and why."""
         served: dict[tuple[str, str, str], list[Tensor]] = {}
         for param, why in self.reasons():
-            kind = ", bfloat16 with float32 masters" if self._settings.extras.has_master(param) else ""
+            kind = (
+                ", bfloat16 with float32 masters" if self._settings.extras.has_master(param) else ""
+            )
             by = (self.name, kind, self.reason) if why is None else ("torch", "", why)
             served.setdefault(by, []).append(param)
         of_class = class_name(type(self._settings.optimizer))

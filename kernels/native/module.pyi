@@ -224,8 +224,8 @@ class Plan:
         Args:
             rates: the rate of each group.
             weights: the weight of each group in the average that falls due; empty if none does.
-            launch: updates a row on a device, by the numbers of its bucket and row; None: the CPU's
-                kernels do.
+            launch: updates a row on a device, by the numbers of its bucket and row; returns False
+                if the pass must be opened again first. None: the CPU's kernels update the row.
         """
 
     def close_pass(self) -> None:
@@ -311,6 +311,7 @@ class Launches:
         gradients: tuple[Bucket, int] | None = None,
         grad_scale: int | None = None,
         found_inf: int | None = None,
+        rows: tuple[Bucket, int, int, int, tuple[int, ...]] | None = None,
     ) -> None:
         """Add a launch.
 
@@ -327,6 +328,9 @@ class Launches:
             grad_scale, found_inf: where the parameters hold the address of this signal of a
                 GradScaler. Each step writes the addresses of the tensors on the wrapping optimizer.
                 The launches serve only steps with exactly the signals that some launch reads.
+            rows: makes this a launch of `run_row` alone: the bucket; where the parameters hold a
+                row's number (int32), the address of its gradient, and its blocks per chunk (int32);
+                programs and blocks per chunk of each row in turn.
 
         Raises:
             ValueError: if the driver expects other parameters.
@@ -334,6 +338,20 @@ class Launches:
 
     def addresses(self, bucket: Bucket, /) -> bytes:
         """Return the addresses that a bucket's table holds after the last step."""
+
+    def run_row(self, bucket: int, row: int, /) -> bool:
+        """Update one row by its gradient of the last scan; return False if no launch can serve.
+
+        Args:
+            bucket: the place of its bucket among the launches with `rows`.
+            row: the number of the row.
+
+        Raises:
+            RuntimeError: on an error of the driver. The launches then serve no more.
+        """
+
+    def can_run(self) -> bool:
+        """Return whether the launches serve here: this stream and context, outside of captures."""
 
     def run(self) -> bool:
         """Make the launches with the addresses of the last scan; return False if they cannot serve.

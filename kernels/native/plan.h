@@ -202,7 +202,9 @@ public:
         }
         // Memory is taken before anything changes.
         const auto note = pass.done.emplace(param, Ref::to(param)).first;
-        if (!run_one(bucket, place)) return pass.done.erase(note), false;
+        bool is_served = true;
+        const bool ran = run_one(bucket, place, is_served);
+        if (!ran || !is_served) return pass.done.erase(note), ran;
         answer = UPDATED;
         const Ref list(PyList_New(0));
         const bool counted = list && !PyList_Append(list.get(), param) && count_versions(list.get());
@@ -327,12 +329,15 @@ private:
         return same_row(bucket, row, grad);
     }
 
-    // Runs the kernel of one row. Returns false with an exception set on failure.
-    bool run_one(const Bucket& bucket, const Pass::Place& place) {
+    // Runs the kernel of one row; `is_served` is false if only a pass that is opened again can. Returns
+    // false with an exception set on failure.
+    bool run_one(const Bucket& bucket, const Pass::Place& place, bool& is_served) {
         if (pass.launch) {
             const Ref launch = Ref::to(pass.launch.get());
-            return bool(Ref(PyObject_CallFunction(launch.get(), "nL", Py_ssize_t(place.bucket),
-                                                  static_cast<long long>(place.row))));
+            const Ref found(PyObject_CallFunction(launch.get(), "nL", Py_ssize_t(place.bucket),
+                                                  static_cast<long long>(place.row)));
+            is_served = !found.is(Py_False);
+            return bool(found);
         }
         pass.row.take(bucket, place.row);
         const int64_t numel = pass.row.rows[0].numel;

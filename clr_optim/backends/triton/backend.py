@@ -14,7 +14,6 @@ from memory that the graph keeps.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -111,7 +110,7 @@ class TritonBackend:
         self.who_knows = WhoKnows.HOST
         self._statistics = DeviceStatistics(self._clocks)
         self._binding = Binding(self.plan)
-        self._row_updates: RowUpdates | None = None
+        self._row_updates = RowUpdates(self.plan, rule.momentum)
         # Tables and tensors that captured graphs still read; three entries per captured step.
         self._given_up: list[Any] = []
 
@@ -181,11 +180,7 @@ class TritonBackend:
         """
         with current.no_inference_mode():
             self._arrange()
-            self._row_updates = RowUpdates(
-                self._launches, self._clocks, course, self.plan.scalars, self._momentum
-            )
-        # Native code belongs to the plan, which the clocks keep alive.
-        return weakref.proxy(self._row_updates)
+            return self._row_updates.open(self._launches, self._clocks, course)
 
     def step(self, course: Course, gradients: Gradients) -> Outcome:
         """Update all tensors of the plan, and advance the position: see :meth:`Launch.update`.

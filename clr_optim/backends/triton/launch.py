@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clr_optim.backends import device as current
 from clr_optim.backends.triton.mirror import Mirror
-from clr_optim.backends.triton.prebound import AddressTable, Call, launch
+from clr_optim.backends.triton.prebound import AddressTable, Call, RowCall, launch
 from clr_optim.plan import Bucket
 
 __all__ = ["Launch", "most_programs"]
@@ -57,6 +57,7 @@ class Launch:
         # The editions of the bucket that rows and chunks on the device come from.
         self._edition = self._edition_of_chunks = -1
         self._numels: list[int] = []
+        self._row_kernel: Any = None  # the compiled kernel that updates a row
         self._blocks = _FEW_BLOCKS
         self._takes_whole_step = False
         self._passed: list[int] = []
@@ -235,7 +236,7 @@ class Launch:
             ),
         ]  # fmt: skip
 
-    def update_row(self, index: int, gradient: int, tables: tuple[Any, ...]) -> Call:
+    def update_row(self, index: int, gradient: int, tables: tuple[Any, ...]) -> None:
         """Update one tensor, and advance its step counter alone.
 
         Args:
@@ -245,17 +246,34 @@ class Launch:
         """
         from clr_optim.kernels.triton import row_step
 
+        programs, blocks = self._shape_of_row(index)
+        done = launch(
+            row_step.row_step, (programs,),
+            self._arguments_of_row(index, gradient, blocks, tables), self._compiled_for.whole_step,
+        )  # fmt: skip
+        self._row_kernel = done.compiled
+
+    def row_call(self, tables: tuple[Any, ...]) -> RowCall | None:
+        """Return the launch of a row for native code; None before the first :meth:`update_row`."""
+        if self._row_kernel is None:
+            return None
+        call = Call(self._row_kernel, (1,), self._arguments_of_row(0, 0, 1, tables))
+        return RowCall(call, self.bucket, self._shape_of_row)
+
+    def _shape_of_row(self, index: int) -> tuple[int, int]:
+        """Return the programs that update a row, and the blocks per chunk."""
         blocks = -(-self._numels[index] // self._compiled_for.whole_step["BLOCK"])
         in_round = _RESIDENT * current.processors(self.bucket.device)
         # Each program computes the constants, so more than a round of programs would take longer.
         in_chunk = max(_FEW_BLOCKS, -(-blocks // in_round))
+        return max(1, -(-blocks // in_chunk)), in_chunk
+
+    def _arguments_of_row(
+        self, index: int, gradient: int, blocks: int, tables: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
         groups, width, ints, floats, phases, control, gate, *_ = tables
-        return launch(
-            row_step.row_step, (max(1, -(-blocks // in_chunk)),),
-            (self._rows.table, index, gradient, in_chunk, groups, width, ints, floats, phases,
-             control, gate),
-            self._compiled_for.whole_step,
-        )  # fmt: skip
+        rows = self._rows.table
+        return rows, index, gradient, blocks, groups, width, ints, floats, phases, control, gate
 
 
 @functools.cache

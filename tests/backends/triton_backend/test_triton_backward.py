@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graph_helpers import Graph, Run, assert_together, nothing_waits
+from graph_helpers import SHAPES, Graph, Run, assert_together, nothing_waits
 from native_helpers import BY_NAME, assert_identical
 from triton_helpers import DEVICE, MARKS, choose_triton, kernels, on_gpus, take_two_launches
 
 from clr_optim import CycleEnd, CyclicalOptimizer, Ema
+from clr_optim.backends.triton.launch import Launch
 from clr_optim.schedule import triangular
 
 pytestmark = MARKS
@@ -189,3 +190,23 @@ def test_hooks_on_several_streams_come_in_order():
         ours.opt.step()
         twin.eager(k)
     assert_together(ours, twin)
+
+
+@on_gpus
+@pytest.mark.parametrize("name", ["adam", "sgd", "nadam"])
+def test_native_code_launches_from_the_second_pass_on(monkeypatch, name):
+    """Triton launches once for each parameter, and again after a change of the rows."""
+    updates = []
+    update_row = Launch.update_row
+    monkeypatch.setattr(
+        Launch, "update_row", lambda *args: (updates.append(args[1]), update_row(*args))[1]
+    )
+    ours, twin = InBackward(BY_NAME[name], average=Ema(0.9)), Run(BY_NAME[name], average=Ema(0.9))
+    for k in range(12):
+        if k == 6:
+            for run in (ours, twin):
+                run.opt.load_state_dict(copy.deepcopy(run.opt.state_dict()))
+        for run in (ours, twin):
+            run.eager(k, idle=1 if k == 4 else None)
+        assert_together(ours, twin)
+        assert len(updates) in (len(SHAPES), 2 * len(SHAPES))
