@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -68,6 +70,17 @@ def test_averages_move_once(average):
     assert all("clr_average" in ours.opt.state[p] for p in ours.params)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_each_dtype(dtype):
+    beside(BY_NAME["rmsprop-mom-cent"], dtype=dtype, average=Ema(0.9))
+
+
+def test_masters():
+    options = {"dtype": torch.bfloat16, "master_weights": True, "average": Ema(0.9)}
+    ours, _ = beside(BY_NAME["adam"], idle=lambda k: k % 3, **options)
+    assert any(ours.opt.state[p]["clr_rest"].any() for p in ours.params)
+
+
 def test_many_rows_take_two_launches(monkeypatch):
     take_two_launches(monkeypatch)
     beside(BY_NAME["nadam"], steps=4, idle=lambda k: k % 2, average=Ema(0.5))
@@ -117,12 +130,14 @@ def test_a_pass_after_replays_goes_on_at_the_devices_position():
         ours.replay(graph, k)
         twin.eager(k)
     with ours.opt.step_in_backward():
-        for k in (4, 5):
-            InBackward.backward(ours, k)
-            ours.opt.step()
+        for k in (4, 5, 6):
+            grads = ours.draw(k)
+            with nothing_waits():
+                InBackward.backward(ours, k, grads=grads)
+                ours.opt.step()
             twin.eager(k)
-    ours.replay(graph, 6)
-    twin.eager(6)
+    ours.replay(graph, 7)
+    twin.eager(7)
     assert_together(ours, twin)
 
 
@@ -168,6 +183,23 @@ def test_groups_and_checkpoints_between_steps():
             opt.step()
             opt.zero_grad()
         assert_identical(ours, twin)
+
+
+def test_dropping_the_optimizer_frees_it():
+    """Native code keeps no reference to the tables that would keep the optimizer alive."""
+    run = InBackward(BY_NAME["adam"])
+    for k in range(3):
+        run.eager(k)
+    params, handle, opt = run.params, run.handle, weakref.ref(run.opt)
+    gc.disable()
+    try:
+        del run
+        assert opt() is None
+    finally:
+        gc.enable()
+    params[0].sum().backward()
+    assert params[0].grad is not None
+    handle.remove()
 
 
 # ---- GPUs only
