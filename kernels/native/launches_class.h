@@ -127,7 +127,7 @@ inline bool read_rows(PyObject* given, Launch&& launch, RowLaunch& rows) {
     const Bucket* const bucket = to_bucket(object);
     if (!bucket || !read_ints(shapes, rows.shapes)) return false;
     const size_t size = launch.parameters.size();
-    if (row + 4 > size || blocks + 4 > size || gradient + 8 > size || gradient % 8 ||
+    if (size < 8 || row > size - 4 || blocks > size - 4 || gradient > size - 8 || gradient % 8 ||
         rows.shapes.size() != 2 * bucket->rows.size()) {
         PyErr_SetString(PyExc_ValueError, "rows: places within the parameters, and two numbers a row");
         return false;
