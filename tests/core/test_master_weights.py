@@ -14,6 +14,7 @@ from internals import kernels_of
 from native_helpers import BY_NAME, CASES, KERNELS, like, members, unaligned
 
 from clr_optim import CyclicalOptimizer, Ema, Snapshots, lr_range_test
+from clr_optim.kernels.native import load as load_kernels
 from clr_optim.masters import join, split
 from clr_optim.schedule import triangular
 
@@ -162,6 +163,18 @@ def test_each_case_equals_the_float32_model(case):
     twins.run(12)
     twins.run(6, idle=(0, 4))
     twins.run(12)
+
+
+def test_each_set_of_kernels_equals_the_float32_model():
+    module = load_kernels()
+    names, own = module.kernel_sets(), module.kernel_set()
+    try:
+        for name in names[: names.index(own) + 1]:  # this CPU runs its own set and older ones
+            module.use(name)
+            for case in KERNELS:
+                Twins(case, [(129, 7), (64,), (63,), (3,)]).run(4)
+    finally:
+        module.use(own)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
