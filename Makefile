@@ -197,6 +197,7 @@ pictures: $(VENV)/.demo
 	$(BIN)/clr-optim plot --out docs
 	$(BIN)/python docs/draw_gallery.py
 	$(BIN)/python docs/draw_range_test.py
+	$(BIN)/python docs/draw_masters.py
 
 # The notebook of the docs, with its outputs.
 notebook: $(VENV)/.docs $(VENV)/.demo

@@ -17,18 +17,21 @@ from clr_optim import plotting
 from clr_optim.bench.features_report import features_table
 from clr_optim.bench.gpu import Gpu, Stopwatch
 from clr_optim.bench.machine import Limit, describe_machine
+from clr_optim.bench.masters_report import masters_table
 from clr_optim.bench.model_report import model_table
 from clr_optim.bench.models import MODELS
 from clr_optim.bench.report import table
 from clr_optim.bench.throughput.cells import Row, measure_cell, measure_cell_on_gpu
 from clr_optim.bench.throughput.features import measure_features
 from clr_optim.bench.throughput.iterations import measure_workload_iterations
+from clr_optim.bench.throughput.masters import measure_masters
 from clr_optim.bench.throughput.one_model import measure_model
 from clr_optim.bench.throughput.options import (
     EXAMPLES,
     Cell,
     add_arguments,
     check_features_options,
+    check_masters_options,
     check_model_options,
     check_training_options,
     chosen_cells,
@@ -57,7 +60,7 @@ DESCRIPTION = (
     "measures a GPU: device and host apart, and captured graphs too. With --model it measures your "
     "parameters in a minute: time and memory of each variant, and the time that ours saves. With "
     "--training it measures the step between the passes of small models, and with --features what "
-    "clipping, skipping and averages add."
+    "clipping, skipping and averages add. With --masters it measures float32 masters of bfloat16."
 )
 
 #: The length of the arrays that measure a GPU's bandwidth: 3 GiB in all.
@@ -81,6 +84,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         check_training_options(args)
     elif args.features:
         check_features_options(args)
+    elif args.masters:
+        check_masters_options(args)
     args.device = args.device or "cpu"
     measure, text = _measurement(args)
     check_json(args.json)
@@ -109,6 +114,8 @@ def _measurement(
         return measure_training, training_table
     if args.features:
         return measure_features, features_table
+    if args.masters:
+        return measure_masters, masters_table
     return partial(_measure, chosen_cells(args)), table
 
 

@@ -89,6 +89,8 @@ class Mastered(Averaged[OptimizerT]):
         if isinstance(rule, str):
             raise RuntimeError(f"load_master_state_dict() needs the fused kernels: {rule}")
         self._shared.ordinary.leave()
+        if self._shared.serving.fused is not None:
+            self._shared.serving.fused.plan.forget()  # a row may have a draft of its state
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         model.load_state_dict(state_dict)
         for name, param in found.items():

@@ -147,6 +147,8 @@ def make_row(
         elif not is_plain(tensor, param, of_rule):
             if not extras.has_master(param):
                 return f"state[{slot.name!r}] of another layout, dtype or type than its parameter"
+            if tensor is None:
+                return f"its state lacks {slot.name!r}; delete the parameter's state to begin anew"
             if REST in state or not is_plain(tensor, param):
                 return _other_than(slot.name, tensor, of_rule)
             # Without a rest the optimizer has stepped without masters, or not yet.

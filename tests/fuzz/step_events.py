@@ -173,7 +173,12 @@ class StepEvents(TensorEvents):
         grad = some[seed % len(some)].grad
         grad[(0,) * grad.dim()] = float(bad)
         skipped = self.ours.skipped
-        self.ours.step()
+        error = failure(lambda opt: opt.step(), self.ours)
+        if error is not None:
+            assert self.masters, error
+            assert "its state lacks" in str(error), error
+            self.zero_grad(True)
+            return False
         assert self.ours.skipped == skipped + 1
         self.zero_grad(True)
         return None
