@@ -91,7 +91,7 @@ def measure_iteration_memory(model: str, variant: str, seed: int) -> dict[str, A
     """Measure the memory that an iteration takes beyond parameters and state, in a new process.
 
     Args:
-        model: a model of :data:`clr_optim.bench.throughput.step_in_backward.MODELS`.
+        model: a model of :data:`clr_optim.bench.workloads.IN_BACKWARD`.
         variant: a variant of its iterations.
         seed: of the first weights.
 

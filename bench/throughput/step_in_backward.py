@@ -18,12 +18,10 @@ from clr_optim.bench.throughput.options import seconds_per_cell
 from clr_optim.bench.throughput.processes import measure_iteration_memory
 from clr_optim.bench.throughput.timing import Step, orders, spread
 from clr_optim.bench.throughput.variants import LR, our_optimizer
-from clr_optim.bench.workloads import RULES
+from clr_optim.bench.workloads import IN_BACKWARD, RULES
 
-__all__ = ["MODELS", "make_variants", "measure_step_in_backward"]
+__all__ = ["make_variants", "measure_step_in_backward"]
 
-#: The models, and how many iterations of a turn are timed after how many others.
-MODELS = {"linear": (8, 4), "gpt2": (2, 1)}
 _LAYERS, _WIDTH, _BATCH = 24, 1024, 64
 _LEAST_ROUNDS = 5
 
@@ -48,7 +46,7 @@ def measure_step_in_backward(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure_model(name: str, seconds: float, seed: int) -> dict[str, Any]:
-    counted, uncounted = MODELS[name]
+    counted, uncounted = IN_BACKWARD[name]
     params, variants = make_variants(name, seed)
     times: dict[str, list[float]] = {variant: [] for variant in variants}
     for order in orders(list(variants), seconds, seed, _LEAST_ROUNDS):
