@@ -37,6 +37,7 @@ import test_register_rule
 import test_setting_schedules
 import test_skipping
 import test_snapshots
+import test_uses_in_backward
 from cases import BY_NAME
 from torch import Tensor
 
@@ -113,6 +114,9 @@ def attempts() -> Iterator[Attempt]:
         yield Attempt(where, f"optimizer: {name}", lambda m=make: CyclicalOptimizer(m()))
     for name, (options, *_) in errors.CONSTRUCTOR.items():
         yield Attempt(where, name, lambda o=options: CyclicalOptimizer(errors.adam(), **o))
+    for name, (call, error, _) in test_uses_in_backward.REFUSED.items():
+        if error is not RuntimeError:
+            yield Attempt("step_in_backward", name, call)
     for options, _ in test_skipping.WRONG_SPIKES:
         yield Attempt("Spike", f"{options!r}", lambda o=options: Spike(**o))
     for name, (schedules, *_) in test_setting_schedules.REFUSED.items():

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from clr_optim import plotting
+from clr_optim.bench.backward_report import backward_table
 from clr_optim.bench.features_report import features_table
 from clr_optim.bench.gpu import Gpu, Stopwatch
 from clr_optim.bench.machine import Limit, describe_machine
@@ -30,6 +31,7 @@ from clr_optim.bench.throughput.options import (
     EXAMPLES,
     Cell,
     add_arguments,
+    check_backward_options,
     check_features_options,
     check_masters_options,
     check_model_options,
@@ -39,6 +41,7 @@ from clr_optim.bench.throughput.options import (
 )
 from clr_optim.bench.throughput.overhead import measure_in_backward, measure_overhead
 from clr_optim.bench.throughput.processes import measure_first_step, measure_memory
+from clr_optim.bench.throughput.step_in_backward import measure_step_in_backward
 from clr_optim.bench.throughput.tensors import Tensors
 from clr_optim.bench.throughput.training import measure_training
 from clr_optim.bench.training_report import training_table
@@ -60,7 +63,8 @@ DESCRIPTION = (
     "measures a GPU: device and host apart, and captured graphs too. With --model it measures your "
     "parameters in a minute: time and memory of each variant, and the time that ours saves. With "
     "--training it measures the step between the passes of small models, and with --features what "
-    "clipping, skipping and averages add. With --masters it measures float32 masters of bfloat16."
+    "clipping, skipping and averages add. With --masters it measures float32 masters of bfloat16, "
+    "and with --step-in-backward whole iterations whose updates come in the backward pass."
 )
 
 #: The length of the arrays that measure a GPU's bandwidth: 3 GiB in all.
@@ -80,6 +84,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.model:
         check_model_options(args)
+    elif args.step_in_backward:
+        check_backward_options(args)
     elif args.training:
         check_training_options(args)
     elif args.features:
@@ -110,6 +116,8 @@ def _measurement(
     """Return the function that measures, and the function that puts its results into words."""
     if args.model:
         return measure_model, model_table
+    if args.step_in_backward:
+        return measure_step_in_backward, backward_table
     if args.training:
         return measure_training, training_table
     if args.features:

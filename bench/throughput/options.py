@@ -9,11 +9,19 @@ import torch
 
 from clr_optim.bench.arguments import device, duration
 from clr_optim.bench.models import MODELS
-from clr_optim.bench.workloads import DTYPES, IN_TRAINING, ONLY_ON_GPU, RULES, WORKLOADS
+from clr_optim.bench.workloads import (
+    DTYPES,
+    IN_BACKWARD,
+    IN_TRAINING,
+    ONLY_ON_GPU,
+    RULES,
+    WORKLOADS,
+)
 from clr_optim.options import add_json, flag, spelled, whole
 
 __all__ = [
-    "EXAMPLES", "Cell", "add_arguments", "check_features_options", "check_masters_options",
+    "EXAMPLES", "Cell", "add_arguments", "check_backward_options", "check_features_options",
+    "check_masters_options",
     "check_model_options", "check_training_options", "chosen_cells", "seconds_per_cell",
 ]  # fmt: skip
 
@@ -37,6 +45,7 @@ EXAMPLES = """examples:
   clr-optim bench --training --rules adam,adamw
   clr-optim bench --features mlp,gpt2
   clr-optim bench --masters resnet50
+  clr-optim bench --step-in-backward linear,gpt2
   clr-optim bench --model mine:task
 
 --model takes MODULE:FUNCTION. The function takes no arguments and returns an nn.Module, or an
@@ -127,6 +136,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure instead a step with float32 masters, beside bfloat16 alone and a separate "
         f"master: {', '.join(_WITH_MASTERS)}; by AdamW or --rules",
     )
+    add(
+        "--step-in-backward",
+        nargs="?",
+        const=["linear"],
+        type=_names(IN_BACKWARD),
+        metavar="A,B",
+        help="measure instead whole iterations by AdamW whose updates come in the backward pass: "
+        f"{', '.join(IN_BACKWARD)} (linear); a minute each",
+    )
     add("--seed", type=whole(0), default=0, metavar="N", help="of values, order and weights (0)")
     add(
         "--threads",
@@ -180,6 +198,16 @@ def chosen_cells(args: argparse.Namespace) -> list[Cell]:
     return cells
 
 
+def check_backward_options(args: argparse.Namespace) -> None:
+    """Raise if an option has no effect with ``--step-in-backward``.
+
+    Raises:
+        argparse.ArgumentError: naming the option.
+    """
+    words = "--step-in-backward: it measures few models by AdamW, in float32, on the CPU"
+    _refuse_options(args, (*_ONLY_OF_CELLS, "rules", "compile", "training", "features"), words)
+
+
 def check_model_options(args: argparse.Namespace) -> None:
     """Raise if an option has no effect with ``--model``.
 
@@ -187,7 +215,8 @@ def check_model_options(args: argparse.Namespace) -> None:
         argparse.ArgumentError: naming the option.
     """
     words = "--model: the parameters are those of your function"
-    _refuse_options(args, (*_ONLY_OF_CELLS, "training", "features", "masters"), words)
+    others = ("training", "features", "masters", "step_in_backward")
+    _refuse_options(args, (*_ONLY_OF_CELLS, *others), words)
 
 
 def check_training_options(args: argparse.Namespace) -> None:

@@ -35,7 +35,7 @@ struct Pass {
     // Takes in where the parameters of all buckets are.
     void place(const std::vector<Bucket*>& buckets) {
         if (knows(buckets)) return;
-        places_.clear(), editions_.clear();
+        forget_places();
         for (size_t b = 0; b < buckets.size(); ++b) {
             editions_.emplace_back(buckets[b], buckets[b]->edition);
             for (int64_t i = 0; i < buckets[b]->count(); ++i)
@@ -46,9 +46,12 @@ struct Pass {
     const Place* find(PyObject* param, const std::vector<Bucket*>& buckets) const {
         const auto found = places_.find(param);
         if (found == places_.end() || editions_.size() != buckets.size()) return nullptr;
-        const size_t b = found->second.bucket;
-        return is_known(b, buckets) ? &found->second : nullptr;
+        const auto& [b, row] = found->second;
+        const bool is_own = is_known(b, buckets) && buckets[b]->params[size_t(row)].is(param);
+        return is_own ? &found->second : nullptr;
     }
+    // Called when the plan gets other buckets, whose addresses may be those of the old ones.
+    void forget_places() { places_.clear(), editions_.clear(); }
 
     void close() {
         const Ref old = std::move(launch);

@@ -64,6 +64,7 @@ inline PyObject* plan_set_buckets(PyObject* self, PyObject* const* args, Py_ssiz
     }
     plan.unbind();
     plan.pass.close();
+    plan.pass.forget_places();
     plan.sources.buckets.clear();
     for (const Ref& each : buckets) plan.sources.buckets.push_back(&BucketObject::of(each.get()));
     const std::vector<Ref> old = std::exchange(plan.buckets, std::move(buckets));

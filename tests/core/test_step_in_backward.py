@@ -315,3 +315,22 @@ def test_a_group_that_a_hook_adds_within_a_pass():
     for opt in (twins.opt, twins.ordinary):
         opt.step()
     twins.compare()
+
+
+def test_a_plan_built_anew_where_the_old_one_lay_has_other_rows():
+    """The rows of equal shapes change places, and new buckets may have old addresses."""
+
+    class Equal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.parts = nn.ParameterList([torch.randn(3) for _ in range(4)])
+
+        def loss(self, k: int) -> Tensor:
+            used = [p for i, p in enumerate(self.parts) if i != k % 5]
+            return torch.stack([(p - i).square().sum() for i, p in enumerate(used)]).sum()
+
+    twins = Twins(lambda model: adamw(model, average=Ema(0.5)), Equal)
+    for k in range(60):
+        plan_of(twins.opt).forget()
+        twins.step(k)
