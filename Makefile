@@ -17,7 +17,8 @@ ON_TRITON := $(TRITON)/test_triton.py $(TRITON)/test_triton_changes.py \
 	$(TRITON)/test_triton_gpu.py $(TRITON)/test_triton_graphs.py \
 	$(TRITON)/test_triton_refusals.py $(TRITON)/test_triton_schedule.py \
 	$(TRITON)/test_triton_settings.py $(TRITON)/test_triton_skipping.py \
-	$(TRITON)/test_triton_averages.py
+	$(TRITON)/test_triton_averages.py $(TRITON)/test_triton_masters.py \
+	$(TRITON)/test_triton_backward.py
 
 INTERPRETED := $(ON_TRITON) $(TRITON)/test_triton_machine.py $(TRITON)/test_triton_memory.py \
 	tests/core/test_hostile_checkpoints.py tests/core/test_resume_data.py tests/fuzz/test_fuzz.py
@@ -113,7 +114,8 @@ test-newest: $(NEWEST)/.test
 FAKE := build/fake_gpu
 FAKE_TESTS := $(TRITON)/test_triton_graphs.py tests/test_gpu.py $(TRITON)/test_triton.py \
 	$(TRITON)/test_triton_gpu.py $(TRITON)/test_triton_settings.py \
-	$(TRITON)/test_triton_skipping.py $(TRITON)/test_triton_averages.py tests/fake_gpu
+	$(TRITON)/test_triton_skipping.py $(TRITON)/test_triton_averages.py \
+	$(TRITON)/test_triton_masters.py $(TRITON)/test_triton_backward.py tests/fake_gpu
 FAKE_PYTHON := LD_PRELOAD=$(CURDIR)/$(FAKE)/libcuda.so.1 $(NEWEST)/bin/python
 FIRST ?= 0
 SEEDS ?= 20
@@ -195,6 +197,7 @@ pictures: $(VENV)/.demo
 	$(BIN)/clr-optim plot --out docs
 	$(BIN)/python docs/draw_gallery.py
 	$(BIN)/python docs/draw_range_test.py
+	$(BIN)/python docs/draw_masters.py
 
 # The notebook of the docs, with its outputs.
 notebook: $(VENV)/.docs $(VENV)/.demo

@@ -19,6 +19,8 @@ from statistics import median
 from typing import Any
 
 from clr_optim.bench.features_report import NAMES, features_cells
+from clr_optim.bench.masters_report import NAMES as MASTERS
+from clr_optim.bench.masters_report import masters_cells
 from clr_optim.bench.report import (
     best_of_torch,
     is_on_gpu,
@@ -153,6 +155,17 @@ def _features(results: Mapping[str, Any], dtype: str) -> str:
     return "\n".join([f"| Adam | {' | '.join(heads)} |", rule, *lines])
 
 
+def _masters(results: Mapping[str, Any], dtype: str) -> str:
+    """Return a table of steps with float32 masters, and of the bytes that each variant needs."""
+    heads = ["AdamW", "bfloat16 with", "step", "over `master_weights`", "bytes moved", "bytes kept"]
+    lines = [
+        f"| {_WORKLOADS[row['workload']]} | {words} | {' | '.join(masters_cells(row, name))} |"
+        for row in results["masters"]
+        for name, words in MASTERS.items()
+    ]
+    return "\n".join([f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|", *lines])
+
+
 def _calls(results: Mapping[str, Any], dtype: str) -> str:
     """Return a table of the times of single calls."""
     lines = [f"| {name} | {time_in_words(results['calls'][key])} |" for key, name in CALLS.items()]
@@ -166,6 +179,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "training": _training,
     "calls": _calls,
     "features": _features,
+    "masters": _masters,
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["DTYPES", "IN_TRAINING", "ONLY_ON_GPU", "RULES", "WORKLOADS", "Rule"]
+__all__ = ["DTYPES", "IN_BACKWARD", "IN_TRAINING", "ONLY_ON_GPU", "RULES", "WORKLOADS", "Rule"]
 
 Shape = tuple[int, ...]
 
@@ -111,6 +111,10 @@ WORKLOADS: dict[str, list[Shape]] = {
     "one_33m": [(2**25,)],
     "1b": _1b(),
 }
+
+#: Models whose whole iterations are measured with steps in backward, and how many iterations of a
+#: turn are timed after how many others.
+IN_BACKWARD = {"linear": (8, 4), "gpt2": (2, 1)}
 
 #: The small models whose step is measured in training, by the widths of their linear layers. No
 #: widths: the workload of this name.

@@ -66,11 +66,6 @@ class Average:
         """Return the weight of the next parameter, after ``count`` >= 1 averages."""
         raise NotImplementedError
 
-    @property
-    def _slot(self) -> AverageSlot:
-        """The state tensor that holds the average."""
-        return AverageSlot(wide=self.dtype)
-
 
 @dataclass(frozen=True, repr=False)
 class CycleEnd(Average):
@@ -217,9 +212,16 @@ def unmoved_averages_warning(source: str) -> str:
     )
 
 
-def slot_of(average: Average | None) -> AverageSlot | None:
-    """Return the state tensor that holds an average, if any."""
-    return None if average is None else average._slot
+def slot_of(average: Average | None, *, masters: bool = False) -> AverageSlot | None:
+    """Return the state tensor that holds an average, if any.
+
+    Args:
+        average: the average.
+        masters: whether bfloat16 parameters have float32 masters: averages of these are float32.
+    """
+    if average is None:
+        return None
+    return AverageSlot(wide=torch.float32 if masters else average.dtype)
 
 
 def closed_form(average: Average, schedule: Schedule) -> tuple[int, int, int, float]:

@@ -25,6 +25,9 @@ KEYS = (STEP, BASE, MAX, SCHEDULE, SCHEDULES, BASE_MOMENTUM, MAX_MOMENTUM, SKIPS
 #: The name of a parameter's average in the state, beside torch's names.
 AVERAGE = "clr_average"
 
+#: The name of what rounding took from the float32 master of a bfloat16 parameter, likewise.
+REST = "clr_rest"
+
 #: The entry of a state dict that holds the keys of each group, if the layout drops unknown keys.
 ENTRY = "clr_optim"
 

@@ -15,7 +15,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from clr_optim.averages import CycleEnd, Ema
 from clr_optim.backends.torch import is_wrapped_by_torch
 from clr_optim.core import arguments, checkpoint, edits, settings
-from clr_optim.core.averaged import Averaged
+from clr_optim.core.backward_steps import BackwardSteps
 from clr_optim.core.course import Number
 from clr_optim.core.misnamed import refuse_misnamed
 from clr_optim.core.refused_writes import refuse_writes
@@ -33,7 +33,7 @@ __all__ = ["CyclicalOptimizer", "CyclicalScheduler"]
 
 
 @refuse_writes
-class CyclicalOptimizer(Averaged[OptimizerT]):
+class CyclicalOptimizer(BackwardSteps[OptimizerT]):
     """Wrap a torch optimizer and cycle its learning rate, with nothing else to step or save.
 
     For the ``t``-th ``step()``, counted from 0 (see :mod:`clr_optim.schedule`)::
@@ -87,6 +87,9 @@ class CyclicalOptimizer(Averaged[OptimizerT]):
         average: keep an average of each parameter, moved within the step: ``"cycle_end"`` or a
             :class:`~clr_optim.CycleEnd` for the mean at the ends of cycles, an
             :class:`~clr_optim.Ema` for an exponential mean. See :meth:`averaged`.
+        master_weights: keep a float32 master of each bfloat16 parameter: 16 bits of state beside
+            the parameter, which is the master rounded. The course is that of a float32 model, bit
+            for bit. Needs a fused kernel. See :meth:`master_state_dict`.
         backend: ``"torch"`` (the wrapped optimizer's step), ``"native"`` (C++ kernels for CPU
             tensors), ``"triton"`` (kernels for GPU tensors) or ``"auto"``: ``"triton"`` for
             parameters on NVIDIA GPUs that Triton compiles for, ``"native"`` on the CPU, and the
@@ -133,6 +136,7 @@ class CyclicalOptimizer(Averaged[OptimizerT]):
         max_grad_norm: float | None = None,
         skip_above: float | Spike | None = None,
         average: str | CycleEnd | Ema | None = None,
+        master_weights: bool = False,
         backend: str = "auto",
     ) -> None:
         arguments.check_optimizer(optimizer, CyclicalOptimizer)
@@ -159,6 +163,7 @@ class CyclicalOptimizer(Averaged[OptimizerT]):
             schedules=schedules,
             skip_above=skip_above,
             average=average,
+            master_weights=master_weights,
         )
         # From here on only a warning that the user turned into an error can raise.
         self._set_up(start.settings, start.chosen, start.statistics)
@@ -174,6 +179,7 @@ class CyclicalOptimizer(Averaged[OptimizerT]):
         max_grad_norm: float | None = None,
         skip_above: float | Spike | None = None,
         average: str | CycleEnd | Ema | None = None,
+        master_weights: bool = False,
         backend: str = "auto",
     ) -> CyclicalOptimizer[Optimizer]:
         """Take over a scheduler of torch and its optimizer, in mid-run or before.
@@ -205,7 +211,8 @@ class CyclicalOptimizer(Averaged[OptimizerT]):
             steps_per_epoch: the optimizer's steps between two calls of ``scheduler.step()``. If the
                 loop calls it once per epoch, the rate changes once per epoch here too: take the
                 scheduler over at the end of an epoch.
-            schedules, max_grad_norm, skip_above, average, backend: as in the constructor.
+            schedules, max_grad_norm, skip_above, average, master_weights, backend: as in the
+                constructor.
 
         Returns:
             An optimizer around ``scheduler.optimizer``.
@@ -238,6 +245,7 @@ class CyclicalOptimizer(Averaged[OptimizerT]):
                 max_grad_norm=max_grad_norm,
                 skip_above=skip_above,
                 average=average,
+                master_weights=master_weights,
                 backend=backend,
                 **edits.arguments_of(taken),
             )
@@ -295,7 +303,8 @@ class CyclicalOptimizer(Averaged[OptimizerT]):
             >>> print(opt.explain())
             torch: 2 parameter tensors, 10 values, SGD: asked for by backend='torch'
         """
-        return self._shared.serving.explain()
+        shared = self._shared
+        return "\n".join([shared.serving.explain(), *shared.in_backward.explain()])
 
     plot = plot_optimizer
 

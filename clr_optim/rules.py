@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clr_optim.keys import AVERAGE
+from clr_optim.keys import AVERAGE, REST
 
 __all__ = [
     "KERNELS",
@@ -27,6 +27,7 @@ __all__ = [
     "SHIPPED",
     "STATE_SLOTS",
     "AverageSlot",
+    "RestSlot",
     "Slot",
     "StateSlots",
     "UpdateRule",
@@ -86,6 +87,20 @@ class AverageSlot(Slot):
         if average.dtype != dtype:
             average = state[self.name] = average.to(dtype)
         return average
+
+
+@dataclass(frozen=True)
+class RestSlot(Slot):
+    """The rest of a master: 16 raw bits beside each value of a bfloat16 parameter.
+
+    It follows the slots of the rule, and starts with zeros. The dtype is bfloat16, and kernels read
+    the bits as int16.
+
+    Args:
+        name, fill: as for :class:`Slot`.
+    """
+
+    name: str = REST
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,16 @@ def overlook_outside_writes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(GroupMirror, "is_untouched", lambda self, position: True)
 
 
+def steps_in_backward(opt: Wrapped) -> bool:
+    """Return whether hooks update the parameters in the backward pass."""
+    return opt._shared.in_backward.is_active
+
+
+def drop_pass(opt: Wrapped) -> None:
+    """Forget which parameters the present backward pass has updated."""
+    opt._shared.in_backward.drop_pass()
+
+
 def drop_cycle_end_hooks(opt: Wrapped) -> None:
     """Remove the hooks, which no pickle holds."""
     opt._cycle_end_hooks.clear()

@@ -13,7 +13,7 @@ from places import ROOT, TESTS
 FLOORS = (
     ("_version", "checks", "console", "keys", "options", "pictures"),
     ("gate", "rules", "schedule", "sharding"),
-    ("averages", "from_torch", "kernels"),
+    ("averages", "from_torch", "kernels", "masters"),
     ("plan",),
     ("backends",),
     ("core",),

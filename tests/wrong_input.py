@@ -28,6 +28,7 @@ import test_commands
 import test_from_any_scheduler
 import test_from_scheduler
 import test_hostile_checkpoints as checkpoints
+import test_master_weights_refused as master_weights
 import test_optimizer_errors as errors
 import test_plotting
 import test_range_test_arguments as range_test_arguments
@@ -36,6 +37,7 @@ import test_register_rule
 import test_setting_schedules
 import test_skipping
 import test_snapshots
+import test_uses_in_backward
 from cases import BY_NAME
 from torch import Tensor
 
@@ -112,6 +114,9 @@ def attempts() -> Iterator[Attempt]:
         yield Attempt(where, f"optimizer: {name}", lambda m=make: CyclicalOptimizer(m()))
     for name, (options, *_) in errors.CONSTRUCTOR.items():
         yield Attempt(where, name, lambda o=options: CyclicalOptimizer(errors.adam(), **o))
+    for name, (call, error, _) in test_uses_in_backward.REFUSED.items():
+        if error is not RuntimeError:
+            yield Attempt("step_in_backward", name, call)
     for options, _ in test_skipping.WRONG_SPIKES:
         yield Attempt("Spike", f"{options!r}", lambda o=options: Spike(**o))
     for name, (schedules, *_) in test_setting_schedules.REFUSED.items():
@@ -122,6 +127,16 @@ def attempts() -> Iterator[Attempt]:
         )
     for name, (make, *_) in test_averages.WRONG.items():
         yield Attempt("CycleEnd, Ema", name, make)
+    for name, (_, make) in master_weights.REFUSED.items():
+        yield Attempt(
+            f"{where}, master_weights", name, lambda m=make: master_weights.construct(*m())
+        )
+    for name, (_, change) in master_weights.BAD_LOADS.items():
+        yield Attempt(
+            f"{where}.load_master_state_dict",
+            name,
+            lambda c=change: master_weights.load_masters(c, *master_weights.linear()),
+        )
     for name, (build, *_) in test_from_scheduler.REFUSED.items():
         yield Attempt(
             f"{where}.from_scheduler",
@@ -154,6 +169,12 @@ def attempts() -> Iterator[Attempt]:
         attack = checkpoints.set_group(clr_skips=value)
         yield Attempt(
             f"{where}.load_state_dict", f"statistics: {name}", lambda a=attack: _loaded(a)
+        )
+    for name in master_weights.BAD_CHECKPOINTS:
+        yield Attempt(
+            f"{where}.load_state_dict",
+            f"float32 masters: {name}",
+            lambda n=name: master_weights.load_checkpoint(n),
         )
     for name, (cls, rule, *_) in test_register_rule.REFUSED.items():
         yield Attempt("register_rule", name, lambda c=cls, r=rule: register_rule(c, r))

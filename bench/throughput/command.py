@@ -14,21 +14,26 @@ from typing import Any
 import torch
 
 from clr_optim import plotting
+from clr_optim.bench.backward_report import backward_table
 from clr_optim.bench.features_report import features_table
 from clr_optim.bench.gpu import Gpu, Stopwatch
 from clr_optim.bench.machine import Limit, describe_machine
+from clr_optim.bench.masters_report import masters_table
 from clr_optim.bench.model_report import model_table
 from clr_optim.bench.models import MODELS
 from clr_optim.bench.report import table
 from clr_optim.bench.throughput.cells import Row, measure_cell, measure_cell_on_gpu
 from clr_optim.bench.throughput.features import measure_features
 from clr_optim.bench.throughput.iterations import measure_workload_iterations
+from clr_optim.bench.throughput.masters import measure_masters
 from clr_optim.bench.throughput.one_model import measure_model
 from clr_optim.bench.throughput.options import (
     EXAMPLES,
     Cell,
     add_arguments,
+    check_backward_options,
     check_features_options,
+    check_masters_options,
     check_model_options,
     check_training_options,
     chosen_cells,
@@ -36,6 +41,7 @@ from clr_optim.bench.throughput.options import (
 )
 from clr_optim.bench.throughput.overhead import measure_in_backward, measure_overhead
 from clr_optim.bench.throughput.processes import measure_first_step, measure_memory
+from clr_optim.bench.throughput.step_in_backward import measure_step_in_backward
 from clr_optim.bench.throughput.tensors import Tensors
 from clr_optim.bench.throughput.training import measure_training
 from clr_optim.bench.training_report import training_table
@@ -57,7 +63,8 @@ DESCRIPTION = (
     "measures a GPU: device and host apart, and captured graphs too. With --model it measures your "
     "parameters in a minute: time and memory of each variant, and the time that ours saves. With "
     "--training it measures the step between the passes of small models, and with --features what "
-    "clipping, skipping and averages add."
+    "clipping, skipping and averages add. With --masters it measures float32 masters of bfloat16, "
+    "and with --step-in-backward whole iterations whose updates come in the backward pass."
 )
 
 #: The length of the arrays that measure a GPU's bandwidth: 3 GiB in all.
@@ -77,10 +84,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.model:
         check_model_options(args)
+    elif args.step_in_backward:
+        check_backward_options(args)
     elif args.training:
         check_training_options(args)
     elif args.features:
         check_features_options(args)
+    elif args.masters:
+        check_masters_options(args)
     args.device = args.device or "cpu"
     measure, text = _measurement(args)
     check_json(args.json)
@@ -105,10 +116,14 @@ def _measurement(
     """Return the function that measures, and the function that puts its results into words."""
     if args.model:
         return measure_model, model_table
+    if args.step_in_backward:
+        return measure_step_in_backward, backward_table
     if args.training:
         return measure_training, training_table
     if args.features:
         return measure_features, features_table
+    if args.masters:
+        return measure_masters, masters_table
     return partial(_measure, chosen_cells(args)), table
 
 

@@ -9,12 +9,20 @@ import torch
 
 from clr_optim.bench.arguments import device, duration
 from clr_optim.bench.models import MODELS
-from clr_optim.bench.workloads import DTYPES, IN_TRAINING, ONLY_ON_GPU, RULES, WORKLOADS
+from clr_optim.bench.workloads import (
+    DTYPES,
+    IN_BACKWARD,
+    IN_TRAINING,
+    ONLY_ON_GPU,
+    RULES,
+    WORKLOADS,
+)
 from clr_optim.options import add_json, flag, spelled, whole
 
 __all__ = [
-    "EXAMPLES", "Cell", "add_arguments", "check_features_options", "check_model_options",
-    "check_training_options", "chosen_cells", "seconds_per_cell",
+    "EXAMPLES", "Cell", "add_arguments", "check_backward_options", "check_features_options",
+    "check_masters_options",
+    "check_model_options", "check_training_options", "chosen_cells", "seconds_per_cell",
 ]  # fmt: skip
 
 Cell = tuple[str, str, str]  # workload, dtype, rule
@@ -25,6 +33,7 @@ _ONLY_OF_CELLS = (
 )  # fmt: skip
 _QUICK = ("mlp", "1000x256", "resnet50")
 _WITH_FEATURES = ("mlp", "1000x256", "resnet50", "gpt2")
+_WITH_MASTERS = ("resnet50", "gpt2")
 #: The largest first, so that a run that is short of time measures them.
 _WORKLOADS_ON_GPU = ("1b", "gpt2", "resnet50", "1000x256", "mlp")
 
@@ -35,6 +44,8 @@ EXAMPLES = """examples:
   clr-optim bench --iterations --workloads mlp --rules adamw --cells-only
   clr-optim bench --training --rules adam,adamw
   clr-optim bench --features mlp,gpt2
+  clr-optim bench --masters resnet50
+  clr-optim bench --step-in-backward linear,gpt2
   clr-optim bench --model mine:task
 
 --model takes MODULE:FUNCTION. The function takes no arguments and returns an nn.Module, or an
@@ -116,6 +127,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure instead what clipping, skip_above and averages add to the step: "
         f"{', '.join(_WITH_FEATURES)}; by Adam or --rules, in float32",
     )
+    add(
+        "--masters",
+        nargs="?",
+        const=list(_WITH_MASTERS),
+        type=_names([name for name in WORKLOADS if name not in ONLY_ON_GPU]),
+        metavar="A,B",
+        help="measure instead a step with float32 masters, beside bfloat16 alone and a separate "
+        f"master: {', '.join(_WITH_MASTERS)}; by AdamW or --rules",
+    )
+    add(
+        "--step-in-backward",
+        nargs="?",
+        const=["linear"],
+        type=_names(IN_BACKWARD),
+        metavar="A,B",
+        help="measure instead whole iterations by AdamW whose updates come in the backward pass: "
+        f"{', '.join(IN_BACKWARD)} (linear); a minute each",
+    )
     add("--seed", type=whole(0), default=0, metavar="N", help="of values, order and weights (0)")
     add(
         "--threads",
@@ -169,6 +198,16 @@ def chosen_cells(args: argparse.Namespace) -> list[Cell]:
     return cells
 
 
+def check_backward_options(args: argparse.Namespace) -> None:
+    """Raise if an option has no effect with ``--step-in-backward``.
+
+    Raises:
+        argparse.ArgumentError: naming the option.
+    """
+    words = "--step-in-backward: it measures few models by AdamW, in float32, on the CPU"
+    _refuse_options(args, (*_ONLY_OF_CELLS, "rules", "compile", "training", "features"), words)
+
+
 def check_model_options(args: argparse.Namespace) -> None:
     """Raise if an option has no effect with ``--model``.
 
@@ -176,7 +215,8 @@ def check_model_options(args: argparse.Namespace) -> None:
         argparse.ArgumentError: naming the option.
     """
     words = "--model: the parameters are those of your function"
-    _refuse_options(args, (*_ONLY_OF_CELLS, "training", "features"), words)
+    others = ("training", "features", "masters", "step_in_backward")
+    _refuse_options(args, (*_ONLY_OF_CELLS, *others), words)
 
 
 def check_training_options(args: argparse.Namespace) -> None:
@@ -186,7 +226,7 @@ def check_training_options(args: argparse.Namespace) -> None:
         argparse.ArgumentError: naming the option.
     """
     words = "--training: its models are small, in float32, on the CPU"
-    _refuse_options(args, (*_ONLY_OF_CELLS, "compile", "features"), words)
+    _refuse_options(args, (*_ONLY_OF_CELLS, "compile", "features", "masters"), words)
 
 
 def check_features_options(args: argparse.Namespace) -> None:
@@ -196,6 +236,16 @@ def check_features_options(args: argparse.Namespace) -> None:
         argparse.ArgumentError: naming the option.
     """
     words = "--features: it measures few workloads, in float32, on the CPU"
+    _refuse_options(args, (*_ONLY_OF_CELLS, "compile", "masters"), words)
+
+
+def check_masters_options(args: argparse.Namespace) -> None:
+    """Raise if an option has no effect with ``--masters``.
+
+    Raises:
+        argparse.ArgumentError: naming the option.
+    """
+    words = "--masters: it measures few workloads, in bfloat16, on the CPU"
     _refuse_options(args, (*_ONLY_OF_CELLS, "compile"), words)
 
 

@@ -23,8 +23,8 @@ from clr_optim.bench.user_model import load_model
 from clr_optim.bench.workloads import RULES, WORKLOADS
 
 __all__ = [
-    "measure_first_step", "measure_memory", "measure_model_memory", "probe_first_step",
-    "probe_memory", "probe_model_memory",
+    "measure_first_step", "measure_iteration_memory", "measure_memory", "measure_model_memory",
+    "probe_first_step", "probe_iteration_memory", "probe_memory", "probe_model_memory",
 ]  # fmt: skip
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -87,6 +87,47 @@ def measure_model_memory(model: str, rule: str, seed: int) -> dict[str, Any]:
     return _in_process("probe_model_memory", model, rule, seed)
 
 
+def measure_iteration_memory(model: str, variant: str, seed: int) -> dict[str, Any]:
+    """Measure the memory that an iteration takes beyond parameters and state, in a new process.
+
+    Args:
+        model: a model of :data:`clr_optim.bench.workloads.IN_BACKWARD`.
+        variant: a variant of its iterations.
+        seed: of the first weights.
+
+    Returns:
+        ``peak_bytes``, the growth of the peak resident memory, or ``skipped`` with the reason.
+    """
+    if not _CLEAR_REFS.exists():
+        return dict(_NOT_LINUX)
+    return _in_process("probe_iteration_memory", model, variant, seed)
+
+
+def probe_iteration_memory(model: str, variant: str, seed: int) -> dict[str, Any]:
+    """Measure in this process, which must have done nothing else before."""
+    from clr_optim.bench.throughput.step_in_backward import make_variants
+
+    params, variants = make_variants(model, seed)
+    alive = 0
+
+    def count(_: Any) -> None:
+        nonlocal alive
+        present = sum(p.numel() * p.element_size() for p in params if p.grad is not None)
+        alive = max(alive, present)
+
+    with variants[variant]() as iterate:
+        for _ in range(2):
+            iterate()
+        for param in params:
+            param.grad = None
+        peak = _peak_of(iterate)
+        for param in params:
+            add: Any = param.register_post_accumulate_grad_hook
+            add(count)
+        iterate()
+    return {**peak, "gradients_alive_bytes": alive}
+
+
 def probe_memory(workload: str) -> dict[str, Any]:
     """Measure in this process, which must have done nothing else before."""
     tensors = Tensors(WORKLOADS[workload], torch.float32)
@@ -112,18 +153,26 @@ def _probe_memory(tensors: Tensors, rule: str) -> dict[str, Any]:
             tensors.move_gradients()
             step()
         tensors.move_gradients()
-        gc.collect()
-        # glibc keeps freed memory. A step that reuses such memory would seem to take none.
-        with suppress(AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
-        before = _resident("VmRSS")
-        try:
-            _CLEAR_REFS.write_text("5")
-        except OSError as error:
-            return {"skipped": f"/proc/self/clear_refs cannot be written ({error.strerror})"}
-        step()
-        result[f"{name}_bytes"] = max(0, _resident("VmHWM") - before)
+        peak = _peak_of(step)
+        if "peak_bytes" not in peak:
+            return peak
+        result[f"{name}_bytes"] = peak["peak_bytes"]
     return result
+
+
+def _peak_of(step: Step) -> dict[str, Any]:
+    """Return by how many bytes the peak resident memory grows, as ``peak_bytes``."""
+    gc.collect()
+    # glibc keeps freed memory. A step that reuses such memory would seem to take none.
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    before = _resident("VmRSS")
+    try:
+        _CLEAR_REFS.write_text("5")
+    except OSError as error:
+        return {"skipped": f"/proc/self/clear_refs cannot be written ({error.strerror})"}
+    step()
+    return {"peak_bytes": max(0, _resident("VmHWM") - before)}
 
 
 def _resident(key: str) -> int:

@@ -63,6 +63,7 @@ def make(
     *,
     asked: bool,
     average: Average | None = None,
+    masters: bool = False,
 ) -> FusedBackend | None:
     """Return a fused backend for one optimizer, or None while no parameter lies where it works.
 
@@ -74,6 +75,7 @@ def make(
         lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
         asked: whether the user named the backend.
         average: which average of the parameters the steps keep, if any.
+        masters: whether bfloat16 parameters have float32 masters.
 
     Raises:
         NoKernelsError: if the kernels cannot serve here.
@@ -83,7 +85,9 @@ def make(
     if not any(param.device.type in types for param in params):
         return None
     device = plan_device(name, optimizer)
-    return _FUSED[name].make(optimizer, rule, schedule, device, lock, asked=asked, average=average)
+    return _FUSED[name].make(
+        optimizer, rule, schedule, device, lock, asked=asked, average=average, masters=masters
+    )
 
 
 def resolve(backend: object, optimizer: Optimizer) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
@@ -127,6 +127,9 @@ class FusedBackend(Protocol):
     sees_overflows: ClassVar[bool]
     """Whether the kernels read ``found_inf``, so that the host need not wait for it."""
 
+    steps_in_backward: ClassVar[bool]
+    """Whether single parameters can be updated in the backward pass, see :meth:`open_pass`."""
+
     plan: Plan
     """The tensors that the kernels update, bucket by bucket."""
 
@@ -145,6 +148,7 @@ class FusedBackend(Protocol):
         *,
         asked: bool,
         average: Average | None = None,
+        masters: bool = False,
     ) -> FusedBackend:
         """Return a backend for one optimizer.
 
@@ -157,6 +161,7 @@ class FusedBackend(Protocol):
             asked: whether the user named the backend. If not, a missing extension must raise here,
                 so that torch's step can serve.
             average: which average of the parameters the steps keep, if any.
+            masters: whether bfloat16 parameters have float32 masters.
 
         Raises:
             NoKernelsError: if the kernels cannot serve here.
@@ -194,6 +199,26 @@ class FusedBackend(Protocol):
 
         Args:
             has_begun: whether native code had begun to change tensors, and has counted the step.
+        """
+
+    def open_pass(self, course: Course) -> Callable[[int, int], object] | None:
+        """Make ready to update single parameters with the values of the coming step.
+
+        The plan is up to date. For each complete gradient, native code checks the row, has the row
+        updated, counts up the parameter's version, frees the gradient and notes the parameter as
+        done (``plan.native.is_done``). A change of the plan closes the pass, and the core opens the
+        pass again with the same course. Then :meth:`step` ends the pass: the step updates the other
+        parameters, and leaves the averages of the done ones alone.
+
+        Args:
+            course: the place of the coming step in the schedule.
+
+        Returns:
+            A function of the numbers of a bucket and of a row, which updates this one row and moves
+            its average if that is due. ``plan.buckets[b].gradients[row]`` has the address of the
+            gradient. The call comes on the thread and the stream of the backward pass. The answer
+            False tells that nothing was done, and that the core must open the pass again. None:
+            native code updates the row with the CPU's kernels.
         """
 
     def step(self, course: Course, gradients: Gradients) -> Outcome:

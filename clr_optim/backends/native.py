@@ -19,7 +19,7 @@ from clr_optim.backends.base import Course, Gradients, Outcome, WhoKnows
 from clr_optim.backends.torch import has_own_step
 from clr_optim.kernels.native import NoKernelsError, load
 from clr_optim.keys import STEP
-from clr_optim.plan import Plan
+from clr_optim.plan import Extras, Plan
 from clr_optim.rules import RULES, UpdateRule, class_name
 from clr_optim.schedule import Schedule
 from clr_optim.sharding import DTensor, no_sums, sum_over_ranks
@@ -75,6 +75,7 @@ class NativeBackend:
         rule: its update rule.
         lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
         average: which average of the parameters the steps keep, if any.
+        masters: whether bfloat16 parameters have float32 masters.
 
     Raises:
         NoKernelsError: if the compiled kernels cannot serve here.
@@ -86,9 +87,10 @@ class NativeBackend:
         rule: UpdateRule,
         lock: threading.RLock | None = None,
         average: Average | None = None,
+        masters: bool = False,
     ) -> None:
-        slot = slot_of(average)
-        self.plan = Plan(optimizer, rule, library(), "cpu", lock=lock, average=slot)
+        extras = Extras(slot_of(average, masters=masters), masters)
+        self.plan = Plan(optimizer, rule, library(), "cpu", lock=lock, extras=extras)
 
     name: ClassVar[str] = "native"
     capturable: ClassVar[bool] = False
@@ -97,6 +99,7 @@ class NativeBackend:
     reuses_norm: ClassVar[bool] = False
     steps_alone: ClassVar[bool] = True
     sees_overflows: ClassVar[bool] = False
+    steps_in_backward: ClassVar[bool] = True
 
     who_knows = WhoKnows.HOST
 
@@ -116,9 +119,10 @@ class NativeBackend:
         *,
         asked: bool,
         average: Average | None = None,
+        masters: bool = False,
     ) -> NativeBackend:
         """Return a backend for one optimizer; the host evaluates the schedule."""
-        return cls(optimizer, rule, lock, average)
+        return cls(optimizer, rule, lock, average, masters)
 
     def position(self) -> int:
         """Raise: the host counts the steps, so no caller asks the backend."""
@@ -143,6 +147,9 @@ class NativeBackend:
     def keeps(self, lr: Tensor) -> bool:
         """Return False: the host writes the rates."""
         return False
+
+    def open_pass(self, course: Course) -> None:
+        """Return None: native code updates each row itself."""
 
     def step(self, course: Course, gradients: Gradients) -> Outcome:
         """Update all tensors of the plan, or none if the gate closes.

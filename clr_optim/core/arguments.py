@@ -28,6 +28,7 @@ from clr_optim.checks import (
 )
 from clr_optim.core import leftover
 from clr_optim.core.checkpoint.state import check_momentum_state
+from clr_optim.core.mastering import check_master_weights
 from clr_optim.core.per_group import optional_per_group, per_group
 from clr_optim.core.rates import check_tensor_lr
 from clr_optim.core.saved import (
@@ -103,6 +104,7 @@ def check_arguments(
     schedules: object = None,
     average: object = None,
     skip_above: object = None,
+    master_weights: object = False,
 ) -> Start:
     """Check the constructor's arguments; change nothing.
 
@@ -159,7 +161,10 @@ def check_arguments(
     has_averages = check_counts(groups if resumed else [], "optimizer.param_groups")
     schedule.rates(position, bounds)  # a scale_fn may raise
     chosen = backends.resolve(backend, optimizer)
-    settings = Settings(optimizer, schedule, cycles, max_grad_norm, backend, scheduled, skips, kept)
+    masters = check_master_weights(optimizer, master_weights, chosen)
+    settings = Settings(
+        optimizer, schedule, cycles, max_grad_norm, backend, scheduled, skips, kept, masters
+    )
     if cycles:
         check_momentum_state(optimizer, range(len(groups)), "cycle_momentum=True")
     with_momentum = settings.with_momentum_schedule(len(groups))

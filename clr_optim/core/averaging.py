@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clr_optim.averages import Average, done, due, offsets, slot_of
+from clr_optim.averages import done, due, offsets
 from clr_optim.core.position import Position
 from clr_optim.core.settings import Settings
 from clr_optim.keys import AVERAGE, AVERAGES
+from clr_optim.masters import master_of
+from clr_optim.rules import AverageSlot
 from clr_optim.sharding import local_part
 
 __all__ = ["Averaging"]
@@ -77,10 +79,10 @@ class Averaging:
         Raises:
             RuntimeError: if the optimizer keeps state that is no dictionary.
         """
-        average = self._settings.average
-        if average is not None:
+        slot = self._settings.extras.average
+        if slot is not None:
             found = self._without(params)
-            copies.update({p: _copy(p, average) for p in found if p not in copies})
+            copies.update({p: _copy(p, slot) for p in found if p not in copies})
 
     def put(self, params: Iterable[Tensor], copies: Mapping[Tensor, Tensor]) -> None:
         """Create averages after a step, in which the optimizer has made its own state.
@@ -89,10 +91,10 @@ class Averaging:
             params: the parameters that the step has updated by torch's own code.
             copies: what :meth:`copy` copied before the step.
         """
-        average = self._settings.average
-        if average is not None:
+        slot = self._settings.extras.average
+        if slot is not None:
             for param in self._without(params):
-                copy = copies[param] if param in copies else _copy(param, average)
+                copy = copies[param] if param in copies else _copy(param, slot)
                 self._state.setdefault(param, {})[AVERAGE] = copy
 
     def _without(self, params: Iterable[Tensor]) -> list[Tensor]:
@@ -123,12 +125,23 @@ class Averaging:
         groups = settings.optimizer.param_groups
         found, _ = due(settings.average, settings.schedule, position, groups)
         calls = [
-            _move(pairs, weight)
+            self._moving(pairs, weight)
             for group, weight in zip(groups, found, strict=False)
             if (pairs := self._pairs(group, only))
         ]
         # No Python code runs between the calls, so that an interrupt finds all or none.
         moved.extend(itertools.starmap(operator.call, calls))
+
+    def _moving(self, pairs: Sequence[tuple[Tensor, Tensor]], weight: float) -> tuple[Any, ...]:
+        """Return the call that moves averages toward their parameters by a weight; 1 copies."""
+        averages = [local_part(average) for average, _ in pairs]
+        params = [
+            master_of(param, self._state[param]).to(average.dtype)
+            for average, (_, param) in zip(averages, pairs, strict=True)
+        ]
+        if weight == 1.0:
+            return torch._foreach_copy_, averages, params
+        return torch._foreach_lerp_, averages, params, weight
 
     def _pairs(
         self, group: Mapping[str, Any], only: Collection[int] | None = None
@@ -142,7 +155,7 @@ class Averaging:
 
     def _of(self, param: Tensor) -> Tensor | None:
         """Return the average of a parameter, or None without one."""
-        values, slot = self._state.get(param), slot_of(self._settings.average)
+        values, slot = self._state.get(param), self._settings.extras.average
         if slot is None or not isinstance(values, dict):
             return None
         return slot.find(values, param)
@@ -213,21 +226,9 @@ class Averaging:
             _put_back(self._places)
 
 
-def _copy(param: Tensor, average: Average) -> Tensor:
+def _copy(param: Tensor, slot: AverageSlot) -> Tensor:
     """Return a copy of a parameter in the dtype of its average."""
-    return param.detach().to(average._slot.dtype_for(param), copy=True)
-
-
-def _move(pairs: Sequence[tuple[Tensor, Tensor]], weight: float) -> tuple[Any, ...]:
-    """Return the call that moves averages toward their parameters by a weight; 1 copies."""
-    averages = [local_part(average) for average, _ in pairs]
-    params = [
-        local_part(p.detach()).to(average.dtype)
-        for average, (_, p) in zip(averages, pairs, strict=True)
-    ]
-    if weight == 1.0:
-        return torch._foreach_copy_, averages, params
-    return torch._foreach_lerp_, averages, params, weight
+    return param.detach().to(slot.dtype_for(param), copy=True)
 
 
 @torch.no_grad()

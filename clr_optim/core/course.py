@@ -137,6 +137,7 @@ class Course(Wrapper[OptimizerT]):
             (1.5, 3, [0.4])
         """
         iteration = as_position(iteration, "iteration")
+        self._shared.in_backward.refuse_in_pass("set_iteration()")
         self._shared.position.settle()
         self._shared.averaging.begin_anew()
         self._shared.position.go_to(iteration)
@@ -160,6 +161,7 @@ class Course(Wrapper[OptimizerT]):
             >>> opt.get_last_lr(), opt.lr_at(2000)
             ([0.2], [0.4])
         """
+        self._shared.in_backward.refuse_in_pass("set_bounds()")
         edits.set_bounds(self._shared, base_lr, max_lr)
 
 

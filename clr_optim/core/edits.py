@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from clr_optim.checks import check_bounds, shown
@@ -13,6 +14,7 @@ from clr_optim.core import leftover
 from clr_optim.core.arguments import Start, separate_defaults
 from clr_optim.core.checkpoint import warn_other_policy
 from clr_optim.core.followed import schedules_json
+from clr_optim.core.mastering import check_params, create_rests
 from clr_optim.core.per_group import optional_number, optional_per_group
 from clr_optim.core.rates import check_tensor_lr
 from clr_optim.core.saved import initial_bounds, unread_base_warning
@@ -29,6 +31,7 @@ def begin(shared: Shared, start: Start) -> None:
     """Write the start of a new optimizer into its groups, and give the warnings about it."""
     settings, optimizer = start.settings, start.settings.optimizer
     separate_defaults(optimizer)
+    create_rests(settings)
     if start.note is not None:
         leftover.clear(optimizer.param_groups, start.own)
     for group, (base, top), (low, high) in zip(
@@ -126,6 +129,8 @@ def add_param_group(shared: Shared, param_group: Any) -> None:
         optional_number("param_group['base_lr']", given.get("base_lr")),
         optional_number("param_group['max_lr']", given.get("max_lr")),
     )
+    if shared.settings.master_weights:
+        _check_masters(shared, param_group)
     whole = {**inner.defaults, **param_group}
     noted = leftover.noted_settings(inner)
     warning = check_new_group(shared.settings, whole, param_group.keys(), noted)
@@ -151,6 +156,7 @@ def add_param_group(shared: Shared, param_group: Any) -> None:
             ) from error
         raise
     groups = inner.param_groups
+    shared.in_backward.add_hooks(groups[-1]["params"])
     leftover.note_group(inner, groups[-1])
     mirror.fill_in_bounds(len(groups) - 1, groups[-1], bounds)
     if known:
@@ -158,6 +164,26 @@ def add_param_group(shared: Shared, param_group: Any) -> None:
     else:
         position.rewrite()
     warn_each([warning])
+
+
+def _check_masters(shared: Shared, group: dict[str, Any]) -> None:
+    """Raise if a parameter of a new group cannot have a master.
+
+    Args:
+        shared: the optimizer.
+        group: the group. An iterator over parameters becomes a list, as in torch.
+    """
+    inner = shared.settings.optimizer
+    if isinstance(group["params"], Iterator):
+        group["params"] = list(group["params"])
+    given = group["params"]
+    if not isinstance(given, (Tensor, Sequence)):
+        return  # torch refuses it
+    members = [given] if isinstance(given, Tensor) else given
+    named = (each[1] if isinstance(each, tuple) and len(each) == 2 else each for each in members)
+    tensors = [each for each in named if isinstance(each, Tensor)]
+    whole = {**inner.defaults, **group, "params": tensors}
+    check_params(inner, [whole], shared.serving.name)
 
 
 def _check_new_group(inner: Optimizer, param_group: object) -> None:

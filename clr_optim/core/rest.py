@@ -7,6 +7,7 @@ from clr_optim.backends.base import FusedBackend, Gradients
 from clr_optim.backends.torch import ClippedGradients, HiddenGradients, check_clippable, raw_step
 from clr_optim.core import amp
 from clr_optim.core.capture import cannot_capture
+from clr_optim.core.mastering import refuse_rest
 from clr_optim.core.serving import parameters_of
 from clr_optim.core.shared import Shared
 
@@ -26,6 +27,7 @@ def has_rest(shared: Shared, fused: FusedBackend, *, capturing: bool) -> bool:
     """
     plan, settings = fused.plan, shared.settings
     rest = [(p, why) for p, why in plan.rest if p.grad is not None]
+    refuse_rest(shared, plan, rest)
     if not rest or not (capturing or backends.is_fused(settings.backend)):
         return bool(rest)
     needs_norm = settings.max_grad_norm is not None or settings.skip_above is not None

@@ -95,9 +95,10 @@ class Serving:
                 lock,
                 asked=asked,
                 average=self._settings.average,
+                masters=self._settings.master_weights,
             )
         except NoKernelsError as error:
-            if asked:
+            if asked or self._settings.master_weights:
                 raise
             self.name = "torch"
             self.reason = f"the fused kernels cannot serve: {error}"
@@ -113,30 +114,40 @@ class Serving:
                 f"backend='auto', which runs it"
             )
 
+    def reasons(self) -> list[tuple[Tensor, str | None]]:
+        """Return each parameter, and why torch's own step serves it; None if a kernel does."""
+        optimizer, rule, traits = (
+            self._settings.optimizer,
+            rule_for(self._settings.optimizer),
+            self.traits,
+        )
+        if traits is None or isinstance(rule, str):
+            why = self.reason if traits is None else str(rule)
+            return [(param, why) for param in parameters_of(optimizer)]
+        device = backends.plan_device(self.name, optimizer)
+        classes = classify(optimizer.param_groups, rule, device, capturable=traits.capturable)
+        # Only a step finds shared memory and state that no kernel takes.
+        fused = self.fused
+        found = {} if fused is None else {id(p): why for p, why in fused.plan.rest}
+        return [
+            (param, why or found.get(id(param)))
+            for why, params in classes.items()
+            for param in params
+        ]
+
     def explain(self) -> str:
         """Return a line for each backend and reason: which parameters it serves, and why."""
-        optimizer, name, reason = self._settings.optimizer, self.name, self.reason
-        rule = rule_for(optimizer)
-        traits = self.traits
-        if traits is not None and not isinstance(rule, str):
-            device = backends.plan_device(name, optimizer)
-            classes = classify(optimizer, rule, device, capturable=traits.capturable)
-            # Only a step finds shared memory and state that no kernel takes.
-            fused = self.fused
-            found = {} if fused is None else {id(p): why for p, why in fused.plan.rest}
-            served: dict[tuple[str, str], list[Tensor]] = {}
-            for why, params in classes.items():
-                for param in params:
-                    known = why or found.get(id(param))
-                    by = ("torch", known) if known else (name, reason)
-                    served.setdefault(by, []).append(param)
-        else:
-            why = reason if traits is None else str(rule)
-            served = {("torch", why): list(parameters_of(optimizer))}
-        of_class = class_name(type(optimizer))
+        served: dict[tuple[str, str, str], list[Tensor]] = {}
+        for param, why in self.reasons():
+            kind = (
+                ", bfloat16 with float32 masters" if self._settings.extras.has_master(param) else ""
+            )
+            by = (self.name, kind, self.reason) if why is None else ("torch", "", why)
+            served.setdefault(by, []).append(param)
+        of_class = class_name(type(self._settings.optimizer))
         return "\n".join(
-            f"{by}: {len(params)} parameter tensors, {_values_in(params)}, {of_class}: {why}"
-            for (by, why), params in served.items()
+            f"{by}: {len(params)} parameter tensors, {_values_in(params)}, {of_class}{kind}: {why}"
+            for (by, kind, why), params in served.items()
         )
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 from torch.optim import Optimizer
 
-from clr_optim.averages import Average
+from clr_optim.averages import Average, slot_of
 from clr_optim.core.followed import schedules_json
 from clr_optim.gate import Spike
 from clr_optim.keys import BASE_MOMENTUM, MAX_MOMENTUM
+from clr_optim.plan import Extras
 from clr_optim.schedule import Schedule
 
 __all__ = ["HIGH_MOMENTUM", "LOW_MOMENTUM", "Settings"]
@@ -34,6 +35,7 @@ class Settings:
             for a group whose setting stays.
         skip_above: the norm above which a step is skipped, if any.
         average: which average of the parameters the steps keep, if any.
+        master_weights: whether bfloat16 parameters have float32 masters.
     """
 
     optimizer: Optimizer
@@ -44,6 +46,7 @@ class Settings:
     schedules: Mapping[str, Schedule | Sequence[Schedule | None]] = field(default_factory=dict)
     skip_above: float | Spike | None = None
     average: Average | None = None
+    master_weights: bool = False
     #: the policy as the groups hold it
     schedule_json: str = field(init=False)
     #: whether the host must call the user's function to find a rate
@@ -52,6 +55,11 @@ class Settings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule_json", self.schedule.to_json())
         object.__setattr__(self, "has_scale_fn", self.schedule.scale_fn is not None)
+
+    @functools.cached_property
+    def extras(self) -> Extras:
+        """The state that steps keep beside torch's."""
+        return Extras(slot_of(self.average, masters=self.master_weights), self.master_weights)
 
     def schedules_of(self, index: int) -> dict[str, Schedule]:
         """Return the schedules of a group's settings by name, as the constructor was given."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clr_optim.core.averaging import Averaging
 from clr_optim.core.groups import GroupMirror
+from clr_optim.core.in_backward import InBackward
 from clr_optim.core.ordinary import OrdinarySteps
 from clr_optim.core.position import Position
 from clr_optim.core.serving import Serving
@@ -58,6 +59,9 @@ class Shared:
         self.ordinary = OrdinarySteps(
             settings, self.mirror, self.position, self.serving, self.averaging, self.gate
         )
+        self.in_backward = InBackward(
+            settings, self.mirror, self.position, self.serving, self.averaging, self.ordinary.leave
+        )
         _alive.add(self)
 
     def grad_norm(self) -> Tensor | None:
@@ -93,7 +97,7 @@ class Shared:
             attributes: the dictionary of the CyclicalOptimizer.
         """
         with self.lock:
-            return self.ordinary.take(attributes)
+            return not self.in_backward.takes_part and self.ordinary.take(attributes)
 
 
 # A forked process has a copy of each lock, perhaps held by a thread that the process lacks.

@@ -22,6 +22,7 @@ from clr_optim.checks import shown
 from clr_optim.core import amp
 from clr_optim.core.capture import cannot_capture, check_capture
 from clr_optim.core.creation import asks_for_state, create_state
+from clr_optim.core.mastering import refuse_torchs_step
 from clr_optim.core.rest import Borrowed, give_back, has_rest, step_rest
 from clr_optim.core.serving import parameters_of
 from clr_optim.core.shared import Shared
@@ -211,18 +212,22 @@ def _fused_step(context: StepContext, fused: FusedBackend) -> int:
     """
     shared = context.shared
     position = shared.position
+    shared.in_backward.check_step()
     context.begin()
     inner: Any = shared.settings.optimizer
     inner._opt_called = True  # a scheduler that was built on it looks at this
     borrowed: Borrowed = []
     try:
         if context.creates_state:
+            shared.in_backward.refuse_in_pass("a step that creates state")
             create_state(shared, fused, borrowed)
             happened = False
         else:
             happened = _launch(context, fused, borrowed)
-            if not happened and shared.settings.average is not None and fused.plan.pending:
-                fused.plan.forget()  # new averages copy the parameters as of the next step
+            settings = shared.settings
+            copies = settings.average is not None or settings.master_weights
+            if not happened and copies and fused.plan.pending:
+                fused.plan.forget()  # new state copies the parameters as of the next step
         if borrowed:
             give_back(borrowed)
         # The device counts a graph's replays.
@@ -296,12 +301,14 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: Borrowed) -> bo
             return False
         gradients = left
     position = shared.position.number
+    is_done = shared.in_backward.is_done
+    idle = {id(p) for p in plan.unserved if not is_done(p)} if copies or averages else set()
     norm, happened = fused.step(shared.position.course(), gradients)
     if norm is not None:
         shared.ordinary.norm = norm
     if happened and (copies or averages):
         averaging.put(plan.unserved, copies)
-        averaging.take(position, [], only={*map(id, plan.unserved)})
+        averaging.take(position, [], only=idle)
     return happened
 
 
@@ -324,6 +331,7 @@ def _wrapped_step(
     shared = context.shared
     position, serving = shared.position, shared.serving
     copies: dict[Tensor, Tensor] = {}
+    refuse_torchs_step(shared, has_arguments=bool(args or kwargs))
     with shared.lock:
         context.begin()
         # The device will not notice this step.

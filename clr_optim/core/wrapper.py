@@ -103,6 +103,12 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
         inner = self.__dict__.get("_inner")  # absent while the object is unpickled
         if inner is None or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if name == "_step_supports_amp_scaling" and self._shared.in_backward.is_active:
+            raise RuntimeError(
+                "a GradScaler cannot serve an optimizer with step_in_backward(): the hooks see "
+                "scaled gradients, and no overflow check comes before them; train in bfloat16, "
+                "which needs no scaler, or remove the handle"
+            )
         return getattr(inner, name)
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
@@ -174,6 +180,7 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
     def __getstate__(self) -> dict[str, Any]:
         shared = self._shared
         shared.averaging.refuse_exchanged("a copy")
+        shared.in_backward.refuse_in_pass("a copy")
         shared.position.settle()
         shared.averaging.note()
         shared.write_skips()
@@ -187,6 +194,7 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
             "backend": settings.backend,
             "schedules": settings.schedules,
             "average": settings.average,
+            "master_weights": settings.master_weights,
             "skip_above": settings.skip_above,
             "statistics": NO_STATISTICS if shared.gate is None else shared.gate.statistics,
             "own": leftover.noted_settings(self._inner),
@@ -216,6 +224,7 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
             state.get("schedules", {}),
             state.get("skip_above"),
             state.get("average"),
+            state.get("master_weights", False),
         )
         statistics = state.get("statistics", NO_STATISTICS)
         self._set_up(settings, backends.resolve(settings.backend, optimizer), statistics)

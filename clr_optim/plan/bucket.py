@@ -13,7 +13,7 @@ from torch import Tensor
 from clr_optim.plan.eligible import DTYPES
 from clr_optim.plan.row import Row
 from clr_optim.plan.words import known_words
-from clr_optim.rules import KERNELS, Slot
+from clr_optim.rules import KERNELS, AverageSlot, RestSlot, Slot
 from clr_optim.sharding import Spread, local_part
 
 __all__ = ["Bucket", "BucketKey"]
@@ -24,7 +24,7 @@ _KERNELS = tuple(KERNELS)
 # The columns of a row that hold the addresses of `Row.numbers`.
 _NUMBERS = ("counter", "scalar")
 # The columns with the addresses of its slots.
-_SLOTS = ("state0", "state1", "state2", "state3")
+_SLOTS = ("state0", "state1", "state2", "state3", "state4")
 
 
 class BucketKey(NamedTuple):
@@ -32,10 +32,10 @@ class BucketKey(NamedTuple):
 
     kernel: str
     dtype: torch.dtype
+    slot_dtypes: tuple[torch.dtype, ...]
     number_dtypes: tuple[torch.dtype, ...]
     device: torch.device
     spread: Spread | None
-    average: torch.dtype | None
 
 
 @dataclass(eq=False)
@@ -44,21 +44,21 @@ class Bucket:
 
     Args:
         kernel: the name of the kernel.
-        dtype: the dtype of parameters, gradients and the rule's slots.
+        dtype: the dtype of parameters and gradients.
+        slot_dtypes: the dtypes of the slots.
         number_dtypes: the dtypes of the state of one element, see :attr:`Row.numbers`.
         device: the device of all tensors.
         spread: how the DTensors are divided over ranks, or None for plain tensors.
-        average: the dtype of the parameters' averages, or None without averages.
-        slots: the state that the kernel keeps, the average last.
+        slots: the state that the kernel keeps, see :attr:`Row.kinds`.
         numbers: the names of the state of one element.
     """
 
     kernel: str
     dtype: torch.dtype
+    slot_dtypes: tuple[torch.dtype, ...]
     number_dtypes: tuple[torch.dtype, ...]
     device: torch.device
     spread: Spread | None
-    average: torch.dtype | None
     slots: tuple[Slot, ...]
     numbers: tuple[str, ...]
     rows: list[Row] = field(default_factory=list)
@@ -68,6 +68,22 @@ class Bucket:
     #: how often the rows have changed
     edition: int = 0
     _columns: tuple[str, ...] = ()
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether the parameters have float32 masters: the slots of the rule are then float32."""
+        return any(isinstance(slot, RestSlot) for slot in self.slots)
+
+    @property
+    def average(self) -> torch.dtype | None:
+        """The dtype of the parameters' averages, or None without averages."""
+        has = self.slots and isinstance(self.slots[-1], AverageSlot)
+        return self.slot_dtypes[-1] if has else None
+
+    @property
+    def rule_slots(self) -> int:
+        """The number of slots that belong to the rule."""
+        return len(self.slots) - self.has_masters - (self.average is not None)
 
     @property
     def table(self) -> np.ndarray[Any, np.dtype[np.void]]:
@@ -97,12 +113,12 @@ class Bucket:
             _KERNELS.index(self.kernel),
             DTYPES.index(self.dtype),
             (*(slot.name for slot in self.slots), *self.numbers),
-            len(self.slots),
+            tuple(DTYPES.index(dtype) for dtype in self.slot_dtypes),
+            self.has_masters,
             tuple(self._number_sizes),
             (int(device_type), int(device_id)),
             self.spread is not None,
             tuple(words),
-            -1 if self.average is None else DTYPES.index(self.average),
         )
 
     def add(self, row: Row, grad: Tensor | None, entry: dict[str, Any]) -> None:
@@ -137,10 +153,8 @@ class Bucket:
     def spans(self, index: int) -> list[tuple[int, int]]:
         """Return the memory that a row points to."""
         line = self.table[index]
-        dtypes = [self.dtype] * (1 + len(self.slots))
-        if self.average is not None:
-            dtypes[-1] = self.average
         spans = []
+        dtypes = (self.dtype, *self.slot_dtypes)
         for name, dtype in zip(("param", *_SLOTS), dtypes, strict=False):
             size = int(line["numel"]) * dtype.itemsize
             if size:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from clr_optim.rules import UpdateRule
 from clr_optim.sharding import local_part, same_spread, why_not_local
@@ -69,11 +71,15 @@ def is_plain(tensor: object, param: Tensor, dtype: torch.dtype | None = None) ->
 
 
 def classify(
-    optimizer: Optimizer, rule: UpdateRule, device: str, *, capturable: bool = False
+    groups: Iterable[Mapping[str, Any]],
+    rule: UpdateRule,
+    device: str,
+    *,
+    capturable: bool = False,
 ) -> dict[str | None, list[Tensor]]:
     """Return the parameters by the reason why no kernel serves them; None: a kernel does."""
     reasons: dict[str | None, list[Tensor]] = {}
-    for group in optimizer.param_groups:
+    for group in groups:
         why = rule.not_fused(group, capturable=capturable)
         for param in group["params"]:
             reasons.setdefault(why or why_not(param, param.grad, device), []).append(param)

@@ -15,8 +15,8 @@ from clr_optim.plan.bucket import Bucket, BucketKey
 from clr_optim.plan.eligible import why_not
 from clr_optim.plan.overlap import Memory, sharing
 from clr_optim.plan.reading import GroupReadings
-from clr_optim.plan.row import Row, make_row
-from clr_optim.rules import AverageSlot, UpdateRule
+from clr_optim.plan.row import NO_EXTRAS, Extras, Row, make_row
+from clr_optim.rules import UpdateRule
 from clr_optim.sharding import local_part, spread_of
 
 __all__ = ["Placement", "Target"]
@@ -35,7 +35,7 @@ class Target:
         lib: the compiled extension.
         device: the type of the devices whose tensors kernels update.
         capturable: whether the kernels can be captured into a graph.
-        average: the slot of the averages, if the optimizer averages its parameters.
+        extras: the state that steps keep beside torch's.
     """
 
     optimizer: Optimizer
@@ -43,7 +43,7 @@ class Target:
     lib: ModuleType
     device: str
     capturable: bool = False
-    average: AverageSlot | None = None
+    extras: Extras = NO_EXTRAS
 
 
 class Placement:
@@ -214,14 +214,19 @@ class Placement:
         return bool(self._native.calls != self._calls_before_unfilled)
 
     def hand_over_state(self, state: Any) -> None:
-        """Put the state that a step has filled into ``optimizer.state``, under torch's names."""
+        """Put the state that was filled into ``optimizer.state``, under torch's names.
+
+        A step fills the state of each row with a gradient, and a backward pass that of one row.
+        """
         gradients = {id(bucket): bucket.gradients for bucket, _ in self.unfilled}
         left: list[tuple[Bucket, int]] = []
         for bucket, index in self.unfilled:
-            if not gradients[id(bucket)][index]:
-                left.append((bucket, index))  # another thread took the gradient away
-                continue
             row = bucket.rows[index]
+            in_pass = self._native.in_pass
+            is_filled = self._native.is_done(row.param) if in_pass else gradients[id(bucket)][index]
+            if not is_filled:
+                left.append((bucket, index))  # another thread may have taken the gradient away
+                continue
             entry = state[row.param]
             entry.update(row.pending)
             bucket.note_filled(index, entry)
@@ -243,6 +248,7 @@ class Placement:
                 optimizer=target.optimizer,
                 rule=target.rule,
                 device=target.device,
+                extras=target.extras,
             )
             if isinstance(row, Row):
                 return row
@@ -256,21 +262,19 @@ class Placement:
         key = self._key_of(row)
         bucket = self._by_key.get(key)
         if bucket is None:
-            slots, numbers = self._groups.readings[row.group].slots, self._target.rule.numbers
-            bucket = self._by_key[key] = Bucket(*key, slots, tuple(numbers))
+            numbers = tuple(self._target.rule.numbers)
+            bucket = self._by_key[key] = Bucket(*key, row.kinds, numbers)
             bucket.begin(row, self._target.lib)
             self.buckets.append(bucket)
-        self._note_pending(row, bucket, len(bucket.rows))
         self.params.append(row.param)
         bucket.add(row, grad, self._entry_of(row))
+        self._note_pending(row, bucket, len(bucket.rows) - 1)
 
     def _key_of(self, row: Row) -> BucketKey:
         param = row.param
-        numbers = tuple(number.dtype for number in row.numbers)
+        slots, numbers = (tuple(t.dtype for t in each) for each in (row.slots, row.numbers))
         kernel = self._groups.readings[row.group].kernel
-        slot = self._target.average
-        average = None if slot is None else slot.dtype_for(param)
-        return BucketKey(kernel, param.dtype, numbers, param.device, spread_of(param), average)
+        return BucketKey(kernel, param.dtype, slots, numbers, param.device, spread_of(param))
 
     def _entry_of(self, row: Row) -> dict[str, Any]:
         """Return the dictionary of a row's state, or a draft of it while state is pending."""

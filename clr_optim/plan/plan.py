@@ -22,7 +22,8 @@ from torch.optim import Optimizer
 
 from clr_optim.plan.placement import Placement, Target
 from clr_optim.plan.reading import GroupReadings, why_unreadable
-from clr_optim.rules import AverageSlot, UpdateRule
+from clr_optim.plan.row import NO_EXTRAS, Extras
+from clr_optim.rules import UpdateRule
 from clr_optim.sharding import Spread
 
 __all__ = ["Plan"]
@@ -44,7 +45,7 @@ class Plan:
         device: the type of the devices whose tensors are planned for. Others are left to torch.
         capturable: whether a device runs the kernels, so that a graph can capture them.
         lock: lets one thread at a time use the plan. None makes a new lock.
-        average: the slot of the averages, if the optimizer averages its parameters.
+        extras: the state that steps keep beside torch's.
     """
 
     def __init__(
@@ -56,12 +57,12 @@ class Plan:
         *,
         capturable: bool = False,
         lock: threading.RLock | None = None,
-        average: AverageSlot | None = None,
+        extras: Extras = NO_EXTRAS,
     ) -> None:
         self._optimizer = optimizer
         #: the compiled extension
         self.lib = lib
-        self._target = Target(optimizer, rule, lib, device, capturable, average)
+        self._target = Target(optimizer, rule, lib, device, capturable, extras)
         self.lock = threading.RLock() if lock is None else lock
         #: the plan in native code: scans, kernel calls, whole steps
         self.native: Any = lib.Plan(optimizer, type(optimizer).step, capturable)
@@ -72,7 +73,7 @@ class Plan:
         self._state: Any = None
         self._dicts: dict[Any, Any] = {}  # the items of the state
         self._answer = 0
-        readings = GroupReadings(rule, average=average)
+        readings = GroupReadings(rule)
         self._publish(readings, Placement(self._target, readings, self.native))
         self._write_scalars()
 
@@ -191,7 +192,7 @@ class Plan:
     def after_fork(self, lock: threading.RLock) -> None:
         """Start anew, with a new lock, in a forked process: it lacks the other threads."""
         self.lock = lock
-        self.native.after_fork()
+        self.native.after_fork(lock)
         self.forget()
 
     def _are_planned(self, groups: Any) -> bool:
@@ -274,9 +275,7 @@ class Plan:
             calls = self.native.calls
             groups, state = optimizer.param_groups, optimizer.state
             why = why_unreadable(groups, state)
-            readings = GroupReadings(
-                target.rule, list(groups), target.capturable, why, target.average
-            )
+            readings = GroupReadings(target.rule, list(groups), target.capturable, why)
             placement = Placement(target, readings, self.native)
             placement.place_all(why)
             # If a signal handler has taken a step meanwhile, it has created the state itself.

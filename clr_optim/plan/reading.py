@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from clr_optim.rules import AverageSlot, Slot, UpdateRule
+from clr_optim.rules import Slot, UpdateRule
 from clr_optim.sharding import Spread, is_wide, spread_of, spreads
 
 __all__ = ["GroupReadings", "Reading", "why_unreadable"]
@@ -24,7 +24,7 @@ class Reading(NamedTuple):
     Args:
         why: why no kernel serves the group, or None.
         kernel: the kernel that serves it.
-        slots: the state that the kernel keeps, the average last.
+        slots: the state of the rule, in the kernel's order.
         scalars: the scalars of the kernel, with a 0 for the rate; empty if no kernel serves.
         fused: torch's flag of that name.
         keys: the names of the settings, see :attr:`UpdateRule.settings`.
@@ -55,7 +55,6 @@ class GroupReadings:
         groups: the groups.
         capturable: whether the kernels can be captured into a graph.
         why: why no native code may read the groups, see :func:`why_unreadable`.
-        average: the slot of the averages, if the optimizer averages its parameters.
     """
 
     def __init__(
@@ -64,10 +63,8 @@ class GroupReadings:
         groups: Sequence[Mapping[str, Any]] = (),
         capturable: bool = False,
         why: str | None = None,
-        average: AverageSlot | None = None,
     ) -> None:
         self._rule = rule
-        self._extra = () if average is None else (average,)
         self._capturable = capturable
         unread = Reading(why, "", (), [], False, [], [])
         self.readings = [self._read(group) if why is None else unread for group in groups]
@@ -211,7 +208,7 @@ class GroupReadings:
         return Reading(
             why,
             rule.kernel(settings) if why is None else "",
-            (*rule.slots(settings), *self._extra) if why is None else (),
+            rule.slots(settings) if why is None else (),
             list(rule.row(settings)) if why is None else [],
             bool(settings.get("fused")),
             list(known),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +10,44 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clr_optim.keys import AVERAGE
+from clr_optim.keys import AVERAGE, REST
 from clr_optim.plan.eligible import is_plain
 from clr_optim.plan.reading import Reading
-from clr_optim.rules import AverageSlot, UpdateRule
+from clr_optim.rules import AverageSlot, RestSlot, Slot, UpdateRule
+from clr_optim.sharding import local_part
 
-__all__ = ["Row", "make_row"]
+__all__ = ["NO_EXTRAS", "Extras", "Row", "make_row", "state_with_rest"]
 
 _WIDE, _NARROW = (torch.float32, torch.float64), (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Extras:
+    """The state that steps keep beside torch's.
+
+    Args:
+        average: the slot of the averages, if the optimizer averages its parameters.
+        masters: whether bfloat16 parameters have float32 masters.
+    """
+
+    average: AverageSlot | None = None
+    masters: bool = False
+
+    def slots_for(self, param: Tensor) -> tuple[Slot, ...]:
+        """Return the slots of a parameter after those of its rule, in a row's order."""
+        rest = (RestSlot(),) if self.has_master(param) else ()
+        return rest if self.average is None else (*rest, self.average)
+
+    def has_master(self, param: Tensor) -> bool:
+        """Return whether a parameter has a float32 master."""
+        return self.masters and param.dtype == torch.bfloat16
+
+    def rule_dtype(self, param: Tensor) -> torch.dtype:
+        """Return the dtype of a parameter's state that belongs to its rule."""
+        return torch.float32 if self.has_master(param) else param.dtype
+
+
+NO_EXTRAS = Extras()
 
 
 @dataclass(eq=False)
@@ -26,7 +57,9 @@ class Row:
     Args:
         param: the parameter.
         group: the number of its group.
-        slots: its state tensors, in the kernel's order, the average last.
+        kinds: what its state tensors are: the slots of the rule in the kernel's order, then the
+            rest of the master, then the average.
+        slots: its state tensors, in this order.
         numbers: its state of one element, in the order of :attr:`UpdateRule.numbers`.
         pending: state that torch would create in this step, by name.
         first: whether the first slot holds nothing yet.
@@ -34,6 +67,7 @@ class Row:
 
     param: Tensor
     group: int
+    kinds: tuple[Slot, ...]
     slots: list[Tensor]
     numbers: list[Tensor]
     pending: dict[str, Tensor]
@@ -53,6 +87,7 @@ def make_row(
     optimizer: Optimizer,
     rule: UpdateRule,
     device: str,
+    extras: Extras = NO_EXTRAS,
 ) -> Row | str:
     """Return the row of a parameter that has a gradient, or why a kernel cannot use its state.
 
@@ -66,6 +101,7 @@ def make_row(
         optimizer: the wrapped optimizer.
         rule: its update rule.
         device: the type of the devices that the kernels serve.
+        extras: the state that steps keep beside torch's.
     """
     # optimizer.state[param] would create an entry earlier than torch does.
     state = optimizer.state.get(param, {})
@@ -76,7 +112,7 @@ def make_row(
     numbers: list[Tensor] = []
     for name, value in rule.numbers.items():
         if fresh:
-            number = pending[name] = _new_number(value, param, reading)
+            number = pending[name] = _new_number(value, param, fused=reading.fused)
         else:
             found = _number_in(state, name, param, device)
             if found is None:
@@ -84,9 +120,11 @@ def make_row(
                 return f"{what} that is no float tensor on the CPU"
             number = found
         numbers.append(number)
+    kinds = (*reading.slots, *extras.slots_for(param))
+    of_rule = extras.rule_dtype(param)
     slots: list[Tensor] = []
     first = False
-    for slot in reading.slots:
+    for slot in kinds:
         tensor: Any = state.get(slot.name)
         if isinstance(slot, AverageSlot):
             found = slot.find(state, param)
@@ -95,24 +133,106 @@ def make_row(
             if not is_plain(found, param, slot.dtype_for(param)):
                 return "an average of another layout or type than its parameter"
             tensor = found
+        elif isinstance(slot, RestSlot):
+            if tensor is None:
+                tensor = pending[slot.name] = torch.zeros_like(param, requires_grad=False)
+            elif not is_plain(tensor, param):
+                return _other_than(slot.name, tensor, param.dtype)
         elif tensor is None and (fresh or slot.fill is None):
-            if slot.fill is None:
-                tensor, first = torch.empty_like(param, requires_grad=False), True
-            else:
-                value = slot.fill(optimizer.defaults)
-                tensor = torch.full_like(param, value, requires_grad=False)
-            pending[slot.name] = tensor
-        elif not is_plain(tensor, param):
-            return f"state[{slot.name!r}] of another layout, dtype or type than its parameter"
+            first = slot.fill is None
+            filled = _filled(slot, param, of_rule, optimizer.defaults)
+            if filled is None:
+                filled = torch.empty_like(param, dtype=of_rule, requires_grad=False)
+            tensor = pending[slot.name] = filled
+        elif not is_plain(tensor, param, of_rule):
+            if not extras.has_master(param):
+                return f"state[{slot.name!r}] of another layout, dtype or type than its parameter"
+            if tensor is None:
+                return f"its state lacks {slot.name!r}; delete the parameter's state to begin anew"
+            if REST in state or not is_plain(tensor, param):
+                return _other_than(slot.name, tensor, of_rule)
+            # Without a rest the optimizer has stepped without masters, or not yet.
+            step = numbers[0] if rule.has_step else None
+            tensor = pending[slot.name] = _widened(tensor, slot, step, optimizer.defaults)
         slots.append(tensor)
-    order = (*rule.state_order, AVERAGE)
+    order = (*rule.state_order, REST, AVERAGE)
     ordered = {name: pending[name] for name in order if name in pending}
-    return Row(param, group, slots, numbers, ordered, first)
+    return Row(param, group, kinds, slots, numbers, ordered, first)
 
 
-def _new_number(value: float, param: Tensor, reading: Reading) -> Tensor:
+def _other_than(name: str, tensor: Any, dtype: torch.dtype) -> str:
+    """Return why a master's rest or the state beside a rest cannot be used."""
+    found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+    return (
+        f"state[{name!r}] is {found}, and beside a float32 master it must be {dtype} in the "
+        "layout of its parameter; load checkpoints through the CyclicalOptimizer, since the "
+        "load_state_dict() of the wrapped optimizer casts state"
+    )
+
+
+def _widened(
+    tensor: Tensor, slot: Slot, step: Tensor | None, defaults: Mapping[str, Any]
+) -> Tensor:
+    """Return a slot's tensor in float32; filled anew if no step has changed the tensor.
+
+    Args:
+        tensor: the tensor in bfloat16, in which a first value such as 0.1 is rounded.
+        slot: the slot.
+        step: the step counter, on the device of the tensor; None if the rule has none.
+        defaults: those of the optimizer.
+    """
+    wide = tensor.to(torch.float32)
+    if step is not None and slot.fill is not None:
+        # Without an answer of the device: a step must not wait.
+        part = local_part(wide)
+        part.copy_(torch.where(step == 0, slot.fill(defaults), part))
+    return wide
+
+
+def state_with_rest(
+    param: Tensor,
+    group: Mapping[str, Any],
+    optimizer: Optimizer,
+    rule: UpdateRule,
+    extras: Extras,
+) -> dict[str, Any]:
+    """Return a parameter's state with the rest of its master, as a step would find it.
+
+    Args:
+        param: a parameter that has a master, and no rest yet.
+        group: its group.
+        optimizer: the wrapped optimizer.
+        rule: its update rule.
+        extras: the state that steps keep beside torch's.
+    """
+    state: dict[str, Any] = dict(optimizer.state.get(param) or {})
+    is_new, dtype = not state, extras.rule_dtype(param)
+    for name, value in rule.numbers.items() if is_new else ():
+        state[name] = _new_number(value, param, fused=bool(group.get("fused")))
+    for slot in rule.slots(group):
+        tensor = state.get(slot.name)
+        if is_new:
+            state[slot.name] = _filled(slot, param, dtype, optimizer.defaults)
+        elif isinstance(tensor, Tensor) and tensor.dtype == param.dtype:
+            step = state.get("step")
+            here = step.to(local_part(tensor).device) if isinstance(step, Tensor) else None
+            state[slot.name] = _widened(tensor, slot, here, optimizer.defaults)
+    state[REST] = torch.zeros_like(param, requires_grad=False)
+    return state
+
+
+def _filled(
+    slot: Slot, param: Tensor, dtype: torch.dtype, defaults: Mapping[str, Any]
+) -> Tensor | None:
+    """Return a new slot; None if the slot starts as the first gradient."""
+    if slot.fill is None:
+        return None
+    return torch.full_like(param, slot.fill(defaults), dtype=dtype, requires_grad=False)
+
+
+def _new_number(value: float, param: Tensor, *, fused: bool) -> Tensor:
     """Return a tensor of the dtype of torch's ``_get_scalar_dtype``, beside its parameter."""
-    wide = torch.get_default_dtype() == torch.float64 and not reading.fused
+    wide = torch.get_default_dtype() == torch.float64 and not fused
     dtype = torch.float64 if wide else torch.float32
     return torch.full((), value, dtype=dtype, device=param.device)
 

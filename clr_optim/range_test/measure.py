@@ -119,7 +119,7 @@ def lr_range_test(
     Args:
         model: the model, on its device.
         optimizer: the model's optimizer. For a :class:`~clr_optim.CyclicalOptimizer` the test uses
-            the wrapped optimizer, and its ``max_grad_norm`` and backend.
+            the wrapped optimizer, and its ``max_grad_norm``, ``master_weights`` and backend.
         loader: batches; at its end the loader starts again. A batch is a tuple or list
             ``(*inputs, target)`` for ``loss_fn(model(*inputs), target)``, or a dictionary for
             ``loss_fn(model(**rest), batch[target_key])``. Other batches need ``step_fn``.
@@ -203,10 +203,12 @@ def lr_range_test(
     rates = [peak_rate(group) for group in groups]
     largest = max(rates)
     ratios = [rate / largest if largest > 0.0 else 1.0 for rate in rates]
+    masters = False
     if isinstance(optimizer, CyclicalOptimizer):
         settings = optimizer._shared.settings
         max_grad_norm = settings.max_grad_norm if max_grad_norm is None else max_grad_norm
         backend = settings.backend if backend is None else backend
+        masters = settings.master_weights
 
     result = RangeTest(
         [], [], mode=mode, metric=metric, num_steps=steps, smoothing=smoothing, ratios=ratios
@@ -229,6 +231,7 @@ def lr_range_test(
             base_lr=[start_lr * ratio for ratio in ratios],
             max_lr=[end_lr * ratio for ratio in ratios],
             max_grad_norm=max_grad_norm,
+            master_weights=masters,
             backend="auto" if backend is None else backend,
         )
         line = ProgressLine(result, progress)

@@ -10,8 +10,8 @@
 namespace clr {
 
 // The fields of Row by name, for Python and the GPU's kernels; null after the last.
-inline const char* const ROW_COLUMNS[] = {"param",   "state0", "state1", "state2", "state3", "counter",
-                                          "scalar",  "numel",  "group",  "first",  nullptr};
+inline const char* const ROW_COLUMNS[] = {"param",   "state0", "state1", "state2", "state3", "state4",
+                                          "counter", "scalar", "numel",  "group",  "first",  nullptr};
 static_assert(sizeof(Row) == 8 * (sizeof ROW_COLUMNS / sizeof *ROW_COLUMNS - 1),
               "a field of Row has no name, or other than 8 bytes");
 
@@ -19,7 +19,7 @@ class Bucket : public Rows {
 public:
     // ---- what all rows have in common
     int64_t device_type = 0, device_id = 0;     // as DLPack names them
-    int64_t slots = 0;  // how many of the keys are state slots, the average included
+    int64_t slots = 0;  // how many of the keys are state slots, rest and average included
     bool divides = false;                       // whether the parameters are DTensors
     Words words;
     std::vector<Ref> keys;  // names in the dictionaries: state slots, step counter, scalar state
@@ -43,11 +43,10 @@ public:
 
     size_t width() const { return keys.size(); }
     // The dtype of a slot, or of the parameter (-1).
-    int64_t dtype_of(int64_t slot) const { return is_average(slot) ? average_dtype : dtype; }
-    bool is_average(int64_t slot) const { return averages() && slot == slots - 1; }
+    int64_t dtype_of(int64_t slot) const { return slot < 0 ? dtype : slot_dtypes[size_t(slot)]; }
+    bool is_average(int64_t slot) const { return averages() && slot == average_slot; }
     // The names that DLPack has for a dtype.
     static int64_t code(int64_t dtype) { return dtype == BFLOAT16 ? 4 : 2; }
-    static int64_t bits(int64_t dtype) { return dtype == FLOAT64 ? 64 : dtype == FLOAT32 ? 32 : 16; }
     PyObject* tensor(int64_t i, size_t k) const { return tensors[size_t(i) * width() + k].get(); }
     const int64_t* layout_of(int64_t i) const { return layout.data() + begins[size_t(i)]; }
 

@@ -21,26 +21,35 @@ inline Bucket* to_bucket(PyObject* object) {
 }
 
 inline PyObject* new_bucket(PyTypeObject* type, PyObject* args, PyObject*) {
-    PyObject *keys, *sizes, *device, *words;
-    long long kernel, dtype, slots, average;
-    int divides;
-    if (!PyArg_ParseTuple(args, "LLO!LO!O!pO!L", &kernel, &dtype, &PyTuple_Type, &keys, &slots,
-                          &PyTuple_Type, &sizes, &PyTuple_Type, &device, &divides, &PyTuple_Type,
-                          &words, &average))
+    PyObject *keys, *slot_dtypes, *sizes, *device, *words;
+    long long kernel, dtype;
+    int masters, divides;
+    if (!PyArg_ParseTuple(args, "LLO!O!pO!O!pO!", &kernel, &dtype, &PyTuple_Type, &keys,
+                          &PyTuple_Type, &slot_dtypes, &masters, &PyTuple_Type, &sizes,
+                          &PyTuple_Type, &device, &divides, &PyTuple_Type, &words))
         return nullptr;
-    std::vector<int64_t> bytes, place;
-    if (!read_ints(sizes, bytes) || !read_ints(device, place)) return nullptr;
-    const Kernel found = kernels->kernel(kernel, dtype);
-    if (!found.update || bytes.size() != 2 || place.size() != 2 || slots != found.slots + (average >= 0) ||
+    std::vector<int64_t> dtypes, bytes, place;
+    if (!read_ints(slot_dtypes, dtypes) || !read_ints(sizes, bytes) || !read_ints(device, place))
+        return nullptr;
+    const int64_t format = masters ? MASTERS : dtype, of_rule = masters ? FLOAT32 : dtype;
+    const Kernel found = kernels->kernel(kernel, format);
+    const int64_t slots = int64_t(dtypes.size()), extras = slots - found.slots - masters;
+    if (!found.update || bytes.size() != 2 || place.size() != 2 || extras < 0 || extras > 1 ||
         (found.factor && PyTuple_Size(keys) != slots + 2) || PyTuple_Size(keys) < slots || PyTuple_Size(keys) > slots + 2) {
         PyErr_SetString(PyExc_ValueError, "no kernel has this number, dtype or state");
         return nullptr;
     }
+    for (int64_t k = 0; k < slots; ++k)
+        if ((k < found.slots && dtypes[size_t(k)] != of_rule) || (masters && dtype != BFLOAT16)) {
+            PyErr_SetString(PyExc_ValueError, "no kernel has state of these dtypes");
+            return nullptr;
+        }
     Ref self(BucketObject::make(type));
     if (!self) return nullptr;
     Bucket& bucket = BucketObject::of(self.get());
     bucket.kernel = kernel, bucket.dtype = dtype, bucket.slots = slots, bucket.divides = divides;
-    bucket.average_dtype = average;
+    bucket.slot_dtypes = dtypes, bucket.masters = masters;
+    if (extras) bucket.average_slot = slots - 1;
     bucket.counter_bits = 8 * bytes[0], bucket.scalar_bits = 8 * bytes[1];
     bucket.device_type = place[0], bucket.device_id = place[1];
     Words& w = bucket.words;

@@ -71,9 +71,22 @@ template <> void store<Float16>(const float* from, Float16::Raw* to, int64_t cou
     for (; i < count; ++i) to[i] = Float16::store(from[i]);
 }
 
+template <class T>
+void load_params(const typename T::Raw* params, const void*, int64_t at, typename T::A* to,
+                 int64_t count) {
+    load<T>(params + at, to, count);
+}
+template <>
+void load_params<Masters>(const Masters::Raw* params, const void* rests, int64_t at, float* to,
+                          int64_t count) {
+    const auto* const rest = static_cast<const Masters::Raw*>(rests);
+    for (int64_t i = 0; i < count; ++i) to[i] = Masters::join(params[at + i], rest[at + i]);
+}
+
 // T is the format of the parameter, S that of the average. Both have one type of arithmetic.
 template <class T, class S>
-void average(const void* param, void* average, int64_t begin, int64_t end, double weight) {
+void average(const void* param, const void* rest, void* average, int64_t begin, int64_t end,
+             double weight) {
     using A = typename T::A;
     const auto* const p = static_cast<const typename T::Raw*>(param);
     auto* const to = static_cast<typename S::Raw*>(average);
@@ -81,7 +94,7 @@ void average(const void* param, void* average, int64_t begin, int64_t end, doubl
     for (int64_t i = begin; i < end; i += AT_ONCE) {
         alignas(64) A now[AT_ONCE], mean[AT_ONCE];
         const int64_t count = end - i < AT_ONCE ? end - i : AT_ONCE;
-        load<T>(p + i, now, count);
+        load_params<T>(p, rest, i, now, count);
         // The first average is a copy, also of values that are infinite.
         if (weight != 1) {
             load<S>(to + i, mean, count);
@@ -91,16 +104,17 @@ void average(const void* param, void* average, int64_t begin, int64_t end, doubl
     }
 }
 
-void average(int64_t dtype, int64_t average_dtype, const void* param, void* average, int64_t begin,
-             int64_t end, double weight) {
-    const bool same = dtype == average_dtype;
-    const auto run = dtype == FLOAT32    ? clr::average<Float32, Float32>
-                     : dtype == FLOAT64  ? clr::average<Float64, Float64>
-                     : dtype == BFLOAT16 ? (same ? clr::average<Bfloat16, Bfloat16>
+void average(int64_t format, int64_t average_dtype, const void* param, const void* rest,
+             void* average, int64_t begin, int64_t end, double weight) {
+    const bool same = format == average_dtype;
+    const auto run = format == FLOAT32    ? clr::average<Float32, Float32>
+                     : format == FLOAT64  ? clr::average<Float64, Float64>
+                     : format == MASTERS  ? clr::average<Masters, Float32>
+                     : format == BFLOAT16 ? (same ? clr::average<Bfloat16, Bfloat16>
                                                  : clr::average<Bfloat16, Float32>)
                      : same              ? clr::average<Float16, Float16>
                                          : clr::average<Float16, Float32>;
-    run(param, average, begin, end, weight);
+    run(param, rest, average, begin, end, weight);
 }
 
 #define CLR_TEXT_OF(name) #name

@@ -10,18 +10,22 @@ namespace clr {
 // compares.
 enum Dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
+// A storage format that is no dtype: float32 masters, each in a bfloat16 parameter and a rest of 16
+// bits. Gradients are bfloat16, and the slots of the rule float32.
+constexpr int64_t MASTERS = FLOAT16 + 1;
+
 // A tensor of a bucket. A scan writes no row: what changes from step to step is the address of the
 // gradient, which lies in a table beside the rows.
 struct Row {
     void* param;
-    void* state[4];  // those of the rule, then the average
+    void* state[5];  // those of the rule, then the rest of the master, then the average
     void* counter;   // torch's step counter of this parameter, or null
     void* scalar;    // the scalar state of this parameter, or null
     int64_t numel;
     int64_t group;   // the number of the group that has its scalars
     int64_t first;   // 1 if its state holds nothing yet
 };
-static_assert(sizeof(Row) == 10 * 8, "a field of Row has other than 8 bytes");
+static_assert(sizeof(Row) == 11 * 8, "a field of Row has other than 8 bytes");
 
 // What a rule reads of a step beside the scalars of the group.
 struct Step {
@@ -49,13 +53,14 @@ struct Kernel {
 // All kernels, compiled for one instruction set.
 struct KernelSet {
     const char* name;
-    // Returns a kernel without functions if the number of the kernel or of the dtype is unknown.
-    Kernel (*kernel)(int64_t kernel, int64_t dtype);
+    // Returns a kernel without functions if the number of the kernel or of the format is unknown.
+    Kernel (*kernel)(int64_t kernel, int64_t format);
     // Returns the sum of the squares of values [begin, end), in double and in a fixed order.
     double (*sum_of_squares)(int64_t dtype, const void* grad, int64_t begin, int64_t end);
     // Moves values [begin, end) of an average toward those of a parameter, by a weight: 1 copies.
-    void (*average)(int64_t dtype, int64_t average_dtype, const void* param, void* average,
-                    int64_t begin, int64_t end, double weight);
+    // `rest` is null unless the format is MASTERS.
+    void (*average)(int64_t format, int64_t average_dtype, const void* param, const void* rest,
+                    void* average, int64_t begin, int64_t end, double weight);
     // Rounds floats to a storage format and back, for the tests.
     void (*round)(int64_t dtype, const float* from, float* to, int64_t count);
 };

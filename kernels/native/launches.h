@@ -44,6 +44,17 @@ struct Launch {
     size_t grad_scale = NOWHERE, found_inf = NOWHERE;
 };
 
+// A launch that updates one row of a bucket, any of them.
+struct RowLaunch : Launch {
+    Ref object;  // the Python object of the bucket
+    const Bucket* bucket = nullptr;
+    int64_t edition = 0;  // of the rows that the device has
+    // Where the row's number, the address of its gradient and its blocks per chunk are among the
+    // parameters.
+    size_t row = 0, gradient = 0, blocks = 0;
+    std::vector<int64_t> shapes;  // programs and blocks per chunk of each row
+};
+
 // A Python object that must be empty. With a name, the object's attribute must be empty; with a value,
 // the attribute must be this value.
 struct Watch {
@@ -112,6 +123,8 @@ public:
         launches_.push_back(std::move(launch));
     }
 
+    void add(RowLaunch&& launch) { row_launches_.push_back(std::move(launch)); }
+
     // Returns whether the driver expects exactly the parameters of a launch, or cannot tell.
     bool fits(const Launch& launch, const std::vector<size_t>& sizes) const {
         if (!driver_->parameter) return true;
@@ -175,6 +188,11 @@ public:
         if (signals && (tables_.empty() || !read_addresses(signals))) return false;
         for (AddressTable& each : tables_)
             if (!is_served(each)) return false;
+        return is_on_stream();
+    }
+
+    // Returns whether context and stream are those of the making, and no capture is under way.
+    bool is_on_stream() const {
         void* context = nullptr;
         if (driver_->context(&context) != SUCCESS || context != context_) return false;
         void* stream = nullptr;
@@ -205,6 +223,36 @@ public:
         return false;
     }
 
+    // Updates a row of the bucket that was added in this place; `is_served` is false if the launches
+    // cannot serve. Returns false with an exception set on an error of the driver.
+    bool run_row(size_t place, int64_t row, bool& is_served) {
+        is_served = false;
+        if (!is_unobserved() || place >= row_launches_.size()) return true;
+        RowLaunch& each = row_launches_[place];
+        const Bucket& bucket = *each.bucket;
+        const size_t i = size_t(row);
+        if (each.edition != bucket.edition || row < 0 || 2 * i >= each.shapes.size() || !is_on_stream())
+            return true;
+        is_served = is_complete_ = is_running_ = true;
+        const auto write = [&](size_t at, const void* from, size_t size) {
+            std::memcpy(each.parameters.data() + at, from, size);
+        };
+        const int32_t number = int32_t(row), blocks = int32_t(each.shapes[2 * i + 1]);
+        write(each.row, &number, sizeof number), write(each.blocks, &blocks, sizeof blocks);
+        write(each.gradient, &bucket.gradients[i], sizeof(void*));
+        each.grid[0] = unsigned(each.shapes[2 * i]);
+        int error = SUCCESS;
+        {
+            const WithoutGil without_gil(true);
+            error = launch(each);
+        }
+        is_running_ = false;
+        if (error == SUCCESS) return true;
+        is_broken_ = true;
+        raise_driver_error(*driver_, "launch a kernel", error);
+        return false;
+    }
+
     // Whether the last run has launched a kernel.
     bool has_begun() const { return has_begun_; }
 
@@ -217,6 +265,10 @@ public:
         }
         for (const AddressTable& each : tables_) Py_VISIT(each.object.get());
         for (const Launch& each : launches_) Py_VISIT(each.keep.get());
+        for (const RowLaunch& each : row_launches_) {
+            Py_VISIT(each.keep.get());
+            Py_VISIT(each.object.get());
+        }
         return 0;
     }
     void clear() {
@@ -227,6 +279,7 @@ public:
         const auto old_watches = std::exchange(watches, {});
         const auto old_tables = std::exchange(tables_, {});
         const auto old_launches = std::exchange(launches_, {});
+        const auto old_row_launches = std::exchange(row_launches_, {});
         const Ref old_device = std::move(device);
     }
 
@@ -288,16 +341,18 @@ private:
             }
             write(grad_scale_, each.grad_scale, each);
             write(found_inf_, each.found_inf, each);
-            void* parameters[MOST_PARAMETERS];
-            for (size_t i = 0; i < each.offsets.size(); ++i)
-                parameters[i] = each.parameters.data() + each.offsets[i];
-            const int error = driver_->launch(each.function, each.grid[0], each.grid[1],
-                                              each.grid[2], each.threads, 1, 1, each.shared,
-                                              stream_, parameters, nullptr);
-            if (error) return error;
+            if (const int error = launch(each)) return error;
             has_begun_ = true;
         }
         return SUCCESS;
+    }
+
+    int launch(Launch& each) {
+        void* parameters[MOST_PARAMETERS];
+        for (size_t i = 0; i < each.offsets.size(); ++i)
+            parameters[i] = each.parameters.data() + each.offsets[i];
+        return driver_->launch(each.function, each.grid[0], each.grid[1], each.grid[2], each.threads,
+                               1, 1, each.shared, stream_, parameters, nullptr);
     }
 
     // Writes the address of a signal among the parameters. Without a signal they stay.
@@ -311,6 +366,7 @@ private:
     int64_t process_ = 0;
     std::vector<AddressTable> tables_;
     std::vector<Launch> launches_;
+    std::vector<RowLaunch> row_launches_;
     std::unique_ptr<Ring> ring_;
     bool takes_grad_scale_ = false, takes_found_inf_ = false;  // whether any launch reads them
     const void *grad_scale_ = nullptr, *found_inf_ = nullptr;  // of the step under way

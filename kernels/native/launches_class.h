@@ -117,20 +117,42 @@ inline bool lay_out(const std::vector<size_t>& sizes, Launch& launch) {
     return sizes.size() <= Launches::MOST_PARAMETERS && end == launch.parameters.size();
 }
 
+// Makes a launch of one row of a bucket of a launch of any: (bucket, the places of the row's number, of
+// the address of its gradient and of its blocks per chunk, programs and blocks of each row).
+inline bool read_rows(PyObject* given, Launch&& launch, RowLaunch& rows) {
+    PyObject *object, *shapes;
+    unsigned long long row, gradient, blocks;
+    if (!PyArg_ParseTuple(given, "OKKKO!", &object, &row, &gradient, &blocks, &PyTuple_Type, &shapes))
+        return false;
+    const Bucket* const bucket = to_bucket(object);
+    if (!bucket || !read_ints(shapes, rows.shapes)) return false;
+    const size_t size = launch.parameters.size();
+    if (size < 8 || row > size - 4 || blocks > size - 4 || gradient > size - 8 || gradient % 8 ||
+        rows.shapes.size() != 2 * bucket->rows.size()) {
+        PyErr_SetString(PyExc_ValueError, "rows: places within the parameters, and two numbers a row");
+        return false;
+    }
+    static_cast<Launch&>(rows) = std::move(launch);
+    rows.object = Ref::to(object), rows.bucket = bucket, rows.edition = bucket->edition;
+    rows.row = size_t(row), rows.gradient = size_t(gradient), rows.blocks = size_t(blocks);
+    return true;
+}
+
 inline PyObject* launches_add_launch(PyObject* self, PyObject* args, PyObject* named) {
     static const char* const names[] = {"function", "grid", "threads", "shared", "parameters",
                                         "sizes", "keep", "gradients", "grad_scale",
-                                        "found_inf", nullptr};
+                                        "found_inf", "rows", nullptr};
     Launches& launches = LaunchesObject::of(self);
     unsigned long long function;
     const char* bytes;
     Py_ssize_t length;
     PyObject *sizes_given, *keep, *pair = Py_None, *grad_scale = Py_None, *found_inf = Py_None;
+    PyObject* rows = Py_None;
     Launch launch;
-    if (!read_named(args, named, "K(III)IIy#OO|$OOO:add_launch", names, &function,
+    if (!read_named(args, named, "K(III)IIy#OO|$OOOO:add_launch", names, &function,
                     &launch.grid[0], &launch.grid[1], &launch.grid[2], &launch.threads,
                     &launch.shared, &bytes, &length, &sizes_given, &keep, &pair, &grad_scale,
-                    &found_inf))
+                    &found_inf, &rows))
         return nullptr;
     std::vector<int64_t> numbers;
     if (!read_ints(sizes_given, numbers) || !launches.can_grow()) return nullptr;
@@ -153,7 +175,10 @@ inline PyObject* launches_add_launch(PyObject* self, PyObject* args, PyObject* n
         PyErr_SetString(PyExc_ValueError, "the driver expects other parameters");
         return nullptr;
     }
-    launches.add(std::move(launch));
+    if (rows == Py_None) return launches.add(std::move(launch)), none();
+    RowLaunch of_rows;
+    if (!read_rows(rows, std::move(launch), of_rows)) return nullptr;
+    launches.add(std::move(of_rows));
     return none();
 }
 
@@ -172,11 +197,25 @@ inline PyObject* launches_run(PyObject* self, PyObject*) {
     return launches.run() ? Py_NewRef(Py_True) : nullptr;
 }
 
+inline PyObject* launches_run_row(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+    int64_t place, row;
+    if (!expects("run_row()", count, 2) || !read(args[0], place) || !read(args[1], row)) return nullptr;
+    bool is_served;
+    if (!LaunchesObject::of(self).run_row(size_t(place), row, is_served)) return nullptr;
+    return PyBool_FromLong(is_served);
+}
+inline PyObject* launches_can_run(PyObject* self, PyObject*) {
+    const Launches& launches = LaunchesObject::of(self);
+    return PyBool_FromLong(launches.is_unobserved() && launches.is_on_stream());
+}
+
 inline PyMethodDef launches_methods[] = {
     {"add_bucket", method<launches_add_bucket>(), METH_VARARGS | METH_KEYWORDS, nullptr},
     {"add_launch", method<launches_add_launch>(), METH_VARARGS | METH_KEYWORDS, nullptr},
     {"addresses", method<launches_addresses>(), METH_O, nullptr},
     {"run", method<launches_run>(), METH_NOARGS, nullptr},
+    {"run_row", method<launches_run_row>(), METH_FASTCALL, nullptr},
+    {"can_run", method<launches_can_run>(), METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -3,7 +3,7 @@
 //
 // The limited API of CPython 3.11 serves every later CPython too.
 
-#include "plan_class.h"
+#include "hook_class.h"
 
 namespace {
 
@@ -101,11 +101,15 @@ int fill_module(PyObject* module) {
                                    plan_methods, plan_attributes));
     const Ref launches(make_class<Launches>(module, "clr_optim.kernels.native.module.Launches", Guarded<new_launches>::call,
                                    launches_methods, nullptr));
-    if (!bucket || !plan || !launches || PyModule_AddObjectRef(module, "Bucket", bucket.get()) ||
+    const Ref hook(make_class<Hook>(module, "clr_optim.kernels.native.module.Hook", Guarded<new_hook>::call,
+                                   nullptr, nullptr, Guarded<call_hook>::call));
+    if (!bucket || !plan || !launches || !hook || PyModule_AddObjectRef(module, "Bucket", bucket.get()) ||
         PyModule_AddObjectRef(module, "Plan", plan.get()) ||
-        PyModule_AddObjectRef(module, "Launches", launches.get()))
+        PyModule_AddObjectRef(module, "Launches", launches.get()) ||
+        PyModule_AddObjectRef(module, "Hook", hook.get()))
         return -1;
     bucket_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(bucket.get()));
+    plan_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(plan.get()));
     launches_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(launches.get()));
     const Ref row(tuple_of([](Py_ssize_t i) { return ROW_COLUMNS[i]; }));
     if (!row || PyModule_AddObjectRef(module, "ROW", row.get())) return -1;
@@ -115,7 +119,7 @@ int fill_module(PyObject* module) {
         {"STATE_CHANGED", STATE_CHANGED}, {"WOKEN", WOKEN}, {"NESTED", NESTED},
         {"TAKEN", TAKEN}, {"OUT_OF_VALUES", OUT_OF_VALUES}, {"OBSERVED", OBSERVED},
         {"REPLACED", REPLACED}, {"WRITTEN", WRITTEN}, {"OUTDATED", OUTDATED}, {"IN_USE", IN_USE},
-        {"UNSERVED", UNSERVED}, {"SKIPPED", SKIPPED},
+        {"UNSERVED", UNSERVED}, {"SKIPPED", SKIPPED}, {"NO_ROW", NO_ROW},
     };
     for (const auto& each : numbers)
         if (PyModule_AddIntConstant(module, each.name, each.value)) return -1;

@@ -3,6 +3,7 @@
 Every class and function needs the GIL. A long step gives it away while its kernels run.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,9 @@ IN_USE: int
 UNSERVED: int
 SKIPPED: int
 
+#: The answer of `Plan.update_one` if no pass is open or the row has changed.
+NO_ROW: int
+
 class Bucket:
     """Tensors that one kernel updates, a row for each; see `kernels/native/bucket.h`."""
 
@@ -42,12 +46,12 @@ class Bucket:
         kernel: int,
         dtype: int,
         keys: tuple[str, ...],
-        slots: int,
+        slot_dtypes: tuple[int, ...],
+        masters: bool,
         number_sizes: tuple[int, int],
         device: tuple[int, int],
         divides: bool,
         words: tuple[int, int, int, int],
-        average_dtype: int,
     ) -> Bucket: ...
     def append(
         self,
@@ -94,6 +98,8 @@ class Plan:
     steps: int
     #: whether a step or a scan uses the plan at this moment
     busy: bool
+    #: whether a backward pass has updated a parameter, and no step has followed
+    in_pass: bool
     #: the numbers of the bucket and of the row at which the last scan stopped
     place: tuple[int, int]
     groups: Sequence[dict[str, Any]]
@@ -204,8 +210,59 @@ class Plan:
     def release(self) -> None:
         """Let go of the gradients."""
 
-    def after_fork(self) -> None:
-        """Forget a step of another thread, which this forked process lacks."""
+    def open_pass(
+        self,
+        rates: Sequence[float],
+        weights: Sequence[float],
+        launch: Callable[[int, int], object] | None,
+        /,
+    ) -> None:
+        """Have `update_one` serve the parameters of the buckets. The plan must be up to date.
+
+        A change of the plan closes the pass. The done parameters stay so until the next step.
+
+        Args:
+            rates: the rate of each group.
+            weights: the weight of each group in the average that falls due; empty if none does.
+            launch: updates a row on a device, by the numbers of its bucket and row; returns False
+                if the pass must be opened again first. None: the CPU's kernels update the row.
+        """
+
+    def close_pass(self) -> None:
+        """Have the next gradient need Python."""
+
+    def drop_pass(self) -> None:
+        """Close the pass, and forget which parameters are done."""
+
+    def has_row(self, param: Tensor, /) -> bool:
+        """Return whether `update_one` knows a parameter's row."""
+
+    def is_done(self, param: Tensor, /) -> bool:
+        """Return whether the pass has updated a parameter."""
+
+    def update_one(self, param: Tensor, /) -> int:
+        """Update a parameter by its gradient, and set that to None; or return why not."""
+
+    def after_fork(self, lock: object, /) -> None:
+        """Forget a step of another thread, which this forked process lacks; use another lock."""
+
+class Hook:
+    """Updates each parameter that it is called with, see `kernels/native/backward.h`.
+
+    A hook does not keep its plan alive. Without a plan, and for a parameter without a gradient, it
+    does nothing.
+
+    Args:
+        plan: the plan, which has one hook at a time.
+        mend: called with a parameter, and whether its gradient is a second one, if `update_one`
+            cannot serve it. Returns whether to try again.
+        lock: the optimizer's lock, which the hook holds while it works.
+    """
+
+    def __new__(
+        cls, plan: Plan, mend: Callable[[Tensor, bool], bool], lock: threading.RLock
+    ) -> Hook: ...
+    def __call__(self, param: Tensor, /) -> None: ...
 
 class Launches:
     """The kernels of one device's step, launched without Triton; see `kernels/native/launches.h`.
@@ -254,6 +311,7 @@ class Launches:
         gradients: tuple[Bucket, int] | None = None,
         grad_scale: int | None = None,
         found_inf: int | None = None,
+        rows: tuple[Bucket, int, int, int, tuple[int, ...]] | None = None,
     ) -> None:
         """Add a launch.
 
@@ -270,6 +328,9 @@ class Launches:
             grad_scale, found_inf: where the parameters hold the address of this signal of a
                 GradScaler. Each step writes the addresses of the tensors on the wrapping optimizer.
                 The launches serve only steps with exactly the signals that some launch reads.
+            rows: makes this a launch of `run_row` alone: the bucket; where the parameters hold a
+                row's number (int32), the address of its gradient, and its blocks per chunk (int32);
+                programs and blocks per chunk of each row in turn.
 
         Raises:
             ValueError: if the driver expects other parameters.
@@ -277,6 +338,20 @@ class Launches:
 
     def addresses(self, bucket: Bucket, /) -> bytes:
         """Return the addresses that a bucket's table holds after the last step."""
+
+    def run_row(self, bucket: int, row: int, /) -> bool:
+        """Update one row by its gradient of the last scan; return False if no launch can serve.
+
+        Args:
+            bucket: the place of its bucket among the launches with `rows`.
+            row: the number of the row.
+
+        Raises:
+            RuntimeError: on an error of the driver. The launches then serve no more.
+        """
+
+    def can_run(self) -> bool:
+        """Return whether the launches serve here: this stream and context, outside of captures."""
 
     def run(self) -> bool:
         """Make the launches with the addresses of the last scan; return False if they cannot serve.

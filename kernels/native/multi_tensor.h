@@ -15,16 +15,37 @@ namespace clr {
 // which is a multiple of 16 like those of aligned gradients.
 const void* const NO_DATA = reinterpret_cast<const void*>(16);
 
-// Tensors that one kernel updates, a row for each.
-struct Rows {
+// The bytes of a value.
+inline int64_t size_of(int64_t dtype) { return dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2; }
+
+// What all rows of a bucket have in common.
+struct Kind {
     int64_t kernel = 0, dtype = 0;              // by number
     int64_t counter_bits = 0, scalar_bits = 0;  // the widths of the states of one element, or 0
-    int64_t average_dtype = -1;                 // by number; -1 for rows without an average
+    std::vector<int64_t> slot_dtypes;           // by number, in the order of Row::state
+    int64_t average_slot = -1;                  // the last slot; -1 for rows without an average
+    bool masters = false;                       // whether the slot after the rule's is a rest
+
+    int64_t format() const { return masters ? MASTERS : dtype; }
+    bool averages() const { return average_slot >= 0; }
+    int64_t average_dtype() const { return slot_dtypes[size_t(average_slot)]; }
+};
+
+// Tensors that one kernel updates, a row for each.
+struct Rows : Kind {
     std::vector<Row> rows;
     std::vector<const void*> gradients;  // addresses; null for a row without a gradient
+    // Whether a backward pass has updated the row, so that its average stays; empty: none.
+    std::vector<bool> done;
 
     int64_t count() const { return int64_t(rows.size()); }
-    bool averages() const { return average_dtype >= 0; }
+    bool is_done(int64_t i) const { return !done.empty() && done[size_t(i)]; }
+
+    // Takes over one row of others.
+    void take(const Rows& from, int64_t i) {
+        static_cast<Kind&>(*this) = from;
+        rows.assign(1, from.rows[size_t(i)]), gradients.assign(1, from.gradients[size_t(i)]);
+    }
 };
 
 // The least size of a piece, but for the last one. With less than one piece for each thread, one
@@ -109,7 +130,7 @@ inline void fetch(void* memory, int64_t begin, int64_t end) {
 // if all averages stay.
 inline void update(const KernelSet& kernels, const Rows& b, const double* scalars, int64_t width,
                    double grad_scale, const std::vector<double>& weights, int threads) {
-    const Kernel kernel = kernels.kernel(b.kernel, b.dtype);
+    const Kernel kernel = kernels.kernel(b.kernel, b.format());
     const int64_t count = b.count();
     // One rule object per group and step, which most tensors share: a rule may compute two powers.
     std::vector<size_t> which(static_cast<size_t>(count));
@@ -140,8 +161,10 @@ inline void update(const KernelSet& kernels, const Rows& b, const double* scalar
         for_pieces(b, threads, is_active, update_values);
         return;
     }
-    const int64_t size = b.average_dtype == FLOAT64 ? 8 : b.average_dtype == FLOAT32 ? 4 : 2;
-    const auto weight_of = [&](int64_t i) { return weights[size_t(b.rows[size_t(i)].group)]; };
+    const int64_t size = size_of(b.average_dtype());
+    const auto weight_of = [&](int64_t i) {
+        return b.is_done(i) ? 0 : weights[size_t(b.rows[size_t(i)].group)];
+    };
     const auto is_due = [&](int64_t i) { return is_active(i) || weight_of(i) != 0; };
     for_pieces(b, threads, is_due, [&](int64_t i, int64_t begin, int64_t end) {
         const Row& row = b.rows[size_t(i)];
@@ -149,12 +172,13 @@ inline void update(const KernelSet& kernels, const Rows& b, const double* scalar
             const int64_t stop = std::min(end, at + TILE);
             const double weight = weight_of(i);
             if (is_active(i)) {
-                if (weight) fetch(row.state[kernel.slots], at * size, stop * size);
+                if (weight) fetch(row.state[b.average_slot], at * size, stop * size);
                 update_values(i, at, stop);
             }
             if (weight)
-                kernels.average(b.dtype, b.average_dtype, row.param, row.state[kernel.slots], at,
-                                stop, weight);
+                kernels.average(b.format(), b.average_dtype(), row.param,
+                                b.masters ? row.state[kernel.slots] : nullptr,
+                                row.state[b.average_slot], at, stop, weight);
         }
     });
 }

@@ -57,7 +57,7 @@ template <auto Function> PyCFunction method() {
 
 template <class Body>
 PyObject* make_class(PyObject* module, const char* name, newfunc make, PyMethodDef* methods,
-                    PyGetSetDef* attributes) {
+                    PyGetSetDef* attributes, ternaryfunc call = nullptr) {
     using Self = Object<Body>;
     PyType_Slot slots[] = {{Py_tp_new, reinterpret_cast<void*>(make)},
                            {Py_tp_dealloc, reinterpret_cast<void*>(Self::end)},
@@ -65,6 +65,7 @@ PyObject* make_class(PyObject* module, const char* name, newfunc make, PyMethodD
                            {Py_tp_clear, reinterpret_cast<void*>(Self::clear)},
                            {Py_tp_methods, methods},
                            {Py_tp_getset, attributes},
+                           {call ? Py_tp_call : 0, reinterpret_cast<void*>(call)},
                            {0, nullptr}};
     PyType_Spec spec = {name, int(sizeof(Self)), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, slots};
     return PyType_FromModuleAndSpec(module, &spec, nullptr);

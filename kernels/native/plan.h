@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "backward.h"
 #include "course.h"
 #include "launches.h"
 #include "multi_tensor.h"
@@ -121,6 +122,8 @@ public:
     // The Launches that a step makes in place of calls of the CPU's kernels, or null. They describe
     // one state of the device, so they end with whatever they were made from.
     Ref launches;
+    Pass pass;
+    Ref hook;  // the Hook that calls update_one(), or null
     bool needs_launches = false;  // whether a device runs the kernels, so that no CPU kernel serves
 
     // ---- the parts of a step. Each returns false with an exception set on failure.
@@ -154,6 +157,58 @@ public:
         if (!find_changes(answer)) return false;
         if (is_current(answer)) sums = sums_of_squares();
         return true;
+    }
+
+    // ---- the updates of a backward pass
+
+    // Whether a backward pass has updated a parameter, and no step has followed.
+    bool in_pass() const { return pass.steps == steps && !pass.done.empty(); }
+    bool is_done(PyObject* param) const {
+        return pass.steps == steps && pass.done.find(param) != pass.done.end();
+    }
+
+    // Opens a pass, or a pass again that a change has closed. The plan must be up to date. There is a
+    // rate for each group, and a weight, or no weights.
+    void open_pass(const std::vector<double>& rates, std::vector<double>&& weights, Ref&& launch) {
+        for (size_t i = 0; i < rates.size(); ++i) scalars.row(i)[0] = rates[i];
+        pass.place(sources.buckets);
+        std::swap(pass.weights, weights);
+        std::swap(pass.launch, launch);
+        pass.is_open = true;
+        if (pass.steps != steps) drop_done();
+    }
+    void drop_done() {
+        const auto old = std::exchange(pass.done, {});
+        pass.steps = steps;
+    }
+
+    // Updates one parameter by its gradient, which the call frees; or changes nothing.
+    bool update_one(PyObject* param, Updated& answer) {
+        if (busy) return answer = WITHIN_STEP, true;
+        Ref grad(PyObject_GetAttr(param, names().grad.get()));
+        if (!grad) return false;
+        if (grad.is(Py_None)) return answer = WITHOUT_GRADIENT, true;
+        if (is_done(param)) return answer = SECOND_GRADIENT, true;
+        answer = NO_ROW;
+        const Pass::Place* const found = pass.find(param, sources.buckets);
+        if (!pass.is_open || pass.steps != steps || !found) return true;
+        const Pass::Place place = *found;
+        Bucket& bucket = *sources.buckets[place.bucket];
+        const Use use(*this);
+        if (!is_same(bucket, place.row, grad.get())) {
+            if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return false;
+            PyErr_Clear();
+            return true;
+        }
+        // Memory is taken before anything changes.
+        const auto note = pass.done.emplace(param, Ref::to(param)).first;
+        bool is_served = true;
+        const bool ran = run_one(bucket, place, is_served);
+        if (!ran || !is_served) return pass.done.erase(note), ran;
+        answer = UPDATED;
+        const Ref list(PyList_New(0));
+        const bool counted = list && !PyList_Append(list.get(), param) && count_versions(list.get());
+        return !PyObject_SetAttr(param, names().grad.get(), Py_None) && counted;
     }
 
     // ---- the whole of an ordinary step
@@ -218,10 +273,16 @@ public:
               &sources.dicts, &sources.idle, &params, &optimizer, &own_step, &gate.judge, &launches})
             Py_VISIT(each->get());
         for (const Ref& bucket : buckets) Py_VISIT(bucket.get());
+        Py_VISIT(hook.get());
+        if (const int stop = pass.visit(visit, arg)) return stop;
         if (const int stop = scalars.visit(visit, arg)) return stop;
         return course.visit(visit, arg);
     }
     void clear() {
+        if (hook) HookObject::of(hook.get()).plan = nullptr;
+        const Ref old_hook = std::move(hook);
+        pass.close();
+        drop_done();
         course.end();
         const Sources old = std::exchange(sources, Sources());
         const std::vector<Ref> old_buckets = std::exchange(buckets, {});
@@ -257,6 +318,42 @@ private:
         if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return false;
         PyErr_Clear();
         return true;
+    }
+
+    // Returns whether a row still describes its tensors; takes in the gradient's address. An exception
+    // counts as a change.
+    bool is_same(Bucket& bucket, int64_t row, PyObject* grad) const {
+        bucket.reads_averages = bucket.averages() && !pass.weights.empty();
+        if (needs_asking(bucket, row) && !is_fit(bucket, row, grad)) return false;
+        const NoCollection no_collection;
+        return same_row(bucket, row, grad);
+    }
+
+    // Runs the kernel of one row; `is_served` is false if only a pass that is opened again can. Returns
+    // false with an exception set on failure.
+    bool run_one(const Bucket& bucket, const Pass::Place& place, bool& is_served) {
+        if (pass.launch) {
+            const Ref launch = Ref::to(pass.launch.get());
+            const Ref found(PyObject_CallFunction(launch.get(), "nL", Py_ssize_t(place.bucket),
+                                                  static_cast<long long>(place.row)));
+            is_served = !found.is(Py_False);
+            return bool(found);
+        }
+        pass.row.take(bucket, place.row);
+        const int64_t numel = pass.row.rows[0].numel;
+        const int threads = threads_for(numel);
+        const WithoutGil without_gil(numel >= PARALLEL);
+        clr::update(*kernels, pass.row, scalars.data(), scalars.width(), 1, pass.weights, threads);
+        return true;
+    }
+
+    // Notes which rows a backward pass has updated, if a step would move their averages again.
+    void note_done(bool averages) {
+        for (Bucket* bucket : sources.buckets) {
+            bucket->done.clear();
+            for (int64_t i = 0; averages && in_pass() && i < bucket->count(); ++i)
+                bucket->done.push_back(is_done(bucket->params[size_t(i)].get()));
+        }
     }
 
     // Returns whether the next step is an ordinary one, and makes ready for it. If not, `outcome`
@@ -317,6 +414,7 @@ private:
     bool run(double factor, const std::vector<double>& weights, Answer answer, bool moves,
              bool fills_rates) {
         const int threads = threads_for(size());
+        note_done(!weights.empty());
         {
             // A shorter step takes less time than giving the GIL away and getting it back.
             const WithoutGil without_gil(size() >= PARALLEL);
@@ -352,9 +450,10 @@ private:
             for (const Record& record : course.records)
                 if (fills_rates && record.fills && !add(record.lr.get())) return false;
         }
-        const Ref none(PyObject_CallFunctionObjArgs(torch().increment_version.get(), changed.get(),
-                                                    nullptr));
-        return bool(none);
+        return changed && count_versions(changed.get());
+    }
+    static bool count_versions(PyObject* tensors) {
+        return bool(Ref(PyObject_CallFunctionObjArgs(torch().increment_version.get(), tensors, nullptr)));
     }
 
     // Notes the settings that the course has just written, so that the next scan finds no change.

@@ -9,6 +9,9 @@ namespace clr {
 
 using PlanObject = Object<Plan>;
 
+// The class of Plan objects.
+inline PyTypeObject* plan_type = nullptr;
+
 inline PyObject* new_plan(PyTypeObject* type, PyObject* args, PyObject*) {
     PyObject *optimizer, *own_step;
     int needs_launches;
@@ -37,6 +40,7 @@ inline PyObject* plan_set_sources(PyObject* self, PyObject* const* args, Py_ssiz
     }
     plan.course.end();
     plan.unbind();
+    plan.pass.close();
     Sources sources;
     Ref* const fields[] = {&sources.groups, &sources.members, &sources.keys, &sources.settings,
                            &sources.state,  &sources.dicts,   &sources.idle};
@@ -59,6 +63,8 @@ inline PyObject* plan_set_buckets(PyObject* self, PyObject* const* args, Py_ssiz
         buckets.push_back(Ref::to(given.get(i)));
     }
     plan.unbind();
+    plan.pass.close();
+    plan.pass.forget_places();
     plan.sources.buckets.clear();
     for (const Ref& each : buckets) plan.sources.buckets.push_back(&BucketObject::of(each.get()));
     const std::vector<Ref> old = std::exchange(plan.buckets, std::move(buckets));
@@ -70,6 +76,7 @@ inline PyObject* plan_set_scalars(PyObject* self, PyObject* array) {
     Plan& plan = PlanObject::of(self);
     if (!is_free(plan) || !plan.scalars.take(array)) return nullptr;
     plan.unbind();
+    plan.pass.close();
     return none();
 }
 
@@ -265,9 +272,54 @@ inline PyObject* plan_step(PyObject* self, PyObject* attributes) {
     return PyLong_FromLong(outcome);
 }
 
-inline PyObject* plan_after_fork(PyObject* self, PyObject*) {
-    PlanObject::of(self).busy = false;
+// ---- the updates of a backward pass
+
+inline PyObject* plan_open_pass(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+    Plan& plan = PlanObject::of(self);
+    std::vector<double> rates, weights;
+    if (!expects("open_pass()", count, 3) || !read_floats(args[0], rates) ||
+        !read_floats(args[1], weights) || !is_free(plan))
+        return nullptr;
+    const size_t groups = size_t(plan.scalars.groups());
+    if (rates.size() != groups || (!weights.empty() && weights.size() != groups)) {
+        PyErr_SetString(PyExc_ValueError, "a pass needs a rate for each group, and weights likewise");
+        return nullptr;
+    }
+    plan.open_pass(rates, std::move(weights), Ref::to(args[2] == Py_None ? nullptr : args[2]));
     return none();
+}
+inline PyObject* plan_close_pass(PyObject* self, PyObject*) {
+    Plan& plan = PlanObject::of(self);
+    if (!plan.busy) plan.pass.close();
+    return none();
+}
+inline PyObject* plan_drop_pass(PyObject* self, PyObject*) {
+    Plan& plan = PlanObject::of(self);
+    if (!is_free(plan)) return nullptr;
+    plan.pass.close();
+    plan.drop_done();
+    return none();
+}
+inline PyObject* plan_has_row(PyObject* self, PyObject* param) {
+    const Plan& plan = PlanObject::of(self);
+    return PyBool_FromLong(plan.pass.find(param, plan.sources.buckets) != nullptr);
+}
+inline PyObject* plan_is_done(PyObject* self, PyObject* param) {
+    return PyBool_FromLong(PlanObject::of(self).is_done(param));
+}
+inline PyObject* plan_update_one(PyObject* self, PyObject* param) {
+    Updated answer;
+    if (!PlanObject::of(self).update_one(param, answer)) return nullptr;
+    return PyLong_FromLong(answer);
+}
+inline PyObject* get_in_pass(PyObject* self, void*) {
+    return PyBool_FromLong(PlanObject::of(self).in_pass());
+}
+
+inline PyObject* plan_after_fork(PyObject* self, PyObject* lock) {
+    Plan& plan = PlanObject::of(self);
+    plan.busy = false;
+    return !plan.hook || HookObject::of(plan.hook.get()).take(lock) ? none() : nullptr;
 }
 
 inline PyObject* plan_release(PyObject* self, PyObject*) {
@@ -316,6 +368,7 @@ inline char second;  // tells which of two fields an attribute has
 inline PyGetSetDef plan_attributes[] = {
     {"calls", get_number, set_number, nullptr, nullptr},
     {"steps", get_number, set_number, nullptr, &second},
+    {"in_pass", get_in_pass, nullptr, nullptr, nullptr},
     {"busy", get_busy, nullptr, nullptr, nullptr},
     {"launches", get_launches, nullptr, nullptr, nullptr},
     {"place", get_place, nullptr, nullptr, nullptr},
@@ -336,7 +389,13 @@ inline PyMethodDef plan_methods[] = {
     {"step", method<plan_step>(), METH_O, nullptr},
     {"take_norm", method<plan_take_norm>(), METH_NOARGS, nullptr},
     {"release", method<plan_release>(), METH_NOARGS, nullptr},
-    {"after_fork", method<plan_after_fork>(), METH_NOARGS, nullptr},
+    {"open_pass", method<plan_open_pass>(), METH_FASTCALL, nullptr},
+    {"close_pass", method<plan_close_pass>(), METH_NOARGS, nullptr},
+    {"drop_pass", method<plan_drop_pass>(), METH_NOARGS, nullptr},
+    {"has_row", method<plan_has_row>(), METH_O, nullptr},
+    {"is_done", method<plan_is_done>(), METH_O, nullptr},
+    {"update_one", method<plan_update_one>(), METH_O, nullptr},
+    {"after_fork", method<plan_after_fork>(), METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

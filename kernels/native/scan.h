@@ -172,6 +172,21 @@ inline bool needs_asking(const Bucket& bucket, int64_t i) {
     return bucket.divides || bucket.rows[size_t(i)].numel == 1 || !bucket.words.negative;
 }
 
+// Asks the questions about row i and its gradient; returns whether kernels may still use both.
+inline bool is_fit(const Bucket& bucket, int64_t i, PyObject* grad) {
+    if (!is_read(bucket, grad)) return true;
+    if (bucket.divides && !same_spreads(bucket, i)) return false;
+    if (grad != Py_None) {
+        const Ref part = local_part(grad, bucket.divides);
+        if (!part) return false;
+        if (bucket.divides && !same_spread(bucket, grad, i, 0)) return false;
+        if (!is_tensor(part.get())) return false;
+        const bool asks_torch = !bucket.words.negative || bucket.rows[size_t(i)].numel == 1;
+        if (asks_torch && is_negated_says_torch(part.get())) return false;
+    }
+    return bucket.words.negative || !any_is_negated_says_torch(bucket, i);
+}
+
 // Asks the questions, and keeps alive the gradients of these rows, or of every row if `every`.
 // Returns the first row that has changed, or -1.
 inline int64_t ask(Bucket& bucket, bool every) {
@@ -183,17 +198,7 @@ inline int64_t ask(Bucket& bucket, bool every) {
         if (!grad) return i;
         const Ref given = Ref::to(grad.get());
         bucket.grads[size_t(i)] = std::move(grad);
-        if (!asks || !is_read(bucket, given.get())) continue;
-        if (bucket.divides && !same_spreads(bucket, i)) return i;
-        if (!given.is(Py_None)) {
-            const Ref part = local_part(given.get(), bucket.divides);
-            if (!part) return i;
-            if (bucket.divides && !same_spread(bucket, given.get(), i, 0)) return i;
-            if (!is_tensor(part.get())) return i;
-            const bool asks_torch = !bucket.words.negative || bucket.rows[size_t(i)].numel == 1;
-            if (asks_torch && is_negated_says_torch(part.get())) return i;
-        }
-        if (!bucket.words.negative && any_is_negated_says_torch(bucket, i)) return i;
+        if (asks && !is_fit(bucket, i, given.get())) return i;
     }
     return -1;
 }
@@ -229,7 +234,7 @@ inline bool same_row(Bucket& bucket, int64_t i, PyObject* grad) {
         const int64_t dtype = bucket.dtype_of(slot);
         const Ref part = local_part(tensor, bucket.divides);
         return part && view(part.get(), t) && here() && t.code == Bucket::code(dtype) &&
-               t.bits == Bucket::bits(dtype) && t.lanes == 1 && has_layout(t, bucket.layout_of(i)) &&
+               t.bits == 8 * size_of(dtype) && t.lanes == 1 && has_layout(t, bucket.layout_of(i)) &&
                !is_negated(bucket.words, part.get());
     };
     const auto same_number = [&](PyObject* tensor, const void* data, int64_t bits) {

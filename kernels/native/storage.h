@@ -131,5 +131,30 @@ struct Float16 {
 #endif
 };
 
+// A float32 master in two halves: the master rounded to bfloat16, to nearest and ties away from zero,
+// and the lower 16 bits, signed. masters.py has the same formulas.
+struct Masters {
+    using Raw = uint16_t;
+    using A = float;
+    static float join(Raw param, Raw rest) {
+        const uint32_t magnitude = param & 0x7fffu;
+        const int32_t below = int16_t(rest);
+        // No master has these pairs: other code has written the parameter.
+        const bool is_foreign =
+            (magnitude == 0 && below < 0) || (magnitude == 0x7f80u && below > 0);
+        const uint32_t bits = (uint32_t(param) << 16) + uint32_t(is_foreign ? 0 : below);
+        float master;
+        std::memcpy(&master, &bits, 4);
+        return master;
+    }
+    static uint32_t bits_of(float master) {
+        uint32_t bits;
+        std::memcpy(&bits, &master, 4);
+        return master != master ? 0x7fc00000u : bits;
+    }
+    static Raw param_of(uint32_t bits) { return Raw((bits + 0x8000u) >> 16); }
+    static Raw rest_of(uint32_t bits) { return Raw(bits); }
+};
+
 }  // namespace
 }  // namespace clr

@@ -15,7 +15,7 @@ namespace {
 
 template <class Rule> void build(AnyRule& to, const double* scalars, const Step& step) {
     static_assert(sizeof(Rule) <= sizeof(AnyRule) && std::is_trivially_copyable<Rule>::value, "");
-    static_assert(Rule::slots <= 3, "the fourth in Row is the average");
+    static_assert(Rule::slots <= 3, "two in Row are the rest and the average");
     const Rule rule(scalars, step);
     std::memcpy(&to, &rule, sizeof rule);
 }
@@ -105,6 +105,54 @@ template <class Rule> struct Update<Float16, Rule> {
     }
 };
 
+// Converts some values at a time: halves of 16 bits, and slots of 32, fit no common unit.
+template <class Rule> struct Update<Masters, Rule> {
+    using Raw = Masters::Raw;
+    static constexpr int lanes = 32, slots = Rule::slots;
+
+    static void run(const AnyRule& rule, const Row& row, const void* grad, int64_t begin,
+                    int64_t end) {
+        Raw* const p = static_cast<Raw*>(row.param);
+        Raw* const rest = static_cast<Raw*>(row.state[slots]);
+        const Raw* const g = static_cast<const Raw*>(grad);
+        float* s[3] = {};
+        for (int k = 0; k < slots; ++k) s[k] = static_cast<float*>(row.state[k]);
+        const Rule r = *reinterpret_cast<const Rule*>(&rule);
+        int64_t i = begin;
+        for (; i + lanes <= end; i += lanes) update<lanes>(r, p + i, rest + i, g + i, s, i);
+        for (; i < end; ++i) update<1>(r, p + i, rest + i, g + i, s, i);
+    }
+
+private:
+    template <int count>
+    static void update(const Rule& r, Raw* __restrict p, Raw* __restrict rest,
+                       const Raw* __restrict g, float* const* s, int64_t at) {
+        float* __restrict s0 = slots > 0 ? s[0] + at : nullptr;
+        float* __restrict s1 = slots > 1 ? s[1] + at : nullptr;
+        float* __restrict s2 = slots > 2 ? s[2] + at : nullptr;
+        alignas(64) float master[count], gradient[count];
+#pragma omp simd
+        for (int j = 0; j < count; ++j) master[j] = Masters::join(p[j], rest[j]);
+#pragma omp simd
+        for (int j = 0; j < count; ++j) gradient[j] = Bfloat16::load(g[j]);
+#pragma omp simd
+        for (int j = 0; j < count; ++j) {
+            float a0 = slots > 0 ? s0[j] : 0, a1 = slots > 1 ? s1[j] : 0, a2 = slots > 2 ? s2[j] : 0;
+            r(master[j], gradient[j], a0, a1, a2);
+            if (slots > 0) s0[j] = a0;
+            if (slots > 1) s1[j] = a1;
+            if (slots > 2) s2[j] = a2;
+        }
+        alignas(64) uint32_t bits[count];
+#pragma omp simd
+        for (int j = 0; j < count; ++j) bits[j] = Masters::bits_of(master[j]);
+#pragma omp simd
+        for (int j = 0; j < count; ++j) p[j] = Masters::param_of(bits[j]);
+#pragma omp simd
+        for (int j = 0; j < count; ++j) rest[j] = Masters::rest_of(bits[j]);
+    }
+};
+
 // The kernel of a rule by its number in Rules; one without functions for an unknown number.
 template <class T, class... Rule>
 Kernel pick(int64_t kernel, const std::tuple<Rule...>*) {
@@ -116,13 +164,14 @@ template <class T> Kernel pick(int64_t kernel) {
     return pick<T>(kernel, static_cast<const Rules<typename T::A>*>(nullptr));
 }
 
-// A kernel without functions if the number of the kernel or of the dtype is unknown.
-Kernel pick(int64_t kernel, int64_t dtype) {
-    switch (dtype) {
+// A kernel without functions if the number of the kernel or of the format is unknown.
+Kernel pick(int64_t kernel, int64_t format) {
+    switch (format) {
         case FLOAT32: return pick<Float32>(kernel);
         case FLOAT64: return pick<Float64>(kernel);
         case BFLOAT16: return pick<Bfloat16>(kernel);
         case FLOAT16: return pick<Float16>(kernel);
+        case MASTERS: return pick<Masters>(kernel);
         default: return {};
     }
 }

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from clr_optim.gate import FLOOR, LARGEST
-from clr_optim.kernels.triton.prepare import COLUMNS
+from clr_optim.kernels.triton.prepare import AT_NUMEL, COLUMNS
 
 __all__ = ["judge", "open_gate", "sum_of_squares"]
 
@@ -41,7 +41,7 @@ def sum_of_squares(
     row = tl.load(chunks).to(tl.int64)
     address = tl.load(gradients + row)
     begin = tl.load(chunks + 1).to(tl.int64) * blocks * BLOCK
-    left = tl.minimum(tl.load(rows + row * _ROW + 7) - begin, blocks * BLOCK).to(tl.int32)
+    left = tl.minimum(tl.load(rows + row * _ROW + AT_NUMEL) - begin, blocks * BLOCK).to(tl.int32)
     left = tl.where(address != 0, left, 0)
     full = tl.where(address & 15 == 0, left // BLOCK, 0)
     scale = (1.0 / tl.load(grad_scale).to(tl.float64)).to(A)

@@ -15,13 +15,15 @@ from clr_optim.kernels.triton.rules import advanced, held
 from clr_optim.kernels.triton.schedule import cycle_ends, rate_and_momentum
 
 __all__ = [
-    "COLUMNS", "COMMON", "CONTROL", "GROUP", "WIDTH", "advance", "advance_counters",
-    "advance_position", "average_weight", "prepare", "row_constants",
+    "AT_COUNTER", "AT_FIRST", "AT_GROUP", "AT_NUMEL", "AT_SCALAR", "AT_STATE", "COLUMNS",
+    "COMMON", "CONTROL", "GROUP", "WIDTH", "advance", "advance_counters", "advance_position",
+    "average_weight", "prepare", "row_constants",
 ]  # fmt: skip
 
 #: Columns of the rows' table, int64: the fields of ``Row`` in native/kernels.h, in this order.
 COLUMNS = (
-    "param", "state0", "state1", "state2", "state3", "counter", "scalar", "numel", "group", "first",
+    "param", "state0", "state1", "state2", "state3", "state4", "counter", "scalar", "numel",
+    "group", "first",
 )  # fmt: skip
 #: The first columns of the groups' table, float64. The kernel's own scalars follow. ``averages`` is
 #: what the group's count of averages lacks, see :func:`average_weight`.
@@ -39,6 +41,14 @@ CONTROL = ("position", "moves", "tickets", "every", "start", "ended", "share")
 COMMON = ("happens", "scale", "decay", "shrink", "average")
 #: The columns of the constants' table. Those of the rule come after ``COMMON``.
 WIDTH = len(COMMON) + 8
+
+#: The columns of a row by name.
+AT_STATE: tl.constexpr = tl.constexpr(COLUMNS.index("state0"))
+AT_COUNTER: tl.constexpr = tl.constexpr(COLUMNS.index("counter"))
+AT_SCALAR: tl.constexpr = tl.constexpr(COLUMNS.index("scalar"))
+AT_NUMEL: tl.constexpr = tl.constexpr(COLUMNS.index("numel"))
+AT_GROUP: tl.constexpr = tl.constexpr(COLUMNS.index("group"))
+AT_FIRST: tl.constexpr = tl.constexpr(COLUMNS.index("first"))
 
 _ROW: tl.constexpr = tl.constexpr(len(COLUMNS))
 _OWN: tl.constexpr = tl.constexpr(len(GROUP))
@@ -61,18 +71,18 @@ def row_constants(
         CONSTANTS, COUNTER, SCALAR: as for :func:`prepare`.
         A: the arithmetic type.
     """
-    group = groups + tl.load(row + 8, mask=active, other=0) * width
+    group = groups + tl.load(row + AT_GROUP, mask=active, other=0) * width
     rate, momentum = rate_and_momentum(
         ints, floats, phases, position,
         tl.load(group), tl.load(group + 1), tl.load(group + 2), tl.load(group + 3),
     )  # fmt: skip
     step = rate
     if COUNTER is not None:
-        counter = tl.load(row + 5, mask=active, other=0).to(tl.pointer_type(COUNTER))
+        counter = tl.load(row + AT_COUNTER, mask=active, other=0).to(tl.pointer_type(COUNTER))
         step = tl.load(counter, mask=active, other=0).to(tl.float64) + 1.0
     scalar = rate
     if SCALAR is not None:
-        place = tl.load(row + 6, mask=active, other=0).to(tl.pointer_type(SCALAR))
+        place = tl.load(row + AT_SCALAR, mask=active, other=0).to(tl.pointer_type(SCALAR))
         scalar = tl.load(place, mask=active, other=0)
     cycles = tl.load(group + 4) != 0
     constants = CONSTANTS(group + _OWN, rate, step, scalar, momentum, cycles, A)
@@ -126,16 +136,16 @@ def advance_counters(
         FACTOR, COUNTER, SCALAR: as for :func:`prepare`.
     """
     if COUNTER is not None:
-        counter = tl.load(row + 5, mask=active, other=0).to(tl.pointer_type(COUNTER))
+        counter = tl.load(row + AT_COUNTER, mask=active, other=0).to(tl.pointer_type(COUNTER))
         step = tl.load(counter, mask=active, other=0).to(tl.float64) + 1.0
         if SCALAR is not None:
-            group = groups + tl.load(row + 8, mask=active, other=0) * width
+            group = groups + tl.load(row + AT_GROUP, mask=active, other=0) * width
             _, momentum = rate_and_momentum(
                 ints, floats, phases, position,
                 tl.load(group), tl.load(group + 1), tl.load(group + 2), tl.load(group + 3),
             )  # fmt: skip
             by = FACTOR(group + _OWN, step, momentum, tl.load(group + 4) != 0)
-            place = tl.load(row + 6, mask=active, other=0).to(tl.pointer_type(SCALAR))
+            place = tl.load(row + AT_SCALAR, mask=active, other=0).to(tl.pointer_type(SCALAR))
             scalar = tl.load(place, mask=active, other=0)
             tl.store(place, advanced(scalar, by), mask=active)
         tl.store(counter, step.to(COUNTER), mask=active)
@@ -182,7 +192,8 @@ def prepare(
 
     Args:
         rows: the rows' table, int64.
-        gradients: int64, the address of each row's gradient; 0 for a row without one.
+        gradients: int64, the address of each row's gradient; 0 for a row without one, negative
+            for a row that a backward pass has updated, whose average stays too.
         count: the number of rows. Each program takes ``LANES`` of them.
         constants: the constants' table, of the arithmetic type, a row of ``WIDTH`` per row.
         groups: the groups' table, float64, ``width`` columns.
@@ -205,7 +216,8 @@ def prepare(
     happened = tl.load(gate + 1) == 0
     left = tl.where(happened, count, 0)
     happens = lane < left
-    active = tl.load(gradients + lane, mask=happens, other=0) != 0
+    gradient = tl.load(gradients + lane, mask=happens, other=0)
+    active = gradient > 0
     row = rows + lane.to(tl.int64) * _ROW
     scale, decay, shrink, c = row_constants(
         row, active, groups, width, ints, floats, phases, position, gate,
@@ -219,9 +231,10 @@ def prepare(
     for k in tl.static_range(len(c)):
         tl.store(constants + _COMMON + k, c[k], mask=active)
     if AVERAGE is not None:  # rows without a gradient take part
-        group = groups + tl.load(row + 8, mask=happens, other=0) * width
+        group = groups + tl.load(row + AT_GROUP, mask=happens, other=0) * width
         weight = average_weight(tl.load(group + 5), ints, phases, control, position)
-        tl.store(constants + 4, tl.where(happens, weight, 0.0).to(A), mask=exists)
+        takes_part = happens & (gradient >= 0)
+        tl.store(constants + 4, tl.where(takes_part, weight, 0.0).to(A), mask=exists)
     advance_counters(
         row, active, groups, width, ints, floats, phases, position, FACTOR, COUNTER, SCALAR
     )

@@ -1,10 +1,12 @@
 """Registers, stack and memory accesses of the compiled kernels, on a machine without a GPU.
 
-    python -m clr_optim.kernels.triton.report --target sm_90 [--average own] [--json FILE]
+    python -m clr_optim.kernels.triton.report --target sm_90 [--average own] [--masters]
+        [--json FILE]
 
 The report compiles every kernel for every dtype, as a launch of ``multi_tensor`` does, without
-averages or with averages in the dtype of the parameters (``own``) or in another one. Registers
-and stack come from cuobjdump's resource usage (NVIDIA) or from the code object's metadata (AMD).
+averages or with averages in the dtype of the parameters (``own``) or in another one. With masters
+the report compiles for bfloat16 alone, the only dtype of parameters with masters. Registers and
+stack come from cuobjdump's resource usage (NVIDIA) or from the code object's metadata (AMD).
 
 **The accesses** are the loads and stores of full blocks, which have no mask and update nearly all
 elements. Triton's IR names them: a load or store by a tensor of pointers, without a mask. (Kernels
@@ -99,13 +101,16 @@ class _Access(NamedTuple):
     width: int  # 0 if unknown
 
 
-def rows(target: str, average: str | None = None) -> Iterator[dict[str, Any]]:
+def rows(
+    target: str, average: str | None = None, *, masters: bool = False
+) -> Iterator[dict[str, Any]]:
     """Yield a row per rule and dtype, each as soon as its kernel is compiled.
 
     Args:
         target: ``sm_NN`` or ``gfxNNN``.
         average: the dtype of averages, by torch's name, or ``"own"`` for that of the parameters;
             None for kernels without averages.
+        masters: whether the parameters have masters: bfloat16 alone.
 
     Raises:
         ReportError: the target is neither, Triton is missing or interprets, or a kernel does not
@@ -129,11 +134,14 @@ def rows(target: str, average: str | None = None) -> Iterator[dict[str, Any]]:
         gpu = GPUTarget("cuda", int(named[1]), 32)
     else:
         gpu = GPUTarget("hip", target, 64 if int(target[3:-2]) < 10 else 32)
-    for (rule, (slots, numbers)), name in itertools.product(_kernels().items(), DTYPES):
+    names = ("bfloat16",) if masters else DTYPES
+    for (rule, (slots, numbers)), name in itertools.product(_kernels().items(), names):
         dtype: torch.dtype = getattr(torch, name)
         averages = dtype if average == "own" else getattr(torch, average or "", None)
         try:
-            compiled = _compile(rule, slots, dtype, [torch.float32] * numbers, averages, gpu)
+            compiled = _compile(
+                rule, slots, dtype, [torch.float32] * numbers, averages, masters, gpu
+            )
         except Exception as error:  # each stage of Triton's has its own
             words = " ".join(str(error).partition("Repro command")[0].split())
             raise ReportError(
@@ -142,9 +150,13 @@ def rows(target: str, average: str | None = None) -> Iterator[dict[str, Any]]:
             ) from error
         resources, instructions = _resources(compiled)
         found: dict[str, Any] = dict(resources)
-        block, threads = multi_tensor.shape_of(slots, dtype.itemsize)
-        found |= _widths(compiled, block * dtype.itemsize // threads)
-        found |= counts(instructions, 1 + slots, block // threads, dtype.itemsize)
+        block, threads = multi_tensor.shape_of(slots, dtype.itemsize, masters)
+        width = block * dtype.itemsize // threads
+        found |= _widths(compiled, width)
+        stores = 1 + slots
+        if masters:  # 16 bytes of float32 state are 8 bytes of the parameter
+            stores = 2 + (2 * slots if width == 16 else 0)
+        found |= counts(instructions, stores, block // threads, dtype.itemsize)
         yield {"rule": rule, "dtype": name, **{column: found[column] for column in _COLUMNS}}
 
 
@@ -160,6 +172,7 @@ def _compile(
     dtype: torch.dtype,
     numbers: Sequence[torch.dtype],
     average: torch.dtype | None,
+    masters: bool,
     gpu: Any,
 ) -> Any:
     import triton
@@ -168,7 +181,9 @@ def _compile(
     from clr_optim.kernels.triton import multi_tensor
 
     kernel = multi_tensor.multi_tensor
-    compiled_for = multi_tensor.constants_for(rule, slots, dtype, numbers, average, gpu.warp_size)
+    compiled_for = multi_tensor.constants_for(
+        rule, slots, dtype, numbers, average, masters, gpu.warp_size
+    )
     names = {parameter.name for parameter in kernel.params}
     constants = {k: v for k, v in compiled_for.multi_tensor.items() if k in names}
     options = {k: v for k, v in compiled_for.multi_tensor.items() if k not in names}
@@ -325,12 +340,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--average", choices=("own", *DTYPES), help="the dtype of averages, if kernels keep them"
     )
+    parser.add_argument(
+        "--masters", action="store_true", help="parameters with masters: bfloat16 alone"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
     args = parser.parse_args(argv)
     width = max(map(len, KERNELS))
     done: list[dict[str, Any]] = []
     try:
-        for row in rows(args.target, args.average):
+        for row in rows(args.target, args.average, masters=args.masters):
             if not done:
                 print(f"{'rule':{width}}  {'dtype':8}", *_COLUMNS, sep="  ")
             cells = (f"{row[column]:>{len(column)}}" for column in _COLUMNS)

@@ -1,4 +1,4 @@
-// Run every native kernel of a set on every dtype, without Python or torch: for valgrind, under which
+// Run every native kernel of a set on every format, without Python or torch: for valgrind, under which
 // Python and torch take minutes to start, and for sanitizers, which need no preloading here. Commands:
 // CONTRIBUTING.md. The first argument names the set of kernels.
 //
@@ -76,39 +76,45 @@ int64_t count_kernels() {
     return count;
 }
 
-// Here float16 has averages in float32. Each other dtype has averages in the same dtype.
-int64_t average_of(int64_t dtype) { return dtype == FLOAT16 ? int64_t(FLOAT32) : dtype; }
+// Here float16 and masters have averages in float32. Each other format has averages in its dtype.
+int64_t average_of(int64_t format) {
+    return format == FLOAT16 || format == MASTERS ? int64_t(FLOAT32) : format;
+}
 
-void* averages(int64_t i, int64_t dtype, std::vector<Bytes>& memory) {
-    memory.push_back(values(average_of(dtype), LENGTHS[i], 7 + unsigned(i), false));
+void* averages(int64_t i, int64_t format, std::vector<Bytes>& memory) {
+    memory.push_back(values(average_of(format), LENGTHS[i], 7 + unsigned(i), false));
     return memory.back().get();
 }
 
-Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
+Run run(int64_t kernel, int64_t format, int64_t threads, bool wide) {
     Run run;
+    const bool masters = format == MASTERS;
+    const int64_t dtype = masters ? int64_t(BFLOAT16) : format;
+    const int64_t of_rule = masters ? int64_t(FLOAT32) : dtype, extras = slots_of(kernel) + masters;
     const bool counts = kernel >= 2, has_scalar = clr::kernels->kernel(kernel, FLOAT32).factor;
     for (int64_t i = 0; i < TENSORS; ++i) {
-        const auto tensor = [&](unsigned seed, bool positive = false) -> void* {
-            run.memory.push_back(values(dtype, LENGTHS[i], seed + unsigned(i), positive));
+        const auto tensor = [&](unsigned seed, int64_t of, bool positive = false) -> void* {
+            run.memory.push_back(values(of, LENGTHS[i], seed + unsigned(i), positive));
             return run.memory.back().get();
         };
         clr::Row row = {};
-        row.param = tensor(1);
-        row.state[slots_of(kernel)] = averages(i, dtype, run.memory);
+        row.param = tensor(1, dtype);
+        if (masters) row.state[slots_of(kernel)] = tensor(9, dtype);
+        row.state[extras] = averages(i, format, run.memory);
         row.numel = LENGTHS[i] + (overrun && i == TENSORS - 1);
         row.group = i % GROUPS;
         const bool active = i % 5 != 4;
-        run.rows.gradients.push_back(!active ? nullptr : LENGTHS[i] ? tensor(2) : NO_DATA);
+        run.rows.gradients.push_back(!active ? nullptr : LENGTHS[i] ? tensor(2, dtype) : NO_DATA);
         // A first step may find any bytes in its momentum, and must not use them.
         row.first = kernel == 1 && i % 3 == 0;
-        for (int k = 0; k < slots_of(kernel); ++k) row.state[k] = tensor(3 + unsigned(k), true);
+        for (int k = 0; k < slots_of(kernel); ++k) row.state[k] = tensor(3 + unsigned(k), of_rule, true);
         if (row.first) {
             run.memory.emplace_back(
-                static_cast<unsigned char*>(std::malloc(SIZES[dtype] * size_t(LENGTHS[i]))),
+                static_cast<unsigned char*>(std::malloc(SIZES[of_rule] * size_t(LENGTHS[i]))),
                 std::free);
             row.state[0] = run.memory.back().get();
             // Different bytes for each number of threads; all ones are NaN.
-            const size_t size = SIZES[dtype] * size_t(LENGTHS[i]);
+            const size_t size = SIZES[of_rule] * size_t(LENGTHS[i]);
             if (size) std::memset(row.state[0], threads == 1 ? 255 : 1, size);
         }
         for (void** number : {&row.counter, &row.scalar}) {
@@ -134,7 +140,10 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
     }
     run.rows.kernel = kernel, run.rows.dtype = dtype;
     run.rows.counter_bits = run.rows.scalar_bits = wide ? 64 : 32;
-    run.rows.average_dtype = average_of(dtype);
+    run.rows.slot_dtypes.assign(size_t(slots_of(kernel)), of_rule);
+    if (masters) run.rows.slot_dtypes.push_back(dtype);
+    run.rows.slot_dtypes.push_back(average_of(format));
+    run.rows.masters = masters, run.rows.average_slot = extras;
     for (int step = 0; step < 3; ++step) {
         require(sum_of_squares(*clr::kernels, run.rows, int(threads)) > 0, "sums of nothing", kernel,
                 dtype);
@@ -148,13 +157,14 @@ Run run(int64_t kernel, int64_t dtype, int64_t threads, bool wide) {
     for (int64_t i = 0; i < TENSORS; ++i) {
         const clr::Row& row = run.rows.rows[size_t(i)];
         const size_t size = SIZES[dtype] * size_t(row.numel);
-        run.keep(row.state[slots_of(kernel)], SIZES[average_of(dtype)] * size_t(row.numel));
+        run.keep(row.state[extras], SIZES[average_of(format)] * size_t(row.numel));
         if (!run.rows.gradients[size_t(i)]) {
             still.keep(row.param, size);
             continue;
         }
         run.keep(row.param, size);
-        for (int k = 0; k < slots_of(kernel); ++k) run.keep(row.state[k], size);
+        for (int k = 0; k < int(extras); ++k)
+            run.keep(row.state[k], SIZES[run.rows.slot_dtypes[size_t(k)]] * size_t(row.numel));
         if (counts) run.keep(row.counter, wide ? 8 : 4);
         if (has_scalar) run.keep(row.scalar, wide ? 8 : 4);
     }
@@ -172,7 +182,7 @@ int main(int argc, char** argv) {
     overrun = argc > 2;
     int runs = 0;
     for (int64_t kernel = 0; kernel < count_kernels(); ++kernel)
-        for (int64_t dtype = 0; dtype < 4; ++dtype)
+        for (int64_t dtype = 0; dtype <= MASTERS; ++dtype)
             for (int wide = 0; wide < (kernel < 2 ? 1 : 2); ++wide) {
                 const Run one = run(kernel, dtype, 1, wide), more = run(kernel, dtype, 3, wide);
                 require(!one.result.empty(), "nothing done", kernel, dtype);
@@ -181,6 +191,6 @@ int main(int argc, char** argv) {
             }
     for (const int64_t kernel : {int64_t(-1), count_kernels()})
         require(!clr::kernels->kernel(kernel, FLOAT32).update, "an unknown kernel", kernel, FLOAT32);
-    require(!clr::kernels->kernel(0, 4).update, "an unknown dtype", 0, 4);
+    require(!clr::kernels->kernel(0, MASTERS + 1).update, "an unknown format", 0, MASTERS + 1);
     std::printf("%d runs\n", runs);
 }

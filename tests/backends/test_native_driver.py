@@ -45,8 +45,8 @@ def test_every_kernel_is_clean(driver):
     for name in sets():
         done = run(driver, name)
         assert done.returncode == 0, done.stderr
-        # Four dtypes, with one thread and with three, and two dtypes of the counter but for SGD.
-        assert done.stdout == f"{8 * (2 * len(KERNELS) - 2)} runs\n"
+        # Five formats, with one thread and with three, and two dtypes of the counter but for SGD.
+        assert done.stdout == f"{10 * (2 * len(KERNELS) - 2)} runs\n"
         assert done.stderr == ""
 
 

@@ -29,7 +29,17 @@ class CheckpointEvents(Pair):
                 raise error
             return False
         load(self.twin, twin_state)
+        if self.masters:
+            self.restore_wide(twin_state)
         return True
+
+    def restore_wide(self, twin_state: Any) -> None:
+        """Give the twin the float32 state of a checkpoint, which torch's load has rounded."""
+        for group, saved in zip(self.twin.param_groups, twin_state["param_groups"], strict=True):
+            for p, index in zip(group["params"], saved["params"], strict=True):
+                for name, t in twin_state["state"].get(index, {}).items():
+                    if isinstance(t, Tensor) and name not in NUMBERS:
+                        self.twin.state[p][name] = t.clone()
 
     def is_refusal(self, error: Exception, twin_state: Any) -> bool:
         """Return whether ours refused a checkpoint that torch loads and then cannot step with."""
@@ -72,6 +82,8 @@ class CheckpointEvents(Pair):
     @event(0.4, own=FLAG)
     def load_beneath(self, own: bool) -> bool | None:
         """Load into the wrapped optimizer, as code does that still holds a reference to it."""
+        if self.masters:
+            return False  # torch's load rounds float32 state, and the next step raises
         rates = self.expected.rates() if own else [g["lr"] for g in self.twin.param_groups]
         if not any(rates):
             return False  # with zero gradients, a loaded rate of 0 looks like a checkpointer's step

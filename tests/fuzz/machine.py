@@ -19,6 +19,7 @@ off by float32's rounding.
 
 from __future__ import annotations
 
+from fuzz.backward_events import BackwardEvents
 from fuzz.checkpoint_events import CheckpointEvents
 from fuzz.events import Event, declared_in
 from fuzz.group_events import GroupEvents
@@ -27,13 +28,13 @@ from fuzz.step_events import StepEvents
 from fuzz.tensor_events import TensorEvents
 
 
-class Machine(StepEvents, GroupEvents, CheckpointEvents):
+class Machine(BackwardEvents, GroupEvents, CheckpointEvents):
     """A pair of optimizers, and every event that may happen to them."""
 
 
 #: Every event by its name, in the order in which the fuzzer draws.
 EVENTS: dict[str, Event] = {
     name: event
-    for part in (Pair, TensorEvents, CheckpointEvents, GroupEvents, StepEvents)
+    for part in (Pair, TensorEvents, CheckpointEvents, GroupEvents, StepEvents, BackwardEvents)
     for name, event in declared_in(part)
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from internals import steps_in_backward
 from native_helpers import (
     BY_NAME,
     HALF,
@@ -26,6 +27,8 @@ from native_helpers import (
 from torch import Tensor
 
 from clr_optim import CyclicalOptimizer
+from clr_optim.keys import REST
+from clr_optim.masters import join, split
 from fuzz.events import BoomError, event
 from fuzz.expected import POLICIES, Expected, Optimizer
 from fuzz.setups import (
@@ -83,6 +86,11 @@ class Pair:
         if known.options.get("centered") and backend != "torch":
             dtype = "float64"  # narrower dtypes lose the difference of two averages to rounding
         self.exact = backend == "torch"
+        #: Whether our bfloat16 parameters have float32 masters. The twin keeps the same two halves,
+        #: and joins them for its step.
+        self.masters = dtype == "masters" and not self.exact
+        if dtype == "masters":
+            dtype = "bfloat16"
         if self.exact and flag == "fused" and dtype in ("bfloat16", "float16"):
             dtype = "float32"  # torch's fused SGD reads uninitialized memory: not reproducible
         self.dtypes = DTYPES[dtype]
@@ -110,10 +118,13 @@ class Pair:
             return made
 
         self.twin = make(options if self.exact else {})
+        if self.masters:
+            self.give_rests(self.twin)
         self.wrap = {
             **POLICIES[policy].options,
             "max_grad_norm": clip,
             "skip_above": skip,
+            "master_weights": self.masters,
             **getattr(known, "wrap", {}),
         }
         self.ours: Any = CyclicalOptimizer(make(options), **self.wrap)
@@ -121,6 +132,8 @@ class Pair:
         if self.wrap.get("cycle_momentum"):
             momenta = [(self.wrap["base_momentum"], self.wrap["max_momentum"])]
         self.expected = Expected(policy, [(known.lr / 4, known.lr)], momenta)
+        #: undoes step_in_backward() of the present optimizer or of an earlier one
+        self.handle: Any = None
         self.ended: list[int] = []
         self.listen()
         self.others: list[Any] = []
@@ -155,6 +168,17 @@ class Pair:
     def pair(self) -> tuple[Any, Any]:
         return self.ours, self.twin
 
+    @property
+    def in_backward(self) -> bool:
+        """Whether hooks update our parameters in the backward pass.
+
+        An earlier optimizer may live on in a cycle of references; its hooks are removed.
+        """
+        is_active = steps_in_backward(self.ours)
+        if self.handle is not None and not is_active:
+            self.handle.remove()
+        return is_active
+
     def pick(self, i: int) -> list[tuple[Any, Any]]:
         """Return the same parameter of both."""
         return [(opt, members(opt)[i % len(members(opt))]) for opt in self.pair()]
@@ -177,11 +201,14 @@ class Pair:
         Compare the position too, unless the question may change it.
         """
         for i, (p, q) in enumerate(zip(members(self.ours), members(self.twin), strict=True)):
-            self.compare(p, q, None if before is None else before[i][0], i)
+            then = None if before is None else before[i][0]
+            self.compare(self.whole(p, self.ours.state), self.whole(q, self.twin.state), then, i)
         for i, (mine, other) in enumerate(zip(held(self.ours), held(self.twin), strict=True)):
             assert [name for name, _ in mine] == [name for name, _ in other], i
             then = {} if before is None else before[i][1]
             for (name, a), (_, b) in zip(mine, other, strict=True):
+                if name == REST:
+                    continue  # a half of what has been compared
                 if not isinstance(b, Tensor):
                     assert a == b, (i, name)
                     continue
@@ -292,6 +319,8 @@ class Pair:
         twin_error = failure(self.plain_step, self.twin)
         error = failure(call, self.ours)
         wanted = BoomError if late and twin_error is None else type(twin_error)
+        if self.masters and wanted is KeyError:
+            wanted = RuntimeError  # a kernel would read state that torch's step lacks
         if type(error) is not wanted:
             raise AssertionError(f"torch raises {twin_error!r}, ours {error!r}") from error
         if twin_error is None:
@@ -331,7 +360,7 @@ class Pair:
                 p.grad = None if q.grad is None else q.grad.clone()
             self.plain_step(disturbed, off)
             for i, (mine, other) in enumerate(zip(self.snapshot(disturbed), came_to, strict=True)):
-                note(i, mine[0], other[0])
+                note(i, *(self.whole(p, {p: state}) for p, state in (mine, other)))
                 for name, t in mine[1].items():
                     note((i, name), t, other[1][name])
         self.norm = norm
@@ -363,18 +392,52 @@ class Pair:
                 for p, g in kept:
                     p.grad = g
 
+    # ---- float32 masters of the twin
+
+    def whole(self, param: Tensor, state: Any) -> Tensor:
+        """Return a parameter; its master, if it has one."""
+        rest = state.get(param, {}).get(REST) if self.masters else None
+        return param if rest is None else join(param, rest)
+
+    @staticmethod
+    def give_rests(twin: Any) -> None:
+        """Give state of torch's constructor float32 values, and a rest."""
+        for p, state in twin.state.items():
+            for name, t in state.items():
+                if name not in NUMBERS:
+                    value = twin.defaults["initial_accumulator_value"]
+                    state[name] = torch.full_like(t, value, dtype=torch.float32)
+            state[REST] = torch.zeros_like(p, requires_grad=False)
+
+    def keep_masters(self, opt: Any, p: Any, data: Tensor, wide: Tensor, state: Any) -> None:
+        """Split the new values of a parameter, and note its state in the old order."""
+        rest = state.get(REST)
+        rest = torch.zeros_like(data) if rest is None else rest
+        split(wide.float(), data, rest)
+        now = opt.state[p]
+        names = [*state, *(name for name in now if name not in state)]
+        for name in [*names, *([] if REST in state else [REST])]:
+            t = now.pop(name, None)
+            if name == REST:
+                now[REST] = rest
+            elif name not in NUMBERS and isinstance(t, Tensor):
+                now[name] = t.float() if state.get(name) is None else state[name].copy_(t)
+            else:
+                now[name] = t
+
     @contextmanager
     def widened(self, opt: Any) -> Iterator[None]:
         narrow = [p for p in members(opt) if p.dtype in HALF and not self.exact]
         kept = [(p, p.data, p.grad, dict(opt.state.get(p, {}))) for p in narrow]
         for p, _, grad, state in kept:
             p.grad = None
-            p.data = p.data.double()
+            p.data = self.whole(p, opt.state).detach().double()
             p.grad = None if grad is None else grad.double()
             if state:
                 opt.state[p] = {
                     name: t.double() if isinstance(t, Tensor) and name not in NUMBERS else t
                     for name, t in state.items()
+                    if name != REST
                 }
         done = False
         try:
@@ -383,6 +446,13 @@ class Pair:
         finally:
             for p, data, grad, state in kept:
                 wide, p.grad = p.data, None
+                if done and self.masters:
+                    p.data, p.grad = data, grad
+                    if grad is not None:
+                        self.keep_masters(opt, p, data, wide, state)
+                    elif state:
+                        opt.state[p] = state
+                    continue
                 p.data = data.copy_(wide) if done else data
                 p.grad = grad
                 for name, t in opt.state.get(p, {}).items():

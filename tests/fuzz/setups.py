@@ -25,6 +25,7 @@ DTYPES = {
     "float32": (torch.float32,),
     "bfloat16": (torch.bfloat16,),
     "float16": (torch.float16,),
+    "masters": (torch.bfloat16,),
     "mixed": (torch.float64, torch.float32),
 }
 #: Relative to a tensor's largest value; float64 over all steps, the others over one step.
@@ -96,7 +97,7 @@ def setups(backend: str) -> dict[str, Sequence[Any]]:
         "big": (False,) * (9 if backend != "triton" else 29) + (True,),
         "clip": (None, None, 0.5),
         "skip": (None, None, 1e30),
-        "dtype": ("float64",) * 4 + ("float32",) * 2 + ("mixed", "bfloat16", "float16"),
+        "dtype": ("float64",) * 4 + ("float32",) * 2 + ("mixed", "bfloat16", "float16", "masters"),
         "policy": ["triangular"] * 4 + list(POLICIES),
         "flag": flags,
         "tensor_lr": (False,) * 6 + (True,),

@@ -173,7 +173,12 @@ class StepEvents(TensorEvents):
         grad = some[seed % len(some)].grad
         grad[(0,) * grad.dim()] = float(bad)
         skipped = self.ours.skipped
-        self.ours.step()
+        error = failure(lambda opt: opt.step(), self.ours)
+        if error is not None:
+            assert self.masters, error
+            assert "its state lacks" in str(error), error
+            self.zero_grad(True)
+            return False
         assert self.ours.skipped == skipped + 1
         self.zero_grad(True)
         return None
@@ -181,6 +186,8 @@ class StepEvents(TensorEvents):
     @event(2.0, seed=SEEDS, overflow=(False, False, True), power=range(4), unscales=FLAG)
     def step_by_grad_scaler(self, seed: int, overflow: bool, power: int, unscales: bool) -> Any:
         """Step by a GradScaler, on the path that the optimizer asks for."""
+        if self.in_backward:
+            return False
         whole = getattr(self.ours, "_step_supports_amp_scaling", False)
         if torch.float16 in self.dtypes and (unscales or not whole):
             return False  # a GradScaler refuses to unscale float16

@@ -31,6 +31,8 @@ class TensorEvents(Pair):
     @event(2.0, seed=SEEDS)
     def backward_by_autograd(self, seed: int) -> bool | None:
         """Add to the gradients by autograd, which decides about their memory."""
+        if self.in_backward:
+            return False
         for opt in self.pair():
             self.own_memory(opt)
             terms = [
@@ -122,8 +124,10 @@ class TensorEvents(Pair):
                             opt.state[p][name] = dense(t).t().contiguous().t()
 
     @event(1.0, i=WHICH, length=range(1, 5), move=FLAG)
-    def resize(self, i: int, length: int, move: bool) -> None:
+    def resize(self, i: int, length: int, move: bool) -> bool | None:
         """Shrink a parameter and its state, as pruning does, in the old memory or in new memory."""
+        if self.in_backward:
+            return False  # autograd keeps the shape that a parameter with a hook had
         for opt, p in self.pick(i):
             if p.dim() == 1 and p.numel() > length:
                 was, p.grad = p.shape, None
@@ -131,6 +135,7 @@ class TensorEvents(Pair):
                 for name, t in opt.state.get(p, {}).items():
                     if isinstance(t, Tensor) and t.shape == was:
                         opt.state[p][name] = t.to_dense()[:length]
+        return None
 
     @event(1.0, i=WHICH)
     def replace_state(self, i: int) -> None:

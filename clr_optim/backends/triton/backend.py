@@ -14,7 +14,7 @@ from memory that the graph keeps.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +31,8 @@ from clr_optim.backends.triton.clock import Clock
 from clr_optim.backends.triton.gate import DeviceStatistics, fill_gates
 from clr_optim.backends.triton.launch import Launch
 from clr_optim.backends.triton.prebound import Call
-from clr_optim.plan import Plan
+from clr_optim.backends.triton.row_updates import RowUpdates
+from clr_optim.plan import Extras, Plan
 from clr_optim.rules import UpdateRule
 from clr_optim.schedule import Schedule
 
@@ -48,6 +49,7 @@ class TritonBackend:
         device: the type of the devices whose tensors the kernels update.
         lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
         average: which average of the parameters the steps keep, if any.
+        masters: whether bfloat16 parameters have float32 masters.
 
     Raises:
         NoKernelsError: if the extension, which scans the tensors, cannot serve here.
@@ -60,6 +62,7 @@ class TritonBackend:
     reuses_norm: ClassVar[bool] = True
     steps_alone: ClassVar[bool] = True
     sees_overflows: ClassVar[bool] = True
+    steps_in_backward: ClassVar[bool] = True
 
     @classmethod
     def device_types(cls) -> tuple[str, ...]:
@@ -77,12 +80,13 @@ class TritonBackend:
         *,
         asked: bool,
         average: Average | None = None,
+        masters: bool = False,
     ) -> TritonBackend:
         """Return a backend for one optimizer; try a kernel out if the user did not name Triton."""
         if not asked and not current.is_capturing():
             params = (p for group in optimizer.param_groups for p in group["params"])
             here.try_out(next(p.device for p in params if p.device.type == device))
-        return cls(optimizer, rule, schedule, device, lock, average)
+        return cls(optimizer, rule, schedule, device, lock, average, masters)
 
     def __init__(
         self,
@@ -92,10 +96,11 @@ class TritonBackend:
         device: str,
         lock: threading.RLock | None = None,
         average: Average | None = None,
+        masters: bool = False,
     ) -> None:
-        slot = slot_of(average)
+        extras = Extras(slot_of(average, masters=masters), masters)
         self.plan = Plan(
-            optimizer, rule, library(), device, capturable=True, lock=lock, average=slot
+            optimizer, rule, library(), device, capturable=True, lock=lock, extras=extras
         )
         self._schedule, self._average = schedule, average
         self._momentum = rule.momentum
@@ -105,6 +110,7 @@ class TritonBackend:
         self.who_knows = WhoKnows.HOST
         self._statistics = DeviceStatistics(self._clocks)
         self._binding = Binding(self.plan)
+        self._row_updates = RowUpdates(self.plan, rule.momentum)
         # Tables and tensors that captured graphs still read; three entries per captured step.
         self._given_up: list[Any] = []
 
@@ -166,6 +172,16 @@ class TritonBackend:
         if has_begun and self.who_knows is WhoKnows.HOST:
             self.who_knows = WhoKnows.MAYBE
 
+    def open_pass(self, course: Course) -> Callable[[int, int], object]:
+        """Return the function that updates a row in the backward pass: see :class:`RowUpdates`.
+
+        Args:
+            course: the place of the coming step in the schedule.
+        """
+        with current.no_inference_mode():
+            self._arrange()
+            return self._row_updates.open(self._launches, self._clocks, course)
+
     def step(self, course: Course, gradients: Gradients) -> Outcome:
         """Update all tensors of the plan, and advance the position: see :meth:`Launch.update`.
 
@@ -189,10 +205,11 @@ class TritonBackend:
     def _step(self, course: Course, gradients: Gradients) -> Outcome:
         plan, capturing = self.plan, current.is_capturing()
         before = plan.native.calls
+        # A pass in backward belongs to the count of steps, which moves with this step.
+        is_done = plan.native.is_done if plan.native.in_pass else None
         if capturing:
-            self._check_capture()
-        if [id(launch.bucket) for launch in self._launches] != [id(b) for b in plan.buckets]:
-            self._arrange([Launch(bucket) for bucket in plan.buckets])
+            _check_capture(plan, self._clocks)
+        self._arrange()
         bound = self._binding.end()
         if bound is not None:
             for launch in self._launches:
@@ -209,7 +226,7 @@ class TritonBackend:
                     )
                 if not capturing:  # what a graph reads is kept for good
                     self._clocks[device].enter_stream(launches)
-                _refresh(launches, clips=clips)
+                _refresh(launches, clips=clips, is_done=is_done)
                 if gradients.gate is not None or not capturing:
                     self._statistics.send(self._clocks[device])
         gates, norm = fill_gates(plan, self._clocks, by_device, gradients, calls)
@@ -244,24 +261,16 @@ class TritonBackend:
         if created:  # upload the rows with the new state now, as a capture could not
             for device, launches in by_device.items():
                 with current.guard(device):
-                    _refresh(launches, clips=clips)
-        elif self._binding.is_wanted and not capturing and self._is_ordinary(course, gradients):
+                    _refresh(launches, clips=clips, is_done=is_done)
+        elif (
+            is_done is None
+            and self._binding.is_wanted
+            and not capturing
+            and _is_ordinary(plan, self._clocks, self.who_knows, course, gradients)
+        ):
             self._bind(course, gradients, calls, before + 1)
         self._binding.is_wanted = False
         return Outcome(norm)
-
-    def _check_capture(self) -> None:
-        """Raise a RuntimeError if a captured step would need more than launches."""
-        if not self.plan.buckets and not self._clocks:
-            raise RuntimeError(
-                "step() cannot be captured now: no parameter has had a gradient yet; take a step "
-                "with all gradients and then capture"
-            )
-        if self.plan.pending:
-            raise RuntimeError(
-                "step() cannot be captured now: it would create the optimizer's state; take a step "
-                "with all gradients and then capture"
-            )
 
     def _keep_for_graph(self, tensors: object) -> None:
         """Keep all that the graph reads: tables, and tensors, which a checkpoint may replace."""
@@ -283,30 +292,18 @@ class TritonBackend:
                 clips=gradients.max_norm is not None, signals=names, counted=counted,
             )  # fmt: skip
 
-    def _is_ordinary(self, course: Course, gradients: Gradients) -> bool:
-        """Return whether native code may repeat this step's launches with the next gradients."""
-        if len(self._clocks) != 1:
-            return False
-        (clock,) = self._clocks.values()
-        # Bound launches go on like this step, if kernels alone know whether a step happens.
-        knows = (WhoKnows.HOST, WhoKnows.MAYBE) if gradients.leave_doubt else (WhoKnows.HOST,)
-        return (
-            clock.device.type == "cuda"
-            and clock.decides(course)
-            and self.who_knows in knows
-            and clock.reads(gradients.scale)
-            and clock.reads(gradients.found_inf)
-            and not course.kept
-            and not (gradients.needs_norm and any(self.plan.spreads))
-        )
-
     def _note_changes(self) -> None:
         """Mark the parameters as changed, and put new state into the optimizer, after a step."""
         # As after any in-place update: a backward pass through an older graph must raise.
         torch.autograd.graph.increment_version(self.plan.active_params())
         self.plan.commit()
 
-    def _arrange(self, launches: list[Launch]) -> None:
+    def _arrange(self) -> None:
+        """Have a launch for each bucket of the plan, and a clock for each device."""
+        buckets = self.plan.buckets
+        if [id(launch.bucket) for launch in self._launches] == [id(bucket) for bucket in buckets]:
+            return
+        launches = [Launch(bucket) for bucket in buckets]
         for device in dict.fromkeys(launch.bucket.device for launch in launches):
             if device not in self._clocks:
                 others = list(self._clocks.values())
@@ -335,7 +332,49 @@ class TritonBackend:
         return [*follows, *(call for each in updates for call in each)]
 
 
-def _refresh(launches: list[Launch], *, clips: bool) -> None:
-    """Bring the tables of all launches on one device up to date."""
+def _check_capture(plan: Plan, clocks: Mapping[torch.device, Clock]) -> None:
+    """Raise a RuntimeError if a captured step would need more than launches."""
+    if not plan.buckets and not clocks:
+        raise RuntimeError(
+            "step() cannot be captured now: no parameter has had a gradient yet; take a step "
+            "with all gradients and then capture"
+        )
+    if plan.native.in_pass:
+        raise RuntimeError(
+            "step() cannot be captured now: step_in_backward() has updated a part of the "
+            "parameters; call step(), remove the handle and then capture"
+        )
+    if plan.pending:
+        raise RuntimeError(
+            "step() cannot be captured now: it would create the optimizer's state; take a step "
+            "with all gradients and then capture"
+        )
+
+
+def _is_ordinary(
+    plan: Plan, clocks: Mapping[torch.device, Clock], who_knows: WhoKnows, course: Course,
+    gradients: Gradients,
+) -> bool:  # fmt: skip
+    """Return whether native code may repeat this step's launches with the next gradients."""
+    if len(clocks) != 1:
+        return False
+    (clock,) = clocks.values()
+    # Bound launches go on like this step, if kernels alone know whether a step happens.
+    knows = (WhoKnows.HOST, WhoKnows.MAYBE) if gradients.leave_doubt else (WhoKnows.HOST,)
+    return (
+        clock.device.type == "cuda"
+        and clock.decides(course)
+        and who_knows in knows
+        and clock.reads(gradients.scale)
+        and clock.reads(gradients.found_inf)
+        and not course.kept
+        and not (gradients.needs_norm and any(plan.spreads))
+    )
+
+
+def _refresh(
+    launches: list[Launch], *, clips: bool, is_done: Callable[[Tensor], bool] | None
+) -> None:
+    """Bring the tables of all launches on one device up to date, see :meth:`Launch.refresh`."""
     for launch in launches:
-        launch.refresh(is_alone=len(launches) == 1, clips=clips)
+        launch.refresh(is_alone=len(launches) == 1, clips=clips, is_done=is_done)

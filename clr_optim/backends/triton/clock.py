@@ -90,7 +90,8 @@ class Clock:
         fill_open_gate(self.open, self.one, self.zero)
         #: the norm of the last step, eager or replayed
         self.norm: Tensor | None = None
-        self._stream: Any = None
+        #: the stream of the last step, if tables were made there alone
+        self.stream: Any = None
 
     def enter_stream(self, launches: Sequence[Launch]) -> None:
         """Have the tables outlive the work of the current stream, if it is another than before.
@@ -99,9 +100,9 @@ class Clock:
         dropped table's memory away while a kernel of another stream still reads it.
         """
         stream = current.stream(self.device)
-        if stream == self._stream:
+        if stream == self.stream:
             return
-        self._stream = stream
+        self.stream = stream
         tables = [table for launch in launches for table in launch.tables()]
         for table in [*tables, *self._tables()]:
             if table is not None and table.is_cuda:
@@ -109,7 +110,7 @@ class Clock:
 
     def leave_stream(self) -> None:
         """Note that tables may have been made outside of a step, perhaps on another stream."""
-        self._stream = None
+        self.stream = None
 
     def _tables(self) -> Iterator[Tensor | None]:
         """Return all tensors that live as long as the clock, or until a table is made anew."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clr_optim.backends import device as current
 from clr_optim.backends.triton.mirror import Mirror
-from clr_optim.backends.triton.prebound import AddressTable, Call, launch
+from clr_optim.backends.triton.prebound import AddressTable, Call, RowCall, launch
 from clr_optim.plan import Bucket
 
 __all__ = ["Launch", "most_programs"]
@@ -44,16 +44,20 @@ class Launch:
         self.bucket = bucket
         self._compiled_for = multi_tensor.constants_for(
             bucket.kernel,
-            len(bucket.slots) - (bucket.average is not None),
+            bucket.rule_slots,
             bucket.dtype,
             bucket.number_dtypes,
             bucket.average,
+            bucket.has_masters,
             current.warp(bucket.device),
         )
         self._lanes = self._compiled_for.prepare["LANES"]
         self._rows, self._gradients, self._chunks = (Mirror(bucket.device) for _ in range(3))
         self._constants: Tensor | None = None
-        self._edition = -1  # of the bucket's rows on the device
+        # The editions of the bucket that rows and chunks on the device come from.
+        self._edition = self._edition_of_chunks = -1
+        self._numels: list[int] = []
+        self._row_kernel: Any = None  # the compiled kernel that updates a row
         self._blocks = _FEW_BLOCKS
         self._takes_whole_step = False
         self._passed: list[int] = []
@@ -63,12 +67,15 @@ class Launch:
 
     # ---- the tables
 
-    def refresh(self, *, is_alone: bool, clips: bool) -> None:
+    def refresh(
+        self, *, is_alone: bool, clips: bool, is_done: Callable[[Tensor], bool] | None = None
+    ) -> None:
         """Bring the tables on the device up to date.
 
         Args:
             is_alone: whether the step has no other launch on this device.
             clips: whether the step needs the norm of the gradients.
+            is_done: tells which parameters a backward pass has updated; None: none.
 
         Raises:
             RuntimeError: if the step is being captured, and anything but the addresses of the
@@ -76,9 +83,12 @@ class Launch:
         """
         bucket = self.bucket
         gradients = bucket.gradients
-        if bucket.edition != self._edition:
-            self._take_rows(bucket.table)
-            self._edition = bucket.edition
+        if is_done is not None and bucket.average is not None:
+            gradients = self._without_done(is_done)
+        self.refresh_rows()
+        if bucket.edition != self._edition_of_chunks:
+            self._take_chunks(bucket.table)
+            self._edition_of_chunks = bucket.edition
         self._takes_whole_step = is_alone and self.count <= most_programs(bucket.device)
         self._passed = self._passed_in(gradients) if self._takes_whole_step else []
         self._reads_table = clips or not self._passed
@@ -90,12 +100,29 @@ class Launch:
             self._gradients.put(gradients)
             self._gradients.stage()
 
-    def _take_rows(self, table: npt.NDArray[Any]) -> None:
+    def refresh_rows(self) -> None:
+        """Bring the rows on the device up to date, for launches of single rows."""
+        bucket = self.bucket
+        if bucket.edition == self._edition:
+            return
+        table = bucket.table
+        # Upload first: if a capture refuses the upload, nothing else has changed.
+        self._rows.fill(table.view(np.int64).reshape(len(table), -1))
+        self._numels = table["numel"].tolist()
+        self._edition = bucket.edition
+
+    def _without_done(self, is_done: Callable[[Tensor], bool]) -> npt.NDArray[np.int64]:
+        """Return the addresses of the gradients, with a mark at rows that are updated already."""
+        from clr_optim.kernels.triton.multi_tensor import DONE
+
+        gradients = self.bucket.gradients.copy()
+        gradients[[is_done(param) for param in self.bucket.params]] = DONE
+        return gradients
+
+    def _take_chunks(self, table: npt.NDArray[Any]) -> None:
         from clr_optim.kernels.triton import prepare
 
         bucket = self.bucket
-        # Upload first: if a capture refuses the upload, nothing else has changed.
-        self._rows.fill(table.view(np.int64).reshape(len(table), -1))
         pairs = self._chunks_of(table)
         self._chunks.put(pairs)
         self.count = len(pairs)
@@ -208,6 +235,45 @@ class Launch:
                 self._compiled_for.multi_tensor,
             ),
         ]  # fmt: skip
+
+    def update_row(self, index: int, gradient: int, tables: tuple[Any, ...]) -> None:
+        """Update one tensor, and advance its step counter alone.
+
+        Args:
+            index: the number of the row.
+            gradient: the address of its gradient.
+            tables: as :meth:`Clock.tables` returns them.
+        """
+        from clr_optim.kernels.triton import row_step
+
+        programs, blocks = self._shape_of_row(index)
+        done = launch(
+            row_step.row_step, (programs,),
+            self._arguments_of_row(index, gradient, blocks, tables), self._compiled_for.whole_step,
+        )  # fmt: skip
+        self._row_kernel = done.compiled
+
+    def row_call(self, tables: tuple[Any, ...]) -> RowCall | None:
+        """Return the launch of a row for native code; None before the first :meth:`update_row`."""
+        if self._row_kernel is None:
+            return None
+        call = Call(self._row_kernel, (1,), self._arguments_of_row(0, 0, 1, tables))
+        return RowCall(call, self.bucket, self._shape_of_row)
+
+    def _shape_of_row(self, index: int) -> tuple[int, int]:
+        """Return the programs that update a row, and the blocks per chunk."""
+        blocks = -(-self._numels[index] // self._compiled_for.whole_step["BLOCK"])
+        in_round = _RESIDENT * current.processors(self.bucket.device)
+        # Each program computes the constants, so more than a round of programs would take longer.
+        in_chunk = max(_FEW_BLOCKS, -(-blocks // in_round))
+        return max(1, -(-blocks // in_chunk)), in_chunk
+
+    def _arguments_of_row(
+        self, index: int, gradient: int, blocks: int, tables: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        groups, width, ints, floats, phases, control, gate, *_ = tables
+        rows = self._rows.table
+        return rows, index, gradient, blocks, groups, width, ints, floats, phases, control, gate
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clr_optim.plan import Bucket, Plan
 
-__all__ = ["AddressTable", "Call", "bind", "launch", "pack"]
+__all__ = ["AddressTable", "Call", "RowCall", "bind", "bind_rows", "launch", "pack"]
 
 #: Versions of Triton whose order and layout of parameters a test has compared with ours.
 KNOWN_TRITONS = ((3, 6), (3, 7), (3, 8), (3, 9))
@@ -72,6 +72,16 @@ class AddressTable(NamedTuple):
     bucket: Bucket
     #: the table on the device, or None if the addresses travel as arguments
     table: Tensor | None = None
+
+
+class RowCall(NamedTuple):
+    """A launch that updates any row of a bucket, see :func:`bind_rows`."""
+
+    #: the launch for any of the rows; the arguments ``row``, ``gradient`` and ``blocks`` vary
+    call: Call
+    bucket: Bucket
+    #: returns the number of programs and the value of ``blocks`` for the number of a row
+    shape_of: Callable[[int], tuple[int, int]]
 
 
 class Packed(NamedTuple):
@@ -140,7 +150,38 @@ def bind(
     return None
 
 
-def _add(launches: Any, call: Call, keep: object, signals: Collection[str]) -> str | None:
+def bind_rows(lib: Any, device: torch.device, calls: Sequence[RowCall]) -> Any:
+    """Return native launches that update one row each, or why Triton must launch.
+
+    Their method ``run_row`` takes the numbers of a launch and of a row. The launches serve the
+    current stream, as long as the buckets' rows on the device are these.
+
+    Args:
+        lib: the compiled extension.
+        device: the device of all rows, which must be the current one.
+        calls: a launch for each bucket of the plan, in order.
+    """
+    watch = _watched([each.call for each in calls])
+    if isinstance(watch, str):
+        return watch
+    try:
+        launches = lib.Launches(device.index or 0, watch)
+    except RuntimeError as error:
+        return str(error)
+    for each in calls:
+        why_not = _add(launches, each.call, None, (), each)
+        if why_not:
+            return why_not
+    return launches
+
+
+def _add(
+    launches: Any,
+    call: Call,
+    keep: object,
+    signals: Collection[str],
+    rows: RowCall | None = None,
+) -> str | None:
     """Add a launch, and what to keep alive; return None, or why native code cannot make it."""
     packed = pack(call.compiled, call.arguments)
     if isinstance(packed, str):
@@ -150,6 +191,11 @@ def _add(launches: Any, call: Call, keep: object, signals: Collection[str]) -> s
     if call.gradients is not None:
         bucket, name = call.gradients
         gradients = bucket.native, packed.offsets[name]
+    of_rows = None
+    if rows is not None:
+        places = (packed.offsets[name] for name in ("row", "gradient", "blocks"))
+        shapes = (n for row in range(len(rows.bucket.rows)) for n in rows.shape_of(row))
+        of_rows = (rows.bucket.native, *places, tuple(shapes))
     try:
         launches.add_launch(
             function=compiled.function,
@@ -160,6 +206,7 @@ def _add(launches: Any, call: Call, keep: object, signals: Collection[str]) -> s
             sizes=packed.sizes,
             keep=(compiled, tuple(call.arguments), keep),
             gradients=gradients,
+            rows=of_rows,
             **{name: packed.offsets[name] for name in signals if name in packed.offsets},
         )
     except ValueError as error:  # the driver expects other parameters

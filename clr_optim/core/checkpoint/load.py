@@ -17,6 +17,7 @@ from clr_optim.core.checkpoint.keys import (
     other_momentum_warning,
     without_our_entry,
 )
+from clr_optim.core.checkpoint.rests import without_rests
 from clr_optim.core.checkpoint.settings import are_groups, check_for, check_layout
 from clr_optim.core.checkpoint.state import check_mapping, own_counters, restore_dtypes
 from clr_optim.core.checkpoint.undo import undone_on_error
@@ -85,6 +86,7 @@ def load(shared: Shared, state_dict: Any) -> None:
             gate.begin(saved_statistics(keys, _GROUPS))
         with load_errors_as_value_errors(inner):
             shared.position.go_to(position)
+    shared.in_backward.drop_pass()
     loaded_at = position if resumed else None
     leftover.take_note(inner, own, settings.schedule, loaded_at, settings.schedules)
     if resumed and SCHEDULE in keys[0]:
@@ -117,11 +119,12 @@ def _load_as_torch(
     check_layout(state_dict)
     groups = state_dict["param_groups"]
     keys = checked_keys(groups, _GROUPS, cycle_momentum=cycles)
-    check_for(inner, state_dict, cycles, settings.with_momentum_schedule(len(groups)))
-    state_dict["state"] = own_counters(state_dict["state"])
+    scheduled, masters = settings.with_momentum_schedule(len(groups)), settings.master_weights
+    check_for(inner, state_dict, cycles, scheduled, masters=masters)
+    state_dict["state"] = own_counters(without_rests(inner, state_dict))
     with load_errors_as_value_errors(inner), without_load_pre_hooks(inner):
         inner.load_state_dict(state_dict)
-    restore_dtypes(inner, state_dict)
+    restore_dtypes(inner, state_dict, masters=masters)
     return groups, keys
 
 

@@ -32,6 +32,7 @@ def save(shared: Shared) -> dict[str, Any]:
     inner = shared.settings.optimizer
     state_dict: dict[str, Any] = {}
     shared.averaging.refuse_exchanged("state_dict()")
+    shared.in_backward.refuse_in_pass("state_dict()")
     shared.position.warn_unread_bounds()
     for _ in range(_ATTEMPTS):
         shared.position.settle()  # asks the device, if only the device knows the position

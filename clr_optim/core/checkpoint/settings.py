@@ -76,6 +76,8 @@ def check_for(
     state_dict: Mapping[str, Any],
     cycle_momentum: bool,
     scheduled: Collection[int],
+    *,
+    masters: bool,
 ) -> None:
     """Raise unless an optimizer can step with a checkpoint of torch's layout.
 
@@ -87,6 +89,7 @@ def check_for(
         state_dict: the checkpoint.
         cycle_momentum: whether momentum cycles, whatever the checkpoint's is.
         scheduled: the numbers of the groups whose momentum follows a schedule.
+        masters: whether bfloat16 parameters have float32 masters.
     """
     saved_groups = state_dict["param_groups"]
     sizes = [len(group["params"]) for group in optimizer.param_groups]
@@ -113,7 +116,7 @@ def check_for(
             with_momentum(group) if cycle_momentum or i in scheduled else group
             for i, group in enumerate(settings)
         ]
-    check_state(optimizer, slots, state_dict, settings)
+    check_state(optimizer, slots, state_dict, settings, masters=masters)
 
 
 def _migrated(

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clr_optim.checks import check_int, check_number, item, shown
-from clr_optim.keys import AVERAGE
+from clr_optim.core.checkpoint.rests import check_rest
+from clr_optim.keys import AVERAGE, REST
 from clr_optim.rules import NUMBERS, STATE_SLOTS, Shape, StateSlots
 from clr_optim.sharding import local_part
 
@@ -77,8 +78,18 @@ def check_state(
     slots: StateSlots | None,
     state_dict: Mapping[str, Any],
     settings: Sequence[Mapping[str, Any]],
+    *,
+    masters: bool,
 ) -> None:
-    """Raise where a checkpoint holds state that this optimizer could not step with."""
+    """Raise where a checkpoint holds state that this optimizer could not step with.
+
+    Args:
+        optimizer: the optimizer that is to load the checkpoint.
+        slots: what the optimizer's class keeps, if that is known.
+        state_dict: the checkpoint.
+        settings: the settings of each group after the load.
+        masters: whether bfloat16 parameters have float32 masters.
+    """
     owners: dict[object, tuple[Tensor, Mapping[str, Any]]] = {}
     for i, (group, saved, whole) in enumerate(
         zip(optimizer.param_groups, state_dict["param_groups"], settings, strict=True)
@@ -117,6 +128,7 @@ def check_state(
         if average is not None and not _is_plain(average, param, tuple(param.shape)):
             _check_state_tensor(index, AVERAGE, average, param, tuple(param.shape), sparse=False)
         if slots is None or not values:
+            check_rest(index, values, param, (), masters=masters)
             continue
         kind = (param.shape, None if slots.rule is None else slots.rule.kernel(settings_of))
         if kind not in forms:
@@ -124,6 +136,7 @@ def check_state(
             forms[kind] = slots.needed(settings_of, shape), slots.used(settings_of, shape)
         needed, used = forms[kind]
         _check_complete(optimizer, slots, index, values, needed)
+        check_rest(index, values, param, used, masters=masters)
         for name, shape in used.items():
             # SGD's buffer may be None until it is the first gradient.
             if name not in values or (values[name] is None and name not in needed):
@@ -246,21 +259,33 @@ def own_counters(state: Mapping[Any, Any]) -> dict[Any, Any]:
     return own
 
 
-def restore_dtypes(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+def restore_dtypes(optimizer: Optimizer, state_dict: Mapping[str, Any], *, masters: bool) -> None:
     """Give averages, and states of one element, the dtype that they have in a checkpoint.
 
     torch's load casts all state but the step counter to the dtype of the parameter. A resumed
     training would then round otherwise than an uninterrupted one.
+
+    Args:
+        optimizer: the optimizer that has loaded the checkpoint.
+        state_dict: the checkpoint.
+        masters: whether bfloat16 parameters have float32 masters. Their state is then float32,
+            unless it is bfloat16 in the checkpoint: the next step widens that.
     """
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         for param, index in zip(group["params"], saved["params"], strict=True):
             loaded, values = optimizer.state.get(param), state_dict["state"].get(index)
             if not isinstance(loaded, dict) or not isinstance(values, Mapping):
                 continue
-            for name in (NUMBERS | {AVERAGE}) & loaded.keys() & values.keys():
-                saved_tensor = values[name]
-                if name != "step" and isinstance(saved_tensor, Tensor):
-                    loaded[name] = saved_tensor.detach().to(loaded[name].device, copy=True)
+            has_master = masters and param.dtype == torch.bfloat16
+            for name in loaded.keys() & values.keys() - {"step"}:
+                tensor = values[name]
+                if not isinstance(tensor, Tensor):
+                    continue
+                if name in NUMBERS or name in (AVERAGE, REST):
+                    loaded[name] = tensor.detach().to(loaded[name].device, copy=True)
+                elif has_master and tensor.dtype != torch.bfloat16:
+                    to = loaded[name].device
+                    loaded[name] = tensor.detach().to(to, torch.float32, copy=True)
 
 
 def _is_plain(value: object, param: Tensor, shape: Shape) -> bool:

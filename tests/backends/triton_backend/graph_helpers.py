@@ -149,15 +149,22 @@ Graph = PlayedGraph if INTERPRETED else CudaGraph
 class Run:
     """A wrapped optimizer, and gradients that depend only on the step's number."""
 
-    def __init__(self, case: Case, *, shapes: Sequence[Any] = SHAPES, **options: Any) -> None:
+    def __init__(
+        self,
+        case: Case,
+        *,
+        shapes: Sequence[Any] = SHAPES,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> None:
         names = (
-            "average", "backend", "max_grad_norm", "policy", "schedules", "skip_above",
-            "step_size_up",
+            "average", "backend", "master_weights", "max_grad_norm", "policy", "schedules",
+            "skip_above", "step_size_up",
         )  # fmt: skip
         wrap = {name: options.pop(name) for name in names if name in options}
         generator = torch.Generator().manual_seed(3)
         self.params = [
-            torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE))
+            torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE, dtype))
             for shape in shapes
         ]
         inner = case.make(self.params, **options)
@@ -168,7 +175,7 @@ class Run:
 
     def draw(self, number: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(100 + number)
-        return [torch.randn(p.shape, generator=generator).to(DEVICE) for p in self.params]
+        return [torch.randn(p.shape, generator=generator).to(DEVICE, p.dtype) for p in self.params]
 
     def eager(self, number: int, idle: int | None = None) -> None:
         """Take a step, with gradients for all parameters but the one with this index."""

@@ -23,7 +23,7 @@ stub_helpers.make_triton_use_the_stub()
 import triton  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from clr_optim import CyclicalOptimizer  # noqa: E402
+from clr_optim import CyclicalOptimizer, Ema  # noqa: E402
 from clr_optim.backends.triton import here, launch, prebound  # noqa: E402
 from clr_optim.kernels.triton import gate, multi_tensor, prepare, schedule  # noqa: E402
 from clr_optim.schedule import triangular  # noqa: E402
@@ -130,6 +130,89 @@ def test_every_kernel_was_compared(launched, monkeypatch):
         opt = stepped(EVERY_KERNEL[0], torch.float32, max_grad_norm=1.0, schedules=follows)
         names |= set(compare(opt, launched))
     assert names == KERNELS
+
+
+# ---- rows in backward
+
+
+def bound_rows(opt: Any) -> Any:
+    """Return native launches for the rows of an optimizer that has had a backward pass."""
+    backend: Any = backend_of(opt)
+    tables = backend._row_updates._tables[CPU]
+    calls = [each.row_call(tables) for each in backend._launches]
+    return prebound.bind_rows(plan_of(opt).lib, CPU, calls)
+
+
+def passed(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """Return an optimizer within a backward pass, where Triton has updated all parameters."""
+    (case,) = (case for case in EVERY_KERNEL if case.kernel == name)
+    opt = stepped(case, dtype, **options)
+    opt.zero_grad()
+    opt.step_in_backward()
+    for param in opt.param_groups[0]["params"]:
+        param.sum().backward()
+    return opt
+
+
+@pytest.mark.parametrize("average", [None, Ema(0.9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["sgd", "adam", "nadam"])
+def test_launches_of_rows_are_the_same(launched, name, dtype, average):
+    opt = passed(name, dtype, average=average)
+    assert [each.kernel.fn.__name__ for each in launched[-4:]] == ["row_step"] * 4
+    expected = DRIVER.take("cuLaunch")[-4:]
+    assert len({record.bytes for record in expected}) == 4
+    bound = bound_rows(opt)
+    for row, record in enumerate(expected):
+        assert bound.run_row(0, row) is True
+        (ours,) = DRIVER.take("cuLaunch")
+        assert ours[1:7] == record[1:7]
+        assert ours.bytes == record.bytes
+        assert not ours.holds_gil
+
+
+def test_rows_that_native_code_leaves_to_triton(launched):
+    opt = passed("adam")
+    bound = bound_rows(opt)
+    DRIVER.take()
+    for place, row in ((0, 4), (0, -1), (1, 0), (-1, 0), (0, 2**62)):
+        assert bound.run_row(place, row) is False
+    for name, value in (("capture", 1), ("context", 0xC1)):
+        before = getattr(DRIVER.state, name)
+        setattr(DRIVER.state, name, value)
+        assert bound.can_run() is False
+        assert bound.run_row(0, 0) is False
+        setattr(DRIVER.state, name, before)
+        assert bound.can_run() is True
+    assert not DRIVER.take("cuLaunch")
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    opt.param_groups[-1]["params"][0].sum().backward()
+    assert bound.run_row(0, 0) is False  # the rows have changed
+
+
+def test_a_launch_of_a_row_that_fails_is_the_last(launched):
+    bound = bound_rows(passed("adam"))
+    DRIVER.fail("cuLaunchKernel", 700)
+    with pytest.raises(RuntimeError, match="could not launch a kernel"):
+        bound.run_row(0, 0)
+    DRIVER.fail("", 0)
+    assert bound.can_run() is False
+    assert bound.run_row(0, 0) is False
+
+
+@pytest.mark.parametrize("places", [(2**64 - 2, 8, 0), (0, 4, 0), (0, 2**63, 0), (0, 8, 4096)])
+def test_places_of_rows_lie_within_the_parameters(launched, places):
+    opt = passed("sgd")
+    (bucket,) = plan_of(opt).buckets
+    launches = plan_of(opt).lib.Launches(0, [])
+    kernel = DRIVER.function((8, 8))
+    launch = {"function": kernel, "grid": (1, 1, 1), "threads": 32, "shared": 0, "keep": None}
+    launch |= {"parameters": bytes(16), "sizes": (8, 8)}
+    with pytest.raises(ValueError, match="places within the parameters"):
+        launches.add_launch(**launch, rows=(bucket.native, *places, (1,) * 8))
+    with pytest.raises(ValueError, match="two numbers a row"):
+        launches.add_launch(**launch, rows=(bucket.native, 0, 8, 4, (1,) * 7))
+    launches.add_launch(**launch, rows=(bucket.native, 0, 8, 4, (1,) * 8))
 
 
 # ---- where native code leaves the launches to Triton

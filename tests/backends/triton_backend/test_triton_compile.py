@@ -99,6 +99,55 @@ def test_averages_take_no_stack_and_wide_accesses(target):
 
 
 @needs_triton
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_masters_take_no_stack_and_wide_accesses(target, tmp_path):
+    path = tmp_path / "rows.json"
+    done = run("-m", report.__name__, "--target", target, "--masters", "--json", path)
+    assert not done.returncode, done.stderr
+    rows = json.loads(path.read_text())
+    assert [(row["rule"], row["dtype"]) for row in rows] == [(rule, "bfloat16") for rule in KERNELS]
+    for row in rows:
+        slots = SLOTS[row["rule"]]
+        assert row["stack"] == row["spills"] == 0
+        assert row["loads_narrow"] == row["stores_narrow"] == 0
+        assert 4 < row["per_element"] < 300
+        if target.startswith("sm"):
+            # An SM runs four programs of 256 threads at a time, and three with most state.
+            assert row["registers"] <= (80 if slots == 3 else 64)
+            assert row["float64"] == 0
+        # With little state a thread reads 16 bytes of each 16-bit tensor: 32 bytes of float32.
+        of_state = 2 * slots if slots < 2 else slots
+        times, rest = divmod(row["loads_16b"], 3 + of_state)
+        assert times >= 1
+        assert rest == 0
+        assert row["stores_16b"] == times * (2 + of_state)
+
+
+@needs_triton
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_averages_of_masters_take_no_stack(target):
+    """The rules with the fewest and the most state."""
+    code = f"""
+        import json
+        from clr_optim.kernels.triton import report
+        names = ("sgd", "adam_amsgrad")
+        report.KERNELS = {{name: report.KERNELS[name] for name in names}}
+        print(json.dumps(list(report.rows({target!r}, "float32", masters=True))))
+    """
+    done = run("-c", "if True:" + code)
+    assert not done.returncode, done.stderr
+    rows = json.loads(done.stdout)
+    assert len(rows) == 2
+    for row in rows:
+        assert row["stack"] == row["spills"] == row["stores_narrow"] == 0
+        if target.startswith("sm"):
+            assert row["registers"] <= 80
+            assert row["float64"] == 0
+        # Parameter and rest take half the bytes of the float32 average.
+        assert row["loads_narrow"] <= 2
+
+
+@needs_triton
 def test_every_kernel_is_in_the_table(compiled):
     _, rows, printed = compiled
     assert list(rows) == [(rule, dtype) for rule in KERNELS for dtype in report.DTYPES]
