@@ -30,18 +30,16 @@ from clr_optim.kernels.triton.prepare import (
     advance_counters,
     advance_position,
     average_weight,
+    is_done,
+    is_gradient,
     row_constants,
 )
 from clr_optim.kernels.triton.rules import KERNELS, lerp
 
 __all__ = [
-    "DONE", "PASSED", "Constants", "Shape", "constants_for", "multi_tensor", "shape_of",
+    "PASSED", "Constants", "Shape", "constants_for", "multi_tensor", "shape_of",
     "update_row", "whole_step",
 ]  # fmt: skip
-
-#: Stands for the address of a gradient that a backward pass has already taken: the step leaves the
-#: row and its average alone.
-DONE = -1
 
 #: The largest number of gradients whose addresses travel as arguments of :func:`whole_step`.
 PASSED = 8
@@ -372,7 +370,7 @@ def update_row(
 ):  # fmt: skip
     """Update a chunk of a tensor with constants computed here, and its average, if that is due."""
     A: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
-    if gradient > 0:
+    if is_gradient(gradient):
         scale, decay, shrink, c = row_constants(
             row, True, groups, width, ints, floats, phases, position, gate,
             CONSTANTS, COUNTER, SCALAR, A,
@@ -384,7 +382,7 @@ def update_row(
     if AVERAGE is not None:  # rows without a gradient take part
         averages = tl.load(groups + tl.load(row + AT_GROUP) * width + 5)
         weight = average_weight(averages, ints, phases, control, position).to(A)
-        if (gradient >= 0) & (weight != 0):
+        if ~is_done(gradient) & (weight != 0):
             _average(row, chunk, blocks, weight, SLOTS, DTYPE, MASTER, AVERAGE, BLOCK)
 
 
@@ -444,7 +442,7 @@ def whole_step(
                 gradients, lane, exists, g0, g1, g2, g3, g4, g5, g6, g7, ARE_PASSED
             )  # fmt: skip
             advance_counters(
-                rows + lane.to(tl.int64) * _ROW, exists & (address > 0), groups, width, ints,
+                rows + lane.to(tl.int64) * _ROW, exists & is_gradient(address), groups, width, ints,
                 floats, phases, position, FACTOR, COUNTER, SCALAR,
             )  # fmt: skip
         advance_position(

@@ -16,8 +16,8 @@ from clr_optim.kernels.triton.schedule import cycle_ends, rate_and_momentum
 
 __all__ = [
     "AT_COUNTER", "AT_FIRST", "AT_GROUP", "AT_NUMEL", "AT_SCALAR", "AT_STATE", "COLUMNS",
-    "COMMON", "CONTROL", "GROUP", "WIDTH", "advance", "advance_counters", "advance_position",
-    "average_weight", "prepare", "row_constants",
+    "COMMON", "CONTROL", "DONE", "GROUP", "WIDTH", "advance", "advance_counters",
+    "advance_position", "average_weight", "is_done", "is_gradient", "prepare", "row_constants",
 ]  # fmt: skip
 
 #: Columns of the rows' table, int64: the fields of ``Row`` in native/kernels.h, in this order.
@@ -42,6 +42,10 @@ COMMON = ("happens", "scale", "decay", "shrink", "average")
 #: The columns of the constants' table. Those of the rule come after ``COMMON``.
 WIDTH = len(COMMON) + 8
 
+#: Stands for the address of a gradient that a backward pass has already taken: the step leaves the
+#: row and its average alone. Addresses on some devices are negative as numbers.
+DONE = -1
+
 #: The columns of a row by name.
 AT_STATE: tl.constexpr = tl.constexpr(COLUMNS.index("state0"))
 AT_COUNTER: tl.constexpr = tl.constexpr(COLUMNS.index("counter"))
@@ -54,6 +58,19 @@ _ROW: tl.constexpr = tl.constexpr(len(COLUMNS))
 _OWN: tl.constexpr = tl.constexpr(len(GROUP))
 _COMMON: tl.constexpr = tl.constexpr(len(COMMON))
 _WIDTH: tl.constexpr = tl.constexpr(WIDTH)
+_DONE: tl.constexpr = tl.constexpr(DONE)
+
+
+@triton.jit
+def is_done(gradient):
+    """Return whether a backward pass has updated a row, by the address of its gradient."""
+    return gradient == _DONE
+
+
+@triton.jit
+def is_gradient(gradient):
+    """Return whether the step updates a row, by the address of its gradient."""
+    return (gradient != 0) & (gradient != _DONE)
 
 
 @triton.jit
@@ -217,7 +234,7 @@ def prepare(
     left = tl.where(happened, count, 0)
     happens = lane < left
     gradient = tl.load(gradients + lane, mask=happens, other=0)
-    active = gradient > 0
+    active = is_gradient(gradient)
     row = rows + lane.to(tl.int64) * _ROW
     scale, decay, shrink, c = row_constants(
         row, active, groups, width, ints, floats, phases, position, gate,
@@ -233,7 +250,7 @@ def prepare(
     if AVERAGE is not None:  # rows without a gradient take part
         group = groups + tl.load(row + AT_GROUP, mask=happens, other=0) * width
         weight = average_weight(tl.load(group + 5), ints, phases, control, position)
-        takes_part = happens & (gradient >= 0)
+        takes_part = happens & ~is_done(gradient)
         tl.store(constants + 4, tl.where(takes_part, weight, 0.0).to(A), mask=exists)
     advance_counters(
         row, active, groups, width, ints, floats, phases, position, FACTOR, COUNTER, SCALAR

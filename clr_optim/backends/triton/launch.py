@@ -113,7 +113,7 @@ class Launch:
 
     def _without_done(self, is_done: Callable[[Tensor], bool]) -> npt.NDArray[np.int64]:
         """Return the addresses of the gradients, with a mark at rows that are updated already."""
-        from clr_optim.kernels.triton.multi_tensor import DONE
+        from clr_optim.kernels.triton.prepare import DONE
 
         gradients = self.bucket.gradients.copy()
         gradients[[is_done(param) for param in self.bucket.params]] = DONE
