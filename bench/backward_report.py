@@ -7,7 +7,7 @@ from typing import Any
 
 from clr_optim.bench.report import aligned, time_in_words
 
-__all__ = ["NAMES", "backward_table"]
+__all__ = ["NAMES", "backward_cells", "backward_table"]
 
 #: How tables name the variants.
 NAMES = {
@@ -18,29 +18,31 @@ NAMES = {
 }
 
 
+def backward_cells(row: Mapping[str, Any], variant: str) -> list[str]:
+    """Return the cells of a variant: its time, relative to ours, and its peak memory."""
+    times = {name: each["median_s"] for name, each in row["times"].items()}
+    memory = row["memory"][variant]
+    peak = memory.get("peak_bytes")
+    return [
+        time_in_words(times[variant]),
+        f"{times[variant] / times['ours']:.2f}",
+        memory["skipped"] if peak is None else f"{peak / 2**20:,.0f} MiB",
+    ]
+
+
 def backward_table(results: Mapping[str, Any]) -> str:
     """Return the results as text: time and peak memory of a whole iteration."""
     heads = ["", "iteration", "over clr_optim", "peak memory", ""]
-    lines = [heads]
-    for row in results["step_in_backward"]:
-        times = {name: each["median_s"] for name, each in row["times"].items()}
-        for name, words in NAMES.items():
-            memory = row["memory"][name]
-            peak = memory.get("peak_bytes")
-            lines.append(
-                [
-                    f"{row['model']}, {words}",
-                    time_in_words(times[name]),
-                    f"{times[name] / times['ours']:.2f}",
-                    memory["skipped"] if peak is None else f"{peak / 2**20:,.0f} MiB",
-                    "",
-                ]
-            )
+    lines = [
+        [f"{row['model']}, {words}", *backward_cells(row, name), ""]
+        for row in results["step_in_backward"]
+        for name, words in NAMES.items()
+    ]
     return "\n".join(
         [
             f"AdamW in float32, threads: {results['machine']['threads']}. Forward, backward and "
             "step; peak memory beyond parameters and state.",
             "",
-            *aligned(lines),
+            *aligned([heads, *lines]),
         ]
     )

@@ -18,6 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from clr_optim.bench.backward_report import NAMES as IN_BACKWARD
+from clr_optim.bench.backward_report import backward_cells
 from clr_optim.bench.features_report import NAMES, features_cells
 from clr_optim.bench.masters_report import NAMES as MASTERS
 from clr_optim.bench.masters_report import masters_cells
@@ -56,6 +58,12 @@ _WORKLOADS = {
     "1b": "Llama 3.2 1B",
     "64-128-128-10": "MLP 64-128-128-10",
     "8-64-64-4": "MLP 8-64-64-4",
+}
+#: How pages name the models whose whole iterations are measured with updates in the backward pass.
+_IN_BACKWARD = {
+    "linear": "24 layers of 1024², batch 64",
+    "linear_100m": "24 layers of 2048², batch 64",
+    "gpt2": "GPT-2, 124 M",
 }
 
 
@@ -166,6 +174,18 @@ def _masters(results: Mapping[str, Any], dtype: str) -> str:
     return "\n".join([f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|", *lines])
 
 
+def _in_backward(results: Mapping[str, Any], dtype: str) -> str:
+    """Return a table of whole iterations, with ordinary updates and with updates in backward."""
+    heads = ["AdamW", "step", "iteration", "over clr_optim", "peak memory", "gradients"]
+    lines = [
+        f"| {_IN_BACKWARD[row['model']]} | {words} | {' | '.join(backward_cells(row, name))} "
+        f"| {row['gradient_bytes'] / 2**20:,.0f} MiB |"
+        for row in results["step_in_backward"]
+        for name, words in IN_BACKWARD.items()
+    ]
+    return "\n".join([f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|", *lines])
+
+
 def _calls(results: Mapping[str, Any], dtype: str) -> str:
     """Return a table of the times of single calls."""
     lines = [f"| {name} | {time_in_words(results['calls'][key])} |" for key, name in CALLS.items()]
@@ -180,6 +200,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "calls": _calls,
     "features": _features,
     "masters": _masters,
+    "in_backward": _in_backward,
 }
 
 

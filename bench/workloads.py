@@ -114,7 +114,7 @@ WORKLOADS: dict[str, list[Shape]] = {
 
 #: Models whose whole iterations are measured with steps in backward, and how many iterations of a
 #: turn are timed after how many others.
-IN_BACKWARD = {"linear": (8, 4), "gpt2": (2, 1)}
+IN_BACKWARD = {"linear": (8, 4), "linear_100m": (4, 2), "gpt2": (2, 1)}
 
 #: The small models whose step is measured in training, by the widths of their linear layers. No
 #: widths: the workload of this name.

@@ -22,7 +22,9 @@ from clr_optim.bench.workloads import IN_BACKWARD, RULES
 
 __all__ = ["make_variants", "measure_step_in_backward"]
 
-_LAYERS, _WIDTH, _BATCH = 24, 1024, 64
+# Models of equal linear layers, by their width.
+_WIDTHS = {"linear": 1024, "linear_100m": 2048}
+_LAYERS, _BATCH = 24, 64
 _LEAST_ROUNDS = 5
 
 #: Begins to train by a variant, and yields the function that runs an iteration.
@@ -84,12 +86,13 @@ def make_variants(name: str, seed: int = 0) -> tuple[list[nn.Parameter], dict[st
 
 
 def _make_model(name: str, seed: int) -> tuple[nn.Module, Callable[[], Tensor]]:
-    if name != "linear":
+    if name not in _WIDTHS:
         training = make_training(name, "cpu", seed)
         return training.model, training.loss
     torch.manual_seed(seed)
-    model = nn.Sequential(*(nn.Linear(_WIDTH, _WIDTH) for _ in range(_LAYERS)))
-    x = torch.randn(_BATCH, _WIDTH)
+    width = _WIDTHS[name]
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(_LAYERS)))
+    x = torch.randn(_BATCH, width)
     return model, lambda: model(x).square().mean()
 
 

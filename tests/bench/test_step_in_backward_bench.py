@@ -15,7 +15,7 @@ from clr_optim.bench.throughput import command, processes, step_in_backward
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     monkeypatch.setattr(step_in_backward, "_LAYERS", 2)
-    monkeypatch.setattr(step_in_backward, "_WIDTH", 8)
+    monkeypatch.setitem(step_in_backward._WIDTHS, "linear", 8)
 
 
 def test_json_and_text_of_a_tiny_run(tmp_path, capsys, monkeypatch):
@@ -54,7 +54,7 @@ def test_gradients_that_are_alive_are_counted(name):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--step-in-backward", "mlp"], "no 'mlp'; there are linear, gpt2"),
+        (["--step-in-backward", "mlp"], "no 'mlp'; there are linear, linear_100m, gpt2"),
         (["--step-in-backward", "--rules", "sgd"], "--rules has no effect"),
         (["--step-in-backward", "--training"], "--training has no effect"),
     ],
