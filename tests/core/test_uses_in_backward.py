@@ -287,6 +287,23 @@ def test_parameters_that_other_code_replaces_in_mid_training():
         twins.step(k)
 
 
+def test_a_parameter_that_has_left_the_optimizer_is_freed():
+    weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    opt = CyclicalOptimizer(torch.optim.SGD(weights))
+    opt.step_in_backward()
+    left = weakref.ref(weights[0])
+    for _ in range(2):
+        for k in range(2):
+            (weights[0].sum() * k + weights[1].sum()).backward()
+            opt.step()
+        weights[0] = opt.param_groups[0]["params"][0] = nn.Parameter(torch.ones(3))
+        opt.state.clear()
+    weights[1].sum().backward()
+    opt.step()
+    gc.collect()
+    assert left() is None
+
+
 def test_two_threads_have_backward_passes_of_two_models():
     """The lock keeps one update from running into the other."""
     parts = [Network(width=200), Network(width=200)]
