@@ -304,6 +304,47 @@ def test_a_parameter_that_has_left_the_optimizer_is_freed():
     assert left() is None
 
 
+REPLACEMENTS: dict[str, Callable[[Any, Any], object]] = {
+    "popped": lambda opt, p: opt.state.pop(p),
+    "replaced": lambda opt, p: opt.state.update({p: copy.deepcopy(opt.state[p])}),
+    "loaded": lambda opt, _: opt.optimizer.load_state_dict(copy.deepcopy(plain_state(opt))),
+}
+
+
+def plain_state(opt: Any) -> dict[str, Any]:
+    return torch.optim.Optimizer.state_dict(opt.optimizer)
+
+
+@pytest.mark.parametrize("what", REPLACEMENTS)
+def test_state_that_other_code_replaces_within_a_pass(what):
+    """A hook replaces the state of a parameter whose gradient comes later in the pass."""
+    twins = Twins(adamw)
+    replace = REPLACEMENTS[what]
+    waits = [True]
+
+    def hook(_: object) -> None:
+        if not waits:
+            replace(twins.opt, twins.model.first.weight)
+            waits.append(True)
+
+    twins.handle.remove()
+    twins.model.last.weight.register_post_accumulate_grad_hook(hook)
+    twins.opt.step_in_backward()
+    for k in range(4):
+        twins.step(k)
+    waits.clear()
+    twins.model.loss(4).backward()
+    assert waits
+    twins.ordinary.zero_grad()
+    twins.other.loss(4).backward()
+    replace(twins.ordinary, twins.other.first.weight)
+    for opt in (twins.opt, twins.ordinary):
+        opt.step()
+    twins.compare()
+    for k in range(5, 8):
+        twins.step(k)
+
+
 def test_two_threads_have_backward_passes_of_two_models():
     """The lock keeps one update from running into the other."""
     parts = [Network(width=200), Network(width=200)]
