@@ -79,9 +79,9 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
     name = type(inner).__name__
     if isinstance(optimizer, CyclicalOptimizer) and optimizer._shared.in_backward.is_active:
         raise ValueError(
-            "optimizer updates its parameters in the backward pass (step_in_backward()), so that the "
-            "test's rates would have no effect: call remove() of its handle before the test, and "
-            "step_in_backward() after it"
+            "optimizer updates its parameters in the backward pass (step_in_backward()), so that "
+            "the test's rates would have no effect: call remove() of its handle before the test, "
+            "and step_in_backward() after it"
         )
     try:
         closure = inspect.signature(type(inner).step).parameters.get("closure")
