@@ -167,8 +167,10 @@ class InBackward:
             found = ours()
             return found is not None and found._mend(param, is_second)
 
+        # If a compiled function calls backward(), torch.compile would trace the hooks, and fail.
+        untraced = torch.compiler.disable(mend)  # type: ignore[no-untyped-call]
         try:
-            self._hook = plan.lib.Hook(plan.native, mend, lock)
+            self._hook = plan.lib.Hook(plan.native, untraced, lock)
             self.add_hooks(parameters_of(self._settings.optimizer))
             return BackwardHandle(self, self._hook)
         except BaseException:

@@ -304,6 +304,24 @@ def test_a_parameter_that_has_left_the_optimizer_is_freed():
     assert left() is None
 
 
+def test_a_compiled_function_that_calls_backward():
+    twins = Twins(adamw)
+    x = torch.ones(6, 3)
+
+    @torch.compile(backend="eager")
+    def train() -> None:
+        twins.model(x).square().mean().backward()
+
+    for _ in range(3):
+        train()
+        assert twins.model.first.weight.grad is None
+        twins.opt.step()
+        twins.ordinary.zero_grad()
+        twins.other(x).square().mean().backward()
+        twins.ordinary.step()
+        twins.compare()
+
+
 REPLACEMENTS: dict[str, Callable[[Any, Any], object]] = {
     "popped": lambda opt, p: opt.state.pop(p),
     "replaced": lambda opt, p: opt.state.update({p: copy.deepcopy(opt.state[p])}),
