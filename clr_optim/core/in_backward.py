@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from clr_optim.backends import current_device
 from clr_optim.backends.base import FusedBackend
@@ -91,8 +90,9 @@ class InBackward:
         self._let_go = let_go
         # The hook of native code; None while the hooks are removed.
         self._hook: Any = None
-        # The parameters that have the hook by their id, each with torch's handle.
-        self._handles: dict[int, tuple[Tensor, RemovableHandle]] = {}
+        # The parameters that have the hook, by their id. A parameter that has left the optimizer is
+        # freed as without a hook.
+        self._hooked: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
     # ---- questions
 
@@ -138,7 +138,7 @@ class InBackward:
             return []
         ways: dict[str, int] = {}
         for param, why in self._serving.reasons():
-            if why is None and id(param) in self._handles:
+            if why is None and id(param) in self._hooked:
                 way = "in backward: {} parameter tensors, updated by their hooks"
             else:
                 why = why or "it gets a hook in the step after its first gradient"
@@ -167,27 +167,42 @@ class InBackward:
             found = ours()
             return found is not None and found._mend(param, is_second)
 
-        self._hook = plan.lib.Hook(plan.native, mend, lock)
-        self.add_hooks(parameters_of(self._settings.optimizer))
-        return BackwardHandle(self, self._hook)
+        # If a compiled function calls backward(), torch.compile would trace the hooks, and fail.
+        untraced = torch.compiler.disable(mend)  # type: ignore[no-untyped-call]
+        try:
+            self._hook = plan.lib.Hook(plan.native, untraced, lock)
+            self.add_hooks(parameters_of(self._settings.optimizer))
+            return BackwardHandle(self, self._hook)
+        except BaseException:
+            self.deactivate(self._hook)
+            raise
 
     def deactivate(self, hook: object) -> None:
         """Remove a hook from all parameters, if the hook is still in effect."""
         if hook is None or hook is not self._hook:
             return
-        handles, self._hook, self._handles = self._handles, None, {}
-        for _, handle in handles.values():
-            handle.remove()
+        try:
+            for param in list(self._hooked.values()):
+                hooks: Any = param._post_accumulate_grad_hooks or {}
+                for number in [number for number, each in hooks.items() if each is hook]:
+                    hooks.pop(number, None)
+            self._hooked.clear()
+            self._hook = None
+        except KeyboardInterrupt:
+            # Hooks that stayed would update parameters, with no handle to remove them.
+            self.deactivate(hook)
+            raise
 
     def add_hooks(self, params: Iterable[Tensor]) -> None:
         """Give the hook to those parameters that require a gradient and lack it."""
         if self._hook is None:
             return
         for param in params:
-            if param.requires_grad and id(param) not in self._handles:
+            if param.requires_grad and id(param) not in self._hooked:
                 register: Any = param.register_post_accumulate_grad_hook
-                handle = register(self._hook)
-                self._handles[id(param)] = (param, handle)
+                # Noted first: an interrupt may come as soon as the parameter has the hook.
+                self._hooked[id(param)] = param
+                register(self._hook)
 
     def _refuse_second_call(self) -> None:
         if self.is_active:

@@ -39,7 +39,8 @@ class Mastered(Averaged[OptimizerT]):
             step has updated yet is its own master.
 
         Raises:
-            RuntimeError: if ``master_weights`` is ``False``, and within :meth:`averaged`.
+            RuntimeError: if ``master_weights`` is ``False``, within :meth:`averaged`, and between a
+                backward pass with :meth:`step_in_backward` and ``step()``.
             ValueError: if no bfloat16 parameter of the model belongs to this optimizer.
 
         Example:
@@ -72,7 +73,8 @@ class Mastered(Averaged[OptimizerT]):
             state_dict: as :meth:`master_state_dict` returns it.
 
         Raises:
-            RuntimeError: if ``master_weights`` is ``False``, and within :meth:`averaged`.
+            RuntimeError: if ``master_weights`` is ``False``, within :meth:`averaged`, and between a
+                backward pass with :meth:`step_in_backward` and ``step()``.
             TypeError, ValueError: if the keys are not the model's, or if a tensor has another shape
                 or is not float32. Nothing has changed.
 
@@ -112,6 +114,7 @@ class Mastered(Averaged[OptimizerT]):
         shared = self._shared
         settings = shared.settings
         shared.averaging.refuse_exchanged(what)
+        shared.in_backward.refuse_in_pass(what)
         if not settings.master_weights:
             raise RuntimeError(
                 f"{what} needs float32 masters, which this optimizer does not keep: construct it "

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clr_optim.keys import AVERAGE, REST
+from clr_optim.masters import master_of
 from clr_optim.plan.eligible import is_plain
 from clr_optim.plan.reading import Reading
 from clr_optim.rules import AverageSlot, RestSlot, Slot, UpdateRule
-from clr_optim.sharding import local_part
+from clr_optim.sharding import local_part, same_spread
 
 __all__ = ["NO_EXTRAS", "Extras", "Row", "make_row", "state_with_rest"]
 
@@ -127,12 +128,17 @@ def make_row(
     for slot in kinds:
         tensor: Any = state.get(slot.name)
         if isinstance(slot, AverageSlot):
-            found = slot.find(state, param)
-            if found is None:
-                found = pending[slot.name] = param.detach().to(slot.dtype_for(param), copy=True)
-            if not is_plain(found, param, slot.dtype_for(param)):
+            tensor = slot.find(state, param)
+        laid = _laid_as(param, tensor) if extras.has_master(param) else tensor
+        if laid is not tensor:
+            tensor = pending[slot.name] = laid
+        if isinstance(slot, AverageSlot):
+            if tensor is None:
+                tensor = pending[slot.name] = param.detach().to(slot.dtype_for(param), copy=True)
+                if extras.has_master(param):
+                    local_part(tensor).copy_(master_of(param, state))
+            if not is_plain(tensor, param, slot.dtype_for(param)):
                 return "an average of another layout or type than its parameter"
-            tensor = found
         elif isinstance(slot, RestSlot):
             if tensor is None:
                 tensor = pending[slot.name] = torch.zeros_like(param, requires_grad=False)
@@ -158,6 +164,26 @@ def make_row(
     order = (*rule.state_order, REST, AVERAGE)
     ordered = {name: pending[name] for name in order if name in pending}
     return Row(param, group, kinds, slots, numbers, ordered, first)
+
+
+def _laid_as(param: Tensor, tensor: Any) -> Any:
+    """Return a state tensor in its parameter's memory layout: a copy if the layouts differ.
+
+    Other code may have changed the parameter's layout (``memory_format``), or the layout of a
+    checkpoint is another. Where torch's own step serves, it takes any layout.
+    """
+    if (
+        not isinstance(tensor, Tensor)
+        or is_plain(tensor, param, tensor.dtype)
+        or type(local_part(tensor)) is not Tensor
+        or tensor.layout is not torch.strided
+        or tensor.shape != param.shape
+        or tensor.device != param.device
+        or not same_spread(tensor, param)
+    ):
+        return tensor
+    copied = torch.empty_like(param, dtype=tensor.dtype, requires_grad=False)
+    return copied.copy_(tensor.detach())
 
 
 def _other_than(name: str, tensor: Any, dtype: torch.dtype) -> str:

@@ -77,6 +77,12 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
     """Return the optimizer to wrap: for a :class:`~clr_optim.CyclicalOptimizer`, the one inside."""
     inner = optimizer.optimizer if isinstance(optimizer, CyclicalOptimizer) else optimizer
     name = type(inner).__name__
+    if isinstance(optimizer, CyclicalOptimizer) and optimizer._shared.in_backward.is_active:
+        raise ValueError(
+            "optimizer updates its parameters in the backward pass (step_in_backward()), so that "
+            "the test's rates would have no effect: call remove() of its handle before the test, "
+            "and step_in_backward() after it"
+        )
     try:
         closure = inspect.signature(type(inner).step).parameters.get("closure")
     except (TypeError, ValueError):

@@ -40,7 +40,7 @@ inline PyObject* call_hook(PyObject* self, PyObject* args, PyObject*) {
         const Ref plan = Ref::to(hook.plan);  // other code may drop the optimizer
         if (!plan) return none();
         Updated answer;
-        if (!PlanObject::of(plan.get()).update_one(param, answer)) return nullptr;
+        if (!PlanObject::of(plan.get()).update_one(param, answer, false)) return nullptr;
         if (answer == UPDATED || answer == WITHOUT_GRADIENT) return none();
         if (answer == WITHIN_STEP) {
             PyErr_SetString(PyExc_RuntimeError,

@@ -182,8 +182,9 @@ public:
         pass.steps = steps;
     }
 
-    // Updates one parameter by its gradient, which the call frees; or changes nothing.
-    bool update_one(PyObject* param, Updated& answer) {
+    // Updates one parameter by its gradient, which the call frees; or changes nothing. `drafts`: the
+    // optimizer need not have the row's state yet.
+    bool update_one(PyObject* param, Updated& answer, bool drafts) {
         if (busy) return answer = WITHIN_STEP, true;
         Ref grad(PyObject_GetAttr(param, names().grad.get()));
         if (!grad) return false;
@@ -195,7 +196,8 @@ public:
         const Pass::Place place = *found;
         Bucket& bucket = *sources.buckets[place.bucket];
         const Use use(*this);
-        if (!is_same(bucket, place.row, grad.get())) {
+        if ((!drafts && has_other_state(optimizer.get(), sources, bucket, place.row)) ||
+            !is_same(bucket, place.row, grad.get())) {
             if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return false;
             PyErr_Clear();
             return true;

@@ -309,7 +309,7 @@ inline PyObject* plan_is_done(PyObject* self, PyObject* param) {
 }
 inline PyObject* plan_update_one(PyObject* self, PyObject* param) {
     Updated answer;
-    if (!PlanObject::of(self).update_one(param, answer)) return nullptr;
+    if (!PlanObject::of(self).update_one(param, answer, true)) return nullptr;
     return PyLong_FromLong(answer);
 }
 inline PyObject* get_in_pass(PyObject* self, void*) {

@@ -30,4 +30,14 @@ inline bool is_replaced(PyObject* optimizer, const Ref& own_step, const Sources&
     return !step || !step.is(own_step.get());
 }
 
+// Returns whether the wrapped optimizer has another state for a row's parameter than the row. Runs Python
+// code, the parameter's hash.
+inline bool has_other_state(PyObject* optimizer, const Sources& sources, const Bucket& bucket, int64_t row) {
+    const Ref dict(PyObject_GenericGetDict(optimizer, nullptr));
+    if (!dict || !sources.state.is(item(dict.get(), names().state))) return true;
+    if (!bucket.width()) return false;
+    PyObject* const param = bucket.params[size_t(row)].get();
+    return !bucket.dicts[size_t(row)].is(PyDict_GetItemWithError(sources.state.get(), param));
+}
+
 }  // namespace clr

@@ -95,3 +95,22 @@ def test_a_handler_that_steps_within_a_pass_ends_the_pass():
         opt.step()
         assert opt.iteration == 4
     assert number > 10
+
+
+@pytest.mark.parametrize("has_handle", [True, False], ids=["remove", "step_in_backward"])
+def test_ctrl_c_at_any_line_of_the_call_or_of_its_end_leaves_all_hooks_or_none(has_handle):
+    """Hooks that stayed would update parameters, and no handle could remove them."""
+    for number in range(10**6):
+        model = Small(torch.float64)
+        opt = adamw(model)
+        call = opt.step_in_backward().remove if has_handle else opt.step_in_backward
+        is_interrupted = interrupted(number, call)
+        in_backward = opt._shared.in_backward
+        if not is_interrupted:
+            assert in_backward.is_active is not has_handle
+            break
+        hooked = [bool(p._post_accumulate_grad_hooks) for p in model.parameters()]
+        # All or none: Ctrl-C may come before or after the call has its effect.
+        wanted = [p.requires_grad and in_backward.is_active for p in model.parameters()]
+        assert hooked == wanted, number
+    assert number > 10

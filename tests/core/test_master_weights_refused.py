@@ -149,6 +149,7 @@ BAD_CHECKPOINTS = {
         True, lambda saved: saved[0].update({REST: saved[0][REST].view(torch.int16)})
     ),
     "a rest of another shape": (True, lambda saved: saved[0].update({REST: saved[0][REST][:2]})),
+    "a rest on meta": (True, lambda saved: saved[0].update({REST: saved[0][REST].to("meta")})),
     "no rest but None": (True, lambda saved: saved[0].update({REST: None})),
     "moments in bfloat16": (
         True, lambda saved: saved[0].update(exp_avg=saved[0]["exp_avg"].to(BF16))

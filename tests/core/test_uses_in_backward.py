@@ -287,6 +287,82 @@ def test_parameters_that_other_code_replaces_in_mid_training():
         twins.step(k)
 
 
+def test_a_parameter_that_has_left_the_optimizer_is_freed():
+    weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    opt = CyclicalOptimizer(torch.optim.SGD(weights))
+    opt.step_in_backward()
+    left = weakref.ref(weights[0])
+    for _ in range(2):
+        for k in range(2):
+            (weights[0].sum() * k + weights[1].sum()).backward()
+            opt.step()
+        weights[0] = opt.param_groups[0]["params"][0] = nn.Parameter(torch.ones(3))
+        opt.state.clear()
+    weights[1].sum().backward()
+    opt.step()
+    gc.collect()
+    assert left() is None
+
+
+def test_a_compiled_function_that_calls_backward():
+    twins = Twins(adamw)
+    x = torch.ones(6, 3)
+
+    @torch.compile(backend="eager")
+    def train() -> None:
+        twins.model(x).square().mean().backward()
+
+    for _ in range(3):
+        train()
+        assert twins.model.first.weight.grad is None
+        twins.opt.step()
+        twins.ordinary.zero_grad()
+        twins.other(x).square().mean().backward()
+        twins.ordinary.step()
+        twins.compare()
+
+
+REPLACEMENTS: dict[str, Callable[[Any, Any], object]] = {
+    "popped": lambda opt, p: opt.state.pop(p),
+    "replaced": lambda opt, p: opt.state.update({p: copy.deepcopy(opt.state[p])}),
+    "loaded": lambda opt, _: opt.optimizer.load_state_dict(copy.deepcopy(plain_state(opt))),
+}
+
+
+def plain_state(opt: Any) -> dict[str, Any]:
+    return torch.optim.Optimizer.state_dict(opt.optimizer)
+
+
+@pytest.mark.parametrize("what", REPLACEMENTS)
+def test_state_that_other_code_replaces_within_a_pass(what):
+    """A hook replaces the state of a parameter whose gradient comes later in the pass."""
+    twins = Twins(adamw)
+    replace = REPLACEMENTS[what]
+    waits = [True]
+
+    def hook(_: object) -> None:
+        if not waits:
+            replace(twins.opt, twins.model.first.weight)
+            waits.append(True)
+
+    twins.handle.remove()
+    twins.model.last.weight.register_post_accumulate_grad_hook(hook)
+    twins.opt.step_in_backward()
+    for k in range(4):
+        twins.step(k)
+    waits.clear()
+    twins.model.loss(4).backward()
+    assert waits
+    twins.ordinary.zero_grad()
+    twins.other.loss(4).backward()
+    replace(twins.ordinary, twins.other.first.weight)
+    for opt in (twins.opt, twins.ordinary):
+        opt.step()
+    twins.compare()
+    for k in range(5, 8):
+        twins.step(k)
+
+
 def test_two_threads_have_backward_passes_of_two_models():
     """The lock keeps one update from running into the other."""
     parts = [Network(width=200), Network(width=200)]

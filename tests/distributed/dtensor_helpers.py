@@ -163,7 +163,7 @@ class Block(nn.Module):
 def loss(model: nn.Module, step: int, part: int = 0, parts: int = 1) -> Tensor:
     """Return the loss of this part of the step's batch."""
     generator = torch.Generator().manual_seed(100 + step)
-    x = torch.randn(12, 4, 6, generator=generator)
+    x = torch.randn(12, 4, 6, generator=generator).to(next(model.parameters()).dtype)
     y = torch.randn(12, 4, 1, generator=generator)
     mine = slice(part * 12 // parts, (part + 1) * 12 // parts)
     return ((model(x[mine]) - y[mine]) ** 2).mean()

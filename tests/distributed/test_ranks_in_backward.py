@@ -28,10 +28,17 @@ def _divided() -> Any:
     return model
 
 
-def _trained(name: str, in_backward: bool) -> tuple[list[Tensor], int]:
+def _trained(name: str, in_backward: bool, masters: bool = False) -> tuple[list[Tensor], int]:
     """Train a sharded model. Return this rank's tensors, and the gradients that came to a step."""
     model = _divided()
-    opt = BY_NAME[name].ours(model.parameters(), step_size_up=3, average=Ema(0.9))
+    if masters:
+        model.to(torch.bfloat16)
+    opt = BY_NAME[name].ours(
+        model.parameters(), step_size_up=3, average=Ema(0.9), master_weights=masters
+    )
+    if masters:
+        values = opt.master_state_dict(model)
+        opt.load_master_state_dict(model, {key: value * 1.01 for key, value in values.items()})
     handle = opt.step_in_backward() if in_backward else None
     late = 0
     for step in range(STEPS):
@@ -45,14 +52,20 @@ def _trained(name: str, in_backward: bool) -> tuple[list[Tensor], int]:
     whole = [*model.parameters()]
     for p in model.parameters():
         whole += [t for t in opt.state[p].values() if isinstance(t, Tensor)]
-    return [getattr(t, "_local_tensor", t).detach().clone() for t in whole], late
+    return [_bits(getattr(t, "_local_tensor", t).detach().clone()) for t in whole], late
 
 
+def _bits(tensor: Tensor) -> Tensor:
+    """Return the bits of bfloat16 values: a rest of a master may look like NaN."""
+    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+
+
+@pytest.mark.parametrize("masters", [False, True], ids=["", "masters"])
 @pytest.mark.parametrize("name", ["adamw-ams", "sgd-nest-wd"])
-def test_fsdp2_takes_the_ordinary_course(ranks, name):
-    ordinary = ranks.run(2, _trained, name, False)
+def test_fsdp2_takes_the_ordinary_course(ranks, name, masters):
+    ordinary = ranks.run(2, _trained, name, False, masters)
     for (ours, late), (expected, all_late) in zip(
-        ranks.run(2, _trained, name, True), ordinary, strict=True
+        ranks.run(2, _trained, name, True, masters), ordinary, strict=True
     ):
         assert late == 0 < all_late
         assert len(ours) == len(expected)

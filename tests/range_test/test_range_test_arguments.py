@@ -13,11 +13,18 @@ from range_test_helpers import linear_model, make_data, same
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clr_optim import CyclicalOptimizer
 from clr_optim.range_test import lr_range_test
 
 
 def _requires_nothing() -> nn.Module:
     return linear_model().requires_grad_(False)
+
+
+def _with_hooks(model: nn.Module) -> CyclicalOptimizer[Any]:
+    opt = CyclicalOptimizer(torch.optim.SGD(model.parameters()), backend="native")
+    opt.step_in_backward()
+    return opt
 
 
 class Once:
@@ -104,6 +111,7 @@ ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "lazy", {"model": "lazy"}),
     (ValueError, "LBFGS, whose step needs a closure", {"optimizer": "lbfgs"}),
     (ValueError, "none of the SGD's parameters", {"optimizer": "foreign"}),
+    (ValueError, "step_in_backward.*call remove.. of its handle", {"optimizer": "in backward"}),
     (ValueError, "backend='gpu' must be one of", {"backend": "gpu"}),
     (TypeError, "loader must be an iterable of batches, got None", {"loader": None}),
     (ValueError, r"accumulate must be an integer <= 2\*\*63 - 1", {"accumulate": 2**70}),
@@ -124,6 +132,7 @@ def wrong_arguments(change: dict[str, Any]) -> tuple[dict[str, Any], Any, Any]:
         "lazy": lambda: nn.LazyLinear(3),
         "lbfgs": lambda: torch.optim.LBFGS(model.parameters()),
         "foreign": lambda: torch.optim.SGD(linear_model().parameters()),
+        "in backward": lambda: _with_hooks(model),
         "iterator": lambda: iter(make_data()),
         "once": Once,
     }

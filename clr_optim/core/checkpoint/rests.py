@@ -50,6 +50,7 @@ def check_rest(
         if (
             not isinstance(value, Tensor)
             or value.layout is not torch.strided
+            or (value.is_meta and not param.is_meta)
             or value.dtype != dtype
             or value.shape != param.shape
         ):
