@@ -36,7 +36,7 @@ napoleon_custom_sections = [("Source", "notes_style")]
 # A reference that leads nowhere is an error, except to what other projects document.
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|numpy|np|npt|matplotlib|collections|os|pathlib|typing)\..*|Figure|Path"),
-    (r"py:.*", r"clr_optim\.core\.wrapper\.\w+"),
+    (r"py:.*", r"clr_optim\.core\.(wrapper|in_backward)\.\w+"),
 ]
 
 
