@@ -7,11 +7,11 @@ import threading
 
 from torch.optim import Optimizer
 
-from clr_optim.averages import Average
 from clr_optim.backends import device as current_device
 from clr_optim.backends.base import FusedBackend
 from clr_optim.backends.native import NativeBackend, NoKernelsError, library, rule_for
 from clr_optim.backends.triton import TritonBackend, here
+from clr_optim.plan import NO_EXTRAS, Extras
 from clr_optim.rules import UpdateRule, class_name
 from clr_optim.schedule import Schedule
 
@@ -62,8 +62,7 @@ def make(
     lock: threading.RLock | None = None,
     *,
     asked: bool,
-    average: Average | None = None,
-    masters: bool = False,
+    extras: Extras = NO_EXTRAS,
 ) -> FusedBackend | None:
     """Return a fused backend for one optimizer, or None while no parameter lies where it works.
 
@@ -74,8 +73,7 @@ def make(
         schedule: the policy.
         lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
         asked: whether the user named the backend.
-        average: which average of the parameters the steps keep, if any.
-        masters: whether bfloat16 parameters have float32 masters.
+        extras: the state that steps keep beside torch's.
 
     Raises:
         NoKernelsError: if the kernels cannot serve here.
@@ -85,9 +83,7 @@ def make(
     if not any(param.device.type in types for param in params):
         return None
     device = plan_device(name, optimizer)
-    return _FUSED[name].make(
-        optimizer, rule, schedule, device, lock, asked=asked, average=average, masters=masters
-    )
+    return _FUSED[name].make(optimizer, rule, schedule, device, lock, asked=asked, extras=extras)
 
 
 def resolve(backend: object, optimizer: Optimizer) -> tuple[str, str]:

@@ -10,9 +10,8 @@ from typing import ClassVar, NamedTuple, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clr_optim.averages import Average
 from clr_optim.gate import Gate
-from clr_optim.plan import Plan
+from clr_optim.plan import NO_EXTRAS, Extras, Plan
 from clr_optim.rules import UpdateRule
 from clr_optim.schedule import Schedule
 
@@ -147,8 +146,7 @@ class FusedBackend(Protocol):
         lock: threading.RLock | None,
         *,
         asked: bool,
-        average: Average | None = None,
-        masters: bool = False,
+        extras: Extras = NO_EXTRAS,
     ) -> FusedBackend:
         """Return a backend for one optimizer.
 
@@ -160,8 +158,7 @@ class FusedBackend(Protocol):
             lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
             asked: whether the user named the backend. If not, a missing extension must raise here,
                 so that torch's step can serve.
-            average: which average of the parameters the steps keep, if any.
-            masters: whether bfloat16 parameters have float32 masters.
+            extras: the state that steps keep beside torch's.
 
         Raises:
             NoKernelsError: if the kernels cannot serve here.

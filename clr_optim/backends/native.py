@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from clr_optim.averages import Average, slot_of
 from clr_optim.backends.base import Course, Gradients, Outcome, WhoKnows
 from clr_optim.backends.torch import has_own_step
 from clr_optim.kernels.native import NoKernelsError, load
 from clr_optim.keys import STEP
-from clr_optim.plan import Extras, Plan
+from clr_optim.plan import NO_EXTRAS, Extras, Plan
 from clr_optim.rules import RULES, UpdateRule, class_name
 from clr_optim.schedule import Schedule
 from clr_optim.sharding import DTensor, no_sums, sum_over_ranks
@@ -74,8 +73,7 @@ class NativeBackend:
         optimizer: the wrapped optimizer.
         rule: its update rule.
         lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
-        average: which average of the parameters the steps keep, if any.
-        masters: whether bfloat16 parameters have float32 masters.
+        extras: the state that steps keep beside torch's.
 
     Raises:
         NoKernelsError: if the compiled kernels cannot serve here.
@@ -86,10 +84,8 @@ class NativeBackend:
         optimizer: Optimizer,
         rule: UpdateRule,
         lock: threading.RLock | None = None,
-        average: Average | None = None,
-        masters: bool = False,
+        extras: Extras = NO_EXTRAS,
     ) -> None:
-        extras = Extras(slot_of(average, masters=masters), masters)
         self.plan = Plan(optimizer, rule, library(), "cpu", lock=lock, extras=extras)
 
     name: ClassVar[str] = "native"
@@ -118,11 +114,10 @@ class NativeBackend:
         lock: threading.RLock | None,
         *,
         asked: bool,
-        average: Average | None = None,
-        masters: bool = False,
+        extras: Extras = NO_EXTRAS,
     ) -> NativeBackend:
         """Return a backend for one optimizer; the host evaluates the schedule."""
-        return cls(optimizer, rule, lock, average, masters)
+        return cls(optimizer, rule, lock, extras)
 
     def position(self) -> int:
         """Raise: the host counts the steps, so no caller asks the backend."""

@@ -79,7 +79,7 @@ class Averaging:
         Raises:
             RuntimeError: if the optimizer keeps state that is no dictionary.
         """
-        slot = self._settings.extras.average
+        slot = self._settings.extras.average_slot
         if slot is not None:
             found = self._without(params)
             copies.update({p: _copy(p, slot) for p in found if p not in copies})
@@ -91,7 +91,7 @@ class Averaging:
             params: the parameters that the step has updated by torch's own code.
             copies: what :meth:`copy` copied before the step.
         """
-        slot = self._settings.extras.average
+        slot = self._settings.extras.average_slot
         if slot is not None:
             for param in self._without(params):
                 copy = copies[param] if param in copies else _copy(param, slot)
@@ -155,7 +155,7 @@ class Averaging:
 
     def _of(self, param: Tensor) -> Tensor | None:
         """Return the average of a parameter, or None without one."""
-        values, slot = self._state.get(param), self._settings.extras.average
+        values, slot = self._state.get(param), self._settings.extras.average_slot
         if slot is None or not isinstance(values, dict):
             return None
         return slot.find(values, param)

@@ -94,8 +94,7 @@ class Serving:
                 schedule,
                 lock,
                 asked=asked,
-                average=self._settings.average,
-                masters=self._settings.master_weights,
+                extras=self._settings.extras,
             )
         except NoKernelsError as error:
             if asked or self._settings.master_weights:
@@ -116,11 +115,8 @@ class Serving:
 
     def reasons(self) -> list[tuple[Tensor, str | None]]:
         """Return each parameter, and why torch's own step serves it; None if a kernel does."""
-        optimizer, rule, traits = (
-            self._settings.optimizer,
-            rule_for(self._settings.optimizer),
-            self.traits,
-        )
+        optimizer, traits = self._settings.optimizer, self.traits
+        rule = rule_for(optimizer)
         if traits is None or isinstance(rule, str):
             why = self.reason if traits is None else str(rule)
             return [(param, why) for param in parameters_of(optimizer)]

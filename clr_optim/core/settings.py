@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch.optim import Optimizer
 
-from clr_optim.averages import Average, slot_of
+from clr_optim.averages import Average
 from clr_optim.core.followed import schedules_json
 from clr_optim.gate import Spike
 from clr_optim.keys import BASE_MOMENTUM, MAX_MOMENTUM
@@ -59,7 +59,7 @@ class Settings:
     @functools.cached_property
     def extras(self) -> Extras:
         """The state that steps keep beside torch's."""
-        return Extras(slot_of(self.average, masters=self.master_weights), self.master_weights)
+        return Extras(self.average, self.master_weights)
 
     def schedules_of(self, index: int) -> dict[str, Schedule]:
         """Return the schedules of a group's settings by name, as the constructor was given."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from clr_optim.averages import Average, slot_of
 from clr_optim.keys import AVERAGE, REST
 from clr_optim.masters import master_of
 from clr_optim.plan.eligible import is_plain
@@ -27,17 +29,22 @@ class Extras:
     """The state that steps keep beside torch's.
 
     Args:
-        average: the slot of the averages, if the optimizer averages its parameters.
+        average: which average of the parameters the steps keep, if any.
         masters: whether bfloat16 parameters have float32 masters.
     """
 
-    average: AverageSlot | None = None
+    average: Average | None = None
     masters: bool = False
+
+    @functools.cached_property
+    def average_slot(self) -> AverageSlot | None:
+        """The slot of the averages, if the steps keep any."""
+        return slot_of(self.average, masters=self.masters)
 
     def slots_for(self, param: Tensor) -> tuple[Slot, ...]:
         """Return the slots of a parameter after those of its rule, in a row's order."""
         rest = (RestSlot(),) if self.has_master(param) else ()
-        return rest if self.average is None else (*rest, self.average)
+        return rest if self.average_slot is None else (*rest, self.average_slot)
 
     def has_master(self, param: Tensor) -> bool:
         """Return whether a parameter has a float32 master."""
@@ -145,7 +152,7 @@ def make_row(
             elif not is_plain(tensor, param):
                 return _other_than(slot.name, tensor, param.dtype)
         elif tensor is None and (fresh or slot.fill is None):
-            first = slot.fill is None
+            first = first or slot.fill is None
             filled = _filled(slot, param, of_rule, optimizer.defaults)
             if filled is None:
                 filled = torch.empty_like(param, dtype=of_rule, requires_grad=False)

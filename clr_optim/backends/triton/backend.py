@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clr_optim.averages import Average, slot_of
 from clr_optim.backends import device as current
 from clr_optim.backends.base import Course, Gradients, Outcome, WhoKnows
 from clr_optim.backends.native import library
@@ -32,7 +31,7 @@ from clr_optim.backends.triton.gate import DeviceStatistics, fill_gates
 from clr_optim.backends.triton.launch import Launch
 from clr_optim.backends.triton.prebound import Call
 from clr_optim.backends.triton.row_updates import RowUpdates
-from clr_optim.plan import Extras, Plan
+from clr_optim.plan import NO_EXTRAS, Extras, Plan
 from clr_optim.rules import UpdateRule
 from clr_optim.schedule import Schedule
 
@@ -48,8 +47,7 @@ class TritonBackend:
         schedule: the policy. The host evaluates a policy with a ``scale_fn`` at each step.
         device: the type of the devices whose tensors the kernels update.
         lock: the lock that a thread holds while it steps the optimizer. None makes a new lock.
-        average: which average of the parameters the steps keep, if any.
-        masters: whether bfloat16 parameters have float32 masters.
+        extras: the state that steps keep beside torch's.
 
     Raises:
         NoKernelsError: if the extension, which scans the tensors, cannot serve here.
@@ -79,14 +77,13 @@ class TritonBackend:
         lock: threading.RLock | None,
         *,
         asked: bool,
-        average: Average | None = None,
-        masters: bool = False,
+        extras: Extras = NO_EXTRAS,
     ) -> TritonBackend:
         """Return a backend for one optimizer; try a kernel out if the user did not name Triton."""
         if not asked and not current.is_capturing():
             params = (p for group in optimizer.param_groups for p in group["params"])
             here.try_out(next(p.device for p in params if p.device.type == device))
-        return cls(optimizer, rule, schedule, device, lock, average, masters)
+        return cls(optimizer, rule, schedule, device, lock, extras)
 
     def __init__(
         self,
@@ -95,14 +92,12 @@ class TritonBackend:
         schedule: Schedule,
         device: str,
         lock: threading.RLock | None = None,
-        average: Average | None = None,
-        masters: bool = False,
+        extras: Extras = NO_EXTRAS,
     ) -> None:
-        extras = Extras(slot_of(average, masters=masters), masters)
         self.plan = Plan(
             optimizer, rule, library(), device, capturable=True, lock=lock, extras=extras
         )
-        self._schedule, self._average = schedule, average
+        self._schedule, self._average = schedule, extras.average
         self._momentum = rule.momentum
         self._launches: list[Launch] = []
         self._by_device: dict[torch.device, list[Launch]] = {}
