@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -23,13 +25,25 @@ from clr_optim.bench.throughput.variants import (
 )
 from clr_optim.bench.workloads import RULES, Rule
 
-__all__ = ["Row", "bytes_per_element", "measure_cell", "measure_cell_on_gpu"]
+__all__ = ["Row", "bytes_per_element", "measure_cell", "measure_cell_on_gpu", "measure_each"]
 
 Row = dict[str, Any]
 
 #: A step is held against the memory's bandwidth only if it moves this many times the last cache's
 #: size. A smaller step could find part of its data in the cache.
 _CACHES_FULL = 4
+
+
+def measure_each(
+    workloads: Iterable[str], rules: Iterable[str], measure: Callable[[str, str], Row]
+) -> list[Row]:
+    """Return a row for each rule on each workload, with no memory of the row before."""
+    rows = []
+    for workload in workloads:
+        for rule in rules:
+            rows.append(measure(rule, workload))
+            gc.collect()
+    return rows
 
 
 def bytes_per_element(rule: Rule, dtype: torch.dtype) -> int:

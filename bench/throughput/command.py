@@ -31,12 +31,8 @@ from clr_optim.bench.throughput.options import (
     EXAMPLES,
     Cell,
     add_arguments,
-    check_backward_options,
-    check_features_options,
-    check_masters_options,
-    check_model_options,
-    check_training_options,
     chosen_cells,
+    chosen_mode,
     seconds_per_cell,
 )
 from clr_optim.bench.throughput.overhead import measure_in_backward, measure_overhead
@@ -82,18 +78,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         ImportError, OptionError, OSError: if a file cannot be written, or a model not be read,
             before anything is measured.
     """
-    if args.model:
-        check_model_options(args)
-    elif args.step_in_backward:
-        check_backward_options(args)
-    elif args.training:
-        check_training_options(args)
-    elif args.features:
-        check_features_options(args)
-    elif args.masters:
-        check_masters_options(args)
+    mode = chosen_mode(args)
     args.device = args.device or "cpu"
-    measure, text = _measurement(args)
+    measure, text = _measurement(mode, args)
     check_json(args.json)
     if args.plot:
         plotting.check_picture(args.plot)
@@ -111,20 +98,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measurement(
-    args: argparse.Namespace,
+    mode: str | None, args: argparse.Namespace
 ) -> tuple[Callable[[argparse.Namespace], dict[str, Any]], Callable[[Mapping[str, Any]], str]]:
     """Return the function that measures, and the function that puts its results into words."""
-    if args.model:
-        return measure_model, model_table
-    if args.step_in_backward:
-        return measure_step_in_backward, backward_table
-    if args.training:
-        return measure_training, training_table
-    if args.features:
-        return measure_features, features_table
-    if args.masters:
-        return measure_masters, masters_table
-    return partial(_measure, chosen_cells(args)), table
+    if mode is None:
+        return partial(_measure, chosen_cells(args)), table
+    return {
+        "model": (measure_model, model_table),
+        "step_in_backward": (measure_step_in_backward, backward_table),
+        "training": (measure_training, training_table),
+        "features": (measure_features, features_table),
+        "masters": (measure_masters, masters_table),
+    }[mode]
 
 
 def _write(path: str | None, results: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import math
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from clr_optim import Ema, Spike
 from clr_optim.bench.machine import describe_machine
-from clr_optim.bench.throughput.cells import Row, bytes_per_element
+from clr_optim.bench.throughput.cells import Row, bytes_per_element, measure_each
 from clr_optim.bench.throughput.options import seconds_per_cell
 from clr_optim.bench.throughput.tensors import Tensors
 from clr_optim.bench.throughput.timing import Step, interleave, spread
@@ -42,11 +41,11 @@ def measure_features(args: argparse.Namespace) -> dict[str, Any]:
         The results, with a row per workload and rule under ``features``.
     """
     seconds = seconds_per_cell(args)
-    rows: list[Row] = []
-    for workload in args.features:
-        for rule in args.rules or ["adam"]:
-            rows.append(_measure_cell(rule, workload, seconds, args.seed))
-            gc.collect()
+    rows = measure_each(
+        args.features,
+        args.rules or ["adam"],
+        lambda rule, workload: _measure_cell(rule, workload, seconds, args.seed),
+    )
     return {"machine": describe_machine(), "rows": [], "features": rows}
 
 

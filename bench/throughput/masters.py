@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import gc
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from clr_optim.bench.machine import describe_machine
-from clr_optim.bench.throughput.cells import Row, bytes_per_element
+from clr_optim.bench.throughput.cells import Row, bytes_per_element, measure_each
 from clr_optim.bench.throughput.options import seconds_per_cell
 from clr_optim.bench.throughput.tensors import Tensors
 from clr_optim.bench.throughput.timing import Step, interleave, spread
@@ -27,11 +26,11 @@ def measure_masters(args: argparse.Namespace) -> dict[str, Any]:
         The results, with a row per workload and rule under ``masters``.
     """
     seconds = seconds_per_cell(args)
-    rows: list[Row] = []
-    for workload in args.masters:
-        for rule in args.rules or ["adamw"]:
-            rows.append(_measure_cell(rule, workload, seconds, args.seed))
-            gc.collect()
+    rows = measure_each(
+        args.masters,
+        args.rules or ["adamw"],
+        lambda rule, workload: _measure_cell(rule, workload, seconds, args.seed),
+    )
     return {"machine": describe_machine(), "rows": [], "masters": rows}
 
 

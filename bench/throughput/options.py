@@ -20,9 +20,7 @@ from clr_optim.bench.workloads import (
 from clr_optim.options import add_json, flag, spelled, whole
 
 __all__ = [
-    "EXAMPLES", "Cell", "add_arguments", "check_backward_options", "check_features_options",
-    "check_masters_options",
-    "check_model_options", "check_training_options", "chosen_cells", "seconds_per_cell",
+    "EXAMPLES", "Cell", "add_arguments", "chosen_cells", "chosen_mode", "seconds_per_cell",
 ]  # fmt: skip
 
 Cell = tuple[str, str, str]  # workload, dtype, rule
@@ -31,6 +29,17 @@ Cell = tuple[str, str, str]  # workload, dtype, rule
 _ONLY_OF_CELLS = (
     "workloads", "dtypes", "device", "filter", "plot", "at_most", "iterations",
 )  # fmt: skip
+#: The options that have other things measured than cells; for each the reason why options of cells
+#: have no effect, and further options that have none.
+_MODES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "model": ("the parameters are those of your function", ()),
+    "step_in_backward": (
+        "it measures few models by AdamW, in float32, on the CPU", ("rules", "compile"),
+    ),
+    "training": ("its models are small, in float32, on the CPU", ("compile",)),
+    "features": ("it measures few workloads, in float32, on the CPU", ("compile",)),
+    "masters": ("it measures few workloads, in bfloat16, on the CPU", ("compile",)),
+}  # fmt: skip
 _QUICK = ("mlp", "1000x256", "resnet50")
 _WITH_FEATURES = ("mlp", "1000x256", "resnet50", "gpt2")
 _WITH_MASTERS = ("resnet50", "gpt2")
@@ -198,55 +207,18 @@ def chosen_cells(args: argparse.Namespace) -> list[Cell]:
     return cells
 
 
-def check_backward_options(args: argparse.Namespace) -> None:
-    """Raise if an option has no effect with ``--step-in-backward``.
+def chosen_mode(args: argparse.Namespace) -> str | None:
+    """Return the name of the option that has other things measured than cells, or None.
 
     Raises:
-        argparse.ArgumentError: naming the option.
+        argparse.ArgumentError: naming an option that has no effect beside it.
     """
-    words = "--step-in-backward: it measures few models by AdamW, in float32, on the CPU"
-    _refuse_options(args, (*_ONLY_OF_CELLS, "rules", "compile", "training", "features"), words)
-
-
-def check_model_options(args: argparse.Namespace) -> None:
-    """Raise if an option has no effect with ``--model``.
-
-    Raises:
-        argparse.ArgumentError: naming the option.
-    """
-    words = "--model: the parameters are those of your function"
-    others = ("training", "features", "masters", "step_in_backward")
-    _refuse_options(args, (*_ONLY_OF_CELLS, *others), words)
-
-
-def check_training_options(args: argparse.Namespace) -> None:
-    """Raise if an option has no effect with ``--training``.
-
-    Raises:
-        argparse.ArgumentError: naming the option.
-    """
-    words = "--training: its models are small, in float32, on the CPU"
-    _refuse_options(args, (*_ONLY_OF_CELLS, "compile", "features", "masters"), words)
-
-
-def check_features_options(args: argparse.Namespace) -> None:
-    """Raise if an option has no effect with ``--features``.
-
-    Raises:
-        argparse.ArgumentError: naming the option.
-    """
-    words = "--features: it measures few workloads, in float32, on the CPU"
-    _refuse_options(args, (*_ONLY_OF_CELLS, "compile", "masters"), words)
-
-
-def check_masters_options(args: argparse.Namespace) -> None:
-    """Raise if an option has no effect with ``--masters``.
-
-    Raises:
-        argparse.ArgumentError: naming the option.
-    """
-    words = "--masters: it measures few workloads, in bfloat16, on the CPU"
-    _refuse_options(args, (*_ONLY_OF_CELLS, "compile"), words)
+    mode = next((name for name in _MODES if getattr(args, name)), None)
+    if mode is not None:
+        reason, names = _MODES[mode]
+        others = [name for name in _MODES if name != mode]
+        _refuse_options(args, (*_ONLY_OF_CELLS, *names, *others), f"{flag(mode)}: {reason}")
+    return mode
 
 
 def _refuse_options(args: argparse.Namespace, names: Iterable[str], words: str) -> None:

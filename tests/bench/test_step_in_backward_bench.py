@@ -57,6 +57,7 @@ def test_gradients_that_are_alive_are_counted(name):
         (["--step-in-backward", "mlp"], "no 'mlp'; there are linear, linear_100m, gpt2"),
         (["--step-in-backward", "--rules", "sgd"], "--rules has no effect"),
         (["--step-in-backward", "--training"], "--training has no effect"),
+        (["--step-in-backward", "--masters"], "--masters has no effect"),
     ],
 )
 def test_options_without_effect_are_refused(options, text, capsys):
