@@ -91,8 +91,7 @@ class Averaged(Course[OptimizerT]):
         shared = self._shared
         with shared.lock:
             shared.position.catch_up()
-            shared.averaging.refuse_exchanged("averaged_state_dict()")
-            shared.in_backward.refuse_in_pass("averaged_state_dict()")
+            shared.refuse_unsettled("averaged_state_dict()")
             averages = {id(param): average for param, average in shared.averaging.averages()}
             found: Mapping[str, Any] = model.state_dict(keep_vars=True)
             if not any(id(value) in averages for value in found.values()):

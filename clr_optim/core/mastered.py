@@ -113,8 +113,7 @@ class Mastered(Averaged[OptimizerT]):
         """
         shared = self._shared
         settings = shared.settings
-        shared.averaging.refuse_exchanged(what)
-        shared.in_backward.refuse_in_pass(what)
+        shared.refuse_unsettled(what)
         if not settings.master_weights:
             raise RuntimeError(
                 f"{what} needs float32 masters, which this optimizer does not keep: construct it "

@@ -55,10 +55,8 @@ def check_master_weights(optimizer: Optimizer, value: object, chosen: tuple[str,
             f"master_weights=True needs fused kernels, and {class_name(type(optimizer))} runs its "
             f"own step: {reason}; use an optimizer and a backend with kernels, or {_LEAVE_OUT}"
         )
-    params = [p for p in parameters_of(optimizer) if not is_lazy(p)]
     check_params(optimizer, optimizer.param_groups, name)
-    has_lazy = len(params) < sum(1 for _ in parameters_of(optimizer))
-    if not has_lazy and not any(p.dtype == torch.bfloat16 for p in params):
+    if not any(is_lazy(p) or p.dtype == torch.bfloat16 for p in parameters_of(optimizer)):
         warnings.warn(
             "master_weights=True has no effect: no parameter of the optimizer is bfloat16; convert "
             f"the model first (model.to(torch.bfloat16)), or {_LEAVE_OUT}",

@@ -85,10 +85,23 @@ class Shared:
         if self.gate is not None:
             warn_each([self.gate.warning(self.position.number)])
 
-    def write_skips(self) -> None:
-        """Write the gate's statistics into the groups, for a checkpoint or a copy."""
+    def write_notes(self) -> None:
+        """Write averages' counts and the gate's statistics into the groups, for a checkpoint."""
+        self.averaging.note()
         if self.gate is not None:
             self.gate.write(self.settings.optimizer.param_groups)
+
+    def refuse_unsettled(self, what: str) -> None:
+        """Raise if the parameters hold their averages, or if some are a step ahead of the others.
+
+        Args:
+            what: what cannot be done meanwhile.
+
+        Raises:
+            RuntimeError: naming the remedy.
+        """
+        self.averaging.refuse_exchanged(what)
+        self.in_backward.refuse_in_pass(what)
 
     def take_ordinary_step(self, attributes: dict[str, Any]) -> bool:
         """Take the next step in one call of native code; return False if nothing was done.

@@ -179,11 +179,9 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
     @alone
     def __getstate__(self) -> dict[str, Any]:
         shared = self._shared
-        shared.averaging.refuse_exchanged("a copy")
-        shared.in_backward.refuse_in_pass("a copy")
+        shared.refuse_unsettled("a copy")
         shared.position.settle()
-        shared.averaging.note()
-        shared.write_skips()
+        shared.write_notes()
         settings = shared.settings
         # Without hooks, as in torch.
         return {

@@ -19,7 +19,6 @@ class Bucket : public Rows {
 public:
     // ---- what all rows have in common
     int64_t device_type = 0, device_id = 0;     // as DLPack names them
-    int64_t slots = 0;  // how many of the keys are state slots, rest and average included
     bool divides = false;                       // whether the parameters are DTensors
     Words words;
     std::vector<Ref> keys;  // names in the dictionaries: state slots, step counter, scalar state
@@ -42,6 +41,8 @@ public:
     int64_t edition = 0;  // how often rows were added or changed
 
     size_t width() const { return keys.size(); }
+    // How many of the keys are state slots, rest and average included.
+    int64_t slots() const { return int64_t(slot_dtypes.size()); }
     // The dtype of a slot, or of the parameter (-1).
     int64_t dtype_of(int64_t slot) const { return slot < 0 ? dtype : slot_dtypes[size_t(slot)]; }
     bool is_average(int64_t slot) const { return averages() && slot == average_slot; }
@@ -111,10 +112,10 @@ inline bool Bucket::put(int64_t i, PyObject* param, PyObject* entry, PyObject* t
         return false;
     }
     for (size_t k = 0; k < width(); ++k) {
-        const bool is_slot = int64_t(k) < slots;
+        const bool is_slot = int64_t(k) < slots();
         const Ref state = local_part(given.get(Py_ssize_t(k)), divides && is_slot);
         if (!state || !view(state.get(), t)) return false;
-        (is_slot ? row.state[k] : int64_t(k) == slots ? row.counter : row.scalar) = t.data;
+        (is_slot ? row.state[k] : int64_t(k) == slots() ? row.counter : row.scalar) = t.data;
     }
     const void* gradient = nullptr;
     if (grad != Py_None) {
@@ -123,7 +124,7 @@ inline bool Bucket::put(int64_t i, PyObject* param, PyObject* entry, PyObject* t
         gradient = row.numel ? t.data : NO_DATA;
     }
     std::vector<Ref> divisions;
-    for (size_t k = 0; divides && k <= size_t(slots); ++k) {
+    for (size_t k = 0; divides && k <= size_t(slots()); ++k) {
         PyObject* const of = k ? given.get(Py_ssize_t(k) - 1) : param;
         divisions.emplace_back(PyObject_GetAttr(of, names().spec.get()));
         if (!divisions.back()) return false;

@@ -39,15 +39,16 @@ inline PyObject* new_bucket(PyTypeObject* type, PyObject* args, PyObject*) {
         PyErr_SetString(PyExc_ValueError, "no kernel has this number, dtype or state");
         return nullptr;
     }
-    for (int64_t k = 0; k < slots; ++k)
-        if ((k < found.slots && dtypes[size_t(k)] != of_rule) || (masters && dtype != BFLOAT16)) {
-            PyErr_SetString(PyExc_ValueError, "no kernel has state of these dtypes");
-            return nullptr;
-        }
+    bool fits = !masters || dtype == BFLOAT16;
+    for (int k = 0; k < found.slots; ++k) fits = fits && dtypes[size_t(k)] == of_rule;
+    if (!fits) {
+        PyErr_SetString(PyExc_ValueError, "no kernel has state of these dtypes");
+        return nullptr;
+    }
     Ref self(BucketObject::make(type));
     if (!self) return nullptr;
     Bucket& bucket = BucketObject::of(self.get());
-    bucket.kernel = kernel, bucket.dtype = dtype, bucket.slots = slots, bucket.divides = divides;
+    bucket.kernel = kernel, bucket.dtype = dtype, bucket.divides = divides;
     bucket.slot_dtypes = dtypes, bucket.masters = masters;
     if (extras) bucket.average_slot = slots - 1;
     bucket.counter_bits = 8 * bytes[0], bucket.scalar_bits = 8 * bytes[1];

@@ -125,7 +125,7 @@ inline bool same_attribute(PyObject* a, PyObject* b, PyObject* name) {
 // the parameter and its gradient, 1 for the first slot.
 inline bool same_spread(const Bucket& bucket, PyObject* tensor, int64_t i, int64_t k) {
     if (!torch().dtensor.is(type_of(tensor))) return false;
-    const Ref was = Ref::to(bucket.specs[size_t(i * (1 + bucket.slots) + k)].get());
+    const Ref was = Ref::to(bucket.specs[size_t(i * (1 + bucket.slots()) + k)].get());
     const Ref spec(PyObject_GetAttr(tensor, names().spec.get()));
     if (!spec) return false;
     return spec.is(was.get()) || (same_attribute(spec.get(), was.get(), names().placements.get()) &&
@@ -134,7 +134,7 @@ inline bool same_spread(const Bucket& bucket, PyObject* tensor, int64_t i, int64
 
 inline bool same_spreads(const Bucket& bucket, int64_t i) {
     if (!same_spread(bucket, bucket.params[size_t(i)].get(), i, 0)) return false;
-    for (int64_t k = 0; k < bucket.slots; ++k)
+    for (int64_t k = 0; k < bucket.slots(); ++k)
         if (!same_spread(bucket, bucket.tensor(i, size_t(k)), i, 1 + k)) return false;
     return true;
 }
@@ -155,7 +155,7 @@ inline bool any_is_negated_says_torch(const Bucket& bucket, int64_t i) {
     if (asks(bucket.params[size_t(i)].get())) return true;
     for (size_t k = 0; k < bucket.width(); ++k) {
         PyObject* const held = bucket.tensor(i, k);
-        if (int64_t(k) < bucket.slots ? asks(held) : is_negated_says_torch(held)) return true;
+        if (int64_t(k) < bucket.slots() ? asks(held) : is_negated_says_torch(held)) return true;
     }
     return false;
 }
@@ -248,8 +248,8 @@ inline bool same_row(Bucket& bucket, int64_t i, PyObject* grad) {
         if (bucket.is_average(int64_t(k)) && !bucket.reads_averages) continue;
         PyObject* const held = PyDict_GetItemWithError(dict, bucket.keys[k].get());
         if (!held || held != bucket.tensor(i, k)) return false;
-        const bool same = int64_t(k) < bucket.slots    ? reads(held, int64_t(k)) && t.data == row.state[k]
-                          : int64_t(k) == bucket.slots ? same_number(held, row.counter, bucket.counter_bits)
+        const bool same = int64_t(k) < bucket.slots()    ? reads(held, int64_t(k)) && t.data == row.state[k]
+                          : int64_t(k) == bucket.slots() ? same_number(held, row.counter, bucket.counter_bits)
                                                        : same_number(held, row.scalar, bucket.scalar_bits);
         if (!same) return false;
     }

@@ -131,7 +131,7 @@ def test_activation_checkpointing(use_reentrant):
 
 
 def test_a_weight_in_two_reentrant_checkpoints_is_refused():
-    """Each reentrant checkpoint completes a gradient by a backward pass of its own."""
+    """Each reentrant checkpoint runs a backward pass, which completes a gradient."""
 
     class Shared(Network):
         def forward(self, x: Tensor) -> Tensor:

@@ -373,7 +373,7 @@ def test_two_threads_have_backward_passes_of_two_models():
         failed: list[BaseException] = []
 
         def run(model: Any, k: int = k, failed: list[BaseException] = failed) -> None:
-            torch.set_num_threads(1)  # a thread has a number of its own, and sums depend on it
+            torch.set_num_threads(1)  # each thread has its number, and sums depend on that
             try:
                 model.loss(k).backward()
             except BaseException as error:

@@ -31,14 +31,12 @@ def save(shared: Shared) -> dict[str, Any]:
     """
     inner = shared.settings.optimizer
     state_dict: dict[str, Any] = {}
-    shared.averaging.refuse_exchanged("state_dict()")
-    shared.in_backward.refuse_in_pass("state_dict()")
+    shared.refuse_unsettled("state_dict()")
     shared.position.warn_unread_bounds()
     for _ in range(_ATTEMPTS):
         shared.position.settle()  # asks the device, if only the device knows the position
         shared.position.overrule()
-        shared.averaging.note()
-        shared.write_skips()
+        shared.write_notes()
         state_dict = _read(inner)
         if len(shared.mirror.records) == len(inner.param_groups):
             break  # no other thread has added a group, which would lack our keys
