@@ -97,9 +97,7 @@ class Mastered(Averaged[OptimizerT]):
         model.load_state_dict(state_dict)
         for name, param in found.items():
             if REST not in (self.state.get(param) or {}):
-                whole = state_with_rest(
-                    param, groups[id(param)], settings.optimizer, rule, settings.extras
-                )
+                whole = state_with_rest(param, groups[id(param)], settings.optimizer, rule)
                 self.state[param].update(whole)
             master = local_part(state_dict[name]).to(local_part(param).device)
             split(master, local_part(param), local_part(self.state[param][REST]))

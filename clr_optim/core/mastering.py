@@ -123,7 +123,7 @@ def create_rests(settings: Settings) -> None:
         for param in group["params"]:
             values = optimizer.state.get(param)
             if settings.extras.has_master(param) and values and REST not in values:
-                values.update(state_with_rest(param, group, optimizer, rule, settings.extras))
+                values.update(state_with_rest(param, group, optimizer, rule))
 
 
 def refuse_rest(shared: Shared, plan: Plan, rest: Iterable[tuple[Tensor, str]]) -> None:

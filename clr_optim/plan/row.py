@@ -50,10 +50,6 @@ class Extras:
         """Return whether a parameter has a float32 master."""
         return self.masters and param.dtype == torch.bfloat16
 
-    def rule_dtype(self, param: Tensor) -> torch.dtype:
-        """Return the dtype of a parameter's state that belongs to its rule."""
-        return torch.float32 if self.has_master(param) else param.dtype
-
 
 NO_EXTRAS = Extras()
 
@@ -115,62 +111,102 @@ def make_row(
     state = optimizer.state.get(param, {})
     if not isinstance(state, dict):
         return "state that is no dictionary"
-    fresh = len(state) == 0
     pending: dict[str, Tensor] = {}
     numbers: list[Tensor] = []
     for name, value in rule.numbers.items():
-        if fresh:
+        number = _number_in(state, name, param, device)
+        if len(state) == 0:
             number = pending[name] = _new_number(value, param, fused=reading.fused)
-        else:
-            found = _number_in(state, name, param, device)
-            if found is None:
-                what = "a step counter" if name == "step" else f"state[{name!r}]"
-                return f"{what} that is no float tensor on the CPU"
-            number = found
+        if number is None:
+            what = "a step counter" if name == "step" else f"state[{name!r}]"
+            return f"{what} that is no float tensor on the CPU"
         numbers.append(number)
+    has_master = extras.has_master(param)
+    step = numbers[0] if rule.has_step else None
     kinds = (*reading.slots, *extras.slots_for(param))
-    of_rule = extras.rule_dtype(param)
     slots: list[Tensor] = []
     first = False
     for slot in kinds:
-        tensor: Any = state.get(slot.name)
+        found = slot.find(state, param) if isinstance(slot, AverageSlot) else state.get(slot.name)
+        tensor = _laid_as(param, found) if has_master else found
+        slot_tensor: Tensor | str
         if isinstance(slot, AverageSlot):
-            tensor = slot.find(state, param)
-        laid = _laid_as(param, tensor) if extras.has_master(param) else tensor
-        if laid is not tensor:
-            tensor = pending[slot.name] = laid
-        if isinstance(slot, AverageSlot):
-            if tensor is None:
-                tensor = pending[slot.name] = param.detach().to(slot.dtype_for(param), copy=True)
-                if extras.has_master(param):
-                    local_part(tensor).copy_(master_of(param, state))
-            if not is_plain(tensor, param, slot.dtype_for(param)):
-                return "an average of another layout or type than its parameter"
+            slot_tensor = _average(slot, tensor, param, state, has_master=has_master)
         elif isinstance(slot, RestSlot):
-            if tensor is None:
-                tensor = pending[slot.name] = torch.zeros_like(param, requires_grad=False)
-            elif not is_plain(tensor, param):
-                return _other_than(slot.name, tensor, param.dtype)
-        elif tensor is None and (fresh or slot.fill is None):
-            first = first or slot.fill is None
-            filled = _filled(slot, param, of_rule, optimizer.defaults)
-            if filled is None:
-                filled = torch.empty_like(param, dtype=of_rule, requires_grad=False)
-            tensor = pending[slot.name] = filled
-        elif not is_plain(tensor, param, of_rule):
-            if not extras.has_master(param):
-                return f"state[{slot.name!r}] of another layout, dtype or type than its parameter"
-            if tensor is None:
-                return f"its state lacks {slot.name!r}; delete the parameter's state to begin anew"
-            if REST in state or not is_plain(tensor, param):
-                return _other_than(slot.name, tensor, of_rule)
-            # Without a rest the optimizer has stepped without masters, or not yet.
-            step = numbers[0] if rule.has_step else None
-            tensor = pending[slot.name] = _widened(tensor, slot, step, optimizer.defaults)
-        slots.append(tensor)
+            slot_tensor = _rest(slot, tensor, param)
+        elif has_master:
+            slot_tensor = _wide_rule_slot(slot, tensor, param, state, step, optimizer.defaults)
+        else:
+            slot_tensor = _rule_slot(slot, tensor, param, state, optimizer.defaults)
+        if isinstance(slot_tensor, str):
+            return slot_tensor
+        if slot_tensor is not found:
+            pending[slot.name] = slot_tensor
+        first = first or (found is None and slot.fill is None)
+        slots.append(slot_tensor)
     order = (*rule.state_order, REST, AVERAGE)
     ordered = {name: pending[name] for name in order if name in pending}
     return Row(param, group, kinds, slots, numbers, ordered, first)
+
+
+# Each of the following returns the tensor of a slot, or why a kernel cannot use what was found. The
+# tensor is the one in the state, or a new one that the step puts there.
+
+
+def _average(
+    slot: AverageSlot, found: Any, param: Tensor, state: dict[str, Any], *, has_master: bool
+) -> Tensor | str:
+    """Return the average of a parameter; a new one is a copy of the parameter or of its master."""
+    dtype = slot.dtype_for(param)
+    if found is None:
+        found = param.detach().to(dtype, copy=True)
+        if has_master:
+            local_part(found).copy_(master_of(param, state))
+    if not is_plain(found, param, dtype):
+        return "an average of another layout or type than its parameter"
+    return found  # type: ignore[no-any-return]
+
+
+def _rest(slot: RestSlot, found: Any, param: Tensor) -> Tensor | str:
+    """Return the rest of a parameter's master; a new one is zero."""
+    if found is None:
+        return torch.zeros_like(param, requires_grad=False)
+    return found if is_plain(found, param) else _other_than(slot.name, found, param.dtype)
+
+
+def _rule_slot(
+    slot: Slot, found: Any, param: Tensor, state: dict[str, Any], defaults: Mapping[str, Any]
+) -> Tensor | str:
+    """Return a slot of the rule, of a parameter without a master."""
+    if found is None and (len(state) == 0 or slot.fill is None):
+        return _new(slot, param, param.dtype, defaults)
+    if is_plain(found, param, param.dtype):
+        return found  # type: ignore[no-any-return]
+    return f"state[{slot.name!r}] of another layout, dtype or type than its parameter"
+
+
+def _wide_rule_slot(
+    slot: Slot,
+    found: Any,
+    param: Tensor,
+    state: dict[str, Any],
+    step: Tensor | None,
+    defaults: Mapping[str, Any],
+) -> Tensor | str:
+    """Return a slot of the rule in float32, of a parameter with a master.
+
+    Without a rest in the state the optimizer has stepped without masters, or not yet. Then a slot
+    may have the parameter's dtype.
+    """
+    if found is None and (len(state) == 0 or slot.fill is None):
+        return _new(slot, param, torch.float32, defaults)
+    if is_plain(found, param, torch.float32):
+        return found  # type: ignore[no-any-return]
+    if found is None:
+        return f"its state lacks {slot.name!r}; delete the parameter's state to begin anew"
+    if REST in state or not is_plain(found, param):
+        return _other_than(slot.name, found, torch.float32)
+    return _widened(found, slot, step, defaults)
 
 
 def _laid_as(param: Tensor, tensor: Any) -> Any:
@@ -227,7 +263,6 @@ def state_with_rest(
     group: Mapping[str, Any],
     optimizer: Optimizer,
     rule: UpdateRule,
-    extras: Extras,
 ) -> dict[str, Any]:
     """Return a parameter's state with the rest of its master, as a step would find it.
 
@@ -236,16 +271,15 @@ def state_with_rest(
         group: its group.
         optimizer: the wrapped optimizer.
         rule: its update rule.
-        extras: the state that steps keep beside torch's.
     """
     state: dict[str, Any] = dict(optimizer.state.get(param) or {})
-    is_new, dtype = not state, extras.rule_dtype(param)
+    is_new = not state
     for name, value in rule.numbers.items() if is_new else ():
         state[name] = _new_number(value, param, fused=bool(group.get("fused")))
     for slot in rule.slots(group):
         tensor = state.get(slot.name)
         if is_new:
-            state[slot.name] = _filled(slot, param, dtype, optimizer.defaults)
+            state[slot.name] = _filled(slot, param, torch.float32, optimizer.defaults)
         elif isinstance(tensor, Tensor) and tensor.dtype == param.dtype:
             step = state.get("step")
             here = step.to(local_part(tensor).device) if isinstance(step, Tensor) else None
@@ -261,6 +295,12 @@ def _filled(
     if slot.fill is None:
         return None
     return torch.full_like(param, slot.fill(defaults), dtype=dtype, requires_grad=False)
+
+
+def _new(slot: Slot, param: Tensor, dtype: torch.dtype, defaults: Mapping[str, Any]) -> Tensor:
+    """Return a new slot; without values if the slot starts as the first gradient."""
+    filled = _filled(slot, param, dtype, defaults)
+    return torch.empty_like(param, dtype=dtype, requires_grad=False) if filled is None else filled
 
 
 def _new_number(value: float, param: Tensor, *, fused: bool) -> Tensor:
