@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def why_not(param: Tensor, grad: Tensor | None, device: str) -> str | None:
     return "gradients of another layout, dtype or type than their parameter"
 
 
-def is_plain(tensor: object, param: Tensor, dtype: torch.dtype | None = None) -> bool:
+def is_plain(tensor: object, param: Tensor, dtype: torch.dtype | None = None) -> TypeGuard[Tensor]:
     """Return whether a kernel may read this tensor element by element with its parameter.
 
     Args:

@@ -66,7 +66,7 @@ class Row:
         slots: its state tensors, in this order.
         numbers: its state of one element, in the order of :attr:`UpdateRule.numbers`.
         pending: state that torch would create in this step, by name.
-        first: whether the first slot holds nothing yet.
+        first: whether a slot is empty, since it starts as the first gradient.
     """
 
     param: Tensor
@@ -111,12 +111,15 @@ def make_row(
     state = optimizer.state.get(param, {})
     if not isinstance(state, dict):
         return "state that is no dictionary"
+    fresh = not state
     pending: dict[str, Tensor] = {}
     numbers: list[Tensor] = []
     for name, value in rule.numbers.items():
-        number = _number_in(state, name, param, device)
-        if len(state) == 0:
+        number: Tensor | None
+        if fresh:
             number = pending[name] = _new_number(value, param, fused=reading.fused)
+        else:
+            number = _take_number(state, name, param, device)
         if number is None:
             what = "a step counter" if name == "step" else f"state[{name!r}]"
             return f"{what} that is no float tensor on the CPU"
@@ -128,16 +131,19 @@ def make_row(
     first = False
     for slot in kinds:
         found = slot.find(state, param) if isinstance(slot, AverageSlot) else state.get(slot.name)
+        # torch's own step takes state of any layout, but cannot serve a master: copy the state.
         tensor = _laid_as(param, found) if has_master else found
         slot_tensor: Tensor | str
         if isinstance(slot, AverageSlot):
             slot_tensor = _average(slot, tensor, param, state, has_master=has_master)
         elif isinstance(slot, RestSlot):
             slot_tensor = _rest(slot, tensor, param)
+        elif found is None and (fresh or slot.fill is None):
+            slot_tensor = _new(slot, param, has_master=has_master, optimizer=optimizer)
         elif has_master:
-            slot_tensor = _wide_rule_slot(slot, tensor, param, state, step, optimizer.defaults)
+            slot_tensor = _wide_rule_slot(slot, tensor, param, state, step, optimizer)
         else:
-            slot_tensor = _rule_slot(slot, tensor, param, state, optimizer.defaults)
+            slot_tensor = _rule_slot(slot, tensor, param)
         if isinstance(slot_tensor, str):
             return slot_tensor
         if slot_tensor is not found:
@@ -149,64 +155,57 @@ def make_row(
     return Row(param, group, kinds, slots, numbers, ordered, first)
 
 
-# Each of the following returns the tensor of a slot, or why a kernel cannot use what was found. The
-# tensor is the one in the state, or a new one that the step puts there.
+# Each of the following returns the tensor of a slot, or why a kernel cannot use the given one. The
+# result is the given tensor, or a new one, which make_row adds to the pending state.
 
 
 def _average(
-    slot: AverageSlot, found: Any, param: Tensor, state: dict[str, Any], *, has_master: bool
+    slot: AverageSlot, tensor: Any, param: Tensor, state: dict[str, Any], *, has_master: bool
 ) -> Tensor | str:
     """Return the average of a parameter; a new one is a copy of the parameter or of its master."""
     dtype = slot.dtype_for(param)
-    if found is None:
-        found = param.detach().to(dtype, copy=True)
+    if tensor is None:
+        tensor = param.detach().to(dtype, copy=True)
         if has_master:
-            local_part(found).copy_(master_of(param, state))
-    if not is_plain(found, param, dtype):
-        return "an average of another layout or type than its parameter"
-    return found  # type: ignore[no-any-return]
+            local_part(tensor).copy_(master_of(param, state))
+    if is_plain(tensor, param, dtype):
+        return tensor
+    return "an average of another layout or type than its parameter"
 
 
-def _rest(slot: RestSlot, found: Any, param: Tensor) -> Tensor | str:
+def _rest(slot: RestSlot, tensor: Any, param: Tensor) -> Tensor | str:
     """Return the rest of a parameter's master; a new one is zero."""
-    if found is None:
+    if tensor is None:
         return torch.zeros_like(param, requires_grad=False)
-    return found if is_plain(found, param) else _other_than(slot.name, found, param.dtype)
+    return tensor if is_plain(tensor, param) else _other_than(slot.name, tensor, param.dtype)
 
 
-def _rule_slot(
-    slot: Slot, found: Any, param: Tensor, state: dict[str, Any], defaults: Mapping[str, Any]
-) -> Tensor | str:
-    """Return a slot of the rule, of a parameter without a master."""
-    if found is None and (len(state) == 0 or slot.fill is None):
-        return _new(slot, param, param.dtype, defaults)
-    if is_plain(found, param, param.dtype):
-        return found  # type: ignore[no-any-return]
+def _rule_slot(slot: Slot, tensor: Any, param: Tensor) -> Tensor | str:
+    """Return the given slot of the rule, of a parameter without a master."""
+    if is_plain(tensor, param):
+        return tensor
     return f"state[{slot.name!r}] of another layout, dtype or type than its parameter"
 
 
 def _wide_rule_slot(
     slot: Slot,
-    found: Any,
+    tensor: Any,
     param: Tensor,
     state: dict[str, Any],
     step: Tensor | None,
-    defaults: Mapping[str, Any],
+    optimizer: Optimizer,
 ) -> Tensor | str:
-    """Return a slot of the rule in float32, of a parameter with a master.
+    """Return the given slot of the rule in float32, of a parameter with a master.
 
-    Without a rest in the state the optimizer has stepped without masters, or not yet. Then a slot
-    may have the parameter's dtype.
+    While the state has no rest, no step with masters has run, and the slot may be bfloat16.
     """
-    if found is None and (len(state) == 0 or slot.fill is None):
-        return _new(slot, param, torch.float32, defaults)
-    if is_plain(found, param, torch.float32):
-        return found  # type: ignore[no-any-return]
-    if found is None:
+    if is_plain(tensor, param, torch.float32):
+        return tensor
+    if tensor is None:
         return f"its state lacks {slot.name!r}; delete the parameter's state to begin anew"
-    if REST in state or not is_plain(found, param):
-        return _other_than(slot.name, found, torch.float32)
-    return _widened(found, slot, step, defaults)
+    if REST in state or not is_plain(tensor, param):
+        return _other_than(slot.name, tensor, torch.float32)
+    return _widened(tensor, slot, step, optimizer.defaults)
 
 
 def _laid_as(param: Tensor, tensor: Any) -> Any:
@@ -297,9 +296,10 @@ def _filled(
     return torch.full_like(param, slot.fill(defaults), dtype=dtype, requires_grad=False)
 
 
-def _new(slot: Slot, param: Tensor, dtype: torch.dtype, defaults: Mapping[str, Any]) -> Tensor:
-    """Return a new slot; without values if the slot starts as the first gradient."""
-    filled = _filled(slot, param, dtype, defaults)
+def _new(slot: Slot, param: Tensor, *, has_master: bool, optimizer: Optimizer) -> Tensor:
+    """Return a new slot of the rule; without values if the slot starts as the first gradient."""
+    dtype = torch.float32 if has_master else param.dtype
+    filled = _filled(slot, param, dtype, optimizer.defaults)
     return torch.empty_like(param, dtype=dtype, requires_grad=False) if filled is None else filled
 
 
@@ -310,11 +310,11 @@ def _new_number(value: float, param: Tensor, *, fused: bool) -> Tensor:
     return torch.full((), value, dtype=dtype, device=param.device)
 
 
-def _number_in(state: dict[str, Any], name: str, param: Tensor, device: str) -> Tensor | None:
+def _take_number(state: dict[str, Any], name: str, param: Tensor, device: str) -> Tensor | None:
     """Return a state of one element, or None if a kernel cannot use it.
 
-    Moves the tensor beside its parameter, where the kernel counts. ``state_dict`` moves the tensor
-    back to where torch keeps it.
+    Puts a copy beside the parameter into the state if the tensor is elsewhere. ``state_dict`` moves
+    the tensor back to where torch keeps it.
     """
     number = state.get(name)
     if (
