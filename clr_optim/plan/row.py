@@ -212,7 +212,7 @@ def _laid_as(param: Tensor, tensor: Any) -> Any:
     """Return a state tensor in its parameter's memory layout: a copy if the layouts differ.
 
     Other code may have changed the parameter's layout (``memory_format``), or the layout of a
-    checkpoint is another. Where torch's own step serves, it takes any layout.
+    checkpoint is another.
     """
     if (
         not isinstance(tensor, Tensor)
@@ -313,8 +313,8 @@ def _new_number(value: float, param: Tensor, *, fused: bool) -> Tensor:
 def _take_number(state: dict[str, Any], name: str, param: Tensor, device: str) -> Tensor | None:
     """Return a state of one element, or None if a kernel cannot use it.
 
-    Puts a copy beside the parameter into the state if the tensor is elsewhere. ``state_dict`` moves
-    the tensor back to where torch keeps it.
+    A number elsewhere, or of 16 bits, is replaced in the state by a copy beside the parameter.
+    ``state_dict`` moves it back to where torch keeps it.
     """
     number = state.get(name)
     if (
