@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import sys
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,11 +153,8 @@ def check_arguments(
             "max_grad_norm", max_grad_norm, open_minimum=True, finite=False
         )
     kept = check_average(average)
-    if isinstance(kept, CycleEnd) and schedule.steps_to_cycle_end(0) is None:
-        raise ValueError(
-            f"average={average!r} needs cycles that end, and the schedule {schedule.name!r} has "
-            "none: use Ema(decay), or another policy"
-        )
+    if isinstance(kept, CycleEnd):
+        _check_cycle_ends(kept, average, schedule)
     skips = check_skip_above(skip_above)
     statistics = saved_statistics(groups if resumed else [], "optimizer")
     has_averages = check_counts(groups if resumed else [], "optimizer.param_groups")
@@ -195,6 +194,32 @@ def check_arguments(
         [group.get(SCHEDULES) for group in groups] if resumed else [],
         warned,
         statistics,
+    )
+
+
+def _check_cycle_ends(kept: CycleEnd, average: object, schedule: Schedule) -> None:
+    """Raise unless the schedule has a cycle that ends after the average's start.
+
+    Args:
+        kept: the average.
+        average: the constructor's argument, for the message.
+        schedule: with cycles or without.
+    """
+    if schedule.steps_to_cycle_end(kept.start) is not None:
+        return
+    if schedule.steps_to_cycle_end(0) is None:
+        raise ValueError(
+            f"average={average!r} needs cycles that end, and the schedule {schedule.name!r} has "
+            "none: use Ema(decay), or another policy"
+        )
+    last = bisect_left(
+        range(min(kept.start, sys.maxsize)),
+        schedule.cycle_ends(kept.start),
+        key=schedule.cycle_ends,
+    )
+    raise ValueError(
+        f"average={average!r} starts after the last cycle of the schedule {schedule.name!r}, which "
+        f"ends after {last} steps: give a start below {last}"
     )
 
 

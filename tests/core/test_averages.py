@@ -61,7 +61,7 @@ AVERAGES = [
     Ema(1.0),
     Ema(0.0),
     CycleEnd(),
-    CycleEnd(start=9),
+    CycleEnd(start=6),
 ]
 SCHEDULES = {
     "triangular": triangular(2),

@@ -12,7 +12,16 @@ import torch
 from cases import BY_NAME, Problem
 from internals import is_next_step_ordinary
 
-from clr_optim import CyclicalOptimizer, CyclicalScheduler, Ema, Phase, Schedule, Spike, schedule
+from clr_optim import (
+    CycleEnd,
+    CyclicalOptimizer,
+    CyclicalScheduler,
+    Ema,
+    Phase,
+    Schedule,
+    Spike,
+    schedule,
+)
 from clr_optim.schedule import fixed, one_cycle, ramp, sequence, triangular, warm_restarts
 
 NAN = float("nan")
@@ -104,6 +113,10 @@ CONSTRUCTOR = {
     "average True": ({"average": True}, TypeError, "average must be .*got True"),
     "average without cycles": (
         {"policy": fixed(), "average": "cycle_end"}, ValueError, "average='cycle_end' needs cycles .* use Ema",
+    ),
+    "average after the last cycle": (
+        {"policy": one_cycle(4), "average": CycleEnd(start=5)}, ValueError,
+        r"average=CycleEnd\(start=5\) starts after the last cycle of the schedule 'one_cycle', which ends after 4 steps: .*below 4",
     ),
     "skip_above 0": ({"skip_above": 0}, ValueError, "skip_above must be a number > 0, got 0"),
     "skip_above NaN": ({"skip_above": NAN}, ValueError, "skip_above must be a number > 0, got nan"),
