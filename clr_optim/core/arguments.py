@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import itertools
 import sys
@@ -268,6 +269,8 @@ def make_schedule(policy: object, constructor: Callable[..., Any], **options: An
         remedy = "; call it: what it returns may be a Schedule" if callable(policy) else ""
         if isinstance(policy, (int, float)):
             remedy = f"; if that is a rate, give it by name, as max_lr={policy!r}"
+        if close := difflib.get_close_matches(lowered, POLICIES, n=1):
+            remedy = f"; did you mean {close[0]!r}?"
         raise ValueError(
             f"policy must be one of {', '.join(map(repr, POLICIES))} or a Schedule "
             f"(see clr_optim.schedule), got {policy!r}{remedy}"

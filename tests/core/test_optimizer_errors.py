@@ -39,6 +39,9 @@ class NoRate(torch.optim.Optimizer):
 # name: (arguments of CyclicalOptimizer besides the optimizer, error, pattern)
 CONSTRUCTOR = {
     "policy unknown": ({"policy": "cosines"}, ValueError, r"policy must be one of 'triangular'.*'cosines'"),
+    "policy misspelt": (
+        {"policy": "exp-range"}, ValueError, r"policy must be one of .*got 'exp-range'; did you mean 'exp_range'\?$",
+    ),
     "policy with lengths": (
         {"policy": "wsd"}, ValueError,
         r"policy='wsd' needs warmup, stable, decay: .*policy=clr_optim.schedule.wsd\(warmup=\.\.\.,",
