@@ -157,7 +157,9 @@ def check_average(average: object) -> Average | None:
     if isinstance(average, str) and average == "cycle_end":
         return CycleEnd()
     remedy = (
-        f"; for an exponential average, give Ema({average})" if isinstance(average, float) else ""
+        f"; for an exponential average, give Ema({average})"
+        if isinstance(average, float) and 0.0 <= average <= 1.0
+        else ""
     )
     raise (ValueError if isinstance(average, str) else TypeError)(
         f"average must be 'cycle_end', CycleEnd(...), Ema(decay) or None, got {average!r}{remedy}"

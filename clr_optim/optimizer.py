@@ -73,7 +73,7 @@ class CyclicalOptimizer(BackwardSteps[OptimizerT]):
             replaces the policy's decay.
         cycle_momentum: cycle ``momentum``, or ``betas[0]``, against the rate.
         base_momentum, max_momentum: the bounds of momentum, a number or one per group, in [0, 1];
-            used only with ``cycle_momentum=True``.
+            only with ``cycle_momentum=True``.
         schedules: settings that follow schedules, by name: ``{"weight_decay": schedule, ...}``;
             ``"betas[1]"`` names a member of a tuple. A schedule has bounds, see
             :meth:`clr_optim.schedule.Schedule.between`, and counts the same steps as the policy.
@@ -249,7 +249,7 @@ class CyclicalOptimizer(BackwardSteps[OptimizerT]):
                 backend=backend,
                 **edits.arguments_of(taken),
             )
-        opt.set_iteration(taken.position)
+            opt.set_iteration(taken.position)
         return opt
 
     @alone

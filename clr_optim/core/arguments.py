@@ -10,6 +10,7 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -28,9 +29,11 @@ from clr_optim.checks import (
     check_momenta,
     check_number,
     item,
+    shown,
 )
 from clr_optim.core import leftover
 from clr_optim.core.checkpoint.state import check_momentum_state
+from clr_optim.core.followed import cycled_momentum, number_of, place_of
 from clr_optim.core.mastering import check_master_weights
 from clr_optim.core.per_group import optional_per_group, per_group
 from clr_optim.core.rates import check_tensor_lr
@@ -43,7 +46,7 @@ from clr_optim.core.saved import (
     unread_base_warning,
 )
 from clr_optim.core.scheduled import check_schedules
-from clr_optim.core.settings import Settings
+from clr_optim.core.settings import HIGH_MOMENTUM, LOW_MOMENTUM, Settings
 from clr_optim.core.warn import callers_level, warn_each
 from clr_optim.gate import Statistics, check_skip_above, saved_statistics
 from clr_optim.keys import BASE, MAX, SCHEDULE, SCHEDULES
@@ -52,6 +55,7 @@ from clr_optim.schedule import POLICIES, SCALE_MODES, Schedule, check_growth, tr
 __all__ = [
     "Start",
     "check_arguments",
+    "check_cycled_momentum",
     "check_optimizer",
     "make_schedule",
     "separate_defaults",
@@ -325,8 +329,34 @@ def _check_momenta(
                 f"parameter group {i} of {type(optimizer).__name__} has neither: "
                 "leave it False"
             )
+        if cycles:
+            check_cycled_momentum(group, f" in parameter group {i}")
         check_momenta(b, m, f" for parameter group {i}", beta=cycles and "betas" in group)
-    return list(zip(low, high, strict=True))
+    momenta = list(zip(low, high, strict=True))
+    if not cycles and any(each != (LOW_MOMENTUM, HIGH_MOMENTUM) for each in momenta):
+        raise ValueError(
+            f"base_momentum={base_momentum!r} and max_momentum={max_momentum!r} have no effect "
+            "without cycle_momentum=True, which is CyclicLR's default and not ours: give it too, "
+            "or leave them out"
+        )
+    return momenta
+
+
+def check_cycled_momentum(group: Mapping[str, Any], where: str) -> None:
+    """Raise unless a group holds a number where momentum is to cycle.
+
+    Args:
+        group: the group, with torch's defaults.
+        where: the group in the message.
+    """
+    name = cycled_momentum(group)
+    if isinstance(number_of(group, name), Real):
+        return
+    key, place = place_of(name)
+    raise TypeError(
+        f"{key}{where} must be {'a number' if place is None else 'a tuple of numbers'}, got "
+        f"{shown(group.get(key))}: cycle_momentum=True writes {name} at each step"
+    )
 
 
 def separate_defaults(optimizer: Optimizer) -> None:

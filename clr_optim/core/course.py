@@ -38,10 +38,12 @@ class Course(Wrapper[OptimizerT]):
         """Steps taken, which is the number of the next ``step()``, counted from 0.
 
         If only the device knows the number, the host waits for the device: after steps that a
-        GradScaler's fused path may have skipped, and after a capture into a CUDA graph.
+        GradScaler's fused path or ``skip_above`` may have skipped there, and after a capture into a
+        CUDA graph.
         """
         shared = self._shared
         if shared.position.is_certain:
+            shared.warn_of_skips()
             return shared.position.believed()
         with shared.lock:
             position: int = shared.position.ask()
@@ -60,15 +62,16 @@ class Course(Wrapper[OptimizerT]):
 
     @property
     def base_lr(self) -> float | list[float]:
-        """The lower bound of the next step, a number, or a list if the groups differ.
+        """The ``base_lr`` that the next step uses, a number, or a list if the groups differ.
 
-        If the phase of the next step brings bounds, this is the bound of that phase.
+        If the phase of the next step brings bounds, this is the bound of that phase. A policy that
+        decays takes its rates from the bounds and the decay: :meth:`lr_at` returns them.
         """
         return _one_or_each([base for base, _ in self._bounds()])
 
     @property
     def max_lr(self) -> float | list[float]:
-        """The upper bound of the next step, as :attr:`base_lr`."""
+        """The ``max_lr`` that the next step uses, as :attr:`base_lr`."""
         return _one_or_each([top for _, top in self._bounds()])
 
     def _bounds(self) -> list[tuple[float, float]]:
@@ -139,6 +142,7 @@ class Course(Wrapper[OptimizerT]):
         iteration = as_position(iteration, "iteration")
         self._shared.in_backward.refuse_in_pass("set_iteration()")
         self._shared.position.settle()
+        self._shared.mirror.look_ahead(iteration)  # a scale_fn may raise, before anything changes
         self._shared.averaging.begin_anew()
         self._shared.position.go_to(iteration)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from clr_optim.checks import check_bounds, shown
 from clr_optim.core import leftover
-from clr_optim.core.arguments import Start, separate_defaults
+from clr_optim.core.arguments import Start, check_cycled_momentum, separate_defaults
 from clr_optim.core.checkpoint import warn_other_policy
 from clr_optim.core.followed import schedules_json
 from clr_optim.core.mastering import check_params, create_rests
@@ -23,6 +23,7 @@ from clr_optim.core.shared import Shared
 from clr_optim.core.warn import warn_each
 from clr_optim.from_torch import TorchsCourse
 from clr_optim.keys import BASE, BASE_MOMENTUM, KEYS, MAX, MAX_MOMENTUM, SCHEDULES
+from clr_optim.schedule import Schedule
 
 __all__ = ["add_param_group", "arguments_of", "begin", "set_bounds", "without_our_keys"]
 
@@ -87,11 +88,7 @@ def set_bounds(shared: Shared, base_lr: object, max_lr: object) -> None:
     schedule, groups = shared.settings.schedule, shared.settings.optimizer.param_groups
     if base_lr is None and max_lr is None:
         raise ValueError("base_lr=None and max_lr=None: give at least one of the bounds")
-    if schedule.has_bounds:
-        raise ValueError(
-            f"base_lr={base_lr!r}, max_lr={max_lr!r}: every phase of the schedule "
-            f"{schedule.name!r} has bounds already, which these would not change"
-        )
+    _refuse_unread_bounds(schedule, {"base_lr": base_lr, "max_lr": max_lr})
     shared.position.warn_unread_bounds()
     position = shared.position.settle()
     bounds = []
@@ -109,6 +106,7 @@ def set_bounds(shared: Shared, base_lr: object, max_lr: object) -> None:
             base = min(base, top)  # the user need not know of it
         check_bounds(base, top, f" in parameter group {i}")
         bounds.append((base, top))
+    shared.mirror.look_ahead(position, bounds)  # a scale_fn may raise, before anything changes
     for group, (base, top) in zip(groups, bounds, strict=True):
         group[BASE], group[MAX] = base, top
     shared.position.go_to(position)
@@ -116,11 +114,22 @@ def set_bounds(shared: Shared, base_lr: object, max_lr: object) -> None:
         warn_each([unread_base_warning(schedule, [base for base, _ in bounds])])
 
 
+def _refuse_unread_bounds(schedule: Schedule, given: Mapping[str, object]) -> None:
+    """Raise if a schedule with bounds would not read the bounds that the user gave, by name."""
+    if given and schedule.has_bounds:
+        raise ValueError(
+            f"{', '.join(f'{name}={value!r}' for name, value in given.items())}: every phase of "
+            f"the schedule {schedule.name!r} has bounds already, which these would not change"
+        )
+
+
 def add_param_group(shared: Shared, param_group: Any) -> None:
     """Add a group in mid-training; the caller holds the lock."""
     inner = shared.settings.optimizer
     _check_new_group(inner, param_group)
     given: dict[str, Any] = {k: param_group[k] for k in ("base_lr", "max_lr") if k in param_group}
+    schedule = shared.settings.schedule
+    _refuse_unread_bounds(schedule, {k: v for k, v in given.items() if v is not None})
     probe = {"lr": inner.defaults.get("lr"), **param_group}
     check_tensor_lr(probe["lr"], "lr in param_group")
     bounds = initial_bounds(
@@ -132,6 +141,8 @@ def add_param_group(shared: Shared, param_group: Any) -> None:
     if shared.settings.master_weights:
         _check_masters(shared, param_group)
     whole = {**inner.defaults, **param_group}
+    if shared.settings.cycle_momentum:
+        check_cycled_momentum(whole, " in param_group")
     noted = leftover.noted_settings(inner)
     warning = check_new_group(shared.settings, whole, param_group.keys(), noted)
     position, mirror = shared.position, shared.mirror
@@ -152,7 +163,7 @@ def add_param_group(shared: Shared, param_group: Any) -> None:
         if isinstance(error, ValueError):
             raise ValueError(
                 f"param_group cannot be added: {error}; 'params' must be leaf tensors that no "
-                "group has yet"
+                "group has yet, with names if the other groups have names"
             ) from error
         raise
     groups = inner.param_groups
@@ -163,7 +174,10 @@ def add_param_group(shared: Shared, param_group: Any) -> None:
         mirror.join(position.number)
     else:
         position.rewrite()
-    warn_each([warning])
+    unread = None
+    if given.get("base_lr") is not None:
+        unread = unread_base_warning(schedule, [bounds[0]])
+    warn_each([warning, unread])
 
 
 def _check_masters(shared: Shared, group: dict[str, Any]) -> None:

@@ -210,17 +210,22 @@ class GroupMirror:
 
     # ---- values
 
-    def look_ahead(self, position: int) -> Values:
-        """Return what :meth:`write` will write at a position, if the bounds stay the same.
+    def look_ahead(self, position: int, bounds: list[tuple[float, float]] | None = None) -> Values:
+        """Return what :meth:`write` will write at a position with these bounds.
 
-        A step asks before the kernels change anything, since a user's ``scale_fn`` may raise.
+        A caller asks before anything changes, since a user's ``scale_fn`` may raise.
+
+        Args:
+            position: the number of the step.
+            bounds: those of each group; ``None`` for the present ones.
         """
-        self._ahead = self.evaluate(position)
+        self._ahead = self.evaluate(position, bounds)
         return self._ahead
 
-    def evaluate(self, position: int) -> Values:
-        """Return the values of a position, if the bounds stay the same."""
-        _, bounds, momentum_bounds, *_ = self.written
+    def evaluate(self, position: int, bounds: list[tuple[float, float]] | None = None) -> Values:
+        """Return the values of a position with these bounds, or with the present ones."""
+        _, present, momentum_bounds, *_ = self.written
+        bounds = present if bounds is None else bounds
         settings = self._settings
         followed = [record.followed for record in self.records] if settings.schedules else []
         return evaluate(settings.schedule, position, bounds, momentum_bounds, followed)

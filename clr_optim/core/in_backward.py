@@ -132,6 +132,19 @@ class InBackward:
                 "has updated a part of the parameters: call it after step()"
             )
 
+    def refuse_torchs_step(self) -> None:
+        """Raise if some parameters are a step ahead, since torch's own step would move them again.
+
+        Raises:
+            RuntimeError: naming the remedy.
+        """
+        if self.has_begun:
+            raise RuntimeError(
+                "step() cannot end this backward pass: step_in_backward() has updated a part of "
+                "the parameters, and the wrapped optimizer's own step would update all of them; "
+                "call step() without further arguments, and with the optimizer's step as it was"
+            )
+
     def explain(self) -> list[str]:
         """Return a line for each way in which parameters are updated; none if inactive."""
         if not self.is_active:

@@ -75,8 +75,8 @@ class Mastered(Averaged[OptimizerT]):
         Raises:
             RuntimeError: if ``master_weights`` is ``False``, within :meth:`averaged`, and between a
                 backward pass with :meth:`step_in_backward` and ``step()``.
-            TypeError, ValueError: if the keys are not the model's, or if a tensor has another shape
-                or is not float32. Nothing has changed.
+            TypeError, ValueError: if the keys are not the model's, or if a tensor has another
+                shape, is not float32 or is not dense. Nothing has changed.
 
         Example:
             >>> model = torch.nn.Linear(2, 1).to(torch.bfloat16)
@@ -166,4 +166,9 @@ def _check_masters(model: torch.nn.Module, state_dict: object, found: Mapping[st
             raise ValueError(
                 f"state_dict[{name!r}] must be float32, divided over the ranks as its parameter, "
                 f"got {shown(given)}: load other dtypes by model.load_state_dict"
+            )
+        if given.layout != torch.strided or given.is_meta:
+            raise ValueError(
+                f"state_dict[{name!r}] must be a dense tensor with values, got {shown(given)}: "
+                "give tensors as master_state_dict() returns them"
             )

@@ -25,7 +25,6 @@ _RENAMED = {
         "max_lr",
     ),
     **dict.fromkeys(("base_lrs", "initial_lr"), "base_lr"),
-    "cycle_length": "step_size_up",
     **dict.fromkeys(
         ("max_norm", "clip", "clip_norm", "grad_clip", "clip_grad_norm", "gradient_clip_val"),
         "max_grad_norm",
@@ -80,6 +79,10 @@ _REMEDIES = {
     **dict.fromkeys(("skip_nonfinite", "skip_nan", "skip_step", "skip_steps"), _SKIP),
     **dict.fromkeys(
         ("on_cycle_end", "cycle_end_hook"), "call opt.register_cycle_end_hook(hook) afterwards"
+    ),
+    **dict.fromkeys(
+        ("cycle_length", "cycle_len", "cycle_size"),
+        "a cycle has two halves: give half of {value} as step_size_up",
     ),
     "cycle_mult": "give policy=triangular(step_size_up, period_multiplier=...)",
 }  # fmt: skip

@@ -40,7 +40,7 @@ _REMEDIES = {
         (
             "policy", "step_size_up", "step_size_down", "gamma", "window", "scale_fn", "scale_mode",
             "cycle_momentum", "base_momentum", "max_momentum", "schedules", "max_grad_norm",
-            "skip_above", "average", "backend",
+            "skip_above", "average", "master_weights", "backend",
         ),
         _ANEW,
     ),

@@ -225,17 +225,20 @@ def _written_bounds(group: Mapping[str, Any], index: int) -> tuple[float, float]
 
 
 def unread_bounds_warning(groups: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return a warning if other code wrote bounds into groups: only ``add_param_group`` reads them.
+    """Return a warning if other code wrote bounds into groups, where no code reads them.
 
-    A torch scheduler leaves an ``initial_lr``, and OneCycleLR a ``max_lr`` with it.
+    Only ``add_param_group`` reads bounds of the rate. A torch scheduler leaves an ``initial_lr``,
+    and CyclicLR and OneCycleLR leave bounds with it.
     """
     for i, group in enumerate(groups):
-        for name in ("base_lr", "max_lr"):
-            if name in group and "initial_lr" not in group:
+        if "initial_lr" in group:
+            continue
+        for name in ("base_lr", "max_lr", "base_momentum", "max_momentum"):
+            if name in group:
+                later = ", or later to set_bounds," if name.endswith("lr") else ""
                 return (
                     f"{name!r} in parameter group {i} has no effect: give the bounds to the "
-                    f"constructor, or later to set_bounds, as {name}=[...] with one number per "
-                    "group"
+                    f"constructor{later} as {name}=[...] with one number per group"
                 )
     return None
 

@@ -332,6 +332,7 @@ def _wrapped_step(
     position, serving = shared.position, shared.serving
     copies: dict[Tensor, Tensor] = {}
     refuse_torchs_step(shared, has_arguments=bool(args or kwargs))
+    shared.in_backward.refuse_torchs_step()
     with shared.lock:
         context.begin()
         # The device will not notice this step.

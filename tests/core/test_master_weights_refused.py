@@ -188,6 +188,8 @@ BAD_LOADS = {
     "another shape": (ValueError, lambda state: {**state, "bias": torch.ones(3)}),
     "no tensor": (ValueError, lambda state: {**state, "bias": 1.0}),
     "bfloat16": (ValueError, lambda state: {**state, "bias": state["bias"].to(BF16)}),
+    "sparse": (ValueError, lambda state: {**state, "bias": state["bias"].to_sparse()}),
+    "on meta": (ValueError, lambda state: {**state, "bias": state["bias"].to("meta")}),
 }
 
 

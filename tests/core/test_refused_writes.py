@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -112,6 +113,13 @@ def test_what_frameworks_write_goes_on():
     step(opt)
     assert called == [()]
     assert opt.iteration == 2
+
+
+def test_every_argument_of_the_constructor_is_refused():
+    opt = wrapped()
+    for name in inspect.signature(CyclicalOptimizer).parameters:
+        with pytest.raises(AttributeError, match=rf"^opt\.{name} = None has no effect: "):
+            setattr(opt, name, None)
 
 
 def test_copies_and_pickles_refuse_too():

@@ -453,6 +453,18 @@ def test_an_interrupted_step_leaves_no_norm_in_the_statistics(monkeypatch):
     assert run.opt.state_dict()["param_groups"][0]["clr_skips"][0] == 4.0
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize(
+    "ask", [lambda opt: opt.skipped, lambda opt: opt.iteration, lambda opt: opt.state_dict()]
+)
+def test_each_question_warns_of_many_skips(ask, backend):
+    run = Run(BY_NAME["adam"], skip_above=500.0, backend=backend)
+    for number in range(12):
+        run.step(number, "spike")
+    with pytest.warns(UserWarning, match=r"skip_above=500\.0 has skipped 12 of 12 steps"):
+        ask(run.opt)
+
+
 def test_the_host_warns_of_many_skips_once_and_only_when_asked(recwarn):
     run = Run(BY_NAME["adam"], skip_above=500.0)
     for number in range(12):

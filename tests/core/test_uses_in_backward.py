@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import threading
 import weakref
@@ -320,6 +321,22 @@ def test_a_compiled_function_that_calls_backward():
         twins.other(x).square().mean().backward()
         twins.ordinary.step()
         twins.compare()
+
+
+def test_a_step_that_is_replaced_within_a_pass_does_not_end_it():
+    twins = Twins(functools.partial(adamw, average=Ema(0.5)))
+    twins.step(0)
+    twins.model.loss(1).backward()
+    inner = twins.opt.optimizer
+    inner.step = functools.partial(type(inner).step, inner)
+    with pytest.raises(RuntimeError, match=r"cannot end this backward pass: .*as it was"):
+        twins.opt.step()
+    del inner.step
+    twins.opt.step()
+    twins.ordinary.zero_grad()
+    twins.other.loss(1).backward()
+    twins.ordinary.step()
+    twins.compare()
 
 
 REPLACEMENTS: dict[str, Callable[[Any, Any], object]] = {
