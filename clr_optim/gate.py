@@ -88,16 +88,13 @@ class Gate:
     """
 
     def __init__(self, skip_above: float | Spike, statistics: Statistics = NO_STATISTICS) -> None:
-        is_spike = isinstance(skip_above, Spike)
-        spike = skip_above if isinstance(skip_above, Spike) else Spike()
-        warmup = spike.window if spike.warmup is None else spike.warmup
+        if isinstance(skip_above, Spike):
+            limit, spike = math.inf, skip_above
+            warmup = float(spike.window if spike.warmup is None else spike.warmup)
+        else:
+            limit, spike, warmup = skip_above, Spike(), math.inf  # no norm is a spike
         #: the limit, sigmas, window and warmup of the formula
-        self.limits = (
-            math.inf if isinstance(skip_above, Spike) else skip_above,
-            spike.sigmas,
-            float(spike.window),
-            float(warmup) if is_spike else math.inf,
-        )
+        self.limits = (limit, spike.sigmas, float(spike.window), warmup)
         self._shown = f"skip_above={skip_above!r}"
         # The statistics before the last decision and after it.
         self._last = (statistics, statistics)
@@ -133,7 +130,8 @@ class Gate:
     def closes(self, norm: float) -> bool:
         """Return whether the step of a norm is skipped, and take the norm into the statistics.
 
-        A norm of 0 tells nothing: no gradient was there, or all were 0.
+        Each call counts a norm, so that a step calls it once. A norm of 0 tells nothing: no
+        gradient was there, or all were 0.
         """
         if norm == 0.0:
             return False

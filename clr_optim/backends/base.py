@@ -19,7 +19,7 @@ __all__ = ["Course", "FusedBackend", "Gradients", "Outcome", "WhoKnows"]
 
 
 class Course(NamedTuple):
-    """The place of one step in the schedule.
+    """The place of one step in the schedule, for a backend (no wrapper, as ``core.course`` has).
 
     Args:
         position: the step's number, counted from 0.

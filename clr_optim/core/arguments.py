@@ -108,10 +108,10 @@ def check_arguments(
     max_momentum: object,
     max_grad_norm: object,
     backend: Any,
-    schedules: object = None,
-    average: object = None,
-    skip_above: object = None,
-    master_weights: object = False,
+    schedules: object,
+    average: object,
+    skip_above: object,
+    master_weights: object,
 ) -> Start:
     """Check the constructor's arguments; change nothing.
 

@@ -55,13 +55,13 @@ class Averaged(Course[OptimizerT]):
         with shared.lock:
             shared.position.catch_up()
             shared.in_backward.refuse_in_pass("averaged()")
-            exchanged = shared.averaging.exchanged(shared.ordinary.leave)
-            exchanged.__enter__()
+            shared.ordinary.leave()
+            shared.averaging.exchange()
         try:
             yield
         finally:
             with shared.lock:
-                exchanged.__exit__(None, None, None)
+                shared.averaging.put_back()
 
     def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """Return a model's state dict with averages in place of the parameters that have one.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ class Averaging:
 
     @property
     def is_exchanged(self) -> bool:
-        """Whether parameters hold their averages, see :meth:`exchanged`."""
+        """Whether parameters hold their averages, see :meth:`exchange`."""
         return bool(self._places)
 
     def refuse_exchanged(self, what: str) -> None:
@@ -208,22 +207,24 @@ class Averaging:
             )
         return found
 
-    @contextmanager
-    def exchanged(self, let_go: Callable[[], None]) -> Iterator[None]:
-        """Have the parameters hold their averages for the length of a block.
+    def exchange(self) -> None:
+        """Have the parameters hold their averages, until :meth:`put_back`.
 
-        Args:
-            let_go: has native code forget the values of the coming steps.
+        Raises:
+            RuntimeError: as :meth:`averages`, and if they hold their averages already.
         """
         self.refuse_exchanged("averaged()")
         pairs = self.averages()
-        let_go()
         try:
             for pair in pairs:
                 _exchange(pair, self._places)
-            yield
-        finally:
-            _put_back(self._places)
+        except BaseException:
+            self.put_back()
+            raise
+
+    def put_back(self) -> None:
+        """Have the parameters hold their own values again, bit for bit."""
+        _put_back(self._places)
 
 
 def _copy(param: Tensor, slot: AverageSlot) -> Tensor:

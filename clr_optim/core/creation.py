@@ -12,8 +12,8 @@ from torch import Tensor
 
 from clr_optim.backends.base import FusedBackend, Gradients
 from clr_optim.core import amp
+from clr_optim.core.fallback import Borrowed, has_fallback, step_fallback
 from clr_optim.core.rates import written_rate
-from clr_optim.core.rest import Borrowed, has_rest, step_rest
 from clr_optim.core.serving import parameters_of
 from clr_optim.core.shared import Shared
 from clr_optim.sharding import local_part, no_sums, spread_of, spreads, sum_over_ranks
@@ -65,8 +65,8 @@ def create_state(shared: Shared, fused: FusedBackend, borrowed: Borrowed) -> Non
         position.settle()  # the kernels use the groups' settings
     fused.plan.refresh()
     gradients = Gradients(max_norm=settings.max_grad_norm)
-    if has_rest(shared, fused, capturing=False):
-        left = step_rest(shared, fused, amp.NO_SIGNALS, gradients, borrowed)
+    if has_fallback(shared, fused, capturing=False):
+        left = step_fallback(shared, fused, amp.NO_SIGNALS, gradients, borrowed)
         assert left is not None, "no gate was given"
         gradients = left
         shared.averaging.put(fused.plan.unserved, {})

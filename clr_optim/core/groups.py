@@ -79,9 +79,10 @@ class GroupMirror:
         return {i: lr for i, lr in rates.items() if lr != self.written.rates[i]}
 
     def is_untouched(self, position: int) -> bool:
-        """Return whether all groups certainly hold what we wrote, without any tensor.
+        """Return True only if all groups hold the objects that we wrote, and each rate is a float.
 
-        A step of a small model asks this question and little more, so the answer must be cheap.
+        Other code may have filled a tensor, so that a tensor gives False. A step of a small model
+        asks this question and little more, so the answer must be cheap.
         """
         records, groups = self.records, self._optimizer.param_groups
         if len(records) != len(groups) or not have_counts(groups, self._settings, self._gate):
@@ -150,10 +151,10 @@ class GroupMirror:
 
     def _holds_our_settings(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Return whether groups hold the settings, and bounds of momentum, that we wrote."""
-        if not self._settings.cycle_momentum:
-            return hold_ours(groups, self.records)
-        bounds = [*map(momentum_bounds, groups)] if len(groups) == len(self.records) else None
-        return bounds == self.written.momentum_bounds and hold_ours(groups, self.records)
+        if not hold_ours(groups, self.records):
+            return False
+        cycles = self._settings.cycle_momentum
+        return not cycles or [*map(momentum_bounds, groups)] == self.written.momentum_bounds
 
     def position(self, believed: int) -> int:
         """Return the position that the groups hold; a position that other code wrote counts.
@@ -250,13 +251,11 @@ class GroupMirror:
         """
         all_groups = self._optimizer.param_groups
         groups = list(all_groups)  # another thread may add a group meanwhile
-        momenta: list[tuple[float, float]] = []
-        if self._settings.cycle_momentum:
-            momenta = [*map(momentum_bounds, groups)]
+        cycles = self._settings.cycle_momentum
+        momenta = [*map(momentum_bounds, groups)] if cycles else []
         bounds, values = self.bounds(groups), self._ahead
         known = self.records
         schedules = schedules_of(self._settings, known, groups)
-        cycles = self._settings.cycle_momentum
         followed = [
             followed_by(g, s, cycles=cycles) for g, s in zip(groups, schedules, strict=True)
         ]

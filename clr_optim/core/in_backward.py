@@ -2,8 +2,8 @@
 
 A hook on each parameter, which is native code, updates the parameter and frees the gradient. Python
 begins a pass with the first gradient, and mends whatever native code finds unusual. All updates of
-a pass use the values of one position. ``step()`` updates the parameters that still have a gradient,
-and ends the pass: a pass belongs to the kernels' count of steps.
+a pass use the values of one position. ``step()`` updates the parameters that still have a gradient.
+The kernels' count of steps then moves on, which ends the pass.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class BackwardHandle:
     """Undoes :meth:`CyclicalOptimizer.step_in_backward`; a context manager, as torch's handles.
 
     Args:
-        in_backward: the hooks of the optimizer. The handle keeps neither alive.
-        hook: the hook that the handle removes.
+        in_backward: the hooks of the optimizer, which the handle does not keep alive.
+        hook: the hook that the handle removes. It keeps no optimizer and no parameter alive.
     """
 
     def __init__(self, in_backward: InBackward, hook: object) -> None:

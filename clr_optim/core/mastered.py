@@ -29,7 +29,8 @@ class Mastered(Averaged[OptimizerT]):
     def master_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """Return a model's state dict with float32 masters in place of bfloat16 parameters.
 
-        The result loads into the model in float32, whose course the masters have.
+        Load the result into the same model in float32: training in float32 would have reached these
+        values.
 
         Args:
             model: the module whose parameters this optimizer updates.

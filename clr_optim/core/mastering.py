@@ -24,7 +24,7 @@ from clr_optim.plan import Plan, classify, state_with_rest
 from clr_optim.rules import class_name
 
 __all__ = [
-    "check_master_weights", "check_params", "create_rests", "refuse_rest", "refuse_torchs_step",
+    "check_master_weights", "check_params", "create_rests", "refuse_fallback", "refuse_torchs_step",
 ]  # fmt: skip
 
 _LEAVE_OUT = "leave master_weights out"
@@ -126,18 +126,18 @@ def create_rests(settings: Settings) -> None:
                 values.update(state_with_rest(param, group, optimizer, rule))
 
 
-def refuse_rest(shared: Shared, plan: Plan, rest: Iterable[tuple[Tensor, str]]) -> None:
+def refuse_fallback(shared: Shared, plan: Plan, left: Iterable[tuple[Tensor, str]]) -> None:
     """Raise if torch's own step would have to update a parameter that has a master.
 
     Args:
         shared: the optimizer.
         plan: the plan. The next step builds it anew, since the reason may have vanished.
-        rest: the parameters that no kernel serves, and why.
+        left: the parameters that no kernel serves, and why.
 
     Raises:
         RuntimeError: with the reason. Nothing has changed.
     """
-    reasons = [why for param, why in rest if shared.settings.extras.has_master(param)]
+    reasons = [why for param, why in left if shared.settings.extras.has_master(param)]
     if reasons:
         plan.forget()
         raise RuntimeError(

@@ -32,7 +32,7 @@ from clr_optim.plan import Plan
 __all__ = ["OrdinarySteps"]
 
 # The largest number of steps whose values are computed at once.
-_BLOCK = 64
+_MOST_AHEAD = 64
 
 
 class OrdinarySteps:
@@ -175,7 +175,7 @@ class OrdinarySteps:
             gate and (gate.threshold, plan.norm_dtype is torch.float64, gate.judge),
             weights_ahead(settings.average, settings.schedule, steps, groups),
         )
-        self._count = min(2 * self._count, _BLOCK)
+        self._count = min(2 * self._count, _MOST_AHEAD)
         return True
 
     def _may_serve(self, plan: Plan) -> bool:

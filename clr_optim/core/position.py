@@ -240,13 +240,17 @@ class Position:
 
     def _count(self, before: tuple[int, int], counted: tuple[int, int]) -> None:
         """Note the position that the groups hold now, or obey a handler that wrote meanwhile."""
-        # CPython runs no handler within this expression.
-        self.counted = counted if self.counted is before else self.counted
-        latest = self.counted
+        latest = self._note(before, counted)
         if latest is not counted:
             # A handler's position wins. If the handler changed the bounds alone, the step counts.
             is_moved = latest[0] != before[0]
             self._write(latest[0] if is_moved else counted[0], latest)
+
+    def _note(self, before: tuple[int, int], counted: tuple[int, int]) -> tuple[int, int]:
+        """Set :attr:`counted`, unless a handler has written meanwhile; return the attribute."""
+        # CPython runs no handler within this expression.
+        self.counted = counted if self.counted is before else self.counted
+        return self.counted
 
     def advance(self, before: tuple[int, int], values: Values, steps: int) -> None:
         """Go on by one step in groups that other code has not touched.
@@ -291,9 +295,7 @@ class Position:
         if numbers:
             have_plan_take(self._mirror.records, numbers, plan)
         counted = (number, steps)
-        # CPython runs no handler within this expression.
-        self.counted = counted if self.counted is before else self.counted
-        latest = self.counted
+        latest = self._note(before, counted)
         if latest is not counted:
             # The mirror holds older values than those that the step in between has written.
             self._write(latest[0] + plan.steps - latest[1], latest)

@@ -49,9 +49,10 @@ class Serving:
         return backends.traits(self.name)
 
     def is_kept(self, group: Mapping[str, Any]) -> bool:
-        """Return whether the device updates a group's ``lr``.
+        """Return whether the device is to update a group's ``lr``.
 
-        If so, ``lr`` is a tensor, or becomes one at the next write.
+        If so, ``lr`` is a tensor, or becomes one at the next write. :meth:`is_driven` tells of a
+        tensor whether the device does so already.
         """
         if not group.get("capturable") or self._settings.has_scale_fn:
             return False
@@ -124,7 +125,7 @@ class Serving:
         classes = classify(optimizer.param_groups, rule, device, capturable=traits.capturable)
         # Only a step finds shared memory and state that no kernel takes.
         fused = self.fused
-        found = {} if fused is None else {id(p): why for p, why in fused.plan.rest}
+        found = {} if fused is None else {id(p): why for p, why in fused.plan.fallback}
         return [
             (param, why or found.get(id(param)))
             for why, params in classes.items()

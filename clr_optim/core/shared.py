@@ -19,7 +19,7 @@ from clr_optim.core.position import Position
 from clr_optim.core.serving import Serving
 from clr_optim.core.settings import Settings
 from clr_optim.core.warn import warn_each
-from clr_optim.gate import NO_STATISTICS, Gate, Statistics
+from clr_optim.gate import Gate, Statistics
 
 __all__ = ["Shared", "alone"]
 
@@ -38,12 +38,7 @@ class Shared:
         statistics: those of a gate that a checkpoint has.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        chosen: tuple[str, str],
-        statistics: Statistics = NO_STATISTICS,
-    ) -> None:
+    def __init__(self, settings: Settings, chosen: tuple[str, str], statistics: Statistics) -> None:
         #: held by the thread that steps the optimizer, changes its course or copies its state
         self.lock = threading.RLock()
         self.settings = settings

@@ -22,8 +22,8 @@ from clr_optim.checks import shown
 from clr_optim.core import amp
 from clr_optim.core.capture import cannot_capture, check_capture
 from clr_optim.core.creation import asks_for_state, create_state
+from clr_optim.core.fallback import Borrowed, give_back, has_fallback, step_fallback
 from clr_optim.core.mastering import refuse_torchs_step
-from clr_optim.core.rest import Borrowed, give_back, has_rest, step_rest
 from clr_optim.core.serving import parameters_of
 from clr_optim.core.shared import Shared
 from clr_optim.core.values import Values
@@ -46,8 +46,8 @@ class _ClosedError(Exception):
 
 _UNCHANGED_GRADIENTS = Gradients()
 
-# Steps between two looks for bounds that other code wrote where no code reads them.
-_BLOCK = 64
+# Steps between two looks for "base_lr" or "max_lr" in a group, which no code reads.
+_LOOK_EVERY = 64
 
 
 class StepContext:
@@ -58,7 +58,7 @@ class StepContext:
     """
 
     __slots__ = (
-        "ahead", "before", "capturing", "creates_state", "evaluates", "shared", "signals",
+        "ahead", "before", "capturing", "evaluates", "only_creates_state", "shared", "signals",
         "statistics", "wrapper",
     )  # fmt: skip
 
@@ -71,8 +71,8 @@ class StepContext:
         self.signals = amp.signals_on(wrapper)
         #: whether the step evaluates a closure, which may write anything
         self.evaluates = False
-        #: whether the step only creates state
-        self.creates_state = False
+        #: whether the step does nothing but create state, as a checkpointer's step does
+        self.only_creates_state = False
         #: :attr:`Position.counted` before the step
         self.before = (0, 0)
         #: what to write after the step, if other code has not touched the groups
@@ -97,12 +97,12 @@ class StepContext:
         self.before = position.counted
         if shared.gate is not None:
             self.statistics = shared.gate.statistics
-        if self.before[0] % _BLOCK == 0:
+        if self.before[0] % _LOOK_EVERY == 0:
             position.warn_unread_bounds()
         if shared.mirror.is_untouched(self.before[0]):
             self.ahead = shared.mirror.look_ahead(self.before[0] + 1)
         elif not (self.evaluates or self.capturing) and asks_for_state(shared):
-            self.creates_state = True
+            self.only_creates_state = True
         else:
             _prepare(shared)
 
@@ -153,7 +153,7 @@ def take_step(
         if closure is not None:
             with shared.lock:
                 shared.position.catch_up()
-                _prepare(shared)
+                shared.position.overrule()
             with torch.enable_grad():
                 loss = closure()
         with shared.lock:
@@ -218,15 +218,15 @@ def _fused_step(context: StepContext, fused: FusedBackend) -> int:
     inner._opt_called = True  # a scheduler that was built on it looks at this
     borrowed: Borrowed = []
     try:
-        if context.creates_state:
+        if context.only_creates_state:
             shared.in_backward.refuse_in_pass("a step that creates state")
             create_state(shared, fused, borrowed)
             happened = False
         else:
             happened = _launch(context, fused, borrowed)
             settings = shared.settings
-            copies = settings.average is not None or settings.master_weights
-            if not happened and copies and fused.plan.pending:
+            copies_params = settings.average is not None or settings.master_weights
+            if not happened and copies_params and fused.plan.pending:
                 fused.plan.forget()  # new state copies the parameters as of the next step
         if borrowed:
             give_back(borrowed)
@@ -262,20 +262,20 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: Borrowed) -> bo
     plan.refresh()
     if len(plan.scalars) != len(shared.mirror.records):
         shared.position.overrule()  # another thread has just added a group
-    rest = has_rest(shared, fused, capturing=context.capturing) if plan.rest else False
+    falls_back = plan.fallback and has_fallback(shared, fused, capturing=context.capturing)
     averaging = shared.averaging
     averages = settings.average is not None and averaging.left_to_host(plan.unserved)
     if averages and context.capturing:
         raise cannot_capture("a parameter without a gradient has an average, which the host moves")
     found_inf, gate = signals.found_inf, shared.gate
-    waits = False
+    acts = False
     may_skip = found_inf is not None or gate is not None
     if (may_skip or shared.position.is_on_device) and not context.capturing:
         # The host waits for the device only if it acts on the answer. It acts for hooks, a
         # scale_fn, torch's own step, new state and the choice of the kernel.
         acts = bool(
             plan.pending
-            or rest
+            or falls_back
             or averages
             or settings.has_scale_fn
             or context.wrapper._cycle_end_hooks
@@ -288,27 +288,26 @@ def _launch(context: StepContext, fused: FusedBackend, borrowed: Borrowed) -> bo
             found_inf = None
         if acts and shared.position.is_on_device:
             shared.position.settle()
-        waits = acts
     gradients = _UNCHANGED_GRADIENTS
     if may_skip or signals.scale is not None or settings.max_grad_norm is not None:
-        gradients = Gradients(signals.scale, found_inf, settings.max_grad_norm, gate, waits)
+        gradients = Gradients(signals.scale, found_inf, settings.max_grad_norm, gate, acts)
     copies: dict[Tensor, Tensor] = {}
-    if rest:
+    if falls_back:
         averaging.copy(plan.unserved, copies)
-        left = step_rest(shared, fused, signals, gradients, borrowed)
+        left = step_fallback(shared, fused, signals, gradients, borrowed)
         if left is None:
             plan.release()
             return False
         gradients = left
     position = shared.position.number
     is_done = shared.in_backward.is_done
-    idle = {id(p) for p in plan.unserved if not is_done(p)} if copies or averages else set()
+    of_host = {id(p) for p in plan.unserved if not is_done(p)} if copies or averages else set()
     norm, happened = fused.step(shared.position.course(), gradients)
     if norm is not None:
         shared.ordinary.norm = norm
     if happened and (copies or averages):
         averaging.put(plan.unserved, copies)
-        averaging.take(position, [], only=idle)
+        averaging.take(position, [], only=of_host)
     return happened
 
 
@@ -336,10 +335,10 @@ def _wrapped_step(
     with shared.lock:
         context.begin()
         # The device will not notice this step.
-        if position.is_on_device and not context.creates_state:
+        if position.is_on_device and not context.only_creates_state:
             position.settle()
         shared.averaging.copy(parameters_of(shared.settings.optimizer), copies)
-    moves = not (context.creates_state or context.capturing)
+    moves = not (context.only_creates_state or context.capturing)
     borrowed: Borrowed = []
     losses: list[float | None] = []
     moved: list[Any] = []
@@ -370,9 +369,9 @@ def _wrapped_step(
             _run_wrapped_step(context, losses, borrowed, copies, closure, args, kwargs)
         except _ClosedError as closed:
             give_back(borrowed)
-            _forget_new_state(shared, known)
+            _forget_step(shared, known)
             return closed.loss, 0
-        if context.creates_state:
+        if context.only_creates_state:
             shared.averaging.put(parameters_of(shared.settings.optimizer), copies)
         return losses[0], advance() if moves else 0
     except BaseException:
@@ -386,17 +385,18 @@ def _wrapped_step(
         raise
 
 
-def _forget_new_state(shared: Shared, known: set[Any] | None) -> None:
-    """Remove the state that a skipped step has created, and send the statistics to the device.
+def _forget_step(shared: Shared, known: set[Any] | None) -> None:
+    """Remove the state that a skipped step has created, and have the device count the skip.
 
     Args:
         shared: the optimizer.
         known: the keys of the state before the step; None if the step cannot have created any.
     """
     state = shared.settings.optimizer.state
-    # LBFGS creates its counters before it calls the closure.
-    for key in [] if known is None else [key for key in state if key not in known]:
-        del state[key]
+    if known is not None:
+        # LBFGS creates its counters before it calls the closure.
+        for key in state.keys() - known:
+            del state[key]
     with shared.lock:
         if shared.position.is_on_device:
             shared.position.rewrite()

@@ -14,7 +14,6 @@ from torch.utils.hooks import RemovableHandle
 from clr_optim import backends
 from clr_optim.checks import check_callable_of_one
 from clr_optim.core import leftover
-from clr_optim.core.saved import read_position
 from clr_optim.core.scheduler_view import CyclicalScheduler
 from clr_optim.core.settings import Settings
 from clr_optim.core.shared import Shared, alone
@@ -43,12 +42,7 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
     _scheduler: weakref.ref[CyclicalScheduler] | None
     _cycle_end_hooks: OrderedDict[int, Callable[[Any], None]]
 
-    def _set_up(
-        self,
-        settings: Settings,
-        chosen: tuple[str, str],
-        statistics: Statistics = NO_STATISTICS,
-    ) -> None:
+    def _set_up(self, settings: Settings, chosen: tuple[str, str], statistics: Statistics) -> None:
         """Make the attributes of a new object.
 
         Args:
@@ -219,16 +213,12 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
             state["cycle_momentum"],
             state["max_grad_norm"],
             state["backend"],
-            state.get("schedules", {}),
-            state.get("skip_above"),
-            state.get("average"),
-            state.get("master_weights", False),
+            state["schedules"],
+            state["skip_above"],
+            state["average"],
+            state["master_weights"],
         )
-        statistics = state.get("statistics", NO_STATISTICS)
-        self._set_up(settings, backends.resolve(settings.backend, optimizer), statistics)
-        position = state.get("position")
-        if position is None:
-            position = read_position(self.param_groups, "param_groups")[0]
-        self._shared.position.go_to(position)
-        own = state.get("own") or leftover.own_settings(optimizer, schedule, None, False)
-        leftover.take_note(optimizer, own, schedule, None, settings.schedules)
+        chosen = backends.resolve(settings.backend, optimizer)
+        self._set_up(settings, chosen, state["statistics"])
+        self._shared.position.go_to(state["position"])
+        leftover.take_note(optimizer, state["own"], schedule, None, settings.schedules)

@@ -63,11 +63,11 @@ class Placement:
         #: the parameters of all buckets
         self.params: list[Tensor] = []
         #: parameters with a gradient that torch's own step must serve, and why
-        self.rest: list[tuple[Tensor, str]] = []
-        #: the part of ``rest`` that is there because of the parameter or its gradient
+        self.fallback: list[tuple[Tensor, str]] = []
+        #: the part of ``fallback`` that is there because of the parameter or its gradient
         self.unfit: list[tuple[Tensor, str]] = []
-        #: whether a part of ``rest`` is there because of its state, or because of shared memory
-        self.rest_by_state = False
+        #: whether a part of ``fallback`` is there because of its state, or because of shared memory
+        self.fallback_by_state = False
         #: parameters without a gradient, in no bucket, and the number of each one's group
         self.idle: list[Tensor] = []
         self._idle_groups: list[int] = []
@@ -91,7 +91,7 @@ class Placement:
                 grad = param.grad
                 if why is not None:
                     if grad is not None:
-                        self.rest.append((param, why))
+                        self.fallback.append((param, why))
                 elif grad is None:
                     self.add_idle([(param, number)])
                 else:
@@ -110,15 +110,15 @@ class Placement:
     def _leave_shared_memory(self, placed: list[tuple[Row, Tensor]]) -> list[tuple[Row, Tensor]]:
         """Leave rows that share memory to torch, which updates one tensor after the other."""
         device = self._target.device
-        others = [p for p, _ in self.rest if local_part(p).device.type == device]
+        others = [p for p, _ in self.fallback if local_part(p).device.type == device]
         owners = [*([p] for p in others), *([row.param, *row.state_tensors] for row, _ in placed)]
         shared = sharing(owners)
         self._memory = Memory(tensor for tensors in owners for tensor in tensors)
         alone: list[tuple[Row, Tensor]] = []
         for index, (row, grad) in enumerate(placed, len(others)):
             if index in shared:
-                self.rest.append((row.param, "tensors that share memory"))
-                self.rest_by_state = True
+                self.fallback.append((row.param, "tensors that share memory"))
+                self.fallback_by_state = True
             else:
                 alone.append((row, grad))
         return alone
@@ -172,8 +172,8 @@ class Placement:
             )
             if state.get(row.param) is not entry and not row.pending
         ]
-        if self.rest_by_state or len(changed) > limit:
-            return False  # with other state, a kernel may serve a part of `rest`
+        if self.fallback_by_state or len(changed) > limit:
+            return False  # with other state, a kernel may serve a part of `fallback`
         return all(self.replace(bucket, index) for bucket, index in changed)
 
     def replace(self, bucket: Bucket, index: int) -> bool:
@@ -235,7 +235,7 @@ class Placement:
     # ---- one parameter
 
     def _row_of(self, param: Tensor, grad: Tensor, number: int) -> Row | None:
-        """Return the parameter's row; or add the parameter to ``rest`` and return None."""
+        """Return the parameter's row; or add the parameter to ``fallback`` and return None."""
         target, reading = self._target, self._groups.readings[number]
         why, unfit = reading.why, None
         if why is None:
@@ -252,8 +252,8 @@ class Placement:
             )
             if isinstance(row, Row):
                 return row
-            why, self.rest_by_state = row, True
-        self.rest.append((param, why))
+            why, self.fallback_by_state = row, True
+        self.fallback.append((param, why))
         if unfit is not None:
             self.unfit.append((param, unfit))
         return None

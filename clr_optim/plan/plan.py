@@ -82,7 +82,7 @@ class Plan:
         self._readings, self._placement = readings, placement
         self.buckets = placement.buckets
         #: parameters with a gradient that torch's own step must serve, and why
-        self.rest = placement.rest
+        self.fallback = placement.fallback
 
     @property
     def steps(self) -> int:
@@ -98,7 +98,7 @@ class Plan:
     @property
     def unserved(self) -> list[Tensor]:
         """The parameters that are in no bucket: torch's own step or no step updates them."""
-        return [*self._placement.idle, *(param for param, _ in self.rest)]
+        return [*self._placement.idle, *(param for param, _ in self.fallback)]
 
     @property
     def spreads(self) -> list[Spread | None]:
@@ -119,7 +119,7 @@ class Plan:
         """Whether a step needs more of the plan than native code asks."""
         placement = self._placement
         return bool(
-            self._groups is None or self.rest or placement.unfilled or self._readings.mutables
+            self._groups is None or self.fallback or placement.unfilled or self._readings.mutables
         )
 
     # ---- before a step

@@ -138,7 +138,9 @@ def test_values_are_computed_in_blocks(generals):
     opt = probe("triangular")
     mirror = opt._shared.mirror
     evaluate = mirror.evaluate
-    mirror.evaluate = lambda position: calls.append(position) or evaluate(position)
+    mirror.evaluate = lambda position, *bounds: (
+        calls.append(position) or evaluate(position, *bounds)
+    )
     for _ in range(1000):
         opt.step()
     assert len(generals) == 1

@@ -386,7 +386,7 @@ def _stepped(name: str, dtype: torch.dtype, tolerance: float) -> None:
     for missing in idle:
         pair.draw(missing)
         pair.step(tolerance)
-        assert not pair.plan.rest
+        assert not pair.plan.fallback
         # One build more, for parameters that come later.
         assert len(builds) <= 2
     assert "torch:" not in pair.ours.explain()

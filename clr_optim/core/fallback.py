@@ -7,17 +7,17 @@ from clr_optim.backends.base import FusedBackend, Gradients
 from clr_optim.backends.torch import ClippedGradients, HiddenGradients, check_clippable, raw_step
 from clr_optim.core import amp
 from clr_optim.core.capture import cannot_capture
-from clr_optim.core.mastering import refuse_rest
+from clr_optim.core.mastering import refuse_fallback
 from clr_optim.core.serving import parameters_of
 from clr_optim.core.shared import Shared
 
-__all__ = ["Borrowed", "give_back", "has_rest", "step_rest"]
+__all__ = ["Borrowed", "give_back", "has_fallback", "step_fallback"]
 
 #: Objects that can give the user's gradients back. A step adds one before it replaces gradients.
 Borrowed = list[ClippedGradients | HiddenGradients]
 
 
-def has_rest(shared: Shared, fused: FusedBackend, *, capturing: bool) -> bool:
+def has_fallback(shared: Shared, fused: FusedBackend, *, capturing: bool) -> bool:
     """Return whether torch's own step must serve a parameter that has a gradient.
 
     The plan of the backend must be up to date.
@@ -26,23 +26,23 @@ def has_rest(shared: Shared, fused: FusedBackend, *, capturing: bool) -> bool:
         RuntimeError: if the user asked for this backend by name, or if the step is captured.
     """
     plan, settings = fused.plan, shared.settings
-    rest = [(p, why) for p, why in plan.rest if p.grad is not None]
-    refuse_rest(shared, plan, rest)
-    if not rest or not (capturing or backends.is_fused(settings.backend)):
-        return bool(rest)
+    left = [(p, why) for p, why in plan.fallback if p.grad is not None]
+    refuse_fallback(shared, plan, left)
+    if not left or not (capturing or backends.is_fused(settings.backend)):
+        return bool(left)
     needs_norm = settings.max_grad_norm is not None or settings.skip_above is not None
     if needs_norm and not capturing:
         check_clippable(parameters_of(settings.optimizer), settings.max_grad_norm)
     plan.forget()  # the reason may be gone by the next step
     if capturing:
-        raise cannot_capture(f"no kernel serves {len(rest)} parameters: {rest[0][1]}")
+        raise cannot_capture(f"no kernel serves {len(left)} parameters: {left[0][1]}")
     raise RuntimeError(
-        f"backend={settings.backend!r} cannot serve {len(rest)} of the parameters: {rest[0][1]}; "
+        f"backend={settings.backend!r} cannot serve {len(left)} of the parameters: {left[0][1]}; "
         "use backend='auto', which leaves them to the wrapped optimizer's own step"
     )
 
 
-def step_rest(
+def step_fallback(
     shared: Shared,
     fused: FusedBackend,
     signals: amp.Signals,
