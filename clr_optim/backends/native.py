@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -203,7 +204,18 @@ class NativeBackend:
         """Return the norm of all gradients as they are in memory, over all ranks."""
         plan = self.plan
         squares = self._on_current_plan(plan.native.squares)
-        sums = no_sums(plan.spreads)
+        found = defaultdict(list)
         for bucket, square in zip(plan.buckets, squares, strict=True):
-            sums[bucket.spread] += square
+            found[bucket.spread].append(square)
+        sums = no_sums(plan.spreads)
+        for spread, of_spread in found.items():
+            sums[spread] += _total(of_spread)
         return math.sqrt(sum_over_ranks(sums).item())
+
+
+def _total(squares: Sequence[float]) -> float:
+    """Return the sum of squares, whatever their order, as native code does."""
+    try:
+        return math.fsum(squares)
+    except OverflowError:  # the terms are finite, and their sum is not
+        return math.inf

@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from clr_optim.plan.overlap import overlap
 from clr_optim.rules import UpdateRule
 from clr_optim.sharding import local_part, same_spread, why_not_local
 
@@ -39,8 +40,11 @@ def why_not(param: Tensor, grad: Tensor | None, device: str) -> str | None:
         return "parameters whose memory has gaps or overlaps"
     if param.is_neg():
         return "parameters that are lazy negations"
-    if grad is None or is_plain(grad, whole):
+    if grad is None:
         return None
+    if is_plain(grad, whole):
+        shares = overlap(local_part(grad), param)
+        return "gradients in the memory of their parameter" if shares else None
     if not same_spread(grad, whole):
         return "gradients divided over the ranks in another way than their parameter"
     if grad.layout is not torch.strided:

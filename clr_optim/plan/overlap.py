@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clr_optim.sharding import local_part
 
-__all__ = ["Memory", "sharing"]
+__all__ = ["Memory", "overlap", "sharing"]
 
 
 class Memory:
@@ -74,6 +74,12 @@ def sharing(owners: Sequence[Sequence[Tensor]]) -> set[int]:
         if end > last:
             last, holder = end, owner
     return found
+
+
+def overlap(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors share memory."""
+    a, b = _span(one), _span(other)
+    return a is not None and b is not None and a[0] < b[1] and b[0] < a[1]
 
 
 def _span(tensor: Tensor) -> tuple[int, int] | None:

@@ -34,8 +34,8 @@ private:
     static const void* word(const void* of, int64_t index) {
         return static_cast<const void* const*>(of)[index];
     }
-    // A gradient may be any object. The second word of an object is its class.
-    static bool is_tensor(PyObject* grad) { return grad && torch().tensor.is(type_of(grad)); }
+    // A gradient may be any object, and its fetched words have a meaning in torch's own class alone.
+    static bool is_plain_tensor(PyObject* grad) { return grad && torch().tensor.is(type_of(grad)); }
     void fetch_impl(PyObject* tensor) const { fetch(word(tensor, bucket_.words.impl), 4); }
     void fetch_storage(PyObject* tensor) const {
         fetch(word(word(tensor, bucket_.words.impl), bucket_.words.storage), 2);
@@ -61,13 +61,13 @@ private:
             }
             Ref& grad = grads_[middle % RING];
             grad = Ref(PyObject_GetAttr(param(middle), names().grad.get()));
-            if (fetches && is_tensor(grad.get())) fetch_impl(grad.get());
+            if (fetches && is_plain_tensor(grad.get())) fetch_impl(grad.get());
         }
         if (fetches && near >= 0 && near < count_ && was_active(near)) {
             fetch_storage(param(near));
             for (size_t k = 0; k < keys; ++k) fetch_storage(bucket_.tensor(near, k));
             PyObject* const grad = grads_[near % RING].get();
-            if (is_tensor(grad)) fetch_storage(grad);
+            if (is_plain_tensor(grad)) fetch_storage(grad);
         }
     }
     PyObject* param(int64_t i) const { return bucket_.params[size_t(i)].get(); }

@@ -31,8 +31,11 @@ inline bool read_all(PyObject* object, std::vector<Number>& numbers, const Read&
         return false;
     }
     numbers.clear();
-    for (Py_ssize_t i = 0; i < items.size(); ++i) numbers.push_back(Number(read(items.get(i))));
-    return !PyErr_Occurred();
+    for (Py_ssize_t i = 0; i < items.size(); ++i) {
+        numbers.push_back(Number(read(items.get(i))));
+        if (PyErr_Occurred()) return false;
+    }
+    return true;
 }
 inline bool read_floats(PyObject* object, std::vector<double>& numbers) {
     return read_all(object, numbers, PyFloat_AsDouble);
@@ -46,7 +49,7 @@ inline bool read_rows(PyObject* object, std::vector<std::vector<double>>& rows) 
         PyErr_SetString(PyExc_TypeError, "expected a list or a tuple of rows");
         return false;
     }
-    rows.assign(size_t(std::max<Py_ssize_t>(items.size(), 0)), {});
+    rows.assign(size_t(items.size()), {});
     for (Py_ssize_t i = 0; i < items.size(); ++i)
         if (!read_floats(items.get(i), rows[size_t(i)])) return false;
     return true;

@@ -34,8 +34,9 @@ public:
 
     // Whether the next step may move averages, so that a scan must look at them.
     bool reads_averages = false;
-    // How many rows have a gradient, and the number of values in these. Written by a scan.
-    int64_t active = 0, values = 0;
+    // How many rows have a gradient, and the numbers of values in these and in the others. Written by
+    // a scan.
+    int64_t active = 0, values = 0, idle_values = 0;
     int64_t groups = 0;  // a number above those of the rows' groups
     bool holds = false;  // whether `grads` holds gradients
     int64_t edition = 0;  // how often rows were added or changed
@@ -46,7 +47,7 @@ public:
     // The dtype of a slot, or of the parameter (-1).
     int64_t dtype_of(int64_t slot) const { return slot < 0 ? dtype : slot_dtypes[size_t(slot)]; }
     bool is_average(int64_t slot) const { return averages() && slot == average_slot; }
-    // The names that DLPack has for a dtype.
+    // The number that DLPack has for the kind of a dtype.
     static int64_t code(int64_t dtype) { return dtype == BFLOAT16 ? 4 : 2; }
     PyObject* tensor(int64_t i, size_t k) const { return tensors[size_t(i) * width() + k].get(); }
     const int64_t* layout_of(int64_t i) const { return layout.data() + begins[size_t(i)]; }

@@ -18,6 +18,7 @@ public:
         if (!holds_) return;
         const Raised raised;
         const Ref none(PyObject_CallNoArgs(release_.get()));
+        if (!none) PyErr_WriteUnraisable(release_.get());
     }
     explicit operator bool() const { return holds_; }
 

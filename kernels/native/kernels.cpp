@@ -3,7 +3,8 @@
 // CMakeLists.txt compiles this file once per set, with CLR_KERNEL_SET as the set's name. Everything
 // here but the one constant has internal linkage. The linker merges equal functions of external
 // linkage and keeps any one of them: an old CPU would then run code of a newer instruction set. So
-// no function template of the standard library may be called here. A test looks at the symbols.
+// no function template and no inline function of the standard library may be called here, unless the
+// compiler always expands it. A test looks at the symbols.
 
 #include <cstdint>
 

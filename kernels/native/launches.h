@@ -162,14 +162,11 @@ public:
     // ---- a step
 
     // Returns whether no other code observes Triton's launches, in the process of the driver. Ask before
-    // a scan: reading an attribute may run Python code.
+    // a scan: reading an attribute may run Python code. After false, Ctrl-C may be set as exception.
     bool is_unobserved() const {
         if (!context_ || is_broken_ || is_running_ || process_ != process_id()) return false;
-        for (const Watch& each : watches) {
-            if (each.is_unchanged()) continue;
-            PyErr_Clear();
-            return false;
-        }
+        for (const Watch& each : watches)
+            if (!each.is_unchanged()) return clear_exception(), false;
         return true;
     }
 
@@ -191,12 +188,13 @@ public:
         return is_on_stream();
     }
 
-    // Returns whether context and stream are those of the making, and no capture is under way.
+    // Returns whether context and stream are those of the making, and no capture is under way. After
+    // false, Ctrl-C may be set as exception.
     bool is_on_stream() const {
         void* context = nullptr;
         if (driver_->context(&context) != SUCCESS || context != context_) return false;
         void* stream = nullptr;
-        if (!current_stream(stream)) return PyErr_Clear(), false;
+        if (!current_stream(stream)) return clear_exception(), false;
         if (stream != stream_) return false;
         int status = NOT_CAPTURING;
         return driver_->capture_status(stream_, &status) == SUCCESS && status == NOT_CAPTURING;
@@ -227,12 +225,12 @@ public:
     // cannot serve. Returns false with an exception set on an error of the driver.
     bool run_row(size_t place, int64_t row, bool& is_served) {
         is_served = false;
-        if (!is_unobserved() || place >= row_launches_.size()) return true;
+        if (!is_unobserved() || place >= row_launches_.size()) return !PyErr_Occurred();
         RowLaunch& each = row_launches_[place];
         const Bucket& bucket = *each.bucket;
         const size_t i = size_t(row);
         if (each.edition != bucket.edition || row < 0 || 2 * i >= each.shapes.size() || !is_on_stream())
-            return true;
+            return !PyErr_Occurred();
         is_served = is_complete_ = is_running_ = true;
         const auto write = [&](size_t at, const void* from, size_t size) {
             std::memcpy(each.parameters.data() + at, from, size);

@@ -193,7 +193,8 @@ inline PyObject* launches_addresses(PyObject* self, PyObject* object) {
 
 inline PyObject* launches_run(PyObject* self, PyObject*) {
     Launches& launches = LaunchesObject::of(self);
-    if (!launches.is_unobserved() || !launches.is_ready(Signals())) return Py_NewRef(Py_False);
+    if (!launches.is_unobserved() || !launches.is_ready(Signals()))
+        return PyErr_Occurred() ? nullptr : Py_NewRef(Py_False);
     return launches.run() ? Py_NewRef(Py_True) : nullptr;
 }
 
@@ -206,7 +207,8 @@ inline PyObject* launches_run_row(PyObject* self, PyObject* const* args, Py_ssiz
 }
 inline PyObject* launches_can_run(PyObject* self, PyObject*) {
     const Launches& launches = LaunchesObject::of(self);
-    return PyBool_FromLong(launches.is_unobserved() && launches.is_on_stream());
+    const bool can = launches.is_unobserved() && launches.is_on_stream();
+    return PyErr_Occurred() ? nullptr : PyBool_FromLong(can);
 }
 
 inline PyMethodDef launches_methods[] = {

@@ -73,7 +73,7 @@ def _load() -> ModuleType | NoKernelsError:
 
 
 def _check_python() -> None:
-    """Refuse a Python without the GIL, under which the extension reads tensors."""
+    """Refuse Windows, and a Python without the GIL, under which the extension reads tensors."""
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         raise NoKernelsError(
             "this Python is free-threaded, and the extension for it comes later; use a Python "

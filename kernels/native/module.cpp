@@ -94,23 +94,31 @@ PyMethodDef functions[] = {
 
 // ---- the module
 
+// The class of Hook objects.
+PyTypeObject* hook_type = nullptr;
+
+// Adds a class to the module. Code that empties sys.modules imports the extension a second time in
+// one process: then the class is the first import's, so that objects of both serve each other.
+template <class Body>
+bool add_class(PyObject* module, PyTypeObject*& type, const char* name, newfunc make,
+               PyMethodDef* methods, PyGetSetDef* attributes, ternaryfunc call = nullptr) {
+    if (!type)
+        type = reinterpret_cast<PyTypeObject*>(
+            make_class<Body>(module, name, make, methods, attributes, call));
+    return type && !PyModule_AddType(module, type);
+}
+
 int fill_module(PyObject* module) {
-    const Ref bucket(make_class<Bucket>(module, "clr_optim.kernels.native.module.Bucket", Guarded<new_bucket>::call,
-                                       bucket_methods, bucket_attributes));
-    const Ref plan(make_class<Plan>(module, "clr_optim.kernels.native.module.Plan", Guarded<new_plan>::call,
-                                   plan_methods, plan_attributes));
-    const Ref launches(make_class<Launches>(module, "clr_optim.kernels.native.module.Launches", Guarded<new_launches>::call,
-                                   launches_methods, nullptr));
-    const Ref hook(make_class<Hook>(module, "clr_optim.kernels.native.module.Hook", Guarded<new_hook>::call,
-                                   nullptr, nullptr, Guarded<call_hook>::call));
-    if (!bucket || !plan || !launches || !hook || PyModule_AddObjectRef(module, "Bucket", bucket.get()) ||
-        PyModule_AddObjectRef(module, "Plan", plan.get()) ||
-        PyModule_AddObjectRef(module, "Launches", launches.get()) ||
-        PyModule_AddObjectRef(module, "Hook", hook.get()))
+    if (!add_class<Bucket>(module, bucket_type, "clr_optim.kernels.native.module.Bucket",
+                           Guarded<new_bucket>::call, bucket_methods, bucket_attributes) ||
+        !add_class<Plan>(module, plan_type, "clr_optim.kernels.native.module.Plan",
+                         Guarded<new_plan>::call, plan_methods, plan_attributes) ||
+        !add_class<Launches>(module, launches_type, "clr_optim.kernels.native.module.Launches",
+                             Guarded<new_launches>::call, launches_methods, no_attributes) ||
+        !add_class<Hook>(module, hook_type, "clr_optim.kernels.native.module.Hook",
+                         Guarded<new_hook>::call, no_methods, no_attributes,
+                         Guarded<call_hook>::call))
         return -1;
-    bucket_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(bucket.get()));
-    plan_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(plan.get()));
-    launches_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(launches.get()));
     const Ref row(tuple_of([](Py_ssize_t i) { return ROW_COLUMNS[i]; }));
     if (!row || PyModule_AddObjectRef(module, "ROW", row.get())) return -1;
     const struct { const char* name; long value; } numbers[] = {

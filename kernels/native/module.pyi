@@ -22,7 +22,8 @@ STATE_CHANGED: int
 WOKEN: int
 NESTED: int
 
-# How `Plan.step` ends. Nothing has changed unless the step was taken, or an exception was raised.
+# How `Plan.step` ends. Nothing has changed unless the step was taken, or an exception was raised; a
+# skip changes what the gate knows, and the norm.
 TAKEN: int
 OUT_OF_VALUES: int
 OBSERVED: int
@@ -102,6 +103,7 @@ class Plan:
     in_pass: bool
     #: the numbers of the bucket and of the row at which the last scan stopped
     place: tuple[int, int]
+    #: the user's list of groups, for later scans; cannot be read
     groups: Sequence[dict[str, Any]]
     #: the launches that steps make, see `bind`
     launches: Launches | None
@@ -183,7 +185,7 @@ class Plan:
         """Return the position; `lr` and settings of each group as objects; both as numbers."""
 
     def end_course(self) -> None:
-        """End the course: steps need Python again."""
+        """End the course: steps need Python again. Within a step, do nothing."""
 
     def bind(self, launches: Launches | None, calls: int = ..., /) -> bool:
         """Have the steps of a course make these launches instead of calling the CPU's kernels.
@@ -208,7 +210,7 @@ class Plan:
         """Return the norm of all gradients in the last clipped step of the course, once."""
 
     def release(self) -> None:
-        """Let go of the gradients."""
+        """Let go of the gradients. Within a step, do nothing."""
 
     def open_pass(
         self,
@@ -229,7 +231,7 @@ class Plan:
         """
 
     def close_pass(self) -> None:
-        """Have the next gradient need Python."""
+        """Have the next gradient need Python. Within a step, do nothing."""
 
     def drop_pass(self) -> None:
         """Close the pass, and forget which parameters are done."""

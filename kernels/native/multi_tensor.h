@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -48,10 +49,10 @@ struct Rows : Kind {
     }
 };
 
-// The least size of a piece, but for the last one. With less than one piece for each thread, one
-// thread does all.
+// The least size of a piece, but for the last one.
 constexpr int64_t GRAIN = 1 << 12;
-// From this number of elements on, all threads work; torch's grain.
+// Several threads work from GRAIN elements for each of them on, and always from this number on, which
+// is torch's grain. From it on the GIL is given away, too.
 constexpr int64_t PARALLEL = 1 << 15;
 // Pieces are a multiple of this size, so that two threads rarely share a cache line.
 constexpr int64_t ALIGN = 64;
@@ -183,9 +184,27 @@ inline void update(const KernelSet& kernels, const Rows& b, const double* scalar
     });
 }
 
-// Sums run over blocks of this many elements, always in one order. So the result does not depend on
-// the number of threads, and clipped runs resume bit for bit.
+// A sum that carries the rounding errors of its additions along (Neumaier's), so that the order of the
+// terms does not show: a resumed run may have its rows in another order than the run before it.
+class Sum {
+public:
+    void add(double term) {
+        const double next = sum_ + term;
+        rest_ += std::fabs(sum_) >= std::fabs(term) ? (sum_ - next) + term : (term - next) + sum_;
+        sum_ = next;
+    }
+    // The rest of an infinite sum is NaN.
+    double value() const { return std::isfinite(sum_) ? sum_ + rest_ : sum_; }
+
+private:
+    double sum_ = 0, rest_ = 0;
+};
+
+// Sums run over blocks of this many elements. So the result does not depend on the number of threads,
+// and clipped runs resume bit for bit.
 constexpr int64_t BLOCK = 1 << 14;
+// With more blocks than these, several threads sum.
+constexpr int64_t FEW_BLOCKS = 4;
 
 inline double sum_of_squares(const KernelSet& kernels, const Rows& b, int threads) {
     struct Block { size_t row; int64_t begin; };
@@ -196,16 +215,16 @@ inline double sum_of_squares(const KernelSet& kernels, const Rows& b, int thread
                 blocks.push_back({i, begin});
     std::vector<double> sums(blocks.size());
     const int64_t many = int64_t(blocks.size());
-    threads = many > 4 ? threads : 1;
+    threads = many > FEW_BLOCKS ? threads : 1;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t k = 0; k < many; ++k) {
         const auto [i, begin] = blocks[size_t(k)];
         const int64_t end = std::min(b.rows[i].numel, begin + BLOCK);
         sums[size_t(k)] = kernels.sum_of_squares(b.dtype, b.gradients[i], begin, end);
     }
-    double sum = 0;
-    for (const double s : sums) sum += s;
-    return sum;
+    Sum sum;
+    for (const double each : sums) sum.add(each);
+    return sum.value();
 }
 
 }  // namespace clr

@@ -55,6 +55,10 @@ template <auto Function> PyCFunction method() {
     return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(Guarded<Function>::call));
 }
 
+// For a class without methods, or without attributes: a slot must not be null.
+inline PyMethodDef no_methods[] = {{nullptr, nullptr, 0, nullptr}};
+inline PyGetSetDef no_attributes[] = {{nullptr, nullptr, nullptr, nullptr, nullptr}};
+
 template <class Body>
 PyObject* make_class(PyObject* module, const char* name, newfunc make, PyMethodDef* methods,
                     PyGetSetDef* attributes, ternaryfunc call = nullptr) {

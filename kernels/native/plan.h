@@ -80,7 +80,7 @@ struct Gate {
     // A norm of 0 tells nothing. NaN closes the gate.
     bool closes(double norm) const { return rounded(norm) != 0 && !(rounded(norm) <= threshold); }
 
-    // Called after a step, since Python code may change any tensor. Returns false with an exception
+    // Called after a step or a skip, since Python code may change any tensor. Returns false with an exception
     // set on failure.
     bool take(double norm) {
         const Ref number(PyFloat_FromDouble(rounded(norm)));
@@ -92,7 +92,8 @@ struct Gate {
     }
 };
 
-// How a call of step() ended. Nothing has changed unless the step was taken.
+// How a call of step() ended. Nothing has changed unless the step was taken; a skip changes what the
+// gate knows, and the norm.
 enum Outcome {
     TAKEN = 0,
     OUT_OF_VALUES = 1,  // the course has no values for another step
@@ -102,7 +103,7 @@ enum Outcome {
     OUTDATED = 5,       // a scan found a change
     IN_USE = 6,         // a finalizer or a signal handler has called a step within a step
     UNSERVED = 7,       // no launches are bound, or they cannot serve this step
-    SKIPPED = 8,        // the gate has closed: the step is done, and has changed nothing
+    SKIPPED = 8,        // the gate has closed: the step is done, without an update
 };
 
 class Plan {
@@ -198,9 +199,7 @@ public:
         const Use use(*this);
         if ((!drafts && has_other_state(optimizer.get(), sources, bucket, place.row)) ||
             !is_same(bucket, place.row, grad.get())) {
-            if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return false;
-            PyErr_Clear();
-            return true;
+            return clear_exception();
         }
         // Memory is taken before anything changes.
         const auto note = pass.done.emplace(param, Ref::to(param)).first;
@@ -317,9 +316,7 @@ private:
         for (const Bucket* bucket : sources.buckets)
             if (bucket->groups > scalars.groups()) return true;
         answer = scan(sources, averages);
-        if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return false;
-        PyErr_Clear();
-        return true;
+        return clear_exception();
     }
 
     // Returns whether a row still describes its tensors; takes in the gradient's address. An exception
@@ -363,7 +360,7 @@ private:
     bool is_ordinary(PyObject* attributes, const Signals& signals, Outcome& outcome,
                      Answer& answer) {
         outcome = why_not(attributes, signals);
-        PyErr_Clear();
+        if (!clear_exception()) return false;
         // A device decides itself whether an average falls due.
         const bool averages = needs_launches || !course.weights().empty();
         if (outcome != TAKEN || !find_changes(answer, averages)) return false;
@@ -372,14 +369,14 @@ private:
         else if (!course.is_untouched(sources.groups.get())) outcome = WRITTEN;
         else if (launches && (bound()->clips != (max_norm >= 0) || !bound()->is_ready(signals)))
             outcome = UNSERVED;
-        PyErr_Clear();
-        return outcome == TAKEN && course.prepare();
+        return clear_exception() && outcome == TAKEN && course.prepare();
     }
 
-    // Returns the number of values that a step updates.
-    int64_t size() const {
+    // Returns the number of values that have a gradient, and of those whose averages alone may move.
+    int64_t size(bool averages = false) const {
         int64_t total = 0;
-        for (const Bucket* bucket : sources.buckets) total += bucket->values;
+        for (const Bucket* bucket : sources.buckets)
+            total += bucket->values + (averages && bucket->averages() ? bucket->idle_values : 0);
         return total;
     }
 
@@ -404,9 +401,9 @@ private:
 
     // Finds the norm of all gradients, and returns by what factor a step clips them.
     double clip() {
-        double sum = 0;
-        for (const double square : sums_of_squares()) sum += square;
-        norm = std::sqrt(sum), has_norm = true;
+        Sum sum;
+        for (const double square : sums_of_squares()) sum.add(square);
+        norm = std::sqrt(sum.value()), has_norm = true;
         if (max_norm < 0) return 1;
         const double factor = max_norm / (norm + 1e-6);
         return factor > 1 ? 1 : factor;  // a NaN must stay NaN, as in clip_grad_norm_
@@ -415,11 +412,12 @@ private:
     // Runs the CPU's kernels, and counts the call.
     bool run(double factor, const std::vector<double>& weights, Answer answer, bool moves,
              bool fills_rates) {
-        const int threads = threads_for(size());
+        const int64_t values = size(!weights.empty());
+        const int threads = threads_for(values);
         note_done(!weights.empty());
         {
             // A shorter step takes less time than giving the GIL away and getting it back.
-            const WithoutGil without_gil(size() >= PARALLEL);
+            const WithoutGil without_gil(values >= PARALLEL);
             for (const Bucket* bucket : sources.buckets)
                 if (bucket->active || bucket->averages())
                     clr::update(*kernels, *bucket, scalars.data(), scalars.width(), factor,

@@ -55,12 +55,14 @@ inline PyObject* plan_set_buckets(PyObject* self, PyObject* const* args, Py_ssiz
     if (!expects("set_buckets()", count, 2) || !is_free(plan)) return nullptr;
     const Items given(args[0]);
     std::vector<Ref> buckets;
-    for (Py_ssize_t i = 0; i < given.size(); ++i) {
-        if (Py_TYPE(given.get(i)) != bucket_type) {
-            PyErr_SetString(PyExc_TypeError, "expected a list of Bucket");
-            return nullptr;
-        }
+    bool are_buckets = given.size() >= 0;
+    for (Py_ssize_t i = 0; are_buckets && i < given.size(); ++i) {
+        are_buckets = Py_TYPE(given.get(i)) == bucket_type;
         buckets.push_back(Ref::to(given.get(i)));
+    }
+    if (!are_buckets) {
+        PyErr_SetString(PyExc_TypeError, "expected a list of Bucket");
+        return nullptr;
     }
     plan.unbind();
     plan.pass.close();
@@ -237,7 +239,8 @@ inline PyObject* plan_bind(PyObject* self, PyObject* const* args, Py_ssize_t cou
             return nullptr;
         }
         if (!launches.complete() || !is_free(plan)) return nullptr;
-        if (calls != plan.calls) Py_RETURN_FALSE;
+        // Another thread may have taken a step or changed the plan: complete() gives the GIL away.
+        if (calls != plan.calls || !launches.serve(plan.sources.buckets)) Py_RETURN_FALSE;
         plan.needs_launches = true;
     }
     const Ref old = std::exchange(plan.launches, Ref::to(object == Py_None ? nullptr : object));

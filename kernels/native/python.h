@@ -57,6 +57,14 @@ private:
     Py_ssize_t size_;
 };
 
+// Clears an exception of Python code that was asked for an answer. Returns false for Ctrl-C and its
+// like, which stay set.
+inline bool clear_exception() {
+    if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return false;
+    PyErr_Clear();
+    return true;
+}
+
 // Keeps the garbage collector off: finalizers may run any Python code.
 class NoCollection {
 public:

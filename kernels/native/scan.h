@@ -219,6 +219,13 @@ inline bool has_layout(const DLTensor& t, const int64_t* layout) {
     return same || empty;
 }
 
+// Returns whether two blocks of so many bytes share memory. A kernel writes a value of the parameter
+// before it reads the next ones of the gradient.
+inline bool overlap(const void* a, const void* b, int64_t bytes) {
+    const auto first = reinterpret_cast<uintptr_t>(a), second = reinterpret_cast<uintptr_t>(b);
+    return (first < second ? second - first : first - second) < uintptr_t(bytes);
+}
+
 // Returns whether row i still describes its tensors. Takes in the address of the gradient, which may change.
 inline bool same_row(Bucket& bucket, int64_t i, PyObject* grad) {
     const Row& row = bucket.rows[size_t(i)];
@@ -233,7 +240,7 @@ inline bool same_row(Bucket& bucket, int64_t i, PyObject* grad) {
     const auto reads = [&](PyObject* tensor, int64_t slot = -1) {
         const int64_t dtype = bucket.dtype_of(slot);
         const Ref part = local_part(tensor, bucket.divides);
-        return part && view(part.get(), t) && here() && t.code == Bucket::code(dtype) &&
+        return part && is_tensor(part.get()) && view(part.get(), t) && here() && t.code == Bucket::code(dtype) &&
                t.bits == 8 * size_of(dtype) && t.lanes == 1 && has_layout(t, bucket.layout_of(i)) &&
                !is_negated(bucket.words, part.get());
     };
@@ -255,9 +262,9 @@ inline bool same_row(Bucket& bucket, int64_t i, PyObject* grad) {
     }
 
     if (grad == Py_None) return true;
-    if (!bucket.divides && !is_tensor(grad)) return false;
     // Without data: a tensor that represents zeros, or a subclass that wraps other tensors.
     if (!reads(grad) || !(t.data || !row.numel)) return false;
+    if (overlap(t.data, row.param, row.numel * size_of(bucket.dtype))) return false;
     bucket.gradients[size_t(i)] = row.numel ? t.data : NO_DATA;
     return true;
 }
@@ -267,7 +274,7 @@ inline bool same_row(Bucket& bucket, int64_t i, PyObject* grad) {
 inline int64_t changed_row(Bucket& bucket, bool every) {
     every = every || bucket.divides;
     Ahead ahead(bucket, every ? 0 : bucket.count());
-    bucket.active = bucket.values = 0;
+    bucket.active = bucket.values = bucket.idle_values = 0;
     for (int64_t i = 0; i < bucket.count(); ++i) {
         Ref& held = bucket.grads[size_t(i)];
         if (!every) {
@@ -277,8 +284,9 @@ inline int64_t changed_row(Bucket& bucket, bool every) {
             if (!needs_asking(bucket, i)) held = std::move(grad);
         }
         if (!same_row(bucket, i, held.get())) return i;
-        if (held.is(Py_None)) continue;
-        bucket.active += 1, bucket.values += bucket.rows[size_t(i)].numel;
+        const int64_t numel = bucket.rows[size_t(i)].numel;
+        if (held.is(Py_None)) bucket.idle_values += numel;
+        else bucket.active += 1, bucket.values += numel;
     }
     return -1;
 }

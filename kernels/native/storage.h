@@ -61,7 +61,7 @@ private:
     }
 };
 
-// Single values are converted by integer arithmetic, since compilers disagree on the type's name.
+// Single values are converted by hand, since compilers disagree on the type's name.
 struct Float16 {
     using Raw = uint16_t;
     using A = float;

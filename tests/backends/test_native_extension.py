@@ -234,3 +234,40 @@ def test_the_extension_is_one_for_every_python():
     """The name tells the limited API. A name with this version in it would serve one alone."""
     assert load().__file__.endswith(".abi3.so")
     assert os.path.basename(load().__file__) != f"module{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+# ---- imports
+
+
+def test_a_second_import_in_one_process_serves_older_optimizers():
+    """Code that empties sys.modules, as reloading tools do, imports the extension again."""
+    code = """
+        import sys
+        import torch
+        from clr_optim import CyclicalOptimizer
+
+        def made(make):
+            p = torch.nn.Parameter(torch.ones(3))
+            opt = make(torch.optim.Adam([p], lr=0.1), backend="native")
+            p.grad = torch.ones(3)
+            opt.step()
+            return opt
+
+        old = made(CyclicalOptimizer)
+        for name in [each for each in sys.modules if each.split(".")[0] == "clr_optim"]:
+            del sys.modules[name]
+        from clr_optim import CyclicalOptimizer as Again
+        assert Again is not CyclicalOptimizer
+        new = made(Again)
+        for opt in (old, new, old):
+            p = torch.nn.Parameter(torch.ones(3))
+            opt.add_param_group({"params": [p]})
+            p.grad = torch.ones(3)
+            opt.step()
+            assert p[0] < 1.0
+        print(old.explain(), new.explain())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+    assert done.stdout.count("native:") == 2

@@ -23,6 +23,8 @@ from native_helpers import (
     MIXED_GROUPS,
     Twins,
     drawn,
+    failure,
+    feed,
     held,
     many_groups,
     members,
@@ -80,13 +82,42 @@ def test_gradients_that_turn_sparse_and_dense_again(name):
         pair.step()
 
 
-def test_a_gradient_that_is_its_parameter():
-    pair = twins(BY_NAME["adam-wd"])
+@kernels
+def test_a_gradient_that_is_its_parameter(case):
+    """A kernel may write the parameter before it reads the gradient; torch's own step serves."""
+    pair = twins(case)
+    pair.draw()
+    pair.step()
     for _ in range(3):
         for opt in pair.both():
             for p in members(opt):
                 p.grad = p.detach()
         pair.step()
+    assert "gradients in the memory of their parameter" in pair.ours.explain()
+    pair.draw()
+    pair.step()
+    assert "memory" not in pair.ours.explain()
+
+
+@kernels
+def test_a_gradient_that_overlaps_its_parameter(case):
+    """torch's step may raise, and ours then raises the same."""
+
+    def with_overlaps(make):
+        bases = [torch.cat([x.flatten(), x.new_zeros(1)]) for x in values]
+        params = [torch.nn.Parameter(base[:-1]) for base in bases]
+        for base, p in zip(bases, params, strict=True):
+            p.grad = base[1:]
+        return make(params)
+
+    values = drawn([(5,), (70,)], torch.float64)
+    ours, twin = with_overlaps(case.ours), with_overlaps(case.make)
+    feed(twin, ours)
+    errors = [failure(lambda opt: opt.step(), opt) for opt in (ours, twin)]
+    assert type(errors[0]) is type(errors[1])
+    if errors[0] is None:
+        for p, q in zip(members(ours), members(twin), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
 # ---- groups

@@ -12,6 +12,7 @@ from changes import Odd, drop, many, sparse
 from internals import plan_of
 from native_helpers import BY_NAME, assert_alike, feed, members, twins
 
+from clr_optim import CyclicalOptimizer
 from clr_optim.plan import words
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
@@ -202,3 +203,19 @@ def test_autograd_may_hand_over_a_negated_view():
             p.grad = None
             (torch.complex(torch.zeros_like(p), p).conj() * (1 + 2j)).abs().sum().backward()
         pair.step()
+
+
+class Renamed(torch.nn.Parameter):
+    """A class that a parameter gets after the kernels have served it."""
+
+
+def test_a_parameter_whose_class_changes_is_left_to_torch():
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    opt = CyclicalOptimizer(torch.optim.SGD(params, lr=0.1, momentum=0.9))
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones(3)
+        opt.step()
+        params[0].__class__ = Renamed
+    assert plan_of(opt).fallback == [(params[0], "tensors of type Renamed")]
+    assert torch.equal(*params)

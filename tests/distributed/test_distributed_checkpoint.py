@@ -66,7 +66,9 @@ def _start(name: str, backend: str, sharded: bool = True, **wrap: Any) -> tuple[
 def _other_start(name: str, backend: str, sharded: bool = True, **wrap: Any) -> tuple[Any, Any]:
     """Change values and bounds, which the checkpoint must replace."""
     warnings.filterwarnings("ignore", "state_dict has (the bounds|base_momentum)", UserWarning)
-    bounds = {"base_lr": 0.5, "max_lr": [0.7, 0.9], "base_momentum": 0.1, "max_momentum": 0.2}
+    bounds: dict[str, Any] = {"base_lr": 0.5, "max_lr": [0.7, 0.9]}
+    if wrap.get("cycle_momentum"):
+        bounds.update(base_momentum=0.1, max_momentum=0.2)
     model, opt = _start(name, backend, sharded, **bounds, **wrap)
     _forget(model)
     return model, opt

@@ -20,16 +20,22 @@ class GroupEvents(Pair):
     @event(0.5, seed=SEEDS, how=("plain", "bounds", "beneath"))
     def add_group(self, seed: int, how: str) -> bool | None:
         few = self.backend == "triton"
+        schedule = self.ours.schedule
         if len(self.ours.param_groups) >= (3 if few else 4):
+            return False
+        if how == "bounds" and schedule.has_bounds:  # which refuses others
             return False
         for opt in self.pair():
             values = [self.value(seed, i) for i in range(1 if few else 2)]
             new: dict[str, Any] = {"params": parameters(values), "lr": 0.02}
             if opt is self.ours and how == "bounds":
-                new.update(base_lr=0.001, max_lr=0.01)
+                new.update(max_lr=0.01)
+                if schedule.reads_base_lr:  # it would warn that it has no effect
+                    new.update(base_lr=0.001)
             inner = opt.optimizer if opt is self.ours and how == "beneath" else opt
             inner.add_param_group(new)
-        self.expected.bounds.append((0.001, 0.01) if how == "bounds" else (0.005, 0.02))
+        base = 0.001 if schedule.reads_base_lr else 0.0025
+        self.expected.bounds.append((base, 0.01) if how == "bounds" else (0.005, 0.02))
         if self.expected.momenta is not None:
             self.expected.momenta.append(self.expected.momenta[0])
         self.overwritten = how == "beneath"  # such a group gets its rate at the next step
