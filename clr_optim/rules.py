@@ -41,7 +41,7 @@ Shape = tuple[int, ...]
 # A number that no setting has, to find the column of a setting.
 _MARK = 0.7390851332151607
 # Types of settings that cannot hold a tensor.
-_NO_TENSORS = frozenset({bool, int, float, str, type(None)})
+_NO_TENSORS = frozenset({bool, int, float, type(None)})
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,13 @@ class UpdateRule:
         for name, value in group.items():
             if type(value) in _NO_TENSORS or name not in self.settings:
                 continue
+            if isinstance(value, str):
+                return f"{name} is a string"
             values = value if isinstance(value, Sequence) else (value,)
             if any(isinstance(v, Tensor) for v in values):
                 return f"{name} is a tensor"
+            if name == "betas" and isinstance(value, (list, tuple)) and 1.0 in value:
+                return "a beta is 1"
         try:
             self.kernel(group)
             self.row(group)

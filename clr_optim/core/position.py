@@ -18,7 +18,7 @@ from clr_optim.backends.base import Course, WhoKnows
 from clr_optim.core import leftover
 from clr_optim.core.groups import GroupMirror
 from clr_optim.core.rates import never_driven
-from clr_optim.core.records import changed_settings, course_of, have_plan_take
+from clr_optim.core.records import course_of, have_plan_take, written_settings_warning
 from clr_optim.core.saved import unread_bounds_warning
 from clr_optim.core.serving import Serving
 from clr_optim.core.settings import Settings
@@ -174,19 +174,18 @@ class Position:
         self.follow(before[0], before)
 
     def _warn_of_settings(self) -> None:
-        """Warn once if other code wrote a setting that follows a schedule."""
-        groups = self._settings.optimizer.param_groups
-        mirror = self._mirror
-        changed = changed_settings(groups, mirror.records, mirror.written.numbers)
-        if changed and not self._has_warned_of_settings:
+        """Warn once if other code wrote a setting that follows a schedule, or cycled momentum.
+
+        A torch scheduler writes momentum with the rate: the warning about the rate is enough.
+        """
+        if self._has_warned_of_settings:
+            return
+        groups, mirror = self._settings.optimizer.param_groups, self._mirror
+        numbers, cycles = mirror.written.numbers, not self._has_warned
+        warning = written_settings_warning(groups, mirror.records, numbers, cycles=cycles)
+        if warning is not None:
             self._has_warned_of_settings = True
-            written = (f"{key} in parameter group {i} ({value})" for i, key, value in changed)
-            warnings.warn(
-                f"{', '.join(written)} was written from outside; the schedules decide "
-                "instead, here and from now on. Leave the setting out of schedules= to write it.",
-                UserWarning,
-                stacklevel=callers_level(),
-            )
+            warn_each([warning])
 
     def warn_unread_bounds(self) -> None:
         """Warn once if other code wrote ``"base_lr"`` or ``"max_lr"`` into groups."""

@@ -26,7 +26,6 @@ from clr_optim.schedule import Schedule
 __all__ = [
     "Record",
     "are_untouched",
-    "changed_settings",
     "course_of",
     "have_counts",
     "have_plan_take",
@@ -34,6 +33,7 @@ __all__ = [
     "schedules_of",
     "write_keys",
     "write_settings",
+    "written_settings_warning",
 ]
 
 
@@ -162,17 +162,23 @@ def have_plan_take(records: Sequence[Record], numbers: Sequence[float], plan: Pl
             plan.take_setting(i, setting.key, setting.members, held, of_setting)
 
 
-def changed_settings(
-    groups: Sequence[Mapping[str, Any]], records: Sequence[Record], numbers: Sequence[float]
-) -> list[tuple[int, str, str]]:
-    """Return group, name and number of settings that other code wrote beside their schedules.
+def written_settings_warning(
+    groups: Sequence[Mapping[str, Any]],
+    records: Sequence[Record],
+    numbers: Sequence[float],
+    *,
+    cycles: bool,
+) -> str | None:
+    """Return a warning if other code wrote settings that follow a schedule, or cycled momentum.
 
     Args:
         groups: the groups.
         records: the records of all groups.
         numbers: the numbers of their settings that we wrote, in order.
+        cycles: whether to look at momentum, which mirrors the policy.
     """
-    found = []
+    scheduled: list[str] = []
+    cycled: list[str] = []
     written = numbers_of([record.followed for record in records], numbers)
     for i, (group, record, of_group) in enumerate(zip(groups, records, written, strict=False)):
         if group is not record.group:
@@ -186,9 +192,20 @@ def changed_settings(
                 setting.names, of_setting, setting.schedules, strict=True
             ):
                 now = number_of(group, name)
-                if schedule is not None and now != number:
-                    found.append((i, name, shown(now)))
-    return found
+                if now != number:
+                    found = cycled if schedule is None else scheduled
+                    found.append(f"{name} in parameter group {i} ({shown(now)})")
+    if scheduled:
+        return (
+            f"{', '.join(scheduled)} was written from outside; the schedules decide instead, here "
+            "and from now on. Leave the setting out of schedules= to write it."
+        )
+    if cycled and cycles:
+        return (
+            f"{', '.join(cycled)} was written from outside; the cycle decides instead, here and "
+            "from now on. Leave cycle_momentum=True out to write it."
+        )
+    return None
 
 
 def write_keys(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from clr_optim.core.warn import callers_level
 
 __all__ = ["CyclicalScheduler"]
 
@@ -103,6 +106,16 @@ class CyclicalScheduler(LRScheduler):
         """Make :meth:`get_last_lr` show the next step's rates, as :meth:`step` does.
 
         Args:
-            state_dict: ignored.
+            state_dict: empty, as :meth:`state_dict` returns it. The position in that of a torch
+                scheduler is not taken over: if it differs from the optimizer's, there is a warning.
         """
+        position = state_dict.get("last_epoch", self.last_epoch)
+        if position != self.last_epoch:
+            warnings.warn(
+                f"state_dict has last_epoch={position!r}, and the optimizer is at step "
+                f"{self.last_epoch}, which stays: load the optimizer's state dict, which holds the "
+                "position, or call set_iteration(...) of the optimizer",
+                UserWarning,
+                stacklevel=callers_level(),
+            )
         self.step()

@@ -83,6 +83,11 @@ def _sequential(scheduler: Any, low: float) -> list[Phase]:
                 "scheduler has a MultiplicativeLR after another scheduler, whose last rate it "
                 "goes on from: give a LambdaLR with the product, which counts from its own start"
             )
+        if known_class(inner) is torchs.SequentialLR and (i or inner.last_epoch != position):
+            raise ValueError(
+                "scheduler has a SequentialLR within a SequentialLR, whose steps torch counts "
+                "wrong: give one SequentialLR with the schedulers and milestones of both"
+            )
         if start <= position and (end is None or position < end):
             own = position_of(inner)
             if own != position - start:

@@ -565,7 +565,10 @@ def test_the_scheduler_view_changes_nothing():
         assert scheduler.last_epoch == opt.iteration == k + 1
     assert scheduler.base_lrs == [0.1, 0.2, 0.3]
     assert scheduler.state_dict() == {}
-    scheduler.load_state_dict({"last_epoch": 77, "_step_count": 3})
+    scheduler.load_state_dict({})
+    scheduler.load_state_dict({"last_epoch": 5})
+    with pytest.warns(UserWarning, match=r"last_epoch=77, and the optimizer is at step 5, which"):
+        scheduler.load_state_dict({"last_epoch": 77, "_step_count": 3})
     assert scheduler.last_epoch == 5
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import LinearLR
+from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, LinearLR, SequentialLR
 
 from clr_optim import CyclicalOptimizer, Ema
-from clr_optim.schedule import cosine, one_cycle, triangular
+from clr_optim.schedule import cosine, exp, fixed, one_cycle, triangular
 
 
 def sgd(**settings: Any) -> torch.optim.SGD:
@@ -148,3 +148,55 @@ def test_one_cycle_takes_bounds_of_a_new_group():
     opt = CyclicalOptimizer(sgd(), one_cycle(10))
     opt.add_param_group({"params": [torch.ones(2)], "max_lr": 0.7})
     assert opt.max_lr == [0.4, 0.7]
+
+
+@pytest.mark.parametrize("schedule", [fixed(), exp(0.9), fixed().with_warmup(3)], ids=str)
+def test_momentum_under_a_schedule_that_does_not_cycle_it(schedule):
+    with pytest.raises(ValueError, match=r"cycle_momentum=True has no effect with the schedule"):
+        CyclicalOptimizer(sgd(), schedule, cycle_momentum=True)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_a_written_momentum_warns_once(backend):
+    for make, key, value in ((sgd, "momentum", 0.5), (adamw, "betas", (0.5, 0.999))):
+        opt = CyclicalOptimizer(make(), step_size_up=3, cycle_momentum=True, backend=backend)
+        twin = CyclicalOptimizer(make(), step_size_up=3, cycle_momentum=True, backend=backend)
+        for each in (opt, twin):
+            step(each)
+        opt.param_groups[0][key] = value
+        message = rf"^{key}.* in parameter group 0 \(0\.5\) was written .*the cycle decides"
+        with pytest.warns(UserWarning, match=message):
+            step(opt)
+        step(twin)
+        opt.param_groups[0][key] = value
+        for each in (opt, twin):
+            step(each)
+        assert str(opt.param_groups) == str(twin.param_groups)
+
+
+WRITES = {
+    "a beta of 1": (adamw, {"betas": (1.0, 0.9)}, ZeroDivisionError),
+    "a string": (adamw, {"eps": "1e-8"}, TypeError),
+}
+
+
+@pytest.mark.parametrize("what", WRITES)
+def test_a_written_setting_that_torchs_step_refuses(what):
+    make, settings, error = WRITES[what]
+    for wrap in (CyclicalOptimizer, lambda inner: inner):
+        opt = wrap(make())
+        for _ in range(2):
+            step(opt)
+        opt.param_groups[0].update(settings)
+        with pytest.raises(error):
+            step(opt)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # torch's, of its own
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_sequential_scheduler_within_another(order):
+    inner = sgd()
+    nested = SequentialLR(inner, [LinearLR(inner, 0.1), ConstantLR(inner, 1.0)], [2])
+    scheduler = SequentialLR(inner, [nested, ExponentialLR(inner, 0.9)][::order], [5])
+    with pytest.raises(ValueError, match=r"a SequentialLR within a SequentialLR, .*: give one"):
+        CyclicalOptimizer.from_scheduler(scheduler)
