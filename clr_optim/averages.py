@@ -7,21 +7,22 @@ forms of the position, so that graphs and resumed runs need no counter.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from clr_optim.checks import as_position, check_int, check_number, item, shown
-from clr_optim.keys import AVERAGES
+from clr_optim.keys import AVERAGE_KIND, AVERAGES
 from clr_optim.rules import AverageSlot
 from clr_optim.schedule import Schedule
 
 __all__ = [
     "Average", "CycleEnd", "Ema", "are_counted", "check_average", "check_count", "check_counts",
-    "closed_form", "done", "due", "offsets", "put_count", "slot_of", "unmoved_averages_warning",
-    "weights", "weights_ahead",
+    "closed_form", "done", "due", "kind_of", "offsets", "other_kind", "other_kind_warning",
+    "put_count", "slot_of", "starts_anew", "unmoved_averages_warning", "weights", "weights_ahead",
 ]  # fmt: skip
 
 
@@ -193,6 +194,40 @@ def check_counts(groups: Sequence[Mapping[str, Any]], name: str) -> bool:
     return bool(held)
 
 
+@functools.cache
+def kind_of(average: Average) -> str:
+    """Return an average as text, apart from its dtype, as groups hold it."""
+    return repr(replace(average, dtype=None))
+
+
+def other_kind(average: Average | None, groups: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the average that a checkpoint's groups are of, if it is another than this one."""
+    if average is not None:
+        own = kind_of(average)
+        for group in groups:
+            if group.get(AVERAGE_KIND, own) != own:
+                return str(group[AVERAGE_KIND])
+    return None
+
+
+def starts_anew(average: Average | None, saved: str | None) -> bool:
+    """Return whether an average cannot go on from a checkpoint's: one is a mean, one decays."""
+    return saved is not None and saved.partition("(")[0] != type(average).__name__
+
+
+def other_kind_warning(average: Average | None, saved: str | None, source: str) -> str | None:
+    """Return a warning about what :func:`other_kind` has found in a source, if anything."""
+    if saved is None:
+        return None
+    course = "goes on from its averages"
+    if starts_anew(average, saved):
+        course = "starts anew, with a copy of each parameter"
+    return (
+        f"{source} has averages of average={saved}; this optimizer's average={average!r} decides "
+        f"from here on, and {course}. To continue the old ones, construct with the old average."
+    )
+
+
 def are_counted(average: Average | None, groups: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether all groups hold the number of averages taken, if there is an average."""
     return average is None or all(AVERAGES in group for group in groups)
@@ -202,8 +237,10 @@ def put_count(average: Average | None, group: dict[str, Any], position: int) -> 
     """Begin to count the averages of a group that has no count; without an average, remove it."""
     if average is not None:
         group.setdefault(AVERAGES, [0, position])
+        group[AVERAGE_KIND] = kind_of(average)
     else:
         group.pop(AVERAGES, None)
+        group.pop(AVERAGE_KIND, None)
 
 
 def unmoved_averages_warning(source: str) -> str:

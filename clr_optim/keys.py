@@ -19,8 +19,13 @@ SKIPS = "clr_skips"
 #: The number of averages that a group's parameters have taken, and the position at that time.
 AVERAGES = "clr_averages"
 
+#: The average that these are of, as text, see :func:`clr_optim.averages.kind_of`.
+AVERAGE_KIND = "clr_average_kind"
+
 #: All keys of a group.
-KEYS = (STEP, BASE, MAX, SCHEDULE, SCHEDULES, BASE_MOMENTUM, MAX_MOMENTUM, SKIPS, AVERAGES)
+KEYS = (
+    STEP, BASE, MAX, SCHEDULE, SCHEDULES, BASE_MOMENTUM, MAX_MOMENTUM, SKIPS, AVERAGES, AVERAGE_KIND
+)  # fmt: skip
 
 #: The name of a parameter's average in the state, beside torch's names.
 AVERAGE = "clr_average"

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from clr_optim.averages import starts_anew
 from clr_optim.checks import check_bounds, shown
 from clr_optim.core import leftover
 from clr_optim.core.arguments import Start, check_cycled_momentum, separate_defaults
@@ -45,6 +46,8 @@ def begin(shared: Shared, start: Start) -> None:
         group.pop(SCHEDULES, None)
         if settings.schedules:
             group[SCHEDULES] = schedules_json(settings.schedules_of(i))
+    if starts_anew(settings.average, start.saved_average):
+        shared.averaging.begin_anew()
     shared.position.go_to(start.position)
     shared.constructor_bounds = start.constructor_bounds
     loaded = start.position if start.resumed else None

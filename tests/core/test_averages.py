@@ -340,6 +340,45 @@ def test_a_count_survives_another_policy():
         torch.testing.assert_close(average, torch.lerp(old, p.detach(), 1 / 6))
 
 
+def load_directly(saved, average):
+    opt = trained(average, steps=0)
+    opt.load_state_dict(saved)
+    return opt
+
+
+def load_before_wrapping(saved, average):
+    inner = torch.optim.Adam([torch.nn.Parameter(torch.ones(n)) for n in (4, 3)])
+    inner.load_state_dict(saved)
+    return CyclicalOptimizer(inner, step_size_up=2, average=average)
+
+
+@pytest.mark.parametrize("load", [load_directly, load_before_wrapping])
+def test_an_average_of_another_kind_starts_anew_with_a_warning(load):
+    saved = copy.deepcopy(trained(Ema(0.9), steps=3).state_dict())
+    with pytest.warns(
+        UserWarning, match=r"average=Ema\(decay=0\.9\); .*=CycleEnd\(\) .*starts anew"
+    ):
+        opt = load(saved, CycleEnd())
+    train(opt, range(3, 4))
+    assert all_equal(averages_of(opt), [p.detach() for p in members(opt)])
+    assert opt.state_dict()["param_groups"][0][COUNT] == [1, 4]
+    load(copy.deepcopy(opt.state_dict()), "cycle_end")  # no warning
+
+
+@pytest.mark.parametrize("load", [load_directly, load_before_wrapping])
+def test_an_average_of_another_decay_goes_on_with_a_warning(load):
+    saved = copy.deepcopy(trained(Ema(0.9), steps=3).state_dict())
+    with pytest.warns(
+        UserWarning, match=r"average=Ema\(decay=0\.9\); .*=Ema\(decay=0\.5\) .*goes on from"
+    ):
+        opt = load(saved, Ema(0.5))
+    before = [average.clone() for average in averages_of(opt)]
+    train(opt, range(3, 4))
+    for average, old, p in zip(averages_of(opt), before, members(opt), strict=True):
+        torch.testing.assert_close(average, torch.lerp(old, p.detach(), 0.5))
+    load(saved, Ema(0.9, dtype=torch.float32))  # another dtype is no other average
+
+
 def test_a_jump_begins_the_average_anew():
     opt = trained(CycleEnd(), steps=9)
     opt.set_iteration(103)

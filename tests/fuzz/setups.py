@@ -113,7 +113,9 @@ def surroundings(backend: str) -> Iterator[None]:
     """Set the backend that "auto" means, and ignore the warnings that events cause."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setenv("CLR_OPTIM_BACKEND", backend)
-        warnings.filterwarnings("ignore", "lr was written from outside", UserWarning)
+        warnings.filterwarnings(
+            "ignore", "(lr|momentum|betas).* was written from outside", UserWarning
+        )
         warnings.filterwarnings("ignore", "state_dict has the bounds", UserWarning)
         warnings.filterwarnings("ignore", "an earlier CyclicalOptimizer continued", UserWarning)
         # No event edits a checkpoint.

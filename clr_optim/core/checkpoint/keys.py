@@ -13,6 +13,7 @@ from clr_optim.core.groups import GroupMirror
 from clr_optim.core.saved import BASE_FRACTION, are_close, bounds_shown, read_position
 from clr_optim.gate import saved_statistics
 from clr_optim.keys import (
+    AVERAGE_KIND,
     AVERAGES,
     BASE,
     BASE_MOMENTUM,
@@ -57,11 +58,12 @@ def checked_keys(
             beta = cycle_momentum and "betas" in groups[i]
             check_momenta(low, high, f" in {name}[{i}]", beta=beta)
             keys.update({BASE_MOMENTUM: low, MAX_MOMENTUM: high})
-        if not isinstance(keys.get(SCHEDULES, ""), str):
-            raise TypeError(
-                f"{name}[{i}][{SCHEDULES!r}] must be a string of JSON, got "
-                f"{shown(keys[SCHEDULES])}: delete that key from the groups to load the rest"
-            )
+        for key, what in ((SCHEDULES, "a string of JSON"), (AVERAGE_KIND, "a string")):
+            if not isinstance(keys.get(key, ""), str):
+                raise TypeError(
+                    f"{name}[{i}][{key!r}] must be {what}, got {shown(keys[key])}: delete that key "
+                    "from the groups to load the rest"
+                )
         if AVERAGES in keys:
             keys[AVERAGES] = check_count(keys[AVERAGES], f"{name}[{i}][{AVERAGES!r}]")
         base, top = keys.get(BASE), keys.get(MAX)
