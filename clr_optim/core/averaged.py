@@ -52,16 +52,19 @@ class Averaged(Course[OptimizerT]):
             3.0
         """
         shared = self._shared
-        with shared.lock:
-            shared.position.catch_up()
-            shared.in_backward.refuse_in_pass("averaged()")
-            shared.ordinary.leave()
-            shared.averaging.exchange()
+        pairs: list[tuple[Tensor, Tensor]] = []
         try:
+            with shared.lock:
+                shared.position.catch_up()
+                shared.refuse_unsettled("averaged()")
+                pairs += shared.averaging.averages()
+                shared.ordinary.leave()
+                shared.averaging.exchange(pairs)
             yield
         finally:
-            with shared.lock:
-                shared.averaging.put_back()
+            if pairs:  # else the parameters are as before, or another block has exchanged them
+                with shared.lock:
+                    shared.averaging.put_back()
 
     def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """Return a model's state dict with averages in place of the parameters that have one.

@@ -207,20 +207,14 @@ class Averaging:
             )
         return found
 
-    def exchange(self) -> None:
-        """Have the parameters hold their averages, until :meth:`put_back`.
+    def exchange(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Have parameters hold their averages, until :meth:`put_back`.
 
-        Raises:
-            RuntimeError: as :meth:`averages`, and if they hold their averages already.
+        Args:
+            pairs: what :meth:`averages` returned.
         """
-        self.refuse_exchanged("averaged()")
-        pairs = self.averages()
-        try:
-            for pair in pairs:
-                _exchange(pair, self._places)
-        except BaseException:
-            self.put_back()
-            raise
+        for pair in pairs:
+            _exchange(pair, self._places)
 
     def put_back(self) -> None:
         """Have the parameters hold their own values again, bit for bit."""

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from clr_optim import backends
 from clr_optim.checks import check_callable_of_one
 from clr_optim.core import leftover
+from clr_optim.core.saved import read_position
 from clr_optim.core.scheduler_view import CyclicalScheduler
 from clr_optim.core.settings import Settings
 from clr_optim.core.shared import Shared, alone
@@ -213,12 +214,17 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
             state["cycle_momentum"],
             state["max_grad_norm"],
             state["backend"],
-            state["schedules"],
-            state["skip_above"],
-            state["average"],
-            state["master_weights"],
+            # Pickles of earlier versions lack some of these.
+            state.get("schedules", {}),
+            state.get("skip_above"),
+            state.get("average"),
+            state.get("master_weights", False),
         )
         chosen = backends.resolve(settings.backend, optimizer)
-        self._set_up(settings, chosen, state["statistics"])
-        self._shared.position.go_to(state["position"])
-        leftover.take_note(optimizer, state["own"], schedule, None, settings.schedules)
+        self._set_up(settings, chosen, state.get("statistics", NO_STATISTICS))
+        position = state.get("position")
+        if position is None:
+            position = read_position(self.param_groups, "param_groups")[0]
+        self._shared.position.go_to(position)
+        own = state.get("own") or leftover.own_settings(optimizer, schedule, None, False)
+        leftover.take_note(optimizer, own, schedule, None, settings.schedules)

@@ -127,6 +127,10 @@ class Pair:
             "master_weights": self.masters,
             **getattr(known, "wrap", {}),
         }
+        if not any(phase.cycle_momentum for phase in POLICIES[policy].schedule.phases):
+            # A schedule without cycles refuses to cycle momentum.
+            for name in ("cycle_momentum", "base_momentum", "max_momentum"):
+                self.wrap.pop(name, None)
         self.ours: Any = CyclicalOptimizer(make(options), **self.wrap)
         momenta = None
         if self.wrap.get("cycle_momentum"):
