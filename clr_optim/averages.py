@@ -21,8 +21,8 @@ from clr_optim.schedule import Schedule
 
 __all__ = [
     "Average", "CycleEnd", "Ema", "are_counted", "check_average", "check_count", "check_counts",
-    "closed_form", "done", "due", "kind_of", "offsets", "other_kind", "other_kind_warning",
-    "put_count", "slot_of", "starts_anew", "unmoved_averages_warning", "weights", "weights_ahead",
+    "closed_form", "done", "due", "kind_of", "offsets", "put_count", "slot_of",
+    "take_over_kind", "unmoved_averages_warning", "weights", "weights_ahead",
 ]  # fmt: skip
 
 
@@ -200,28 +200,28 @@ def kind_of(average: Average) -> str:
     return repr(replace(average, dtype=None))
 
 
-def other_kind(average: Average | None, groups: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the average that a checkpoint's groups are of, if it is another than this one."""
-    if average is not None:
-        own = kind_of(average)
-        for group in groups:
-            if group.get(AVERAGE_KIND, own) != own:
-                return str(group[AVERAGE_KIND])
-    return None
+def take_over_kind(
+    average: Average | None, groups: Sequence[dict[str, Any]], source: str
+) -> str | None:
+    """Take over groups that may have averages of another kind; return a warning if they have.
 
+    A mean does not go on from averages that decay, nor the reverse: the groups' counts are then
+    removed, so that the next average copies its parameter.
 
-def starts_anew(average: Average | None, saved: str | None) -> bool:
-    """Return whether an average cannot go on from a checkpoint's: one is a mean, one decays."""
-    return saved is not None and saved.partition("(")[0] != type(average).__name__
-
-
-def other_kind_warning(average: Average | None, saved: str | None, source: str) -> str | None:
-    """Return a warning about what :func:`other_kind` has found in a source, if anything."""
-    if saved is None:
+    Args:
+        average: the average.
+        groups: the groups.
+        source: where they come from, for the message.
+    """
+    own = None if average is None else kind_of(average)
+    others = [group for group in groups if own and group.get(AVERAGE_KIND, own) != own]
+    if not others:
         return None
-    course = "goes on from its averages"
-    if starts_anew(average, saved):
+    saved, course = str(others[0][AVERAGE_KIND]), "goes on from its averages"
+    if saved.partition("(")[0] not in [cls.__name__ for cls in type(average).__mro__]:
         course = "starts anew, with a copy of each parameter"
+        for group in others:
+            group.pop(AVERAGES, None)
     return (
         f"{source} has averages of average={saved}; this optimizer's average={average!r} decides "
         f"from here on, and {course}. To continue the old ones, construct with the old average."

@@ -169,18 +169,20 @@ class UpdateRule:
         for name, value in group.items():
             if type(value) in _NO_TENSORS or name not in self.settings:
                 continue
-            if isinstance(value, str):
-                return f"{name} is a string"
             values = value if isinstance(value, Sequence) else (value,)
             if any(isinstance(v, Tensor) for v in values):
                 return f"{name} is a tensor"
             if name == "betas" and isinstance(value, (list, tuple)) and 1.0 in value:
                 return "a beta is 1"
+        if isinstance(group.get("weight_decay"), str):  # which row() would convert
+            return "weight_decay is a string"
         try:
             self.kernel(group)
-            self.row(group)
+            row = self.row(group)
         except KeyError as missing:
             return f"its group has no {missing}"
+        if any(isinstance(scalar, str) for scalar in row):
+            return "a setting is a string"
         return None
 
     @property

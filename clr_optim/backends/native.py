@@ -217,5 +217,5 @@ def _total(squares: Sequence[float]) -> float:
     """Return the sum of squares, whatever their order, as native code does."""
     try:
         return math.fsum(squares)
-    except OverflowError:  # the terms are finite, and their sum is not
-        return math.inf
+    except OverflowError:
+        return sum(squares)  # infinite or NaN

@@ -21,8 +21,6 @@ from clr_optim.averages import (
     CycleEnd,
     check_average,
     check_counts,
-    other_kind,
-    other_kind_warning,
     unmoved_averages_warning,
 )
 from clr_optim.checks import (
@@ -82,7 +80,6 @@ class Start:
         saved_schedules: the schedules of each group's settings in that checkpoint.
         warnings: messages for the user.
         statistics: those of the gate in that checkpoint.
-        saved_average: the average in that checkpoint, if it is another.
     """
 
     settings: Settings
@@ -98,7 +95,6 @@ class Start:
     saved_schedules: list[object]
     warnings: list[str | None]
     statistics: Statistics
-    saved_average: str | None
 
 
 def check_arguments(
@@ -194,8 +190,6 @@ def check_arguments(
         ]
     if kept is None and has_averages:
         warned.append(unmoved_averages_warning("the wrapped optimizer"))
-    saved_average = other_kind(kept, groups if resumed else [])
-    warned.append(other_kind_warning(kept, saved_average, "the wrapped optimizer"))
     return Start(
         settings,
         chosen,
@@ -210,7 +204,6 @@ def check_arguments(
         [group.get(SCHEDULES) for group in groups] if resumed else [],
         warned,
         statistics,
-        saved_average,
     )
 
 

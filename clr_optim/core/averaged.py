@@ -52,19 +52,16 @@ class Averaged(Course[OptimizerT]):
             3.0
         """
         shared = self._shared
-        pairs: list[tuple[Tensor, Tensor]] = []
+        with shared.lock:
+            shared.position.catch_up()
+            shared.in_backward.refuse_in_pass("averaged()")
+            exchanged = shared.averaging.exchanged(shared.ordinary.leave)
+            exchanged.__enter__()
         try:
-            with shared.lock:
-                shared.position.catch_up()
-                shared.refuse_unsettled("averaged()")
-                pairs += shared.averaging.averages()
-                shared.ordinary.leave()
-                shared.averaging.exchange(pairs)
             yield
         finally:
-            if pairs:  # else the parameters are as before, or another block has exchanged them
-                with shared.lock:
-                    shared.averaging.put_back()
+            with shared.lock:
+                exchanged.__exit__(None, None, None)
 
     def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """Return a model's state dict with averages in place of the parameters that have one.

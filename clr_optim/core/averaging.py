@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Averaging:
 
     @property
     def is_exchanged(self) -> bool:
-        """Whether parameters hold their averages, see :meth:`exchange`."""
+        """Whether parameters hold their averages, see :meth:`exchanged`."""
         return bool(self._places)
 
     def refuse_exchanged(self, what: str) -> None:
@@ -207,18 +208,25 @@ class Averaging:
             )
         return found
 
-    def exchange(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Have parameters hold their averages, until :meth:`put_back`.
+    @contextmanager
+    def exchanged(self, let_go: Callable[[], None]) -> Iterator[None]:
+        """Have the parameters hold their averages for the length of a block.
+
+        This is a generator, which puts the parameters back when it is dropped, too: an interrupt
+        in a line of the caller between entry and block loses nothing.
 
         Args:
-            pairs: what :meth:`averages` returned.
+            let_go: has native code forget the values of the coming steps.
         """
-        for pair in pairs:
-            _exchange(pair, self._places)
-
-    def put_back(self) -> None:
-        """Have the parameters hold their own values again, bit for bit."""
-        _put_back(self._places)
+        self.refuse_exchanged("averaged()")
+        pairs = self.averages()
+        let_go()
+        try:
+            for pair in pairs:
+                _exchange(pair, self._places)
+            yield
+        finally:
+            _put_back(self._places)
 
 
 def _copy(param: Tensor, slot: AverageSlot) -> Tensor:

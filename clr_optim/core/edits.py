@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clr_optim.averages import starts_anew
+from clr_optim.averages import take_over_kind
 from clr_optim.checks import check_bounds, shown
 from clr_optim.core import leftover
 from clr_optim.core.arguments import Start, check_cycled_momentum, separate_defaults
@@ -46,8 +46,7 @@ def begin(shared: Shared, start: Start) -> None:
         group.pop(SCHEDULES, None)
         if settings.schedules:
             group[SCHEDULES] = schedules_json(settings.schedules_of(i))
-    if starts_anew(settings.average, start.saved_average):
-        shared.averaging.begin_anew()
+    average = take_over_kind(settings.average, optimizer.param_groups, "the wrapped optimizer")
     shared.position.go_to(start.position)
     shared.constructor_bounds = start.constructor_bounds
     loaded = start.position if start.resumed else None
@@ -56,7 +55,7 @@ def begin(shared: Shared, start: Start) -> None:
         warn_other_policy(shared, start.saved_policy, "the wrapped optimizer")
     groups = optimizer.param_groups
     other = warn_other_schedules(groups, start.saved_schedules, "the wrapped optimizer")
-    warn_each([*start.warnings, other])
+    warn_each([*start.warnings, average, other])
     shared.position.warn_unread_bounds()
 
 
@@ -152,6 +151,7 @@ def add_param_group(shared: Shared, param_group: Any) -> None:
     known = not position.is_on_device and mirror.is_known(position.number)
     if not known:
         position.settle()
+    schedule.rates(position.number, [bounds])  # a scale_fn may raise, before anything changes
     for key in given:
         del param_group[key]
     try:

@@ -178,7 +178,7 @@ def write_setting(
         if not isinstance(held, tuple):
             raise TypeError(
                 f"{key} must be a tuple of numbers in each parameter group, got {shown(value)}: "
-                "leave it to the constructor's schedules"
+                "the cycle and the constructor's schedules write its members"
             )
         value = held
     values = list(value)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clr_optim.averages import check_counts
+from clr_optim.averages import check_counts, take_over_kind
 from clr_optim.core.followed import followed_by, held_by
 from clr_optim.core.rates import momentum_bounds, never_driven, write_rate, written_rate
 from clr_optim.core.records import (
@@ -23,6 +23,7 @@ from clr_optim.core.records import (
 from clr_optim.core.saved import found_bounds, written_position
 from clr_optim.core.settings import HIGH_MOMENTUM, LOW_MOMENTUM, Settings
 from clr_optim.core.values import Values, evaluate
+from clr_optim.core.warn import warn_each
 from clr_optim.gate import Gate, put_statistics
 from clr_optim.keys import BASE, BASE_MOMENTUM, MAX, MAX_MOMENTUM, STEP
 from clr_optim.schedule import Schedule
@@ -237,6 +238,7 @@ class GroupMirror:
         """Take over the bounds that other code wrote; write the bounds of groups without."""
         groups = list(self._optimizer.param_groups)
         check_counts(groups, "param_groups")
+        warn_each([take_over_kind(self._settings.average, groups, "the wrapped optimizer")])
         for i, (group, bounds) in enumerate(zip(groups, self.bounds(groups), strict=True)):
             self.fill_in_bounds(i, group, bounds)
         if self._gate is not None:

@@ -82,7 +82,7 @@ _REMEDIES = {
     ),
     **dict.fromkeys(
         ("cycle_length", "cycle_len", "cycle_size"),
-        "a cycle has two halves: give half of {value} as step_size_up",
+        "give half of {value} as step_size_up, since a cycle has two halves",
     ),
     "cycle_mult": "give policy=triangular(step_size_up, period_multiplier=...)",
 }  # fmt: skip

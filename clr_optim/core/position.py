@@ -188,7 +188,7 @@ class Position:
             warn_each([warning])
 
     def warn_unread_bounds(self) -> None:
-        """Warn once if other code wrote ``"base_lr"`` or ``"max_lr"`` into groups."""
+        """Warn once if other code wrote bounds, as ``"max_lr"``, into groups."""
         if self._has_warned_of_bounds:
             return
         warning = unread_bounds_warning(self._settings.optimizer.param_groups)

@@ -109,12 +109,13 @@ class CyclicalScheduler(LRScheduler):
             state_dict: empty, as :meth:`state_dict` returns it. The position in that of a torch
                 scheduler is not taken over: if it differs from the optimizer's, there is a warning.
         """
-        position = state_dict.get("last_epoch", self.last_epoch)
-        if position != self.last_epoch:
+        position = self.last_epoch
+        saved = state_dict.get("last_epoch", position) if state_dict else position
+        if saved != position:
             warnings.warn(
-                f"state_dict has last_epoch={position!r}, and the optimizer is at step "
-                f"{self.last_epoch}, which stays: load the optimizer's state dict, which holds the "
-                "position, or call set_iteration(...) of the optimizer",
+                f"state_dict has last_epoch={saved!r}, and the optimizer is at step {position}, "
+                "which stays: load the optimizer's state dict, which holds the position, or call "
+                "set_iteration(...) of the optimizer",
                 UserWarning,
                 stacklevel=callers_level(),
             )

@@ -46,7 +46,7 @@ class _ClosedError(Exception):
 
 _UNCHANGED_GRADIENTS = Gradients()
 
-# Steps between two looks for "base_lr" or "max_lr" in a group, which no code reads.
+# Steps between two looks for bounds, as "max_lr", in a group, where no code reads them.
 _LOOK_EVERY = 64
 
 

@@ -83,12 +83,15 @@ def _sequential(scheduler: Any, low: float) -> list[Phase]:
                 "scheduler has a MultiplicativeLR after another scheduler, whose last rate it "
                 "goes on from: give a LambdaLR with the product, which counts from its own start"
             )
-        if known_class(inner) is torchs.SequentialLR and (i or inner.last_epoch != position):
+        is_active = start <= position and (end is None or position < end)
+        # torch cannot begin a nested one in mid-course, and lets one that is first run ahead.
+        runs_wrong = i or (is_active and inner.last_epoch != position)
+        if runs_wrong and known_class(inner) is torchs.SequentialLR:
             raise ValueError(
                 "scheduler has a SequentialLR within a SequentialLR, whose steps torch counts "
                 "wrong: give one SequentialLR with the schedulers and milestones of both"
             )
-        if start <= position and (end is None or position < end):
+        if is_active:
             own = position_of(inner)
             if own != position - start:
                 raise ValueError(

@@ -43,7 +43,7 @@ def why_not(param: Tensor, grad: Tensor | None, device: str) -> str | None:
     if grad is None:
         return None
     if is_plain(grad, whole):
-        shares = overlap(local_part(grad), param)
+        shares = overlap(grad, param)
         return "gradients in the memory of their parameter" if shares else None
     if not same_spread(grad, whole):
         return "gradients divided over the ranks in another way than their parameter"

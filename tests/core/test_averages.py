@@ -352,7 +352,18 @@ def load_before_wrapping(saved, average):
     return CyclicalOptimizer(inner, step_size_up=2, average=average)
 
 
-@pytest.mark.parametrize("load", [load_directly, load_before_wrapping])
+def load_beneath(saved, average):
+    opt = trained(average, steps=0)
+    opt.optimizer.load_state_dict(saved)
+    assert opt.iteration == saved["param_groups"][0]["clr_step"]
+    opt.set_bounds(max_lr=opt.max_lr)
+    return opt
+
+
+LOADS = [load_directly, load_before_wrapping, load_beneath]
+
+
+@pytest.mark.parametrize("load", LOADS)
 def test_an_average_of_another_kind_starts_anew_with_a_warning(load):
     saved = copy.deepcopy(trained(Ema(0.9), steps=3).state_dict())
     with pytest.warns(
@@ -365,7 +376,7 @@ def test_an_average_of_another_kind_starts_anew_with_a_warning(load):
     load(copy.deepcopy(opt.state_dict()), "cycle_end")  # no warning
 
 
-@pytest.mark.parametrize("load", [load_directly, load_before_wrapping])
+@pytest.mark.parametrize("load", LOADS)
 def test_an_average_of_another_decay_goes_on_with_a_warning(load):
     saved = copy.deepcopy(trained(Ema(0.9), steps=3).state_dict())
     with pytest.warns(

@@ -102,6 +102,13 @@ CONSTRUCTOR = {
     "scale_fn a number": ({"scale_fn": 0.5}, TypeError, "scale_fn must be a callable of one number, got 0.5"),
     "scale_mode unknown": ({"scale_mode": "epoch"}, ValueError, "scale_mode must be one of 'cycle', 'iterations'"),
     "cycle_momentum a number": ({"cycle_momentum": 1}, TypeError, "cycle_momentum must be True or False, got 1"),
+    "cycle_momentum without cycles": (
+        {"policy": "fixed", "cycle_momentum": True}, ValueError,
+        "cycle_momentum=True has no effect with the schedule 'fixed'",
+    ),
+    "base_momentum alone": (
+        {"base_momentum": 0.7}, ValueError, "base_momentum=0.7 .*no effect without cycle_momentum=True",
+    ),
     "base_momentum above 1": ({"base_momentum": 1.5}, ValueError, "base_momentum must be .* <= 1, got 1.5"),
     "base_momentum above max": (
         {"base_momentum": 0.95}, ValueError, "base_momentum=0.95 is above max_momentum=0.9",

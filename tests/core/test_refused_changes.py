@@ -48,6 +48,7 @@ class Breakable:
 CHANGES = {
     "set_iteration": lambda opt: opt.set_iteration(50),
     "set_bounds": lambda opt: opt.set_bounds(max_lr=2.0),
+    "add_param_group": lambda opt: opt.add_param_group({"params": [torch.ones(2)], "lr": 0.3}),
 }
 
 
@@ -200,3 +201,10 @@ def test_a_sequential_scheduler_within_another(order):
     scheduler = SequentialLR(inner, [nested, ExponentialLR(inner, 0.9)][::order], [5])
     with pytest.raises(ValueError, match=r"a SequentialLR within a SequentialLR, .*: give one"):
         CyclicalOptimizer.from_scheduler(scheduler)
+    if order == 1:  # it is over, and no longer counts
+        for _ in range(7):
+            inner.step()
+            scheduler.step()
+        opt = CyclicalOptimizer.from_scheduler(scheduler)
+        assert opt.iteration == 7
+        assert opt.get_last_lr() == pytest.approx(scheduler.get_last_lr())

@@ -8,12 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from clr_optim.averages import (
-    other_kind,
-    other_kind_warning,
-    starts_anew,
-    unmoved_averages_warning,
-)
+from clr_optim.averages import take_over_kind, unmoved_averages_warning
 from clr_optim.core import leftover
 from clr_optim.core.checkpoint.keys import (
     checked_keys,
@@ -87,9 +82,7 @@ def load(shared: Shared, state_dict: Any) -> None:
             if group is not None:
                 group.update({**(old or {}), **(new or {})})
                 mirror.fill_in_momentum_bounds(i, group)
-        average = other_kind(settings.average, keys)
-        if starts_anew(settings.average, average):
-            shared.averaging.begin_anew()
+        warned.append(take_over_kind(settings.average, inner.param_groups, "state_dict"))
         if gate is not None:
             gate.begin(saved_statistics(keys, _GROUPS))
         with load_errors_as_value_errors(inner):
@@ -104,7 +97,6 @@ def load(shared: Shared, state_dict: Any) -> None:
         warned.append(warn_other_schedules(inner.param_groups, saved, "state_dict"))
     if settings.average is None and any(AVERAGES in each for each in keys):
         warned.append(unmoved_averages_warning("state_dict"))
-    warned.append(other_kind_warning(settings.average, average, "state_dict"))
     warn_each(warned)
 
 
