@@ -151,7 +151,7 @@ def check_arguments(
     if max_lr is None and not schedule.has_bounds:
         _warn_scheduled_rates(groups)
     cycles = check_bool("cycle_momentum", cycle_momentum)
-    if cycles and not any(phase.cycle_momentum for phase in schedule.phases):
+    if cycles and not schedule.moves_momentum:
         raise ValueError(
             f"cycle_momentum=True has no effect with the schedule {schedule.name!r}, under which "
             "momentum stays: leave it out, or use a policy with cycles, such as 'triangular'"

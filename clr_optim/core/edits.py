@@ -63,7 +63,7 @@ def arguments_of(taken: TorchsCourse) -> dict[str, Any]:
     """Return the constructor's arguments that continue a torch scheduler."""
     base, top = zip(*taken.bounds, strict=True)
     arguments = {"policy": taken.schedule, "base_lr": base, "max_lr": top}
-    if taken.momenta is not None and any(each.cycle_momentum for each in taken.schedule.phases):
+    if taken.momenta is not None and taken.schedule.moves_momentum:
         low, high = zip(*taken.momenta, strict=True)
         arguments.update(cycle_momentum=True, base_momentum=low, max_momentum=high)
     return arguments

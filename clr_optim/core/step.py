@@ -104,7 +104,9 @@ class StepContext:
         elif not (self.evaluates or self.capturing) and asks_for_state(shared):
             self.only_creates_state = True
         else:
-            _prepare(shared)
+            position.overrule()
+            # The mirror keeps the values for the write after the step.
+            shared.mirror.look_ahead(position.number + 1)
 
 
 def take_step(
@@ -186,16 +188,6 @@ def _run_pre_hooks(
                 )
             args, kwargs = changed
     return args, kwargs
-
-
-def _prepare(shared: Shared) -> None:
-    """Make the groups hold what this step uses, and compute the next values ahead.
-
-    The mirror keeps the values for the write after the step. If a ``scale_fn`` raises, it does so
-    here.
-    """
-    shared.position.overrule()
-    shared.mirror.look_ahead(shared.position.number + 1)
 
 
 # ---- the kernels' step

@@ -61,6 +61,11 @@ class Curve:
         )
 
     @property
+    def moves_momentum(self) -> bool:
+        """Whether momentum cycles in a phase, if the optimizer cycles momentum."""
+        return any(phase.cycle_momentum for phase in self.phases)
+
+    @property
     def scale_fn(self) -> ScaleFn | None:
         """The first ``scale_fn`` among the phases."""
         return next((p.scale_fn for p in self.phases if p.scale_fn is not None), None)

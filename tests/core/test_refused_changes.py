@@ -193,7 +193,8 @@ def test_a_written_setting_that_torchs_step_refuses(what):
             step(opt)
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # torch's, of its own
+# torch warns of the nested scheduler, whose step its constructor calls.
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_sequential_scheduler_within_another(order):
     inner = sgd()

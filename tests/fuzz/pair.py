@@ -127,7 +127,7 @@ class Pair:
             "master_weights": self.masters,
             **getattr(known, "wrap", {}),
         }
-        if not any(phase.cycle_momentum for phase in POLICIES[policy].schedule.phases):
+        if not POLICIES[policy].schedule.moves_momentum:
             # A schedule without cycles refuses to cycle momentum.
             for name in ("cycle_momentum", "base_momentum", "max_momentum"):
                 self.wrap.pop(name, None)
