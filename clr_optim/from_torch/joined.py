@@ -85,8 +85,8 @@ def _sequential(scheduler: Any, low: float) -> list[Phase]:
             )
         is_active = start <= position and (end is None or position < end)
         # torch cannot begin a nested one in mid-course, and lets one that is first run ahead.
-        runs_wrong = i or (is_active and inner.last_epoch != position)
-        if runs_wrong and known_class(inner) is torchs.SequentialLR:
+        is_nested = known_class(inner) is torchs.SequentialLR
+        if is_nested and (i or (is_active and inner.last_epoch != position)):
             raise ValueError(
                 "scheduler has a SequentialLR within a SequentialLR, whose steps torch counts "
                 "wrong: give one SequentialLR with the schedulers and milestones of both"
