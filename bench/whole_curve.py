@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ from clr_optim.demo.train import (
     search_bounds,
     train,
 )
-from clr_optim.options import add_json, spelled, whole
+from clr_optim.options import add_json, make_folder, spelled, whole
 from clr_optim.schedule import Schedule, triangular
 
 __all__ = ["add_arguments", "compare", "report", "run"]
@@ -87,7 +86,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ImportError, OSError: if a picture or file cannot be written, before any training.
         ValueError: if ``--first-cycle`` is odd, one bound is missing, or ``--out`` has runs with
-            other options.
+            other options or something else.
     """
     if (args.base_lr is None) != (args.max_lr is None):
         raise ValueError(
@@ -98,8 +97,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     first = args.first_cycle or _EPOCHS * len(task.batches)
     if first % 2:
         raise ValueError(f"--first-cycle {first}: must be even, as {first + 1}: two equal halves")
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder("--out", args.out)
     plotting.check_picture(folder / "curve.png")
     lengths = [first * (2**cycle - 1) for cycle in range(1, args.cycles + 1)]
     settings = {
@@ -109,11 +107,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "lengths": lengths,
     }
     results = _kept(folder / "curve.json", settings)
-    results["machine"] = {**describe_machine(), "threads": args.threads}
+    machine = {**describe_machine(), "threads": args.threads}
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
-        _train_all(task, results, args.seeds, lambda: _write(folder, results))
+        _train_all(task, results, args.seeds, machine, lambda: _write(folder, results))
     finally:
         torch.set_num_threads(threads)
     text = report(results)
@@ -127,7 +125,13 @@ def _kept(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the results of an earlier run with the same options, or results without runs."""
     if not path.exists():
         return {**settings, "runs": []}
-    results: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    try:
+        results: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        _ = [(run["seed"], run["kind"], run["bounds"], run["curve"]) for run in results["runs"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} has no runs of this command: remove it, or give another folder with --out"
+        ) from error
     for key, value in settings.items():
         if results.get(key) != value:
             raise ValueError(
@@ -144,7 +148,13 @@ def _write(folder: Path, results: Mapping[str, Any]) -> None:
     new.replace(folder / "curve.json")  # an interruption leaves the old file whole
 
 
-def _train_all(task: Task, results: dict[str, Any], seeds: int, write: Callable[[], None]) -> None:
+def _train_all(
+    task: Task,
+    results: dict[str, Any],
+    seeds: int,
+    machine: Mapping[str, Any],
+    write: Callable[[], None],
+) -> None:
     """Train what the results lack, and write them after each run."""
     lengths, runs = results["lengths"], results["runs"]
     done = {(run["seed"], run["kind"]) for run in runs}
@@ -162,7 +172,15 @@ def _train_all(task: Task, results: dict[str, Any], seeds: int, write: Callable[
             curve = _accuracies(
                 task, results["optimizer"], seed, bounds, schedule, iterations, every
             )
-            runs.append({"seed": seed, "kind": kind, "bounds": bounds, "curve": curve})
+            runs.append(
+                {
+                    "seed": seed,
+                    "kind": kind,
+                    "bounds": bounds,
+                    "curve": curve,
+                    "machine": machine,
+                }
+            )
             write()
 
 
@@ -258,22 +276,32 @@ def report(results: Mapping[str, Any]) -> str:
     later = [row for row in rows[1:] if row["seeds"]]
     if later:
         least, most = (pick(later, key=lambda row: float(row["difference"])) for pick in (min, max))
-        losses = sum(row["difference"] < -(row["same"] or math.inf) for row in later)
         lines.append(
             "What the one run loses: from the second length on its accuracy differs by "
             f"{least['difference']:+.2f} points (after {least['length']:,} iterations) to "
-            f"{most['difference']:+.2f} (after {most['length']:,}). {losses} of {len(later)} "
-            "differences are losses beyond the noise of the seeds. At the first length both are "
-            "the same run."
+            f"{most['difference']:+.2f} (after {most['length']:,}). {_losses(later)} At the first "
+            "length both are the same run."
         )
-    machine = results["machine"]
-    lines += [
-        "",
-        f"torch {machine['torch']}, {machine['cpu']}, {machine['threads']} threads; "
-        "`clr-optim bench curve`.",
-        "",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"{_machines(results)}; `clr-optim bench curve`.", ""])
+
+
+def _losses(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Count the differences that are losses beyond the noise of the seeds."""
+    known = [row for row in rows if row["same"] is not None]
+    if not known:
+        return "With one seed the noise of the seeds is unknown."
+    losses = sum(row["difference"] < -row["same"] for row in known)
+    text = f"{losses} of {len(known)} differences are losses beyond the noise of the seeds."
+    if len(known) < len(rows):
+        text += f" The noise of the other {len(rows) - len(known)}, of one seed, is unknown."
+    return text
+
+
+def _machines(results: Mapping[str, Any]) -> str:
+    """Name the machines of the runs. Files of earlier versions have one for all runs."""
+    machines = [run.get("machine") or results["machine"] for run in results["runs"]]
+    words = [f"torch {one['torch']}, {one['cpu']}, {one['threads']} threads" for one in machines]
+    return "; ".join(dict.fromkeys(words))
 
 
 def _between(results: Mapping[str, Any]) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 __all__ = [
-    "OptionError", "Parser", "add_json", "check_json", "flag", "library_errors", "name_options",
-    "spelled", "text_beside_json", "whole", "write_json",
+    "OptionError", "Parser", "add_json", "check_json", "flag", "library_errors", "make_folder",
+    "name_options", "spelled", "text_beside_json", "whole", "write_json",
 ]  # fmt: skip
 
 #: arguments of the library that have another name on the command line
@@ -102,6 +102,23 @@ def name_options(message: str, args: argparse.Namespace) -> str:
         after = "" if "_" in name else r"(?==| must\b)"
         message = re.sub(rf"(?<![\w-]){name}\b{after}", flag(option), message)
     return message
+
+
+def make_folder(option: str, target: str | Path) -> Path:
+    """Make the folder of an option, if there is none.
+
+    Raises:
+        OSError: naming the option, if no file can be written there, before anything is measured.
+    """
+    folder = Path(target)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        words = "is no folder" if isinstance(error, FileExistsError) else "cannot be made"
+        raise type(error)(f"{option} {target}: {words}; give another folder") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{option} {target}: no permission to write here")
+    return folder
 
 
 # ---- results as JSON

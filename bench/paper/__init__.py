@@ -35,7 +35,7 @@ Source: L. N. Smith, *Cyclical Learning Rates for Training Neural Networks*, arX
 Tables 1 to 4 and Figure 6.
 """
 
-from clr_optim.bench.paper.command import DESCRIPTION, run
+from clr_optim.bench.paper.command import DESCRIPTION, run, written
 from clr_optim.bench.paper.comparison import summarize
 from clr_optim.bench.paper.figure_6 import FIGURE_6
 from clr_optim.bench.paper.one_run import Run
@@ -58,4 +58,5 @@ __all__ = [
     "readme_table",
     "run",
     "summarize",
+    "written",
 ]

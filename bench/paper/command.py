@@ -6,15 +6,17 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from clr_optim.bench.paper.data import Data, read
 from clr_optim.bench.paper.known import KNOWN
 from clr_optim.bench.paper.networks import SIGMOID
-from clr_optim.bench.paper.options import chosen_rows
+from clr_optim.bench.paper.options import check_mode, chosen_rows
 from clr_optim.bench.paper.range_tests import measure_range
-from clr_optim.bench.paper.readme import write_readme
+from clr_optim.bench.paper.readme import renewed_readme
 from clr_optim.bench.paper.report import report
 from clr_optim.bench.paper.resnet import DATASETS
 from clr_optim.bench.paper.rows import Row, stages
@@ -22,7 +24,7 @@ from clr_optim.bench.paper.speed import measure_speed
 from clr_optim.bench.paper.store import Store
 from clr_optim.bench.paper.unattended import train_all
 
-__all__ = ["DESCRIPTION", "run"]
+__all__ = ["DESCRIPTION", "run", "written"]
 
 DESCRIPTION = (
     "Reruns the tables of the paper on cyclical learning rates (arXiv 1506.01186): cifar10_full on "
@@ -31,6 +33,10 @@ DESCRIPTION = (
     "Runs unattended: progress goes to stderr, each finished row goes to a file, and --resume "
     "continues after an interruption."
 )
+
+
+#: the JSON files that reports and measurements write
+_JSON_FILES = ("paper", "figure-6", "resnet", "speed", "range-test-*")
 
 
 @contextmanager
@@ -58,15 +64,14 @@ def run(args: argparse.Namespace) -> int:
         OSError: if a file cannot be read or written, before any training.
     """
     try:
+        check_mode(args)
         if args.report:
-            print(report(args.out))
-            if args.readme:
-                write_readme(args.readme, Store(args.out).read())
-            return 0
+            return _report(args)
         if args.readme:
             raise argparse.ArgumentError(None, f"--readme {args.readme}: only with --report")
         if args.data is None:
-            raise argparse.ArgumentError(None, "--data is missing: the folder of CIFAR-10's files")
+            name = "CIFAR-100" if args.table == ["resnet-100"] else "CIFAR-10"
+            raise argparse.ArgumentError(None, f"--data is missing: the folder of {name}'s files")
         if args.together > 1 and args.device == "cpu":
             words = "only on a GPU; on a CPU start a process for each, with --rows and --threads 1"
             raise argparse.ArgumentError(None, f"--together {args.together}: {words}")
@@ -76,6 +81,28 @@ def run(args: argparse.Namespace) -> int:
             return _speed(args) if args.speed else _run(chosen_rows(args), args)
     except ValueError as error:
         raise argparse.ArgumentError(None, str(error)) from error
+
+
+def written(folder: str | Path) -> dict[str, Any]:
+    """Return what the command has written into a folder.
+
+    Returns:
+        The contents of the JSON files by name, and the finished runs as ``"results"``.
+    """
+    store = Store(folder, create=False)
+    files = [path for name in _JSON_FILES for path in sorted(store.folder.glob(f"{name}.json"))]
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    runs = store.read()
+    return {**found, "results": runs} if runs else found
+
+
+def _report(args: argparse.Namespace) -> int:
+    # What the README cannot take is refused before the files of the report change.
+    readme = args.readme and renewed_readme(args.readme, Store(args.out, create=False).read())
+    print(report(args.out))
+    if args.readme:
+        Path(args.readme).write_text(readme, encoding="utf-8")
+    return 0
 
 
 def _speed(args: argparse.Namespace) -> int:
@@ -92,7 +119,6 @@ def _test_ranges(rows: Sequence[Row], args: argparse.Namespace) -> int:
         words = "only with --table resnet; clr-optim range-test --data DIR serves cifar10_full"
         raise argparse.ArgumentError(None, f"--range-test {args.range_test}: {words}")
     data, folder = _read(rows, args), Store(args.out).folder
-    # The last row of a network has a range.
     for row in {row.network.name: row for row in rows}.values():
         print(measure_range(row, data, folder, args.range_test, args.device, args.data_note))
     return 0

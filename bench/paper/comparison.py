@@ -27,8 +27,9 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         Dictionaries with ``"row"``, ``"table"``, ``"published"`` and ``"published_iterations"``. If
         the row was run: also ``"accuracy"`` (mean, percent), ``"spread"`` (standard deviation of a
         sample, None for one seed), ``"iterations"``, ``"cycles"``, ``"seeds"``, ``"training_s"``
-        (mean), ``"curve"`` (means), ``"test_images"``, ``"comparisons"`` (with other rows) and
-        ``"relation"`` (a sentence on the comparisons).
+        (mean), ``"curve"`` (means), ``"test_images"``, ``"at_chance"`` (whether guesses would be
+        as accurate), ``"comparisons"`` (with other rows) and ``"relation"`` (a sentence on the
+        comparisons).
     """
     by_row: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
@@ -66,6 +67,9 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     if all(iteration in curve for curve in curves)
                 ],
             )
+            summary = rows[row.name]
+            above_guesses = summary["accuracy"] - 100 / DATASETS.get(row.table, 10)
+            summary["at_chance"] = above_guesses <= 2 * standard_error(summary)
     for name, summary in rows.items():
         if "accuracy" in summary:
             summary["comparisons"] = _comparisons(KNOWN[name], rows)
@@ -80,10 +84,11 @@ def _comparisons(row: Row, rows: Mapping[str, Mapping[str, Any]]) -> list[dict[s
         Dictionaries with ``"with"`` (the reference's name), ``"difference"`` (points of accuracy),
         ``"same"`` (accuracies count as the same up to so many points: two standard errors of the
         difference, see :func:`standard_error`) and ``"found"`` (the verdict). If the paper has both
-        rows, also ``"expected"`` (the paper's verdict), ``"published_difference"`` and ``"holds"``:
-        True, False, ``"in direction"`` if the difference has the paper's sign and another size, or
-        ``"and more"`` if the paper has the same accuracy in fewer iterations, and the accuracy
-        here is higher.
+        rows, and the reference is above chance here, also ``"expected"`` (the paper's verdict),
+        ``"published_difference"`` and ``"holds"``: True, False, ``"in direction"`` if the
+        difference has the paper's sign and another size, or ``"and more"`` if the paper has the
+        same accuracy in fewer iterations, and the accuracy here is higher. A gain here is one in
+        the paper's direction even if the paper's gain is within the error of its test images.
     """
     here = rows[row.name]
     comparisons = []
@@ -100,10 +105,16 @@ def _comparisons(row: Row, rows: Mapping[str, Mapping[str, Any]]) -> list[dict[s
             "found": verdict(difference, same),
         }
         # The paper has one "fixed" row, so it says nothing about our two fixed rows.
-        if row.name not in FIXED and row.published is not None and other.published is not None:
+        if (
+            row.name not in FIXED
+            and row.published is not None
+            and other.published is not None
+            and not there["at_chance"]
+        ):
             published = round(row.published - other.published, 1)
             expected = verdict(published, 2 * math.hypot(*map(_published_error, (row, other))))
-            holds: bool | str = expected == comparison["found"]
+            is_gain = published > 0 and difference > same
+            holds: bool | str = expected == comparison["found"] or is_gain
             if holds and abs(difference) > same < abs(difference - published):
                 holds = "in direction"
             promised = expected == _AS_ACCURATE and here["iterations"] < there["iterations"]
@@ -122,6 +133,8 @@ def _relation(row: Row, rows: Mapping[str, Mapping[str, Any]]) -> str:
         text += f", in the middle of cycle {math.ceil(here['cycles'])}"
     if not here["finite"]:
         text += ", its weights no longer finite"
+    if here["at_chance"]:
+        text += ", no better than chance"
     if not row.references:
         return text + "; the others are compared with it."
     clauses = []
@@ -147,6 +160,8 @@ def _relation(row: Row, rows: Mapping[str, Mapping[str, Any]]) -> str:
             else:
                 clause += f", as in the paper {figures}, but by another amount: its relation holds "
                 clause += "here in direction only"
+        elif there["at_chance"]:
+            clause += ", which is no better than chance: nothing to compare with"
         elif name.startswith("window"):
             equivalent = found == _AS_ACCURATE
             clause += f": the windows are {'' if equivalent else 'not '}equivalent here"

@@ -20,7 +20,7 @@ from clr_optim.bench.paper.networks import batch_statistics
 from clr_optim.bench.paper.optimizers import CAFFE_RULES, RULES, CaffeSGD
 from clr_optim.bench.paper.rows import Row, Scale
 
-__all__ = ["WARM_UP", "Run", "check_settings"]
+__all__ = ["WARM_UP", "Run", "check_settings", "row_settings"]
 
 #: Test images for an accuracy before the last iteration.
 _ON_THE_WAY = 2_000
@@ -72,9 +72,7 @@ class Run:
             "row": row.name,
             "seed": seed,
             "scale": str(scale.factor),
-            "iterations": self.iterations,
-            "bounds": None if row.bounds is None else list(row.bounds),
-            "schedule": self._schedule.to_dict(),
+            **row_settings(row, scale),
             "optimizer": type(self._inner).__name__,
             "momentum": "caffe" if caffe else "torch",
             "batch_size": self.batches.batch_size,
@@ -111,9 +109,19 @@ class Run:
         )
 
     def prepare(self) -> None:
-        """Find the bounds by a range test, if the row has none. Call this before training."""
+        """Find the bounds by a range test, if the row has none. Call this before training.
+
+        Raises:
+            ValueError: naming row and seed, if the test finds none.
+        """
         if self.optimizer is None:
-            self.range_test = find_bounds(self.model, self._inner, self.batches)
+            try:
+                self.range_test = find_bounds(self.model, self._inner, self.batches)
+            except ValueError as error:
+                raise ValueError(
+                    f"row {self.row.name}, seed {self.seed}: its range test found no bounds: "
+                    f"{error}; leave the row out with --rows, and add --resume"
+                ) from error
             self._wrap(self.range_test["bounds"])
 
     def on_stream(self) -> AbstractContextManager[object]:
@@ -130,6 +138,12 @@ class Run:
         self.optimizer.zero_grad()
         functional.cross_entropy(self.model(inputs), labels).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether the iteration is to be captured now: by kernels, and before an evaluation."""
+        is_far = self.next_evaluation - self.iteration >= WARM_UP
+        return self.on_kernels and self._graph is None and is_far and not self.is_done
 
     def capture(self) -> None:
         """Capture the iteration as a graph, after a few eager iterations, which count."""
@@ -227,6 +241,15 @@ class Run:
             "evaluation_s": round(self.evaluation_s, 2),
             "iterations_per_s": round(self.iterations / self.training_s, 2),
         }
+
+
+def row_settings(row: Row, scale: Scale) -> dict[str, Any]:
+    """Return what a row is at a scale, as results and checkpoints keep it."""
+    return {
+        "iterations": scale.steps(row.iterations),
+        "bounds": None if row.bounds is None else list(row.bounds),
+        "schedule": row.schedule(scale).to_dict(),
+    }
 
 
 def check_settings(wanted: Mapping[str, Any], found: Mapping[str, Any], source: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from contextlib import suppress
 from fractions import Fraction
 
@@ -11,10 +12,33 @@ import torch
 from clr_optim.bench.arguments import device, duration
 from clr_optim.bench.paper.figure_6 import FIGURE, FIGURE_6
 from clr_optim.bench.paper.known import KNOWN
+from clr_optim.bench.paper.optimizers import CAFFE_RULES
 from clr_optim.bench.paper.resnet import DATASETS, RESNET
 from clr_optim.bench.paper.rows import ROWS, Row, Scale
+from clr_optim.options import flag
 
-__all__ = ["add_arguments", "chosen_rows"]
+__all__ = ["add_arguments", "check_mode", "chosen_rows"]
+
+#: defaults of options other than None, False and an empty text
+_DEFAULTS = {"scale": Scale(), "seeds": 1, "device": "cpu", "together": 1, "checkpoint_every": 3.0}
+
+_OF_TRAINING = ("scale", "seeds", "together", "resume", "checkpoint_every", "caffe_momentum")
+
+#: options that replace the training, why others have no effect beside them, and which
+_MODES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "report": (
+        "it trains nothing",
+        (
+            "speed", "range_test", *_OF_TRAINING, "data", "data_note", "table", "figure", "rows",
+            "device", "threads",
+        ),
+    ),
+    "speed": (
+        "it measures cifar10_full",
+        ("range_test", *_OF_TRAINING, "data_note", "table", "figure", "rows"),
+    ),
+    "range_test": ("it trains no row", ("figure", *_OF_TRAINING)),
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,17 +70,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--scale",
         type=_scale,
-        default=Scale(),
+        default=_DEFAULTS["scale"],
         metavar="F",
         help="multiply lengths and step sizes by F, as 0.1 or 1/10 (1)",
     )
-    add("--seeds", type=_count, default=1, metavar="N", help="how many seeds, from 0 (1)")
-    add("--device", type=device, default="cpu", help="cpu, or cuda (ROCm too)")
-    add("--threads", type=_count, metavar="N", help=f"of torch ({torch.get_num_threads()})")
+    add(
+        "--seeds",
+        type=_count(),
+        default=_DEFAULTS["seeds"],
+        metavar="N",
+        help="how many seeds, from 0 (1)",
+    )
+    add("--device", type=device, default=_DEFAULTS["device"], help="cpu, or cuda (ROCm too)")
+    add("--threads", type=_count(), metavar="N", help=f"of torch ({torch.get_num_threads()})")
     add(
         "--together",
-        type=_count,
-        default=1,
+        type=_count(),
+        default=_DEFAULTS["together"],
         metavar="N",
         help="rows to train beside each other on a GPU, which one network does not fill (1)",
     )
@@ -70,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--checkpoint-every",
         type=duration("minutes"),
-        default=3.0,
+        default=_DEFAULTS["checkpoint_every"],
         metavar="MIN",
         help="minutes between checkpoints (3)",
     )
@@ -93,13 +123,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--speed",
-        type=_count,
+        type=_count(),
         metavar="N",
         help="train nothing, only measure iterations per second over N iterations",
     )
     add(
         "--range-test",
-        type=_count,
+        type=_count(2),
         metavar="N",
         help="only find the bounds of the chosen networks of table resnet, in N iterations",
     )
@@ -128,13 +158,34 @@ def _scale(text: str) -> Scale:
     with suppress(ValueError, ZeroDivisionError):
         if 0 < Fraction(text) <= 100:
             return Scale(Fraction(text))
-    raise argparse.ArgumentTypeError(f"must be a number above 0, as 0.1 or 1/10, got {text!r}")
+    words = f"must be a number above 0 and at most 100, as 0.1 or 1/10, got {text!r}"
+    raise argparse.ArgumentTypeError(words)
 
 
-def _count(text: str) -> int:
-    if not (text.isdecimal() and 1 <= int(text) <= 10**6):
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
-    return int(text)
+def _count(minimum: int = 1) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not (text.isdecimal() and minimum <= int(text) <= 10**6):
+            words = f"must be a whole number from {minimum} to 1000000, got {text!r}"
+            raise argparse.ArgumentTypeError(words)
+        return int(text)
+
+    return convert
+
+
+def check_mode(args: argparse.Namespace) -> None:
+    """Refuse an option that has no effect beside one that replaces the training.
+
+    Raises:
+        argparse.ArgumentError: naming both.
+    """
+    mode = next((name for name in _MODES if getattr(args, name)), None)
+    if mode is None:
+        return
+    reason, names = _MODES[mode]
+    for name in names:
+        if getattr(args, name) not in (None, False, "", _DEFAULTS.get(name)):
+            words = f"{flag(name)} has no effect with {flag(mode)}: {reason}; leave it out"
+            raise argparse.ArgumentError(None, words)
 
 
 def chosen_rows(args: argparse.Namespace) -> list[Row]:
@@ -168,6 +219,9 @@ def chosen_rows(args: argparse.Namespace) -> list[Row]:
                     where += f"; add --table {RESNET[name].table}"
                 raise argparse.ArgumentError(None, f"--rows {name}: not in {where}")
         rows = [row for row in rows if row.name in args.rows]
+    if args.caffe_momentum and not any(row.rule in CAFFE_RULES for row in rows):
+        words = "--caffe-momentum has no effect on these rows: none of them is of SGD; leave it out"
+        raise argparse.ArgumentError(None, words)
     for row in rows:
         _check_lengths(row, args.scale)
     return rows

@@ -11,6 +11,7 @@ from clr_optim import plotting
 from clr_optim.bench.paper.data import Data
 from clr_optim.bench.paper.optimizers import RULES
 from clr_optim.bench.paper.report_files import write_report
+from clr_optim.bench.paper.resnet import DATASETS, RESNET
 from clr_optim.bench.paper.rows import Row
 from clr_optim.range_test import Bounds, RangeTest, lr_range_test
 
@@ -25,10 +26,12 @@ def measure_range(
 ) -> str:
     """Find the bounds of a network while the rate rises linearly from 0 to 1.
 
-    Writes ``range-test-<network>.md``, ``.json`` and ``.png``.
+    Writes ``range-test-<network>.md``, ``.json`` and ``.png``; of CIFAR-100, the name of the
+    network begins with ``cifar100-``.
 
     Args:
-        row: a row of the network; its rule and its batches are those of the test.
+        row: a row of the network; its rule and its images are those of the test, without
+            augmentation.
         data: to train on.
         folder: where the files go.
         steps: the iterations of the test.
@@ -52,12 +55,15 @@ def measure_range(
         metric="accuracy",
     )
     found, suggested = _suggested(result)
-    assert row.bounds is not None, "each row of Table 4 has bounds"
-    low, high = row.bounds
+    name = row.name.rpartition("-")[0]
+    bounds_of_paper = RESNET[f"{name}-clr"].bounds
+    assert bounds_of_paper is not None, "each row of Table 4 has bounds"
+    low, high = bounds_of_paper
     text = "\n".join(
         [
-            f"`{network.name}`, {row.rule}, {steps:,} iterations with rates from 0 to {_END:g}, "
-            f"batches of {network.batch_size}; {note or 'the official images'}.",
+            f"`{name}`, {row.rule}, {steps:,} iterations with rates from 0 to {_END:g}, "
+            f"batches of {network.batch_size} images without augmentation; "
+            f"{note or 'no note on the data'}.",
             "",
             "| | base_lr | max_lr |",
             "| --- | --- | --- |",
@@ -70,13 +76,13 @@ def measure_range(
     )
     bounds = None if isinstance(found, str) else found
     whole = {"note": note, "bounds": bounds and bounds.asdict(), "test": result.to_dict()}
-    name = f"range-test-{network.name}"
-    title = f"LR range test, {network.name} on CIFAR-10"
+    file = f"range-test-{name}"
+    title = f"LR range test, {network.name} on CIFAR-{DATASETS[row.table]}"
 
     def draw(folder: Path) -> None:
-        plotting.save(plotting.plot_range_test(result, bounds, title=title), folder / f"{name}.png")
+        plotting.save(plotting.plot_range_test(result, bounds, title=title), folder / f"{file}.png")
 
-    return write_report(folder, name, text, whole, draw)
+    return write_report(folder, file, text, whole, draw)
 
 
 def _suggested(result: RangeTest) -> tuple[Bounds | str, str]:

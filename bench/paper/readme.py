@@ -1,4 +1,4 @@
-"""Renew the README's table of all rows."""
+"""Renew the table of all rows in a Markdown file, such as docs/paper.md."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from clr_optim.bench.paper.figure_report import figure_table
 from clr_optim.bench.paper.quarters import summarize_quarters
 from clr_optim.bench.paper.resnet import RESNET
 
-__all__ = ["BEGIN", "END", "figure_mark", "readme_table", "resnet_mark", "write_readme"]
+__all__ = ["BEGIN", "END", "figure_mark", "readme_table", "renewed_readme", "resnet_mark"]
 
 BEGIN, END = "<!-- made by clr-optim bench paper --report --readme -->", "<!-- /made -->"
 
 
-def write_readme(path: str | Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Replace the text between a Markdown file's two marks by a table of all rows.
+def renewed_readme(path: str | Path, results: Sequence[Mapping[str, Any]]) -> str:
+    """Return a Markdown file's text, with a table of all rows between its two marks.
 
     Figure 6 has a table, and a first mark, for each length of its runs. So has Table 4, for each
     data set and scale.
 
     Raises:
-        OSError: if the file cannot be read or written.
+        OSError: if the file cannot be read.
         ValueError: if the file lacks the marks.
     """
     path = Path(path)
@@ -44,7 +44,7 @@ def write_readme(path: str | Path, results: Sequence[Mapping[str, Any]]) -> None
     if not (begin and end):
         raise ValueError(f"{path} has no place for the table: add these two lines: {mark} {END}")
     whole = "\n".join([mark, *table, END])
-    path.write_text(f"{before}{whole}{after}", encoding="utf-8")
+    return f"{before}{whole}{after}"
 
 
 def figure_mark(iterations: int) -> str:
@@ -64,6 +64,7 @@ def readme_table(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
         "| row | the paper, % (iterations) | here, % (iterations) | the paper's relation here |",
         "| --- | --- | --- | --- |",
     ]
+    by_name = {row["row"]: row for row in summaries}
     for row in summaries:
         published = "–"
         if row["published"] is not None:
@@ -83,6 +84,8 @@ def readme_table(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
                     f" ({comparison['difference']:+.1f} points, "
                     f"{comparison['published_difference']:+.1f} in the paper)"
                 )
+            elif by_name[comparison["with"]]["at_chance"]:
+                relation += ", which is no better than chance"
             relations.append(relation)
         spread = "" if row["spread"] is None else f" ± {row['spread']:.1f}"
         lines.append(

@@ -17,7 +17,7 @@ from clr_optim.bench.paper.resnet import RESNET
 from clr_optim.bench.paper.resnet_report import report_on_resnet
 from clr_optim.bench.paper.rows import ROWS
 from clr_optim.bench.paper.settings_lines import settings_lines
-from clr_optim.bench.paper.store import Store
+from clr_optim.bench.paper.store import Store, key
 from clr_optim.bench.paper.table_lines import table_lines
 
 __all__ = ["markdown", "report"]
@@ -80,18 +80,19 @@ def report(folder: str | Path) -> str:
         The Markdown.
 
     Raises:
-        ValueError: if the folder has no results.
+        ValueError: if the folder has no results, or results that do not belong together.
     """
     store = Store(folder, create=False)
     results = store.read()
     if not results:
         raise ValueError(f"{store.results}: no finished run to report on")
+    _check_together(results, store.results)
     if results[0]["row"] in FIGURE_6:
         return report_on_figure(store.folder, results)
     if results[0]["row"] in RESNET:
         return report_on_resnet(store.folder, results)
     speed_file = store.folder / "speed.json"
-    speed = json.loads(speed_file.read_text()) if speed_file.exists() else None
+    speed = json.loads(speed_file.read_text("utf-8")) if speed_file.exists() else None
     summaries = summarize(results)
     text = markdown(results, speed)
     whole = {"rows": summaries, "runs": results, "speed": speed}
@@ -101,6 +102,34 @@ def report(folder: str | Path) -> str:
             plotting.save(plotting.plot_paper_curves(panels), folder / f"{name}.png")
 
     return write_report(store.folder, "paper", text, whole, draw)
+
+
+def _check_together(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Refuse results that were joined from several folders, or come twice."""
+    seen: set[tuple[str, int]] = set()
+    for run in results:
+        if key(run) in seen:
+            raise ValueError(
+                f"{path}: row {run['row']}, seed {run['seed']} comes twice: remove one of its lines"
+            )
+        seen.add(key(run))
+        for name in ("scale", "momentum", "data"):
+            if run[name] != results[0][name]:
+                raise ValueError(
+                    f"{path}: row {run['row']}, seed {run['seed']} has {name} {run[name]!r}, and "
+                    f"the first line {results[0][name]!r}: give each a folder, and report on both"
+                )
+    kinds = {_kind(run["row"]) for run in results}
+    if len(kinds) > 1:
+        words = " and ".join(sorted(kinds))
+        raise ValueError(f"{path}: rows of {words}: give each a folder, and report on both")
+
+
+def _kind(row: str) -> str:
+    """Return which of the three reports has a row."""
+    if row in FIGURE_6:
+        return "Figure 6"
+    return "Table 4" if row in RESNET else "Tables 1 and 3"
 
 
 Curves = dict[str, list[tuple[int, float]]]

@@ -19,6 +19,9 @@ An epoch is all training images once. The numbers of iterations are rounded by a
 that ``--scale 0.01`` and its multiples divide all cycles into whole iterations. The borders between
 rates are rounded to the nearest iteration.
 
+The order of the images is that of the seed and the same in each epoch, as in the other tables; the
+originals shuffle anew in each epoch. Crops and mirror images are drawn anew each time.
+
 The paper tells no depth. The figures of its ResNet stand beside 20 layers and 56, and those of
 stochastic depth as well: the differences between rows of one network are what can be compared. In
 the original, stochastic depth has 110 layers. The paper's figures are means of five runs.

@@ -50,10 +50,11 @@ def _preamble(results: Sequence[Mapping[str, Any]]) -> list[str]:
     name = _NAMES[RESNET[first["row"]].table]
     lines = [
         f"Accuracy on {name}'s test images after the last iteration, mean ± standard deviation "
-        "over seeds. Random crops with a padding of 4, mirrored at random. SGD with Nesterov's "
-        "momentum of 0.9 and a weight decay of 1e-4. The rates, and the range of a `clr` row, fall "
-        "to a tenth and to a hundredth; a run has ten cycles. The paper tells no depth: its "
-        "figures stand beside each.",
+        "over seeds. Random crops with a padding of 4, mirrored at random; the order of the images "
+        "is the same in each epoch (the originals shuffle anew). SGD with Nesterov's momentum of "
+        "0.9 and a weight decay of 1e-4. The rates, and the range of a `clr` row, fall to a tenth "
+        "and to a hundredth; a run has ten cycles. The paper tells no depth: its figures, means of "
+        "five runs, stand beside each.",
     ]
     if factor != 1:
         lines.append(

@@ -1,7 +1,8 @@
-"""Say the settings, data and machines of runs in words."""
+"""Say the seeds, settings, data and machines of runs in words."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,8 +10,14 @@ __all__ = ["settings_lines"]
 
 
 def settings_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return lines on momentum, data, and machines, which all reports have."""
-    lines = [
+    """Return lines on seeds, momentum, data, and machines, which all reports have."""
+    lines = []
+    if min(Counter(result["row"] for result in results).values()) == 1:
+        lines.append(
+            "How far the seeds of a row with one seed would differ is unknown: what counts as the "
+            "same has the error of its test images alone."
+        )
+    lines += [
         "Momentum as in Caffe, the rate inside the buffer."
         if results[0]["momentum"] == "caffe"
         else "Momentum as in torch, the rate outside the buffer (Caffe has it inside)."

@@ -13,6 +13,7 @@ import torch
 
 from clr_optim.bench.paper.known import KNOWN
 from clr_optim.bench.paper.one_run import Run
+from clr_optim.options import make_folder
 
 __all__ = ["Store", "key"]
 
@@ -24,13 +25,14 @@ class Store:
 
     Args:
         folder: the folder.
-        create: whether to create a folder that does not exist.
+        create: whether to create a folder that does not exist, to write into.
+
+    Raises:
+        OSError: naming ``--out``, if ``create`` is true and no file can be written there.
     """
 
     def __init__(self, folder: str | Path, *, create: bool = True) -> None:
-        self.folder = Path(folder)
-        if create:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = make_folder("--out", folder) if create else Path(folder)
         self.results = self.folder / "results.jsonl"
 
     def is_empty(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from time import perf_counter
 
-from clr_optim.bench.paper.one_run import WARM_UP, Run
+from clr_optim.bench.paper.one_run import Run
 
 __all__ = ["train"]
 
@@ -16,9 +16,6 @@ class _Training:
     def __init__(self, run: Run, save: Callable[[Run], None], save_every_s: float) -> None:
         self.run, self._save, self._every = run, save, save_every_s
         run.prepare()
-        if run.on_kernels and run.iterations - run.iteration > WARM_UP:
-            run.capture()
-            run.synchronize()
         self._saved = self._since = perf_counter()
 
     def _pause(self) -> None:
@@ -32,16 +29,20 @@ class _Training:
         self._saved = self._since = perf_counter()
 
     def advance(self) -> None:
-        """Do one iteration or evaluation; before it, save a checkpoint if it is time."""
+        """Do one iteration, evaluation or capture; before it, save a checkpoint if it is time."""
         run = self.run
         if perf_counter() - self._saved >= self._every:
             self.save()
-        if run.iteration < run.next_evaluation:
+        if run.iteration < run.next_evaluation and not run.can_capture:
             run.iterate()
+            return
+        self._pause()
+        if run.can_capture:
+            run.capture()
+            run.synchronize()
         else:
-            self._pause()
             run.evaluate()
-            self._since = perf_counter()
+        self._since = perf_counter()
 
 
 def train(

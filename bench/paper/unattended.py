@@ -15,7 +15,7 @@ from clr_optim.bench.gpu import Gpu
 from clr_optim.bench.machine import describe_machine
 from clr_optim.bench.paper.data import Data
 from clr_optim.bench.paper.known import KNOWN
-from clr_optim.bench.paper.one_run import Run, check_settings
+from clr_optim.bench.paper.one_run import Run, check_settings, row_settings
 from clr_optim.bench.paper.progress import Progress
 from clr_optim.bench.paper.rows import Row, Scale
 from clr_optim.bench.paper.store import Store, key
@@ -70,8 +70,13 @@ def train_all(
     }
     finished = set()
     for result in store.read():
-        batch_size = KNOWN[result["row"]].network.batch_size_on(data)
-        check_settings({**common, "batch_size": batch_size}, result, str(store.results))
+        row = KNOWN[result["row"]]
+        settings = {
+            **common,
+            "batch_size": row.network.batch_size_on(data),
+            **row_settings(row, scale),
+        }
+        check_settings(settings, result, f"{store.results}, row {row.name},")
         finished.add(key(result))
         store.drop_checkpoint(*key(result))  # left over if a process ended between the two writes
     # Seeds outermost, so that an early stop leaves all rows at as many seeds as possible.

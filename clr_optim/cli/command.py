@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from clr_optim._version import __version__
@@ -122,12 +120,8 @@ def _long(args: argparse.Namespace) -> Outcome:
 
 
 def _paper(args: argparse.Namespace) -> Outcome:
-    """Run the paper's measurements; their results are the JSON files in the folder ``--out``."""
     code = paper.run(args)
-    results = {path.stem: json.loads(path.read_text()) for path in Path(args.out).glob("*.json")}
-    for path in Path(args.out).glob("*.jsonl"):
-        results[path.stem] = [json.loads(line) for line in path.read_text().splitlines()]
-    return Outcome(results, code)
+    return Outcome(paper.written(args.out) if args.json else {}, code)
 
 
 if __name__ == "__main__":

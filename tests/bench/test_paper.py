@@ -16,6 +16,7 @@ from clr_optim.bench.paper import ROWS, Run, Scale, speed
 from clr_optim.bench.paper import data as images
 from clr_optim.bench.paper.report import report
 from clr_optim.bench.paper.store import Store
+from clr_optim.cli import main
 
 
 def test_a_line_that_was_cut_off_is_not_a_result(tmp_path):
@@ -68,8 +69,20 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(
         (["--table", "3", "--rows", "exp"], "--rows exp: not in table 3"),
         (["--table", "1", "--scale", "0.0001"], "turns 5,000 iterations into 0.5"),
         (["--table", "1", "--scale", "1/3"], "a multiple of 0.01 serves all rows"),
-        (["--table", "1", "--scale", "-1"], "must be a number above 0, as 0.1 or 1/10, got '-1'"),
-        (["--table", "1", "--seeds", "0"], "must be a whole number >= 1, got '0'"),
+        (
+            ["--table", "1", "--scale", "-1"],
+            "a number above 0 and at most 100, as 0.1 or 1/10, got '-1'",
+        ),
+        (["--table", "1", "--seeds", "0"], "must be a whole number from 1 to 1000000, got '0'"),
+        (["--table", "resnet", "--range-test", "1"], "from 2 to 1000000, got '1'"),
+        (["--report"], "--data has no effect with --report: it trains nothing"),
+        (["--speed", "9", "--seeds", "2"], "--seeds has no effect with --speed: it measures"),
+        (["--speed", "9", "--range-test", "9"], "--range-test has no effect with --speed"),
+        (
+            ["--table", "resnet", "--range-test", "9", "--scale", "0.1"],
+            "--scale has no effect with --range-test: it trains no row",
+        ),
+        (["--rows", "adam-fixed", "--caffe-momentum"], "--caffe-momentum has no effect on these"),
         (["--table", "1", "--checkpoint-every", "soon"], "a number of minutes >= 0, got 'soon'"),
         (["--table", "1", "--device", "abacus"], "must be cpu or cuda, got 'abacus'"),
         (["--table", "1", "--together", "2"], "--together 2: only on a GPU; on a CPU start a"),
@@ -87,6 +100,37 @@ def test_options_are_refused_before_anything_is_trained(options, words, folder, 
     assert exit_.value.code == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", [["--table", "1"], ["--speed", "9"]])
+def test_a_folder_that_takes_no_files_is_refused_before_training(option, folder, tmp_path, capsys):
+    out = tmp_path / "a file"
+    out.write_text("")
+    with pytest.raises(SystemExit):
+        run_paper(folder, out, *option)
+    assert f"--out {out}: is no folder; give another folder" in capsys.readouterr().err
+
+
+def test_the_folder_that_is_missing_is_named_by_its_data(capsys):
+    for table, name in (("1", "CIFAR-10's"), ("resnet-100", "CIFAR-100's")):
+        with pytest.raises(SystemExit):
+            main(["bench", "paper", "--table", table])
+        assert f"--data is missing: the folder of {name} files" in capsys.readouterr().err
+
+
+def test_json_has_the_reports_and_the_finished_runs_alone(tmp_path, capsys):
+    store = Store(tmp_path)
+    store.append({**result_of(), "data_note": "a\u2028b"})
+    with store.results.open("a") as file:
+        file.write('{"row": "exp", "se')  # a process died here
+    (tmp_path / "notes.json").write_text("mine")
+    report_ = ["bench", "paper", "--report", "--out", str(tmp_path)]
+    assert main(report_) == 0
+    capsys.readouterr()
+    assert main([*report_, "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert written["results"] == store.read()
+    assert set(written) == {"paper", "results"}
 
 
 def test_results_and_data_that_do_not_go_together_are_refused(folder, tmp_path, small, capsys):

@@ -279,6 +279,13 @@ def test_conclusions_count_both_ways_to_test():
     ]
 
 
+def test_without_constant_rates_there_is_nothing_to_compare():
+    decays = _figure_result(DECAYING, [30.0, 40.0, 50.0, 57.5])
+    assert conclusions(summarize_quarters([decays, RESULTS[2]])) == [
+        "Constant rates and cycles were not both run: there is nothing to compare yet."
+    ]
+
+
 def test_a_decaying_rate_is_compared_with_the_cycles():
     decays = _figure_result(DECAYING, [30.0, 40.0, 50.0, 57.5])
     *_, sentence, _ = conclusions(summarize_quarters([*RESULTS, decays]))

@@ -88,6 +88,60 @@ def test_more_than_the_paper_promises_of_fewer_iterations():
     assert any("| holds, and more: more accurate than fixed (+3.0 points" in line for line in table)
 
 
+def test_a_gain_that_is_small_in_the_paper_holds_in_direction():
+    """82.2 against 81.4 %: within two standard errors of the paper's test images."""
+    fixed = result_of("fixed", accuracy=76.0)
+    for accuracy, words in (
+        (79.0, "but by another amount: its relation holds here in direction only."),
+        (77.3, "as in the paper (82.2 against 81.4 %): its relation holds here."),
+        (72.0, "its relation does not hold here."),
+    ):
+        row = result_of("exp_range", accuracy=accuracy, iterations=70_000)
+        assert _sentences([fixed, row])["exp_range"].endswith(words)
+
+
+def test_a_row_that_stayed_at_chance_is_nothing_to_compare_with():
+    results = [result_of("fixed", accuracy=10.4), result_of("triangular2", accuracy=30.0)]
+    rows = {row["row"]: row for row in summarize(results)}
+    assert (rows["fixed"]["at_chance"], rows["triangular2"]["at_chance"]) == (True, False)
+    assert "10.40 % after 70,000 iterations, no better than chance;" in rows["fixed"]["relation"]
+    assert rows["triangular2"]["relation"].endswith(
+        "which is no better than chance: nothing to compare with."
+    )
+    line = next(line for line in readme_table(list(rows.values())) if "| triangular2 |" in line)
+    assert line.endswith("| more accurate than fixed, which is no better than chance |")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"row": "fixed"}, "row fixed, seed 0 comes twice: remove one of its lines"),
+        ({"scale": "1/2"}, "row decay, seed 0 has scale '1/2', and the first line '1'"),
+        ({"momentum": "caffe"}, "has momentum 'caffe', and the first line 'torch'"),
+        ({"row": "resnet-20-0.1"}, "rows of Table 4 and Tables 1 and 3: give each a folder"),
+        ({"row": "triangular"}, "rows of Figure 6 and Tables 1 and 3: give each a folder"),
+    ],
+    ids=str,
+)
+def test_results_that_do_not_belong_together_are_refused(change, words, tmp_path, capsys):
+    store = Store(tmp_path)
+    store.append(result_of("fixed"))
+    store.append({**result_of("decay"), **change})
+    with pytest.raises(SystemExit):
+        main(["bench", "paper", "--report", "--out", str(tmp_path)])
+    assert words in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["results.jsonl"]
+
+
+def test_the_report_says_that_one_seed_has_unknown_noise(tmp_path):
+    store = Store(tmp_path)
+    words = "How far the seeds of a row with one seed would differ is unknown"
+    store.append(result_of("fixed"))
+    assert words in report(tmp_path)
+    store.append(result_of("fixed", seed=1))
+    assert words not in report(tmp_path)
+
+
 def test_spread_over_seeds_widens_what_is_the_same():
     results = [
         result_of(row, seed, value)
@@ -182,8 +236,11 @@ def test_the_readmes_table_is_renewed_between_its_marks(tmp_path, capsys):
     ):
         assert line in lines
     readme.write_text("nothing")
+    written = store.folder / "paper.md"
+    written.unlink()
     with pytest.raises(SystemExit):
         main([*options, str(readme)])
+    assert not written.exists()
     assert "has no place for the table: add these two lines" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["bench", "paper", "--data", "x", "--table", "1", "--readme", str(readme)])

@@ -421,6 +421,16 @@ def test_range_test_of_a_network(small_networks, tmp_path, capsys):
     assert not (out / "results.jsonl").exists()
 
 
+def test_range_test_of_a_fixed_row_of_cifar_100(small_networks, tmp_path, capsys):
+    """The bounds beside the suggestion are those of the cycled row, and the files have a name."""
+    _write_cifar100(tmp_path / "data", 130)
+    options = ("--table", "resnet-100", "--rows", "cifar100-resnet-20-0.1", "--range-test", "4")
+    assert run_paper(tmp_path / "data", tmp_path / "out", *options) == 0
+    text = (tmp_path / "out" / "range-test-cifar100-resnet-20.md").read_text()
+    assert "| the paper | 0.1 | 0.3 |" in text
+    assert "without augmentation; no note on the data" in text
+
+
 def test_range_test_of_other_tables_is_refused(tmp_path, capsys):
     write_slice(tmp_path / "data")
     with pytest.raises(SystemExit):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import weakref
@@ -12,7 +13,7 @@ import pytest
 import torch
 from paper_helpers import TWO_HUNDRED, FakeGraphs, results_of, run_paper, stop_at
 
-from clr_optim.bench.paper import ROWS, Run, Scale, one_run
+from clr_optim.bench.paper import FIGURE_6, ROWS, Run, Scale, one_run
 from clr_optim.bench.paper import data as images
 from clr_optim.bench.paper.store import Store
 from clr_optim.bench.paper.training import train
@@ -159,6 +160,53 @@ def test_a_captured_iteration_is_counted_as_any_other(data, monkeypatch):
     plain, captured = (run.result() for run in runs)
     assert plain["weights"] == captured["weights"]
     assert plain["curve"] == captured["curve"]
+
+
+def test_a_resumed_run_captures_after_an_evaluation_that_is_near(data, monkeypatch):
+    """The iterations before a capture count: they must not pass the place of an accuracy."""
+    monkeypatch.setattr(one_run, "Gpu", FakeGraphs)
+    whole = Run(ROWS["window-hann"], 0, Scale(Fraction("1/400")), data)
+    assert not train([whole], lambda run: None, lambda: 0, lambda run: None, 1e9)
+    places = [at for at, _ in whole.curve]
+    begun = Run(ROWS["window-hann"], 0, Scale(Fraction("1/400")), data)
+    while begun.iteration < places[0] - 1:
+        begun.iterate()
+    resumed = Run(ROWS["window-hann"], 0, Scale(Fraction("1/400")), data)
+    resumed.on_kernels = True
+    resumed.load_state_dict(begun.state_dict())
+    assert not resumed.can_capture
+    captured = []
+    monkeypatch.setattr(
+        Run, "capture", lambda run, real=Run.capture: captured.append(run.iteration) or real(run)
+    )
+    assert not train([resumed], lambda run: None, lambda: 0, lambda run: None, 1e9)
+    assert resumed.curve == whole.curve
+    assert resumed.result()["weights"] == whole.result()["weights"]
+    assert captured
+
+
+def test_a_row_whose_definition_has_changed_is_not_gone_on_with(folder, tmp_path, small, capsys):
+    options = ("--rows", "window-hann", "--scale", "1/400")
+    assert run_paper(folder, tmp_path, *options) == 0
+    (result,) = results_of(tmp_path)
+    text = json.dumps({**result, "bounds": [0.001, 0.5]}) + "\n"
+    (tmp_path / "results.jsonl").write_text(text)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run_paper(folder, tmp_path, *options, "--resume", "--seeds", "2")
+    error = capsys.readouterr().err
+    assert "results.jsonl, row window-hann, has bounds [0.001, 0.5], and this run" in error
+
+
+def test_a_range_test_without_bounds_names_row_and_seed(data, monkeypatch):
+    def none(*_):
+        raise ValueError("the loss fell nowhere")
+
+    monkeypatch.setattr(one_run, "find_bounds", none)
+    run = Run(FIGURE_6["triangular-found"], 3, Scale(Fraction("1/7500")), data)
+    words = "row triangular-found, seed 3: its range test found no bounds: the loss fell nowhere"
+    with pytest.raises(ValueError, match=words):
+        run.prepare()
 
 
 @pytest.mark.parametrize("on_kernels", [False, True])

@@ -174,6 +174,31 @@ def test_the_report_says_what_is_saved_and_what_is_lost():
     saved, lost = (line for line in lines if line.startswith("What the one run"))
     assert "28 iterations show 3 lengths, and separate runs take 44 (36% saved)." in saved
     assert "-3.50 points (after 12 iterations) to +1.00 (after 28)" in lost
-    assert "1 of 2 differences are losses beyond the noise of the seeds." in lost
+    assert "1 of 1 differences are losses beyond the noise of the seeds." in lost
+    assert "The noise of the other 1, of one seed, is unknown." in lost
+    of_one_seed = {**RESULTS, "runs": RESULTS["runs"][:4]}
+    assert "With one seed the noise of the seeds is unknown." in report(of_one_seed)
     unfinished = {**RESULTS, "runs": RESULTS["runs"][:3]}
     assert "| 28 | not run | | | |" in report(unfinished)
+
+
+def test_equal_losses_of_all_seeds_are_losses():
+    """Digits have steps of 1/597: two seeds may well lose the same, without any spread."""
+    runs = [{**run, "curve": [[at, 50.0 - (run["kind"] == "one run") * (at > 4)] for at, _ in
+             run["curve"]]} for run in RESULTS["runs"]]  # fmt: skip
+    assert "1 of 1 differences are losses" in report({**RESULTS, "runs": runs})
+
+
+def test_each_machine_of_the_runs_is_named():
+    first, *others = RESULTS["runs"]
+    other = {**first, "machine": {"torch": "3", "cpu": "loom", "threads": 2}}
+    text = report({**RESULTS, "runs": [other, *others]})
+    assert "torch 3, loom, 2 threads; torch 2, abacus, 1 threads; `clr-optim" in text
+
+
+@pytest.mark.parametrize("contents", ["", "[]", "{}", '{"runs": [3]}'])
+def test_a_file_of_something_else_is_refused_by_name(contents, tmp_path, capsys):
+    (tmp_path / "curve.json").write_text(contents)
+    with pytest.raises(SystemExit):
+        bench(tmp_path, *SHORT)
+    assert "curve.json has no runs of this command: remove it" in capsys.readouterr().err
