@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from clr_optim.checks import LAST_STEP, check_callable_of_one, check_int, check_path
 from clr_optim.core.warn import callers_level
@@ -96,9 +97,9 @@ class Snapshots:
             path = check_path("folder", folder)
             _check_values(self._model.state_dict())
             self._store = _Folder(path)
-        _warn_of_no_effect(optimizer, self.steps)
+        _warn_of_no_effect(optimizer, self._model, self.steps)
         # The handle holds the hooks weakly: the snapshots keep no optimizer alive.
-        self._handle = optimizer.register_cycle_end_hook(self._take)
+        self._handle = optimizer._add_cycle_end_hook(self._take)
 
     @property
     def steps(self) -> list[int]:
@@ -173,7 +174,14 @@ class Snapshots:
     def _model_at(self, step: int) -> nn.Module:
         # A new copy for each snapshot: autocast caches the weights that it casts, and buffers
         # outside the state_dict may change in a forward.
-        model = copy.deepcopy(self._model)
+        try:
+            model = copy.deepcopy(self._model)
+        except Exception as error:  # a module may raise anything
+            name = type(error).__name__
+            raise TypeError(
+                f"model cannot be copied ({name}: {error}): build a model, and load the snapshots "
+                "into it by load_state_dict; those of a folder are files"
+            ) from error
         name = self._store.name(step)
         try:
             state = self._store.read(step)
@@ -235,7 +243,7 @@ def _bare(model: object) -> nn.Module:
 def _check_values(state: _State) -> None:
     """Raise for a value that ``torch.load(file, weights_only=True)`` would refuse."""
     for key, value in state.items():
-        if type(value) is Tensor:
+        if type(value) is Tensor or is_lazy(value):  # a lazy one has become an ordinary one
             continue
         buffer = io.BytesIO()
         try:
@@ -250,8 +258,11 @@ def _check_values(state: _State) -> None:
             ) from error
 
 
-def _warn_of_no_effect(optimizer: CyclicalOptimizer[Any], steps: list[int]) -> None:
+def _warn_of_no_effect(
+    optimizer: CyclicalOptimizer[Any], model: nn.Module, steps: list[int]
+) -> None:
     position = optimizer.iteration
+    trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
     later = [step for step in steps if step > position]
     message = None
     if later:
@@ -264,6 +275,12 @@ def _warn_of_no_effect(optimizer: CyclicalOptimizer[Any], steps: list[int]) -> N
         message = (
             f"Snapshots has no effect: no cycle ends after step {position}; use a policy with "
             "cycles, such as 'triangular'"
+        )
+    elif not any(id(param) in trained for param in model.parameters()):
+        message = (
+            "the optimizer trains no parameter of the model, so that each snapshot has what other "
+            "code puts into it: give the model whose parameters the optimizer updates, unless the "
+            "model is a copy that your code moves"
         )
     if message is not None:
         warnings.warn(message, UserWarning, stacklevel=callers_level())

@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 import weakref
 from pathlib import Path
@@ -353,6 +354,7 @@ sys.path.insert(0, {tests!r})
 import torch
 from test_snapshots import started, train
 
+torch.set_num_threads(1)  # as in these tests: the sums of more threads differ in the last bits
 model, opt, snapshots = started(last=2, folder={folder!r})
 train(model, opt, 8)
 save = torch.save
@@ -670,3 +672,27 @@ def test_a_finished_run_predicts_from_its_folder(tmp_path):
     again = Snapshots(opt, model, folder=tmp_path)  # no warning: pytest makes it an error
     inputs = batch(99)[0]
     assert torch.equal(again.predict(inputs), snapshots.predict(inputs))
+
+
+def test_a_model_that_is_not_trained_warns_and_one_that_cannot_be_copied_is_named():
+    model = torch.nn.Linear(2, 2)
+    opt = CyclicalOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), step_size_up=1)
+    with pytest.warns(UserWarning, match="the optimizer trains no parameter of the model"):
+        Snapshots(opt, copy.deepcopy(model))
+    model.lock = threading.Lock()
+    snapshots = Snapshots(opt, model)
+    opt.step()
+    opt.step()
+    with pytest.raises(TypeError, match=r"model cannot be copied \(TypeError: cannot pickle.*load"):
+        snapshots.predict(torch.ones(1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_lazy_model_may_have_a_folder(tmp_path):
+    model = torch.nn.LazyLinear(2)
+    opt = CyclicalOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), step_size_up=1)
+    snapshots = Snapshots(opt, model, folder=tmp_path)
+    for _ in range(2):
+        model(torch.ones(1, 3)).sum().backward()
+        opt.step()
+    assert torch.equal(snapshots.predict(torch.ones(1, 3)), model(torch.ones(1, 3)))

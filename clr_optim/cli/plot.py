@@ -75,6 +75,7 @@ def _plot(args: argparse.Namespace) -> Outcome:
     make = schedule.POLICIES[args.policy]
     steps = given.pop("steps", 20_000)
     max_lr = given.pop("max_lr", 0.006)
+    base_given = "base_lr" in given
     base_lr = given.pop("base_lr", max_lr / 4)
     unused = set(given) - set(inspect.signature(make).parameters)
     if unused:
@@ -83,6 +84,8 @@ def _plot(args: argparse.Namespace) -> Outcome:
     options = {**schedule.arguments_for(make, steps, 2000), **given}
     with library_errors(args):
         drawn = make(**options)
+        if base_given and not drawn.reads_base_lr:
+            raise OptionError(f"--base-lr has no effect with --policy {args.policy}")
         figure = plotting.plot_schedule(drawn, steps, base_lr, max_lr)
         path = plotting.save(figure, Path(args.out or f"{args.policy}.png"))
     print(path)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -188,6 +189,7 @@ def check_arguments(
             if arguments
             else edited_rates_warning(groups, schedule)
         ]
+    warned.append(_first_rate_warning(optimizer, schedule))
     if kept is None and has_averages:
         warned.append(unmoved_averages_warning("the wrapped optimizer"))
     return Start(
@@ -400,6 +402,16 @@ def _warn_scheduled_rates(groups: Sequence[Mapping[str, Any]]) -> None:
                 stacklevel=callers_level(),
             )
             return
+
+
+def _first_rate_warning(optimizer: Optimizer, schedule: Schedule) -> str | None:
+    """Return a warning if the optimizer reads the rate at its first step only."""
+    if not isinstance(optimizer, torch.optim.Rprop) or schedule.name == "fixed":
+        return None
+    return (
+        f"{type(optimizer).__name__} reads lr at its first step only, so that the schedule "
+        f"{schedule.name!r} has no effect after it: use another optimizer, or the policy 'fixed'"
+    )
 
 
 def _other_bounds_warning(

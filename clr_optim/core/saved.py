@@ -142,7 +142,7 @@ def policy_call(saved: object, where: str) -> str:
     try:
         data = json.loads(cast("str", saved))
         names = [row["scale_fn"] for row in data["phases"] if "scale_fn" in row]
-        schedule = Schedule.from_dict(data, scale_fn=_Named(names[0]) if names else None)
+        schedule = Schedule.from_dict(data, scale_fn={name: _Named(name) for name in names})
     except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError):
         return f"{name!r} of another version, {saved}"
     phases = len(schedule.phases)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from clr_optim.core.saved import read_position
 from clr_optim.core.scheduler_view import CyclicalScheduler
 from clr_optim.core.settings import Settings
 from clr_optim.core.shared import Shared, alone
+from clr_optim.core.warn import callers_level
 from clr_optim.gate import NO_STATISTICS, Statistics
 
 __all__ = ["OptimizerT", "Wrapper"]
@@ -133,7 +135,7 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
 
         The hook is the place to take a snapshot, to average weights, or to stop. If a cycle falls
         at its end, the rate is then at its lowest. The hook runs before step post-hooks. Copies and
-        pickles omit all hooks.
+        pickles omit all hooks. A warning says if no further cycle of the schedule ends.
 
         Args:
             hook: a callable of one optimizer, this one.
@@ -155,6 +157,17 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
             >>> handle.remove()
         """
         check_callable_of_one("hook", hook, "optimizer")
+        if self.steps_to_cycle_end is None:
+            warnings.warn(
+                f"register_cycle_end_hook has no effect: no cycle of the schedule "
+                f"{self.schedule.name!r} ends after step {self.iteration}; use a policy with "
+                "cycles, such as 'triangular', or register_step_post_hook",
+                UserWarning,
+                stacklevel=callers_level(),
+            )
+        return self._add_cycle_end_hook(hook)
+
+    def _add_cycle_end_hook(self, hook: Callable[[Any], None]) -> RemovableHandle:
         handle = RemovableHandle(self._cycle_end_hooks)
         self._cycle_end_hooks[handle.id] = hook
         return handle

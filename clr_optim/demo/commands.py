@@ -183,6 +183,11 @@ def train_once(args: Namespace) -> tuple[dict[str, Any], int]:
             "--base-lr 0 with --policy fixed: the fixed rate would be 0, the geometric mean of the "
             "bounds; give the rate as both bounds"
         )
+    if args.policy == "fixed" and args.backend != "auto":
+        raise ValueError(
+            f"--backend {args.backend} has no effect with --policy fixed, which is torch's own "
+            "optimizer: leave it out"
+        )
     name = args.optimizer or _DEFAULT
     with _Threads(args.threads):
         task = _task(args)
@@ -197,7 +202,7 @@ def train_once(args: Namespace) -> tuple[dict[str, Any], int]:
             )  # fmt: skip
         print(f"{name}, {args.policy}; {task.summary}.", flush=True)
         if base_lr is None:
-            search = search_bounds(task, name, seed=args.seed)
+            search = search_bounds(task, name, seed=args.seed, backend=args.backend)
             if search.interrupted:
                 return {}, 130
             bounds = search.suggest()

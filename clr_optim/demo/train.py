@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from clr_optim import CyclicalOptimizer
 from clr_optim.bench.workloads import RULES, Rule
+from clr_optim.checks import check_bounds, check_number
 from clr_optim.range_test import DEFAULT_RANGE, DEFAULT_STEPS, RangeTest, lr_range_test
 from clr_optim.schedule import Schedule
 
@@ -292,8 +293,13 @@ def build_optimizer(
 
     ``"fixed"`` is torch's own optimizer at the geometric mean of the bounds, the best guess at a
     single rate.
+
+    Raises:
+        TypeError, ValueError: for bounds that are none, naming them.
     """
     if policy == "fixed":
+        base_lr, max_lr = check_number("base_lr", base_lr), check_number("max_lr", max_lr)
+        check_bounds(base_lr, max_lr)
         return OPTIMIZERS[name](task.groups(model), (base_lr * max_lr) ** 0.5)
     optimizer = OPTIMIZERS[name](task.groups(model), max_lr)
     # The only line that clr_optim adds:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -104,9 +104,18 @@ def _sequential(scheduler: Any, low: float) -> list[Phase]:
     return list(sequence(parts).phases)
 
 
+def _links(scheduler: Any) -> Iterator[Any]:
+    """Yield the schedulers of a chain, and of the chains within it."""
+    for each in scheduler._schedulers:
+        if known_class(each) is torchs.ChainedScheduler:
+            yield from _links(each)
+        else:
+            yield each
+
+
 def _chained(scheduler: Any, low: float) -> list[Phase]:
     """Return the phases of a product of schedulers."""
-    schedulers = scheduler._schedulers
+    schedulers = list(_links(scheduler))
     if len(schedulers) == 1:
         return read_phases(schedulers[0], low)
     cosines = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -61,6 +62,11 @@ def check_rates(start_lr: object, end_lr: object, mode: str) -> tuple[float, flo
         raise ValueError(
             f"start_lr={start!r} must be below end_lr={end!r}: the rate rises; swap the two"
         )
+    if mode == "exponential" and math.isinf(end / start):
+        raise ValueError(
+            f"start_lr={start!r} is too far below end_lr={end!r}, whose ratio is beyond the "
+            "largest float: raise start_lr"
+        )
     return start, end
 
 
@@ -83,6 +89,11 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
             "the test's rates would have no effect: call remove() of its handle before the test, "
             "and step_in_backward() after it"
         )
+    if isinstance(inner, torch.optim.Rprop):
+        raise ValueError(
+            f"optimizer is a {name}, which reads lr at its first step only, so that the test's "
+            "rates would have no effect: use another optimizer"
+        )
     try:
         closure = inspect.signature(type(inner).step).parameters.get("closure")
     except (TypeError, ValueError):
@@ -101,7 +112,7 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
     return inner
 
 
-def check_functions(loss_fn: object, step_fn: object) -> None:
+def check_functions(loss_fn: object, step_fn: object, target_key: object) -> None:
     if step_fn is not None and loss_fn is not None:
         raise ValueError(
             "step_fn and loss_fn are both given: step_fn returns the loss; leave out loss_fn"
@@ -109,6 +120,10 @@ def check_functions(loss_fn: object, step_fn: object) -> None:
     for name, function in (("step_fn", step_fn), ("loss_fn", loss_fn)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be callable, got {function!r}")
+    if target_key is not None and loss_fn is None:
+        raise ValueError(
+            f"target_key={target_key!r} has no effect without a loss_fn: leave it out, or give one"
+        )
 
 
 def check_validation(metric: str, val_loader: object, validate_every: object) -> None:
@@ -145,11 +160,15 @@ def check_amp_dtype(amp_dtype: object) -> None:
 
 def as_device(device: torch.device | str) -> torch.device:
     try:
-        return torch.device(device)
-    except (TypeError, ValueError, RuntimeError) as error:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+        if found.type == "meta":
+            raise ValueError("tensors there have no values")
+        return found
+    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"device must be a device of this machine, such as 'cpu' or 'cuda:0', got {device!r} "
-            f"({error})"
+            f"({' '.join(str(error).split())})"
         ) from error
 
 

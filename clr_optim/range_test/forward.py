@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clr_optim.checks import check_number
 from clr_optim.range_test.arguments import no_batches
 from clr_optim.range_test.ranks import Ranks
 
@@ -32,7 +33,7 @@ class Forward:
         model: nn.Module,
         loss_fn: Callable[[Any, Any], Tensor] | None,
         step_fn: StepFn | None,
-        target_key: str,
+        target_key: str | None,
         wants_accuracy: bool,
         device: torch.device,
     ) -> None:
@@ -118,9 +119,11 @@ class Forward:
             raise ValueError(
                 f"the loss must be one number, a scalar tensor, got {given}: return the mean loss"
             )
-        if self._wants_accuracy and float(count) <= 0:
-            raise ValueError(f"count must be above 0 for an accuracy, got {count!r}")
-        return loss.reshape(()), float(correct), float(count)
+        if not self._wants_accuracy:
+            return loss.reshape(()), 0.0, 1.0
+        correct = check_number("correct of (loss, correct, count)", correct)
+        count = check_number("count of (loss, correct, count)", count, open_minimum=True)
+        return loss.reshape(()), correct, count
 
     def _outcome(self, batch: Any) -> tuple[Any, Any, Any]:
         """Return ``(loss, correct, count)`` as the user's functions compute them."""
@@ -135,16 +138,22 @@ class Forward:
                         "count): the model returned only a loss"
                     )
                 return self._loss_of_model(self._call_model((), batch)), 0.0, 1.0
-            if self._target_key not in batch:
+            place: Any = "labels" if self._target_key is None else self._target_key
+            if place not in batch:
                 raise ValueError(
-                    f"target_key={self._target_key!r} is not in the batch, which has "
+                    f"target_key={place!r} is not in the batch, which has "
                     f"{sorted(map(str, batch))}: give the key of loss_fn's target, or a step_fn"
                 )
-            target = batch[self._target_key]
-            named = {k: v for k, v in batch.items() if k != self._target_key}
+            target = batch[place]
+            named = {k: v for k, v in batch.items() if k != place}
             output = self._call_model((), named)
         elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
-            target = batch[-1]
+            if self._target_key is not None:
+                raise ValueError(
+                    f"target_key={self._target_key!r} has no effect: a batch is a "
+                    f"{type(batch).__name__}, whose last entry is the target; leave it out"
+                )
+            place, target = -1, batch[-1]
             output = self._call_model(batch[:-1], {})
         else:
             size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
@@ -157,7 +166,6 @@ class Forward:
                 "loss_fn=None needs a step_fn, or batches that are dictionaries and a model that "
                 "returns the loss"
             )
-        place = -1 if isinstance(batch, (tuple, list)) else self._target_key
         with _call_in_errors(f"loss_fn(output, batch[{place!r}])"):
             loss = self._loss_fn(output, target)
         if not self._wants_accuracy:

@@ -60,7 +60,7 @@ def lr_range_test(
     mode: str | None = None,
     metric: str = "loss",
     step_fn: StepFn | None = None,
-    target_key: str = "labels",
+    target_key: str | None = None,
     accumulate: int = 1,
     val_loader: Iterable[Any] | None = None,
     validate_every: int | None = None,
@@ -138,7 +138,7 @@ def lr_range_test(
         step_fn: ``step_fn(model, batch)`` instead of ``loss_fn``: returns the loss, a dictionary
             with ``"loss"``, or for an accuracy ``(loss, correct, count)``. For a Lightning module:
             ``lambda model, batch: model.training_step(batch, 0)``.
-        target_key: the target's key in dictionaries.
+        target_key: the target's key in dictionaries for ``loss_fn``; ``None`` is ``"labels"``.
         accumulate: batches per optimizer step. Their losses are averaged.
         val_loader: batches for validation. Each validation uses all of them.
         validate_every: steps between two validations; ``None`` makes about 50 validations.
@@ -187,7 +187,7 @@ def lr_range_test(
     check_bool("offload", offload)
     check_model(model)
     inner = check_optimizer(model, optimizer)
-    check_functions(loss_fn, step_fn)
+    check_functions(loss_fn, step_fn, target_key)
     check_validation(metric, val_loader, validate_every)
     if progress is not None:
         check_bool("progress", progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import reprlib
@@ -103,7 +104,7 @@ class RangeTest:
         lrs: rising learning rates, one per measurement, of the parameter group with the largest
             rate.
         values: the measurements: losses, or accuracies in percent.
-        steps: number of the optimizer step of each measurement, counted from 0.
+        steps: rising numbers of the optimizer step of each measurement, counted from 0.
         mode: how the rate rose, ``"linear"`` or ``"exponential"``.
         metric: ``"loss"``, ``"accuracy"``, ``"validation_loss"`` or ``"validation_accuracy"``.
         num_steps: number of planned steps. The test may have ended earlier.
@@ -138,20 +139,15 @@ class RangeTest:
         check_choice("mode", self.mode, MODES)
         check_choice("metric", self.metric, METRICS)
         self.smoothing = check_number("smoothing", self.smoothing, maximum=1.0)
-        check_bool("diverged", self.diverged)
-        check_bool("interrupted", self.interrupted)
+        self.diverged = check_bool("diverged", self.diverged)
+        self.interrupted = check_bool("interrupted", self.interrupted)
         for name in ("lrs", "values", "ratios"):
             _check_list(name, getattr(self, name))
-            for i, number in enumerate(getattr(self, name)):
-                check_number(f"{name}[{i}]", number, minimum=-math.inf)
-        _check_list("steps", self.steps)
-        for i, step in enumerate(self.steps):
-            check_int(f"steps[{i}]", step, minimum=0)
-        check_int("num_steps", self.num_steps, minimum=0)
-        if not self.steps:
-            self.steps = list(range(len(self.lrs)))
-        if not self.num_steps:
-            self.num_steps = self.steps[-1] + 1 if self.steps else 0
+            numbers = [
+                _plain(f"{name}[{i}]", number) for i, number in enumerate(getattr(self, name))
+            ]
+            setattr(self, name, numbers)
+        self.steps, self.num_steps = _steps(self.steps or range(len(self.lrs)), self.num_steps)
         for name in ("values", "steps"):
             if len(getattr(self, name)) != len(self.lrs):
                 raise ValueError(
@@ -398,6 +394,29 @@ class RangeTest:
 def _check_list(name: str, value: object) -> None:
     if not isinstance(value, (list, tuple)):
         raise TypeError(f"{name} must be a list of numbers, got {reprlib.repr(value)}")
+
+
+def _steps(steps: Any, planned: object) -> tuple[list[int], int]:
+    """Return the steps of the measurements, and how many were planned: by default as many."""
+    if not isinstance(steps, range):
+        _check_list("steps", steps)
+    numbers = [check_int(f"steps[{i}]", step, minimum=0) for i, step in enumerate(steps)]
+    if any(b <= a for a, b in itertools.pairwise(numbers)):
+        raise ValueError(f"steps must rise: {numbers!r}")
+    taken = numbers[-1] + 1 if numbers else 0
+    planned = check_int("num_steps", planned, minimum=0) or taken
+    if planned < taken:
+        raise ValueError(
+            f"num_steps={planned} is below the {taken} steps of the measurements: give the number "
+            "of planned steps, or leave it out"
+        )
+    return numbers, planned
+
+
+def _plain(name: str, value: Any) -> float:
+    """Return a finite number as Python's own, which JSON and CSV can hold."""
+    number = check_number(name, value, minimum=-math.inf)
+    return value if type(value) is int else number
 
 
 # Pickles and documentation name the public module. doctest looks for the names under __test__.

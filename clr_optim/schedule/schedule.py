@@ -12,6 +12,8 @@ from clr_optim.schedule import store
 from clr_optim.schedule.curve import Curve, marked_phases
 from clr_optim.schedule.phase import Phase, ScaleFn
 
+_ScaleFns = ScaleFn | Mapping[str, ScaleFn] | None
+
 
 class Schedule(Curve):
     """A sequence of phases: a pure function of the integer step.
@@ -134,7 +136,8 @@ class Schedule(Curve):
         """Return this schedule with these bounds, so that it ignores the bounds of groups.
 
         ``base_lr`` becomes ``low`` and ``max_lr`` becomes ``high``. A policy that falls towards
-        ``end · max_lr`` falls towards ``low + end · (high − low)``, and a warm-up begins likewise.
+        ``end · max_lr`` falls towards ``low + end · (high − low)``, and a warm-up begins likewise;
+        a warm-up from above ``max_lr`` begins at ``start · high``.
 
         Args:
             low, high: the bounds, numbers >= 0 in this order. A schedule that falls exponentially
@@ -172,17 +175,18 @@ class Schedule(Curve):
         return store.to_dict(self.name, self.phases)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, scale_fn: ScaleFn | None = None) -> Schedule:
+    def from_dict(cls, data: Mapping[str, Any], *, scale_fn: _ScaleFns = None) -> Schedule:
         """Return the schedule that :meth:`to_dict` described.
 
         Args:
             data: the dictionary.
-            scale_fn: the callable, if the schedule had one.
+            scale_fn: the callable, if the schedule had one; if it had several, a dictionary from
+                the names in ``data`` to callables.
 
         Raises:
             TypeError: if ``data`` is not a dictionary.
             ValueError: if ``data`` is not a dictionary from :meth:`to_dict`, if a newer version
-                wrote it, or if it names a ``scale_fn`` and the argument is missing.
+                wrote it, or if its functions and ``scale_fn`` do not fit together.
         """
         return cls(*store.from_dict(data, scale_fn))
 
@@ -191,12 +195,12 @@ class Schedule(Curve):
         return store.to_json(self.to_dict())
 
     @classmethod
-    def from_json(cls, text: str, *, scale_fn: ScaleFn | None = None) -> Schedule:
+    def from_json(cls, text: str, *, scale_fn: _ScaleFns = None) -> Schedule:
         """Return the schedule that :meth:`to_json` wrote.
 
         Args:
             text: the JSON.
-            scale_fn: the callable, if the schedule had one.
+            scale_fn: as in :meth:`from_dict`.
 
         Raises:
             TypeError, ValueError: as :meth:`from_dict`, and if ``text`` is not JSON.

@@ -29,7 +29,9 @@ def to_dict(name: str, phases: Sequence[Phase]) -> dict[str, Any]:
     return {"format": FORMAT_VERSION, "name": name, "phases": rows}
 
 
-def from_dict(data: Mapping[str, Any], scale_fn: ScaleFn | None) -> tuple[str, list[Phase]]:
+def from_dict(
+    data: Mapping[str, Any], scale_fn: ScaleFn | Mapping[str, ScaleFn] | None
+) -> tuple[str, list[Phase]]:
     """Return the name and the phases of the schedule that :func:`to_dict` wrote."""
     if not isinstance(data, Mapping):
         raise TypeError(f"data must be a dictionary from Schedule.to_dict, got {data!r}")
@@ -43,23 +45,49 @@ def from_dict(data: Mapping[str, Any], scale_fn: ScaleFn | None) -> tuple[str, l
     rows = data.get("phases")
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
         raise ValueError(f"data['phases'] must be a list of dictionaries, got {rows!r}")
-    phases = [_read_phase(row, f"data['phases'][{i}]", scale_fn) for i, row in enumerate(rows)]
+    functions = _functions([row["scale_fn"] for row in rows if "scale_fn" in row], scale_fn)
+    phases = [_read_phase(row, f"data['phases'][{i}]", functions) for i, row in enumerate(rows)]
     return data.get("name", ""), phases
 
 
-def _read_phase(row: Mapping[Any, Any], where: str, scale_fn: ScaleFn | None) -> Phase:
+def _functions(
+    names: Sequence[object], scale_fn: ScaleFn | Mapping[str, ScaleFn] | None
+) -> dict[str, ScaleFn]:
+    """Return the functions by the names that the phases have."""
+    known = list(dict.fromkeys(map(str, names)))
+    if scale_fn is None:
+        return {}
+    if isinstance(scale_fn, Mapping):
+        unknown = [name for name in scale_fn if name not in known]
+        if unknown:
+            raise ValueError(f"scale_fn has {unknown}, and data has the functions {known}")
+        return dict(scale_fn)
+    if not known:
+        raise ValueError(
+            f"scale_fn={describe_callable(scale_fn)} has no effect: data names no function; "
+            "leave it out"
+        )
+    if len(known) > 1:
+        raise ValueError(
+            f"data has several functions: give scale_fn a dictionary with the names {known}"
+        )
+    return {known[0]: scale_fn}
+
+
+def _read_phase(row: Mapping[Any, Any], where: str, functions: Mapping[str, ScaleFn]) -> Phase:
     known = {f.name for f in fields(Phase)}
     unknown = sorted(map(str, set(row) - known))
     if unknown:
         raise ValueError(f"{where} has unknown keys {unknown}; known: {sorted(known)}")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
     if "scale_fn" in values:
-        if scale_fn is None:
+        name = values["scale_fn"]
+        if str(name) not in functions:
             raise ValueError(
-                f"{where} had scale_fn={values['scale_fn']!r}, and code is not "
+                f"{where} had scale_fn={name!r}, and code is not "
                 "stored: pass it as from_dict(data, scale_fn=...)"
             )
-        values["scale_fn"] = scale_fn
+        values["scale_fn"] = functions[str(name)]
     return Phase(**values)
 
 

@@ -185,6 +185,12 @@ SHAPES = {
     "chain: PolynomialLR, LinearLR": chain(
         lambda o: PolynomialLR(o, 14, power=2.0), lambda o: LinearLR(o, 0.1, total_iters=5)
     ),
+    "chain: a chain, StepLR": lambda o: ChainedScheduler(
+        [
+            ChainedScheduler([LinearLR(o, 0.1, total_iters=5), ExponentialLR(o, 0.95)]),
+            StepLR(o, 4, 0.9),
+        ]
+    ),
     "a sequence that begins with a chain": lambda o: SequentialLR(
         o,
         [

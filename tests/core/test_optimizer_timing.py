@@ -141,6 +141,28 @@ def test_a_group_added_beneath_us_joins_too():
     assert rates_in_groups(opt) == opt.lr_at(4) == [0.5, 0.4]
 
 
+@pytest.mark.parametrize("policy", ["fixed", one_cycle(4)], ids=["fixed", "over"])
+def test_a_hook_for_cycles_that_never_end_warns(policy):
+    opt = CyclicalOptimizer(torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1), policy)
+    opt.set_iteration(4)
+    with pytest.warns(
+        UserWarning, match="no effect: no cycle of the schedule .* ends after step 4"
+    ):
+        opt.register_cycle_end_hook(print).remove()
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_rule_that_reads_its_first_rate_alone_warns():
+    def wrap(policy):
+        return CyclicalOptimizer(torch.optim.Rprop([torch.ones(1, requires_grad=True)]), policy)
+
+    with pytest.warns(UserWarning, match="Rprop reads lr at its first step only.*'triangular' has"):
+        wrap("triangular")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrap("fixed")
+
+
 def test_cycle_end_hook_fires_after_the_step_that_completes_a_cycle():
     problem, opt = wrapped()
     seen = []
@@ -179,7 +201,8 @@ def test_stop_at_a_cycles_end():
 def test_where_there_is_no_cycle_there_is_no_end(policy):
     problem, opt = wrapped(policy)
     fired = []
-    opt.register_cycle_end_hook(fired.append)
+    with pytest.warns(UserWarning, match="register_cycle_end_hook has no effect"):
+        opt.register_cycle_end_hook(fired.append)
     problem.run(opt, range(9))
     assert opt.steps_to_cycle_end is None
     assert opt.cycle == 0.0

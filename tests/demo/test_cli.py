@@ -180,6 +180,10 @@ WRONG_PLOTS = [
         "--gamma has no effect with --policy triangular",
     ),
     (
+        ["--policy", "cosine", "--base-lr", "0.001"],
+        "--base-lr has no effect with --policy cosine",
+    ),
+    (
         ["--policy", "one_cycle", "--step-size-up", "9"],
         "--step-size-up has no effect with --policy one_cycle",
     ),

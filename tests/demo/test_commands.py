@@ -219,6 +219,16 @@ CONTRADICTIONS = [
     (["train", "--base-lr", "2", "--max-lr", "1"], "--base-lr=2.0 is above --max-lr=1.0"),
     (["train", "--policy", "fixed", "--base-lr", "0", "--max-lr", "1"], "--base-lr 0"),
     (["train", "--gamma", "0.9"], "--gamma has no effect with --policy triangular2"),
+    (["train", "--policy", "fixed", "--backend", "native"], "--backend native has no effect with"),
+    (["train", "--backend", "triton"], "backend='triton'"),
+    *(
+        (["train", "--policy", "fixed", "--base-lr", low, "--max-lr", top], words)
+        for low, top, words in (
+            ("0.1", "nan", "--max-lr must be a finite number >= 0, got nan"),
+            ("-1", "-1", "--base-lr must be a finite number >= 0, got -1.0"),
+            ("0.5", "0.1", "--base-lr=0.5 is above --max-lr=0.1"),
+        )
+    ),
     (["range-test", "--model", "mine"], "--model must be MODULE:FUNCTION, as in train:make_model"),
     (["range-test", "--model", "absent:net"], "there is no module 'absent'; give a module in "),
     (["range-test", "--model", "absent:net", "--data", "a"], "--data has no effect with --model"),

@@ -48,6 +48,44 @@ ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "start_lr must be .* got -1", {"start_lr": -1}),
     (ValueError, "start_lr must be a finite number > 0", {"start_lr": 0, "mode": "exponential"}),
     (ValueError, "end_lr must be", {"end_lr": math.inf}),
+    (
+        ValueError,
+        "start_lr=1e-320 is too far below end_lr=10.0.*raise start_lr",
+        {"start_lr": 1e-320, "end_lr": 10.0, "mode": "exponential"},
+    ),
+    (ValueError, "target_key='y' has no effect: a batch is a tuple", {"target_key": "y"}),
+    (
+        ValueError,
+        "target_key='y' has no effect without a loss_fn",
+        {"target_key": "y", "loss_fn": None, "step_fn": lambda model, batch: 1.0},
+    ),
+    (ValueError, r"device must be a device of this machine.*'meta' \(", {"device": "meta"}),
+    (ValueError, "device must be a device of this machine.*'cuda:99'", {"device": "cuda:99"}),
+    *(
+        (error, words, {"loss_fn": None, "metric": "accuracy", "step_fn": step_fn})
+        for error, words, step_fn in (
+            (
+                TypeError,
+                "correct of .loss, correct, count. must be a number, got None",
+                lambda model, batch: (model(batch[0]).sum(), None, 3),
+            ),
+            (
+                TypeError,
+                "count of .loss, correct, count. must be a number, got None",
+                lambda model, batch: (model(batch[0]).sum(), 1, None),
+            ),
+            (
+                ValueError,
+                "count of .loss, correct, count. must be a finite number > 0, got 0",
+                lambda model, batch: (model(batch[0]).sum(), 1, 0),
+            ),
+        )
+    ),
+    (
+        ValueError,
+        "optimizer is a Rprop, which reads lr at its first step only",
+        {"optimizer": "rprop"},
+    ),
     (ValueError, "start_lr=None and end_lr=0.1: give both", {"start_lr": None, "mode": "linear"}),
     (ValueError, "num_steps=None and epochs=None", {"start_lr": None, "num_steps": None}),
     (ValueError, "mode must be one of", {"mode": "log"}),
@@ -130,6 +168,7 @@ def wrong_arguments(change: dict[str, Any]) -> tuple[dict[str, Any], Any, Any]:
     special: dict[str, Any] = {
         "frozen": _requires_nothing,
         "lazy": lambda: nn.LazyLinear(3),
+        "rprop": lambda: torch.optim.Rprop(model.parameters()),
         "lbfgs": lambda: torch.optim.LBFGS(model.parameters()),
         "foreign": lambda: torch.optim.SGD(linear_model().parameters()),
         "in backward": lambda: _with_hooks(model),

@@ -10,6 +10,7 @@ import pickle
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from range_test_helpers import accuracy_curve
@@ -127,6 +128,28 @@ def test_an_exponential_curve_has_no_rate_of_zero():
         RangeTest([0.0, 2.0], [1.0, 2.0], mode="exponential")
     with pytest.raises(TypeError, match="to_dict"):
         RangeTest.from_dict([])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"steps": [0, 0, 0]}, r"steps must rise: \[0, 0, 0\]"),
+        ({"steps": [2, 1, 0]}, r"steps must rise: \[2, 1, 0\]"),
+        ({"steps": [0, 4, 8], "num_steps": 8}, "num_steps=8 is below the 9 steps of the meas"),
+    ],
+)
+def test_steps_rise_up_to_their_number(change, words):
+    with pytest.raises(ValueError, match=words):
+        RangeTest([0.1, 0.2, 0.3], [2.0, 1.0, 1.5], **change)
+
+
+def test_numbers_of_any_type_are_kept_as_pythons(tmp_path):
+    result = RangeTest(
+        [np.float32(0.5), np.float64(1.0)], [torch.tensor(2.0), 1], diverged=np.bool_(True)
+    )
+    assert (result.lrs, result.values, result.diverged) == ([0.5, 1.0], [2.0, 1.0], True)
+    result.save(tmp_path / "a.json")
+    assert RangeTest.from_dict(json.loads((tmp_path / "a.json").read_text())) == result
 
 
 def test_step_size_and_length_follow_the_paper():

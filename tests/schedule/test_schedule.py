@@ -383,9 +383,28 @@ def test_a_scale_fn_is_named_not_stored():
     with pytest.raises(ValueError, match=r"scale_fn='math.sqrt'.*from_dict\(data, scale_fn="):
         Schedule.from_dict(data)
     assert Schedule.from_dict(data, scale_fn=math.sqrt) == schedule
+    assert Schedule.from_dict(data, scale_fn={"math.sqrt": math.sqrt}) == schedule
+    with pytest.raises(ValueError, match=r"has \['math.exp'\], and data has.*\['math.sqrt'\]"):
+        Schedule.from_dict(data, scale_fn={"math.exp": math.exp})
+    with pytest.raises(ValueError, match=r"scale_fn=math\.sqrt has no effect: data names no fun"):
+        Schedule.from_dict(triangular(2).to_dict(), scale_fn=math.sqrt)
     assert pickle.loads(pickle.dumps(schedule)) == schedule
     with pytest.raises(pickle.PicklingError, match=r"scale_fn=.*lambda.*cannot be pickled"):
         pickle.dumps(triangular(2, scale_fn=lambda x: x))
+
+
+def test_several_scale_fns_come_back_to_their_phases():
+    schedule = sequence(
+        [(triangular(2, scale_fn=math.erf), 4), (triangular(2, scale_fn=math.erfc), None)]
+    )
+    data = schedule.to_dict()
+    both = {"math.erf": math.erf, "math.erfc": math.erfc}
+    assert Schedule.from_dict(data, scale_fn=both) == schedule
+    assert Schedule.from_json(schedule.to_json(), scale_fn=both) == schedule
+    with pytest.raises(ValueError, match=r"a dictionary with the names \['math.erf', 'math.erfc'"):
+        Schedule.from_dict(data, scale_fn=math.erf)
+    with pytest.raises(ValueError, match=r"phases'\]\[1\] had scale_fn='math.erfc'"):
+        Schedule.from_dict(data, scale_fn={"math.erf": math.erf})
 
 
 # Written before `clr_optim.schedule` became a package. Phases are stored with a cached period.
