@@ -135,7 +135,7 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
 
         The hook is the place to take a snapshot, to average weights, or to stop. If a cycle falls
         at its end, the rate is then at its lowest. The hook runs before step post-hooks. Copies and
-        pickles omit all hooks. A warning says if no further cycle of the schedule ends.
+        pickles omit all hooks. A warning says if the schedule has no cycles.
 
         Args:
             hook: a callable of one optimizer, this one.
@@ -157,11 +157,11 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
             >>> handle.remove()
         """
         check_callable_of_one("hook", hook, "optimizer")
-        if self.steps_to_cycle_end is None:
+        if self.schedule.steps_to_cycle_end(0) is None:
             warnings.warn(
-                f"register_cycle_end_hook has no effect: no cycle of the schedule "
-                f"{self.schedule.name!r} ends after step {self.iteration}; use a policy with "
-                "cycles, such as 'triangular', or register_step_post_hook",
+                f"register_cycle_end_hook has no effect: the schedule {self.schedule.name!r} has "
+                "no cycles; use a policy with cycles, such as 'triangular', or "
+                "register_step_post_hook",
                 UserWarning,
                 stacklevel=callers_level(),
             )

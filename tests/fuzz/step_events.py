@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fuzz.events import FLAG, SEEDS, WHICH, BoomError, boom, event
 from fuzz.expected import POLICIES
+from fuzz.pair import add_cycle_end_hook
 from fuzz.tensor_events import TensorEvents
 
 
@@ -131,7 +132,7 @@ class StepEvents(TensorEvents):
     @event(0.5)
     def exception_in_cycle_end_hook(self) -> None:
         ends = POLICIES[self.expected.policy].schedule.is_cycle_end(self.expected.position + 1)
-        handle = self.ours.register_cycle_end_hook(boom)
+        handle = add_cycle_end_hook(self.ours, boom)
         try:
             self.take(lambda opt: opt.step(), late=ends)
         finally:
