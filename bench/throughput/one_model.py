@@ -129,7 +129,7 @@ def _batches_and_loss(given: UserModel) -> tuple[Callable[[], Any], Callable[[An
     """Return a function for the next batch, and one for its loss, as in the range test."""
     assert given.model is not None
     device = given.params[0].device
-    forward = Forward(given.model, given.loss_fn, None, "labels", False, device)
+    forward = Forward(given.model, given.loss_fn, None, None, False, device)
     return partial(next, _endless(given)), forward.loss
 
 

@@ -101,6 +101,7 @@ EVENTS = st.lists(
 @given(EVENTS, st.sampled_from(sorted(POLICIES)))
 @settings(deadline=None, max_examples=40)
 @pytest.mark.filterwarnings("ignore:lr was written from outside")
+@pytest.mark.filterwarnings("ignore:register_cycle_end_hook has no effect")
 def test_rates_after_any_change_of_course(events, name):
     opt = probe(POLICIES[name]())
     for steps, event in events:

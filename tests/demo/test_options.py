@@ -160,7 +160,9 @@ def test_a_file_that_cannot_be_written_is_found_before_the_work(tmp_path, capsys
 def test_results_of_the_paper_are_those_of_its_folder(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "speed.json").write_text('{"a": 1}')
-    (tmp_path / "out" / "results.jsonl").write_text('{"b": 2}\n{"b": 3}\n')
+    runs = [{"row": "fixed", "seed": 2}, {"row": "fixed", "seed": 3}]
+    lines = "".join(f"{json.dumps(run)}\n" for run in runs)
+    (tmp_path / "out" / "results.jsonl").write_text(lines)
     monkeypatch.setattr(cli.command.paper, "run", lambda args: 0)
-    outcome = cli.command._paper(Namespace(out=tmp_path / "out"))
-    assert outcome == Outcome({"speed": {"a": 1}, "results": [{"b": 2}, {"b": 3}]}, 0)
+    outcome = cli.command._paper(Namespace(out=tmp_path / "out", json="-"))
+    assert outcome == Outcome({"speed": {"a": 1}, "results": runs}, 0)

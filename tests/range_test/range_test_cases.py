@@ -399,6 +399,7 @@ OPTIMIZERS = {
     case.name: case.make
     for case in EVERY_CLASS
     if not case.closure and not case.only_2d and not case.sparse
+    if case.cls is not torch.optim.Rprop  # which reads its first rate alone, and is refused
 } | {"odd": Odd, "inner": Inner}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -175,7 +176,9 @@ def test_the_hook_of_an_optimizer(name, backend, warmup):
         base_lr=0.25 if schedule.reads_base_lr else None,
     )
     fired, rates, ahead, cycles = [], [], [], []
-    opt.register_cycle_end_hook(lambda opt: fired.append(opt.iteration))
+    has_cycles = schedule.steps_to_cycle_end(0) is not None
+    with nullcontext() if has_cycles else pytest.warns(UserWarning, match="has no cycles"):
+        opt.register_cycle_end_hook(lambda opt: fired.append(opt.iteration))
     due = [opt.lr_at(step) for step in range(50)]
     for _ in range(50):
         rates.append(opt.get_last_lr())
