@@ -265,7 +265,7 @@ gpu-sanitize: build/tree
 gpu-paper: export PYTHONPATH := $(CURDIR)/build/tree
 gpu-paper: export PYTHONSAFEPATH := 1
 gpu-paper: build/tree
-	$(PYTHON) -m clr_optim bench paper --device cuda --data "$(DATA)" --speed 2000 $(ARGS) \
+	$(PYTHON) -m clr_optim bench paper --device cuda --data "$(DATA)" --speed 2000 \
 		--out bench/results/paper-gpu
 	$(PYTHON) -m clr_optim bench paper --device cuda --data "$(DATA)" --table 1,3,beyond --seeds 3 \
 		--together 8 --resume $(ARGS) --out bench/results/paper-gpu

@@ -28,7 +28,7 @@ from clr_optim.demo.train import (
     search_bounds,
     train,
 )
-from clr_optim.options import add_json, whole
+from clr_optim.options import add_json, make_folder, whole
 
 __all__ = ["add_arguments", "report", "run"]
 
@@ -76,8 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.seeds < 1 or args.cycles < 1:
         raise ValueError(f"--seeds {args.seeds}, --cycles {args.cycles}: both must be at least 1")
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder("--out", args.out)
     plotting.check_picture(folder / "range-test.png")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the demo: tensors of this size gain nothing from threads

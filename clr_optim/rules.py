@@ -32,6 +32,7 @@ __all__ = [
     "StateSlots",
     "UpdateRule",
     "class_name",
+    "reads_first_rate_alone",
     "register_rule",
 ]  # fmt: skip
 
@@ -437,6 +438,11 @@ STATE_SLOTS: dict[type[Optimizer], StateSlots] = {
     torch.optim.Rprop: _slots("prev", "step_size"),
     torch.optim.SparseAdam: _slots("exp_avg", "exp_avg_sq"),
 }  # fmt: skip
+
+
+def reads_first_rate_alone(optimizer: Optimizer) -> bool:
+    """Whether the optimizer reads ``lr`` at its first step only."""
+    return isinstance(optimizer, torch.optim.Rprop)
 
 
 def register_rule(optimizer_class: type[Optimizer], rule: str) -> None:

@@ -176,11 +176,13 @@ class Snapshots:
         # outside the state_dict may change in a forward.
         try:
             model = copy.deepcopy(self._model)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # a module may raise anything
             name = type(error).__name__
             raise TypeError(
-                f"model cannot be copied ({name}: {error}): build a model, and load the snapshots "
-                "into it by load_state_dict; those of a folder are files"
+                f"model cannot be copied ({name}: {error}): give folder=, and load its files into "
+                "a model that you build, by load_state_dict"
             ) from error
         name = self._store.name(step)
         try:

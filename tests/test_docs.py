@@ -11,7 +11,7 @@ from places import ROOT
 
 import clr_optim
 from clr_optim.bench import pages, paper, whole_curve
-from clr_optim.bench.paper.readme import BEGIN, END
+from clr_optim.bench.paper.readme import BEGIN, END, resnet_mark
 from clr_optim.bench.report import time_in_words, whole_iterations
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -105,10 +105,18 @@ def test_tables_are_of_the_committed_results(page):
     assert pages.renewed(TEXTS[page], ROOT) == TEXTS[page], "run `make tables`"
 
 
-def test_the_papers_table_is_of_the_committed_results():
-    whole = json.loads((ROOT / "bench/results/paper-gpu/paper.json").read_text())
-    table = "\n".join(paper.readme_table(paper.summarize(whole["runs"])))
-    assert f"{BEGIN}\n{table}\n{END}" in TEXTS["docs/paper.md"]
+@pytest.mark.parametrize(
+    ("report", "table", "mark"),
+    [("paper-gpu/paper", None, BEGIN),
+     ("table-4/resnet", "resnet", resnet_mark("resnet", "1/100"))],
+)  # fmt: skip
+def test_the_papers_tables_are_of_the_committed_results(report, table, mark):
+    whole = json.loads((ROOT / f"bench/results/{report}.json").read_text())
+    rows = paper.summarize(whole["runs"])
+    rows = [row for row in rows if table in (None, row["table"])]
+    lines = "\n".join(paper.readme_table(rows))
+    assert f"{mark}\n{lines}\n{END}" in TEXTS["docs/paper.md"]
+    assert json.loads(json.dumps(paper.summarize(whole["runs"]))) == whole["rows"]
 
 
 def test_the_readmes_figures_of_training_stand_in_the_results():

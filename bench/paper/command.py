@@ -97,7 +97,7 @@ def written(folder: str | Path) -> dict[str, Any]:
 
 
 def _report(args: argparse.Namespace) -> int:
-    # What the README cannot take is refused before the files of the report change.
+    # Check the README's marks before any file changes.
     readme = args.readme and renewed_readme(args.readme, Store(args.out, create=False).read())
     print(report(args.out))
     if args.readme:

@@ -88,7 +88,8 @@ def _comparisons(row: Row, rows: Mapping[str, Mapping[str, Any]]) -> list[dict[s
         ``"published_difference"`` and ``"holds"``: True, False, ``"in direction"`` if the
         difference has the paper's sign and another size, or ``"and more"`` if the paper has the
         same accuracy in fewer iterations, and the accuracy here is higher. A gain here is one in
-        the paper's direction even if the paper's gain is within the error of its test images.
+        the paper's direction even if the paper's gain is within the error of its test images: the
+        paper claims gains. A loss is none even if the paper has a small loss, within that error.
     """
     here = rows[row.name]
     comparisons = []

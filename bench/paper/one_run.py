@@ -244,7 +244,7 @@ class Run:
 
 
 def row_settings(row: Row, scale: Scale) -> dict[str, Any]:
-    """Return what a row is at a scale, as results and checkpoints keep it."""
+    """Return a row's length, bounds and schedule at a scale, as results keep them."""
     return {
         "iterations": scale.steps(row.iterations),
         "bounds": None if row.bounds is None else list(row.bounds),

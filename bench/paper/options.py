@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from contextlib import suppress
 from fractions import Fraction
 
@@ -15,7 +14,7 @@ from clr_optim.bench.paper.known import KNOWN
 from clr_optim.bench.paper.optimizers import CAFFE_RULES
 from clr_optim.bench.paper.resnet import DATASETS, RESNET
 from clr_optim.bench.paper.rows import ROWS, Row, Scale
-from clr_optim.options import flag
+from clr_optim.options import flag, whole
 
 __all__ = ["add_arguments", "check_mode", "chosen_rows"]
 
@@ -76,16 +75,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--seeds",
-        type=_count(),
+        type=whole(1),
         default=_DEFAULTS["seeds"],
         metavar="N",
         help="how many seeds, from 0 (1)",
     )
     add("--device", type=device, default=_DEFAULTS["device"], help="cpu, or cuda (ROCm too)")
-    add("--threads", type=_count(), metavar="N", help=f"of torch ({torch.get_num_threads()})")
+    add("--threads", type=whole(1), metavar="N", help=f"of torch ({torch.get_num_threads()})")
     add(
         "--together",
-        type=_count(),
+        type=whole(1),
         default=_DEFAULTS["together"],
         metavar="N",
         help="rows to train beside each other on a GPU, which one network does not fill (1)",
@@ -123,13 +122,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--speed",
-        type=_count(),
+        type=whole(1),
         metavar="N",
         help="train nothing, only measure iterations per second over N iterations",
     )
     add(
         "--range-test",
-        type=_count(2),
+        type=whole(2),
         metavar="N",
         help="only find the bounds of the chosen networks of table resnet, in N iterations",
     )
@@ -162,16 +161,6 @@ def _scale(text: str) -> Scale:
     raise argparse.ArgumentTypeError(words)
 
 
-def _count(minimum: int = 1) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        if not (text.isdecimal() and minimum <= int(text) <= 10**6):
-            words = f"must be a whole number from {minimum} to 1000000, got {text!r}"
-            raise argparse.ArgumentTypeError(words)
-        return int(text)
-
-    return convert
-
-
 def check_mode(args: argparse.Namespace) -> None:
     """Refuse an option that has no effect beside one that replaces the training.
 
@@ -183,7 +172,10 @@ def check_mode(args: argparse.Namespace) -> None:
         return
     reason, names = _MODES[mode]
     for name in names:
-        if getattr(args, name) not in (None, False, "", _DEFAULTS.get(name)):
+        value = getattr(args, name)
+        # Not `in`, for which 0.0 is False: the checkpoints of every iteration.
+        is_given = value is not None and value is not False and value != ""
+        if is_given and value != _DEFAULTS.get(name):
             words = f"{flag(name)} has no effect with {flag(mode)}: {reason}; leave it out"
             raise argparse.ArgumentError(None, words)
 

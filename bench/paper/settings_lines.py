@@ -14,8 +14,8 @@ def settings_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     if min(Counter(result["row"] for result in results).values()) == 1:
         lines.append(
-            "How far the seeds of a row with one seed would differ is unknown: what counts as the "
-            "same has the error of its test images alone."
+            "The spread of a row with one seed is unknown. Its margin for the same accuracy holds "
+            "the error of the test images alone."
         )
     lines += [
         "Momentum as in Caffe, the rate inside the buffer."

@@ -121,7 +121,8 @@ def _long(args: argparse.Namespace) -> Outcome:
 
 def _paper(args: argparse.Namespace) -> Outcome:
     code = paper.run(args)
-    return Outcome(paper.written(args.out) if args.json else {}, code)
+    with library_errors(args):
+        return Outcome(paper.written(args.out) if args.json else {}, code)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -51,6 +50,7 @@ from clr_optim.core.settings import HIGH_MOMENTUM, LOW_MOMENTUM, Settings
 from clr_optim.core.warn import callers_level, warn_each
 from clr_optim.gate import Statistics, check_skip_above, saved_statistics
 from clr_optim.keys import BASE, MAX, SCHEDULE, SCHEDULES
+from clr_optim.rules import reads_first_rate_alone
 from clr_optim.schedule import POLICIES, SCALE_MODES, Schedule, check_growth, triangular
 
 __all__ = [
@@ -406,7 +406,8 @@ def _warn_scheduled_rates(groups: Sequence[Mapping[str, Any]]) -> None:
 
 def _first_rate_warning(optimizer: Optimizer, schedule: Schedule) -> str | None:
     """Return a warning if the optimizer reads the rate at its first step only."""
-    if not isinstance(optimizer, torch.optim.Rprop) or schedule.name == "fixed":
+    is_constant = schedule.name == "fixed" and len(schedule.phases) == 1
+    if is_constant or not reads_first_rate_alone(optimizer):
         return None
     return (
         f"{type(optimizer).__name__} reads lr at its first step only, so that the schedule "

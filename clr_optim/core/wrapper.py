@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from clr_optim.core.saved import read_position
 from clr_optim.core.scheduler_view import CyclicalScheduler
 from clr_optim.core.settings import Settings
 from clr_optim.core.shared import Shared, alone
-from clr_optim.core.warn import callers_level
+from clr_optim.core.warn import warn_each
 from clr_optim.gate import NO_STATISTICS, Statistics
 
 __all__ = ["OptimizerT", "Wrapper"]
@@ -158,13 +157,12 @@ class Wrapper(Optimizer, Generic[OptimizerT]):
         """
         check_callable_of_one("hook", hook, "optimizer")
         if self.schedule.steps_to_cycle_end(0) is None:
-            warnings.warn(
+            message = (
                 f"register_cycle_end_hook has no effect: the schedule {self.schedule.name!r} has "
                 "no cycles; use a policy with cycles, such as 'triangular', or "
-                "register_step_post_hook",
-                UserWarning,
-                stacklevel=callers_level(),
+                "register_step_post_hook"
             )
+            warn_each([message])
         return self._add_cycle_end_hook(hook)
 
     def _add_cycle_end_hook(self, hook: Callable[[Any], None]) -> RemovableHandle:

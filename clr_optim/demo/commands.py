@@ -183,10 +183,10 @@ def train_once(args: Namespace) -> tuple[dict[str, Any], int]:
             "--base-lr 0 with --policy fixed: the fixed rate would be 0, the geometric mean of the "
             "bounds; give the rate as both bounds"
         )
-    if args.policy == "fixed" and args.backend != "auto":
+    if args.policy == "fixed" and args.base_lr is not None and args.backend != "auto":
         raise ValueError(
-            f"--backend {args.backend} has no effect with --policy fixed, which is torch's own "
-            "optimizer: leave it out"
+            f"--backend {args.backend} has no effect with --policy fixed and bounds: torch's own "
+            "optimizer trains, and no range test runs; leave it out"
         )
     name = args.optimizer or _DEFAULT
     with _Threads(args.threads):

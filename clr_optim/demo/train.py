@@ -295,7 +295,7 @@ def build_optimizer(
     single rate.
 
     Raises:
-        TypeError, ValueError: for bounds that are none, naming them.
+        TypeError, ValueError: if a bound is no finite number >= 0, or base_lr is above max_lr.
     """
     if policy == "fixed":
         base_lr, max_lr = check_number("base_lr", base_lr), check_number("max_lr", max_lr)

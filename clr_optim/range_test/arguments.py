@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from clr_optim.checks import check_int, check_number
 from clr_optim.keys import MAX
 from clr_optim.optimizer import CyclicalOptimizer
+from clr_optim.rules import reads_first_rate_alone
 
 __all__ = [
     "DEFAULT_RANGE", "DEFAULT_STEPS", "as_device", "check_amp_dtype", "check_functions",
@@ -89,7 +90,7 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
             "the test's rates would have no effect: call remove() of its handle before the test, "
             "and step_in_backward() after it"
         )
-    if isinstance(inner, torch.optim.Rprop):
+    if reads_first_rate_alone(inner):
         raise ValueError(
             f"optimizer is a {name}, which reads lr at its first step only, so that the test's "
             "rates would have no effect: use another optimizer"

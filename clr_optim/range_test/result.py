@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -147,7 +147,10 @@ class RangeTest:
                 _plain(f"{name}[{i}]", number) for i, number in enumerate(getattr(self, name))
             ]
             setattr(self, name, numbers)
-        self.steps, self.num_steps = _steps(self.steps or range(len(self.lrs)), self.num_steps)
+        _check_list("steps", self.steps)
+        self.steps, self.num_steps = _steps(
+            self.steps or list(range(len(self.lrs))), self.num_steps
+        )
         for name in ("values", "steps"):
             if len(getattr(self, name)) != len(self.lrs):
                 raise ValueError(
@@ -396,10 +399,8 @@ def _check_list(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a list of numbers, got {reprlib.repr(value)}")
 
 
-def _steps(steps: Any, planned: object) -> tuple[list[int], int]:
+def _steps(steps: Sequence[object], planned: object) -> tuple[list[int], int]:
     """Return the steps of the measurements, and how many were planned: by default as many."""
-    if not isinstance(steps, range):
-        _check_list("steps", steps)
     numbers = [check_int(f"steps[{i}]", step, minimum=0) for i, step in enumerate(steps)]
     if any(b <= a for a, b in itertools.pairwise(numbers)):
         raise ValueError(f"steps must rise: {numbers!r}")

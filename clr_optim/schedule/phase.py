@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ _ENDLESS = ("constant", "inverse")
 SCALE_MODES = ("cycle", "iterations")
 
 ScaleFn = Callable[[float], float]
+#: the functions of a stored schedule: one, or several by their names
+ScaleFns = ScaleFn | Mapping[str, ScaleFn] | None
 
 #: The ends of a phase, as multiples of ``base_lr`` and ``max_lr``.
 TOP, BOTTOM = (0.0, 1.0), (1.0, 0.0)

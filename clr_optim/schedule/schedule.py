@@ -10,9 +10,7 @@ from clr_optim.checks import check_int, check_number
 from clr_optim.schedule import phase as formula
 from clr_optim.schedule import store
 from clr_optim.schedule.curve import Curve, marked_phases
-from clr_optim.schedule.phase import Phase, ScaleFn
-
-_ScaleFns = ScaleFn | Mapping[str, ScaleFn] | None
+from clr_optim.schedule.phase import Phase, ScaleFns
 
 
 class Schedule(Curve):
@@ -175,7 +173,7 @@ class Schedule(Curve):
         return store.to_dict(self.name, self.phases)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, scale_fn: _ScaleFns = None) -> Schedule:
+    def from_dict(cls, data: Mapping[str, Any], *, scale_fn: ScaleFns = None) -> Schedule:
         """Return the schedule that :meth:`to_dict` described.
 
         Args:
@@ -195,7 +193,7 @@ class Schedule(Curve):
         return store.to_json(self.to_dict())
 
     @classmethod
-    def from_json(cls, text: str, *, scale_fn: _ScaleFns = None) -> Schedule:
+    def from_json(cls, text: str, *, scale_fn: ScaleFns = None) -> Schedule:
         """Return the schedule that :meth:`to_json` wrote.
 
         Args:

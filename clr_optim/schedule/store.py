@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from clr_optim.schedule.phase import Phase, ScaleFn
+from clr_optim.schedule.phase import Phase, ScaleFn, ScaleFns
 
 #: Version of the dictionary that :func:`to_dict` writes.
 FORMAT_VERSION = 1
@@ -29,9 +29,7 @@ def to_dict(name: str, phases: Sequence[Phase]) -> dict[str, Any]:
     return {"format": FORMAT_VERSION, "name": name, "phases": rows}
 
 
-def from_dict(
-    data: Mapping[str, Any], scale_fn: ScaleFn | Mapping[str, ScaleFn] | None
-) -> tuple[str, list[Phase]]:
+def from_dict(data: Mapping[str, Any], scale_fn: ScaleFns) -> tuple[str, list[Phase]]:
     """Return the name and the phases of the schedule that :func:`to_dict` wrote."""
     if not isinstance(data, Mapping):
         raise TypeError(f"data must be a dictionary from Schedule.to_dict, got {data!r}")
@@ -50,9 +48,7 @@ def from_dict(
     return data.get("name", ""), phases
 
 
-def _functions(
-    names: Sequence[object], scale_fn: ScaleFn | Mapping[str, ScaleFn] | None
-) -> dict[str, ScaleFn]:
+def _functions(names: Sequence[object], scale_fn: ScaleFns) -> dict[str, ScaleFn]:
     """Return the functions by the names that the phases have."""
     known = list(dict.fromkeys(map(str, names)))
     if scale_fn is None:

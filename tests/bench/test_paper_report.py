@@ -135,7 +135,7 @@ def test_results_that_do_not_belong_together_are_refused(change, words, tmp_path
 
 def test_the_report_says_that_one_seed_has_unknown_noise(tmp_path):
     store = Store(tmp_path)
-    words = "How far the seeds of a row with one seed would differ is unknown"
+    words = "The spread of a row with one seed is unknown."
     store.append(result_of("fixed"))
     assert words in report(tmp_path)
     store.append(result_of("fixed", seed=1))

@@ -148,6 +148,8 @@ def test_a_rule_that_reads_its_first_rate_alone_warns():
 
     with pytest.warns(UserWarning, match="Rprop reads lr at its first step only.*'triangular' has"):
         wrap("triangular")
+    with pytest.warns(UserWarning, match="Rprop reads lr at its first step only"):
+        wrap(fixed().with_warmup(3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         wrap("fixed")

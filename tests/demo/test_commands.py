@@ -219,7 +219,8 @@ CONTRADICTIONS = [
     (["train", "--base-lr", "2", "--max-lr", "1"], "--base-lr=2.0 is above --max-lr=1.0"),
     (["train", "--policy", "fixed", "--base-lr", "0", "--max-lr", "1"], "--base-lr 0"),
     (["train", "--gamma", "0.9"], "--gamma has no effect with --policy triangular2"),
-    (["train", "--policy", "fixed", "--backend", "native"], "--backend native has no effect with"),
+    (["train", "--policy", "fixed", "--backend", "native", "--base-lr", "0.1", "--max-lr", "0.1"],
+     "--backend native has no effect with --policy fixed and bounds"),
     (["train", "--backend", "triton"], "backend='triton'"),
     *(
         (["train", "--policy", "fixed", "--base-lr", low, "--max-lr", top], words)
