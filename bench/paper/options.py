@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import torch
 
-from clr_optim.bench.arguments import device, duration
+from clr_optim.bench.arguments import device, duration, refuse_options
 from clr_optim.bench.paper.figure_6 import FIGURE, FIGURE_6
 from clr_optim.bench.paper.known import KNOWN
 from clr_optim.bench.paper.optimizers import CAFFE_RULES
@@ -171,13 +171,8 @@ def check_mode(args: argparse.Namespace) -> None:
     if mode is None:
         return
     reason, names = _MODES[mode]
-    for name in names:
-        value = getattr(args, name)
-        # Not `in`, for which 0.0 is False: the checkpoints of every iteration.
-        is_given = value is not None and value is not False and value != ""
-        if is_given and value != _DEFAULTS.get(name):
-            words = f"{flag(name)} has no effect with {flag(mode)}: {reason}; leave it out"
-            raise argparse.ArgumentError(None, words)
+    words = f"{flag(mode)}: {reason}; leave it out"
+    refuse_options(args, names, words, _DEFAULTS)
 
 
 def chosen_rows(args: argparse.Namespace) -> list[Row]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 
 import torch
 
-from clr_optim.bench.arguments import device, duration
+from clr_optim.bench.arguments import device, duration, refuse_options
 from clr_optim.bench.models import MODELS
 from clr_optim.bench.workloads import (
     DTYPES,
@@ -217,15 +217,8 @@ def chosen_mode(args: argparse.Namespace) -> str | None:
     if mode is not None:
         reason, names = _MODES[mode]
         others = [name for name in _MODES if name != mode]
-        _refuse_options(args, (*_ONLY_OF_CELLS, *names, *others), f"{flag(mode)}: {reason}")
+        refuse_options(args, (*_ONLY_OF_CELLS, *names, *others), f"{flag(mode)}: {reason}")
     return mode
-
-
-def _refuse_options(args: argparse.Namespace, names: Iterable[str], words: str) -> None:
-    """Raise if one of these options was given: it has no effect with the mode that words name."""
-    for name in names:
-        if getattr(args, name):
-            raise argparse.ArgumentError(None, f"{flag(name)} has no effect with {words}")
 
 
 def seconds_per_cell(args: argparse.Namespace, usual: float = 5.0) -> float:

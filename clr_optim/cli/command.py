@@ -120,6 +120,7 @@ def _long(args: argparse.Namespace) -> Outcome:
 
 
 def _paper(args: argparse.Namespace) -> Outcome:
+    """Run the paper's measurements; their results are what stands in the folder ``--out``."""
     code = paper.run(args)
     with library_errors(args):
         return Outcome(paper.written(args.out) if args.json else {}, code)
